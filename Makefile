@@ -1,0 +1,63 @@
+# Needs Python 3.11+, make and git. Everything is installed into $(VENV); nothing else on the machine is touched.
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+TEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-full check lint layering format bench clean
+
+help: ## list what make can do
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo '  PYTHON=python3.12 picks the interpreter for $(VENV); ARGS="-k golden" goes to pytest.'
+
+demo: $(VENV)/.package ## write Python with the bundled model
+	$(BIN)/twotower generate "def fibonacci(n):"
+
+test: $(VENV)/.test ## run the tests (minutes, no GPU needed)
+	$(TEST) $(ARGS)
+
+test-full: $(VENV)/.test ## run the tests, the slow ones included
+	$(TEST) -m "" $(ARGS)
+
+check: lint layering test ## all that CI runs: format, lint, layering, tests
+
+lint: $(VENV)/.dev ## check format and lint, change nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+layering: $(VENV)/.test ## check that no import points back
+	$(TEST) -q tests/test_layering.py
+
+format: $(VENV)/.dev ## format, and mend what lint can mend
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.bench ## measure against peers
+	$(TEST) bench/ -m "" --timeout 0 -s $(ARGS)
+
+clean: ## remove caches and build products, not .venv
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# One stamp for each set of dependencies, and for those it includes: installed once, and again when pyproject.toml changes.
+$(VENV)/.package: EXTRAS :=
+$(VENV)/.test: EXTRAS := [test]
+$(VENV)/.dev: EXTRAS := [dev]
+$(VENV)/.bench: EXTRAS := [test,peers]
+$(VENV)/.test $(VENV)/.bench: INCLUDED := $(VENV)/.package
+$(VENV)/.dev: INCLUDED := $(VENV)/.package $(VENV)/.test
+$(VENV)/.package $(VENV)/.test $(VENV)/.dev $(VENV)/.bench: pyproject.toml | $(BIN)/python
+	$(PIP) install --editable ".$(EXTRAS)"
+	@touch $@ $(INCLUDED)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or newer is needed. Name one: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo 'This Python has no venv or ensurepip. On Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }

@@ -1,0 +1,38 @@
+"""The mathematics of every op in plain PyTorch: any device, any float dtype (fp64 included), differentiable.
+
+This folder is the specification. A public op of the same name and signature checks its arguments and calls the
+function here, or a kernel that must agree with it. Shapes: B rows, L tokens of a row, T tokens in all, D hidden,
+H heads (G groups of them), P head size, N state size, C channels, K taps or chosen experts, E experts, V vocabulary.
+"""
+
+from .attention import block_diffusion_attention, causal_attention, context_attention
+from .conv1d import causal_conv1d, conv_block_states, conv_state
+from .linear_cross_entropy import linear_cross_entropy
+from .moe import ExpertWeights, experts, route
+from .norm import gated_group_norm, modulated_rms_norm, rms_norm
+from .ssd import ssd_advance, ssd_block, ssd_chunk
+from .unmask import commit, gumbel_noise, head_sample, sample, unmask
+
+__all__ = [
+    "ExpertWeights",
+    "block_diffusion_attention",
+    "causal_attention",
+    "causal_conv1d",
+    "commit",
+    "context_attention",
+    "conv_block_states",
+    "conv_state",
+    "experts",
+    "gated_group_norm",
+    "gumbel_noise",
+    "head_sample",
+    "linear_cross_entropy",
+    "modulated_rms_norm",
+    "rms_norm",
+    "route",
+    "sample",
+    "ssd_advance",
+    "ssd_block",
+    "ssd_chunk",
+    "unmask",
+]

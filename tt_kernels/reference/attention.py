@@ -1,0 +1,88 @@
+"""Attention of a block to cached context, causal attention, and the masks of block-diffusion training."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import sequence_index
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool = False) -> Tensor:
+    """[B, L, Hq, P] against [B, S, Hkv, P]; softmax in fp32 or better."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)
+
+
+def _page_index(page_table: Tensor, lengths: Tensor, longest: int, pages: Tensor) -> slice | Tensor:
+    """The pages of all rows, row after row: a slice where they lie in order. Entries past a row's end may be anything."""
+    first, count = int(page_table[0, 0]), page_table.numel()
+    in_order = torch.arange(first, first + count, dtype=page_table.dtype, device=page_table.device)
+    if 0 <= first <= len(pages) - count and torch.equal(page_table.flatten(), in_order):
+        return slice(first, first + count)
+    starts = torch.arange(0, longest, pages.shape[1], device=page_table.device)
+    return page_table[:, : len(starts)].masked_fill(starts >= lengths.view(-1, 1), 0).flatten()
+
+
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    B, L = q.shape[:2]
+    longest, shortest = (int(lengths.max()), int(lengths.min())) if B else (0, 0)
+    causal = causal and L > 1
+    if longest == 0:
+        return _sdpa(q, k, v, None, scale, causal=causal)
+    index = _page_index(page_table, lengths, longest, k_pages)
+    past = [t[index].reshape(B, -1, *t.shape[2:])[:, :longest] for t in (k_pages, v_pages)]
+    mask = None
+    if shortest < longest:  # what lies past a row's length may be anything, NaN included
+        seen = torch.arange(longest, device=q.device) < lengths.view(B, 1)
+        past = [t.masked_fill(~seen[..., None, None], 0) for t in past]
+        mask = F.pad(seen, (0, L), value=True).view(B, 1, 1, longest + L)
+    if causal:
+        own = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
+        own = F.pad(own, (longest, 0), value=True)
+        mask = own if mask is None else mask & own
+    return _sdpa(q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), mask, scale)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    B, N = q.shape[:2]
+    if cu_seqlens is None or (B == 1 and len(cu_seqlens) == 2):  # nothing but whole rows
+        return _sdpa(q, k, v, None, scale, causal=True)
+    seq = sequence_index(cu_seqlens, B, N)
+    mask = (seq.unsqueeze(2) == seq.unsqueeze(1)).tril().unsqueeze(1)
+    return _sdpa(q, k, v, mask, scale)
+
+
+def block_diffusion_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_clean: Tensor,
+    v_clean: Tensor,
+    *,
+    block_size: int,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    B, N = q.shape[:2]
+    block = torch.arange(N, device=q.device) // block_size
+    mask = torch.cat([block.unsqueeze(1) > block, block.unsqueeze(1) == block], -1)  # [N, 2 N]: clean, noisy
+    if cu_seqlens is not None:
+        seq = sequence_index(cu_seqlens, B, N)
+        mask = (mask & (seq.unsqueeze(2) == seq.unsqueeze(1)).repeat(1, 1, 2)).unsqueeze(1)
+    return _sdpa(q, torch.cat([k_clean, k], 1), torch.cat([v_clean, v], 1), mask, scale)

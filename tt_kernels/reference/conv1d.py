@@ -1,0 +1,59 @@
+"""Causal depthwise convolution with a carried state."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import compute_dtype, sequence_index
+
+
+def _with_history(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
+    """The `taps` columns before x, from the state or zeros, then x: [B, taps + L, C]."""
+    if state is None:
+        return F.pad(x, (0, 0, taps, 0))
+    return torch.cat([state[..., state.shape[-1] - taps :].transpose(1, 2).to(x.dtype), x], dim=1)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    acc = compute_dtype(x.dtype, weight.dtype)
+    (B, L, _), K = x.shape, weight.shape[-1]
+    padded = _with_history(x, state, K - 1).to(acc)
+    taps = weight.to(acc).T.contiguous()  # [K, C]: a tap multiplies whole rows
+    if cu_seqlens is not None:
+        seq = F.pad(sequence_index(cu_seqlens, B, L), (K - 1, 0))  # 0: nothing before the row
+    y = padded[:, K - 1 :] * taps[K - 1] if bias is None else torch.addcmul(bias.to(acc), padded[:, K - 1 :], taps[K - 1])
+    for k in range(K - 1):
+        column = padded[:, k : k + L]
+        if cu_seqlens is not None:
+            column = column.masked_fill((seq[:, k : k + L] != seq[:, K - 1 :]).unsqueeze(-1), 0)
+        y = torch.addcmul(y, column, taps[k])
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kernel_size: int) -> Tensor:
+    B, L, C = x.shape
+    columns = _with_history(x, state, kernel_size)  # [B, K + L, C]
+    if lengths is None:
+        return columns[:, L:].transpose(1, 2).contiguous()
+    index = lengths.long().view(B, 1, 1) + torch.arange(kernel_size, device=x.device).view(1, -1, 1)
+    return columns.gather(1, index.expand(-1, -1, C)).transpose(1, 2).contiguous()
+
+
+def conv_block_states(x: Tensor, *, block_size: int, kernel_size: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    B, N = x.shape[:2]
+    starts = torch.arange(0, N, block_size, device=x.device)
+    index = (starts[:, None] + torch.arange(kernel_size, device=x.device)).flatten()  # into the padded columns
+    windows = F.pad(x, (0, 0, kernel_size, 0))[:, index].unflatten(1, (len(starts), kernel_size))
+    if cu_seqlens is not None:
+        seq = sequence_index(cu_seqlens, B, N)
+        before = F.pad(seq, (kernel_size, 0))[:, index].view(B, -1, kernel_size)
+        windows = windows.masked_fill((before != seq[:, starts, None]).unsqueeze(-1), 0)
+    return windows.transpose(2, 3)  # [B, N / S, C, K]

@@ -1,0 +1,74 @@
+"""Mixture of experts: the router and the experts."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import compute_dtype
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weights of all experts of a layer: up [E, N, D], down [E, D, N], gate [E, N, D] or None."""
+
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None = None
+
+
+def route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    scores = (x.double() @ weight.double().T).sigmoid()  # [T, E]
+    biased = scores.detach() + bias.double()
+    if n_group > 1:
+        grouped = biased.unflatten(1, (n_group, -1))
+        rank = grouped.topk(2, dim=-1).values.sum(-1)  # [T, n_group]
+        kept = torch.zeros_like(rank, dtype=torch.bool)
+        kept.scatter_(1, rank.sort(dim=1, descending=True, stable=True).indices[:, :topk_group], True)
+        biased = (grouped * kept.unsqueeze(-1)).flatten(1)
+    ids = biased.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()  # ties: the lower expert
+    weights = scores.gather(1, ids)
+    if norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, (weights * scale).to(compute_dtype(x.dtype))
+
+
+def activate(h: Tensor, activation: str) -> Tensor:
+    if activation == "relu2":
+        return F.relu(h).square()
+    return F.silu(h)
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    """Rows of x, sorted by expert, times their own expert's weight: [R, D], [E, N, D] -> [R, N]."""
+    sizes = x.stride(0) * x.element_size() % 16 == 0 and weight.stride(1) * weight.element_size() % 16 == 0
+    if x.dtype in (torch.bfloat16, torch.float32, torch.float16) and sizes and x.dtype == weight.dtype:
+        offsets = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    parts = [segment @ weight[e].T for e, segment in enumerate(x.split(counts)) if len(segment)]
+    return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights, *, activation: str = "relu2") -> Tensor:
+    (T, D), K = x.shape, ids.shape[1]
+    pairs, order = ids.flatten().sort(stable=True)  # token-expert pairs, sorted by expert
+    counts = torch.bincount(pairs, minlength=len(expert_weights.up)).tolist()
+    rows = x.index_select(0, order // K)
+    h = _grouped_linear(rows, expert_weights.up, counts)
+    if expert_weights.gate is None:
+        h = activate(h, activation)
+    else:
+        h = activate(_grouped_linear(rows, expert_weights.gate, counts), activation) * h
+    y = _grouped_linear(h, expert_weights.down, counts).index_select(0, order.argsort())  # back to the tokens' order
+    return (weights.unsqueeze(1) @ y.view(T, K, D).to(weights.dtype)).squeeze(1).to(x.dtype)

@@ -1,0 +1,126 @@
+"""A denoiser from a context tower: in a model, or from folder to folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TwoTowerConfig
+from ..tower import Tower
+from .folder import DTYPES, Folder
+from .keys import CONTEXT, layout_of, match, parameter_dtype, published_keys
+from .read import place
+from .write import Entry, atomic_folder, tokenizer_files, write
+
+
+def _time_modules(config: TwoTowerConfig, seed: int) -> dict[str, Tensor]:
+    """Initial time modules in fp32 on the CPU: at first the denoiser computes what the context tower's layers do.
+
+    Tables are (0, 0, 1) for shift, scale, gate and the last linear of `t_block` is zero (MODEL.md, section 4), so what
+    `t_embedder` says does not matter yet; it starts normal with deviation 0.02, biases 0, so that it can learn.
+    """
+    H, size = config.hidden_size, config.time_embedding_size
+    generator = torch.Generator().manual_seed(seed)
+    values = {
+        "t_embedder.mlp.0.weight": torch.randn(H, size, generator=generator).mul_(0.02),
+        "t_embedder.mlp.0.bias": torch.zeros(H),
+        "t_embedder.mlp.2.weight": torch.randn(H, H, generator=generator).mul_(0.02),
+        "t_embedder.mlp.2.bias": torch.zeros(H),
+        "t_block.1.weight": torch.zeros(3 * H, H),
+        "t_block.1.bias": torch.zeros(3 * H),
+    }
+    table = torch.tensor([0.0, 0.0, 1.0]).unsqueeze(1).expand(3, H)
+    return {**values, **{f"scale_shift_tables.{i}": table.clone() for i in range(config.num_hidden_layers)}}
+
+
+def start_denoiser(model: nn.Module, *, seed: int = 0) -> None:
+    """Make a model's denoiser a copy of its context tower, ready to train.
+
+    Copies tower and head; sets the tables to (0, 0, 1) for shift, scale and gate and the last linear of `t_block` to
+    zero, so that every time step starts at the context tower; `t_embedder` starts small and random from `seed`.
+    Denoiser parameters that are on meta, or of another device or type than the context tower's, are made anew.
+
+    ValueError when the model has no denoiser, or its context tower has no weights yet.
+    """
+    if getattr(model, "denoiser_tower", None) is None:
+        raise ValueError('start_denoiser: the model has no denoiser (it was made with towers="context")')
+    head: Tensor = model.context_lm_head.weight
+    values = _time_modules(model.config, seed)
+    for name, parameter in list(model.named_parameters()):
+        if name.startswith(CONTEXT):
+            if parameter.is_meta:
+                raise ValueError(f"start_denoiser: {name} has no values yet: load the context tower first")
+            copy = name.replace("context_tower.", "denoiser_tower.").replace("context_lm_head.", "lm_head.")
+            values[copy] = parameter.detach()
+    with torch.no_grad():
+        for name, value in values.items():
+            copied = name.startswith(("denoiser_tower.", "lm_head."))
+            place(model, name, head.device, value.dtype if copied else head.dtype).copy_(value)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    block_size: int | None = None,
+    mask_token_id: int | None = None,
+    seed: int = 0,
+    max_shard_bytes: float = 5e9,
+    progress: bool = True,
+) -> TwoTowerConfig:
+    """Make a folder with a Nemotron-3-Nano into one with a two-tower model that is ready to train.
+
+    The context tower is the source; the denoiser starts as `start_denoiser` says, bit for bit. Tokenizer files are
+    copied along.
+
+    Args:
+        source: a plain Nemotron-H, or a two-tower checkpoint without a denoiser; with its config.json.
+        target: another folder, written as `save` does.
+        dtype: what weights are stored as; None: as in the source, and the time modules in the config's type.
+        block_size, mask_token_id: what the denoiser will be trained with, for the config; None: as in the source's
+            config, or else 16 and 3.
+        seed, max_shard_bytes, progress: as in `start_denoiser` and `save`.
+    Returns:
+        the configuration that was written.
+    Raises:
+        FileNotFoundError, ValueError: as `load` and `TwoTowerConfig.from_file`; the source has a denoiser already.
+    Cost: reads the source twice and writes twice its size; memory for one shard's pages and its largest tensor.
+    """
+    source, target = Path(source), Path(target)
+    if target.resolve() == source.resolve():
+        raise ValueError(f"convert: {source} cannot be converted onto itself")
+    files = Folder(source)
+    config = TwoTowerConfig.from_file(source)
+    chosen = {"block_size": block_size, "mask_token_id": mask_token_id}
+    config = dataclasses.replace(config, **{name: value for name, value in chosen.items() if value is not None})
+    kind = layout_of(files)
+    if kind == "two_tower":
+        raise ValueError(f"{source}: it has a denoiser already: there is nothing to convert")
+    with torch.device("meta"):
+        shapes = {f"context_tower.{name}": tuple(p.shape) for name, p in Tower(config).named_parameters()}
+    shapes["context_lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    found = match(files, shapes, CONTEXT, kind == "plain")
+
+    context = []
+    for name, parts in found.items():
+        for key, index in published_keys(name, shapes[name]):
+            whole = parts.get(None)
+            stored = whole or parts[index]
+            to = DTYPES[stored.dtype] if dtype is None else parameter_dtype(name, dtype)
+            part = index if whole else None  # a slice of a stacked tensor, or a tensor of its own
+            shape = shapes[name] if index is None else shapes[name][1:]
+            context.append(Entry(key, shape, to, lambda stored=stored, part=part: files.read(stored, part)))
+    entries = list(context)
+    for entry in context:
+        key = entry.key.replace("context_tower.", "denoiser_tower.").replace("context_lm_head.", "lm_head.")
+        entries.append(dataclasses.replace(entry, key=key))
+    for key, value in _time_modules(config, seed).items():
+        entries.append(Entry(key, tuple(value.shape), dtype or config.dtype, lambda value=value: value))
+    with atomic_folder(target) as temporary:
+        write(temporary, config, entries, max_shard_bytes, tokenizer_files(source), progress)
+    files.close()
+    return config

@@ -1,0 +1,106 @@
+"""Which stored tensor is which parameter: published keys, plain Nemotron-H keys, stacked experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from .folder import Folder, Stored, some
+
+CONTEXT = ("context_tower.", "context_lm_head.")
+DENOISER = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
+_PLAIN = ("backbone.", "model.")
+_EXPERT = re.compile(r"(.*\.experts)\.(0|[1-9]\d*)(\.(?:up|down)_proj)\.weight")
+_STACKED = re.compile(r"(.*\.experts)(\.(?:up|down)_proj)")
+
+# Parameters that stay in fp32 in a 16-bit model: they set the scan's decay and the choice of experts.
+FP32_PARAMETERS = ("A_log", "D", "dt_bias", "gate.weight", "gate.e_score_correction_bias")
+
+
+def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type in which a model of type `dtype` holds the parameter `name`: at least fp32 for `FP32_PARAMETERS`."""
+    keep = name.endswith(tuple(f".mixer.{suffix}" for suffix in FP32_PARAMETERS))
+    return torch.promote_types(dtype, torch.float32) if keep else dtype
+
+
+def published_keys(name: str, shape: Sequence[int]) -> Iterable[tuple[str, int | None]]:
+    """The published keys of a parameter, with the expert that each is of (None: not of routed experts)."""
+    stacked = _STACKED.fullmatch(name)
+    if not stacked:
+        return [(name, None)]
+    return [(f"{stacked[1]}.{j}{stacked[2]}.weight", j) for j in range(shape[0])]
+
+
+def layout(folder: str | Path) -> str:
+    """What a folder of weights holds, from its keys alone.
+
+    Returns:
+        "two_tower" (both towers), "context" (the context tower of one, without a denoiser) or "plain" (a Nemotron-H).
+    Raises:
+        FileNotFoundError: no folder, no weights in it, or a file of its index missing.
+        ValueError: an unreadable index or file, or keys of some other model.
+    """
+    return layout_of(Folder(folder))
+
+
+def layout_of(folder: Folder) -> str:
+    keys = folder.tensors
+    if any(key.startswith(("context_tower.", "denoiser_tower.")) for key in keys):
+        return "two_tower" if any(key.startswith(DENOISER) for key in keys) else "context"
+    if any(key.startswith(_PLAIN) for key in keys):
+        return "plain"
+    raise ValueError(f"{folder.path}: not a TwoTower or Nemotron-H model: it holds {some(sorted(keys)) or 'nothing'}")
+
+
+def _published(key: str) -> str | None:
+    """The two-tower key of a plain Nemotron-H's; None for its multi-token prediction layers, which go unused."""
+    if key.startswith("mtp."):
+        return None
+    for prefix in _PLAIN:
+        if key.startswith(prefix):
+            return "context_tower." + key.removeprefix(prefix)
+    return f"context_{key}" if key.startswith("lm_head.") else key
+
+
+def match(
+    folder: Folder, shapes: Mapping[str, tuple[int, ...]], wanted: tuple[str, ...], plain: bool
+) -> dict[str, dict[int | None, Stored]]:
+    """For every parameter of `shapes` where it comes from: {None: whole} or {expert: its part}.
+
+    Keys that begin with none of `wanted` are left alone where they belong to the other tower. ValueError lists
+    everything that is missing, unexpected or mis-shaped.
+    """
+    found: dict[str, dict[int | None, Stored]] = {name: {} for name in shapes}
+    unexpected, misshaped = list(folder.astray), []
+    others = () if plain else tuple(p for p in (*CONTEXT, *DENOISER) if p not in wanted)
+    for key, stored in folder.tensors.items():
+        name = _published(key) if plain else key
+        if name is None or name.startswith(others):
+            continue
+        index: int | None = None
+        if name not in shapes and (part := _EXPERT.fullmatch(name)):
+            name, index = part[1] + part[3], int(part[2])
+        shape = shapes.get(name)
+        if shape is None or (index is not None and index >= shape[0]) or index in found[name]:
+            unexpected.append(key)
+            continue
+        found[name][index] = stored
+        if stored.shape != (expected := shape if index is None else shape[1:]):
+            misshaped.append(f"{key} is {list(stored.shape)}, not {list(expected)}")
+    missing = []
+    for name, sources in found.items():
+        stacked = _STACKED.fullmatch(name)
+        if None in sources and len(sources) > 1:
+            unexpected += [s.key for i, s in sources.items() if i is not None]
+        elif not sources and not stacked:
+            missing.append(name)
+        elif stacked and None not in sources:
+            missing += [f"{stacked[1]}.{j}{stacked[2]}.weight" for j in range(shapes[name][0]) if j not in sources]
+    if missing or unexpected or misshaped:
+        kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
+        parts = [f"{len(keys)} {kind} ({some(keys)})" for kind, keys in kinds.items() if keys]
+        raise ValueError(f"{folder.path}: the weights do not fit the model: {'; '.join(parts)}")
+    return found

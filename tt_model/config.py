@@ -1,0 +1,379 @@
+"""The model's configuration: what config.json says, checked; every field is honoured or refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "dense MLP"}
+ACTIVATIONS = ("relu2", "silu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+# What transformers calls the four kinds, newest name first; the second name is that of its earlier releases.
+_BLOCK_TYPES = {
+    "linear_attention": "M",
+    "mamba": "M",
+    "full_attention": "*",
+    "attention": "*",
+    "moe": "E",
+    "mlp": "-",
+}
+_PATTERN_LISTS = ("layers_block_type", "layer_types")
+# Other spellings of a field, from transformers' `nemotron_h` and its predecessors.
+_ALIASES = {
+    "layer_norm_epsilon": ("norm_eps", "rms_norm_eps"),
+    "n_groups": ("mamba_n_groups",),
+    "conv_kernel": ("mamba_d_conv",),
+    "use_conv_bias": ("mamba_conv_bias",),
+    "chunk_size": ("mamba_chunk_size",),
+    "time_step_limit": ("mamba_dt_limit",),
+    "n_routed_experts": ("num_local_experts",),
+    "dtype": ("torch_dtype",),
+}
+_REQUIRED = ("vocab_size", "hidden_size")
+# The sizes that a layer kind needs: required where the pattern has the letter, meaningless where it has not.
+_SIZES = {
+    "*": ("num_attention_heads", "num_key_value_heads", "head_dim"),
+    "M": ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups"),
+    "E": ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    "-": ("intermediate_size",),
+}
+_POSITIVE = (*_REQUIRED, "chunk_size", "n_group", "topk_group", "max_position_embeddings", "block_size")
+_INTEGERS = {
+    *_POSITIVE,
+    *(name for names in _SIZES.values() for name in names),
+    "moe_shared_expert_intermediate_size",
+    "conv_kernel",
+    "mask_token_id",
+    "time_embedding_size",
+}
+_BOOLEANS = {"attention_bias", "mlp_bias", "use_bias", "use_conv_bias", "norm_topk_prob", "residual_in_fp32"}
+_NULLABLE = {"bos_token_id", "eos_token_id", "pad_token_id"}
+_NUMBERS = {"routed_scaling_factor", "layer_norm_epsilon"}
+# Fields that would change the result and that this model has in one form only: (value, what is supported).
+_ONLY = {
+    "mamba_hidden_act": ("silu", "only silu is supported"),
+    "tie_word_embeddings": (False, "only untied heads are supported"),
+    "sliding_window": (None, "only attention over the whole context is supported"),
+    "moe_latent_size": (None, "experts on a latent projection are not supported"),
+    "quantization_config": (None, "quantised checkpoints are not supported"),
+    "block_configs": (None, "layers of different sizes are not supported"),
+}
+
+
+def _refuse(field: str, value: object, why: str) -> ValueError:
+    return ValueError(f"config: {field} is {value!r}: {why}")
+
+
+def _special_float(value: object) -> object:
+    """Infinity as transformers writes it, `{"__float__": "Infinity"}`; any other value as it is."""
+    if isinstance(value, Mapping) and set(value) == {"__float__"}:
+        return float(str(value["__float__"]))
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoTowerConfig:
+    """Sizes and constants of both towers, which share one configuration.
+
+    `pattern` has one letter per layer: M Mamba-2, * attention, E mixture of experts, - dense MLP. Sizes of kinds that
+    the pattern lacks may be 0. Creating one (also with `dataclasses.replace`) checks it: ValueError names the field,
+    its value and what is supported.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    pattern: str
+    # attention
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    attention_bias: bool = False
+    # Mamba-2
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    ssm_state_size: int = 0
+    n_groups: int = 0  # groups of heads that share B and C
+    conv_kernel: int = 4
+    chunk_size: int = 128  # of the scan: changes speed and rounding only
+    time_step_limit: tuple[float, float] = (0.0, math.inf)
+    use_bias: bool = False  # of in_proj and out_proj
+    use_conv_bias: bool = True
+    # dense MLP
+    intermediate_size: int = 0
+    mlp_bias: bool = False  # routed experts have none
+    mlp_hidden_act: str = "relu2"  # dense MLP, routed and shared experts
+    # mixture of experts
+    n_routed_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    moe_shared_expert_intermediate_size: int = 0  # width of the shared expert; 0: there is none
+    n_group: int = 1  # groups of experts that the router chooses among first
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    # all layers
+    layer_norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = False
+    max_position_embeddings: int = 4096
+    dtype: torch.dtype = torch.float32  # the towers compute in it; weights may be stored in a smaller one
+    # tokens
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = 0
+    mask_token_id: int = 3
+    # the denoiser
+    block_size: int = 16  # the one that it was trained with
+    time_embedding_size: int = 256
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        if not self.pattern:
+            raise _refuse("pattern", self.pattern, "it needs one letter per layer")
+        for letter in self.pattern:
+            if letter not in LAYER_KINDS:
+                known = ", ".join(f"{k} ({v})" for k, v in LAYER_KINDS.items())
+                raise _refuse("pattern", self.pattern, f"{letter!r} is not a layer kind: expected {known}")
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise _refuse(name, getattr(self, name), "it must be at least 1")
+        for kind, names in _SIZES.items():
+            for name in names:
+                value = getattr(self, name)
+                if value < 0 or (value == 0 and kind in self.pattern):
+                    raise _refuse(name, value, f"it must be at least 1 (the pattern has {LAYER_KINDS[kind]} layers)")
+        self._check_values()
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name in _INTEGERS and (not isinstance(value, int) or isinstance(value, bool)):
+                raise _refuse(name, value, "expected an integer")
+            if name in _BOOLEANS and not isinstance(value, bool):
+                raise _refuse(name, value, "expected true or false")
+            if name in _NUMBERS and (not isinstance(value, int | float) or isinstance(value, bool)):
+                raise _refuse(name, value, "expected a number")
+        if not isinstance(self.pattern, str):
+            raise _refuse("pattern", self.pattern, "expected a string of one letter per layer")
+        if self.dtype not in DTYPES.values():
+            raise _refuse("dtype", self.dtype, f"expected one of {', '.join(DTYPES)}")
+        for name in ("bos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise _refuse(name, value, "expected an integer or null")
+        eos = self.eos_token_id
+        if isinstance(eos, list):  # what JSON has; frozen, so that a config stays hashable
+            object.__setattr__(self, "eos_token_id", eos := tuple(eos))
+        if not all(isinstance(e, int) and not isinstance(e, bool) for e in self.eos_token_ids):
+            raise _refuse("eos_token_id", eos, "expected an integer, a list of integers or null")
+        limit = self.time_step_limit
+        if (
+            not isinstance(limit, list | tuple)
+            or len(limit) != 2
+            or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in limit)
+        ):
+            raise _refuse("time_step_limit", limit, "expected two numbers, smallest and largest")
+        object.__setattr__(self, "time_step_limit", (float(limit[0]), float(limit[1])))
+
+    def _check_values(self) -> None:
+        if "*" in self.pattern and self.num_attention_heads % self.num_key_value_heads:
+            why = f"it must be a multiple of num_key_value_heads ({self.num_key_value_heads})"
+            raise _refuse("num_attention_heads", self.num_attention_heads, why)
+        if "M" in self.pattern and self.mamba_num_heads % self.n_groups:
+            why = f"it must be a multiple of n_groups ({self.n_groups})"
+            raise _refuse("mamba_num_heads", self.mamba_num_heads, why)
+        if self.conv_kernel < 2:
+            raise _refuse("conv_kernel", self.conv_kernel, "it must be at least 2")
+        low, high = self.time_step_limit
+        if not 0 <= low <= high:
+            raise _refuse("time_step_limit", self.time_step_limit, "expected 0 <= smallest <= largest")
+        if self.mlp_bias and "E" in self.pattern:
+            raise _refuse("mlp_bias", True, "only experts without bias are supported")
+        if self.mlp_hidden_act not in ACTIVATIONS:
+            raise _refuse("mlp_hidden_act", self.mlp_hidden_act, f"only {' and '.join(ACTIVATIONS)} are supported")
+        if "E" in self.pattern:
+            self._check_routing()
+        if not (0 < self.layer_norm_epsilon < math.inf):
+            raise _refuse("layer_norm_epsilon", self.layer_norm_epsilon, "it must be above 0")
+        if not math.isfinite(self.routed_scaling_factor):
+            raise _refuse("routed_scaling_factor", self.routed_scaling_factor, "it must be finite")
+        if self.time_embedding_size < 2 or self.time_embedding_size % 2:
+            raise _refuse("time_embedding_size", self.time_embedding_size, "it must be even and at least 2")
+        for name, ids in (("mask_token_id", (self.mask_token_id,)), ("eos_token_id", self.eos_token_ids)):
+            if not all(0 <= i < self.vocab_size for i in ids):
+                raise _refuse(name, getattr(self, name), f"it is not in the vocabulary of {self.vocab_size} tokens")
+
+    def _check_routing(self) -> None:
+        experts = self.n_routed_experts
+        if (shared := self.moe_shared_expert_intermediate_size) < 0:
+            raise _refuse("moe_shared_expert_intermediate_size", shared, "it must be 0 (no shared expert) or more")
+        if self.num_experts_per_tok > experts:
+            raise _refuse("num_experts_per_tok", self.num_experts_per_tok, f"there are only {experts} n_routed_experts")
+        if self.topk_group > self.n_group:
+            raise _refuse("topk_group", self.topk_group, f"there are only {self.n_group} groups (n_group)")
+        if experts % self.n_group:
+            raise _refuse("n_routed_experts", experts, f"it must be a multiple of n_group ({self.n_group})")
+        if self.n_group > 1 and experts // self.n_group < 2:
+            raise _refuse("n_group", self.n_group, "a group is scored by its best 2 experts, so it needs at least 2")
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of one tower."""
+        return len(self.pattern)
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of a Mamba-2 mixer."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of its convolution: x, B and C."""
+        return self.d_inner + 2 * self.n_groups * self.ssm_state_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a sequence; empty when none does."""
+        eos = self.eos_token_id
+        return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+
+    def layers_of(self, kind: str) -> tuple[int, ...]:
+        """The indices of the layers of a kind, a letter of the pattern; ValueError for an unknown letter."""
+        if kind not in LAYER_KINDS:
+            raise ValueError(f"layers_of: {kind!r} is not a layer kind: expected one of {' '.join(LAYER_KINDS)}")
+        return tuple(i for i, letter in enumerate(self.pattern) if letter == kind)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TwoTowerConfig:
+        """The configuration that a config.json spells out, as published or as transformers' `nemotron_h` writes it.
+
+        What cannot change the result is ignored: `expand` (the mixer's width is heads x head size), rotary settings
+        (there is no position encoding), dropout, initialisation, cache settings. A null is a missing value, except that
+        a special token may be null: there is none.
+        ValueError names a field that is missing, contradicts another or asks for what this model has not.
+        """
+        given = {k: _special_float(v) for k, v in values.items() if v is not None or k in _NULLABLE}
+        kind = given.get("model_type", "nemotron_h")
+        if not isinstance(kind, str) or not kind.startswith("nemotron_h"):
+            raise _refuse("model_type", kind, "only nemotron_h is supported")
+        for name, (only, why) in _ONLY.items():
+            if name in given and given[name] != only:
+                raise _refuse(name, given[name], why)
+        read: dict[str, Any] = {"pattern": _pattern(given)}
+        for field in fields(cls):
+            names = [n for n in (field.name, *_ALIASES.get(field.name, ())) if n in given]
+            if field.name == "pattern" or not names:
+                continue
+            read[field.name] = given[names[0]]
+            for other in names[1:]:
+                if given[other] != given[names[0]]:
+                    raise _refuse(other, given[other], f"but {names[0]} is {given[names[0]]!r}: they must agree")
+        if "num_key_value_heads" not in read and "num_attention_heads" in read:
+            read["num_key_value_heads"] = read["num_attention_heads"]
+        if given.get("mamba_proj_bias") and not read.get("use_bias"):
+            raise _refuse("mamba_proj_bias", given["mamba_proj_bias"], "use_bias is what gives the projections a bias")
+        if "E" in read["pattern"]:
+            read["moe_shared_expert_intermediate_size"] = _shared_width(given)
+        needed = [*_REQUIRED, *(n for kind, names in _SIZES.items() if kind in read["pattern"] for n in names)]
+        if missing := [name for name in needed if name not in read]:
+            raise ValueError(f"config: {', '.join(missing)} missing (the pattern is {read['pattern']!r})")
+        if isinstance(limit := read.get("time_step_limit"), list):
+            read["time_step_limit"] = tuple(_special_float(v) for v in limit)
+        if "dtype" in read:
+            name = str(read["dtype"]).removeprefix("torch.")
+            if name not in DTYPES:
+                raise _refuse("dtype", read["dtype"], f"expected one of {', '.join(DTYPES)}")
+            read["dtype"] = DTYPES[name]
+        return cls(**read)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> TwoTowerConfig:
+        """`from_dict` of a config.json, given itself or by its folder.
+
+        FileNotFoundError when there is none; ValueError, naming the file, for what is not JSON or not supported.
+        """
+        file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file (a model is a folder with config.json and its weights)")
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{file}: expected a JSON object, found {type(values).__name__}")
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published spelling of config.json, ready for `json.dump`; `from_dict` reads it back to an equal one.
+
+        `mask_token_id`, `block_size` and `time_embedding_size`, which the published file lacks, are extra keys.
+        """
+        values: dict[str, Any] = {
+            "architectures": ["NemotronHTwoTowerForCausalLM"],
+            "model_type": "nemotron_h",
+            "hybrid_override_pattern": self.pattern,
+            "num_hidden_layers": self.num_hidden_layers,
+        }
+        for field in fields(self):
+            if field.name not in ("pattern", "dtype"):
+                value = getattr(self, field.name)
+                values[field.name] = list(value) if isinstance(value, tuple) else value
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        # What the published file says of choices that this model has in one form only, or does not make at all.
+        fixed = {"mamba_hidden_act": "silu", "tie_word_embeddings": False, "expand": 2}
+        shared = int(self.moe_shared_expert_intermediate_size > 0)
+        return {**values, "n_shared_experts": shared, **fixed, "torch_dtype": dtype}
+
+
+def _shared_width(given: Mapping[str, Any]) -> Any:
+    """The width of the shared expert, 0 when there is none; ValueError when it is missing or there are several."""
+    name = "moe_shared_expert_intermediate_size"
+    count, width = given.get("n_shared_experts", 1), given.get(name)
+    if isinstance(count, bool) or count not in (0, 1):
+        why = "0 and 1 are supported: implementations disagree on the width of several"
+        raise _refuse("n_shared_experts", count, why)
+    if count and not width:
+        raise _refuse(name, width, "the width of the shared expert is needed (n_shared_experts is 1)")
+    return width if count else 0
+
+
+def _pattern(given: Mapping[str, Any]) -> str:
+    """The pattern from a string or a list of kinds; ValueError when there is none or they disagree."""
+    found: dict[str, str] = {}
+    if "hybrid_override_pattern" in given:
+        pattern = given["hybrid_override_pattern"]
+        if not isinstance(pattern, str) or not pattern:
+            raise _refuse("hybrid_override_pattern", pattern, "expected one letter per layer")
+        if unknown := next((letter for letter in pattern if letter not in LAYER_KINDS), None):
+            known = ", ".join(f"{k} ({v})" for k, v in LAYER_KINDS.items())
+            raise _refuse("hybrid_override_pattern", pattern, f"{unknown!r} is not a layer kind: expected {known}")
+        found["hybrid_override_pattern"] = pattern
+    for name in _PATTERN_LISTS:
+        if name in given:
+            kinds = given[name]
+            if not isinstance(kinds, list | tuple) or not kinds or not all(isinstance(k, str) for k in kinds):
+                raise _refuse(name, kinds, "expected a list of layer kinds")
+            if unknown := next((k for k in kinds if k not in _BLOCK_TYPES), None):
+                why = f"{unknown!r} is not a layer kind: expected {', '.join(_BLOCK_TYPES)}"
+                raise _refuse(name, kinds if len(kinds) <= 8 else [*kinds[:8], "..."], why)
+            found[name] = "".join(_BLOCK_TYPES[k] for k in kinds)
+    if not found:
+        names = ", ".join(("hybrid_override_pattern", *_PATTERN_LISTS))
+        raise ValueError(f"config: no layer pattern: one of {names} is needed")
+    (first, pattern), *others = found.items()
+    for name, other in others:
+        if other != pattern:
+            raise _refuse(name, other, f"but {first} is {pattern!r}: they must agree")
+    layers = given.get("num_hidden_layers", len(pattern))
+    if layers != len(pattern):
+        raise _refuse("num_hidden_layers", layers, f"but {first} has {len(pattern)} layers: they must agree")
+    return pattern

@@ -1,0 +1,104 @@
+"""The Mamba-2 mixer. B batch, L tokens, D hidden, H heads of size P, G groups, N state size, C conv channels."""
+
+import torch
+from torch import Tensor, nn
+
+from tt_kernels import causal_conv1d, conv_block_states, conv_state, gated_group_norm, ssd_advance, ssd_block, ssd_chunk
+
+from ..config import TwoTowerConfig
+
+SHORT = 64  # tokens that the block form takes; longer stretches go through the chunked scan
+CHUNK = 32  # tokens of its chunks: pairs inside a chunk and states between chunks cost about the same here
+
+
+class Mamba2(nn.Module):
+    """in_proj -> causal conv + SiLU -> selective scan -> gated group norm -> out_proj."""
+
+    def __init__(self, config: TwoTowerConfig):
+        super().__init__()
+        self.config = config
+        D, H, inner, C = config.hidden_size, config.mamba_num_heads, config.d_inner, config.conv_dim
+        self.in_proj = nn.Linear(D, inner + C + H, bias=config.use_bias)
+        self.conv1d = nn.Conv1d(C, C, config.conv_kernel, groups=C, bias=config.use_conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(H))
+        self.A_log = nn.Parameter(torch.empty(H))
+        self.D = nn.Parameter(torch.empty(H))
+        self.norm = nn.Module()
+        self.norm.weight = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, D, bias=config.use_bias)
+
+    def project(self, h_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z [B, L, H * P], raw xBC [B, L, C] and raw dt [B, L, H]."""
+        c = self.config
+        return self.in_proj(h_BLD).split([c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
+
+    def conv(self, xBC_BLC: Tensor, state_BCK: Tensor | None, cu_seqlens: Tensor | None = None):
+        """Convolved and activated x [B, L, H, P], B and C [B, L, G, N]."""
+        c = self.config
+        weight = self.conv1d.weight.squeeze(1)
+        xBC = causal_conv1d(xBC_BLC, weight, self.conv1d.bias, state_BCK, cu_seqlens=cu_seqlens)
+        GN = c.n_groups * c.ssm_state_size
+        x, B, C = xBC.split([c.d_inner, GN, GN], dim=-1)
+        return (
+            x.unflatten(-1, (c.mamba_num_heads, -1)),
+            B.unflatten(-1, (c.n_groups, -1)),
+            C.unflatten(-1, (c.n_groups, -1)),
+        )
+
+    def out(self, y_BLHP: Tensor, z_BLI: Tensor) -> Tensor:
+        c = self.config
+        y = gated_group_norm(y_BLHP.flatten(2), z_BLI, self.norm.weight, groups=c.n_groups, eps=c.layer_norm_epsilon)
+        return self.out_proj(y)
+
+    def scan_parameters(self) -> tuple[Tensor, Tensor]:
+        return -self.A_log.exp(), self.D
+
+    def forward(self, h_BLD: Tensor, conv: Tensor, ssm: Tensor, counts: Tensor | None = None, *, advance: bool = False):
+        """L tokens from seeded states.
+
+        Returns the output [B, L, D], what `advance` needs to replay them, and the states after the first counts[b]
+        tokens of each row (all, if None) where `advance` is set.
+        """
+        z, xBC, dt = self.project(h_BLD)
+        x, B, C = self.conv(xBC, conv)
+        A, D = self.scan_parameters()
+        limit = self.config.time_step_limit
+        projected, states = (xBC, x, dt, B), None
+        if h_BLD.shape[1] <= SHORT:
+            y = ssd_block(x, dt, A, B, C, D, self.dt_bias, ssm, dt_limit=limit)
+            if advance:
+                states = self.advance(*projected, conv, ssm, counts)
+        else:
+            y, final, _ = ssd_chunk(x, dt, A, B, C, D, self.dt_bias, ssm, counts, chunk_size=CHUNK, dt_limit=limit)
+            states = conv_state(xBC, counts, conv, kernel_size=self.config.conv_kernel), final
+        return self.out(y, z), projected, states
+
+    def advance(self, xBC, x, dt, B, conv: Tensor, ssm: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Conv and SSM state after the first counts[b] of the tokens that `forward` was given."""
+        new_conv = conv_state(xBC, counts, conv, kernel_size=self.config.conv_kernel)
+        A, _ = self.scan_parameters()
+        return new_conv, ssd_advance(x, dt, A, B, self.dt_bias, ssm, counts, dt_limit=self.config.time_step_limit)
+
+    def encode(self, h_BND: Tensor, cu_seqlens: Tensor | None, block_size: int | None):
+        """Whole sequences from zero state: the output and, with a block size, the states before each block:
+        conv [B, N / S, C, K] and SSM [B, N / S, H, P, N]."""
+        z, xBC, dt = self.project(h_BND)
+        x, B, C = self.conv(xBC, None, cu_seqlens)
+        A, D = self.scan_parameters()
+        y, _, before = ssd_chunk(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            self.dt_bias,
+            chunk_size=block_size or CHUNK,
+            dt_limit=self.config.time_step_limit,
+            cu_seqlens=cu_seqlens,
+        )
+        states = None
+        if block_size is not None:
+            kernel = self.config.conv_kernel
+            states = conv_block_states(xBC, block_size=block_size, kernel_size=kernel, cu_seqlens=cu_seqlens), before
+        return self.out(y, z), states

@@ -1,0 +1,228 @@
+"""The two towers together: prefill, denoise, commit, verify, and the training forms.
+
+B batch, P prompt length, L block length, N tokens of a training row, S block size, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .cache import Cache, Pending
+from .config import TwoTowerConfig
+from .tower import BlockPass, CleanPass, ContextPass, NoisyPass, Tower
+
+PREFILL_CHUNK = 2048  # tokens of a prompt that go through the tower at a time: bounds memory
+ASSETS = Path(__file__).parent / "assets"
+
+
+class TimeEmbedder(nn.Module):
+    """t [M] -> [M, D]: cosines and sines of 1000 t at 128 frequencies, then an MLP."""
+
+    def __init__(self, size: int, D: int):
+        super().__init__()
+        self.size = size
+        self.mlp = nn.Sequential(nn.Linear(size, D), nn.SiLU(), nn.Linear(D, D))
+
+    def forward(self, t_M: Tensor) -> Tensor:
+        dtype, half = self.mlp[0].weight.dtype, self.size // 2
+        acc = torch.promote_types(dtype, torch.float32)
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t_M.device, dtype=acc) / half)
+        angles = (t_M.to(dtype) * 1000).to(acc).unsqueeze(-1) * frequencies  # [M, 128]
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))
+
+
+class TwoTower(nn.Module):
+    """Nemotron-Labs-TwoTower (arXiv 2606.26493): a causal context tower and a block denoiser conditioned on it.
+
+    Load one with `TwoTower.from_pretrained`; the constructor makes an uninitialised model of a config. With
+    `towers="context"` there is no denoiser: only autoregressive use, half the memory.
+    """
+
+    def __init__(self, config: TwoTowerConfig, *, towers: str = "both"):
+        super().__init__()
+        if towers not in ("both", "context"):
+            raise ValueError(f'towers is {towers!r}, expected "both" or "context"')
+        self.config = config
+        D, V = config.hidden_size, config.vocab_size
+        self.context_tower = Tower(config)
+        self.context_lm_head = nn.Linear(D, V, bias=False)
+        self.denoiser_tower: Tower | None = None
+        if towers == "both":
+            self.denoiser_tower = Tower(config)
+            self.lm_head = nn.Linear(D, V, bias=False)
+            self.t_embedder = TimeEmbedder(config.time_embedding_size, D)
+            self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 3 * D))
+            tables = (nn.Parameter(torch.zeros(3, D)) for _ in config.pattern)
+            self.scale_shift_tables = nn.ParameterList(tables)
+
+    @property
+    def device(self) -> torch.device:
+        return self.context_lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.context_lm_head.weight.dtype
+
+    # ---- generation: tokens in, logits and caches out ----
+
+    def context_logits(self, ids: Tensor) -> Tensor:
+        """Next-token logits of the context tower at every position.
+
+        Args:
+            ids: [B, P] int64.
+        Returns:
+            [B, P, V], in the model's dtype.
+        """
+        ids = self._ids("ids", ids)
+        return self.context_lm_head(self.context_tower(ids, CleanPass()))
+
+    @torch.no_grad()
+    def prefill(self, prompts: Tensor | Sequence[Sequence[int]], *, reserve: int = 0) -> Cache:
+        """Run the context tower over prompts.
+
+        Args:
+            prompts: [B, P] int64, or B lists of token ids of any lengths from 1.
+            reserve: further tokens per row to make room for at once.
+        Returns:
+            a Cache of all tokens; `cache.last_logits` [B, V] predicts the next one of each row.
+        Cost: one pass of the context tower in stretches of 2048 tokens; shorter rows of a ragged batch are padded.
+        """
+        rows = list(prompts)
+        if not rows or any(len(row) == 0 for row in rows):
+            raise ValueError("prompts: every prompt needs at least one token")
+        return self._prefill(rows, reserve)
+
+    def _prefill(self, rows: Sequence[Sequence[int] | Tensor], reserve: int) -> Cache:
+        """`prefill`, where a row may also be empty (mock-AR starts one token early)."""
+        lengths = [len(row) for row in rows]
+        longest = max(lengths)
+        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+        for b, row in enumerate(rows):
+            ids[b, : lengths[b]] = torch.as_tensor(row)
+        ids = self._ids("prompts", ids)
+        cache = Cache(self.config, len(rows), device=self.device, dtype=self.dtype)
+        cache.head = self.context_lm_head.weight
+        cache.reserve(longest + reserve)
+        ragged = min(lengths) < longest
+        for start in range(0, longest, PREFILL_CHUNK):
+            chunk = ids[:, start : start + PREFILL_CHUNK]
+            counts = None
+            if ragged:
+                left = torch.tensor(lengths, dtype=torch.int32, device=self.device) - start
+                counts = left.clamp(0, chunk.shape[1])
+            self._extend(chunk, cache, counts)
+        cache.longest = longest
+        return cache
+
+    def _extend(self, ids: Tensor, cache: Cache, counts: Tensor | None = None) -> None:
+        walk = ContextPass(cache, ids.shape[1], counts, write=True)
+        cache.extend(ids.shape[1], counts, self.context_tower(ids, walk))
+
+    @torch.no_grad()
+    def denoise(self, block: Tensor, t: Tensor | None, cache: Cache, output: str = "logits") -> Tensor:
+        """One denoiser pass over a noisy block that follows the cache; the cache is only read.
+
+        Args:
+            block: [B, L] int64, masked positions holding `config.mask_token_id`.
+            t:     [B] float, each row's masked fraction; None: no time conditioning (mock-AR).
+            output: "logits" or "hidden".
+        Returns:
+            [B, L, V] logits (the mask token is not suppressed), or [B, L, D] hidden states after the final norm.
+        """
+        tower = self._denoiser()
+        block = self._block("denoise", block, cache)
+        h = tower(block, BlockPass(cache), None if t is None else self._modulation(t))
+        return self._output(h, output)
+
+    @torch.no_grad()
+    def commit(self, block: Tensor, cache: Cache) -> None:
+        """Run the context tower over a finished block [B, L]: all of it enters the cache."""
+        self._extend(self._block("commit", block, cache), cache)
+
+    @torch.no_grad()
+    def verify(self, block: Tensor, cache: Cache) -> tuple[Tensor, Pending]:
+        """The context tower over a block [B, L] without writing the cache.
+
+        Returns:
+            logits [B, L, V]: position i predicts the token after block[:, : i + 1]
+            pending: for `cache.advance(pending, lengths)`, which lets the first lengths[b] tokens in.
+        """
+        block = self._block("verify", block, cache)
+        walk = ContextPass(cache, block.shape[1], write=False)
+        walk.pending.hidden = self.context_tower(block, walk)
+        return self.context_lm_head(walk.pending.hidden), walk.pending
+
+    # ---- training: whole sequences ----
+
+    @torch.no_grad()
+    def encode_clean(self, clean: Tensor, block_size: int, cu_seqlens: Tensor | None = None) -> CleanPass:
+        """The context tower over clean sequences, keeping what every noisy block needs.
+
+        Args:
+            clean: [B, N] int64, N a multiple of block_size.
+            cu_seqlens: [n + 1] int32 over the flattened B * N tokens: where packed sequences begin and end, multiples
+                of block_size; every row begins one. None: every row is one sequence.
+        Returns:
+            K/V of all attention layers [B, N, Hkv, P] and conv and SSM states before every block. No gradient.
+        """
+        clean = self._ids("clean", clean)
+        if clean.shape[1] % block_size:
+            raise ValueError(f"encode_clean: clean has N={clean.shape[1]}, expected a multiple of {block_size=}")
+        walk = CleanPass(cu_seqlens, block_size)
+        self.context_tower(clean, walk)
+        return walk
+
+    def denoise_all(self, ctx: CleanPass, noisy: Tensor, t: Tensor, output: str = "logits") -> Tensor:
+        """Every noisy block against the clean blocks before it, in one pass, with gradients.
+
+        Args:
+            ctx:   from `encode_clean`.
+            noisy: [B, N] int64.
+            t:     [B, N / S] float, each block's masking probability or masked fraction.
+        Returns:
+            [B, N, V] logits or [B, N, D] hidden states; equal to `prefill` + `denoise` block by block.
+        """
+        noisy, S = self._ids("noisy", noisy), ctx.block_size
+        if t.shape != (noisy.shape[0], noisy.shape[1] // S):
+            raise ValueError(f"denoise_all: t has shape {list(t.shape)}, expected [B, N / S] for noisy {list(noisy.shape)}")
+        blocks = noisy.reshape(-1, S)
+        h = self._denoiser()(blocks, NoisyPass(ctx, len(noisy)), self._modulation(t.flatten()))
+        return self._output(h.view(*noisy.shape, -1), output)
+
+    # ---- parts ----
+
+    def _denoiser(self) -> Tower:
+        if self.denoiser_tower is None:
+            raise ValueError('this model was loaded with towers="context": it has no denoiser, only mode="ar" works')
+        return self.denoiser_tower
+
+    def _modulation(self, t_M: Tensor) -> Tensor:
+        """(shift, scale, gate) of every layer: [layers, 3, M, D]."""
+        shared = self.t_block(self.t_embedder(t_M.to(self.device))).unflatten(-1, (3, -1)).transpose(0, 1)
+        return torch.stack(list(self.scale_shift_tables)).unsqueeze(2) + shared
+
+    def _output(self, h: Tensor, output: str) -> Tensor:
+        if output not in ("logits", "hidden"):
+            raise ValueError(f'output is {output!r}, expected "logits" or "hidden"')
+        return self.lm_head(h) if output == "logits" else h
+
+    def _ids(self, name: str, ids: Tensor) -> Tensor:
+        if ids.dim() != 2 or ids.is_floating_point():
+            raise ValueError(f"{name} has shape {list(ids.shape)} and dtype {ids.dtype}, expected [B, L] of integers")
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size):
+            bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise ValueError(f"{name} holds token id {bad}, expected 0 to {self.config.vocab_size - 1}")
+        return ids.to(self.device, torch.int64)
+
+    def _block(self, op: str, block: Tensor, cache: Cache) -> Tensor:
+        if block.dim() != 2 or len(block) != cache.batch or block.shape[1] == 0:
+            raise ValueError(f"{op}: block has shape {list(block.shape)}, expected [B, L] with B={cache.batch} as in the cache")
+        return block.to(self.device)
+
+
+__all__ = ["ASSETS", "Cache", "CleanPass", "Pending", "TwoTower"]
