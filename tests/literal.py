@@ -1,12 +1,13 @@
 """MODEL.md written out token by token in fp64: the independent check of the fast reference implementation.
 
-Naive on purpose. One sequence, no batch; loops over tokens, heads and experts; nothing of tt_kernels or tt_model. Where a
-sentence of MODEL.md can be followed word by word, it is, so that this file can be compared with that page by reading.
+Naive on purpose. One sequence, no batch; loops over tokens, heads and experts; nothing of tt_kernels or tt_model. It
+follows MODEL.md sentence by sentence, so that the two can be compared by reading.
 
-All arithmetic is fp64, except that the time embedding keeps the roundings that are part of the model (`time_embedding`).
-`residual_in_fp32` changes nothing here, since fp64 is wider; `chunk_size`, `expand`, `time_step_min`, `time_step_max`,
+All arithmetic is fp64, but for the roundings of the time embedding, which are part of the model (`time_embedding`).
+`residual_in_fp32` changes nothing here, since fp64 is wider. `chunk_size`, `expand`, `time_step_min`, `time_step_max`,
 `time_step_floor`, `rope_theta`, `partial_rotary_factor` and `max_position_embeddings` are no part of the mathematics.
 A bias (`use_bias`, `mlp_bias`, `attention_bias`, `use_conv_bias`) is added where the configuration asks for it.
+Its operations are tiny: run it on one thread.
 
 A cache is a list with one entry a layer, never changed in place:
   M  {"conv_state": [C, conv_kernel] oldest column first, "ssm_state": [heads, mamba_head_dim, state]}
@@ -42,7 +43,7 @@ def load(folder: str | Path) -> Model:
     weights = {}
     for name in sorted(set(shards.values())):
         with safe_open(folder / name, "pt") as shard:
-            for key in shard.keys():  # noqa: SIM118 (a safe_open is no dict)
+            for key in shard.keys():  # noqa: SIM118 - a safe_open cannot be iterated
                 weights[key] = shard.get_tensor(key).double()
     assert weights.keys() == shards.keys(), "the shards do not hold what the index says"
     assert len(config["hybrid_override_pattern"]) == config["num_hidden_layers"]
@@ -246,7 +247,10 @@ def context_forward(model: Model, tokens: list[int], cache: Cache | None = None)
 
 
 def time_embedding(model: Model, t: float) -> Tensor:
-    """e of MODEL.md: t and 1000 t rounded to the model's dtype, angles in fp32, the result rounded to the model's dtype."""
+    """e of MODEL.md: t, 1000 t and e rounded to the model's dtype, f and the angles to fp32.
+
+    These roundings are the model's: at an angle of 1000 fp32 resolves 6e-5, and the logits show it.
+    """
     half = model.weights["t_embedder.mlp.0.weight"].shape[1] // 2
     t_rounded = torch.tensor(t, dtype=torch.float64).to(model.dtype)
     angle_at_1 = (1000 * t_rounded).float()
@@ -315,8 +319,8 @@ def sample(
 ) -> int:
     """Argmax at temperature 0 (of equals the lowest id), else the argmax of logits / temperature + Gumbel noise.
 
-    top_k keeps the k largest logits and all that equal the k-th; top_p keeps, of the distribution at this temperature and
-    after top_k, the most probable words until their sum exceeds p, the word that makes it exceed p included.
+    top_k keeps the k largest logits and all that equal the k-th. top_p keeps, of the distribution at this temperature
+    and after top_k, the most probable words until their sum exceeds p, the word that makes it exceed p included.
     """
     if temperature <= 0:
         return top(logits.tolist(), 1)[0]
@@ -339,7 +343,7 @@ def sample(
 
 
 def commit_rule(masked: list[int], confidence: list[float], threshold: float, remaining: int) -> list[int]:
-    """The positions that commit now, in order. confidence[i] belongs to position masked[i]; of equals the lower position."""
+    """The positions that commit now; confidence[i] is that of position masked[i]. Of equals the lower position wins."""
     above = sum(c > threshold for c in confidence)
     count = min(len(masked), max(1, above, math.ceil(len(masked) / remaining)))
     return sorted(masked[i] for i in top(confidence, count))

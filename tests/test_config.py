@@ -238,7 +238,7 @@ def test_refusals_name_field_and_value(name: str, value: object) -> None:
     with pytest.raises(ValueError) as caught:
         TwoTowerConfig.from_dict(values)
     field = "dtype" if name == "torch_dtype" else name
-    said = "moemoe" if value == ["moe"] * 4 else str(value)
+    said = str(value).strip("[]")  # a pair is shown as the tuple that it became
     message = str(caught.value)
     assert "\n" not in message
     if (name, value) != ("vocab_size", 3):  # said of the mask token, which falls outside
@@ -259,7 +259,7 @@ def test_missing_pattern() -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="config.json: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
         TwoTowerConfig.from_file(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         TwoTowerConfig.from_file(tmp_path / "nowhere")

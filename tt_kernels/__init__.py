@@ -1,4 +1,46 @@
-"""Kernels of a two-tower Mamba-2 / attention / mixture-of-experts model."""
+"""The ops of a two-tower Mamba-2, attention and mixture-of-experts model. They know nothing of the model.
 
-from .reference import *  # noqa: F403
-from .reference import __all__  # noqa: F401
+Every op has a twin of the same name and signature in `tt_kernels.reference`: plain PyTorch, the specification. So far
+that is what runs, on every device. `OPS` holds a card for each op: cases, inputs, gradients, cost.
+"""
+
+from . import attention, conv1d, moe, norm, ssd
+from . import linear_cross_entropy as _linear_cross_entropy
+from . import unmask as _unmask
+from .attention import block_diffusion_attention, causal_attention, context_attention
+from .conv1d import causal_conv1d, conv_block_states, conv_state
+from .core import Op, use
+from .linear_cross_entropy import linear_cross_entropy
+from .moe import ExpertWeights, experts, route
+from .norm import gated_group_norm, modulated_rms_norm, rms_norm
+from .ssd import ssd_advance, ssd_block, ssd_chunk
+from .unmask import commit, gumbel_noise, head_sample, sample, unmask
+
+_MODULES = (norm, conv1d, ssd, moe, attention, _unmask, _linear_cross_entropy)
+OPS: dict[str, Op] = {op.fn.__name__: op for module in _MODULES for op in module.OPS}
+
+__all__ = [
+    "OPS",
+    "ExpertWeights",
+    "block_diffusion_attention",
+    "causal_attention",
+    "causal_conv1d",
+    "commit",
+    "context_attention",
+    "conv_block_states",
+    "conv_state",
+    "experts",
+    "gated_group_norm",
+    "gumbel_noise",
+    "head_sample",
+    "linear_cross_entropy",
+    "modulated_rms_norm",
+    "rms_norm",
+    "route",
+    "sample",
+    "ssd_advance",
+    "ssd_block",
+    "ssd_chunk",
+    "unmask",
+    "use",
+]

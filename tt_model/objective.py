@@ -26,7 +26,9 @@ def ar_loss(model: TwoTower, ids: Tensor, cu_seqlens: Tensor | None = None) -> T
     if cu_seqlens is not None:
         has_next.view(-1)[cu_seqlens[1:].long() - 1] = False
     targets = ids.roll(-1, dims=1)
-    return linear_cross_entropy(hidden.flatten(0, 1), model.context_lm_head.weight, targets.flatten(), has_next.flatten())
+    return linear_cross_entropy(
+        hidden.flatten(0, 1), model.context_lm_head.weight, targets.flatten(), has_next.flatten()
+    )
 
 
 def mask_blocks(

@@ -246,7 +246,9 @@ def train(
                 balance.update()
             entry = {"step": step, "loss": loss.item(), "learning_rate": learning_rate(step, s)}
             if not math.isfinite(entry["loss"]):
-                raise ValueError(f"step {step}: the loss is {entry['loss']}; lower the learning rate ({s.learning_rate})")
+                raise ValueError(
+                    f"step {step}: the loss is {entry['loss']}; lower the learning rate ({s.learning_rate})"
+                )
             entry["tokens_per_s"] = round(batch.ids.numel() / (time.perf_counter() - began), 1)
             history.append(entry)
             if (step + 1) % save_every == 0 or step + 1 == last:

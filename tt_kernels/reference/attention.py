@@ -17,7 +17,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
 
 
 def _page_index(page_table: Tensor, lengths: Tensor, longest: int, pages: Tensor) -> slice | Tensor:
-    """The pages of all rows, row after row: a slice where they lie in order. Entries past a row's end may be anything."""
+    """The pages of all rows, row after row: a slice where they lie in order. Entries past a row's end do not count."""
     first, count = int(page_table[0, 0]), page_table.numel()
     in_order = torch.arange(first, first + count, dtype=page_table.dtype, device=page_table.device)
     if 0 <= first <= len(pages) - count and torch.equal(page_table.flatten(), in_order):
@@ -41,6 +41,9 @@ def context_attention(
     B, L = q.shape[:2]
     longest, shortest = (int(lengths.max()), int(lengths.min())) if B else (0, 0)
     causal = causal and L > 1
+    room = page_table.shape[1] * k_pages.shape[1]
+    if longest > room:
+        raise ValueError(f"context_attention: lengths goes up to {longest}, but the page table has room for {room}")
     if longest == 0:
         return _sdpa(q, k, v, None, scale, causal=causal)
     index = _page_index(page_table, lengths, longest, k_pages)

@@ -1,12 +1,21 @@
-"""What several references share: the dtype of sums, packed sequences."""
+"""What several references share: the dtype of sums, the head, packed sequences."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums: fp32, or fp64 where an input is fp64."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden weight^T, not rounded to 16 bits. A 16-bit head is widened a slice at a time: it can be gigabytes."""
+    acc = compute_dtype(hidden.dtype, weight.dtype)
+    if weight.dtype == acc:
+        return F.linear(hidden.to(acc), weight)
+    return torch.cat([F.linear(hidden.to(acc), part.to(acc)) for part in weight.split(16384)], -1)
 
 
 def sequence_index(cu_seqlens: Tensor, B: int, L: int) -> Tensor:

@@ -29,7 +29,8 @@ def causal_conv1d(
     taps = weight.to(acc).T.contiguous()  # [K, C]: a tap multiplies whole rows
     if cu_seqlens is not None:
         seq = F.pad(sequence_index(cu_seqlens, B, L), (K - 1, 0))  # 0: nothing before the row
-    y = padded[:, K - 1 :] * taps[K - 1] if bias is None else torch.addcmul(bias.to(acc), padded[:, K - 1 :], taps[K - 1])
+    own = padded[:, K - 1 :]
+    y = own * taps[K - 1] if bias is None else torch.addcmul(bias.to(acc), own, taps[K - 1])
     for k in range(K - 1):
         column = padded[:, k : k + L]
         if cu_seqlens is not None:

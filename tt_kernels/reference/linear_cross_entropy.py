@@ -3,12 +3,12 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import compute_dtype
+from .common import head_logits
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None:
         hidden, targets = hidden[mask], targets[mask]
-    logits = F.linear(hidden, weight)
-    loss = F.cross_entropy(logits.to(compute_dtype(logits.dtype)), targets, reduction="sum")
+    targets = targets.flatten()
+    loss = F.cross_entropy(head_logits(hidden, weight).flatten(0, -2), targets.long(), reduction="sum")
     return loss / max(len(targets), 1)

@@ -60,7 +60,9 @@ def _grouped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
 
 
-def experts(x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights, *, activation: str = "relu2") -> Tensor:
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights, *, activation: str = "relu2"
+) -> Tensor:
     (T, D), K = x.shape, ids.shape[1]
     pairs, order = ids.flatten().sort(stable=True)  # token-expert pairs, sorted by expert
     counts = torch.bincount(pairs, minlength=len(expert_weights.up)).tolist()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import compute_dtype
+from .common import compute_dtype, head_logits
 
 _WORD = 0xFFFFFFFF  # 32 bits
 _ROUND = ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))  # Philox4x32: multipliers, key increments
@@ -75,8 +75,28 @@ def sample(
     return token, confidence
 
 
-def head_sample(hidden: Tensor, weight: Tensor, **options) -> tuple[Tensor, Tensor]:
-    return sample(F.linear(hidden, weight), **options)
+def head_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    step: Tensor,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    suppress: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    return sample(
+        head_logits(hidden, weight),
+        temperature=temperature,
+        seed=seed,
+        position=position,
+        step=step,
+        top_k=top_k,
+        top_p=top_p,
+        suppress=suppress,
+    )
 
 
 def commit(

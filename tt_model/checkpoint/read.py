@@ -49,8 +49,10 @@ def load(
             f'{files.path}: {what}: load it with towers="context", or make it a model of two towers (twotower convert)'
         )
     wanted = CONTEXT if towers == "context" else (*CONTEXT, *DENOISER)
-    parameters = {name: p for name, p in model.named_parameters() if name.startswith(wanted)}
-    found = match(files, {name: tuple(p.shape) for name, p in parameters.items()}, wanted, kind == "plain")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name.startswith(wanted)}
+    if towers == "both" and not any(name.startswith(DENOISER) for name in shapes):
+        raise ValueError('load: the model has no denoiser (it was made with towers="context")')
+    found = match(files, shapes, wanted, kind == "plain")
 
     jobs = [(stored, name, index) for name, parts in found.items() for index, stored in parts.items()]
     jobs.sort(key=lambda job: job[0].file)  # stable: one file after the other, inside it in the model's order

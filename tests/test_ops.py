@@ -1,0 +1,289 @@
+"""Every public op by its card: twin, docstring, values, dtypes, gradients, graphs, layout, bad input.
+
+What the results mean is the business of test_reference.py and test_sampling.py. 20 s on one core.
+"""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+import tt_kernels
+from torch import Tensor
+from tt_kernels import OPS, ExpertWeights, Op, core, reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def case_id(name: str, dims: dict[str, int]) -> str:
+    return f"{name}-" + "-".join(f"{k}{v}" for k, v in dims.items())
+
+
+CASES = [pytest.param(op, dims, id=case_id(name, dims)) for name, op in OPS.items() for dims in op.cases]
+WHOLE = [p for p in CASES if not set(p.values[1].values()) & {0}]  # a 0 is an empty size, or an option left out
+FIRST = [pytest.param(op, op.cases[0], id=name) for name, op in OPS.items()]
+DIFFERENTIABLE = [p for p in CASES if p.values[0].grads]
+NAMES = list(OPS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are tiny: a second thread only costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(op: Op, dims: dict[str, int], dtype: torch.dtype, seed: int = 2) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    return op.inputs(dtype, **dims)
+
+
+def leaves(kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the arguments; field b of argument a is "a.b"."""
+    flat = {}
+    for name, value in kwargs.items():
+        if isinstance(value, ExpertWeights):
+            flat |= {f"{name}.{f.name}": getattr(value, f.name) for f in fields(value)}
+        else:
+            flat[name] = value
+    return {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+
+
+def with_leaves(kwargs: dict[str, Any], new: dict[str, Tensor]) -> dict[str, Any]:
+    kwargs = dict(kwargs)
+    for name, tensor in new.items():
+        argument, _, field = name.partition(".")
+        kwargs[argument] = replace(kwargs[argument], **{field: tensor}) if field else tensor
+    return kwargs
+
+
+def double(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return with_leaves(kwargs, {k: t.double() for k, t in leaves(kwargs).items() if t.is_floating_point()})
+
+
+def outputs(op: Op, result: Any) -> dict[str, Tensor]:
+    result = result if isinstance(result, tuple) else (result,)
+    return dict(zip(op.outputs, result, strict=True))
+
+
+# The op and its papers
+
+
+def test_every_op_has_a_card_and_a_twin() -> None:
+    assert set(tt_kernels.__all__) == {*OPS, "ExpertWeights", "OPS", "use"}
+    assert set(reference.__all__) == {*OPS, "ExpertWeights"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twins_have_one_name_and_signature(name: str) -> None:
+    op = OPS[name]
+    assert op.fn is getattr(tt_kernels, name) and op.reference is getattr(reference, name)
+    assert op.fn.__name__ == op.reference.__name__ == name
+    assert inspect.signature(op.fn) == inspect.signature(op.reference)
+    kinds = [p.kind for p in inspect.signature(op.fn).parameters.values()]
+    assert inspect.Parameter.VAR_KEYWORD not in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring_is_whole(name: str) -> None:
+    op, doc = OPS[name], inspect.getdoc(OPS[name].fn)
+    effect, _, rest = doc.partition("Args:")
+    arguments, _, results = rest.partition("Returns:")
+    assert effect.strip() and results
+    listed = {word for line in arguments.splitlines() for word in line.partition(":")[0].replace(",", " ").split()}
+    assert set(inspect.signature(op.fn).parameters) <= listed
+    assert all(f"{output}:" in results for output in op.outputs)
+    for word in ("Cost", "Raises ValueError", "radients"):
+        assert word in results, f"{name} does not say: {word}"
+
+
+@pytest.mark.parametrize("op,dims", CASES)
+def test_card_counts(op: Op, dims: dict[str, int]) -> None:
+    for shape in (dims, *op.shapes):
+        flops, moved = op.cost(2, **shape)
+        assert type(flops) is type(moved) is int and flops >= 0 and moved >= 0
+    assert set(op.grads) <= set(leaves(make(op, op.cases[0], torch.float32))) | {"expert_weights.gate"}
+
+
+def test_use_names_an_implementation() -> None:
+    with tt_kernels.use("reference"):
+        tt_kernels.rms_norm(torch.ones(1, 2), torch.ones(2))
+    with pytest.raises(ValueError, match="use: implementation is 'triton', expected 'reference'"):
+        tt_kernels.use("triton").__enter__()
+
+
+# Values, dtypes, layout
+
+
+@pytest.mark.parametrize("op,dims", CASES)
+def test_public_op_equals_reference(op: Op, dims: dict[str, int]) -> None:
+    kwargs = make(op, dims, torch.float64)
+    got, want = outputs(op, op.fn(**kwargs)), outputs(op, op.reference(**kwargs))
+    for name in op.outputs:
+        assert torch.equal(got[name], want[name]), name  # one implementation: bit for bit, a second run besides
+
+
+@pytest.mark.parametrize("op,dims", CASES)
+def test_inputs_stay_as_they_are(op: Op, dims: dict[str, int]) -> None:
+    kwargs = make(op, dims, torch.float32)
+    before = {name: t.clone() for name, t in leaves(kwargs).items()}
+    op.fn(**kwargs)
+    changed = {name for name, t in leaves(kwargs).items() if not torch.equal(t, before[name])}
+    assert changed <= set(op.writes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op,dims", CASES)
+def test_low_precision_is_as_good_as_its_roundings(op: Op, dims: dict[str, int], dtype: torch.dtype) -> None:
+    """error(dtype) <= roundings * eps(dtype of the output) * its largest value."""
+    kwargs = make(op, dims, dtype)
+    low, high = outputs(op, op.fn(**kwargs)), outputs(op, op.reference(**double(kwargs)))
+    for name in op.outputs:
+        got, want = low[name], high[name]
+        assert got.shape == want.shape, name
+        if not got.is_floating_point():  # ids, tokens: no decision of these inputs is within rounding of a tie
+            assert torch.equal(got, want), name
+        elif got.numel():
+            # fp32: sums of up to 75 terms, and exp of logits up to 20: 8. 16 bits: statistics and sums are fp32, so half
+            # an eps for the output and half for a residual rounded before; experts round up, its square and down too,
+            # and squaring doubles an error, 3 in all.
+            wide = got.dtype in (torch.float32, torch.float64)
+            roundings = 8 if wide else 3 if op.fn is tt_kernels.experts else 1
+            error, largest = (got.double() - want).abs().max(), want.abs().max()
+            assert error <= roundings * torch.finfo(got.dtype).eps * largest, f"{name}: {error:.2e} of {largest:.2e}"
+
+
+@pytest.mark.parametrize("op,dims", CASES)
+def test_any_strides(op: Op, dims: dict[str, int]) -> None:
+    """Inputs spread in memory, every second number a NaN that is not theirs, and the last two dimensions swapped."""
+    kwargs = make(op, dims, torch.float64)
+    spread = {}
+    for name, tensor in leaves(kwargs).items():
+        nan = torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 1)
+        swapped = (lambda t: t.mT) if tensor.dim() > 1 else (lambda t: t)
+        spread[name] = swapped(torch.stack([swapped(tensor), swapped(nan)], -1)[..., 0])
+        assert torch.equal(spread[name], tensor) and (tensor.numel() < 2 or not spread[name].is_contiguous())
+    got, want = outputs(op, op.fn(**with_leaves(kwargs, spread))), outputs(op, op.fn(**kwargs))
+    for name in op.outputs:
+        # Other kernels of the BLAS sum in another order: 1e-12 is 4500 eps of fp64, and a wrong element shows at 1e-3.
+        torch.testing.assert_close(got[name], want[name], rtol=1e-12, atol=1e-12)
+
+
+# Gradients and graphs
+
+
+def differentiated(op: Op, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    return {k: t.detach().clone().requires_grad_() for k, t in leaves(kwargs).items() if k in op.grads}
+
+
+@pytest.mark.parametrize("op,dims", DIFFERENTIABLE)
+def test_gradients(op: Op, dims: dict[str, int]) -> None:
+    kwargs = make(op, dims, torch.float64)
+    free = differentiated(op, kwargs)
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        result = outputs(op, op.fn(**with_leaves(kwargs, dict(zip(free, tensors, strict=True)))))
+        return tuple(t for t in result.values() if t.requires_grad)
+
+    if all(t.numel() for t in free.values()):
+        # The whole Jacobian for the first case; a random projection of it, at a tenth of the time, for the others.
+        assert torch.autograd.gradcheck(call, tuple(free.values()), fast_mode=dims is not op.cases[0])
+    else:  # nothing to differentiate, but a training step must pass through it
+        sum(t.sum() for t in call(*free.values())).backward()
+        assert all(t.grad is None or t.grad.isfinite().all() for t in free.values())
+
+
+@pytest.mark.parametrize("op,dims", [p for p in FIRST if p.values[0].compiles])
+def test_compiles_into_one_graph(op: Op, dims: dict[str, int]) -> None:
+    """Traced forward and backward without generated code: whether the graph is whole shows there, and takes a tenth of
+    the time. Sizes are dynamic, so that one graph serves every length."""
+    torch._dynamo.reset()
+    kwargs = make(op, dims, torch.float32)
+    compiled = torch.compile(op.fn, fullgraph=True, dynamic=True, backend="aot_eager")
+    results = []
+    for fn in (op.fn, compiled):
+        free = differentiated(op, kwargs)
+        result = outputs(op, fn(**with_leaves(kwargs, free)))
+        if free:
+            sum(t.sum() for t in result.values() if t.requires_grad).backward()
+        results.append((*result.values(), *(t.grad for t in free.values())))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)  # the same operations, possibly fused: the default for fp32
+
+
+# Bad input
+
+
+def args(name: str, **changes: Any) -> dict[str, Any]:
+    return make(OPS[name], OPS[name].cases[0], torch.float32) | changes
+
+
+BAD = [
+    ("rms_norm", dict(x=torch.ones(2, 4), weight=torch.ones(8)), "rms_norm: weight has D=8, but x has D=4"),
+    ("rms_norm", dict(x=torch.tensor(1.0)), "rms_norm: x is [], expected [*, D]"),
+    ("rms_norm", dict(x=torch.ones(2, 37).long()), "rms_norm: x is torch.int64, expected a tensor of floats"),
+    ("rms_norm", dict(x=[1.0]), "rms_norm: x is [1.0], expected a tensor"),
+    ("modulated_rms_norm", dict(order="norm"), "order is 'norm', expected 'modulate_norm' or 'norm_modulate'"),
+    ("modulated_rms_norm", dict(scale=None), "scale is None, expected shift and scale, or neither"),
+    ("modulated_rms_norm", dict(branch=None), "branch is None, expected a branch beside the gate"),
+    ("modulated_rms_norm", dict(shift=torch.ones(3, 29)), "shift has *=[3], but x has *=[2]"),
+    ("gated_group_norm", dict(groups=5), "gated_group_norm: groups is 5, expected a divisor of D=24"),
+    ("causal_conv1d", dict(bias=torch.ones(5)), "causal_conv1d: bias has C=5, but x has C=6"),
+    ("causal_conv1d", dict(activation="gelu"), "activation is 'gelu', expected 'silu' or None"),
+    ("causal_conv1d", dict(state=torch.ones(2, 6, 2)), "state is [2, 6, 2], expected at least K-1=3 columns"),
+    ("causal_conv1d", dict(cu_seqlens=torch.tensor([0, 10])), "state is [2, 6, 4], expected None beside cu_seqlens"),
+    ("conv_state", dict(kernel_size=3), "conv_state: kernel_size is 3, expected K=4"),
+    ("conv_state", dict(lengths=torch.ones(3)), "lengths is torch.float32, expected a tensor of ints"),
+    ("conv_block_states", dict(block_size=0), "conv_block_states: block_size is 0, expected 1 or more"),
+    ("ssd_block", dict(A=torch.ones(3)), "ssd_block: A has H=3, but x has H=4"),
+    ("ssd_block", dict(state=torch.ones(4, 3, 5)), "ssd_block: state is [4, 3, 5], expected [b, H, P, N]"),
+    ("ssd_block", dict(dt_limit=(1.0, 0.5)), "dt_limit is (1.0, 0.5), expected (low, high) with 0 <= low <= high"),
+    ("ssd_advance", dict(B=torch.ones(2, 5, 3, 5)), "B has G=3 groups, expected a divisor of H=4, the heads of x"),
+    ("ssd_advance", dict(lengths=torch.tensor([1])), "ssd_advance: lengths has b=1, but x has b=2"),
+    ("ssd_chunk", dict(chunk_size=0), "ssd_chunk: chunk_size is 0, expected 1 or more"),
+    ("ssd_chunk", dict(cu_seqlens=torch.tensor([0, 14])), "state is [2, 4, 3, 5], expected None beside cu_seqlens"),
+    ("route", dict(top_k=9), "route: top_k is 9, expected 1 to E=8"),
+    ("route", dict(n_group=3), "n_group is 3, expected a divisor of E=8 that leaves groups of at least 2"),
+    ("route", dict(n_group=2, topk_group=3), "route: topk_group is 3, expected 1 to n_group=2"),
+    ("experts", dict(activation="gelu"), "experts: activation is 'gelu', expected 'relu2' or 'silu'"),
+    ("experts", dict(x=torch.ones(5, 6).half()), "up is torch.float32, expected the dtype of x, torch.float16"),
+    ("experts", dict(ids=torch.zeros(5, 3).long()), "experts: weights has K=2, but ids has K=3"),
+    ("context_attention", dict(q=torch.ones(2, 3, 3, 5)), "k has Hkv=2 heads, expected a divisor of Hq=3"),
+    ("context_attention", dict(lengths=torch.tensor([13, 1])), "lengths goes up to 13, but the page table has room for 12"),
+    ("causal_attention", dict(k=torch.ones(2, 4, 2, 3)), "causal_attention: k has N=4, but q has N=5"),
+    ("block_diffusion_attention", dict(block_size=0), "block_size is 0, expected 1 or more"),
+    ("gumbel_noise", dict(vocab_size=0), "gumbel_noise: vocab_size is 0, expected 1 or more"),
+    ("sample", dict(top_k=0), "sample: top_k is 0, expected 1 or more, or None"),
+    ("sample", dict(top_p=0.0), "sample: top_p is 0.0, expected above 0 and up to 1, or None"),
+    ("sample", dict(suppress=11), "sample: suppress is 11, expected a token id below V=11"),
+    ("sample", dict(temperature=torch.ones(5)), "sample: temperature has *=[5], but logits has *=[6]"),
+    ("head_sample", dict(weight=torch.ones(37, 15)), "head_sample: weight has D=15, but hidden has D=16"),
+    ("commit", dict(threshold=torch.ones(3)), "commit: threshold has B=3, but block has B=4"),
+    ("unmask", dict(mask_token_id=37), "unmask: mask_token_id is 37, expected a token id below V=37"),
+    ("linear_cross_entropy", dict(mask=torch.ones(2, 5)), "mask is torch.float32, expected a tensor of bools"),
+    ("linear_cross_entropy", dict(targets=torch.ones(2, 4).long()), "targets has *=[2, 4], but hidden has *=[2, 5]"),
+]
+
+
+@pytest.mark.parametrize("name,changes,message", BAD, ids=[f"{n}-{'-'.join(c)}-{i}" for i, (n, c, _) in enumerate(BAD)])
+def test_bad_input_is_named(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        OPS[name].fn(**args(name, **changes))
+    assert message in str(error.value) and str(error.value).startswith(f"{name}: ")
+
+
+def test_every_op_refuses_something() -> None:
+    assert {name for name, *_ in BAD} == set(OPS)
+
+
+def test_check_remembers_what_passed_and_nothing_else() -> None:
+    good, bad = torch.ones(2, 3), torch.ones(3, 3)
+    for _ in range(2):
+        core.check("t", a=(good, "A B"), b=(good, "A B"), c=(None, "A"))
+        with pytest.raises(ValueError, match=r"t: b has A=3, but a has A=2"):
+            core.check("t", a=(good, "A B"), b=(bad, "A B"), c=(None, "A"))
+    core.check("t", a=(torch.ones(2, 1, 3), "* B"), b=(torch.ones(2, 1), "*"), c=(torch.ones(2, 1, 5, 3), "* A B"))

@@ -1,0 +1,9 @@
+"""Attention: a block against cached context, and the masks of training."""
+
+from . import block_diffusion, context
+from .block_diffusion import block_diffusion_attention, causal_attention
+from .context import context_attention
+
+OPS = (*context.OPS, *block_diffusion.OPS)
+
+__all__ = ["OPS", "block_diffusion_attention", "causal_attention", "context_attention"]

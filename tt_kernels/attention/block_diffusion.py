@@ -1,0 +1,141 @@
+"""Attention of training: clean sequences causally, and noisy blocks against the clean blocks before them."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..core import Op, check, refuse
+from .context import check_heads
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Causal grouped-query attention within each sequence.
+
+    Args:
+        q:          [B, N, Hq, P] float, any strides.
+        k, v:       [B, N, Hkv, P] float; query head h uses head h // (Hq / Hkv).
+        cu_seqlens: [sequences + 1] int, from 0, counted over the flattened B * N tokens: sequences packed in a row do
+                    not see each other. A row starts anew in any case.
+        scale:      P^-1/2 if None.
+    Returns:
+        o: [B, N, Hq, P] dtype of q.
+
+    Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v. Deterministic on a CPU. Raises ValueError for
+    sizes that disagree and Hkv that does not divide Hq. Cost: 2 B Hq N^2 P flops, 2 B N (Hq + Hkv) P itemsize bytes.
+    Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245).
+    """
+    check(
+        "causal_attention",
+        q=(q, "B N Hq P"),
+        k=(k, "B N Hkv P"),
+        v=(v, "B N Hkv P"),
+        cu_seqlens=(cu_seqlens, "sequences+1", int),
+    )
+    check_heads("causal_attention", q, k)
+    return reference.causal_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale)
+
+
+def block_diffusion_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_clean: Tensor,
+    v_clean: Tensor,
+    *,
+    block_size: int,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of all noisy blocks of a sequence at once.
+
+    A token of block j sees the clean tokens of the blocks before j and all noisy tokens of block j, both ways.
+
+    Args:
+        q:                [B, N, Hq, P] float: the noisy tokens.
+        k, v:             [B, N, Hkv, P] float: of the noisy tokens; query head h uses head h // (Hq / Hkv).
+        k_clean, v_clean: [B, N, Hkv, P] float: of the same places in the clean sequence.
+        block_size:       S; the last block of a row may be shorter.
+        cu_seqlens:       as in `causal_attention`, with every sequence starting at a multiple of S.
+        scale:            P^-1/2 if None.
+    Returns:
+        o: [B, N, Hq, P] dtype of q.
+
+    Softmax and sums in fp32 (fp64 for fp64). Gradients for all tensors. Deterministic on a CPU. Raises ValueError for
+    sizes that disagree, Hkv that does not divide Hq, a block_size below 1. Cost: 2 B Hq N (N + S) P flops,
+    2 B N (Hq + 2 Hkv) P itemsize bytes. Source: Arriola et al., Block Diffusion (2503.09573), section 3.
+    """
+    check(
+        "block_diffusion_attention",
+        q=(q, "B N Hq P"),
+        k=(k, "B N Hkv P"),
+        v=(v, "B N Hkv P"),
+        k_clean=(k_clean, "B N Hkv P"),
+        v_clean=(v_clean, "B N Hkv P"),
+        cu_seqlens=(cu_seqlens, "sequences+1", int),
+    )
+    check_heads("block_diffusion_attention", q, k)
+    if block_size < 1:
+        refuse("block_diffusion_attention", "block_size", block_size, "1 or more")
+    return reference.block_diffusion_attention(
+        q, k, v, k_clean, v_clean, block_size=block_size, cu_seqlens=cu_seqlens, scale=scale
+    )
+
+
+def _causal(dtype: torch.dtype, B: int, N: int, Hq: int, Hkv: int, P: int, packed: int = 0) -> dict[str, Tensor | None]:
+    k, v = torch.randn(2, B, N, Hkv, P, dtype=dtype)
+    cu_seqlens = torch.tensor([0, N // 3, N // 2, B * N]) if packed else None
+    return dict(q=torch.randn(B, N, Hq, P, dtype=dtype), k=k, v=v, cu_seqlens=cu_seqlens)
+
+
+def _blocks(
+    dtype: torch.dtype, B: int, N: int, Hq: int, Hkv: int, P: int, S: int, packed: int = 0
+) -> dict[str, object]:
+    k_clean, v_clean = torch.randn(2, B, N, Hkv, P, dtype=dtype)
+    cu_seqlens = torch.tensor([0, S, 3 * S, B * N]) if packed else None
+    inputs = _causal(dtype, B, N, Hq, Hkv, P)
+    return dict(inputs, k_clean=k_clean, v_clean=v_clean, block_size=S, cu_seqlens=cu_seqlens)
+
+
+_HEADS = dict(Hq=32, Hkv=2, P=128)
+
+OPS = (
+    Op(
+        fn=causal_attention,
+        reference=reference.causal_attention,
+        inputs=_causal,
+        cases=(
+            dict(B=2, N=5, Hq=4, Hkv=2, P=3),
+            dict(B=1, N=12, Hq=2, Hkv=1, P=8, packed=1),
+            dict(B=2, N=12, Hq=2, Hkv=2, P=8, packed=1),
+            dict(B=1, N=1, Hq=2, Hkv=1, P=29),
+            dict(B=1, N=0, Hq=2, Hkv=1, P=8),
+        ),
+        shapes=(dict(B=1, N=4096, **_HEADS), dict(B=1, N=4096, packed=1, **_HEADS)),
+        outputs=("o",),
+        grads=("q", "k", "v"),
+        cost=lambda itemsize, B, N, Hq, Hkv, P, packed=0: (
+            2 * B * Hq * N * N * P,
+            2 * B * N * (Hq + Hkv) * P * itemsize,
+        ),
+    ),
+    Op(
+        fn=block_diffusion_attention,
+        reference=reference.block_diffusion_attention,
+        inputs=_blocks,
+        cases=(
+            dict(B=2, N=6, Hq=4, Hkv=2, P=3, S=2),
+            dict(B=1, N=16, Hq=2, Hkv=1, P=8, S=4, packed=1),
+            dict(B=1, N=7, Hq=2, Hkv=1, P=8, S=4),
+            dict(B=1, N=0, Hq=2, Hkv=1, P=8, S=4),
+        ),
+        shapes=(dict(B=1, N=4096, S=16, **_HEADS), dict(B=1, N=4096, S=16, packed=1, **_HEADS)),
+        outputs=("o",),
+        grads=("q", "k", "v", "k_clean", "v_clean"),
+        cost=lambda itemsize, B, N, Hq, Hkv, P, S, packed=0: (
+            2 * B * Hq * N * (N + S) * P,
+            2 * B * N * (Hq + 2 * Hkv) * P * itemsize,
+        ),
+    ),
+)

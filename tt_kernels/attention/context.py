@@ -1,0 +1,132 @@
+"""Attention of a block to a paged cache and to itself."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..core import Op, check
+
+
+def check_heads(op: str, q: Tensor, k: Tensor) -> None:
+    Hq, Hkv = q.shape[2], k.shape[2]
+    if Hkv < 1 or Hq % Hkv:
+        raise ValueError(f"{op}: k has Hkv={Hkv} heads, expected a divisor of Hq={Hq}, the heads of q")
+
+
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Let the L tokens of each row attend to the row's cached tokens and to each other; the cache is only read.
+
+    softmax(scale q [K_cache; k]^T) [V_cache; v], without any mask for a denoiser's block. Token s of row b lies in page
+    page_table[b, s // page_size] at offset s % page_size.
+
+    Args:
+        q:                [B, L, Hq, P] float, any strides.
+        k, v:             [B, L, Hkv, P] float: the block's own; query head h uses head h // (Hq / Hkv).
+        k_pages, v_pages: [pages, page_size, Hkv, P] float, page_size a multiple of 64.
+        page_table:       [B, pages of a row] int; entries past a row's length may be anything.
+        lengths:          [B] int, 0 or more: cached tokens. What lies past them may be anything, NaN included.
+        causal:           a token sees the tokens of its own block up to itself, instead of all of them.
+        scale:            P^-1/2 if None.
+    Returns:
+        o: [B, L, Hq, P] dtype of q.
+
+    Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k, v and the pages. Deterministic. Raises ValueError for
+    sizes that disagree, Hkv that does not divide Hq, a length beyond the row's pages. Cost for S cached tokens a row:
+    4 B L Hq (S + L) P flops, (2 B (S + L) Hkv + 2 B L Hq) P itemsize bytes: bound by reading the cache at L = 16.
+    Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245), pages of Kwon et al. (2309.06180).
+    """
+    check(
+        "context_attention",
+        q=(q, "B L Hq P"),
+        k=(k, "B L Hkv P"),
+        v=(v, "B L Hkv P"),
+        k_pages=(k_pages, "pages page_size Hkv P"),
+        v_pages=(v_pages, "pages page_size Hkv P"),
+        page_table=(page_table, "B row_pages", int),
+        lengths=(lengths, "B", int),
+    )
+    check_heads("context_attention", q, k)
+    return reference.context_attention(q, k, v, k_pages, v_pages, page_table, lengths, causal=causal, scale=scale)
+
+
+def _inputs(
+    dtype: torch.dtype,
+    B: int,
+    L: int,
+    Hq: int,
+    Hkv: int,
+    P: int,
+    S: int,
+    page_size: int = 64,
+    causal: int = 0,
+    shuffled: int = 1,
+) -> dict[str, object]:
+    """Rows of S tokens and fewer, in shuffled pages; shuffled=0: all of S, in order."""
+    row = max(1, -(-S // page_size))
+    pages = torch.randn(2, B * row, page_size, Hkv, P, dtype=dtype)
+    table = torch.randperm(B * row) if shuffled else torch.arange(B * row)
+    lengths = torch.randint(0, S + 1, (B,)) if shuffled else torch.full((B,), S)
+    k, v = torch.randn(2, B, L, Hkv, P, dtype=dtype)
+    return dict(
+        q=torch.randn(B, L, Hq, P, dtype=dtype),
+        k=k,
+        v=v,
+        k_pages=pages[0],
+        v_pages=pages[1],
+        page_table=table.view(B, row).int(),
+        lengths=lengths.int(),
+        causal=bool(causal),
+    )
+
+
+def _cost(
+    itemsize: int,
+    B: int,
+    L: int,
+    Hq: int,
+    Hkv: int,
+    P: int,
+    S: int,
+    page_size: int = 64,
+    causal: int = 0,
+    shuffled: int = 1,
+) -> tuple[int, int]:
+    return 4 * B * L * Hq * (S + L) * P, (2 * B * (S + L) * Hkv + 2 * B * L * Hq) * P * itemsize
+
+
+_HEADS = dict(Hq=32, Hkv=2, P=128)
+
+OPS = (
+    Op(
+        fn=context_attention,
+        reference=reference.context_attention,
+        inputs=_inputs,
+        cases=(
+            dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
+            dict(B=3, L=5, Hq=4, Hkv=1, P=8, S=70, causal=1),
+            dict(B=1, L=1, Hq=2, Hkv=2, P=29, S=64, shuffled=0),
+            dict(B=2, L=4, Hq=2, Hkv=1, P=8, S=0, causal=1),
+            dict(B=1, L=0, Hq=2, Hkv=1, P=8, S=3),
+        ),
+        shapes=(
+            dict(B=1, L=16, S=4096, **_HEADS),
+            dict(B=1, L=1, S=4096, **_HEADS),
+            dict(B=1, L=4096, S=0, causal=1, **_HEADS),
+        ),
+        outputs=("o",),
+        grads=("q", "k", "v", "k_pages", "v_pages"),
+        cost=_cost,
+        compiles=False,  # how many pages are read depends on the lengths, which are read on the host
+    ),
+)

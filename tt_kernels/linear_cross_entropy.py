@@ -1,0 +1,64 @@
+"""The loss of masked tokens, head included."""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .core import Op, check
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean negative log-likelihood of targets under softmax(hidden weight^T), over the tokens where mask is set.
+
+    Args:
+        hidden:  [*, D] float.
+        weight:  [V, D] float: the head.
+        targets: [*] int64 token ids.
+        mask:    [*] bool, or None for all tokens. Elsewhere hidden and targets are not read.
+    Returns:
+        loss: a scalar, fp32 (fp64 where hidden or weight is fp64); 0 without any token.
+
+    Logits, softmax and sum in the dtype of the loss. Gradients for hidden and weight. Deterministic on a CPU. Raises
+    ValueError for sizes that disagree. Cost for M masked tokens: 2 M V D flops, V D itemsize bytes; the reference holds
+    the M V logits in memory. Source: MODEL.md section 4; without logits in memory: Wijmans et al. (2411.09009).
+    """
+    check(
+        "linear_cross_entropy",
+        hidden=(hidden, "* D"),
+        weight=(weight, "V D"),
+        targets=(targets, "*", int),
+        mask=(mask, "*", bool),
+    )
+    return reference.linear_cross_entropy(hidden, weight, targets, mask)
+
+
+def _inputs(dtype: torch.dtype, B: int, N: int, D: int, V: int, masked: int = 50) -> dict[str, Tensor]:
+    return dict(
+        hidden=torch.randn(B, N, D, dtype=dtype),
+        weight=torch.randn(V, D, dtype=dtype) * D**-0.5,
+        targets=torch.randint(V, (B, N)),
+        mask=torch.rand(B, N) < masked / 100,
+    )
+
+
+OPS = (
+    Op(
+        fn=linear_cross_entropy,
+        reference=reference.linear_cross_entropy,
+        inputs=_inputs,
+        cases=(
+            dict(B=2, N=5, D=6, V=11),
+            dict(B=1, N=7, D=16, V=37, masked=100),
+            dict(B=2, N=3, D=6, V=11, masked=0),
+            dict(B=1, N=0, D=6, V=11),
+        ),
+        shapes=(dict(B=1, N=4096, D=2688, V=131072),),
+        outputs=("loss",),
+        grads=("hidden", "weight"),
+        cost=lambda itemsize, B, N, D, V, masked=50: (
+            2 * (B * N * masked // 100) * V * D,
+            (V * D + B * N * masked // 100 * D) * itemsize,
+        ),
+        compiles=False,  # the number of masked tokens is a size
+    ),
+)

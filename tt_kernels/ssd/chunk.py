@@ -1,0 +1,122 @@
+"""The scan of long sequences, chunk by chunk, with the states at chunk boundaries: prefill and training."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..core import Op, check, refuse
+from .block import check_groups, check_limit, scan_inputs
+
+
+def ssd_chunk(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    chunk_size: int = 64,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run long sequences: matrix form inside a chunk, a recurrence from chunk to chunk. `ssd_block` states the formula.
+
+    Args:
+        x:          [b, L, H, P] float, any strides.
+        dt:         [b, L, H] float, before bias and softplus.
+        A:          [H] float, 0 or below.
+        B, C:       [b, L, G, N] float; head h belongs to group h // (H / G).
+        D:          [H] float.
+        dt_bias:    [H] float.
+        state:      [b, H, P, N] float: the state before the first token; None: zeros. It is not changed.
+        lengths:    [b] int, 0 to L, or None for all L: the row's last state is the one after lengths[b] tokens. What
+                    lies past it in x, dt and B may be anything, NaN included, and y there means nothing.
+        chunk_size: Q, tokens of a chunk.
+        dt_limit:   (low, high), what the time step is clamped to.
+        cu_seqlens: [sequences + 1] int, from 0, counted over the flattened b * L tokens: sequences packed in x start
+                    from zeros; not with a state. A row starts anew in any case.
+    Returns:
+        y:      [b, L, H, P] dtype of x.
+        state:  [b, H, P, N] fp32 (fp64 where x or A is fp64): after each row's last token.
+        before: [b, max(1, ceil(L / Q)), H, P, N] dtype of state: before each chunk; zeros where a sequence starts.
+
+    Computes in the dtype of the states and rounds y once; decays below e^-64 count as 0. Gradients for all float
+    tensors. Deterministic; Q moves results by rounding only. Raises ValueError as `ssd_block` does, and for a state
+    beside cu_seqlens. Cost: 2 b L (Q (G N + H P) + 2 H P N) flops,
+    b L (2 H P + 2 G N + H) itemsize + 8 b (L / Q) H P N bytes.
+    Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), section 6; `mamba_chunk_scan_combined` of mamba_ssm.
+    """
+    check(
+        "ssd_chunk",
+        x=(x, "b L H P"),
+        dt=(dt, "b L H"),
+        A=(A, "H"),
+        B=(B, "b L G N"),
+        C=(C, "b L G N"),
+        D=(D, "H"),
+        dt_bias=(dt_bias, "H"),
+        state=(state, "b H P N"),
+        lengths=(lengths, "b", int),
+        cu_seqlens=(cu_seqlens, "sequences+1", int),
+    )
+    check_groups("ssd_chunk", x, B)
+    check_limit("ssd_chunk", dt_limit)
+    if chunk_size < 1:
+        refuse("ssd_chunk", "chunk_size", chunk_size, "1 or more")
+    if state is not None and cu_seqlens is not None:
+        refuse("ssd_chunk", "state", list(state.shape), "None beside cu_seqlens")
+    return reference.ssd_chunk(
+        x, dt, A, B, C, D, dt_bias, state, lengths, chunk_size=chunk_size, dt_limit=dt_limit, cu_seqlens=cu_seqlens
+    )
+
+
+def _inputs(dtype: torch.dtype, Q: int, packed: int = 0, ragged: int = 0, **dims: int) -> dict[str, object]:
+    b, L = dims["b"], dims["L"]
+    cu_seqlens = torch.tensor([0, L // 3, L // 2, b * L]) if packed else None
+    lengths = torch.randint(0, L + 1, (b,)) if ragged else None
+    return dict(**scan_inputs(dtype, **dims), lengths=lengths, chunk_size=Q, cu_seqlens=cu_seqlens)
+
+
+def _cost(
+    itemsize: int,
+    b: int,
+    L: int,
+    H: int,
+    P: int,
+    G: int,
+    N: int,
+    Q: int,
+    seeded: int = 1,
+    packed: int = 0,
+    ragged: int = 0,
+) -> tuple[int, int]:
+    flops = 2 * b * L * (Q * (G * N + H * P) + 2 * H * P * N)
+    return flops, b * L * (2 * H * P + 2 * G * N + H) * itemsize + 8 * b * -(-L // Q) * H * P * N
+
+
+OPS = (
+    Op(
+        fn=ssd_chunk,
+        reference=reference.ssd_chunk,
+        inputs=_inputs,
+        cases=(
+            dict(b=2, L=7, H=4, P=3, G=2, N=5, Q=4),
+            dict(b=1, L=33, H=2, P=4, G=1, N=8, Q=8, seeded=0, packed=1),
+            dict(b=2, L=7, H=2, P=4, G=2, N=8, Q=64, seeded=0),
+            dict(b=1, L=0, H=2, P=3, G=1, N=4, Q=4),
+        ),
+        shapes=(
+            dict(b=1, L=4096, H=64, P=64, G=8, N=128, Q=64),
+            dict(b=1, L=4096, H=64, P=64, G=8, N=128, Q=16, seeded=0),
+        ),
+        outputs=("y", "state", "before"),
+        grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
+        cost=_cost,
+    ),
+)
