@@ -2,8 +2,8 @@
 
 transformers' NemotronHForCausalLM is an independent implementation. It differs in three places. Time steps: it ignores
 `time_step_limit` and clamps at `time_step_min`, in the chunked scan only; the limits of the config are set here, and
-must be (0, infinity) for cached decoding to agree. Grouped routing: experts outside the chosen groups score -inf instead
-of 0, so agreement needs biased scores above 0 (`raise_biases`). Biases in attention and a mixture of experts without a
+must be (0, infinity) for cached decoding to agree. Grouped routing: experts outside the chosen groups score -inf, here
+0, so agreement needs biased scores above 0 (`raise_biases`). Biases in attention and a mixture of experts without a
 shared one do not exist there.
 """
 
@@ -102,7 +102,7 @@ def as_nemotron_h(model: TwoTower, *, experts: str | None = None) -> NemotronHFo
     if "*" in c.pattern and c.attention_bias:
         raise ValueError("attention_bias is True: transformers' Nemotron-H has none")
     if "E" in c.pattern and not c.moe_shared_expert_intermediate_size:
-        raise ValueError("moe_shared_expert_intermediate_size is 0: transformers' Nemotron-H always has a shared expert")
+        raise ValueError("moe_shared_expert_intermediate_size is 0: transformers always has a shared expert")
     if c.residual_in_fp32 and model.dtype.itemsize < 4:
         raise ValueError("residual_in_fp32 is True: transformers' Nemotron-H ignores it")
     given = {name: getattr(c, name) for name in _SAME}
@@ -136,7 +136,7 @@ def experts_implementations() -> list[str]:
 
 @torch.no_grad()
 def greedy_nemotron_h(peer: NemotronHForCausalLM, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Cached greedy decoding without transformers' `generate` around it, which costs time of its own: [B, new_tokens]."""
+    """Cached greedy decoding [B, new_tokens], without transformers' `generate` around it, which takes its own time."""
     out = peer(ids, use_cache=True, logits_to_keep=1)
     tokens = []
     for i in range(new_tokens):

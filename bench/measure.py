@@ -1,0 +1,99 @@
+"""Taking times: interleaved runs, what they ran on, and tables of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+    """Seconds of each function in each of `rounds` rounds: A B C A B C ..., after one untimed round.
+
+    What slows the machine for a while slows all of them, so medians over rounds compare well. `repeats` calls are timed
+    together, for functions that take microseconds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(rounds + 1):
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            for _ in range(repeats):
+                function()
+            if i > 0:
+                times[name].append((time.perf_counter() - begin) / repeats)
+    return times
+
+
+def ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> float:
+    """Median over rounds of one function's time over another's in the same round."""
+    return median(a / b for a, b in zip(times[one], times[other], strict=True))
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    packages = {}
+    for name in ("torch", "transformers"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),  # processes that wanted a core before the measurement began
+        "python": platform.python_version(),
+        **packages,
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name, with the widest vector unit that torch uses."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = names[0] if names else name
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def describe(where: Mapping[str, Any]) -> str:
+    """`machine()` in one line."""
+    return (
+        f"{where['cpu']}, {where['threads']} threads of {where['cores']} cores, load {where['load']} before, "
+        f"Python {where['python']}, torch {where['torch']}, transformers {where['transformers']}, {where['date']}"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A markdown table, columns aligned; every column but the first is right-aligned."""
+    lines = [list(map(str, row)) for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "| " + " | ".join([first, *rest]) + " |"
+
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    return "\n".join([line(lines[0]), line(rule), *map(line, lines[1:])])
+
+
+def record(name: str, row: Mapping[str, Any]) -> Path:
+    """Append one JSON line to results/NAME.jsonl."""
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.jsonl"
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(row) + "\n")
+    return file

@@ -1,0 +1,69 @@
+"""The command `twotower`: generate, info, train, convert.
+
+Nothing heavy is imported before a command has been understood. Every failure is one line on stderr and an exit code:
+2 for a command line that cannot be meant, 130 for Ctrl-C, 141 for a reader that went away, 1 for anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from . import convert, generate, info, train
+from .common import Interrupted, Parser, describe, one_line_warnings
+
+_EPILOG = """\
+examples:
+  twotower generate "def fibonacci(n):"
+  twotower generate --watch --temperature 0.5 --seed 7 "class Stack:"
+  twotower info
+  twotower train ar --config config.json --data my_texts --out run/ar
+  twotower convert nemotron-3-nano two-towers
+
+Every command has its own --help with examples."""
+
+
+def make_parser() -> Parser:
+    """The whole command line; each command's module adds its own part."""
+    from .. import __version__
+
+    parser = Parser(
+        "twotower",
+        "Write text with TwoTower, a block-diffusion language model; look into its size; train it.",
+        _EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"twotower {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for part in (generate, info, train, convert):
+        part.add(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code. `arguments`: as in sys.argv[1:], which is the default.
+
+    TWOTOWER_DEBUG=1 in the environment lets exceptions through, with their traceback.
+    """
+    debug = os.environ.get("TWOTOWER_DEBUG") == "1"
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 must not lose the text
+    try:
+        with one_line_warnings():
+            options = make_parser().parse_args(arguments)
+            options.run(options)
+            sys.stdout.flush()
+        return 0
+    except SystemExit as stop:  # argparse: --help, --version or a usage error, already reported
+        return stop.code if isinstance(stop.code, int) else 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's last flush does not fail again
+        code, message = 141, "standard output was closed before everything was written"
+    except KeyboardInterrupt as error:
+        code, message = 130, str(error) if isinstance(error, Interrupted) else "interrupted"
+    except Exception as error:
+        if debug:
+            raise
+        code, message = 1, describe(error)
+    print(f"twotower: error: {message}", file=sys.stderr)
+    return code

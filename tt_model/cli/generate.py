@@ -1,0 +1,281 @@
+"""`twotower generate`: continue a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import Output, Parser, add_machine, device_of, dtype_of
+
+if TYPE_CHECKING:
+    from ..config import TwoTowerConfig
+    from ..generate import Settings
+    from .vocabulary import Vocabulary
+    from .watch import Watch
+
+_DESCRIPTION = """\
+Continue a prompt: block by block with the denoiser, or token by token. The text goes to standard output, a line of
+figures to standard error. The prompt is an argument, a file, or standard input."""
+
+_EPILOG = """\
+modes:
+  mask_diffusion  the denoiser resolves a block at a time, most confident tokens first (default)
+  ar              the context tower alone, a token a step: half the memory; also for a plain Nemotron-3-Nano
+  mock_ar         the denoiser, a token a step
+
+examples:
+  twotower generate "def fibonacci(n):"
+  twotower generate --watch --block-size 16 --confidence-threshold 0.9 "class Stack:"
+  printf '%s' "import os" | twotower generate --temperature 0.7 --top-p 0.95 --seed 1
+  twotower generate --prompt-file prompt.txt --max-new-tokens 512 --json --output out.json
+  twotower generate --model two-towers --device cuda --dtype bfloat16 "The capital of France is"
+  twotower generate --model no-tokenizer --tokens "5 6 7" --mode ar
+
+A prompt is read as it is, and is best ended without a trailing space or newline: models rarely begin a token there
+(`printf '%s'` adds no newline, `echo` does). Put -- before a prompt that begins with a dash. No model is downloaded:
+--model is a folder with config.json, safetensors and tokenizer.json."""
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**62:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2^62 - 1")
+    return value
+
+
+def add(commands: argparse._SubParsersAction[Parser]) -> None:
+    """The command's part of the command line."""
+    p = commands.add_parser(
+        "generate", prog="twotower generate", help="continue a prompt", description=_DESCRIPTION, epilog=_EPILOG
+    )
+    p.set_defaults(run=run)
+    source = p.add_argument_group("prompt and model")
+    source.add_argument("prompt", nargs="?", help="the text to continue")
+    source.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file; -: standard input")
+    source.add_argument("--tokens", metavar="IDS", help='the prompt as token ids, "5 6 7"; ids are written, too')
+    source.add_argument("--model", metavar="DIR", help="folder of a model (default: the small one that comes along)")
+    source.add_argument("--tokenizer", metavar="DIR", help="folder of tokenizer.json (default: the model's)")
+    add_machine(source, "what to compute in (default: what config.json says)")
+
+    s = p.add_argument_group("settings")
+    s.add_argument("--mode", default="mask_diffusion", help="mask_diffusion, ar or mock_ar (default: %(default)s)")
+    s.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    s.add_argument("--block-size", type=int, metavar="N", help="tokens denoised together (default: as trained)")
+    s.add_argument(
+        "--steps-per-block", type=int, default=16, metavar="N", help="most passes for a block (default: %(default)s)"
+    )
+    s.add_argument(
+        "--confidence-threshold",
+        type=float,
+        default=0.8,
+        metavar="P",
+        help="predictions more probable than this are taken at once; 1: one a step (default: %(default)s)",
+    )
+    s.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the most probable token (default); above: samples"
+    )
+    s.add_argument("--top-k", type=int, metavar="K", help="sample among the K most probable tokens")
+    s.add_argument("--top-p", type=float, metavar="P", help="sample among the most probable tokens that make up P")
+    s.add_argument("--seed", type=_seed, metavar="N", help="of the samples (default: another one every time)")
+    s.add_argument("--no-eos", action="store_true", help="go on after an end-of-sequence token")
+
+    out = p.add_argument_group("output")
+    out.add_argument("--watch", action="store_true", help="show blocks resolving, tokens coloured by confidence")
+    out.add_argument("--json", action="store_true", help="one JSON object: text, tokens, passes, timings, settings")
+    out.add_argument("--output", metavar="FILE", help="write there instead of standard output, all of it or nothing")
+    out.add_argument("--quiet", action="store_true", help="no figures on standard error")
+
+
+def run(o: argparse.Namespace) -> None:
+    """Check everything that can be checked, load, generate, write."""
+    given = [name for name in ("prompt", "prompt_file", "tokens") if getattr(o, name) is not None]
+    if len(given) > 1:
+        names = " and ".join("--" + name.replace("_", "-") if name != "prompt" else "a prompt" for name in given)
+        raise ValueError(f"{names}: expected one of them")
+    with Output(o.output) as output:
+        prompt = _parse_ids(o.tokens) if o.tokens is not None else _read_prompt(o.prompt, o.prompt_file)
+
+        from ..config import TwoTowerConfig
+        from ..two_tower import ASSETS, TwoTower
+        from .vocabulary import Vocabulary
+
+        folder = ASSETS if o.model is None else Path(o.model)
+        config = TwoTowerConfig.from_file(folder)
+        settings = _settings(o, config)
+        vocabulary = None
+        if isinstance(prompt, str):
+            tokenizer = folder if o.tokenizer is None else Path(o.tokenizer)
+            if not (tokenizer / "tokenizer.json").is_file():
+                raise ValueError(f"{tokenizer}: no tokenizer.json; name its folder (--tokenizer) or give ids (--tokens)")
+            vocabulary = Vocabulary(tokenizer, config)
+        ids = prompt if vocabulary is None else vocabulary.encode(prompt)
+        _check_prompt(ids, settings, config)
+        towers = _towers(folder, settings.mode)
+        device, dtype = device_of(o.device), dtype_of(o.dtype)
+
+        began = time.perf_counter()
+        model = TwoTower.from_pretrained(folder, device=device, dtype=dtype, towers=towers, progress=not o.quiet)
+        load = time.perf_counter() - began
+        seed = o.seed if o.seed is not None else secrets.randbelow(2**32) if settings.temperature > 0 else 0
+        view = _watch(prompt, len(ids), vocabulary) if o.watch else None
+        tokens, nfe, seconds = _generate(model, ids, settings, seed, view)
+
+        text = None if vocabulary is None else vocabulary.decode(tokens, ids)
+        record = {
+            "prompt": prompt,
+            "text": text,
+            "prompt_tokens": ids,
+            "tokens": tokens,
+            "nfe": nfe,
+            "timings": {"load": round(load, 4), "generate": round(seconds, 4)},
+            "tokens_per_second": round(len(tokens) / seconds, 2),
+            "tokens_per_pass": round(len(tokens) / nfe, 3) if nfe else None,
+            "settings": asdict(settings)
+            | {"seed": seed, "model": str(folder), "device": str(device)}
+            | {"dtype": str(model.dtype).removeprefix("torch.")},
+        }
+        if o.json:
+            output.write(json.dumps(record, ensure_ascii=False) + "\n")
+        elif text is None:
+            output.write(" ".join(map(str, [*ids, *tokens])) + "\n")
+        elif o.output is not None or not _on_terminal(prompt, text, view, len(tokens)):
+            whole = prompt + text
+            output.write(whole if whole.endswith("\n") else whole + "\n")
+    if not o.quiet:
+        print(_figures(record, ended=bool(tokens) and tokens[-1] in settings.eos_token_ids), file=sys.stderr)
+
+
+def _read_prompt(prompt: str | None, file: str | None) -> str:
+    """The prompt from where it is; ValueError when there is none or it is not UTF-8 text."""
+    if prompt is not None:
+        where, text = "prompt", prompt
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("prompt: not UTF-8 text") from None
+    else:
+        if file in (None, "-"):
+            if file is None and sys.stdin.isatty():
+                raise ValueError('no prompt: give one as in twotower generate "def main():", or --prompt-file, or pipe it')
+            where, data = "standard input", sys.stdin.buffer.read()
+        else:
+            where, data = f"--prompt-file {file}", Path(file).read_bytes()
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if not text:
+        raise ValueError(f"{where}: empty, expected some text to continue")
+    return text
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f'--tokens is {text!r}, expected token ids such as "5 6 7"') from None
+
+
+def _settings(o: argparse.Namespace, config: TwoTowerConfig) -> Settings:
+    from ..generate import Settings
+
+    settings = Settings(
+        mode=o.mode,
+        max_new_tokens=o.max_new_tokens,
+        block_size=config.block_size if o.block_size is None else o.block_size,
+        steps_per_block=o.steps_per_block,
+        confidence_threshold=o.confidence_threshold,
+        temperature=o.temperature,
+        top_k=o.top_k,
+        top_p=o.top_p,
+        eos_token_ids=() if o.no_eos else config.eos_token_ids,
+    )
+    settings.check(config)
+    return settings
+
+
+def _check_prompt(ids: list[int], settings: Settings, config: TwoTowerConfig) -> None:
+    """What `generate` refuses, before minutes go into loading."""
+    if not ids:
+        raise ValueError("prompt: empty, expected at least one token")
+    if bad := [i for i in ids if not 0 <= i < config.vocab_size]:
+        raise ValueError(f"prompt: token id {bad[0]} is out of range, expected 0 to {config.vocab_size - 1}")
+    limit = config.max_position_embeddings
+    if len(ids) + settings.max_new_tokens > limit:
+        count = f"{len(ids)} tokens and {settings.max_new_tokens} new ones"
+        raise ValueError(f"prompt: {count} exceed the model's context of {limit} (--max-new-tokens asks for fewer)")
+
+
+def _towers(folder: Path, mode: str) -> str:
+    """Which towers to load; ValueError when the folder has no denoiser and the mode needs one."""
+    from ..checkpoint import layout
+
+    if mode == "ar":
+        return "context"
+    if layout(folder) != "two_tower":
+        raise ValueError(
+            f"{folder}: has a context tower only, and --mode {mode} needs a denoiser: use --mode ar, or make one "
+            "(twotower convert, twotower train denoiser)"
+        )
+    return "both"
+
+
+def _generate(
+    model: Any, ids: list[int], settings: Settings, seed: int, view: Watch | None
+) -> tuple[list[int], int, float]:
+    """New tokens, denoiser passes and seconds."""
+    from ..generate import generate
+
+    began = time.perf_counter()
+    if view is None:
+        out = generate(model, [ids], settings, seed=seed)
+    else:
+        with view:
+            out = generate(model, [ids], settings, seed=seed, on_step=view.step)
+    return out.tokens[0], out.nfe[0], time.perf_counter() - began
+
+
+def _watch(prompt: str | list[int], length: int, vocabulary: Vocabulary | None) -> Watch:
+    """A live view on the first of standard output and standard error that is a terminal."""
+    from rich.console import Console
+
+    from .watch import Watch
+
+    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    text = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
+    return Watch(out if out.is_terminal else err, text, length, vocabulary)
+
+
+def _on_terminal(prompt: str, text: str, view: Watch | None, length: int) -> bool:
+    """Show prompt and text apart if standard output is a terminal: was it?"""
+    if not sys.stdout.isatty():
+        return False
+    from rich.console import Console
+    from rich.text import Text
+
+    from .watch import Watch, visible
+
+    console = Console(highlight=False)
+    plain = Text().append(visible(prompt), style=Watch.PROMPT).append(visible(text))
+    shown = plain if view is None else view.coloured(length)
+    # Colours only where they leave the text as it is: a tokenizer may read a token differently on its own.
+    console.print(shown if shown.plain == plain.plain else plain, soft_wrap=True)
+    return True
+
+
+def _figures(record: dict[str, Any], ended: bool) -> str:
+    """Speed in one line."""
+    count, timings, nfe = len(record["tokens"]), record["timings"], record["nfe"]
+    if nfe:
+        per_pass = f"{nfe} denoiser passes, {record['tokens_per_pass']:.2f} tokens per pass"
+    else:
+        per_pass = "no denoiser passes (context tower alone)"
+    end = ", ended by the model" if ended else ""
+    seconds = f"{timings['generate']:.2f} s: {record['tokens_per_second']:.1f} tokens/s"
+    return f"{count} tokens in {seconds}, {per_pass}{end} (loaded in {timings['load']:.2f} s)"

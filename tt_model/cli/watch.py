@@ -1,0 +1,112 @@
+"""Generation as it happens: blocks resolving in the terminal, tokens coloured by the model's confidence."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from ..generate import Step
+    from .vocabulary import Vocabulary
+
+_RED, _YELLOW, _GREEN = (225, 85, 85), (220, 180, 60), (90, 190, 110)
+_MASK = "░"
+# Control characters, the escape that begins terminal commands among them, as their visible pictures.
+_PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {i: 0xFFFD for i in range(0x7F, 0xA0)}
+
+
+def visible(text: str) -> str:
+    """A text that can be shown on a terminal: what a model writes must not command it."""
+    return text.translate(_PICTURES)
+
+
+def colour(confidence: float) -> str:
+    """From red (0) through yellow (0.5) to green (1)."""
+    low, high = (_RED, _YELLOW) if confidence < 0.5 else (_YELLOW, _GREEN)
+    share = min(1.0, max(0.0, confidence * 2 - (confidence >= 0.5)))
+    return "rgb({},{},{})".format(*(round(a + (b - a) * share) for a, b in zip(low, high, strict=True)))
+
+
+class Watch:
+    """A live view of one sequence; `step` is what `generate` calls after every pass.
+
+    Off a terminal nothing is shown. Afterwards `coloured` gives the final text with its colours.
+    """
+
+    PROMPT = "bold"  # how it is told from what was generated
+
+    def __init__(self, console: Console, prompt: str, prompt_length: int, vocabulary: Vocabulary | None):
+        self.prompt, self.prompt_length, self.vocabulary = prompt, prompt_length, vocabulary
+        self.tokens: list[int] = []
+        self.confidence: list[float | None] = []  # None: still masked
+        self.passes = 0
+        self._lock = threading.Lock()
+        shown = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(self, console=console, refresh_per_second=15, transient=True) if shown else None
+
+    def __enter__(self) -> Watch:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def step(self, step: Step) -> None:
+        tokens, committed = step.tokens[0].tolist(), step.committed[0].tolist()
+        confidence = step.confidence[0].tolist()
+        begin = step.start[0] - self.prompt_length
+        with self._lock:
+            self.passes += 1
+            missing = begin + len(tokens) - len(self.tokens)
+            self.tokens += [0] * missing
+            self.confidence += [None] * missing
+            self.tokens[begin : begin + len(tokens)] = tokens
+            for i, (now, p) in enumerate(zip(committed, confidence, strict=True), begin):
+                if now:
+                    self.confidence[i] = p
+
+    def coloured(self, length: int | None = None) -> Text:
+        """Prompt and tokens, up to `length` of them; masked positions are dim."""
+        with self._lock:
+            tokens, confidence = self.tokens[:length], self.confidence[:length]
+        out = Text().append(visible(self.prompt), style=self.PROMPT)  # not Text(style=...): that would style all of it
+        begin = 0
+        while begin < len(tokens):
+            masked = confidence[begin] is None
+            end = begin
+            while end < len(tokens) and (confidence[end] is None) == masked:
+                end += 1
+            if masked:
+                out.append(_MASK * (end - begin), style="dim")
+            else:
+                self._append(out, tokens[begin:end], confidence[begin:end])
+            begin = end
+        return out
+
+    def _append(self, out: Text, tokens: list[int], confidence: list[float]) -> None:
+        if self.vocabulary is None:
+            for token, p in zip(tokens, confidence, strict=True):
+                out.append(f" {token}", style=colour(p))
+            return
+        i = 0
+        for text, count in self.vocabulary.pieces(tokens):
+            out.append(visible(text), style=colour(min(confidence[i : i + count])))
+            i += count
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The last lines that fit, and a legend below them."""
+        lines = self.coloured().wrap(console, options.max_width)
+        room = max(1, console.height - 2)
+        yield Text("\n").join(lines[-room:])
+        legend = Text("confidence ", style="dim", no_wrap=True, overflow="crop")
+        for p in (0.1, 0.3, 0.5, 0.7, 0.9):
+            legend.append(f" {p}", style=colour(p))
+        legend.append(f"   {_MASK} masked   pass {self.passes}", style="dim")
+        yield legend
