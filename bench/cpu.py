@@ -1,4 +1,4 @@
-"""`python -m bench.cpu`: how fast the plain-PyTorch model is on this CPU, against transformers and against its own GEMMs.
+"""`python -m bench.cpu`: how fast the plain-PyTorch model is on a CPU, against transformers and its own products.
 
 Two questions, on the same random mid-size model (`bench.models.MIDDLE`), batch 1, fp32:
 1. AR decoding, prefill included: tokens/s of `generate(mode="ar")` and of transformers on the same weights, with each
@@ -43,10 +43,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         if function.overloadpacket in PRODUCTS:
-            if function.overloadpacket in (aten.addmm, aten.addmv, aten.baddbmm):
-                left = args[1]
-            else:
-                left = args[0]
+            left = args[function.overloadpacket in (aten.addmm, aten.addmv, aten.baddbmm)]
             self.calls.append((function, args, kwargs))
             self.flops += 2 * result.numel() * left.shape[-1]
         return result
@@ -93,7 +90,9 @@ def decoding(model: TwoTower, prompt: Tensor, new_tokens: int, rounds: int) -> d
     return interleaved(runs, rounds)
 
 
-def denoiser(model: TwoTower, context: int, rounds: int, block_size: int = 16) -> tuple[dict[str, list[float]], Recorder]:
+def denoiser(
+    model: TwoTower, context: int, rounds: int, block_size: int = 16
+) -> tuple[dict[str, list[float]], Recorder]:
     """Seconds of a denoiser pass over a half-masked block after `context` tokens, and of its products alone."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(4, model.config.vocab_size, (1, context + block_size), generator=g)
@@ -121,7 +120,12 @@ def report(config: TwoTowerConfig, options: argparse.Namespace) -> dict[str, Any
     times = decoding(model, prompt, options.new, options.rounds)
     best = min((name for name in times if name != OURS), key=lambda name: median(times[name]))
     rows = [
-        (name, f"{options.new / median(t):.1f}", f"{1e3 * median(t) / options.new:.2f}", f"{ratio(times, name, OURS):.2f}")
+        (
+            name,
+            f"{options.new / median(t):.1f}",
+            f"{1e3 * median(t) / options.new:.2f}",
+            f"{ratio(times, name, OURS):.2f}",
+        )
         for name, t in times.items()
     ]
     print(table(("", "tokens/s", "ms a token", "times our time"), rows))

@@ -18,9 +18,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
     Returns:
         loss: a scalar, fp32 (fp64 where hidden or weight is fp64); 0 without any token.
 
-    Logits, softmax and sum in the dtype of the loss. Gradients for hidden and weight. Deterministic on a CPU. Raises
-    ValueError for sizes that disagree. Cost for M masked tokens: 2 M V D flops, V D itemsize bytes; the reference holds
-    the M V logits in memory. Source: MODEL.md section 4; without logits in memory: Wijmans et al. (2411.09009).
+    Logits, softmax and sum in the dtype of the loss. Gradients for hidden and weight. Deterministic on a CPU.
+    Raises ValueError for sizes that disagree. Cost for M masked tokens: 2 M V D flops, V D itemsize bytes; the reference
+    holds the M V logits in memory. Source: MODEL.md section 4; without logits in memory: Wijmans et al. (2411.09009).
     """
     check(
         "linear_cross_entropy",

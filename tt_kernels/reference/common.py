@@ -21,4 +21,4 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 def sequence_index(cu_seqlens: Tensor, B: int, L: int) -> Tensor:
     """Which packed sequence each token belongs to: [B, L] int64. cu_seqlens counts over the flattened B*L tokens."""
     tokens = torch.arange(B * L, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens.long(), tokens, right=True).view(B, L)
+    return torch.searchsorted(cu_seqlens.long().contiguous(), tokens, right=True).view(B, L)

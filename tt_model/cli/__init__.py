@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from . import convert, generate, info, train
 from .common import Interrupted, Parser, describe, one_line_warnings
@@ -50,14 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 must not lose the text
     try:
         with one_line_warnings():
-            options = make_parser().parse_args(arguments)
-            options.run(options)
-            sys.stdout.flush()
-        return 0
-    except SystemExit as stop:  # argparse: --help, --version or a usage error, already reported
-        return stop.code if isinstance(stop.code, int) else 1
+            code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's last flush does not fail again
+        with suppress(OSError):  # or else the interpreter's last flush would fail, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code, message = 141, "standard output was closed before everything was written"
     except KeyboardInterrupt as error:
         code, message = 130, str(error) if isinstance(error, Interrupted) else "interrupted"
@@ -67,3 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, message = 1, describe(error)
     print(f"twotower: error: {message}", file=sys.stderr)
     return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        options, unknown = make_parser().parse_known_args(arguments)
+        if unknown:  # here rather than in parse_args, so that the right --help is pointed at
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    except SystemExit as stop:  # --help, --version, or a usage error that has been reported
+        return int(stop.code or 0)
+    options.run(options)
+    return 0

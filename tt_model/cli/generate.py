@@ -54,7 +54,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     p = commands.add_parser(
         "generate", prog="twotower generate", help="continue a prompt", description=_DESCRIPTION, epilog=_EPILOG
     )
-    p.set_defaults(run=run)
+    p.set_defaults(run=run, parser=p)
     source = p.add_argument_group("prompt and model")
     source.add_argument("prompt", nargs="?", help="the text to continue")
     source.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file; -: standard input")
@@ -78,7 +78,11 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
         help="predictions more probable than this are taken at once; 1: one a step (default: %(default)s)",
     )
     s.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the most probable token (default); above: samples"
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: the most probable token (default); above: samples",
     )
     s.add_argument("--top-k", type=int, metavar="K", help="sample among the K most probable tokens")
     s.add_argument("--top-p", type=float, metavar="P", help="sample among the most probable tokens that make up P")
@@ -112,7 +116,9 @@ def run(o: argparse.Namespace) -> None:
         if isinstance(prompt, str):
             tokenizer = folder if o.tokenizer is None else Path(o.tokenizer)
             if not (tokenizer / "tokenizer.json").is_file():
-                raise ValueError(f"{tokenizer}: no tokenizer.json; name its folder (--tokenizer) or give ids (--tokens)")
+                raise ValueError(
+                    f"{tokenizer}: no tokenizer.json; name its folder (--tokenizer) or give ids (--tokens)"
+                )
             vocabulary = Vocabulary(tokenizer, config)
         ids = prompt if vocabulary is None else vocabulary.encode(prompt)
         _check_prompt(ids, settings, config)
@@ -162,7 +168,9 @@ def _read_prompt(prompt: str | None, file: str | None) -> str:
     else:
         if file in (None, "-"):
             if file is None and sys.stdin.isatty():
-                raise ValueError('no prompt: give one as in twotower generate "def main():", or --prompt-file, or pipe it')
+                raise ValueError(
+                    'no prompt: give one (twotower generate "def main():"), a --prompt-file, or pipe one in'
+                )
             where, data = "standard input", sys.stdin.buffer.read()
         else:
             where, data = f"--prompt-file {file}", Path(file).read_bytes()
@@ -272,10 +280,11 @@ def _on_terminal(prompt: str, text: str, view: Watch | None, length: int) -> boo
 def _figures(record: dict[str, Any], ended: bool) -> str:
     """Speed in one line."""
     count, timings, nfe = len(record["tokens"]), record["timings"], record["nfe"]
-    if nfe:
-        per_pass = f"{nfe} denoiser passes, {record['tokens_per_pass']:.2f} tokens per pass"
-    else:
-        per_pass = "no denoiser passes (context tower alone)"
+    passes = f"{nfe} denoiser pass{'es' * (nfe != 1)}"
+    if record["settings"]["mode"] == "ar":
+        passes = "context tower alone"
+    elif nfe:
+        passes += f", {record['tokens_per_pass']:.2f} tokens per pass"
     end = ", ended by the model" if ended else ""
     seconds = f"{timings['generate']:.2f} s: {record['tokens_per_second']:.1f} tokens/s"
-    return f"{count} tokens in {seconds}, {per_pass}{end} (loaded in {timings['load']:.2f} s)"
+    return f"{count} tokens in {seconds}, {passes}{end} (loaded in {timings['load']:.2f} s)"

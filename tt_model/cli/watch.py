@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _RED, _YELLOW, _GREEN = (225, 85, 85), (220, 180, 60), (90, 190, 110)
 _MASK = "░"
 # Control characters, the escape that begins terminal commands among them, as their visible pictures.
-_PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {i: 0xFFFD for i in range(0x7F, 0xA0)}
+_PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | dict.fromkeys(range(127, 160), 65533)
 
 
 def visible(text: str) -> str:
