@@ -54,10 +54,12 @@ class Recorder(TorchDispatchMode):
 
 
 def needed_flops(model: TwoTower, tokens: int) -> int:
-    """Operations that a denoiser pass over `tokens` tokens needs at least: its linear layers and its chosen experts."""
+    """Operations that a denoiser pass over `tokens` tokens of one row needs in its linear layers and chosen experts."""
     c, tower = model.config, model.denoiser_tower
     linears = [m for m in (*tower.modules(), model.lm_head) if isinstance(m, torch.nn.Linear)]
     total = sum(2 * tokens * m.weight.numel() for m in linears)
+    time = [m for m in (*model.t_embedder.modules(), *model.t_block) if isinstance(m, torch.nn.Linear)]
+    total += sum(2 * m.weight.numel() for m in time)
     for module in tower.modules():
         if isinstance(module, MoE):
             pairs = tokens * c.num_experts_per_tok

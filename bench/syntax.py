@@ -18,8 +18,10 @@ _LEXEMES = re.compile(
       | [()\[\]{}] | \\\n | (?P<line>\n(?=\S))""",
     re.DOTALL | re.VERBOSE,
 )
-_CONTINUES = re.compile(r"[#)\]},.:=]|(?:else|elif|except|finally)\b")  # what begins no statement
-_STATEMENT = re.compile(r"@|(?:def|class|import|from|while|try|return|raise|with|del|pass)\b")  # nor an expression
+# What begins no statement; a word at the very end of the text may have more letters to come.
+_CONTINUES = re.compile(r"[#)\]},.:=]|(?:else|elif|except|finally)\b|\w*\Z")
+# What begins a statement and never stands in an expression.
+_STATEMENT = re.compile(r"@|(?:def|class|import|from|while|try|return|raise|with|del|pass)\b")
 
 
 def last_cut(text: str) -> int:
@@ -50,29 +52,26 @@ def verdict(prompt: str, completion: str, ended: bool) -> str:
     written = text[len(prompt) : cut]
     if not re.sub(r"#[^\n]*", "", written).strip():
         return "unfinished"
-    return "parses" if parses(text[:cut]) else "fails"
+    return "fails" if parse(text[:cut]) is None else "parses"
 
 
-def parses(text: str) -> bool:
+def parse(text: str) -> ast.Module | None:
+    """What `ast.parse` makes of a text, None where it refuses; its warnings of odd escapes and the like are dropped."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd escapes and the like are not errors
+        warnings.simplefilter("ignore")
         try:
-            ast.parse(text)
+            return ast.parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes; brackets nested too deep
-            return False
-    return True
+            return None
 
 
 def statement_starts(text: str) -> list[int]:
     """Where a file's top-level statements begin, the file's own beginning first; empty for what does not parse."""
-    if not parses(text):
+    if (tree := parse(text)) is None:
         return []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        body = ast.parse(text).body
     lines = [0]
     for line in text.split("\n"):
         lines.append(lines[-1] + len(line) + 1)
-    firsts = [min([n.lineno, *(d.lineno for d in getattr(n, "decorator_list", ()))]) for n in body]
+    firsts = [min([n.lineno, *(d.lineno for d in getattr(n, "decorator_list", ()))]) for n in tree.body]
     starts = {lines[first - 1] for first in firsts}
     return sorted({0} | {s for s in starts if text[s : s + 1].strip()})

@@ -1,7 +1,7 @@
-"""MODEL.md written out token by token in fp64: the independent check of the fast reference implementation.
+"""The model written out token by token in fp64: the independent check of the fast reference implementation.
 
 Naive on purpose. One sequence, no batch; loops over tokens, heads and experts; nothing of tt_kernels or tt_model. It
-follows MODEL.md sentence by sentence, so that the two can be compared by reading.
+follows the paper and the published implementation step by step, so that they can be compared by reading.
 
 All arithmetic is fp64, but for the roundings of the time embedding, which are part of the model (`time_embedding`).
 `residual_in_fp32` changes nothing here, since fp64 is wider. `chunk_size`, `expand`, `time_step_min`, `time_step_max`,
@@ -247,7 +247,7 @@ def context_forward(model: Model, tokens: list[int], cache: Cache | None = None)
 
 
 def time_embedding(model: Model, t: float) -> Tensor:
-    """e of MODEL.md: t, 1000 t and e rounded to the model's dtype, f and the angles to fp32.
+    """The time embedding e: t, 1000 t and e rounded to the model's dtype, f and the angles to fp32.
 
     These roundings are the model's: at an angle of 1000 fp32 resolves 6e-5, and the logits show it.
     """

@@ -11,7 +11,7 @@ import torch
 
 from tt_model.config import TwoTowerConfig
 
-# What the published config.json says, as far as it is known (MODEL.md).
+# What the published config.json says, as far as it is known.
 PUBLISHED = {
     "architectures": ["NemotronHTwoTowerForCausalLM"],
     "model_type": "nemotron_h",

@@ -20,7 +20,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
 
     Logits, softmax and sum in the dtype of the loss. Gradients for hidden and weight. Deterministic on a CPU.
     Raises ValueError for sizes that disagree. Cost for M masked tokens: 2 M V D flops, V D itemsize bytes; the reference
-    holds the M V logits in memory. Source: MODEL.md section 4; without logits in memory: Wijmans et al. (2411.09009).
+    holds the M V logits in memory. Source: TwoTower (2606.26493); without logits in memory: Wijmans et al. (2411.09009).
     """
     check(
         "linear_cross_entropy",

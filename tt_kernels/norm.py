@@ -56,7 +56,7 @@ def modulated_rms_norm(
     Computes in fp32 (fp64 where x or weight is fp64); the norm reads the residual as it was rounded to the dtype of x.
     Gradients for all tensors. Deterministic. Raises ValueError for sizes that disagree, an unknown order, a shift
     without a scale, a gate without a branch. Cost for T tokens: 9 T D flops, 4 T D itemsize bytes, so bound by memory.
-    Source: MODEL.md section 2; TwoTower (2606.26493), adaLN-single of PixArt-alpha.
+    Source: TwoTower (2606.26493) and its published implementation; adaLN-single of PixArt-alpha.
     """
     check(
         "modulated_rms_norm",

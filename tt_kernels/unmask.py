@@ -75,7 +75,7 @@ def sample(
 
     Computes in the dtype of the confidence, noise in fp64. No gradients. Deterministic. Raises ValueError for sizes
     that disagree and options out of their range. Cost for R rows: R V itemsize bytes; with noise 40 R V operations.
-    Source: MODEL.md section 3; Gumbel-max as in Maddison et al. (1411.0030).
+    Source: TwoTower (2606.26493); Gumbel-max as in Maddison et al. (1411.0030).
     """
     check(
         "sample",
@@ -173,7 +173,7 @@ def commit(
         masked:    [B] int64: how many are masked still.
 
     No gradients. Deterministic. Raises ValueError for sizes that disagree. Cost: a sort of L numbers a row.
-    Source: MODEL.md section 3.
+    Source: TwoTower (2606.26493).
     """
     check(
         "commit",
@@ -224,7 +224,7 @@ def unmask(
         masked:     [B] int64: how many are masked still.
 
     Computes as `head_sample` does. No gradients. Deterministic. Raises ValueError as `sample` does. Cost for M masked
-    positions: 2 M V D flops, V D itemsize bytes: bound by reading the head. Source: MODEL.md section 3.
+    positions: 2 M V D flops, V D itemsize bytes: bound by reading the head. Source: TwoTower (2606.26493).
     """
     check(
         "unmask",

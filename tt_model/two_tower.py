@@ -37,7 +37,8 @@ class TimeEmbedder(nn.Module):
     def forward(self, t_M: Tensor) -> Tensor:
         dtype, half = self.mlp[0].weight.dtype, self.size // 2
         acc = torch.promote_types(dtype, torch.float32)
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t_M.device, dtype=acc) / half)
+        # On the CPU, whatever the device: an ulp of a frequency is 1e-5 of the logits.
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=acc) / half).to(t_M.device)
         angles = (t_M.to(dtype) * 1000).to(acc).unsqueeze(-1) * frequencies  # [M, 128]
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))
 

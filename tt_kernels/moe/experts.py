@@ -28,7 +28,7 @@ def experts(
     Gradients for x, weights, up, down and gate. Deterministic. Raises ValueError for sizes or dtypes that disagree and
     an unknown activation. Cost: 4 T K D N flops (6 with a gate), 2 D N itemsize bytes for each expert that is hit (3
     with a gate): bound by reading weights until a few hundred tokens.
-    Source: MODEL.md section 2; sorted segments as in MegaBlocks (2211.15841).
+    Source: DeepSeek-V3 (2412.19437) routing as in Nemotron-3-Nano; sorted segments as in MegaBlocks (2211.15841).
     """
     w = expert_weights
     check(

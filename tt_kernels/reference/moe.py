@@ -52,8 +52,9 @@ def activate(h: Tensor, activation: str) -> Tensor:
 
 def _grouped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     """Rows of x, sorted by expert, times their own expert's weight: [R, D], [E, N, D] -> [R, N]."""
-    sizes = x.stride(0) * x.element_size() % 16 == 0 and weight.stride(1) * weight.element_size() % 16 == 0
-    if x.dtype in (torch.bfloat16, torch.float32, torch.float16) and sizes and x.dtype == weight.dtype:
+    accepted = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
+    aligned = x.stride(0) * x.element_size() % 16 == 0 and weight.stride(1) * weight.element_size() % 16 == 0
+    if x.dtype in accepted and x.dtype == weight.dtype and aligned:
         offsets = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     parts = [segment @ weight[e].T for e, segment in enumerate(x.split(counts)) if len(segment)]

@@ -19,7 +19,7 @@ from .write import Entry, atomic_folder, tokenizer_files, write
 def _time_modules(config: TwoTowerConfig, seed: int) -> dict[str, Tensor]:
     """Initial time modules in fp32 on the CPU: at first the denoiser computes what the context tower's layers do.
 
-    Tables are (0, 0, 1) for shift, scale, gate and the last linear of `t_block` is zero (MODEL.md, section 4), so what
+    Tables are (0, 0, 1) for shift, scale, gate and the last linear of `t_block` is zero, so what
     `t_embedder` says does not matter yet; it starts normal with deviation 0.02, biases 0, so that it can learn.
     """
     H, size = config.hidden_size, config.time_embedding_size

@@ -65,7 +65,7 @@ examples:
   twotower train denoiser --model run/ar/model --data stdlib --out run/denoiser
   twotower train denoiser --model run/ar/model --data stdlib --out run/s32 --block-size 32 --steps 4000
   twotower train denoiser --model run/s32/model --data stdlib --out run/s16 --block-size 16 --steps 1000
-  twotower train denoiser --model two-towers --data my_texts --out run/big --device cuda --dtype bfloat16
+  twotower train denoiser --model two-towers --data my_texts --out run/big --device cuda
 
 The same command goes on with a run that was stopped. The published recipe trains with blocks of 32 first, then 16."""
 

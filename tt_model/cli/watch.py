@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..generate import Step
     from .vocabulary import Vocabulary
 
-_RED, _YELLOW, _GREEN = (225, 85, 85), (220, 180, 60), (90, 190, 110)
+_RED, _YELLOW, _GREEN = (230, 60, 60), (220, 190, 40), (60, 200, 80)  # also distinct where only 16 colours are
 _MASK = "░"
 # Control characters, the escape that begins terminal commands among them, as their visible pictures.
 _PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | dict.fromkeys(range(127, 160), 65533)
