@@ -30,23 +30,24 @@ _SAME = (
     *("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
 )
 
-# The mid-size model of bench/cpu.py: every layer kind, in about the published model's proportions.
+# The mid-size model of bench/cpu.py: every layer kind; the published widths over 5.25, as its hidden size is, with the
+# same head and state sizes; 2 of 16 experts a token (published: 6 of 128).
 MIDDLE = TwoTowerConfig(
     vocab_size=8192,
     hidden_size=512,
     pattern="MEMEM*-MEMEM*E",
-    num_attention_heads=8,
+    num_attention_heads=6,
     num_key_value_heads=2,
-    head_dim=64,
-    mamba_num_heads=16,
+    head_dim=128,
+    mamba_num_heads=12,
     mamba_head_dim=64,
     ssm_state_size=128,
     n_groups=4,
-    intermediate_size=1024,
+    intermediate_size=704,
     n_routed_experts=16,
-    num_experts_per_tok=4,
-    moe_intermediate_size=384,
-    moe_shared_expert_intermediate_size=768,
+    num_experts_per_tok=2,
+    moe_intermediate_size=352,
+    moe_shared_expert_intermediate_size=704,
     routed_scaling_factor=2.5,
 )
 

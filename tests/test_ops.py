@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import tt_kernels
 from torch import Tensor
+
+import tt_kernels
 from tt_kernels import OPS, ExpertWeights, Op, core, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -148,9 +149,9 @@ def test_low_precision_is_as_good_as_its_roundings(op: Op, dims: dict[str, int],
         if not got.is_floating_point():  # ids, tokens: no decision of these inputs is within rounding of a tie
             assert torch.equal(got, want), name
         elif got.numel():
-            # fp32: sums of up to 75 terms, and exp of logits up to 20: 8. 16 bits: statistics and sums are fp32, so half
-            # an eps for the output and half for a residual rounded before; experts round up, its square and down too,
-            # and squaring doubles an error, 3 in all.
+            # fp32: sums of up to 75 terms, exp of logits up to 20: 8. 16 bits: statistics and sums are fp32, so half an
+            # eps for the output and half for a residual that was rounded before; experts also round up, its square and
+            # down, and squaring doubles an error: 3 in all.
             wide = got.dtype in (torch.float32, torch.float64)
             roundings = 8 if wide else 3 if op.fn is tt_kernels.experts else 1
             error, largest = (got.double() - want).abs().max(), want.abs().max()
@@ -201,10 +202,10 @@ def test_gradients(op: Op, dims: dict[str, int]) -> None:
 @pytest.mark.parametrize("op,dims", [p for p in FIRST if p.values[0].compiles])
 def test_compiles_into_one_graph(op: Op, dims: dict[str, int]) -> None:
     """Traced forward and backward without generated code: whether the graph is whole shows there, and takes a tenth of
-    the time. Sizes are dynamic, so that one graph serves every length."""
+    the time. Sizes are static, as in training."""
     torch._dynamo.reset()
     kwargs = make(op, dims, torch.float32)
-    compiled = torch.compile(op.fn, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(op.fn, fullgraph=True, dynamic=False, backend="aot_eager")
     results = []
     for fn in (op.fn, compiled):
         free = differentiated(op, kwargs)
@@ -254,7 +255,11 @@ BAD = [
     ("experts", dict(x=torch.ones(5, 6).half()), "up is torch.float32, expected the dtype of x, torch.float16"),
     ("experts", dict(ids=torch.zeros(5, 3).long()), "experts: weights has K=2, but ids has K=3"),
     ("context_attention", dict(q=torch.ones(2, 3, 3, 5)), "k has Hkv=2 heads, expected a divisor of Hq=3"),
-    ("context_attention", dict(lengths=torch.tensor([13, 1])), "lengths goes up to 13, but the page table has room for 12"),
+    (
+        "context_attention",
+        dict(lengths=torch.tensor([13, 1])),
+        "lengths goes up to 13, but the page table has room for 12",
+    ),
     ("causal_attention", dict(k=torch.ones(2, 4, 2, 3)), "causal_attention: k has N=4, but q has N=5"),
     ("block_diffusion_attention", dict(block_size=0), "block_size is 0, expected 1 or more"),
     ("gumbel_noise", dict(vocab_size=0), "gumbel_noise: vocab_size is 0, expected 1 or more"),

@@ -1,61 +1,32 @@
-"""The references against tests/literal.py, token by token in fp64, and against themselves where two forms must agree.
+"""The references against tests/literal.py in fp64: norms, experts, attention, loss. Scan and convolution: test_scan.py.
 
-A block is its tokens one by one, two segments are the whole, packed sequences are separate ones, padding does not show.
-fp64: two orders of summation differ by a few eps of the largest term, 2e-16 each; 1e-12 leaves room for sums of a hundred
-terms and for states of 1e3, and any wrong element, mask or index shows at 1e-3. 5 s on one core.
+A causal block is its tokens one by one, packed sequences are separate ones, padding does not show. 2 s on one core.
 """
 
 import math
-from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import literal
 import pytest
 import torch
+from fp64 import close, fp64  # noqa: F401 (a fixture)
 from torch import Tensor
+
 from tt_kernels import (
     ExpertWeights,
     block_diffusion_attention,
     causal_attention,
-    causal_conv1d,
     context_attention,
-    conv_block_states,
-    conv_state,
     experts,
     gated_group_norm,
     linear_cross_entropy,
     modulated_rms_norm,
     rms_norm,
     route,
-    ssd_advance,
-    ssd_block,
-    ssd_chunk,
 )
 
-S = 16  # block size: every length up to two blocks is tried
 NAN = math.nan
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def fp64() -> Iterator[None]:
-    torch.manual_seed(2)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def close(got: Tensor, want: Tensor) -> None:
-    assert got.dtype == want.dtype == torch.float64
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * max(1.0, want.abs().max().item() if want.numel() else 1))
 
 
 # Norms
@@ -104,164 +75,6 @@ def test_norm_dtypes() -> None:
     assert (y.dtype, residual.dtype) == (torch.bfloat16, torch.float32)
 
 
-# Convolution
-
-
-def conv_inputs(B: int, L: int, C: int = 5, K: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.randn(B, L, C), torch.randn(C, K), torch.randn(C), torch.randn(B, C, K)
-
-
-def test_conv_at_every_length() -> None:
-    x, weight, bias, state = conv_inputs(2, 2 * S)
-    for b in range(2):
-        column, want = state[b], []
-        for t in range(2 * S):
-            y, column = literal.conv_step(column, x[b, t], weight[:, None], bias)
-            want.append(literal.silu(y))
-            close(causal_conv1d(x[b : b + 1, : t + 1], weight, bias, state[b : b + 1])[0], torch.stack(want))
-            close(conv_state(x[b : b + 1, : t + 1], None, state[b : b + 1], kernel_size=4)[0], column)
-    lengths = torch.tensor([7, 0])
-    dirty = x.masked_fill(torch.arange(2 * S)[None, :, None] >= lengths[:, None, None], NAN)
-    after = conv_state(dirty, lengths, state, kernel_size=4)
-    close(after[:1], conv_state(x[:1, :7], None, state[:1], kernel_size=4))
-    assert torch.equal(after[1], state[1])
-
-
-def test_conv_in_two_segments_and_token_by_token() -> None:
-    x, weight, bias, state = conv_inputs(2, 9)
-    whole = causal_conv1d(x, weight, bias, state)
-    for cuts in ([4, 5], [1] * 9, [1, 8]):
-        now, parts = state, []
-        for part in x.split(cuts, 1):
-            parts.append(causal_conv1d(part, weight, bias, now))
-            now = conv_state(part, None, now, kernel_size=4)
-        close(torch.cat(parts, 1), whole)
-        close(now, conv_state(x, None, state, kernel_size=4))
-    short = causal_conv1d(x, weight, bias, state[..., 1:])  # the oldest column is not read
-    close(short, whole)
-
-
-def test_conv_packed_and_block_states() -> None:
-    x, weight, bias, _ = conv_inputs(1, 20)
-    cuts, cu_seqlens = [8, 4, 8], torch.tensor([0, 8, 12, 20], dtype=torch.int32)
-    alone = [causal_conv1d(part, weight, bias) for part in x.split(cuts, 1)]
-    close(causal_conv1d(x, weight, bias, cu_seqlens=cu_seqlens), torch.cat(alone, 1))
-    states = [conv_block_states(part, block_size=4, kernel_size=4) for part in x.split(cuts, 1)]
-    close(conv_block_states(x, block_size=4, kernel_size=4, cu_seqlens=cu_seqlens), torch.cat(states, 1))
-    for i in range(5):
-        want = conv_state(x[:, : 4 * i], None, None, kernel_size=4)
-        close(conv_block_states(x, block_size=4, kernel_size=4)[:, i], want)
-
-
-# Scan
-
-
-def scan_inputs(b: int, L: int, H: int = 4, P: int = 3, G: int = 2, N: int = 5) -> dict[str, Tensor]:
-    """A state a thousand times the tokens, and time steps that make it forget at very different speeds."""
-    return dict(
-        x=torch.randn(b, L, H, P),
-        dt=2 * torch.randn(b, L, H),
-        A=-torch.linspace(0.01, 16, H),
-        B=torch.randn(b, L, G, N),
-        C=torch.randn(b, L, G, N),
-        D=torch.randn(H),
-        dt_bias=torch.randn(H),
-        state=1e3 * torch.randn(b, H, P, N),
-    )
-
-
-def recurrence(kw: dict[str, Any], b: int, limit: tuple[float, float] = (0.0, math.inf)) -> tuple[Tensor, Tensor]:
-    """y of every token [L, H, P] and the state before and after every token [L + 1, H, P, N]."""
-    ys, states = [], [kw["state"][b]]
-    for t in range(kw["x"].shape[1]):
-        dt = literal.softplus(kw["dt"][b, t] + kw["dt_bias"]).clamp(*limit)
-        y, state = literal.ssd_step(states[-1], kw["x"][b, t], kw["B"][b, t], kw["C"][b, t], dt, kw["A"], kw["D"])
-        ys.append(y)
-        states.append(state)
-    return torch.stack(ys), torch.stack(states)
-
-
-def cut(kw: dict[str, Any], *slices: slice) -> dict[str, Any]:
-    """Rows and tokens of all that has rows and tokens; the state keeps its rows."""
-    rows, tokens = slices
-    per_token = {k: kw[k][rows, tokens] for k in ("x", "dt", "B", "C")}
-    return kw | per_token | dict(state=None if kw["state"] is None else kw["state"][rows])
-
-
-def advance(kw: dict[str, Any], lengths: Tensor | None = None, **options: Any) -> Tensor:
-    return ssd_advance(*(kw[k] for k in ("x", "dt", "A", "B", "dt_bias", "state")), lengths, **options)
-
-
-@pytest.mark.parametrize("limit", [(0.0, math.inf), (0.1, 0.5)])
-def test_scan_at_every_length(limit: tuple[float, float]) -> None:
-    kw = scan_inputs(2, 2 * S)
-    runs = [recurrence(kw, b, limit) for b in range(2)]
-    for L in range(1, 2 * S + 1):
-        part = cut(kw, slice(None), slice(L))
-        want_y = torch.stack([y[:L] for y, _ in runs])
-        want_states = torch.stack([states for _, states in runs])
-        close(ssd_block(**part, dt_limit=limit), want_y)
-        close(advance(part, dt_limit=limit), want_states[:, L])
-        for Q in (7, S):  # chunks with a rest, and a chunk that the block does not fill
-            y, state, before = ssd_chunk(**part, chunk_size=Q, dt_limit=limit)
-            close(y, want_y)
-            close(state, want_states[:, L])
-            close(before, want_states[:, 0:L:Q])
-
-
-def test_scan_in_two_segments_and_token_by_token() -> None:
-    kw = scan_inputs(2, 11)
-    whole, last = ssd_block(**kw), advance(kw)
-    for cuts in ([0, 4, 11], [0, 1, 11], list(range(12))):
-        state, parts = kw["state"], []
-        for start, end in zip(cuts, cuts[1:], strict=False):
-            part = cut(kw, slice(None), slice(start, end)) | dict(state=state)
-            parts.append(ssd_block(**part))
-            state = advance(part)
-        close(torch.cat(parts, 1), whole)
-        close(state, last)
-
-
-def test_scan_does_not_see_past_a_row() -> None:
-    kw = scan_inputs(3, 10)
-    lengths = torch.tensor([10, 3, 0])
-    past = torch.arange(10) >= lengths[:, None]
-    dirty = kw | {k: kw[k].clone() for k in ("x", "dt", "B", "C")}
-    for k in ("x", "dt", "B", "C"):
-        dirty[k][past] = NAN
-    for Q in (4, 16):
-        y, state, _ = ssd_chunk(**dirty, lengths=lengths, chunk_size=Q)
-        for b, n in enumerate(lengths.tolist()):
-            alone = cut(kw, slice(b, b + 1), slice(n))
-            close(y[b : b + 1, :n], ssd_block(**alone))
-            close(state[b : b + 1], advance(alone))
-            close(advance(dirty, lengths)[b : b + 1], advance(alone))
-    assert torch.equal(advance(dirty, lengths)[2], kw["state"][2])
-
-
-def test_scan_of_packed_sequences() -> None:
-    kw = scan_inputs(1, 20) | dict(state=None)
-    ends = [0, 8, 9, 12, 20]
-    alone = [ssd_chunk(**cut(kw, slice(None), slice(a, b)), chunk_size=4) for a, b in zip(ends, ends[1:], strict=False)]
-    for Q in (3, 4, 64):
-        y, state, _ = ssd_chunk(**kw, chunk_size=Q, cu_seqlens=torch.tensor(ends))
-        close(y, torch.cat([part[0] for part in alone], 1))
-        close(state, alone[-1][1])
-    whole = [0, 8, 12, 20]  # as training packs: every sequence is whole blocks
-    parts = [ssd_chunk(**cut(kw, slice(None), slice(a, b)), chunk_size=4) for a, b in zip(whole, whole[1:], strict=False)]
-    before = ssd_chunk(**kw, chunk_size=4, cu_seqlens=torch.tensor(whole))[2]
-    close(before, torch.cat([part[2] for part in parts], 1))
-
-
-def test_scan_keeps_its_state_in_fp32() -> None:
-    kw = {k: t.float() for k, t in scan_inputs(1, S).items()}
-    narrow = kw | {k: kw[k].bfloat16() for k in ("x", "dt", "B", "C")}
-    assert ssd_block(**narrow).dtype == torch.bfloat16 and advance(narrow).dtype == torch.float32
-    wide = {k: t.double() for k, t in narrow.items()}
-    # 16 decays and a sum of 16 terms in fp32; a bf16 state would be off by 4e-3.
-    torch.testing.assert_close(advance(narrow).double(), advance(wide), rtol=1e-5, atol=1e-5 * 1e3)
-
-
 # Experts
 
 
@@ -280,9 +93,7 @@ def test_router_and_experts(E: int, groups: int, kept: int, K: int, norm: bool) 
     model, stacked = moe_model(E, 6, 7, K, norm_topk_prob=norm, n_group=groups, topk_group=kept)
     weight, bias = model.weights["m.gate.weight"], model.weights["m.gate.e_score_correction_bias"]
     x = torch.randn(20, 6)
-    ids, weights = route(
-        x, weight, bias, top_k=K, n_group=groups, topk_group=kept, norm_topk_prob=norm, scale=2.5
-    )
+    ids, weights = route(x, weight, bias, top_k=K, n_group=groups, topk_group=kept, norm_topk_prob=norm, scale=2.5)
     y = experts(x, ids, weights, stacked)
     for t in range(20):
         want = literal.route(model, "m", x[t])
@@ -393,7 +204,7 @@ def test_causal_attention_alone_and_packed() -> None:
         close(o[1, t], attend(q[1, t], k[1, : t + 1], v[1, : t + 1]))
     for ends in ([0, 3, 4, 10], [0, 10], [0, 7]):  # the last: tokens behind the sequences are on their own
         o = causal_attention(q[:1], k[:1], v[:1], cu_seqlens=torch.tensor(ends))
-        for a, b in zip(ends, ends[1:], strict=False):
+        for a, b in pairwise(ends):
             close(o[:, a:b], causal_attention(q[:1, a:b], k[:1, a:b], v[:1, a:b]))
     o = causal_attention(q, k, v, cu_seqlens=torch.tensor([0, 4, 10]))  # as many sequences as one row has, over two
     close(o[:1, 4:], causal_attention(q[:1, 4:], k[:1, 4:], v[:1, 4:]))

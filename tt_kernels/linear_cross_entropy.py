@@ -19,8 +19,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
         loss: a scalar, fp32 (fp64 where hidden or weight is fp64); 0 without any token.
 
     Logits, softmax and sum in the dtype of the loss. Gradients for hidden and weight. Deterministic on a CPU.
-    Raises ValueError for sizes that disagree. Cost for M masked tokens: 2 M V D flops, V D itemsize bytes; the reference
-    holds the M V logits in memory. Source: TwoTower (2606.26493); without logits in memory: Wijmans et al. (2411.09009).
+    Raises ValueError for sizes that disagree. Cost for M masked tokens: 2 M V D flops, V D itemsize bytes; the
+    reference holds the M V logits in memory. Source: TwoTower (2606.26493); without logits in memory: Wijmans et al.
+    (2411.09009).
     """
     check(
         "linear_cross_entropy",

@@ -15,7 +15,7 @@ def gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, *, vocab_size: in
     """Standard Gumbel noise for every token id, a pure function of its arguments.
 
     Word v % 4 of Philox4x32-10 at counter (v // 4, position, step, 0) and key (seed mod 2^32, seed >> 32), as
-    u = (word + 1/2) / 2^32, gives -log(-log(1 - u)).
+    u = (word + 1/2) / 2^32, gives -log(-log(1 - u)), from -3.13 to 22.87.
 
     Args:
         seed, position, step: [*] int; position and step from 0 to 2^32 - 1.

@@ -184,7 +184,7 @@ def _ar(rows: _Rows) -> None:
 
 
 def _mock_ar(rows: _Rows, last: Tensor) -> None:
-    """The denoiser, one token a step, from the cache without the last token; then the context tower reads that token."""
+    """The denoiser, one token a step, on a cache without the last token; then the context tower reads that token."""
     token = last.unsqueeze(1)  # [R, 1]
     while rows.index:
         position = rows.cache.lengths.long() + 1

@@ -10,7 +10,7 @@ from .conv1d import causal_conv1d, conv_block_states, conv_state
 from .linear_cross_entropy import linear_cross_entropy
 from .moe import ExpertWeights, experts, route
 from .norm import gated_group_norm, modulated_rms_norm, rms_norm
-from .ssd import ssd_advance, ssd_block, ssd_chunk
+from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
 from .unmask import commit, gumbel_noise, head_sample, sample, unmask
 
 __all__ = [
@@ -34,5 +34,6 @@ __all__ = [
     "ssd_advance",
     "ssd_block",
     "ssd_chunk",
+    "ssd_step",
     "unmask",
 ]

@@ -54,10 +54,11 @@ def _grouped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     """Rows of x, sorted by expert, times their own expert's weight: [R, D], [E, N, D] -> [R, N]."""
     accepted = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
     aligned = x.stride(0) * x.element_size() % 16 == 0 and weight.stride(1) * weight.element_size() % 16 == 0
-    if x.dtype in accepted and x.dtype == weight.dtype and aligned:
+    if x.dtype in accepted and x.dtype == weight.dtype and aligned and len(x) >= len(weight):
         offsets = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    parts = [segment @ weight[e].T for e, segment in enumerate(x.split(counts)) if len(segment)]
+    # Few rows hit few experts, and grouped_mm costs a product for every one of them.
+    parts = [rows @ weight[e].T for e, (n, rows) in enumerate(zip(counts, x.split(counts), strict=True)) if n]
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
 
 

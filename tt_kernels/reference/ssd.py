@@ -92,6 +92,28 @@ def ssd_block(
     return y.to(x.dtype)
 
 
+def ssd_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    *,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+) -> tuple[Tensor, Tensor]:
+    acc = compute_dtype(x.dtype, A.dtype)
+    heads = x.shape[1] // B.shape[1]  # of a group
+    xs, B, C = x.to(acc), B.to(acc).repeat_interleave(heads, 1), C.to(acc).repeat_interleave(heads, 1)  # [b, H, N]
+    dt = _time_step(dt, dt_bias, dt_limit, acc)
+    carried = state.to(acc) * _exp(dt * A.to(acc))[..., None, None]
+    new = torch.addcmul(carried, (xs * dt.unsqueeze(-1)).unsqueeze(-1), B.unsqueeze(2))  # [b, H, P, N]
+    y = torch.addcmul((new @ C.unsqueeze(-1)).squeeze(-1), xs, D.to(acc).unsqueeze(-1))
+    return y.to(x.dtype), new
+
+
 def ssd_advance(
     x: Tensor,
     dt: Tensor,

@@ -1,9 +1,10 @@
-"""Mamba-2's state-space scan from a seeded state: short blocks and long sequences."""
+"""Mamba-2's state-space scan from a seeded state: one token, short blocks, long sequences."""
 
-from . import block, chunk
+from . import block, chunk, step
 from .block import ssd_advance, ssd_block
 from .chunk import ssd_chunk
+from .step import ssd_step
 
-OPS = (*block.OPS, *chunk.OPS)
+OPS = (*step.OPS, *block.OPS, *chunk.OPS)
 
-__all__ = ["OPS", "ssd_advance", "ssd_block", "ssd_chunk"]
+__all__ = ["OPS", "ssd_advance", "ssd_block", "ssd_chunk", "ssd_step"]

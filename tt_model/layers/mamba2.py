@@ -3,7 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from tt_kernels import causal_conv1d, conv_block_states, conv_state, gated_group_norm, ssd_advance, ssd_block, ssd_chunk
+from tt_kernels import (
+    causal_conv1d,
+    conv_block_states,
+    conv_state,
+    gated_group_norm,
+    ssd_advance,
+    ssd_block,
+    ssd_chunk,
+    ssd_step,
+)
 
 from ..config import TwoTowerConfig
 
@@ -64,7 +73,11 @@ class Mamba2(nn.Module):
         A, D = self.scan_parameters()
         limit = self.config.time_step_limit
         projected, states = (xBC, x, dt, B), None
-        if h_BLD.shape[1] <= SHORT:
+        if h_BLD.shape[1] == 1 and advance and counts is None:  # autoregressive decoding
+            token = (t.squeeze(1) for t in (x, dt))
+            y, final = ssd_step(*token, A, B.squeeze(1), C.squeeze(1), D, self.dt_bias, ssm, dt_limit=limit)
+            y, states = y.unsqueeze(1), (conv_state(xBC, None, conv, kernel_size=self.config.conv_kernel), final)
+        elif h_BLD.shape[1] <= SHORT:
             y = ssd_block(x, dt, A, B, C, D, self.dt_bias, ssm, dt_limit=limit)
             if advance:
                 states = self.advance(*projected, conv, ssm, counts)
