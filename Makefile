@@ -6,6 +6,7 @@ ARGS   ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 TEST := $(BIN)/python -m pytest
+PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -19,10 +20,10 @@ demo: $(VENV)/.package ## write Python with the bundled model
 	$(BIN)/twotower generate "def fibonacci(n):"
 
 test: $(VENV)/.test ## run the tests (minutes, no GPU needed)
-	$(TEST) $(ARGS)
+	$(TEST) $(PARALLEL) $(ARGS)
 
 test-full: $(VENV)/.test ## run the tests, the slow ones included
-	$(TEST) -m "" $(ARGS)
+	$(TEST) $(PARALLEL) -m "" $(ARGS)
 
 check: lint layering test ## all that CI runs: format, lint, layering, tests
 

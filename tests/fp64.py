@@ -9,14 +9,11 @@ from torch import Tensor
 
 @pytest.fixture(autouse=True)
 def fp64() -> Iterator[None]:
-    """fp64 by default, seeded, on one thread: the tensors are tiny and a second one only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """fp64 by default, seeded."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(2)
     yield
     torch.set_default_dtype(torch.float32)
-    torch.set_num_threads(threads)
 
 
 def close(got: Tensor, want: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,15 +53,6 @@ class Class{0}:
         else:
             return None
 '''
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These matrices are too small to share; beside other work, waiting for a second thread takes most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- timing ----

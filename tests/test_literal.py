@@ -1,4 +1,4 @@
-"""tests/literal.py against the golden files, and by hand in the few places that no golden file reaches.
+"""tests/literal against the golden files, and by hand in the few places that no golden file reaches.
 
 Every forward logit and cache of the three models, and every generation case. Three of masked diffusion (1, 8 and 10 of
 each model: many passes, nothing that the others lack) are marked slow. 25 s of CPU time, with these 35 s.
@@ -6,7 +6,6 @@ each model: many passes, nothing that the others lack) are marked slow. 25 s of 
 
 import json
 import math
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -27,15 +26,6 @@ GENERATE = {
     "ar": literal.generate_ar,
     "mock_ar": literal.generate_mock_ar,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Waiting for a second thread costs more than a matrix of 64 rows: up to 40 times more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

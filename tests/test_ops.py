@@ -4,7 +4,6 @@ What the results mean is the business of test_reference.py and test_sampling.py.
 """
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -27,15 +26,6 @@ WHOLE = [p for p in CASES if not set(p.values[1].values()) & {0}]  # a 0 is an e
 FIRST = [pytest.param(op, op.cases[0], id=name) for name, op in OPS.items()]
 DIFFERENTIABLE = [p for p in CASES if p.values[0].grads]
 NAMES = list(OPS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(op: Op, dims: dict[str, int], dtype: torch.dtype, seed: int = 2) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The references against tests/literal.py in fp64: norms, experts, attention, loss. Scan and convolution: test_scan.py.
+"""The references against tests/literal in fp64: norms, experts, attention, loss. Scan and convolution: test_scan.py.
 
 A causal block is its tokens one by one, packed sequences are separate ones, padding does not show. 2 s on one core.
 """

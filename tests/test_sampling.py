@@ -1,7 +1,6 @@
-"""Noise, prediction and the commit rule: against known answers, tests/literal.py and plain Python. 10 s on one core."""
+"""Noise, prediction and the commit rule: against known answers, tests/literal and plain Python. 10 s on one core."""
 
 import math
-from collections.abc import Iterator
 
 import literal
 import pytest
@@ -14,15 +13,6 @@ from tt_kernels import commit, gumbel_noise, head_sample, sample, unmask
 from tt_kernels.reference.unmask import _philox
 
 WORD = 2**32 - 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def long(*numbers: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convolution and scan against tests/literal.py, token by token in fp64, at every length up to two blocks.
+"""Convolution and scan against tests/literal, token by token in fp64, at every length up to two blocks.
 
 A block is its tokens one by one, two segments are the whole, packed sequences are separate ones, padding does not show.
 3 s on one core.
@@ -14,7 +14,7 @@ import torch
 from fp64 import close, fp64  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from tt_kernels import causal_conv1d, conv_block_states, conv_state, ssd_advance, ssd_block, ssd_chunk
+from tt_kernels import causal_conv1d, conv_block_states, conv_state, ssd_advance, ssd_block, ssd_chunk, ssd_step
 
 S = 16  # block size
 NAN = math.nan
@@ -123,6 +123,19 @@ def test_scan_at_every_length(limit: tuple[float, float]) -> None:
             close(y, want_y)
             close(state, want_states[:, L])
             close(before, want_states[:, 0:L:Q])
+
+
+@pytest.mark.parametrize("limit", [(0.0, math.inf), (0.1, 0.5)])
+def test_step_after_step_is_the_recurrence(limit: tuple[float, float]) -> None:
+    kw = scan_inputs(2, 2 * S)
+    state = kw["state"]
+    for t in range(2 * S):
+        token = {k: kw[k][:, t] for k in ("x", "dt", "B", "C")}
+        y, state = ssd_step(**kw | token | dict(state=state), dt_limit=limit)
+        for b in range(2):
+            ys, states = recurrence(kw, b, limit)
+            close(y[b], ys[t])
+            close(state[b], states[t + 1])
 
 
 def test_scan_in_two_segments_and_token_by_token() -> None:

@@ -1,6 +1,7 @@
 """Training: schedule, resumption to the same losses, what learns and what stays, that it learns at all."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,8 +36,8 @@ def test_schedule():
     s = TrainSettings("ar", steps=100, learning_rate=1e-3, final_learning_rate=1e-5, warmup=10, decay=0.3)
     rates = [learning_rate(i, s) for i in range(100)]
     assert rates[0] == pytest.approx(1e-4) and rates[9] == rates[69] == pytest.approx(1e-3)
-    assert all(a <= b for a, b in zip(rates[:10], rates[1:10], strict=False))
-    assert all(a > b for a, b in zip(rates[70:], rates[71:], strict=False))
+    assert all(a <= b for a, b in pairwise(rates[:10]))
+    assert all(a > b for a, b in pairwise(rates[70:]))
     assert rates[-1] == pytest.approx(1e-5 + (1e-3 - 1e-5) / 30)
 
 

@@ -1,6 +1,5 @@
 """The context tower against transformers' NemotronHForCausalLM, an independent implementation, on the same weights."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,15 +43,6 @@ CONFIGS = {
     ),
     "one kernel tap more, another eps": replace(SMALL, conv_kernel=5, layer_norm_epsilon=1e-3),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These matrices are too small to share; beside other work, waiting for a second thread takes most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tower(config: TwoTowerConfig) -> TwoTower:
