@@ -150,3 +150,17 @@ def test_generation_in_one_batch(model: TwoTower, generated: dict[str, list[dict
     assert len(cases) >= 2
     for tokens, case in zip(out.tokens, cases, strict=True):
         assert tokens == case["output"][len(case["prompt"]) :][:32]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(golden_model: Path, forward: dict[str, Tensor], generated: dict[str, list[dict]]) -> None:
+    """fp32 on CUDA, TF32 off: the same logits and tokens."""
+    model = TwoTower.from_pretrained(golden_model, device="cuda")
+    prompt = forward["forward4.prompt"].cuda()
+    assert_close(model.context_logits(prompt)[0].cpu(), forward["forward4.context_logits"], "context logits")
+    cache = model.prefill(prompt)
+    block = {k: forward[f"forward4.block3.{k}"] for k in ("tokens", "t", "denoiser_logits")}
+    assert_close(model.denoise(block["tokens"], block["t"], cache)[0].cpu(), block["denoiser_logits"], "block 3")
+    for mode in ("mask_diffusion", "ar", "mock_ar"):
+        case = generated[mode][0]
+        assert model.generate([case["prompt"]], mode=mode, **settings_of(case)).tokens[0] == expected(case)

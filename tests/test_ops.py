@@ -234,7 +234,11 @@ BAD = [
     ("ssd_block", dict(A=torch.ones(3)), "ssd_block: A has H=3, but x has H=4"),
     ("ssd_block", dict(state=torch.ones(4, 3, 5)), "ssd_block: state is [4, 3, 5], expected [b, H, P, N]"),
     ("ssd_block", dict(dt_limit=(1.0, 0.5)), "dt_limit is (1.0, 0.5), expected (low, high) with 0 <= low <= high"),
-    ("ssd_step", dict(B=torch.ones(2, 3, 5), C=torch.ones(2, 3, 5)), "G is 3, expected groups of B that divide the H=4"),
+    (
+        "ssd_step",
+        dict(B=torch.ones(2, 3, 5), C=torch.ones(2, 3, 5)),
+        "G is 3, expected groups of B that divide",
+    ),
     ("ssd_advance", dict(B=torch.ones(2, 5, 3, 5)), "B has G=3 groups, expected a divisor of H=4, the heads of x"),
     ("ssd_advance", dict(lengths=torch.tensor([1])), "ssd_advance: lengths has b=1, but x has b=2"),
     ("ssd_chunk", dict(chunk_size=0), "ssd_chunk: chunk_size is 0, expected 1 or more"),
