@@ -163,8 +163,8 @@ class Syntax:
         return cls(len(prompts), parsed + found.count("fails"), parsed)
 
     def cells(self) -> tuple[str, str]:
-        share = f"{self.parsed} ({self.parsed / self.finished:.0%})" if self.finished else "none"
-        return f"{self.finished} of {self.prompts}", f"{share} of {self.finished}"
+        parsed = f"{self.parsed} of {self.finished} ({self.parsed / self.finished:.0%})" if self.finished else "none"
+        return f"{self.finished} of {self.prompts}", parsed
 
 
 def generate(model: TwoTower, prompts: Sequence[Prompt], options: argparse.Namespace, mode: str, advance) -> Any:

@@ -138,6 +138,8 @@ def test_top_k_keeps_what_equals_the_kth_and_top_p_what_crosses() -> None:
     p = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(n, 4)
     assert set(sample(p, top_p=0.4, **settings(n, 1.0))[0].tolist()) == {0}
     assert set(sample(p, top_p=0.6, **settings(n, 1.0))[0].tolist()) == {0, 1}
+    # Two of four equals sum to exactly 0.5; it is the third that exceeds it.
+    assert set(sample(torch.zeros(n, 4), top_p=0.5, **settings(n, 1.0))[0].tolist()) == {0, 1, 2}
     # Confidence stays the probability under the whole softmax at temperature 1.
     assert sample(p, top_p=0.4, **settings(n, 0.3))[1].allclose(torch.tensor(0.5))
 

@@ -75,7 +75,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
         type=float,
         default=0.8,
         metavar="P",
-        help="predictions more probable than this are taken at once; 1: one a step (default: %(default)s)",
+        help="predictions more probable than this are all taken at once (default: %(default)s)",
     )
     s.add_argument(
         "--temperature",
