@@ -1,6 +1,8 @@
 """Training: schedule, resumption to the same losses, what learns and what stays, that it learns at all."""
 
 import dataclasses
+import os
+import signal
 from itertools import pairwise
 
 import pytest
@@ -107,3 +109,28 @@ def test_settings_are_checked(change, message):
 def test_denoiser_needs_a_denoiser(tmp_path):
     with pytest.raises(ValueError, match="there is no denoiser"):
         train(TwoTower(CONFIG32, towers="context"), text(), TrainSettings("denoiser"), tmp_path, progress=False)
+
+
+def test_ctrl_c_keeps_every_whole_step(tmp_path, monkeypatch):
+    s = TrainSettings("ar", steps=6, batch_size=2)
+    straight = train(fresh("ar"), text(), s, tmp_path / "a", progress=False)
+    rows, calls = text(), []
+
+    def batch(step, *args, **kwargs):
+        calls.append(step)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)  # in the middle of the fourth step
+        return Rows.batch(rows, step, *args, **kwargs)
+
+    monkeypatch.setattr(rows, "batch", batch)
+    with pytest.raises(KeyboardInterrupt):
+        train(fresh("ar"), rows, s, tmp_path / "b", progress=False)
+    assert calls == [0, 1, 2, 3]
+    resumed = train(fresh("ar"), text(), s, tmp_path / "b", progress=False)
+    assert [h["loss"] for h in resumed] == [h["loss"] for h in straight]
+
+
+def test_a_corrupt_state_is_named(tmp_path):
+    (tmp_path / "training.pt").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"training.pt: not readable .*delete it to begin anew"):
+        train(fresh("ar"), text(), TrainSettings("ar"), tmp_path, progress=False)

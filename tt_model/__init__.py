@@ -1,9 +1,29 @@
 """TwoTower: a block-diffusion language model of a causal context tower and a denoiser tower."""
 
-from .cache import Cache
-from .config import TwoTowerConfig
-from .generate import Generation, Step
-from .two_tower import TwoTower
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .cache import Cache
+    from .config import TwoTowerConfig
+    from .generate import Generation, Step
+    from .two_tower import TwoTower
 
 __version__ = "0.1.0"
 __all__ = ["Cache", "Generation", "Step", "TwoTower", "TwoTowerConfig"]
+
+_HOMES = {
+    "Cache": "cache",
+    "Generation": "generate",
+    "Step": "generate",
+    "TwoTower": "two_tower",
+    "TwoTowerConfig": "config",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Public names load torch when they are first used, not when `twotower --help` runs."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tt_kernels import sample, unmask
+from tt_kernels import head_sample, unmask
 
 from .config import TwoTowerConfig
 
@@ -93,12 +93,12 @@ class _Rows:
         self.model, self.cache, self.settings, self.on_step = model, cache, s, on_step
         self.index = list(range(B))  # of the rows still going: R of B
         self.seed = seed  # [R]
-        self.temperature = torch.full((B,), s.temperature, device=model.device)
+        self.temperature = torch.full((B,), s.temperature, dtype=torch.float64, device=model.device)
         self.tokens: list[list[int]] = [[] for _ in range(B)]
         self.nfe = [0] * B
 
     def options(self, rows: Tensor | None, position: Tensor, step: int) -> dict:
-        """Per-row settings of `sample` and `unmask`, for some of the rows still going."""
+        """Per-row settings of `head_sample` and `unmask`, for some of the rows still going."""
         seed, temperature = (t if rows is None else t[rows] for t in (self.seed, self.temperature))
         steps = torch.full_like(seed, step)
         s = self.settings
@@ -174,7 +174,7 @@ def _ar(rows: _Rows) -> None:
     while rows.index:
         cache = rows.cache
         position = cache.lengths.long()
-        token, confidence = sample(cache.last_logits, **rows.options(None, position, 0))
+        token, confidence = head_sample(cache.last_hidden, cache.head, **rows.options(None, position, 0))
         column = token.unsqueeze(1)
         done = torch.ones_like(column, dtype=torch.bool)
         rows.report(range(len(rows.index)), position, 0, column, confidence.unsqueeze(1), done)
@@ -188,8 +188,8 @@ def _mock_ar(rows: _Rows, last: Tensor) -> None:
     token = last.unsqueeze(1)  # [R, 1]
     while rows.index:
         position = rows.cache.lengths.long() + 1
-        logits = rows.model.denoise(token, None, rows.cache)[:, -1]
-        following, confidence = sample(logits, **rows.options(None, position, 0))
+        hidden = rows.model.denoise(token, None, rows.cache, output="hidden")[:, -1]
+        following, confidence = head_sample(hidden, rows.model.lm_head.weight, **rows.options(None, position, 0))
         for row in rows.index:
             rows.nfe[row] += 1
         column = following.unsqueeze(1)

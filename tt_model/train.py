@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -155,7 +158,11 @@ def _load_state(out: Path, model: TwoTower, optimizer: torch.optim.Optimizer, s:
     """Put a stopped run back; its history, or [] when there is none."""
     if not (out / STATE).is_file():
         return []
-    state = torch.load(out / STATE, map_location=model.device, weights_only=True)
+    try:
+        state = torch.load(out / STATE, map_location=model.device, weights_only=True)
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        why = f"{type(error).__name__}; delete it to begin anew"
+        raise ValueError(f"{out / STATE}: not readable ({why})") from error
     was, now = state["settings"], asdict(s)
     changed = [f"{k} was {was.get(k)}, now {now[k]}" for k in now if was.get(k) != now[k]]
     if changed:
@@ -190,6 +197,27 @@ def plot_losses(history: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+@contextmanager
+def _whole_steps() -> Iterator[Callable[[], bool]]:
+    """Hold Ctrl-C back until a step is whole; yields a function that says whether it was pressed. A second one, or one
+    outside the main thread, acts at once."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+
+    def note(number: int, frame: object) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def train(
     model: TwoTower,
     rows: Rows,
@@ -209,8 +237,12 @@ def train(
         out:   folder; a run found there with the same settings is resumed. Gets training.pt, log.jsonl and loss.png.
         held_out: rows whose loss is measured at every save.
         stop_after: end this call after so many steps, as if interrupted (the run can be resumed).
+        progress: show a bar on stderr.
     Returns:
         one dict a step: step, loss, learning_rate, tokens_per_s, and held_out where measured.
+    Raises:
+        ValueError: no denoiser to train, a loss that is not finite, a run in `out` under other settings.
+        KeyboardInterrupt: Ctrl-C, after the step that it fell into is whole and saved.
     """
     s, out = settings, Path(out)
     if s.stage == "denoiser" and model.denoiser_tower is None:
@@ -228,7 +260,7 @@ def train(
     balance = _Balance(model) if s.stage == "ar" else None
     last = s.steps if stop_after is None else min(s.steps, len(history) + stop_after)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with _whole_steps() as interrupted, Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task(f"train {s.stage}", total=s.steps, completed=len(history))
         for step in range(len(history), last):
             began = time.perf_counter()
@@ -238,26 +270,28 @@ def train(
             if balance:
                 balance.reset()
             loss = _loss(model, batch, s, step)
+            entry = {"step": step, "loss": loss.item(), "learning_rate": learning_rate(step, s)}
+            if not math.isfinite(entry["loss"]):
+                why = f"lower the learning rate ({s.learning_rate})"
+                raise ValueError(f"step {step}: the loss is {entry['loss']}; {why}")
             loss.backward()
             nn.utils.clip_grad_norm_(learned.values(), s.clip)
             optimizer.step()
             optimizer.zero_grad()
             if balance:
                 balance.update()
-            entry = {"step": step, "loss": loss.item(), "learning_rate": learning_rate(step, s)}
-            if not math.isfinite(entry["loss"]):
-                raise ValueError(
-                    f"step {step}: the loss is {entry['loss']}; lower the learning rate ({s.learning_rate})"
-                )
             entry["tokens_per_s"] = round(batch.ids.numel() / (time.perf_counter() - began), 1)
             history.append(entry)
-            if (step + 1) % save_every == 0 or step + 1 == last:
-                if held_out is not None:
+            stop = interrupted()
+            if (step + 1) % save_every == 0 or step + 1 == last or stop:
+                if held_out is not None and not stop:
                     entry["held_out"] = held_out_loss(model, held_out, s)
                 _save_state(out, model, optimizer, s, history)
                 log = "".join(json.dumps(h) + "\n" for h in history)
                 write_atomically(out / "log.jsonl", lambda path, log=log: path.write_text(log))
                 plot_losses(history, out / "loss.png")
+            if stop:
+                raise KeyboardInterrupt
             speed = f"loss {entry['loss']:.3f}  {entry['tokens_per_s']:.0f} tokens/s"
             bar.update(task, advance=1, description=f"train {s.stage}  {speed}")
     if balance:

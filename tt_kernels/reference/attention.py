@@ -39,7 +39,8 @@ def context_attention(
     scale: float | None = None,
 ) -> Tensor:
     B, L = q.shape[:2]
-    longest, shortest = (int(lengths.max()), int(lengths.min())) if B else (0, 0)
+    host = lengths.tolist() or [0]
+    longest, shortest = max(host), min(host)
     causal = causal and L > 1
     room = page_table.shape[1] * k_pages.shape[1]
     if longest > room:

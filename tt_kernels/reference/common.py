@@ -10,6 +10,11 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), which takes ten times as long to find that there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden weight^T, not rounded to 16 bits. A 16-bit head is widened a slice at a time: it can be gigabytes."""
     acc = compute_dtype(hidden.dtype, weight.dtype)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import compute_dtype, sequence_index
+from .common import cast, compute_dtype, sequence_index
 
 
 def _with_history(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
@@ -25,12 +25,17 @@ def causal_conv1d(
 ) -> Tensor:
     acc = compute_dtype(x.dtype, weight.dtype)
     (B, L, _), K = x.shape, weight.shape[-1]
-    padded = _with_history(x, state, K - 1).to(acc)
-    taps = weight.to(acc).T.contiguous()  # [K, C]: a tap multiplies whole rows
+    if L == 1 and state is not None:  # a decoding step: as the state lies, without turning the weights
+        window = torch.cat([cast(state[..., state.shape[-1] - K + 1 :], x.dtype), x.transpose(1, 2)], -1)  # [B, C, K]
+        y = (cast(window, acc) * cast(weight, acc)).sum(-1).unsqueeze(1)
+        y = y if bias is None else y + cast(bias, acc)
+        return cast(F.silu(y) if activation == "silu" else y, x.dtype)
+    padded = cast(_with_history(x, state, K - 1), acc)
+    taps = cast(weight, acc).T.contiguous()  # [K, C]: a tap multiplies whole rows
     if cu_seqlens is not None:
         seq = F.pad(sequence_index(cu_seqlens, B, L), (K - 1, 0))  # 0: nothing before the row
     own = padded[:, K - 1 :]
-    y = own * taps[K - 1] if bias is None else torch.addcmul(bias.to(acc), own, taps[K - 1])
+    y = own * taps[K - 1] if bias is None else torch.addcmul(cast(bias, acc), own, taps[K - 1])
     for k in range(K - 1):
         column = padded[:, k : k + L]
         if cu_seqlens is not None:
@@ -41,6 +46,10 @@ def causal_conv1d(
 
 def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kernel_size: int) -> Tensor:
     B, L, C = x.shape
+    if lengths is None and kernel_size <= L:
+        return x[:, L - kernel_size :].transpose(1, 2).contiguous()
+    if lengths is None and state is not None:
+        return torch.cat([cast(state[..., state.shape[-1] - kernel_size + L :], x.dtype), x.transpose(1, 2)], -1)
     columns = _with_history(x, state, kernel_size)  # [B, K + L, C]
     if lengths is None:
         return columns[:, L:].transpose(1, 2).contiguous()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import compute_dtype
+from .common import cast, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def route(
     weights = scores.gather(1, ids)
     if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return ids, (weights * scale).to(compute_dtype(x.dtype))
+    return ids, cast(weights if scale == 1 else weights * scale, compute_dtype(x.dtype))
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
@@ -62,10 +62,19 @@ def _grouped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
 
 
+def _expert(x: Tensor, weights: ExpertWeights, e: int, activation: str) -> Tensor:
+    h = F.linear(x, weights.up[e])
+    h = activate(h, activation) if weights.gate is None else activate(F.linear(x, weights.gate[e]), activation) * h
+    return F.linear(h, weights.down[e])
+
+
 def experts(
     x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights, *, activation: str = "relu2"
 ) -> Tensor:
     (T, D), K = x.shape, ids.shape[1]
+    if T == 1 and not x.is_cuda:  # a decoding step: nothing to sort
+        rows = [_expert(x, expert_weights, e, activation) for e in ids[0].tolist()]
+        return cast(weights @ cast(torch.cat(rows), weights.dtype), x.dtype)
     pairs, order = ids.flatten().sort(stable=True)  # token-expert pairs, sorted by expert
     counts = torch.bincount(pairs, minlength=len(expert_weights.up)).tolist()
     rows = x.index_select(0, order // K)
@@ -75,4 +84,4 @@ def experts(
     else:
         h = activate(_grouped_linear(rows, expert_weights.gate, counts), activation) * h
     y = _grouped_linear(h, expert_weights.down, counts).index_select(0, order.argsort())  # back to the tokens' order
-    return (weights.unsqueeze(1) @ y.view(T, K, D).to(weights.dtype)).squeeze(1).to(x.dtype)
+    return cast((weights.unsqueeze(1) @ cast(y.view(T, K, D), weights.dtype)).squeeze(1), x.dtype)

@@ -8,10 +8,11 @@ for `experts.0.up_proj.weight` [N, D] and its siblings. A plain Nemotron-3-Nano 
 from .denoiser import convert, start_denoiser
 from .keys import FP32_PARAMETERS, layout, parameter_dtype
 from .read import load
-from .write import atomic_folder, save
+from .write import TOKENIZER_FILES, atomic_folder, save
 
 __all__ = [
     "FP32_PARAMETERS",
+    "TOKENIZER_FILES",
     "atomic_folder",
     "convert",
     "layout",

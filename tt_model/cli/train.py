@@ -211,7 +211,7 @@ def _tokenizer(o: argparse.Namespace, out: Path, config: TwoTowerConfig, *, resu
 
     A resumed run keeps its own; ValueError when another one is asked for. Its hash.
     """
-    from ..checkpoint.write import TOKENIZER_FILES
+    from ..checkpoint import TOKENIZER_FILES
     from ..data import load_texts, train_tokenizer
     from ..train import write_atomically
 

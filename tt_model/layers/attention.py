@@ -20,7 +20,7 @@ class Attention(nn.Module):
     def qkv(self, h_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, L, Hq, P], k and v [B, L, Hkv, P]."""
         q, k, v = self.q_proj(h_BLD), self.k_proj(h_BLD), self.v_proj(h_BLD)
-        return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        return tuple(t.view(*t.shape[:2], -1, self.head_dim) for t in (q, k, v))
 
     def out(self, o_BLHP: Tensor) -> Tensor:
         return self.o_proj(o_BLHP.flatten(2))

@@ -27,6 +27,8 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config = config
         D, H, inner, C = config.hidden_size, config.mamba_num_heads, config.d_inner, config.conv_dim
+        GN = config.n_groups * config.ssm_state_size
+        self.projected, self.convolved = [inner, C, H], [inner, GN, GN]
         self.in_proj = nn.Linear(D, inner + C + H, bias=config.use_bias)
         self.conv1d = nn.Conv1d(C, C, config.conv_kernel, groups=C, bias=config.use_conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(H))
@@ -38,21 +40,16 @@ class Mamba2(nn.Module):
 
     def project(self, h_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z [B, L, H * P], raw xBC [B, L, C] and raw dt [B, L, H]."""
-        c = self.config
-        return self.in_proj(h_BLD).split([c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
+        return self.in_proj(h_BLD).split_with_sizes(self.projected, -1)
 
     def conv(self, xBC_BLC: Tensor, state_BCK: Tensor | None, cu_seqlens: Tensor | None = None):
         """Convolved and activated x [B, L, H, P], B and C [B, L, G, N]."""
         c = self.config
         weight = self.conv1d.weight.squeeze(1)
         xBC = causal_conv1d(xBC_BLC, weight, self.conv1d.bias, state_BCK, cu_seqlens=cu_seqlens)
-        GN = c.n_groups * c.ssm_state_size
-        x, B, C = xBC.split([c.d_inner, GN, GN], dim=-1)
-        return (
-            x.unflatten(-1, (c.mamba_num_heads, -1)),
-            B.unflatten(-1, (c.n_groups, -1)),
-            C.unflatten(-1, (c.n_groups, -1)),
-        )
+        x, B, C = xBC.split_with_sizes(self.convolved, -1)
+        b, L = xBC.shape[:2]  # view: unflatten is Python and takes five times as long
+        return x.view(b, L, c.mamba_num_heads, -1), B.view(b, L, c.n_groups, -1), C.view(b, L, c.n_groups, -1)
 
     def out(self, y_BLHP: Tensor, z_BLI: Tensor) -> Tensor:
         c = self.config
@@ -72,7 +69,7 @@ class Mamba2(nn.Module):
         x, B, C = self.conv(xBC, conv)
         A, D = self.scan_parameters()
         limit = self.config.time_step_limit
-        projected, states = (xBC, x, dt, B), None
+        projected, states = (xBC, x, dt, A, B), None
         if h_BLD.shape[1] == 1 and advance and counts is None:  # autoregressive decoding
             token = (t.squeeze(1) for t in (x, dt))
             y, final = ssd_step(*token, A, B.squeeze(1), C.squeeze(1), D, self.dt_bias, ssm, dt_limit=limit)
@@ -86,10 +83,9 @@ class Mamba2(nn.Module):
             states = conv_state(xBC, counts, conv, kernel_size=self.config.conv_kernel), final
         return self.out(y, z), projected, states
 
-    def advance(self, xBC, x, dt, B, conv: Tensor, ssm: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def advance(self, xBC, x, dt, A, B, conv: Tensor, ssm: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Conv and SSM state after the first counts[b] of the tokens that `forward` was given."""
         new_conv = conv_state(xBC, counts, conv, kernel_size=self.config.conv_kernel)
-        A, _ = self.scan_parameters()
         return new_conv, ssd_advance(x, dt, A, B, self.dt_bias, ssm, counts, dt_limit=self.config.time_step_limit)
 
     def encode(self, h_BND: Tensor, cu_seqlens: Tensor | None, block_size: int | None):
