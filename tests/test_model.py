@@ -302,3 +302,68 @@ def test_shapes_are_checked(model):
     _, pending = model.verify(torch.tensor([[4, 5], [6, 7]]), cache)
     with pytest.raises(ValueError, match="expected values from 0 to the block's 2"):
         cache.advance(pending, torch.tensor([3, 0]))
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar"])
+def test_a_whole_number_is_a_temperature(model, mode):
+    for temperature in (0, 1):
+        options = dict(mode=mode, max_new_tokens=4, seed=1, eos_token_id=None)
+        want = model.generate([[4, 5]], temperature=float(temperature), **options)
+        assert model.generate([[4, 5]], temperature=temperature, **options) == want
+
+
+def test_a_step_may_be_kept(model):
+    """What on_step is given does not change afterwards."""
+    kept = []
+    options = dict(max_new_tokens=16, confidence_threshold=0.15, eos_token_id=None)
+    model.generate(prompts_of([3, 12, 30]), on_step=lambda s: kept.append((s.tokens, s.tokens.clone())), **options)
+    assert len({len(tokens) for tokens, _ in kept}) > 1, "rows did not end apart: nothing was tested"
+    assert all(torch.equal(tokens, then) for tokens, then in kept)
+
+
+def test_accepting_little_takes_little_room(model):
+    cache = model.prefill([[4, 5]])
+    for _ in range(40):
+        _, pending = model.verify(torch.full((1, 8), 6), cache)
+        cache.advance(pending, torch.tensor([1]))
+    assert cache.lengths.tolist() == [42] and cache.longest == 42 and cache.page_table.shape[1] == 1
+    with pytest.raises(ValueError, match="the cache has changed"):
+        cache.advance(pending, torch.tensor([1]))
+    with pytest.raises(ValueError, match="expected different rows"):
+        cache.select(torch.tensor([0, 0]))
+
+
+def test_last_logits_of_a_16_bit_model_are_not_rounded(tmp_path):
+    small = random_model(seed=2).to(torch.bfloat16)
+    cache = small.prefill(prompts_of([20, 7]))
+    want = cache.last_hidden.float() @ small.context_lm_head.weight.float().T
+    torch.testing.assert_close(cache.last_logits, want)
+    assert not torch.equal(want, want.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, c: m.generate([4, 5]), "prompts: prompt 0 is 4, expected a list of token ids"),
+        (lambda m, c: m.generate(["ab"]), "prompts: prompt 0 is 'ab'"),
+        (lambda m, c: m.generate([[4.7, 5]]), r"prompts: prompt 0 is \[4.7, 5\]"),
+        (lambda m, c: m.prefill([4, 5]), "prompts: prompt 0 is 4"),
+        (lambda m, c: m.generate([[4]], seed=1.5), "seed is 1.5"),
+        (lambda m, c: m.generate([[4]], eos_token_id="x"), "eos_token_id is 'x'"),
+        (lambda m, c: m.generate([[4]], top_k=5.0), "top_k is 5.0, expected an integer"),
+        (
+            lambda m, c: m.generate([[4]], confidence_threshold="0.5"),
+            "confidence_threshold is '0.5', expected a number",
+        ),
+        (lambda m, c: m.commit(torch.tensor([[50]]), c), "commit: block holds token id 50"),
+        (lambda m, c: m.denoise(torch.ones(1, 8), None, c), "denoise: block has shape .* expected .* integers"),
+        (lambda m, c: m.encode_clean(torch.full((1, 8), 4), 0), "block_size=0, expected at least 1"),
+        (
+            lambda m, c: m.encode_clean(torch.full((1, 16), 4), 8, torch.tensor([0, 5, 16])),
+            "expected multiples of block_size=8",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model, model.prefill([[4]]))

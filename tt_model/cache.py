@@ -24,6 +24,7 @@ class Pending:
     kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> k, v [B, L, Hkv, P]
     states: dict[int, tuple] = field(default_factory=dict)  # layer -> what its Mamba mixer's `advance` needs
     hidden: Tensor | None = None  # [B, L, D], after the final norm
+    lengths: Tensor | None = None  # [B] of the cache when it was verified
 
 
 class Cache:
@@ -67,8 +68,9 @@ class Cache:
         """[B, V] fp32 (fp64 in an fp64 model): the context tower's next-token logits after the last committed token."""
         if self.last_hidden is None or self.head is None:
             raise ValueError("last_logits: the cache is empty; prefill it with at least one token a row")
-        logits = F.linear(self.last_hidden, self.head)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        acc = torch.promote_types(self.head.dtype, torch.float32)
+        hidden, parts = self.last_hidden.to(acc), self.head.split(16384)
+        return torch.cat([F.linear(hidden, part.to(acc)) for part in parts], -1)  # not rounded to 16 bits
 
     def reserve(self, tokens: int) -> None:
         """Make room for rows of `tokens` tokens. Copies all K/V when it has to grow, then to twice the room."""
@@ -84,7 +86,12 @@ class Cache:
         self.page_table = torch.arange(B * need, dtype=torch.int32, device=self.lengths.device).view(B, need)
 
     def select(self, rows: Tensor) -> Cache:
-        """The cache of some rows [R] int64: K/V pages are shared with this one, states are copied."""
+        """The cache of some rows [R] int64, all different: K/V pages are shared with this one, states are copied.
+
+        From then on write to one of the two only: the other's pages may change.
+        """
+        if len(rows.unique()) < len(rows):
+            raise ValueError(f"select: rows is {rows.tolist()}, expected different rows: they share their pages")
         out = object.__new__(Cache)
         out.__dict__.update(self.__dict__)
         out.lengths, out.page_table = self.lengths[rows], self.page_table[rows]
@@ -133,6 +140,8 @@ class Cache:
         """
         if pending.hidden is None or len(lengths) != self.batch:
             raise ValueError(f"advance: lengths has {len(lengths)} rows, the cache has {self.batch}")
+        if not torch.equal(pending.lengths, self.lengths):
+            raise ValueError("advance: the cache has changed since the block was verified")
         L = pending.hidden.shape[1]
         counts = lengths.to(self.lengths)
         if bool(((counts < 0) | (counts > L)).any()):
@@ -143,3 +152,4 @@ class Cache:
         for i, (mixer, projected) in pending.states.items():
             self.conv[i], self.ssm[i] = mixer.advance(*projected, self.conv[i], self.ssm[i], counts)
         self.extend(L, counts, pending.hidden)
+        self.longest = int(self.lengths.max())  # far fewer than L may have come in

@@ -35,6 +35,7 @@ _ALIASES = {
     "time_step_limit": ("mamba_dt_limit",),
     "n_routed_experts": ("num_local_experts",),
     "dtype": ("torch_dtype",),
+    "head_dim": ("attention_head_dim",),
 }
 _REQUIRED = ("vocab_size", "hidden_size")
 # The sizes that a layer kind needs: required where the pattern has the letter, meaningless where it has not.
@@ -101,7 +102,7 @@ class TwoTowerConfig:
     ssm_state_size: int = 0
     n_groups: int = 0  # groups of heads that share B and C
     conv_kernel: int = 4
-    chunk_size: int = 128  # of the scan: changes speed and rounding only
+    chunk_size: int = 128  # of the published scan; the scans here choose their own, which is the same mathematics
     time_step_limit: tuple[float, float] = (0.0, math.inf)
     use_bias: bool = False  # of in_proj and out_proj
     use_conv_bias: bool = True
@@ -205,7 +206,12 @@ class TwoTowerConfig:
             raise _refuse("routed_scaling_factor", self.routed_scaling_factor, "it must be finite")
         if self.time_embedding_size < 2 or self.time_embedding_size % 2:
             raise _refuse("time_embedding_size", self.time_embedding_size, "it must be even and at least 2")
-        for name, ids in (("mask_token_id", (self.mask_token_id,)), ("eos_token_id", self.eos_token_ids)):
+        bos = () if self.bos_token_id is None else (self.bos_token_id,)
+        for name, ids in (
+            ("mask_token_id", (self.mask_token_id,)),
+            ("bos_token_id", bos),
+            ("eos_token_id", self.eos_token_ids),
+        ):
             if not all(0 <= i < self.vocab_size for i in ids):
                 raise _refuse(name, getattr(self, name), f"it is not in the vocabulary of {self.vocab_size} tokens")
 

@@ -216,6 +216,12 @@ class Rows:
         self._ids, self._starts = ids[: count * row_length].view(count, row_length), starts.tolist()
         self._orders: dict[tuple[int, int], list[int]] = {}
 
+    def digest(self) -> str:
+        """A hash of all tokens and of where documents begin: of what a run learns from."""
+        whole = hashlib.sha256(self._ids.contiguous().numpy())
+        whole.update(repr(self._starts).encode())
+        return whole.hexdigest()
+
     def __len__(self) -> int:
         return self._ids.shape[0]
 

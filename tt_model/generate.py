@@ -17,10 +17,10 @@ from torch import Tensor
 from tt_kernels import head_sample, unmask
 
 from .config import TwoTowerConfig
+from .two_tower import TwoTower, token_rows
 
 if TYPE_CHECKING:
     from .cache import Cache
-    from .two_tower import TwoTower
 
 MODES = ("mask_diffusion", "ar", "mock_ar")
 
@@ -46,6 +46,11 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+        for name in ("confidence_threshold", "temperature", "top_k", "top_p"):
+            value = getattr(self, name)
+            kinds = int if name == "top_k" else int | float
+            if not isinstance(value, kinds) and not (value is None and name.startswith("top")):
+                raise ValueError(f"{name} is {value!r}, expected {'an integer' if name == 'top_k' else 'a number'}")
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold is {self.confidence_threshold}, expected 0 to 1")
         if not 0 <= self.temperature < float("inf"):
@@ -55,8 +60,8 @@ class Settings:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected above 0 and at most 1")
         for token in self.eos_token_ids:
-            if not 0 <= token < config.vocab_size:
-                raise ValueError(f"eos_token_id is {token}, expected 0 to {config.vocab_size - 1}")
+            if not isinstance(token, int) or not 0 <= token < config.vocab_size:
+                raise ValueError(f"eos_token_id is {token!r}, expected 0 to {config.vocab_size - 1}")
         if self.mode == "mask_diffusion" and self.block_size > config.block_size:
             message = (
                 f"block_size {self.block_size} is above the {config.block_size} that the denoiser was trained with: "
@@ -153,10 +158,7 @@ def _blocks(rows: _Rows) -> None:
             for r in running:
                 rows.nfe[rows.index[r]] += 1
             rows.report(running, position, step, now, confidence, committed)
-            if live is None:
-                block = now
-            else:
-                block[live] = now
+            block = now if live is None else block.index_copy(0, live, now)  # in new memory: on_step may keep it
             left = [m > 0 for m in masked.tolist()]
             if not any(left):
                 break
@@ -208,6 +210,8 @@ def _seeds(seed: int | Sequence[int] | None, B: int, device: torch.device) -> Te
         return torch.randint(2**62, (B,)).to(device)
     if isinstance(seed, int):
         return torch.arange(B, device=device) + seed
+    if not isinstance(seed, Sequence) or not all(isinstance(s, int) for s in seed):
+        raise ValueError(f"seed is {seed!r}, expected an int, or one for each of the {B} prompts")
     if len(seed) != B:
         raise ValueError(f"seed has {len(seed)} values, expected one for each of the {B} prompts, or an int")
     return torch.tensor(list(seed), dtype=torch.int64, device=device)
@@ -224,7 +228,7 @@ def generate(
 ) -> Generation:
     """Continue prompts; `TwoTower.generate` documents it."""
     settings.check(model.config)
-    rows = [[int(t) for t in row] for row in prompts]
+    rows = token_rows(prompts)
     if not rows:
         raise ValueError("prompts: expected at least one")
     longest, limit = max(map(len, rows)), model.config.max_position_embeddings

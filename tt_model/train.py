@@ -56,6 +56,8 @@ class TrainSettings:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0")
+        if not 0 <= self.seed < 2**40:
+            raise ValueError(f"seed is {self.seed}, expected 0 to 2^40 - 1")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay is {self.decay}, expected a share from 0 to 1")
 
@@ -142,6 +144,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -270,12 +274,12 @@ def train(
             if balance:
                 balance.reset()
             loss = _loss(model, batch, s, step)
-            entry = {"step": step, "loss": loss.item(), "learning_rate": learning_rate(step, s)}
-            if not math.isfinite(entry["loss"]):
-                why = f"lower the learning rate ({s.learning_rate})"
-                raise ValueError(f"step {step}: the loss is {entry['loss']}; {why}")
             loss.backward()
-            nn.utils.clip_grad_norm_(learned.values(), s.clip)
+            norm = nn.utils.clip_grad_norm_(learned.values(), s.clip).item()
+            entry = {"step": step, "loss": loss.item(), "learning_rate": learning_rate(step, s)}
+            if not (math.isfinite(entry["loss"]) and math.isfinite(norm)):  # before the step: no NaN is ever saved
+                found = f"the loss is {entry['loss']}, the norm of its gradient {norm}"
+                raise ValueError(f"step {step}: {found}; lower the learning rate ({s.learning_rate})")
             optimizer.step()
             optimizer.zero_grad()
             if balance:

@@ -26,6 +26,15 @@ PREFILL_CHUNK = 2048  # tokens of a prompt that go through the tower at a time: 
 ASSETS = Path(__file__).parent / "assets"
 
 
+def token_rows(prompts: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts as lists of ids; ValueError for what are no rows of integers."""
+    rows = [row.tolist() if hasattr(row, "tolist") else row for row in prompts]
+    for b, row in enumerate(rows):
+        if not isinstance(row, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in row):
+            raise ValueError(f"prompts: prompt {b} is {row!r:.40}, expected a list of token ids")
+    return [list(row) for row in rows]
+
+
 class TimeEmbedder(nn.Module):
     """t [M] -> [M, D]: cosines and sines of 1000 t at 128 frequencies, then an MLP."""
 
@@ -186,7 +195,7 @@ class TwoTower(nn.Module):
             a Cache of all tokens; `cache.last_logits` [B, V] predicts the next one of each row.
         Cost: one pass of the context tower in stretches of 2048 tokens; shorter rows of a ragged batch are padded.
         """
-        rows = list(prompts)
+        rows = token_rows(prompts)
         if not rows or any(len(row) == 0 for row in rows):
             raise ValueError("prompts: every prompt needs at least one token")
         return self._prefill(rows, reserve)
@@ -249,6 +258,7 @@ class TwoTower(nn.Module):
         block = self._block("verify", block, cache)
         walk = ContextPass(cache, block.shape[1], write=False)
         walk.pending.hidden = self.context_tower(block, walk)
+        walk.pending.lengths = cache.lengths.clone()
         return self.context_lm_head(walk.pending.hidden), walk.pending
 
     # ---- training: whole sequences ----
@@ -265,6 +275,10 @@ class TwoTower(nn.Module):
             K/V of all attention layers [B, N, Hkv, P] and conv and SSM states before every block. No gradient.
         """
         clean = self._ids("clean", clean)
+        if block_size < 1:
+            raise ValueError(f"encode_clean: {block_size=}, expected at least 1")
+        if cu_seqlens is not None and bool((cu_seqlens % block_size).any()):
+            raise ValueError(f"encode_clean: cu_seqlens is {cu_seqlens.tolist()}, expected multiples of {block_size=}")
         if clean.shape[1] % block_size:
             raise ValueError(f"encode_clean: clean has N={clean.shape[1]}, expected a multiple of {block_size=}")
         walk = CleanPass(cu_seqlens, block_size)
@@ -309,7 +323,8 @@ class TwoTower(nn.Module):
     def _ids(self, name: str, ids: Tensor) -> Tensor:
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(f"{name} has shape {list(ids.shape)} and dtype {ids.dtype}, expected [B, L] of integers")
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size):
+        # On a GPU this would wait for the device at every pass: what is already there is the caller's word.
+        if ids.numel() and not ids.is_cuda and (int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size):
             bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
             raise ValueError(f"{name} holds token id {bad}, expected 0 to {self.config.vocab_size - 1}")
         return ids.to(self.device, torch.int64)
@@ -318,4 +333,4 @@ class TwoTower(nn.Module):
         if block.dim() != 2 or len(block) != cache.batch or block.shape[1] == 0:
             expected = f"[B, L] with the cache's B={cache.batch}"
             raise ValueError(f"{op}: block has shape {list(block.shape)}, expected {expected}")
-        return block.to(self.device)
+        return self._ids(f"{op}: block", block)

@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     TWOTOWER_DEBUG=1 in the environment lets exceptions through, with their traceback.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     debug = os.environ.get("TWOTOWER_DEBUG") == "1"
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 must not lose the text

@@ -18,7 +18,8 @@ examples:
   twotower convert nemotron two-towers --dtype bfloat16 --shard-size 2
   twotower train denoiser --model two-towers --data my_texts --out run/denoiser
 
-The target appears complete or not at all, and takes twice the source's space."""
+The target appears complete or not at all: a model that is there already is replaced at the end. It takes twice the
+source's space."""
 
 
 def add(commands: argparse._SubParsersAction[Parser]) -> None:

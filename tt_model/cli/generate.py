@@ -43,7 +43,10 @@ A prompt is read as it is, and is best ended without a trailing space or newline
 
 
 def _seed(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
     if not 0 <= value < 2**62:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2^62 - 1")
     return value
@@ -147,7 +150,7 @@ def run(o: argparse.Namespace) -> None:
             | {"dtype": str(model.dtype).removeprefix("torch.")},
         }
         if o.json:
-            output.write(json.dumps(record, ensure_ascii=False) + "\n")
+            output.write(json.dumps(record) + "\n")
         elif text is None:
             output.write(" ".join(map(str, [*ids, *tokens])) + "\n")
         elif o.output is not None or not _on_terminal(prompt, text, view, len(tokens)):

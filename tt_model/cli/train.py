@@ -171,6 +171,7 @@ def run(o: argparse.Namespace) -> None:
     _same_run(out, facts, resumed=resumed)
     vocabulary = Vocabulary(out, config)
     rows, held_out = _rows(o, vocabulary, config, settings)
+    _same_run(out, facts | {"tokens": rows.digest()}, resumed=resumed)
     model = _model(o, config, settings, device, dtype)
     try:
         history = train(
@@ -238,17 +239,20 @@ def _same_run(out: Path, facts: dict[str, Any], *, resumed: bool) -> None:
 
     file = out / FACTS
     if resumed and file.is_file():
-        was = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            was = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: not what this command wrote: {error}") from error
         changed = []
-        for name, now in facts.items():
-            old = was.get(name)
+        for name, now in json.loads(json.dumps(facts)).items():  # through JSON, as `was` went: tuples become lists
+            old = was.get(name, now)
             if isinstance(now, dict) and isinstance(old, dict):
                 changed += [f"{name}.{k} was {old.get(k)}, now {v}" for k, v in now.items() if old.get(k) != v]
             elif old != now:
                 changed.append(f"{name} was {old}, now {now}")
-        # Through JSON, as `was` went: tuples become lists.
-        if json.loads(json.dumps(facts)) != was and changed:
+        if changed:
             raise ValueError(f"{out}: this run began otherwise ({'; '.join(changed)}); use a new folder")
+        facts = was | facts
     write_atomically(file, lambda path: path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8"))
 
 
