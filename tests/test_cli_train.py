@@ -203,3 +203,18 @@ def test_convert(call, config: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     ):
         refused((main(["convert", *arguments]), *capsys.readouterr()), words)
     assert not (tmp_path / "x").exists()
+
+
+def test_changed_data_does_not_resume(call, config: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert call("ar", out, "--config", config, "--stop-after", 2)[0] == 0
+    file = data / "file07.py"
+    before = file.read_text()
+    try:
+        file.write_text(before + "\nchanged = True\n" * 40)
+        refused(call("ar", out, "--config", config), "this run began otherwise", "tokens was")
+    finally:
+        file.write_text(before)
+    assert call("ar", out, "--config", config)[0] == 0
+    (out / "run.json").write_text("{")
+    refused(call("ar", out, "--config", config), "run.json: not what this command wrote")
