@@ -182,12 +182,13 @@ def plot_losses(history: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     steps, losses = [h["step"] for h in history], [h["loss"] for h in history]
-    mean, means = losses[0], []
-    for loss in losses:
+    mean, means = 0.0, []
+    for n, loss in enumerate(losses, 1):
         mean += 0.02 * (loss - mean)
-        means.append(mean)
+        means.append(mean / (1 - 0.98**n))  # without the pull of its beginning at 0
     held = [(h["step"], h["held_out"]) for h in history if "held_out" in h]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, losses, color="0.8", linewidth=0.7, label="each step")
@@ -195,6 +196,8 @@ def plot_losses(history: list[dict], path: Path) -> None:
     if held:
         axes.plot(*zip(*held, strict=True), "o-", color="tab:orange", markersize=4, label="held out")
     axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
+    for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_format(ScalarFormatter())  # 4.5 rather than 4.5 x 10^0
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     write_atomically(path, lambda p: figure.savefig(p, dpi=120))
