@@ -83,9 +83,9 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     s.add_argument(
         "--temperature",
         type=float,
-        default=0.0,
+        default=0.1,
         metavar="T",
-        help="0: the most probable token (default); above: samples",
+        help="0: the most probable token; above: samples (default: %(default)s, as published)",
     )
     s.add_argument("--top-k", type=int, metavar="K", help="sample among the K most probable tokens")
     s.add_argument("--top-p", type=float, metavar="P", help="sample among the most probable tokens that make up P")
