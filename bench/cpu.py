@@ -103,7 +103,7 @@ def denoiser(
     t = torch.tensor([0.5])
     with Recorder() as recorder:
         model.denoise(block, t, cache)
-    with torch.no_grad():
+    with torch.inference_mode():  # as generate runs it
         times = interleaved(
             {"pass": lambda: model.denoise(block, t, cache), "products": recorder.replay}, rounds, repeats=5
         )

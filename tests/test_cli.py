@@ -99,14 +99,15 @@ def test_text_and_figures(twotower, folder: Path) -> None:
 
 
 def test_prompt_from_anywhere(twotower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy = (*SHORT, "--temperature", "0")
     file = tmp_path / "prompt.txt"
     file.write_bytes(PROMPT.encode())
-    given = twotower("--quiet", *SHORT, PROMPT)
+    given = twotower("--quiet", *greedy, PROMPT)
     assert given[2] == ""
-    assert twotower("--quiet", *SHORT, "--prompt-file", file) == given
+    assert twotower("--quiet", *greedy, "--prompt-file", file) == given
     for arguments in ((), ("--prompt-file", "-")):
         monkeypatch.setattr(sys, "stdin", stdin_of(PROMPT.encode()))
-        assert twotower("--quiet", *SHORT, *arguments) == given
+        assert twotower("--quiet", *greedy, *arguments) == given
     ids = " ".join(map(str, Vocabulary(ASSETS, CONFIG).encode(PROMPT)))
     code, out, _ = twotower(*SHORT, "--tokens", ids)
     assert code == 0 and out.startswith(ids + " ")
@@ -140,7 +141,7 @@ def test_json_says_everything(twotower, folder: Path, tmp_path: Path) -> None:
 
 def test_golden(golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = json.loads((golden_dir / "small" / "generate.json").read_text())["mask_diffusion"][0]
-    arguments = ["generate", "--model", str(golden_dir / "small"), "--device", "cpu", "--no-eos"]
+    arguments = ["generate", "--model", str(golden_dir / "small"), "--device", "cpu", "--no-eos", "--temperature", "0"]
     for name in ("max_new_tokens", "block_size", "steps_per_block", "confidence_threshold"):
         arguments += [f"--{name.replace('_', '-')}", str(case[name])]
     assert main([*arguments, "--tokens", " ".join(map(str, case["prompt"]))]) == 0

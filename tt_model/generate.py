@@ -217,7 +217,7 @@ def _seeds(seed: int | Sequence[int] | None, B: int, device: torch.device) -> Te
     return torch.tensor(list(seed), dtype=torch.int64, device=device)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: TwoTower,
     prompts: Tensor | Sequence[Sequence[int]],

@@ -40,8 +40,8 @@ def causal_conv1d(
         column = padded[:, k : k + L]
         if cu_seqlens is not None:
             column = column.masked_fill((seq[:, k : k + L] != seq[:, K - 1 :]).unsqueeze(-1), 0)
-        y = torch.addcmul(y, column, taps[k])
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+        y.addcmul_(column, taps[k])
+    return cast(F.silu(y, inplace=not y.requires_grad) if activation == "silu" else y, x.dtype)
 
 
 def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kernel_size: int) -> Tensor:

@@ -50,15 +50,15 @@ def activate(h: Tensor, activation: str) -> Tensor:
     return F.silu(h)
 
 
-def _grouped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+def _grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Rows of x, sorted by expert, times their own expert's weight: [R, D], [E, N, D] -> [R, N]."""
     accepted = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
     aligned = x.stride(0) * x.element_size() % 16 == 0 and weight.stride(1) * weight.element_size() % 16 == 0
     if x.dtype in accepted and x.dtype == weight.dtype and aligned and len(x) >= len(weight):
-        offsets = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
     # Few rows hit few experts, and grouped_mm costs a product for every one of them.
-    parts = [rows @ weight[e].T for e, (n, rows) in enumerate(zip(counts, x.split(counts), strict=True)) if n]
+    sizes = counts.tolist()
+    parts = [rows @ weight[e].T for e, (n, rows) in enumerate(zip(sizes, x.split(sizes), strict=True)) if n]
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
 
 
@@ -76,7 +76,7 @@ def experts(
         rows = [_expert(x, expert_weights, e, activation) for e in ids[0].tolist()]
         return cast(weights @ cast(torch.cat(rows), weights.dtype), x.dtype)
     pairs, order = ids.flatten().sort(stable=True)  # token-expert pairs, sorted by expert
-    counts = torch.bincount(pairs, minlength=len(expert_weights.up)).tolist()
+    counts = torch.bincount(pairs, minlength=len(expert_weights.up))
     rows = x.index_select(0, order // K)
     h = _grouped_linear(rows, expert_weights.up, counts)
     if expert_weights.gate is None:

@@ -42,6 +42,7 @@ def modulated_rms_norm(
 
 def gated_group_norm(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, eps: float = 1e-5) -> Tensor:
     acc = compute_dtype(x.dtype, weight.dtype)
-    gated = (cast(x, acc) * F.silu(cast(z, acc))).unflatten(-1, (groups, -1))
-    y = F.rms_norm(gated, gated.shape[-1:], None, eps).flatten(-2)
-    return (y * cast(weight, acc)).to(z.dtype)
+    gated = cast(x, acc) * F.silu(cast(z, acc))
+    by_group = gated.view(*gated.shape[:-1], groups, gated.shape[-1] // groups)
+    y = F.rms_norm(by_group, by_group.shape[-1:], None, eps).view_as(gated)
+    return cast(y * cast(weight, acc), z.dtype)

@@ -63,8 +63,8 @@ def _outputs(x, dt, a, B, C, D, state, same=None, enters=None) -> Tensor:
         if enters is not None:
             decay = decay * enters.unsqueeze(-1)
         seen = C @ state.unflatten(1, (G, -1)).flatten(2, 3).mT  # [b, G, L, R * P]
-        y = torch.addcmul(y, seen.transpose(1, 2).reshape(b, L, H, P), decay.unsqueeze(-1))
-    return torch.addcmul(y, x, D.unsqueeze(-1))
+        y.addcmul_(seen.transpose(1, 2).reshape(b, L, H, P), decay.unsqueeze(-1))
+    return y.addcmul_(x, D.unsqueeze(-1))
 
 
 def _added(x: Tensor, weight: Tensor, B: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import secrets
 import sys
 import time
 from dataclasses import asdict
@@ -89,7 +88,9 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     s.add_argument("--top-k", type=int, metavar="K", help="sample among the K most probable tokens")
     s.add_argument("--top-p", type=float, metavar="P", help="sample among the most probable tokens that make up P")
-    s.add_argument("--seed", type=_seed, metavar="N", help="of the samples (default: another one every time)")
+    s.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="another one, another text (default: %(default)s)"
+    )
     s.add_argument("--no-eos", action="store_true", help="go on after an end-of-sequence token")
 
     out = p.add_argument_group("output")
@@ -131,9 +132,8 @@ def run(o: argparse.Namespace) -> None:
         began = time.perf_counter()
         model = TwoTower.from_pretrained(folder, device=device, dtype=dtype, towers=towers, progress=not o.quiet)
         load = time.perf_counter() - began
-        seed = o.seed if o.seed is not None else secrets.randbelow(2**32) if settings.temperature > 0 else 0
         view = _watch(prompt, len(ids), vocabulary) if o.watch else None
-        tokens, nfe, seconds = _generate(model, ids, settings, seed, view)
+        tokens, nfe, seconds = _generate(model, ids, settings, o.seed, view)
 
         text = None if vocabulary is None else vocabulary.decode(tokens, ids)
         record = {
@@ -146,7 +146,7 @@ def run(o: argparse.Namespace) -> None:
             "tokens_per_second": round(len(tokens) / seconds, 2),
             "tokens_per_pass": round(len(tokens) / nfe, 3) if nfe else None,
             "settings": asdict(settings)
-            | {"seed": seed, "model": str(folder), "device": str(device)}
+            | {"seed": o.seed, "model": str(folder), "device": str(device)}
             | {"dtype": str(model.dtype).removeprefix("torch.")},
         }
         if o.json:
