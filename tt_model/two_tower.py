@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,13 @@ def token_rows(prompts: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
     return [list(row) for row in rows]
 
 
+@cache
+def _frequencies(half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """10000^(-j / half), made on the CPU whatever the device: an ulp of a frequency is 1e-5 of the logits."""
+    with torch.inference_mode(False):  # made once, and used in training too
+        return torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype) / half).to(device)
+
+
 class TimeEmbedder(nn.Module):
     """t [M] -> [M, D]: cosines and sines of 1000 t at 128 frequencies, then an MLP."""
 
@@ -46,9 +54,7 @@ class TimeEmbedder(nn.Module):
     def forward(self, t_M: Tensor) -> Tensor:
         dtype, half = self.mlp[0].weight.dtype, self.size // 2
         acc = torch.promote_types(dtype, torch.float32)
-        # On the CPU, whatever the device: an ulp of a frequency is 1e-5 of the logits.
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=acc) / half).to(t_M.device)
-        angles = (t_M.to(dtype) * 1000).to(acc).unsqueeze(-1) * frequencies  # [M, 128]
+        angles = (t_M.to(dtype) * 1000).to(acc).unsqueeze(-1) * _frequencies(half, acc, t_M.device)  # [M, 128]
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))
 
 
@@ -312,8 +318,9 @@ class TwoTower(nn.Module):
 
     def _modulation(self, t_M: Tensor) -> Tensor:
         """(shift, scale, gate) of every layer: [layers, 3, M, D]."""
-        shared = self.t_block(self.t_embedder(t_M.to(self.device))).unflatten(-1, (3, -1)).transpose(0, 1)
-        return torch.stack(list(self.scale_shift_tables)).unsqueeze(2) + shared
+        shared = self.t_block(self.t_embedder(t_M.to(self.device)))  # [M, 3 * D]
+        tables = torch.stack(list(self.scale_shift_tables))
+        return tables.unsqueeze(2) + shared.view(len(t_M), 3, -1).transpose(0, 1)
 
     def _output(self, h: Tensor, output: str) -> Tensor:
         if output not in ("logits", "hidden"):
@@ -324,8 +331,9 @@ class TwoTower(nn.Module):
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(f"{name} has shape {list(ids.shape)} and dtype {ids.dtype}, expected [B, L] of integers")
         # On a GPU this would wait for the device at every pass: what is already there is the caller's word.
-        if ids.numel() and not ids.is_cuda and (int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size):
-            bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        low, high = map(int, ids.aminmax()) if ids.numel() and not ids.is_cuda else (0, 0)
+        if low < 0 or high >= self.config.vocab_size:
+            bad = low if low < 0 else high
             raise ValueError(f"{name} holds token id {bad}, expected 0 to {self.config.vocab_size - 1}")
         return ids.to(self.device, torch.int64)
 
