@@ -65,7 +65,7 @@ def outputs(op: Op, result: Any) -> dict[str, Tensor]:
 
 
 def test_every_op_has_a_card_and_a_twin() -> None:
-    assert set(tt_kernels.__all__) == {*OPS, "ExpertWeights", "OPS", "use"}
+    assert set(tt_kernels.__all__) == {*OPS, "ExpertWeights", "OPS", "trusted", "use"}
     assert set(reference.__all__) == {*OPS, "ExpertWeights"}
 
 
@@ -279,6 +279,13 @@ def test_bad_input_is_named(name: str, changes: dict[str, Any], message: str) ->
 
 def test_every_op_refuses_something() -> None:
     assert {name for name, *_ in BAD} == set(OPS)
+
+
+def test_trusted_callers_are_not_checked() -> None:
+    with tt_kernels.trusted(), tt_kernels.trusted():
+        core.check("t", a=(torch.ones(2), "A B"))
+    with pytest.raises(ValueError, match="t: a is"):
+        core.check("t", a=(torch.ones(2), "A B"))
 
 
 def test_check_remembers_what_passed_and_nothing_else() -> None:

@@ -9,7 +9,7 @@ from . import linear_cross_entropy as _linear_cross_entropy
 from . import unmask as _unmask
 from .attention import block_diffusion_attention, causal_attention, context_attention
 from .conv1d import causal_conv1d, conv_block_states, conv_state
-from .core import Op, use
+from .core import Op, trusted, use
 from .linear_cross_entropy import linear_cross_entropy
 from .moe import ExpertWeights, experts, route
 from .norm import gated_group_norm, modulated_rms_norm, rms_norm
@@ -42,6 +42,7 @@ __all__ = [
     "ssd_block",
     "ssd_chunk",
     "ssd_step",
+    "trusted",
     "unmask",
     "use",
 ]

@@ -29,6 +29,21 @@ def refuse(op: str, name: str, value: object, expected: str) -> NoReturn:
     raise ValueError(f"{op}: {name} is {value!r}, expected {expected}")
 
 
+_trusted = False
+
+
+@contextmanager
+def trusted() -> Iterator[None]:
+    """Leave out the comparison of shapes and dtypes inside the `with` block: for a model whose shapes are right by its
+    construction and which checks what enters it. Saves 4 % of a small model's pass; an error then speaks of tensors."""
+    global _trusted
+    before, _trusted = _trusted, True
+    try:
+        yield
+    finally:
+        _trusted = before
+
+
 _KINDS: dict[type, Callable[[torch.dtype], bool]] = {
     float: lambda dtype: dtype.is_floating_point,
     int: lambda dtype: dtype in (torch.int64, torch.int32),
@@ -45,7 +60,7 @@ def check(op: str, **specs: tuple[Any, ...]) -> None:
     `*` stands for any leading dimensions, the same ones for all arguments. A tensor is of floats unless its kind says
     int (32 or 64 bit) or bool. None passes. One call an op; torch.compile leaves it out of its graphs.
     """
-    if torch.compiler.is_compiling():
+    if _trusted or torch.compiler.is_compiling():
         return
     try:
         key = (op, *[None if spec[0] is None else (spec[0].shape, spec[0].dtype) for spec in specs.values()])

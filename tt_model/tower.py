@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tt_kernels import block_diffusion_attention, causal_attention, context_attention, modulated_rms_norm
+from tt_kernels import block_diffusion_attention, causal_attention, context_attention, modulated_rms_norm, trusted
 
 from .cache import Cache, Pending
 from .config import TwoTowerConfig
@@ -45,6 +45,10 @@ class Tower(nn.Module):
 
     def forward(self, ids_BL: Tensor, walk: Pass, modulation: Tensor | None = None) -> Tensor:
         """Hidden states [B, L, D] after the final norm. modulation: [layers, 3, B, D] (shift, scale, gate) or None."""
+        with trusted():
+            return self._walk(ids_BL, walk, modulation)
+
+    def _walk(self, ids_BL: Tensor, walk: Pass, modulation: Tensor | None) -> Tensor:
         eps = self.config.layer_norm_epsilon
         x = self.embeddings(ids_BL)
         if self.config.residual_in_fp32:
