@@ -30,7 +30,7 @@ def route(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     scores = (x.double() @ weight.double().T).sigmoid()  # [T, E]
-    biased = scores.detach() + bias.double()
+    biased = scores.detach() + bias  # fp64
     if n_group > 1:
         grouped = biased.unflatten(1, (n_group, -1))
         rank = grouped.topk(2, dim=-1).values.sum(-1)  # [T, n_group]
