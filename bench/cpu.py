@@ -29,10 +29,14 @@ OURS = 'this model, mode "ar"'
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.addmv, aten._grouped_mm)
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps every matrix product that runs inside the `with` block, with its arguments, and counts its operations."""
+    """Keeps every matrix product that runs inside the `with` block, with its arguments, and counts its operations.
+
+    Of an attention these are two: queries by keys, and weights by values, the query heads of a KV head as one matrix.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,6 +50,12 @@ class Recorder(TorchDispatchMode):
             left = args[function.overloadpacket in (aten.addmm, aten.addmv, aten.baddbmm)]
             self.calls.append((function, args, kwargs))
             self.flops += 2 * result.numel() * left.shape[-1]
+        elif function.overloadpacket is ATTENTION:
+            k, v = (t.flatten(0, 1).contiguous() for t in args[1:3])  # [B * Hkv, S, P]
+            q = args[0].reshape(len(k), -1, k.shape[-1])
+            weights = (q @ k.mT).softmax(-1)
+            self.calls += [(torch.bmm, (q, k.mT), {}), (torch.bmm, (weights, v), {})]
+            self.flops += 4 * weights.numel() * q.shape[-1]
         return result
 
     def replay(self) -> None:

@@ -18,9 +18,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
 
 def _page_index(page_table: Tensor, lengths: Tensor, longest: int, pages: Tensor) -> slice | Tensor:
     """The pages of all rows, row after row: a slice where they lie in order. Entries past a row's end do not count."""
-    first, count = int(page_table[0, 0]), page_table.numel()
-    in_order = torch.arange(first, first + count, dtype=page_table.dtype, device=page_table.device)
-    if 0 <= first <= len(pages) - count and torch.equal(page_table.flatten(), in_order):
+    listed = page_table.flatten().tolist()
+    first, count = listed[0], len(listed)
+    if 0 <= first <= len(pages) - count and listed == list(range(first, first + count)):
         return slice(first, first + count)
     starts = torch.arange(0, longest, pages.shape[1], device=page_table.device)
     return page_table[:, : len(starts)].masked_fill(starts >= lengths.view(-1, 1), 0).flatten()

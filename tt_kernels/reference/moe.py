@@ -50,15 +50,15 @@ def activate(h: Tensor, activation: str) -> Tensor:
     return F.silu(h)
 
 
-def _grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows of x, sorted by expert, times their own expert's weight: [R, D], [E, N, D] -> [R, N]."""
+def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x, sorted by expert, times their own expert's weight: [R, D], [E, N, D], [E] -> [R, N]."""
     accepted = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
     aligned = x.stride(0) * x.element_size() % 16 == 0 and weight.stride(1) * weight.element_size() % 16 == 0
     if x.dtype in accepted and x.dtype == weight.dtype and aligned and len(x) >= len(weight):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     # Few rows hit few experts, and grouped_mm costs a product for every one of them.
-    sizes = counts.tolist()
-    parts = [rows @ weight[e].T for e, (n, rows) in enumerate(zip(sizes, x.split(sizes), strict=True)) if n]
+    segments = x.tensor_split(ends[:-1].tolist())
+    parts = [rows @ w.T for rows, w in zip(segments, weight, strict=True) if len(rows)]
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
 
 
@@ -76,12 +76,13 @@ def experts(
         rows = [_expert(x, expert_weights, e, activation) for e in ids[0].tolist()]
         return cast(weights @ cast(torch.cat(rows), weights.dtype), x.dtype)
     pairs, order = ids.flatten().sort(stable=True)  # token-expert pairs, sorted by expert
-    counts = torch.bincount(pairs, minlength=len(expert_weights.up))
+    ends = torch.bincount(pairs, minlength=len(expert_weights.up)).cumsum(0, dtype=torch.int32)
     rows = x.index_select(0, order // K)
-    h = _grouped_linear(rows, expert_weights.up, counts)
+    h = _grouped_linear(rows, expert_weights.up, ends)
     if expert_weights.gate is None:
         h = activate(h, activation)
     else:
-        h = activate(_grouped_linear(rows, expert_weights.gate, counts), activation) * h
-    y = _grouped_linear(h, expert_weights.down, counts).index_select(0, order.argsort())  # back to the tokens' order
+        h = activate(_grouped_linear(rows, expert_weights.gate, ends), activation) * h
+    y = _grouped_linear(h, expert_weights.down, ends)
+    y = torch.empty_like(y).index_copy_(0, order, y)  # back to the tokens' order
     return cast((weights.unsqueeze(1) @ cast(y.view(T, K, D), weights.dtype)).squeeze(1), x.dtype)

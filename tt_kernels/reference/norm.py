@@ -7,9 +7,13 @@ from torch import Tensor
 from .common import cast, compute_dtype
 
 
+def _normalise(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     acc = compute_dtype(x.dtype, weight.dtype)
-    return F.rms_norm(cast(x, acc), weight.shape, cast(weight, acc), eps).to(x.dtype)
+    return cast(_normalise(cast(x, acc), eps) * cast(weight, acc), x.dtype)
 
 
 def modulated_rms_norm(
@@ -31,12 +35,12 @@ def modulated_rms_norm(
         residual = cast(residual, x.dtype)
     y = cast(residual, acc)
     if shift is None or scale is None:
-        return F.rms_norm(y, weight.shape, cast(weight, acc), eps).to(weight.dtype), residual
+        return cast(_normalise(y, eps) * cast(weight, acc), weight.dtype), residual
     shift, scale = cast(shift, acc).unsqueeze(-2), 1 + cast(scale, acc).unsqueeze(-2)  # [B, 1, D]
     if order == "modulate_norm":
-        y = F.rms_norm(torch.addcmul(shift, y, scale), weight.shape, cast(weight, acc), eps)
+        y = _normalise(torch.addcmul(shift, y, scale), eps) * cast(weight, acc)
     else:
-        y = torch.addcmul(shift, F.rms_norm(y, weight.shape, cast(weight, acc), eps), scale)
+        y = torch.addcmul(shift, _normalise(y, eps) * cast(weight, acc), scale)
     return cast(y, weight.dtype), residual
 
 
@@ -44,5 +48,5 @@ def gated_group_norm(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, e
     acc = compute_dtype(x.dtype, weight.dtype)
     gated = cast(x, acc) * F.silu(cast(z, acc))
     by_group = gated.view(*gated.shape[:-1], groups, gated.shape[-1] // groups)
-    y = F.rms_norm(by_group, by_group.shape[-1:], None, eps).view_as(gated)
+    y = _normalise(by_group, eps).view_as(gated)
     return cast(y * cast(weight, acc), z.dtype)

@@ -5,6 +5,7 @@ above 0.
 """
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +33,19 @@ def _exp(log_decay: Tensor) -> Tensor:
     return torch.threshold(log_decay, -64.0, -math.inf).exp()
 
 
+@cache
+def _lower_triangle(L: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ones on and below the diagonal; only below it."""
+    with torch.inference_mode(False):  # made once, and used in training too
+        lower = torch.ones(L, L, dtype=dtype, device=device).tril()
+        return lower, lower.tril(-1)
+
+
 def _decay_between(a: Tensor) -> Tensor:
     """exp(a[j+1] + ... + a[i]) for i >= j, else 0: [..., L] -> [..., L, L]. Summed directly: a difference of
     cumulative sums would cancel."""
-    L = a.shape[-1]
-    return _exp(a.unsqueeze(-1).expand(*a.shape, L).tril(-1).cumsum(-2)).tril()
+    lower, below = _lower_triangle(a.shape[-1], a.dtype, a.device)
+    return _exp((a.unsqueeze(-1) * below).cumsum(-2)) * lower
 
 
 def _decay_to_end(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,20 +60,21 @@ def _outputs(x, dt, a, B, C, D, state, same=None, enters=None) -> Tensor:
     x [b, L, H, P], dt and a [b, L, H], B and C [b, L, G, N], state [b, H, P, N] or None; packed sequences: same
     [b, L, L], whether two tokens are of one sequence, enters [b, L], whether the state is of the token's sequence.
     """
-    (b, L, H, P), G = x.shape, B.shape[2]
-    B, C = B.transpose(1, 2), C.transpose(1, 2)
-    weights = _decay_between(a.transpose(1, 2)) * dt.transpose(1, 2).unsqueeze(-2)  # [b, H, L, L]
+    (b, L, H, P), (G, N) = x.shape, B.shape[2:]
+    R = H // G
+    x, B, C, dt, a = (t.transpose(1, 2) for t in (x, B, C, dt, a))  # heads and groups first
+    weights = _decay_between(a) * dt.unsqueeze(-2)  # [b, H, L, L]
     if same is not None:
         weights = weights * same.unsqueeze(1)
-    weights = (C @ B.mT).unsqueeze(2) * weights.unflatten(1, (G, -1))  # [b, G, R, L, L]
-    y = (weights.flatten(1, 2) @ x.transpose(1, 2)).transpose(1, 2)
+    weights = (C @ B.mT).unsqueeze(2) * weights.view(b, G, R, L, L)
+    y = weights.flatten(1, 2) @ x  # [b, H, L, P]
     if state is not None:
-        decay = _exp(a.cumsum(1))
+        decay = _exp(a.cumsum(-1))
         if enters is not None:
-            decay = decay * enters.unsqueeze(-1)
-        seen = C @ state.unflatten(1, (G, -1)).flatten(2, 3).mT  # [b, G, L, R * P]
-        y.addcmul_(seen.transpose(1, 2).reshape(b, L, H, P), decay.unsqueeze(-1))
-    return y.addcmul_(x, D.unsqueeze(-1))
+            decay = decay * enters.unsqueeze(1)
+        seen = (C @ state.reshape(b, G, R * P, N).mT).view(b, G, L, R, P).transpose(2, 3)
+        y.view(seen.shape).addcmul_(seen, decay.reshape(b, G, R, L, 1))
+    return y.addcmul_(x, D.view(-1, 1, 1)).transpose(1, 2)
 
 
 def _added(x: Tensor, weight: Tensor, B: Tensor) -> Tensor:
