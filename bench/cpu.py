@@ -54,7 +54,7 @@ class Recorder(TorchDispatchMode):
             k, v = (t.flatten(0, 1).contiguous() for t in args[1:3])  # [B * Hkv, S, P]
             q = args[0].reshape(len(k), -1, k.shape[-1])
             weights = (q @ k.mT).softmax(-1)
-            self.calls += [(torch.bmm, (q, k.mT), {}), (torch.bmm, (weights, v), {})]
+            self.calls += [(aten.bmm.default, (q, k.mT), {}), (aten.bmm.default, (weights, v), {})]
             self.flops += 4 * weights.numel() * q.shape[-1]
         return result
 

@@ -282,6 +282,8 @@ def test_context_only_model_says_so():
         model.denoise(torch.tensor([[4]]), None, model.prefill([[4]]))
     with pytest.raises(ValueError, match="towers is 'one'"):
         TwoTower(CONFIG, towers="one")
+    with pytest.raises(ValueError, match="dtype is 'bfloat16', expected a torch"):
+        TwoTower.from_pretrained(dtype="bfloat16")
 
 
 def test_a_block_above_the_trained_size_warns(model):

@@ -12,6 +12,7 @@ from test_model import CONFIG, random_model
 from tt_model import TwoTower
 from tt_model.checkpoint import start_denoiser
 from tt_model.data import Rows
+from tt_model.layers import MoE
 from tt_model.train import TrainSettings, init_weights, learning_rate, train, trainable
 
 CONFIG32 = dataclasses.replace(CONFIG, dtype=torch.float32)
@@ -90,6 +91,14 @@ def test_balance_moves_the_router_bias(tmp_path):
     train(model, text(), TrainSettings("ar", steps=2, batch_size=2), tmp_path, progress=False)
     biases = [m.e_score_correction_bias for m in model.context_tower.modules() if hasattr(m, "e_score_correction_bias")]
     assert biases and all(b.abs().max() > 0 for b in biases)
+
+
+def test_a_failed_run_leaves_the_model_as_it_was(tmp_path):
+    model = fresh("ar")
+    model.context_lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="step 0: the loss is nan"):
+        train(model, text(), TrainSettings("ar", steps=2, batch_size=2), tmp_path, progress=False)
+    assert all(m.load is None for m in model.modules() if isinstance(m, MoE))
 
 
 @pytest.mark.parametrize(

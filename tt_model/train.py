@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from rich.console import Console
@@ -124,10 +125,18 @@ class _Balance:
     """Keeps experts equally busy without an auxiliary loss: the correction bias of an expert that gets less than its
     share rises, of one that gets more falls (arXiv 2408.15664)."""
 
-    def __init__(self, model: TwoTower):
-        self.layers = [m for m in model.context_tower.modules() if isinstance(m, MoE)]
+    def __init__(self, model: TwoTower, on: bool):
+        self.layers = [m for m in model.context_tower.modules() if isinstance(m, MoE)] if on else []
+        self.device = model.device
+
+    def __enter__(self) -> Self:
         for moe in self.layers:
-            moe.load = torch.zeros(moe.config.n_routed_experts, device=model.device)
+            moe.load = torch.zeros(moe.config.n_routed_experts, device=self.device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for moe in self.layers:
+            moe.load = None
 
     def reset(self) -> None:
         for moe in self.layers:
@@ -264,18 +273,20 @@ def train(
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=s.betas)
     history = _load_state(out, model, optimizer, s)
-    balance = _Balance(model) if s.stage == "ar" else None
     last = s.steps if stop_after is None else min(s.steps, len(history) + stop_after)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _whole_steps() as interrupted, Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with (
+        _Balance(model, on=s.stage == "ar") as balance,
+        _whole_steps() as interrupted,
+        Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
+    ):
         task = bar.add_task(f"train {s.stage}", total=s.steps, completed=len(history))
         for step in range(len(history), last):
             began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, s)
             batch = rows.batch(step, s.batch_size, seed=s.seed)
-            if balance:
-                balance.reset()
+            balance.reset()
             loss = _loss(model, batch, s, step)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(learned.values(), s.clip).item()
@@ -285,8 +296,7 @@ def train(
                 raise ValueError(f"step {step}: {found}; lower the learning rate ({s.learning_rate})")
             optimizer.step()
             optimizer.zero_grad()
-            if balance:
-                balance.update()
+            balance.update()
             entry["tokens_per_s"] = round(batch.ids.numel() / (time.perf_counter() - began), 1)
             history.append(entry)
             stop = interrupted()
@@ -301,7 +311,4 @@ def train(
                 raise KeyboardInterrupt
             speed = f"loss {entry['loss']:.3f}  {entry['tokens_per_s']:.0f} tokens/s"
             bar.update(task, advance=1, description=f"train {s.stage}  {speed}")
-    if balance:
-        for moe in balance.layers:
-            moe.load = None
     return history

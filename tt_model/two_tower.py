@@ -112,6 +112,8 @@ class TwoTower(nn.Module):
             FileNotFoundError: no such folder or file. ValueError: what the config or the weights lack, by name.
         Cost: every shard is read once; peak memory is the model and one shard.
         """
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}, expected a torch.dtype such as torch.bfloat16")
         folder = ASSETS if path is None else Path(path)
         config = TwoTowerConfig.from_file(folder)
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
