@@ -21,9 +21,11 @@ demo: $(VENV)/.package ## write Python with the bundled model
 
 test: $(VENV)/.test ## run the tests (minutes, no GPU needed)
 	$(TEST) $(PARALLEL) $(ARGS)
+	TRITON_INTERPRET=1 $(TEST) $(PARALLEL) -m "kernels and not slow" $(ARGS)
 
 test-full: $(VENV)/.test ## run the tests, the slow ones included
 	$(TEST) $(PARALLEL) -m "" $(ARGS)
+	TRITON_INTERPRET=1 $(TEST) $(PARALLEL) -m kernels $(ARGS)
 
 check: lint layering test ## all that CI runs: format, lint, layering, tests
 

@@ -19,9 +19,11 @@ TOOLS = ("bench", "profiling", "tests")
 # "tt_kernels.*" is every other module of tt_kernels: an op. A package's own name is its __init__.
 LADDER = (
     ("tt_kernels.reference",),
+    ("tt_kernels.launch",),
     ("tt_kernels.core", "tt_kernels.lang"),
     ("tt_kernels.*",),
     ("tt_kernels",),
+    ("tt_kernels.aot",),
     ("tt_model.config",),
     ("tt_model.cache",),
     ("tt_model.layers",),

@@ -93,7 +93,7 @@ def test_router_and_experts(E: int, groups: int, kept: int, K: int, norm: bool) 
     model, stacked = moe_model(E, 6, 7, K, norm_topk_prob=norm, n_group=groups, topk_group=kept)
     weight, bias = model.weights["m.gate.weight"], model.weights["m.gate.e_score_correction_bias"]
     x = torch.randn(20, 6)
-    ids, weights = route(x, weight, bias, top_k=K, n_group=groups, topk_group=kept, norm_topk_prob=norm, scale=2.5)
+    ids, weights, *_ = route(x, weight, bias, top_k=K, n_group=groups, topk_group=kept, norm_topk_prob=norm, scale=2.5)
     y = experts(x, ids, weights, stacked)
     for t in range(20):
         want = literal.route(model, "m", x[t])
@@ -107,7 +107,7 @@ def test_router_ties_go_to_the_lower_expert() -> None:
     x, weight, bias = torch.ones(2, 3), torch.zeros(8, 3), torch.zeros(8)
     assert route(x, weight, bias, top_k=4)[0].tolist() == [[0, 1, 2, 3]] * 2
     bias[6] = 0.25
-    ids, weights = route(x, weight, bias, top_k=4, n_group=4, topk_group=1)
+    ids, weights, *_ = route(x, weight, bias, top_k=4, n_group=4, topk_group=1)
     assert ids.tolist() == [[6, 7, 0, 1]] * 2
     close(weights, torch.full((2, 4), 0.25))  # the bias chooses and does not weigh
 
@@ -115,7 +115,7 @@ def test_router_ties_go_to_the_lower_expert() -> None:
 def test_router_choice_is_not_rounded() -> None:
     """Two experts that differ by less than bf16 or fp32 can tell."""
     x, weight = torch.ones(1, 2).bfloat16(), torch.tensor([[1.0, 1.0], [1.0, 1.0 + 2**-23]]).float()
-    ids, weights = route(x, weight, torch.zeros(2).float(), top_k=1)
+    ids, weights, *_ = route(x, weight, torch.zeros(2).float(), top_k=1)
     assert ids.item() == 1 and weights.dtype == torch.float32
 
 

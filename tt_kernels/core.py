@@ -1,27 +1,59 @@
-"""What every op shares: which implementation runs, checks of shapes and dtypes, the op card.
-
-No op has a kernel yet: a public op checks its arguments and runs its reference, on every device. A kernel comes in as
-one line before that last one.
-"""
+"""What every op shares: which implementation runs, operator registration, checks of shapes and dtypes, the op card."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from .launch import INTERPRET, Launch, is_recording
+
+_library = torch.library.Library("tt", "DEF")
+_implementation: str | None = None
+
 
 @contextmanager
 def use(implementation: str) -> Iterator[None]:
-    """Run every op inside the `with` block by the named implementation, to compare.
-
-    "reference" is the only one so far, and what runs outside such a block too.
-    """
+    """Run every op inside the `with` block by its reference, on whatever device, to compare: use("reference")."""
+    global _implementation
     if implementation != "reference":
         refuse("use", "implementation", implementation, "'reference'")
-    yield
+    before, _implementation = _implementation, implementation
+    try:
+        yield
+    finally:
+        _implementation = before
+
+
+def takes_kernel(op: str, x: Tensor) -> bool:
+    """Whether `op` runs as a kernel on x: on a GPU, and on a CPU under TRITON_INTERPRET=1; else its reference runs.
+
+    Raises NotImplementedError for dtypes that kernels there have no form of, rather than fall back.
+    """
+    if _implementation == "reference" or not (x.is_cuda or INTERPRET or is_recording()):
+        return False
+    if x.is_cuda and x.dtype == torch.float64:
+        raise NotImplementedError(f'{op}: no fp64 kernel on a GPU; use it in `with tt_kernels.use("reference")`')
+    if INTERPRET and not x.is_cuda and x.dtype == torch.bfloat16:
+        raise NotImplementedError(f"{op}: Triton's interpreter computes bf16 wrongly; use fp16, fp32 or fp64 there")
+    return True
+
+
+def define(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register tt::<name> with one schema, one launcher and its shape rule; returns what calls it."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, launcher, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tt::{name}", fake, lib=_library)
+    registered = getattr(torch.ops.tt, name).default
+
+    def call(*args: Any) -> Any:
+        # On meta tensors the registered op runs its shape rule; whoever records wants the launches.
+        return launcher(*args) if is_recording() else registered(*args)
+
+    return call
 
 
 def refuse(op: str, name: str, value: object, expected: str) -> NoReturn:
@@ -108,4 +140,8 @@ class Op:
     cost: Callable[..., tuple[int, int]]  # (itemsize, **dims) -> (flops, bytes read and written)
     grads: tuple[str, ...] = ()  # differentiable arguments; "a.b" is field b of argument a
     writes: tuple[str, ...] = ()  # arguments that the op changes
+    kernels: tuple[str, ...] = ()  # names of the Triton kernels it runs as; none: the reference on every device
+    tensor_cores: tuple[str, ...] = ()  # those of them that must compile to wgmma on sm_90
+    candidates: dict[str, tuple[Launch, ...]] = field(default_factory=dict)  # kernel -> launches worth measuring
+    rms: float = 1.25  # bound on 16-bit results: root mean square of a kernel's error over PyTorch's; above: say why
     compiles: bool = True  # into one graph; False: sizes on the way depend on the tensors' values

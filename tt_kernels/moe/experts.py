@@ -9,17 +9,27 @@ from ..reference import ExpertWeights
 
 
 def experts(
-    x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights, *, activation: str = "relu2"
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    expert_weights: ExpertWeights,
+    *,
+    order: Tensor | None = None,
+    ends: Tensor | None = None,
+    shared: ExpertWeights | None = None,
+    activation: str = "relu2",
 ) -> Tensor:
     """Send each token through its K experts: y_t = sum_k weights[t, k] down_e(act(up_e(x_t))), e = ids[t, k].
 
-    With gate weights the expert is down(act(gate(x)) * up(x)).
+    With gate weights the expert is down(act(gate(x)) * up(x)). A shared expert sees every token, with weight 1.
 
     Args:
         x:              [T, D] float.
         ids:            [T, K] int, 0 to E - 1.
         weights:        [T, K] float, fp32 in a 16-bit model.
         expert_weights: up [E, N, D], down [E, D, N], gate [E, N, D] or None, all of the dtype of x.
+        order, ends:    as `route` returns them for these ids, which saves sorting again; both or neither.
+        shared:         up [M, D], down [D, M], gate [M, D] or None, or None: the expert that every token goes through.
         activation:     "relu2" (relu(h)^2) or "silu".
     Returns:
         y: [T, D] dtype of x.
@@ -39,30 +49,50 @@ def experts(
         up=(w.up, "E N D"),
         down=(w.down, "E D N"),
         gate=(w.gate, "E N D"),
+        order=(order, "T*K", int),
+        ends=(ends, "E", int),
+        shared_up=(shared and shared.up, "M D"),
+        shared_down=(shared and shared.down, "D M"),
+        shared_gate=(shared and shared.gate, "M D"),
     )
+    if (order is None) != (ends is None):
+        refuse("experts", "order" if order is None else "ends", None, "order and ends, or neither")
     if activation not in ("relu2", "silu"):
         refuse("experts", "activation", activation, "'relu2' or 'silu'")
-    for name, tensor in (("up", w.up), ("down", w.down), ("gate", w.gate)):
+    given = [("up", w.up), ("down", w.down), ("gate", w.gate)]
+    if shared is not None:
+        given += [("shared_up", shared.up), ("shared_down", shared.down), ("shared_gate", shared.gate)]
+    for name, tensor in given:
         if tensor is not None and tensor.dtype != x.dtype:
             refuse("experts", name, tensor.dtype, f"the dtype of x, {x.dtype}")
-    return reference.experts(x, ids, weights, expert_weights, activation=activation)
+    return reference.experts(
+        x, ids, weights, expert_weights, order=order, ends=ends, shared=shared, activation=activation
+    )
 
 
-def _inputs(dtype: torch.dtype, T: int, D: int, N: int, E: int, K: int, gated: int = 0) -> dict[str, object]:
+def _inputs(
+    dtype: torch.dtype, T: int, D: int, N: int, E: int, K: int, gated: int = 0, M: int = 0
+) -> dict[str, object]:
     up, gate = torch.randn(2, E, N, D, dtype=dtype) * D**-0.5
     down = torch.randn(E, D, N, dtype=dtype) * N**-0.5
+    shared = None
+    if M:
+        up_gate, shared_down = torch.randn(2, M, D, dtype=dtype) * D**-0.5, torch.randn(D, M, dtype=dtype) * M**-0.5
+        shared = ExpertWeights(up_gate[0], shared_down, up_gate[1] if gated else None)
     return dict(
         x=torch.randn(T, D, dtype=dtype),
         ids=torch.stack([torch.randperm(E)[:K] for _ in range(T)]) if T else torch.empty(0, K, dtype=torch.long),
         weights=torch.rand(T, K, dtype=torch.promote_types(dtype, torch.float32)),
         expert_weights=ExpertWeights(up, down, gate if gated else None),
+        shared=shared,
         activation="silu" if gated else "relu2",
     )
 
 
-def _cost(itemsize: int, T: int, D: int, N: int, E: int, K: int, gated: int = 0) -> tuple[int, int]:
+def _cost(itemsize: int, T: int, D: int, N: int, E: int, K: int, gated: int = 0, M: int = 0) -> tuple[int, int]:
     hit = round(E * (1 - (1 - K / E) ** T))  # expected, with even choices
-    return (4 + 2 * gated) * T * K * D * N, ((2 + gated) * hit * D * N + 2 * T * D) * itemsize
+    matrices = 2 + gated
+    return 2 * matrices * T * D * (K * N + M), (matrices * D * (hit * N + M) + 2 * T * D) * itemsize
 
 
 OPS = (
@@ -71,14 +101,18 @@ OPS = (
         reference=reference.experts,
         inputs=_inputs,
         cases=(
-            dict(T=5, D=6, N=7, E=4, K=2),
-            dict(T=9, D=16, N=24, E=6, K=3, gated=1),
+            dict(T=5, D=6, N=7, E=4, K=2, M=9),
+            dict(T=9, D=16, N=24, E=6, K=3, gated=1, M=16),
+            dict(T=9, D=29, N=24, E=6, K=3),
             dict(T=1, D=8, N=16, E=4, K=3),
             dict(T=0, D=8, N=16, E=4, K=2),
         ),
-        shapes=(dict(T=16, D=2688, N=1856, E=128, K=6), dict(T=4096, D=2688, N=1856, E=128, K=6)),
+        shapes=tuple(dict(T=T, D=2688, N=1856, E=128, K=6, M=3712) for T in (1, 16, 64, 128, 512, 1024, 4096)),
         outputs=("y",),
-        grads=("x", "weights", "expert_weights.up", "expert_weights.down", "expert_weights.gate"),
+        grads=(
+            *("x", "weights", "expert_weights.up", "expert_weights.down", "expert_weights.gate"),
+            *("shared.up", "shared.down", "shared.gate"),
+        ),
         cost=_cost,
         compiles=False,  # the segments' sizes are read on the host
     ),

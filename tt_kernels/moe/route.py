@@ -17,7 +17,7 @@ def route(
     topk_group: int = 1,
     norm_topk_prob: bool = True,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose each token's experts by s + bias, s = sigmoid(x weight^T), and weigh them by s.
 
     With more than one group: a group's score is the sum of its two best biased scores; outside the topk_group best
@@ -35,10 +35,12 @@ def route(
     Returns:
         ids:     [T, K] int64, best first.
         weights: [T, K] fp32 (fp64 where x is fp64).
+        order:   [T * K] int64: the pairs t * K + k sorted by expert, in each expert by token: what `experts` walks.
+        ends:    [E] int32: where each expert's pairs end in order; the differences are the tokens of each expert.
 
     Computes in fp64, so that no rounding decides a choice. Gradients for x and weight through the weights, none for
     bias. Deterministic. Raises ValueError for sizes that disagree and options out of their range. Cost: 2 T E D
-    flops, T D itemsize + 4 E D + 12 T K bytes: bound by reading x and weight.
+    flops, T D itemsize + 4 E D + 20 T K bytes: bound by reading x and weight.
     Source: DeepSeek-V3 (2412.19437), section 2.1.2.
     """
     check("route", x=(x, "T D"), weight=(weight, "E D"), bias=(bias, "E"))
@@ -75,7 +77,7 @@ def _inputs(dtype: torch.dtype, T: int, D: int, E: int, K: int, groups: int = 1,
 
 
 def _cost(itemsize: int, T: int, D: int, E: int, K: int, groups: int = 1, kept: int = 1) -> tuple[int, int]:
-    return 2 * T * E * D, T * D * itemsize + 4 * E * D + 12 * T * K
+    return 2 * T * E * D, T * D * itemsize + 4 * E * D + 20 * T * K + 4 * E
 
 
 OPS = (
@@ -90,7 +92,7 @@ OPS = (
             dict(T=0, D=8, E=4, K=2),
         ),
         shapes=(dict(T=16, D=2688, E=128, K=6), dict(T=4096, D=2688, E=128, K=6)),
-        outputs=("ids", "weights"),
+        outputs=("ids", "weights", "order", "ends"),
         grads=("x", "weight"),
         cost=_cost,
     ),

@@ -11,7 +11,8 @@ from .common import cast, compute_dtype
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The weights of all experts of a layer: up [E, N, D], down [E, D, N], gate [E, N, D] or None."""
+    """The weights of all experts of a layer: up [E, N, D], down [E, D, N], gate [E, N, D] or None; of a shared one:
+    the same without E."""
 
     up: Tensor
     down: Tensor
@@ -28,7 +29,7 @@ def route(
     topk_group: int = 1,
     norm_topk_prob: bool = True,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scores = (x.double() @ weight.double().T).sigmoid()  # [T, E]
     biased = scores.detach() + bias  # fp64
     if n_group > 1:
@@ -41,7 +42,14 @@ def route(
     weights = scores.gather(1, ids)
     if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return ids, cast(weights if scale == 1 else weights * scale, compute_dtype(x.dtype))
+    weights = cast(weights if scale == 1 else weights * scale, compute_dtype(x.dtype))
+    return ids, weights, *index_lists(ids, len(weight))
+
+
+def index_lists(ids: Tensor, E: int) -> tuple[Tensor, Tensor]:
+    """Token-expert pairs t * K + k sorted by expert, and where each expert's end."""
+    pairs, order = ids.flatten().sort(stable=True)
+    return order, torch.bincount(pairs, minlength=E).cumsum(0, dtype=torch.int32)
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
@@ -62,21 +70,38 @@ def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
 
 
-def _expert(x: Tensor, weights: ExpertWeights, e: int, activation: str) -> Tensor:
-    h = F.linear(x, weights.up[e])
-    h = activate(h, activation) if weights.gate is None else activate(F.linear(x, weights.gate[e]), activation) * h
-    return F.linear(h, weights.down[e])
-
-
 def experts(
-    x: Tensor, ids: Tensor, weights: Tensor, expert_weights: ExpertWeights, *, activation: str = "relu2"
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    expert_weights: ExpertWeights,
+    *,
+    order: Tensor | None = None,
+    ends: Tensor | None = None,
+    shared: ExpertWeights | None = None,
+    activation: str = "relu2",
 ) -> Tensor:
+    y = _routed(x, ids, weights, expert_weights, order, ends, activation)
+    return y if shared is None else y + _mlp(x, shared, activation)
+
+
+def _one(weights: ExpertWeights, e: int) -> ExpertWeights:
+    return ExpertWeights(weights.up[e], weights.down[e], None if weights.gate is None else weights.gate[e])
+
+
+def _mlp(x: Tensor, weights: ExpertWeights, activation: str) -> Tensor:
+    h = F.linear(x, weights.up)
+    h = activate(h, activation) if weights.gate is None else activate(F.linear(x, weights.gate), activation) * h
+    return F.linear(h, weights.down)
+
+
+def _routed(x, ids, weights, expert_weights, order, ends, activation) -> Tensor:
     (T, D), K = x.shape, ids.shape[1]
     if T == 1 and not x.is_cuda:  # a decoding step: nothing to sort
-        rows = [_expert(x, expert_weights, e, activation) for e in ids[0].tolist()]
+        rows = [_mlp(x, _one(expert_weights, e), activation) for e in ids[0].tolist()]
         return cast(weights @ cast(torch.cat(rows), weights.dtype), x.dtype)
-    pairs, order = ids.flatten().sort(stable=True)  # token-expert pairs, sorted by expert
-    ends = torch.bincount(pairs, minlength=len(expert_weights.up)).cumsum(0, dtype=torch.int32)
+    if order is None or ends is None:
+        order, ends = index_lists(ids, len(expert_weights.up))
     rows = x.index_select(0, order // K)
     h = _grouped_linear(rows, expert_weights.up, ends)
     if expert_weights.gate is None:

@@ -1,0 +1,125 @@
+"""Every kernel by its op's card, against the reference: values and gradients within the derived bound, registration,
+memory it must not read, neighbours it must not see. Runs where kernels do: TRITON_INTERPRET=1, or a GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from parity import (
+    DEVICE,
+    DTYPES,
+    KERNELS,
+    WITH_KERNELS,
+    assert_as_good,
+    double,
+    make,
+    values_and_gradients,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tt_kernels
+from tt_kernels import OPS, Op
+from tt_kernels.launch import INTERPRET
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU"),
+]
+FIRST_WITH_KERNELS = [pytest.param(op, op.cases[0], id=name) for name, op in OPS.items() if op.kernels]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op,dims", WITH_KERNELS)
+def test_matches_reference(op: Op, dims: dict[str, int], dtype: torch.dtype) -> None:
+    kwargs = make(op, dims, dtype)
+    got = values_and_gradients(op, op.fn, kwargs)
+    low = values_and_gradients(op, op.reference, kwargs)
+    high = values_and_gradients(op, op.reference, double(kwargs))
+    assert set(got) == set(low) == set(high)
+    scale = max((t.abs().max().item() for t in high.values() if t.is_floating_point() and t.numel()), default=0.0)
+    for name in got:
+        # A gradient is a sum of terms as large as its largest factors, which may cancel: one rounding of those.
+        assert_as_good(name, got[name], low[name], high[name], scale if name not in op.outputs else 0.0, op.rms)
+
+
+@pytest.mark.parametrize("op,dims", WITH_KERNELS)
+def test_two_runs_are_bitwise_equal(op: Op, dims: dict[str, int]) -> None:
+    kwargs = make(op, dims, torch.float32)
+    first, second = (values_and_gradients(op, op.fn, kwargs) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("op,dims", WITH_KERNELS)
+def test_reads_nothing_it_did_not_write(op: Op, dims: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, or a wrong integer, until a kernel writes it."""
+    kwargs = make(op, dims, torch.float32)
+    want = values_and_gradients(op, op.fn, kwargs)
+
+    class Dirty(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            if "empty" in function.overloadpacket.__name__ and isinstance(out, Tensor):
+                out.fill_(float("nan") if out.is_floating_point() else 1)
+            return out
+
+    with Dirty():
+        got = values_and_gradients(op, op.fn, kwargs)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+class Calls(TorchDispatchMode):
+    """The registered ops that run, and what with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "tt":
+            copies = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
+            self.seen.setdefault(function, copies)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op,dims", FIRST_WITH_KERNELS)
+def test_registered_ops_pass_opcheck(op: Op, dims: dict[str, int]) -> None:
+    calls = Calls()
+    with calls:
+        values_and_gradients(op, op.fn, make(op, dims, torch.float32))
+    assert calls.seen, "it runs no registered op"
+    for function, args in calls.seen.items():
+        torch.library.opcheck(function, args)
+        turned = tuple(a.mT.contiguous().mT if isinstance(a, Tensor) and a.dim() > 1 else a for a in args)
+        torch.library.opcheck(function, turned)
+
+
+@pytest.mark.parametrize("op,dims", FIRST_WITH_KERNELS)
+def test_nothing_falls_back(op: Op, dims: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part of an op with kernels calls a reference."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a reference ran")
+
+    for name in OPS:
+        monkeypatch.setattr(tt_kernels.reference, name, fail)
+    values_and_gradients(op, op.fn, make(op, dims, torch.float32))
+
+
+@pytest.mark.skipif(not INTERPRET, reason="bf16 is right on a GPU")
+def test_the_interpreter_refuses_bf16() -> None:
+    x = torch.ones(2, 4, dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="rms_norm: Triton's interpreter computes bf16 wrongly"):
+        tt_kernels.rms_norm(x, x[0])
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="fp64 is right in the interpreter")
+def test_a_gpu_refuses_fp64() -> None:
+    x = torch.ones(2, 4, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(NotImplementedError, match="rms_norm: no fp64 kernel on a GPU"):
+        tt_kernels.rms_norm(x, x[0])
+
+
+def test_cards_name_kernels() -> None:
+    assert all(name.startswith("_") and name.endswith("_kernel") for op in OPS.values() for name in op.kernels)
+    assert all(set(op.tensor_cores) <= set(op.kernels) for op in OPS.values())

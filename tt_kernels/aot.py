@@ -1,0 +1,213 @@
+"""`python -m tt_kernels.aot`: compile every kernel for every target without a GPU, and hold what comes out to a lock.
+
+Every op with kernels runs on meta tensors at its card's shapes, forward and backward; what its launchers would launch
+is compiled for sm_80, sm_90 and sm_100 instead. The lock (aot.lock.json, a part for each Triton version) keeps of every
+kernel its registers, stack, shared memory, widest load from global memory and tensor-core instructions. The run fails
+on spills, on more shared memory than the target has, on a narrower load, a lost tensor-core instruction or TMA load,
+and on 10 % more registers than the lock says; `--update` writes the lock anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from . import OPS, Op
+from .launch import INTERPRET, recording
+
+LOCK = Path(__file__).parent / "aot.lock.json"
+TARGETS = (80, 90, 100)
+SHARED = {80: 163, 90: 227, 100: 227}  # KiB a program may have
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TENSOR = re.compile(r"\b(DMMA|HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA)\b")  # HGMMA is wgmma, UTC*MMA tcgen05
+GLOBAL_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E((?:\.\w+)*)")
+COLUMNS = ("registers", "stack", "shared", "load", "tensor", "tma")
+
+
+class _Target:
+    """Stands in for Triton's driver: names a GPU that is not there, so that its own code compiles what it would run."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # a key of kernel caches: one device for each target
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as it came out for one target."""
+
+    kernel: str
+    architecture: int
+    launch: str  # its options, and what the compiler was told of its arguments
+    registers: int
+    stack: int  # bytes a thread: above 0 is a spill
+    shared: int  # bytes a program
+    load: int  # bits, the widest from global memory into registers or shared memory
+    tensor: str
+    tma: bool
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel} sm_{self.architecture} {self.launch}"
+
+
+def _on_meta(value: Any, grads: Sequence[str], name: str) -> Any:
+    if isinstance(value, Tensor):
+        value = value.to("meta")
+        return value.requires_grad_() if name in grads else value
+    if is_dataclass(value):
+        parts = {f.name: _on_meta(getattr(value, f.name), grads, f"{name}.{f.name}") for f in fields(value)}
+        return type(value)(**parts)
+    return value
+
+
+def launches(op: Op, dtype: torch.dtype, architecture: int) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
+    """(kernel, arguments, options) of everything the op would launch at its card's shapes, forward and backward."""
+    for dims in op.shapes:
+        with torch.device("meta"):
+            inputs = op.inputs(dtype, **dims)
+        inputs = {name: _on_meta(value, op.grads, name) for name, value in inputs.items()}
+        with recording(architecture) as seen:
+            result = op.fn(**inputs)
+            results = [t for t in (result if isinstance(result, tuple) else (result,)) if t.requires_grad]
+            if results:
+                torch.autograd.backward(results, [torch.empty_like(t) for t in results])
+        yield from ((kernel, args, options) for kernel, _, args, options in seen)
+
+
+def _inspect(cubin: bytes) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(flag: str) -> str:
+            command = [TOOLS / "cuobjdump", flag, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage"))
+        sass = dump("-sass")
+    widths = [next((int(w) for w in re.findall(r"\.U?(\d+)\b", suffix)), 32) for suffix in GLOBAL_LOAD.findall(sass)]
+    return dict(
+        registers=int(usage[1]),
+        stack=int(usage[2]),
+        load=max(widths, default=0),
+        tensor=" ".join(sorted(set(TENSOR.findall(sass)))),
+        tma="UTMALDG" in sass or "UBLKCP" in sass,
+    )
+
+
+def _compile_op(name: str, architecture: int) -> list[Compiled]:
+    """All kernels of an op for one target; runs in a process of its own."""
+    driver.set_active(_Target(architecture))
+    found: dict[str, Compiled] = {}
+    for kernel, args, options in launches(OPS[name], torch.bfloat16, architecture):
+        binary = kernel.warmup(*args, grid=(1,), **options)
+        shown = {k: v for k, v in options.items() if k != "enable_fp_fusion"}
+        launch = " ".join(f"{k}={v}" for k, v in shown.items())
+        signature = " ".join(str(t) for t in binary.src.signature.values() if t != "constexpr")
+        inspected = _inspect(binary.asm["cubin"])
+        compiled = Compiled(
+            kernel.__name__, architecture, f"{launch} ({signature})", shared=binary.metadata.shared, **inspected
+        )
+        found[compiled.key] = compiled
+    return list(found.values())
+
+
+def compile_all(names: Sequence[str], targets: Sequence[int], jobs: int) -> list[Compiled]:
+    with ProcessPoolExecutor(jobs) as pool:
+        work = [pool.submit(_compile_op, name, target) for name in names for target in targets]
+        return [compiled for future in work for compiled in future.result()]
+
+
+def faults(compiled: Compiled, locked: dict[str, Any] | None, *, wgmma: bool = False) -> list[str]:
+    """What is wrong with a kernel by itself and against the lock."""
+    found = []
+    if compiled.stack:
+        found.append(f"spills {compiled.stack} bytes")
+    if compiled.shared > SHARED[compiled.architecture] * 1024:
+        found.append(f"needs {compiled.shared} bytes of shared memory, there are {SHARED[compiled.architecture]} KiB")
+    if wgmma and compiled.architecture == 90 and "HGMMA" not in compiled.tensor:
+        found.append(f"compiles to {compiled.tensor or 'no tensor-core instruction'}, expected wgmma (HGMMA)")
+    if locked is None:
+        found.append("is not in the lock")
+        return found
+    if compiled.registers > 1.1 * locked["registers"]:
+        found.append(f"takes {compiled.registers} registers, locked {locked['registers']}")
+    if compiled.load < locked["load"]:
+        found.append(f"loads {compiled.load} bits at a time, locked {locked['load']}")
+    if set(locked["tensor"].split()) - set(compiled.tensor.split()):
+        found.append(f"compiles to {compiled.tensor or 'no tensor-core instruction'}, locked {locked['tensor']}")
+    if locked["tma"] and not compiled.tma:
+        found.append("has lost its TMA loads")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tt_kernels.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ops", nargs="*", metavar="OP", help="only these (default: all that have kernels)")
+    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, metavar="SM")
+    parser.add_argument("--update", action="store_true", help="write what comes out into the lock")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args(arguments)
+    if INTERPRET:
+        parser.error("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled")
+    names = options.ops or [name for name, op in OPS.items() if op.kernels]
+    if unknown := [name for name in names if name not in OPS or not OPS[name].kernels]:
+        parser.error(f"no op with kernels is called {', '.join(unknown)}")
+    everything = json.loads(LOCK.read_text()) if LOCK.exists() else {}
+    locked = everything.setdefault(triton.__version__, {})
+    wgmma = {kernel for op in OPS.values() for kernel in op.tensor_cores}
+    compiled = compile_all(names, options.targets, options.jobs)
+    print(
+        f"Triton {triton.__version__}\n{'kernel':40s} {'sm':>4s}" + "".join(f"{c:>10s}" for c in COLUMNS) + "  launch"
+    )
+    failed = 0
+    for c in sorted({c.key: c for c in compiled}.values(), key=lambda c: c.key):
+        print(
+            f"{c.kernel:40s} {c.architecture:4d}"
+            + "".join(f"{getattr(c, k)!s:>10s}" for k in COLUMNS)
+            + f"  {c.launch}"
+        )
+        row = {column: getattr(c, column) for column in COLUMNS}
+        for fault in faults(c, row if options.update else locked.get(c.key), wgmma=c.kernel in wgmma):
+            failed += 1
+            print(f"    FAULT: {fault}")
+        locked[c.key] = row
+    if options.update:
+        if not options.ops:  # what no launcher asks for any more
+            kept = {c.key for c in compiled}
+            everything[triton.__version__] = {key: row for key, row in locked.items() if key in kept}
+        rows = {version: dict(sorted(rows.items())) for version, rows in sorted(everything.items())}
+        LOCK.write_text(json.dumps(rows, indent=0, sort_keys=True) + "\n")
+    print(f"{len(compiled)} compiled, {failed} faults")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

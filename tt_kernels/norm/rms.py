@@ -1,0 +1,52 @@
+"""RMS norm: the kernels of the modulated one, without its options."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..core import Op, check, takes_kernel
+from .modulated import ModulatedRMSNorm
+
+# ---- op ----
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Normalise the last dimension of x by its root mean square: x / sqrt(mean(x^2) + eps) * weight.
+
+    Args:
+        x:       [*, D] float, any strides.
+        weight:  [D] float.
+        eps:     added to the mean square.
+    Returns:
+        y: [*, D] dtype of x.
+
+    Computes in fp32 (fp64 where an argument is fp64) and rounds once. Gradients for x and weight. Deterministic.
+    Raises ValueError where sizes disagree. Cost for T rows: 4 T D flops, (2 T D + D) itemsize bytes: bound by memory.
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
+    """
+    check("rms_norm", x=(x, "* D"), weight=(weight, "D"))
+    if not takes_kernel("rms_norm", x):
+        return reference.rms_norm(x, weight, eps=eps)
+    return ModulatedRMSNorm.apply(x, weight, None, None, None, None, False, eps, x.dtype)[0]
+
+
+# ---- card ----
+
+
+def _rows(dtype: torch.dtype, T: int, D: int) -> dict[str, Tensor]:
+    return dict(x=torch.randn(T, D, dtype=dtype), weight=torch.randn(D, dtype=dtype))
+
+
+OPS = (
+    Op(
+        fn=rms_norm,
+        reference=reference.rms_norm,
+        inputs=_rows,
+        cases=(dict(T=5, D=37), dict(T=3, D=64), dict(T=1, D=1), dict(T=0, D=8)),
+        shapes=(dict(T=16, D=2688), dict(T=4096, D=2688)),
+        outputs=("y",),
+        grads=("x", "weight"),
+        kernels=("_modulated_rms_norm_fwd_kernel", "_modulated_rms_norm_bwd_kernel"),
+        cost=lambda itemsize, T, D: (4 * T * D, (2 * T * D + D) * itemsize),
+    ),
+)
