@@ -10,7 +10,7 @@ PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full check lint layering format bench clean
+.PHONY: help demo test test-full check lint layering format aot mutants bench clean
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,7 +27,7 @@ test-full: $(VENV)/.test ## run the tests, the slow ones included
 	$(TEST) $(PARALLEL) -m "" $(ARGS)
 	TRITON_INTERPRET=1 $(TEST) $(PARALLEL) -m kernels $(ARGS)
 
-check: lint layering test ## all that CI runs: format, lint, layering, tests
+check: lint layering test aot ## all that CI runs: format, lint, layering, tests, compiled kernels
 
 lint: $(VENV)/.dev ## check format and lint, change nothing
 	$(BIN)/ruff format --check .
@@ -39,6 +39,13 @@ layering: $(VENV)/.test ## check that no import points back
 format: $(VENV)/.dev ## format, and mend what lint can mend
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+aot: $(VENV)/.test $(VENV)/triton-3.6.0 ## compile every kernel without a GPU, under two Tritons, against the lock
+	$(BIN)/python -m tt_kernels.aot $(ARGS)
+	PYTHONPATH=$(VENV)/triton-3.6.0 $(BIN)/python -m tt_kernels.aot $(ARGS)
+
+mutants: $(VENV)/.test ## plant faults in kernels: the tests must catch every one
+	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)
 
 bench: $(VENV)/.bench ## measure against peers
 	$(TEST) bench/ -m "" --timeout 0 -s $(ARGS)
@@ -57,6 +64,10 @@ $(VENV)/.dev: INCLUDED := $(VENV)/.package $(VENV)/.test
 $(VENV)/.package $(VENV)/.test $(VENV)/.dev $(VENV)/.bench: pyproject.toml | $(BIN)/python
 	$(PIP) install --editable ".$(EXTRAS)"
 	@touch $@ $(INCLUDED)
+
+# What the oldest supported torch brings: kernels are compiled by it and by the installed one.
+$(VENV)/triton-3.6.0: | $(BIN)/python
+	$(PIP) install --target $@ --no-deps triton==3.6.0
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -8,7 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tt_kernels.launch import INTERPRET
 from tt_model import Cache, TwoTower
+
+# Interpreted, a pass takes seconds: one short case per mode here, all of it in `make test-full`.
+pytestmark = [pytest.mark.kernels, pytest.mark.slow] if INTERPRET else []
 
 # Of a tensor's largest magnitude. The golden files were computed in fp32; a plain fp32 implementation differs by 2e-6.
 TOLERANCE = 1e-5
@@ -137,6 +141,12 @@ def test_generation(model: TwoTower, generated: dict[str, list[dict]], mode: str
             assert out.nfe == [len(out.tokens[0]) if mode == "mock_ar" else 0]
 
 
+def generates(model: TwoTower, mode: str, case: dict) -> None:
+    out = model.generate([case["prompt"]], mode=mode, **settings_of(case))
+    assert out.tokens[0] == expected(case), (mode, case["prompt"])
+    assert mode != "mask_diffusion" or out.nfe == [case["nfe"]]
+
+
 def test_generation_in_one_batch(model: TwoTower, generated: dict[str, list[dict]]) -> None:
     """Cases that share their settings, prompts of unequal length, as one batch."""
     for mode in ("ar", "mock_ar"):
@@ -154,13 +164,28 @@ def test_generation_in_one_batch(model: TwoTower, generated: dict[str, list[dict
 
 @pytest.mark.gpu
 def test_on_a_gpu(golden_model: Path, forward: dict[str, Tensor], generated: dict[str, list[dict]]) -> None:
-    """fp32 on CUDA, TF32 off: the same logits and tokens."""
+    """fp32 on CUDA, TF32 off: the same logits, and the same tokens in every case."""
     model = TwoTower.from_pretrained(golden_model, device="cuda")
     prompt = forward["forward4.prompt"].cuda()
     assert_close(model.context_logits(prompt)[0].cpu(), forward["forward4.context_logits"], "context logits")
     cache = model.prefill(prompt)
     block = {k: forward[f"forward4.block3.{k}"] for k in ("tokens", "t", "denoiser_logits")}
     assert_close(model.denoise(block["tokens"], block["t"], cache)[0].cpu(), block["denoiser_logits"], "block 3")
-    for mode in ("mask_diffusion", "ar", "mock_ar"):
-        case = generated[mode][0]
-        assert model.generate([case["prompt"]], mode=mode, **settings_of(case)).tokens[0] == expected(case)
+    for mode, cases in generated.items():
+        for case in cases:
+            generates(model, mode, case)
+
+
+@pytest.mark.gpu
+def test_bf16_on_a_gpu(golden_model: Path, forward: dict[str, Tensor]) -> None:
+    """Finite, and close: 100 roundings of half an eps that add up as a random walk are 2 % of the logits; 10 % leaves
+    room for a token whose experts change."""
+    model = TwoTower.from_pretrained(golden_model, device="cuda", dtype=torch.bfloat16)
+    for i in range(5):
+        cache = model.prefill(forward[f"forward{i}.prompt"].cuda())
+        for j in range(4):
+            block = {k: forward[f"forward{i}.block{j}.{k}"] for k in ("tokens", "t", "denoiser_logits")}
+            got = model.denoise(block["tokens"].cuda(), block["t"].cuda(), cache)[0].float().cpu()
+            assert got.isfinite().all()
+            error = (got - block["denoiser_logits"]).square().mean().sqrt()
+            assert error <= 0.1 * block["denoiser_logits"].square().mean().sqrt(), f"forward {i}, block {j}"

@@ -31,7 +31,7 @@ from triton.runtime import driver
 from . import OPS, Op
 from .launch import INTERPRET, recording
 
-LOCK = Path(__file__).parent / "aot.lock.json"
+LOCK = Path(os.environ.get("TT_AOT_LOCK", Path(__file__).parent / "aot.lock.json"))
 TARGETS = (80, 90, 100)
 SHARED = {80: 163, 90: 227, 100: 227}  # KiB a program may have
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -73,6 +73,10 @@ class Compiled:
     @property
     def key(self) -> str:
         return f"{self.kernel} sm_{self.architecture} {self.launch}"
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return {column: getattr(self, column) for column in COLUMNS}
 
 
 def _on_meta(value: Any, grads: Sequence[str], name: str) -> Any:
@@ -143,8 +147,8 @@ def compile_all(names: Sequence[str], targets: Sequence[int], jobs: int) -> list
         return [compiled for future in work for compiled in future.result()]
 
 
-def faults(compiled: Compiled, locked: dict[str, Any] | None, *, wgmma: bool = False) -> list[str]:
-    """What is wrong with a kernel by itself and against the lock."""
+def faults(compiled: Compiled, lock: dict[str, Any] | None, *, wgmma: bool = False) -> list[str]:
+    """What is wrong with a kernel by itself and, where there is one for this Triton, against the lock."""
     found = []
     if compiled.stack:
         found.append(f"spills {compiled.stack} bytes")
@@ -152,9 +156,11 @@ def faults(compiled: Compiled, locked: dict[str, Any] | None, *, wgmma: bool = F
         found.append(f"needs {compiled.shared} bytes of shared memory, there are {SHARED[compiled.architecture]} KiB")
     if wgmma and compiled.architecture == 90 and "HGMMA" not in compiled.tensor:
         found.append(f"compiles to {compiled.tensor or 'no tensor-core instruction'}, expected wgmma (HGMMA)")
-    if locked is None:
-        found.append("is not in the lock")
+    if lock is None:
         return found
+    locked = lock.get(compiled.key)
+    if locked is None:
+        return [*found, "is not in the lock: look at it, then run with --update"]
     if compiled.registers > 1.1 * locked["registers"]:
         found.append(f"takes {compiled.registers} registers, locked {locked['registers']}")
     if compiled.load < locked["load"]:
@@ -180,31 +186,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.ops or [name for name, op in OPS.items() if op.kernels]
     if unknown := [name for name in names if name not in OPS or not OPS[name].kernels]:
         parser.error(f"no op with kernels is called {', '.join(unknown)}")
-    everything = json.loads(LOCK.read_text()) if LOCK.exists() else {}
-    locked = everything.setdefault(triton.__version__, {})
+    version, locks = triton.__version__, json.loads(LOCK.read_text()) if LOCK.exists() else {}
+    lock = None if options.update else locks.get(version)
     wgmma = {kernel for op in OPS.values() for kernel in op.tensor_cores}
-    compiled = compile_all(names, options.targets, options.jobs)
-    print(
-        f"Triton {triton.__version__}\n{'kernel':40s} {'sm':>4s}" + "".join(f"{c:>10s}" for c in COLUMNS) + "  launch"
-    )
+    unique = {c.key: c for c in compile_all(names, options.targets, options.jobs)}
+    compiled = [unique[key] for key in sorted(unique)]
+    known = "" if lock is not None or options.update else ", which has no lock: only what a kernel must not do counts"
+    print(f"Triton {version}{known}")
+    print(f"{'kernel':40s} {'sm':>4s}" + "".join(f"{column:>10s}" for column in COLUMNS) + "  launch")
     failed = 0
-    for c in sorted({c.key: c for c in compiled}.values(), key=lambda c: c.key):
-        print(
-            f"{c.kernel:40s} {c.architecture:4d}"
-            + "".join(f"{getattr(c, k)!s:>10s}" for k in COLUMNS)
-            + f"  {c.launch}"
-        )
-        row = {column: getattr(c, column) for column in COLUMNS}
-        for fault in faults(c, row if options.update else locked.get(c.key), wgmma=c.kernel in wgmma):
+    for c in compiled:
+        print(f"{c.kernel:40s} {c.architecture:4d}" + "".join(f"{v!s:>10s}" for v in c.row.values()) + f"  {c.launch}")
+        for fault in faults(c, lock, wgmma=c.kernel in wgmma):
             failed += 1
             print(f"    FAULT: {fault}")
-        locked[c.key] = row
     if options.update:
-        if not options.ops:  # what no launcher asks for any more
-            kept = {c.key for c in compiled}
-            everything[triton.__version__] = {key: row for key, row in locked.items() if key in kept}
-        rows = {version: dict(sorted(rows.items())) for version, rows in sorted(everything.items())}
-        LOCK.write_text(json.dumps(rows, indent=0, sort_keys=True) + "\n")
+        kept = locks.get(version, {}) if options.ops or set(options.targets) != set(TARGETS) else {}
+        locks[version] = kept | {c.key: c.row for c in compiled}
+        partial = LOCK.with_name(f".{LOCK.name}.partial")
+        partial.write_text(json.dumps(locks, indent=0, sort_keys=True) + "\n")
+        partial.replace(LOCK)
     print(f"{len(compiled)} compiled, {failed} faults")
     return 1 if failed else 0
 

@@ -333,7 +333,7 @@ class TwoTower(nn.Module):
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(f"{name} has shape {list(ids.shape)} and dtype {ids.dtype}, expected [B, L] of integers")
         # On a GPU this would wait for the device at every pass: what is already there is the caller's word.
-        low, high = map(int, ids.aminmax()) if ids.numel() and not ids.is_cuda else (0, 0)
+        low, high = map(int, ids.aminmax()) if ids.numel() and ids.device.type == "cpu" else (0, 0)
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"{name} holds token id {bad}, expected 0 to {self.config.vocab_size - 1}")

@@ -211,6 +211,7 @@ OPS = (
             dict(T=3, D=24, groups=4),
             dict(T=5, D=21, groups=3),
             dict(T=2, D=64, groups=1),
+            dict(T=19, D=10, groups=2),
             dict(T=0, D=8, groups=2),
         ),
         shapes=(dict(T=16, D=4096, groups=8), dict(T=4096, D=4096, groups=8)),

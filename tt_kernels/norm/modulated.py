@@ -388,6 +388,7 @@ OPS = (
             dict(B=2, L=3, D=29),
             dict(B=2, L=3, D=29, norm_first=1),
             dict(B=2, L=1, D=64, plain=1),
+            dict(B=3, L=13, D=6),
             dict(B=1, L=0, D=8),
         ),
         shapes=(dict(B=1, L=16, D=2688), dict(B=1, L=16, D=2688, norm_first=1), dict(B=256, L=16, D=2688)),

@@ -42,7 +42,7 @@ OPS = (
         fn=rms_norm,
         reference=reference.rms_norm,
         inputs=_rows,
-        cases=(dict(T=5, D=37), dict(T=3, D=64), dict(T=1, D=1), dict(T=0, D=8)),
+        cases=(dict(T=5, D=37), dict(T=19, D=5), dict(T=3, D=64), dict(T=1, D=1), dict(T=0, D=8)),
         shapes=(dict(T=16, D=2688), dict(T=4096, D=2688)),
         outputs=("y",),
         grads=("x", "weight"),

@@ -18,10 +18,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
 
 def _page_index(page_table: Tensor, lengths: Tensor, longest: int, pages: Tensor) -> slice | Tensor:
     """The pages of all rows, row after row: a slice where they lie in order. Entries past a row's end do not count."""
-    listed = page_table.flatten().tolist()
-    first, count = listed[0], len(listed)
-    if 0 <= first <= len(pages) - count and listed == list(range(first, first + count)):
-        return slice(first, first + count)
+    if page_table.device.type == "cpu":  # elsewhere looking would wait for the device
+        listed = page_table.flatten().tolist()
+        first, count = listed[0], len(listed)
+        if 0 <= first <= len(pages) - count and listed == list(range(first, first + count)):
+            return slice(first, first + count)
     starts = torch.arange(0, longest, pages.shape[1], device=page_table.device)
     return page_table[:, : len(starts)].masked_fill(starts >= lengths.view(-1, 1), 0).flatten()
 
@@ -39,16 +40,19 @@ def context_attention(
     scale: float | None = None,
 ) -> Tensor:
     B, L = q.shape[:2]
-    host = lengths.tolist() or [0]
-    longest, shortest = max(host), min(host)
     causal = causal and L > 1
     room = page_table.shape[1] * k_pages.shape[1]
+    longest, shortest = room, -1  # not known on the host: all pages, masked
+    if lengths.device.type == "cpu":
+        host = lengths.tolist() or [0]
+        longest, shortest = max(host), min(host)
     if longest > room:
         raise ValueError(f"context_attention: lengths goes up to {longest}, but the page table has room for {room}")
     if longest == 0:
         return _sdpa(q, k, v, None, scale, causal=causal)
     index = _page_index(page_table, lengths, longest, k_pages)
-    past = [t[index].reshape(B, -1, *t.shape[2:])[:, :longest] for t in (k_pages, v_pages)]
+    past = [t[index] if isinstance(index, slice) else t.index_select(0, index) for t in (k_pages, v_pages)]
+    past = [t.reshape(B, -1, *t.shape[2:])[:, :longest] for t in past]
     mask = None
     if shortest < longest:  # what lies past a row's length may be anything, NaN included
         seen = torch.arange(longest, device=q.device) < lengths.view(B, 1)

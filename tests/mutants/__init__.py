@@ -1,0 +1,12 @@
+"""One-line faults in kernels that the suite must catch: `python -m mutants` from tests/, or `make mutants`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    op: str  # whose tests must fail
+    file: str
+    old: str  # occurs once in the file
+    new: str
+    fault: str  # in words

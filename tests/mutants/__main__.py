@@ -1,0 +1,84 @@
+"""Apply each mutant to a copy of the tree and run its op's tests in Triton's interpreter: all must make them fail."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mutants
+from mutants import Mutant
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("tt_kernels", "tests", "pyproject.toml")
+TESTS = ("tests/test_kernels.py", "tests/test_ops.py")
+
+
+def all_mutants() -> dict[str, tuple[Mutant, ...]]:
+    """By area: the file of this folder that lists them."""
+    areas = [m.name for m in pkgutil.iter_modules(mutants.__path__) if m.name != "__main__"]
+    return {area: importlib.import_module(f"mutants.{area}").MUTANTS for area in areas}
+
+
+def mutated(source: str, mutant: Mutant) -> str:
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.file}: {mutant.old!r} occurs {source.count(mutant.old)} times, expected once")
+    return source.replace(mutant.old, mutant.new)
+
+
+def survives(mutant: Mutant) -> str | None:
+    """None if the tests fail, as they should; else what happened."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, tree / name)
+        file = tree / mutant.file
+        file.write_text(mutated(file.read_text(), mutant))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS, "-k", mutant.op]
+        done = subprocess.run(
+            command,
+            cwd=tree,
+            env=os.environ
+            | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tree), "TRITON_CACHE_DIR": str(tree / "cache")},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode == 1 or done.returncode < 0:  # a fault that writes where it must not may kill the process
+        return None
+    return "survives" if done.returncode == 0 else f"pytest exits with {done.returncode}:\n{done.stdout[-2000:]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m mutants", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="AREA", help="files of tests/mutants (default: all)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    areas = all_mutants()
+    if unknown := set(options.only or ()) - set(areas):
+        parser.error(f"no area is called {', '.join(sorted(unknown))}; there are {', '.join(areas)}")
+    chosen = [m for area in options.only or areas for m in areas[area]]
+    failed = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for mutant, outcome in zip(chosen, pool.map(survives, chosen), strict=True):
+            failed += outcome is not None
+            print(f"{'caught' if outcome is None else 'MISSED'}  {mutant.op:22s} {mutant.fault}", flush=True)
+            if outcome not in (None, "survives"):
+                print(outcome)
+    print(f"{len(chosen) - failed} of {len(chosen)} caught")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Faults in the norm kernels."""
+
+from mutants import Mutant
+
+MODULATED = "tt_kernels/norm/modulated.py"
+GATED = "tt_kernels/norm/gated_group.py"
+RMS = "rms_norm and not modulated"
+
+MUTANTS = (
+    Mutant(RMS, MODULATED, "tl.sum(r * r, axis=0) / D + EPS", "tl.sum(r * r, axis=0) / D", "eps forgotten"),
+    Mutant(
+        RMS, MODULATED, "tl.sum(r * r, axis=0) / D + EPS", "tl.sum(r * r, axis=0) / BLOCK_D + EPS", "mean over lanes"
+    ),
+    Mutant(RMS, MODULATED, "    y = r * rstd * weight", "    y = r * rstd", "weight forgotten"),
+    Mutant(
+        RMS,
+        MODULATED,
+        "    r = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0).to(acc)  # [BLOCK_D]",
+        "    r = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=1.0).to(acc)  # [BLOCK_D]",
+        "padding counted",
+    ),
+    Mutant(RMS, MODULATED, "dn - n * (tl.sum(dn * n, axis=0) / D)", "dn", "the mean's gradient forgotten"),
+    Mutant(
+        RMS,
+        MODULATED,
+        "        dweight += dy * n\n",
+        "        dweight = dy * n\n",
+        "weight's gradient of the last row only",
+    ),
+    Mutant(
+        RMS,
+        MODULATED,
+        "        (rows.shape[0] if D else 0,),",
+        "        (rows.shape[0] - 1 if D else 0,),",
+        "last row missed",
+    ),
+    Mutant("modulated", MODULATED, "branch *= tl.load(gate_ptr", "branch += tl.load(gate_ptr", "gate added"),
+    Mutant(
+        "modulated",
+        MODULATED,
+        "        r = rounded.to(acc)  # the norm sees what the next layer will",
+        "        r = branch",
+        "residual left out of the norm",
+    ),
+    Mutant(
+        "modulated",
+        MODULATED,
+        "scale = 1 + tl.load(scale_ptr + b * stride_scale + cols, mask=mask, other=0.0).to(acc)\n        if",
+        "scale = tl.load(scale_ptr + b * stride_scale + cols, mask=mask, other=0.0).to(acc)\n        if",
+        "1 + forgotten",
+    ),
+    Mutant("modulated", MODULATED, "    b = row // L\n", "    b = row * 0\n", "the first sequence's shift for all"),
+    Mutant(
+        "modulated",
+        MODULATED,
+        "        if not NORM_FIRST:\n            r = r",
+        "        if NORM_FIRST:\n            r = r",
+        "orders swapped",
+    ),
+    Mutant(
+        "modulated", MODULATED, "        if HAS_DRESIDUAL:\n", "        if False:\n", "gradient of the residual lost"
+    ),
+    Mutant(
+        "modulated",
+        MODULATED,
+        "            dgate += dm * branch",
+        "            dgate += dy * branch",
+        "gate's gradient from y alone",
+    ),
+    Mutant("modulated", MODULATED, "                dy = dy * scale\n", "", "scale forgotten on the way back"),
+    Mutant(
+        "modulated",
+        MODULATED,
+        "min((chunk + 1) * rows, L)",
+        "min((chunk + 1) * rows - 1, L)",
+        "last row of a chunk missed",
+    ),
+    Mutant("gated_group_norm", GATED, "    u = x * z * sigmoid(z)\n", "    u = x * sigmoid(z)\n", "sigmoid for SiLU"),
+    Mutant(
+        "gated_group_norm",
+        GATED,
+        "tl.sum(u * u, axis=1) / N + EPS",
+        "tl.sum(u * u, axis=1) / BLOCK_N + EPS",
+        "mean over lanes",
+    ),
+    Mutant(
+        "gated_group_norm",
+        GATED,
+        "tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)\n    u = x",
+        "tl.load(weight_ptr + cols - group[:, None] * N, mask=mask, other=0.0).to(acc)\n    u = x",
+        "the first group's weight for all",
+    ),
+    Mutant(
+        "gated_group_norm", GATED, "    y = u * rstd[:, None] * weight", "    y = u * rstd[:, None]", "weight forgotten"
+    ),
+    Mutant("gated_group_norm", GATED, "s * (1 + z * (1 - s))", "s * (1 + z)", "wrong derivative of SiLU"),
+    Mutant(
+        "gated_group_norm",
+        GATED,
+        "(tl.sum(dn * n, axis=1) / N)[:, None]",
+        "(tl.sum(dn, axis=1) / N)[:, None]",
+        "wrong mean on the way back",
+    ),
+    Mutant(
+        "gated_group_norm",
+        GATED,
+        "        dweight += dy * n\n",
+        "        dweight = dy * n\n",
+        "weight's gradient of the last row only",
+    ),
+)
