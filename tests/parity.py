@@ -67,7 +67,7 @@ def differentiated(op: Op, kwargs: dict[str, Any]) -> dict[str, Tensor]:
 
 def values_and_gradients(op: Op, fn: Any, kwargs: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
     """Every output, and as d<name> the gradient of every differentiable argument for one random cotangent."""
-    free = differentiated(op, kwargs)
+    free = {} if op.kernels and op.forward_only else differentiated(op, kwargs)
     result = outputs(op, fn(**with_leaves(kwargs, free)))
     found = {name: t.detach() for name, t in result.items()}
     grown = [t for t in result.values() if t.requires_grad]

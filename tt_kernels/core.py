@@ -41,6 +41,11 @@ def takes_kernel(op: str, x: Tensor) -> bool:
     return True
 
 
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to see an op of these: its forward-only kernels leave such calls to the reference."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def define(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register tt::<name> with one schema, one launcher and its shape rule; returns what calls it."""
     name = schema.partition("(")[0]
@@ -141,7 +146,9 @@ class Op:
     grads: tuple[str, ...] = ()  # differentiable arguments; "a.b" is field b of argument a
     writes: tuple[str, ...] = ()  # arguments that the op changes
     kernels: tuple[str, ...] = ()  # names of the Triton kernels it runs as; none: the reference on every device
-    tensor_cores: tuple[str, ...] = ()  # those of them that must compile to wgmma on sm_90
+    forward_only: bool = False  # its kernels have no backward: where gradients are wanted the reference runs
+    # Kernels that must compile to wgmma on sm_90, and the tile that is the products' M: wherever it is 64 or more.
+    tensor_cores: dict[str, str] = field(default_factory=dict)
     candidates: dict[str, tuple[Launch, ...]] = field(default_factory=dict)  # kernel -> launches worth measuring
     rms: float = 1.25  # bound on 16-bit results: root mean square of a kernel's error over PyTorch's; above: say why
     compiles: bool = True  # into one graph; False: sizes on the way depend on the tensors' values

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check
+from ..core import Op, check, takes_kernel, wants_gradients
+from .context_kernels import context_attention_forward
 
 
 def check_heads(op: str, q: Tensor, k: Tensor) -> None:
@@ -42,8 +43,9 @@ def context_attention(
         o: [B, L, Hq, P] dtype of q.
 
     Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k, v and the pages. Deterministic. Raises ValueError for
-    sizes that disagree, Hkv that does not divide Hq, a length beyond the row's pages. Cost for S cached tokens a row:
-    4 B L Hq (S + L) P flops, (2 B (S + L) Hkv + 2 B L Hq) P itemsize bytes: bound by reading the cache at L = 16.
+    sizes that disagree, Hkv that does not divide Hq, and in the reference for a length beyond the row's pages, which
+    kernels cut to them. Cost for S cached tokens a row: 4 B L Hq (S + L) P flops, (2 B (S + L) Hkv + 2 B L Hq) P
+    itemsize bytes. Where gradients are wanted the reference runs.
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245), pages of Kwon et al. (2309.06180).
     """
     check(
@@ -57,7 +59,15 @@ def context_attention(
         lengths=(lengths, "B", int),
     )
     check_heads("context_attention", q, k)
-    return reference.context_attention(q, k, v, k_pages, v_pages, page_table, lengths, causal=causal, scale=scale)
+    tensors = (q, k, v, k_pages, v_pages)
+    if not takes_kernel("context_attention", q) or wants_gradients(*tensors):
+        return reference.context_attention(q, k, v, k_pages, v_pages, page_table, lengths, causal=causal, scale=scale)
+    return context_attention_forward(
+        *tensors, page_table, lengths, causal and q.shape[1] > 1, q.shape[-1] ** -0.5 if scale is None else scale
+    )
+
+
+# ---- card ----
 
 
 def _inputs(
@@ -118,15 +128,22 @@ OPS = (
             dict(B=1, L=1, Hq=2, Hkv=2, P=29, S=64, shuffled=0),
             dict(B=2, L=4, Hq=2, Hkv=1, P=8, S=0, causal=1),
             dict(B=1, L=0, Hq=2, Hkv=1, P=8, S=3),
+            dict(B=3, L=3, Hq=4, Hkv=2, P=16, S=700),
+            dict(B=2, L=20, Hq=2, Hkv=1, P=16, S=100, causal=1),
         ),
         shapes=(
-            dict(B=1, L=16, S=4096, **_HEADS),
-            dict(B=1, L=1, S=4096, **_HEADS),
+            *(dict(B=1, L=16, S=S, **_HEADS) for S in (256, 4096, 32768, 131072)),
+            *(dict(B=1, L=1, S=S, **_HEADS) for S in (4096, 131072)),
+            dict(B=1, L=16, S=4096, causal=1, **_HEADS),
+            dict(B=1, L=2048, S=32768, causal=1, **_HEADS),
             dict(B=1, L=4096, S=0, causal=1, **_HEADS),
         ),
         outputs=("o",),
         grads=("q", "k", "v", "k_pages", "v_pages"),
         cost=_cost,
+        kernels=("_context_attention_kernel", "_combine_splits_kernel"),
+        forward_only=True,
+        tensor_cores={"_context_attention_kernel": "BLOCK_M"},
         compiles=False,  # how many pages are read depends on the lengths, which are read on the host
     ),
 )
