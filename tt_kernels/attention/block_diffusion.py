@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, refuse
+from ..core import Op, check, refuse, takes_kernel, wants_gradients
+from .block_diffusion_kernels import block_attention_forward
 from .context import check_heads
 
 
@@ -22,8 +23,9 @@ def causal_attention(
     Returns:
         o: [B, N, Hq, P] dtype of q.
 
-    Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v. Deterministic on a CPU. Raises ValueError for
-    sizes that disagree and Hkv that does not divide Hq. Cost: 2 B Hq N^2 P flops, 2 B N (Hq + Hkv) P itemsize bytes.
+    Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v. Deterministic. Where gradients are
+    wanted the reference runs, which on a GPU need not be. Raises ValueError for sizes that disagree and Hkv that does
+    not divide Hq. Cost: 2 B Hq N^2 P flops, 2 B N (Hq + Hkv) P itemsize bytes.
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245).
     """
     check(
@@ -34,7 +36,11 @@ def causal_attention(
         cu_seqlens=(cu_seqlens, "sequences+1", int),
     )
     check_heads("causal_attention", q, k)
-    return reference.causal_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale)
+    if not takes_kernel("causal_attention", q) or wants_gradients(q, k, v):
+        return reference.causal_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale)
+    return block_attention_forward(q, None, None, k, v, cu_seqlens, 1, q.shape[-1] ** -0.5 if scale is None else scale)[
+        0
+    ]
 
 
 def block_diffusion_attention(
@@ -62,8 +68,9 @@ def block_diffusion_attention(
     Returns:
         o: [B, N, Hq, P] dtype of q.
 
-    Softmax and sums in fp32 (fp64 for fp64). Gradients for all tensors. Deterministic on a CPU. Raises ValueError for
-    sizes that disagree, Hkv that does not divide Hq, a block_size below 1. Cost: 2 B Hq N (N + S) P flops,
+    Softmax and sums in fp32 (fp64 for fp64). Gradients for all tensors. Deterministic. Where gradients
+    are wanted the reference runs, which on a GPU need not be. Raises ValueError for sizes that disagree, Hkv that does
+    not divide Hq, a block_size below 1. Cost: 2 B Hq N (N + S) P flops,
     2 B N (Hq + 2 Hkv) P itemsize bytes. Source: Arriola et al., Block Diffusion (2503.09573), section 3.
     """
     check(
@@ -78,9 +85,12 @@ def block_diffusion_attention(
     check_heads("block_diffusion_attention", q, k)
     if block_size < 1:
         refuse("block_diffusion_attention", "block_size", block_size, "1 or more")
-    return reference.block_diffusion_attention(
-        q, k, v, k_clean, v_clean, block_size=block_size, cu_seqlens=cu_seqlens, scale=scale
-    )
+    if not takes_kernel("block_diffusion_attention", q) or wants_gradients(q, k, v, k_clean, v_clean):
+        return reference.block_diffusion_attention(
+            q, k, v, k_clean, v_clean, block_size=block_size, cu_seqlens=cu_seqlens, scale=scale
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return block_attention_forward(q, k, v, k_clean, v_clean, cu_seqlens, block_size, scale)[0]
 
 
 def _causal(dtype: torch.dtype, B: int, N: int, Hq: int, Hkv: int, P: int, packed: int = 0) -> dict[str, Tensor | None]:
@@ -103,6 +113,9 @@ _HEADS = dict(Hq=32, Hkv=2, P=128)
 OPS = (
     Op(
         fn=causal_attention,
+        kernels=("_block_attention_kernel",),
+        forward_only=True,
+        tensor_cores={"_block_attention_kernel": "BLOCK_M"},
         reference=reference.causal_attention,
         inputs=_causal,
         cases=(
@@ -111,6 +124,7 @@ OPS = (
             dict(B=2, N=12, Hq=2, Hkv=2, P=8, packed=1),
             dict(B=1, N=1, Hq=2, Hkv=1, P=29),
             dict(B=1, N=0, Hq=2, Hkv=1, P=8),
+            dict(B=2, N=70, Hq=2, Hkv=1, P=8, packed=1),
         ),
         shapes=(dict(B=1, N=4096, **_HEADS), dict(B=1, N=4096, packed=1, **_HEADS)),
         outputs=("o",),
@@ -122,6 +136,9 @@ OPS = (
     ),
     Op(
         fn=block_diffusion_attention,
+        kernels=("_block_attention_kernel",),
+        forward_only=True,
+        tensor_cores={"_block_attention_kernel": "BLOCK_M"},
         reference=reference.block_diffusion_attention,
         inputs=_blocks,
         cases=(
@@ -129,6 +146,9 @@ OPS = (
             dict(B=1, N=16, Hq=2, Hkv=1, P=8, S=4, packed=1),
             dict(B=1, N=7, Hq=2, Hkv=1, P=8, S=4),
             dict(B=1, N=0, Hq=2, Hkv=1, P=8, S=4),
+            dict(B=2, N=140, Hq=2, Hkv=1, P=8, S=16),
+            dict(B=1, N=96, Hq=2, Hkv=2, P=29, S=12, packed=1),
+            dict(B=1, N=90, Hq=1, Hkv=1, P=8, S=48),
         ),
         shapes=(dict(B=1, N=4096, S=16, **_HEADS), dict(B=1, N=4096, S=16, packed=1, **_HEADS)),
         outputs=("o",),

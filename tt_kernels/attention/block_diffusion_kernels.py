@@ -1,0 +1,191 @@
+"""The kernel of training's attention masks, forward: causal, block-causal and block-diffusion, never a mask in memory.
+
+Rows of noisy queries see the clean keys of the blocks before theirs, then the noisy keys of their own block. Tiles that
+are seen whole run without a mask; only the tile at the diagonal, and the row's own blocks, are masked by arithmetic.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..core import define
+from ..launch import Launch, architecture, run, tuned
+from ..reference.common import compute_dtype
+from .tile import attend
+
+# ---- kernels ----
+
+
+@triton.jit
+def _tile(ptr, offs_n, offs_p, stride, N, P):
+    mask = (offs_n < N)[:, None] & (offs_p < P)[None, :]
+    return tl.load(ptr + offs_n.to(tl.int64)[:, None] * stride + offs_p[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _block_attention_kernel(
+    q_ptr,  # [B, N, Hq, P]
+    k_ptr,  # [B, N, Hkv, P]: the noisy tokens', as v; not read where CAUSAL
+    v_ptr,
+    k_clean_ptr,  # [B, N, Hkv, P]: of the clean sequence, as v_clean
+    v_clean_ptr,
+    starts_ptr,  # [B, N] int32: where each token's sequence begins in its row, where PACKED
+    o_ptr,  # [B, N, Hq, P], contiguous
+    lse_ptr,  # [B, N, Hq]: log-sum-exp, natural
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_kcb,
+    stride_kcn,
+    stride_kch,
+    stride_vcb,
+    stride_vcn,
+    stride_vch,
+    N,
+    Hq,
+    P,
+    scale,  # times log2(e)
+    R: tl.constexpr,  # query heads of a KV head
+    S: tl.constexpr,  # block size
+    CAUSAL: tl.constexpr,  # plain causal attention among the clean keys instead
+    PACKED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # The longest rows first: programs that start last are then the short ones.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    acc = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    offs_p = tl.arange(0, BLOCK_P)
+    offs_n = tl.arange(0, BLOCK_N)
+    first = tile * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    q = _tile(q_ptr + b * stride_qb + head * stride_qh, rows, offs_p, stride_qn, N, P)  # [BLOCK_M, BLOCK_P]
+    k_clean_ptr += b * stride_kcb + head // R * stride_kch
+    v_clean_ptr += b * stride_vcb + head // R * stride_vch
+    begin = tl.zeros((BLOCK_M,), dtype=tl.int32)  # of each row's sequence
+    low = 0
+    if PACKED:
+        begin = tl.load(starts_ptr + b * N + rows, mask=rows < N, other=0)
+        low = tl.min(tl.where(rows < N, begin, N), axis=0) // BLOCK_N * BLOCK_N
+    m = tl.full((BLOCK_M,), -float("inf"), dtype=acc)
+    l = tl.zeros((BLOCK_M,), dtype=acc)
+    o = tl.zeros((BLOCK_M, BLOCK_P), dtype=acc)
+
+    # Row i sees clean keys below `limit`: up to itself, or up to where its block begins.
+    limit = rows + 1 if CAUSAL else rows // S * S  # [BLOCK_M]
+    least = first + 1 if CAUSAL else first // S * S  # of the first row: every row of the tile sees at least these
+    most = tl.minimum(first + BLOCK_M, N)
+    whole = tl.minimum(least, N) // BLOCK_N * BLOCK_N
+    inner = low
+    if PACKED:  # from where every row of the tile is in its sequence
+        latest = tl.max(tl.where(rows < N, begin, 0), axis=0)
+        inner = tl.minimum((latest + BLOCK_N - 1) // BLOCK_N * BLOCK_N, tl.maximum(whole, low))
+        whole = tl.maximum(whole, inner)
+    for n in tl.range(inner, whole, BLOCK_N):
+        k = _tile(k_clean_ptr, n + offs_n, offs_p, stride_kcn, N, P)
+        v = _tile(v_clean_ptr, n + offs_n, offs_p, stride_vcn, N, P)
+        m, l, o = attend(q, k, v, m, l, o, True, scale, MASKED=False, PRECISION="ieee")
+    for i in tl.range(low, inner + tl.maximum(most - whole, 0), BLOCK_N):  # what is left on both sides of those
+        n = i if i < inner else i - inner + whole
+        k = _tile(k_clean_ptr, n + offs_n, offs_p, stride_kcn, N, P)
+        v = _tile(v_clean_ptr, n + offs_n, offs_p, stride_vcn, N, P)
+        seen = ((n + offs_n)[None, :] < limit[:, None]) & ((n + offs_n)[None, :] >= begin[:, None])
+        m, l, o = attend(q, k, v, m, l, o, seen, scale, MASKED=True, PRECISION="ieee")
+    if not CAUSAL:  # its own noisy block, both ways
+        k_ptr += b * stride_kb + head // R * stride_kh
+        v_ptr += b * stride_vb + head // R * stride_vh
+        end = tl.minimum((first + BLOCK_M - 1) // S * S + S, N)
+        for n in tl.range(first // S * S // BLOCK_N * BLOCK_N, end, BLOCK_N):
+            k = _tile(k_ptr, n + offs_n, offs_p, stride_kn, N, P)
+            v = _tile(v_ptr, n + offs_n, offs_p, stride_vn, N, P)
+            seen = ((n + offs_n) // S)[None, :] == (rows // S)[:, None]
+            seen = seen & ((n + offs_n) < N)[None, :] & ((n + offs_n)[None, :] >= begin[:, None])
+            m, l, o = attend(q, k, v, m, l, o, seen, scale, MASKED=True, PRECISION="ieee")
+
+    out = (b * N + rows) * Hq + head
+    mask_o = (rows < N)[:, None] & (offs_p < P)[None, :]
+    o = o / tl.where(rows < N, l, 1.0)[:, None]
+    tl.store(o_ptr + out[:, None] * P + offs_p[None, :], o.to(o_ptr.dtype.element_ty), mask=mask_o)
+    lse = (m + tl.log2(tl.where(rows < N, l, 1.0))) * 0.6931471805599453
+    tl.store(lse_ptr + out, lse, mask=rows < N)
+
+
+# ---- launches ----
+
+
+def block_attention_launch(P: int, itemsize: int, architecture: int, packed: bool) -> Launch:
+    """128 rows by 128 keys and two warpgroups keep wgmma fed on Hopper; where sequences are packed, their masks take
+    the registers of half the keys. Elsewhere operands live in registers. fp32 is for exactness: small tiles."""
+    block_p = max(16, triton.next_power_of_2(P))
+    if itemsize > 2 or block_p > 128:
+        return Launch(BLOCK_P=block_p, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2)
+    if architecture == 90:
+        block_n, stages = (64, 3) if packed else (128, 2)
+        return Launch(BLOCK_P=block_p, BLOCK_M=128, BLOCK_N=block_n, num_warps=8, num_stages=stages)
+    return Launch(BLOCK_P=block_p, BLOCK_M=128, BLOCK_N=64 if architecture > 90 else 32, num_warps=8, num_stages=2)
+
+
+def _starts(cu_seqlens: Tensor, B: int, N: int) -> Tensor:
+    """[B, N] int32: where the sequence of each token begins in its row. On the device: no length is read."""
+    tokens = torch.arange(B * N, device=cu_seqlens.device)
+    cu_seqlens = cu_seqlens.long().contiguous()
+    sequence = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
+    row = tokens // max(N, 1) * N
+    return (torch.maximum(cu_seqlens.index_select(0, sequence.clamp(min=0)), row) - row).int().view(B, N)
+
+
+def _block_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    k_clean: Tensor,
+    v_clean: Tensor,
+    cu_seqlens: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    causal = k is None
+    k, v = (k_clean, v_clean) if causal else (k, v)
+    q, k, v, k_clean, v_clean = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, k_clean, v_clean))
+    B, N, Hq, P = q.shape
+    o, lse = _block_attention_fake(q, k, v, k_clean, v_clean, cu_seqlens, block_size, scale)
+    default = block_attention_launch(P, q.element_size(), architecture(q), cu_seqlens is not None)
+    launch = tuned("_block_attention_kernel", default, architecture(q), N=triton.next_power_of_2(N), P=P)
+    run(
+        _block_attention_kernel,
+        (triton.cdiv(N, launch.BLOCK_M), Hq, B),
+        *(q, k, v, k_clean, v_clean, None if cu_seqlens is None else _starts(cu_seqlens, B, N), o, lse),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_clean.stride()[:3], *v_clean.stride()[:3]),
+        *(N, Hq, P, scale * 1.4426950408889634),
+        R=Hq // k.shape[2],
+        S=block_size,
+        CAUSAL=causal,
+        PACKED=cu_seqlens is not None,
+        launch=launch,
+    )
+    return o, lse
+
+
+# ---- op ----
+
+
+def _block_attention_fake(q, k, v, k_clean, v_clean, cu_seqlens, block_size, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype))
+
+
+block_attention_forward = define(
+    "block_attention(Tensor q, Tensor? k, Tensor? v, Tensor k_clean, Tensor v_clean, Tensor? cu_seqlens, "
+    "int block_size, float scale) -> (Tensor, Tensor)",
+    _block_attention,
+    _block_attention_fake,
+)
