@@ -129,6 +129,8 @@ OPS = (
             dict(B=2, L=4, Hq=2, Hkv=1, P=8, S=0, causal=1),
             dict(B=1, L=0, Hq=2, Hkv=1, P=8, S=3),
             dict(B=3, L=3, Hq=4, Hkv=2, P=16, S=700),
+            dict(B=1, L=2, Hq=2, Hkv=1, P=8, S=65, shuffled=0),
+            dict(B=2, L=2, Hq=2, Hkv=1, P=8, S=90, page_size=16),
             dict(B=2, L=20, Hq=2, Hkv=1, P=16, S=100, causal=1),
         ),
         shapes=(
