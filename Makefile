@@ -10,7 +10,7 @@ PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full check lint layering format aot mutants bench clean
+.PHONY: help demo test test-full check lint layering format aot mutants bench tune test-gpu clean
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,8 +47,14 @@ aot: $(VENV)/.test $(VENV)/triton-3.6.0 ## compile every kernel without a GPU, u
 mutants: $(VENV)/.test ## plant faults in kernels: the tests must catch every one
 	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)
 
-bench: $(VENV)/.bench ## measure against peers
-	$(TEST) bench/ -m "" --timeout 0 -s $(ARGS)
+bench: $(VENV)/.bench ## measure the ops, and against peers
+	$(TEST) bench/ -m "" --timeout 0 -s --benchmark-quiet $(ARGS)
+
+tune: $(VENV)/.bench ## measure launches on a GPU, keep what wins: make tune OP=experts
+	$(BIN)/python -m bench.tune $(OP) $(ARGS)
+
+test-gpu: ## all that only a GPU can show; PYTHON names a Python that has what it takes
+	$(PYTHON) -m bench.gpu_tests $(ARGS)
 
 clean: ## remove caches and build products, not .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -65,15 +65,18 @@ def differentiated(op: Op, kwargs: dict[str, Any]) -> dict[str, Tensor]:
     return {k: t.detach().clone().requires_grad_() for k, t in leaves(kwargs).items() if k in op.grads}
 
 
-def values_and_gradients(op: Op, fn: Any, kwargs: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
-    """Every output, and as d<name> the gradient of every differentiable argument for one random cotangent."""
+def values_and_gradients(
+    op: Op, fn: Any, kwargs: dict[str, Any], dtype: torch.dtype = torch.float64, seed: int = 1
+) -> dict[str, Tensor]:
+    """Every output, and as d<name> the gradient of every differentiable argument for one random cotangent, which holds
+    numbers of `dtype`: runs in other dtypes then start from the same ones."""
     free = {} if op.kernels and op.forward_only else differentiated(op, kwargs)
     result = outputs(op, fn(**with_leaves(kwargs, free)))
     found = {name: t.detach() for name, t in result.items()}
     grown = [t for t in result.values() if t.requires_grad]
     if grown:
         g = torch.Generator().manual_seed(seed)
-        cotangents = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in grown]
+        cotangents = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(dtype).to(t) for t in grown]
         gradients = torch.autograd.grad(grown, list(free.values()), cotangents, allow_unused=True)
         found |= {f"d{name}": d for name, d in zip(free, gradients, strict=True) if d is not None}
     return found

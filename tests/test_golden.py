@@ -174,18 +174,3 @@ def test_on_a_gpu(golden_model: Path, forward: dict[str, Tensor], generated: dic
     for mode, cases in generated.items():
         for case in cases:
             generates(model, mode, case)
-
-
-@pytest.mark.gpu
-def test_bf16_on_a_gpu(golden_model: Path, forward: dict[str, Tensor]) -> None:
-    """Finite, and close: 100 roundings of half an eps that add up as a random walk are 2 % of the logits; 10 % leaves
-    room for a token whose experts change."""
-    model = TwoTower.from_pretrained(golden_model, device="cuda", dtype=torch.bfloat16)
-    for i in range(5):
-        cache = model.prefill(forward[f"forward{i}.prompt"].cuda())
-        for j in range(4):
-            block = {k: forward[f"forward{i}.block{j}.{k}"] for k in ("tokens", "t", "denoiser_logits")}
-            got = model.denoise(block["tokens"].cuda(), block["t"].cuda(), cache)[0].float().cpu()
-            assert got.isfinite().all()
-            error = (got - block["denoiser_logits"]).square().mean().sqrt()
-            assert error <= 0.1 * block["denoiser_logits"].square().mean().sqrt(), f"forward {i}, block {j}"

@@ -33,9 +33,9 @@ FIRST_WITH_KERNELS = [pytest.param(op, op.cases[0], id=name) for name, op in OPS
 @pytest.mark.parametrize("op,dims", WITH_KERNELS)
 def test_matches_reference(op: Op, dims: dict[str, int], dtype: torch.dtype) -> None:
     kwargs = make(op, dims, dtype)
-    got = values_and_gradients(op, op.fn, kwargs)
-    low = values_and_gradients(op, op.reference, kwargs)
-    high = values_and_gradients(op, op.reference, double(kwargs))
+    got = values_and_gradients(op, op.fn, kwargs, dtype)
+    low = values_and_gradients(op, op.reference, kwargs, dtype)
+    high = values_and_gradients(op, op.reference, double(kwargs), dtype)
     assert set(got) == set(low) == set(high)
     scale = max((t.abs().max().item() for t in high.values() if t.is_floating_point() and t.numel()), default=0.0)
     for name in got:

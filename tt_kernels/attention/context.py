@@ -82,11 +82,11 @@ def _inputs(
     causal: int = 0,
     shuffled: int = 1,
 ) -> dict[str, object]:
-    """Rows of S tokens and fewer, in shuffled pages; shuffled=0: all of S, in order."""
+    """Rows of S tokens in pages in order; shuffled=1: of S and fewer, in shuffled pages; 2: of S, in shuffled pages."""
     row = max(1, -(-S // page_size))
     pages = torch.randn(2, B * row, page_size, Hkv, P, dtype=dtype)
     table = torch.randperm(B * row) if shuffled else torch.arange(B * row)
-    lengths = torch.randint(0, S + 1, (B,)) if shuffled else torch.full((B,), S)
+    lengths = torch.randint(0, S + 1, (B,)) if shuffled == 1 else torch.full((B,), S)
     k, v = torch.randn(2, B, L, Hkv, P, dtype=dtype)
     return dict(
         q=torch.randn(B, L, Hq, P, dtype=dtype),
@@ -112,10 +112,11 @@ def _cost(
     causal: int = 0,
     shuffled: int = 1,
 ) -> tuple[int, int]:
-    return 4 * B * L * Hq * (S + L) * P, (2 * B * (S + L) * Hkv + 2 * B * L * Hq) * P * itemsize
+    own = (L + 1) / 2 if causal else L  # that a token sees of its block
+    return int(4 * B * L * Hq * (S + own) * P), (2 * B * (S + L) * Hkv + 2 * B * L * Hq) * P * itemsize
 
 
-_HEADS = dict(Hq=32, Hkv=2, P=128)
+_PUBLISHED = dict(Hq=32, Hkv=2, P=128, shuffled=2)
 
 OPS = (
     Op(
@@ -134,11 +135,11 @@ OPS = (
             dict(B=2, L=20, Hq=2, Hkv=1, P=16, S=100, causal=1),
         ),
         shapes=(
-            *(dict(B=1, L=16, S=S, **_HEADS) for S in (256, 4096, 32768, 131072)),
-            *(dict(B=1, L=1, S=S, **_HEADS) for S in (4096, 131072)),
-            dict(B=1, L=16, S=4096, causal=1, **_HEADS),
-            dict(B=1, L=2048, S=32768, causal=1, **_HEADS),
-            dict(B=1, L=4096, S=0, causal=1, **_HEADS),
+            *(dict(B=1, L=16, S=S, **_PUBLISHED) for S in (256, 4096, 32768, 131072)),
+            *(dict(B=1, L=1, S=S, **_PUBLISHED) for S in (4096, 131072)),
+            dict(B=1, L=16, S=4096, causal=1, **_PUBLISHED),
+            dict(B=1, L=2048, S=32768, causal=1, **_PUBLISHED),
+            dict(B=1, L=4096, S=0, causal=1, **_PUBLISHED),
         ),
         outputs=("o",),
         grads=("q", "k", "v", "k_pages", "v_pages"),

@@ -61,7 +61,8 @@ def activate(h: Tensor, activation: str) -> Tensor:
 def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows of x, sorted by expert, times their own expert's weight: [R, D], [E, N, D], [E] -> [R, N]."""
     accepted = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
-    aligned = x.stride(0) * x.element_size() % 16 == 0 and weight.stride(1) * weight.element_size() % 16 == 0
+    strides = (x.stride(0), weight.stride(1), weight.shape[1])  # the last is the result's, and so its gradient's
+    aligned = all(stride * x.element_size() % 16 == 0 for stride in strides)
     if x.dtype in accepted and x.dtype == weight.dtype and aligned and len(x) >= len(weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     # Few rows hit few experts, and grouped_mm costs a product for every one of them.

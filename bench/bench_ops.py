@@ -1,0 +1,70 @@
+"""`make bench`: a row per op, shape and pass. A row is red where results are wrong; how fast it is nobody asserts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tt_kernels.launch import INTERPRET
+
+from . import clock, measure, ops
+from .conftest import HEADING, ROWS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [pytest.param(case, id=case.id) for case in ops.cases(DEVICE)]
+pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's times mean nothing")
+
+
+class Playback:
+    """pytest-benchmark's timer: its statistics, comparisons and JSON are of samples that a clock of ours took."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def play(self, samples: Iterator[float]) -> None:
+        self.now += next(samples)
+
+
+PLAYBACK = Playback()
+
+
+@pytest.fixture(scope="session")
+def bench(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What rows share: the clock, judgements, the roofs of this run, where it runs."""
+    found = clock.DeviceClock() if DEVICE == "cuda" else clock.HostClock()
+    shared: dict[str, Any] = {"clock": found, "checked": ops.Checked(found), "where": clock.where(found)}
+    shared["roofs"] = clock.roofs(found) if DEVICE == "cuda" else None
+    request.config.stash[HEADING].update(where=clock.in_a_line(shared["where"]), roofs=shared["roofs"])
+    return shared
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="on a CPU tests/ check the ops")
+@pytest.mark.parametrize("case", CASES)
+def test_parity(case: ops.Case, bench: dict[str, Any]) -> None:
+    """At the published shapes."""
+    _, judgement = bench["checked"](case)
+    assert not judgement.faults, judgement.faults
+
+
+@pytest.mark.benchmark(timer=PLAYBACK)
+@pytest.mark.parametrize("case", CASES)
+def test_row(case: ops.Case, bench: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    wanted = request.config.getoption("--peers").split(",") if DEVICE == "cuda" else ["eager"]
+    seconds = 1.0 if DEVICE == "cuda" else 0.3
+    row = ops.measure(case, bench["clock"], bench["checked"], bench["roofs"], [p for p in wanted if p], seconds)
+    bench["clock"].release()
+    request.config.stash[ROWS].append(row)
+    if request.config.getoption("--record"):
+        name = bench["where"].get("gpu", "cpu ops").lower().replace(" ", "-")
+        measure.record(name, {"machine": bench["where"], "roofs": bench["roofs"], **row.record()})
+    assert not row.fault, row.fault
+    if request.config.pluginmanager.has_plugin("benchmark"):
+        benchmark, samples = request.getfixturevalue("benchmark"), iter(row.samples)
+        benchmark.extra_info.update(row.record())
+        benchmark.pedantic(PLAYBACK.play, args=(samples,), rounds=len(row.samples))

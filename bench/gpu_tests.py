@@ -1,0 +1,201 @@
+"""`make test-gpu`: all that only a GPU can show, in slices of under nine minutes each.
+
+  parity        every op's tests on the GPU: fp32, fp16, bf16
+  real-GROUP    bf16 at the published shapes, values and gradients
+  memcheck-GROUP, racecheck-GROUP   small cases under compute-sanitizer
+  golden-fp32   the golden models: logits to 1e-5, tokens exactly
+  golden-bf16   the golden models, kernels beside references
+  bench-GROUP   the rows of bench/, recorded
+
+GROUP is a part of tt_kernels that has kernels: norm, moe, ... Runs with the Python that starts it and installs nothing.
+Name slices, or patterns of them, to run only these; `--from SLICE` resumes. The last lines say what passed and, where
+time ran out, how to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.util
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Only the standard library here: what is missing is to be said in a line.
+ROOT = Path(__file__).parents[1]
+NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "rich", "pytest", "pytest-timeout", "hypothesis")
+LIMIT = 530  # seconds a slice
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+
+
+@dataclass(frozen=True)
+class Slice:
+    name: str
+    command: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    skip: str = ""  # why it cannot run here
+
+
+def groups() -> dict[str, list[str]]:
+    """Ops with kernels by the part of tt_kernels that they are in."""
+    from tt_kernels import OPS
+
+    found: dict[str, list[str]] = {}
+    for name, op in OPS.items():
+        if op.kernels:
+            found.setdefault(op.fn.__module__.split(".")[1], []).append(name)
+    return found
+
+
+def golden_folder() -> Path | None:
+    places = (os.environ.get("TWOTOWER_GOLDEN"), ROOT / "shared/golden", ROOT.parent / "shared/golden")
+    return next((Path(place) for place in places if place and Path(place).is_dir()), None)
+
+
+def slices(*, golden: Path | None = None, sanitizer: str | None = None) -> list[Slice]:
+    """In the order in which they are worth running: right results before times."""
+    parts = groups()
+    # A name in brackets is a whole parameter: "rms_norm-" is also the end of "modulated_rms_norm-".
+    chosen = {group: " or ".join(f"[{name}-" for name in names) for group, names in parts.items()}
+    no_golden = "" if golden else "no golden files: set TWOTOWER_GOLDEN to their folder"
+    no_sanitizer = "" if sanitizer else "compute-sanitizer is not on the PATH"
+    at_golden = {"TWOTOWER_GOLDEN": str(golden)}
+    # Each tensor in memory of its own, so that a read past its end is one past an allocation.
+    checked = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    small = ("tests/test_kernels.py", "--timeout", "0")
+    quiet = (
+        ["--benchmark-quiet"] if importlib.util.find_spec("pytest_benchmark") else []
+    )  # the rows' own table is enough
+
+    found = [Slice("parity", (*PYTEST, "tests/test_kernels.py", "tests/test_ops.py"))]
+    found += [
+        Slice(f"real-{group}", (*PYTEST, "bench/bench_ops.py", "--timeout", "0", "-k", f"test_parity and ({names})"))
+        for group, names in chosen.items()
+    ]
+    found += [
+        Slice("golden-fp32", (*PYTEST, "tests/test_golden.py", "-m", "gpu"), at_golden, no_golden),
+        Slice("golden-bf16", (sys.executable, "-m", "bench.golden", str(golden)), skip=no_golden),
+    ]
+    found += [
+        Slice(
+            f"{tool}-{group}",
+            (
+                *(str(sanitizer), "--tool", tool, "--error-exitcode", "9"),
+                *(*PYTEST, *small, "-k", f"test_matches_reference and bfloat16 and ({names})"),
+            ),
+            checked,
+            no_sanitizer,
+        )
+        for tool in ("memcheck", "racecheck")
+        for group, names in chosen.items()
+    ]
+    found += [
+        Slice(
+            f"bench-{group}",
+            (*PYTEST, "bench/bench_ops.py", "--timeout", "0", "--record", *quiet, "-k", f"test_row and ({names})"),
+        )
+        for group, names in chosen.items()
+    ]
+    return found
+
+
+def run(part: Slice, limit: float) -> str:
+    """ "passed", "failed (status)" or "timed out"; what it prints goes through."""
+    print(f"\n==== {part.name}: {shlex.join(part.command)}", flush=True)
+    process = subprocess.Popen(
+        part.command, cwd=ROOT, env=os.environ | dict(part.env), stdin=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        status = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return "timed out"
+    finally:
+        if process.poll() is None:  # the slice's own processes, all in the session that began with it
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "passed" if status == 0 else f"failed ({status})"
+
+
+def run_all(chosen: Sequence[Slice], limit: float, budget: float) -> dict[str, tuple[str, float]]:
+    """Outcome and seconds by slice, up to where the budget ends."""
+    begin, outcomes = time.monotonic(), {}
+    for part in chosen:
+        if part.skip:
+            outcomes[part.name] = (f"skipped: {part.skip}", 0.0)
+            continue
+        left = budget - (time.monotonic() - begin)
+        if outcomes and left < min(60, limit):  # a process takes seconds to start, a kernel to compile
+            break
+        started = time.monotonic()
+        outcome = run(part, min(limit, left))
+        outcomes[part.name] = (outcome, time.monotonic() - started)
+    return outcomes
+
+
+def missing() -> str:
+    """What the tests need and this Python lacks, and what to do about it; empty if nothing."""
+    lacking = [name for name in NEEDED if importlib.util.find_spec(name.replace("-", "_")) is None]
+    if not lacking:
+        return ""
+    return (
+        f"{sys.executable} lacks {', '.join(lacking)}. Where there is a network: "
+        f"pip download --only-binary=:all: -d wheels {' '.join(lacking)}; "
+        f"here: {sys.executable} -m pip install --no-index --target site wheels/*.whl, then with PYTHONPATH=site"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_tests", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("slices", nargs="*", metavar="SLICE", help='names or patterns ("real-*"); default: all')
+    parser.add_argument("--from", dest="first", metavar="SLICE", help="begin with this one")
+    parser.add_argument("--list", action="store_true", help="print the slices and their commands, run nothing")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds a slice (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds in all: begin no slice beyond")
+    options = parser.parse_args(arguments)
+
+    def refuse(what: str) -> int:
+        print(f"bench.gpu_tests: error: {what}", file=sys.stderr)
+        return 2
+
+    if lacking := missing():
+        return refuse(lacking)
+    import torch
+
+    from .measure import table
+
+    golden = golden_folder()
+    known = slices(golden=golden, sanitizer=shutil.which("compute-sanitizer"))
+    names = [part.name for part in known]
+    for pattern in [*options.slices, *([options.first] if options.first else [])]:
+        if not fnmatch.filter(names, pattern):
+            return refuse(f"no slice is called {pattern!r}; there are: {', '.join(names)}")
+    patterns = options.slices or ["*"]
+    chosen = [part for part in known if any(fnmatch.fnmatchcase(part.name, pattern) for pattern in patterns)]
+    if options.first:
+        begin = names.index(fnmatch.filter(names, options.first)[0])
+        chosen = [part for part in chosen if names.index(part.name) >= begin]
+    if options.list:
+        for part in chosen:
+            print(f"{part.name:20s} {f'skipped: {part.skip}' if part.skip else shlex.join(part.command)}")
+        return 0
+    if not torch.cuda.is_available():
+        return refuse("these tests need an NVIDIA GPU, and there is none")
+    outcomes = run_all(chosen, options.limit, options.budget)
+    print(f"\n{table(('slice', 'outcome', 's'), [(n, what, f'{took:.0f}') for n, (what, took) in outcomes.items()])}")
+    if left := [part.name for part in chosen if part.name not in outcomes]:
+        print(f"\nOut of time. To go on: make test-gpu ARGS='{' '.join(['--from', left[0], *options.slices])}'")
+    done = all(what == "passed" or what.startswith("skipped") for what, _ in outcomes.values())
+    return 0 if done and not left else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
