@@ -68,7 +68,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     # Few rows hit few experts, and grouped_mm costs a product for every one of them.
     segments = x.tensor_split(ends[:-1].tolist())
     parts = [rows @ w.T for rows, w in zip(segments, weight, strict=True) if len(rows)]
-    return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
+    return torch.cat(parts or [x @ weight[0].T])  # without rows: connected to what it would come from
 
 
 def experts(

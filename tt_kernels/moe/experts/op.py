@@ -3,9 +3,55 @@
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..core import Op, check, refuse
-from ..reference import ExpertWeights
+from ... import reference
+from ...core import Op, check, define, refuse, takes_kernel
+from ...launch import INTERPRET
+from ...reference import ExpertWeights
+from .backward import experts_bwd
+from .forward import experts_fwd
+from .launches import CANDIDATES
+
+# ---- op ----
+
+
+def _experts_fwd_fake(x, weights, up, down, gate, shared_up, shared_down, shared_gate, order, ends, activation):
+    return x.new_empty(x.shape)
+
+
+def _experts_bwd_fake(dy, x, weights, up, down, gate, shared_up, shared_down, shared_gate, order, ends, activation):
+    given = (x, weights, up, down, gate, shared_up, shared_down, shared_gate)
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor weights, Tensor up, Tensor down, Tensor? gate, Tensor? shared_up, Tensor? shared_down, "
+    "Tensor? shared_gate, Tensor order, Tensor ends, str activation"
+)
+_fwd = define(f"experts_fwd({_ARGUMENTS}) -> Tensor", experts_fwd, _experts_fwd_fake)
+_bwd = define(f"experts_bwd(Tensor dy, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})", experts_bwd, _experts_bwd_fake)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, up, down, gate, shared_up, shared_down, shared_gate, order, ends, activation):
+        given = (x, weights, up, down, gate, shared_up, shared_down, shared_gate, order, ends)
+        ctx.save_for_backward(*given)
+        ctx.activation = activation
+        return _fwd(*given, activation)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        given = ctx.saved_tensors
+        grads = _bwd(dy, *given, ctx.activation)
+        return *(None if t is None else d for t, d in zip(given[:8], grads, strict=True)), None, None, None
+
+
+def index_lists(ids: Tensor, E: int) -> tuple[Tensor, Tensor]:
+    """Pairs t * K + k sorted by expert and where each expert's end, without a look at them from the host."""
+    pairs, order = ids.flatten().sort(stable=True)
+    experts = torch.arange(E, device=ids.device, dtype=ids.dtype)
+    return order, torch.searchsorted(pairs, experts, right=True, out_int32=True)
 
 
 def experts(
@@ -65,9 +111,17 @@ def experts(
     for name, tensor in given:
         if tensor is not None and tensor.dtype != x.dtype:
             refuse("experts", name, tensor.dtype, f"the dtype of x, {x.dtype}")
-    return reference.experts(
-        x, ids, weights, expert_weights, order=order, ends=ends, shared=shared, activation=activation
-    )
+    if not takes_kernel("experts", x) or not len(x):  # without tokens there is nothing to launch
+        return reference.experts(
+            x, ids, weights, expert_weights, order=order, ends=ends, shared=shared, activation=activation
+        )
+    if order is None or ends is None:
+        order, ends = index_lists(ids, len(w.up))
+    of_shared = (None, None, None) if shared is None else (shared.up, shared.down, shared.gate)
+    return _Experts.apply(x, weights, w.up, w.down, w.gate, *of_shared, order, ends, activation)
+
+
+# ---- card ----
 
 
 def _inputs(
@@ -101,10 +155,14 @@ OPS = (
         reference=reference.experts,
         inputs=_inputs,
         cases=(
-            dict(T=5, D=6, N=7, E=4, K=2, M=9),
+            dict(T=5, D=6, N=11, E=4, K=2, M=9),
             dict(T=9, D=16, N=24, E=6, K=3, gated=1, M=16),
-            dict(T=9, D=29, N=24, E=6, K=3),
-            dict(T=1, D=8, N=16, E=4, K=3),
+            dict(T=9, D=29, N=23, E=6, K=3),
+            dict(T=1, D=8, N=64, E=4, K=3),
+            dict(T=6, D=136, N=140, E=3, K=2, M=136),  # more than one tile of every dimension
+            dict(T=45, D=20, N=36, E=3, K=2, M=12),  # and of an expert's rows
+            dict(T=245, D=16, N=16, E=2, K=1, M=32),  # enough rows for the form for many tokens
+            dict(T=140, D=16, N=40, E=1, K=1, gated=1, M=8),
             dict(T=0, D=8, N=16, E=4, K=2),
         ),
         shapes=tuple(dict(T=T, D=2688, N=1856, E=128, K=6, M=3712) for T in (1, 16, 64, 128, 512, 1024, 4096)),
@@ -113,7 +171,16 @@ OPS = (
             *("x", "weights", "expert_weights.up", "expert_weights.down", "expert_weights.gate"),
             *("shared.up", "shared.down", "shared.gate"),
         ),
+        kernels=(
+            *("_experts_schedule_kernel", "_experts_up_kernel", "_experts_down_kernel", "_experts_combine_kernel"),
+            *("_experts_bwd_hidden_kernel", "_experts_bwd_weights_kernel"),
+        ),
+        tensor_cores=(
+            *("_experts_up_kernel", "_experts_down_kernel"),
+            *("_experts_bwd_hidden_kernel", "_experts_bwd_weights_kernel"),
+        ),
+        candidates=CANDIDATES,
         cost=_cost,
-        compiles=False,  # the segments' sizes are read on the host
+        compiles=INTERPRET or torch.cuda.is_available(),  # the reference reads the segments' sizes on the host
     ),
 )

@@ -1,0 +1,135 @@
+"""The router's launches and tickets, and choices that its card's random inputs do not come to."""
+
+import pytest
+import torch
+from parity import DEVICE, KERNELS, leaves, with_leaves
+
+from tt_kernels import OPS, reference, route
+from tt_kernels.launch import INTERPRET, Launch, overriding, recording
+from tt_kernels.moe.route import tickets as counters
+from tt_kernels.moe.route.few import is_few, route_few_launch, tile_rows
+from tt_kernels.moe.route.many import route_scores_launch
+
+RUNS = pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU")
+INTERPRETED = pytest.mark.skipif(not INTERPRET, reason="looks at kernels in the interpreter")
+
+
+def test_one_launch_for_few_tokens() -> None:
+    assert all(is_few(T, 6, 128) for T in (1, 16, 64, 256, 512))
+    assert not is_few(513, 6, 128) and not is_few(512, 7, 128)
+    assert is_few(252, 8, 512) and not is_few(253, 8, 512), "4 rows a tile, 63 tickets for tiles"
+
+
+@pytest.mark.parametrize("T", [1, 2, 8, 16, 17, 64, 256, 512])
+@pytest.mark.parametrize("E", [4, 128, 512])
+def test_few_launch_fills_a_gpu_once(T: int, E: int) -> None:
+    launch = route_few_launch(T, E, 2688, columns=E)
+    tiles = -(-T // launch.BLOCK_T)
+    programs = tiles * -(-E // launch.BLOCK_E) * launch.SPLITS
+    assert launch.BLOCK_E >= 16 and launch.BLOCK_T * E <= 2048
+    assert programs <= 128 or launch.SPLITS == 1
+    # Every part of D has a chunk of its own, but for the last.
+    assert launch.SPLITS <= -(-2688 // 256)
+
+
+def test_few_launch_at_the_models_sizes() -> None:
+    found = {T: route_few_launch(T, 128, 2688, columns=128) for T in (1, 16, 64, 256, 512)}
+    assert {T: (x.BLOCK_T, x.BLOCK_E, x.SPLITS) for T, x in found.items()} == {
+        1: (1, 16, 8),
+        16: (16, 16, 4),
+        64: (16, 16, 4),
+        256: (16, 16, 1),
+        512: (16, 16, 1),
+    }
+
+
+def test_tiles_keep_their_scores_in_registers() -> None:
+    assert [tile_rows(T, 128) for T in (0, 1, 3, 9, 1000)] == [1, 1, 4, 16, 16]
+    assert tile_rows(1000, 512) == 4 and tile_rows(1000, 4096) == 1
+
+
+def test_scores_launch_grows_with_tokens() -> None:
+    tiles = [(x.BLOCK_T, x.BLOCK_E) for T in (600, 2048, 4096) for x in [route_scores_launch(T, 128, 2688, 90)]]
+    assert tiles == [(32, 32), (32, 64), (64, 64)]
+    assert route_scores_launch(4096, 128, 2688, 100).BLOCK_T == 32
+
+
+def test_tickets_take_turns() -> None:
+    x = torch.ones(1)
+    first = [counters.tickets(x) for _ in range(counters.TURNS + 1)]
+    assert len({t.data_ptr() for t in first}) == counters.TURNS and first[0].data_ptr() == first[-1].data_ptr()
+    assert all(t.shape == (counters.SLOT,) and not t.any() for t in first)
+    with recording(90):
+        assert counters.tickets(x.to("meta")).is_meta
+
+
+def inputs(T: int, D: int, E: int, K: int, **groups: int) -> dict:
+    torch.manual_seed(3)
+    kwargs = OPS["route"].inputs(torch.float32, T=T, D=D, E=E, K=K, **groups)
+    return with_leaves(kwargs, {name: t.to(DEVICE) for name, t in leaves(kwargs).items()})
+
+
+@INTERPRETED
+def test_tickets_are_zero_after_a_launch() -> None:
+    route(**inputs(37, 29, 8, 3))
+    assert not counters._pool(torch.device("cpu")).slots.any()
+
+
+@INTERPRETED
+@pytest.mark.parametrize("rows", [4, 16])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_any_few_launch_chooses_the_same(rows: int, splits: int) -> None:
+    kwargs = inputs(21, 600, 20, 4)
+    launch = Launch(BLOCK_T=rows, BLOCK_E=16, BLOCK_D=32, SLICES=4, SPLITS=splits, num_warps=4, num_stages=1)
+    with overriding("_route_few_kernel", launch):
+        got = route(**kwargs)
+    for value, want in zip(got, reference.route(**kwargs), strict=True):
+        torch.testing.assert_close(value, want)
+
+
+@RUNS
+@pytest.mark.parametrize("T", [5, 40, 600])
+def test_of_equal_scores_the_lower_expert_wins(T: int) -> None:
+    """Four experts of each kind; scores of 1 up to rounding, and of nothing, are told apart by their index too."""
+    kwargs = inputs(T, 8, 24, 6)
+    kwargs["weight"] = kwargs["weight"][:6].repeat(4, 1)
+    kwargs["bias"] = kwargs["bias"][:6].repeat(4)
+    kwargs["x"][0], kwargs["x"][1], kwargs["x"][2] = 0, 1e4, -1e4
+    for value, want in zip(route(**kwargs), reference.route(**kwargs), strict=True):
+        torch.testing.assert_close(value, want)
+
+
+@RUNS
+@pytest.mark.parametrize("T", [5, 600])
+def test_negative_scores_lose_to_groups_left_out(T: int) -> None:
+    """Scores outside the kept groups are 0: above those that a negative bias has pushed below it."""
+    kwargs = inputs(T, 8, 12, 5, groups=4, kept=2)
+    kwargs["bias"] -= 1
+    for value, want in zip(route(**kwargs), reference.route(**kwargs), strict=True):
+        torch.testing.assert_close(value, want)
+
+
+@RUNS
+@pytest.mark.parametrize("T", [5, 600])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("groups", [dict(), dict(groups=4, kept=2)], ids=["flat", "groups"])
+def test_what_is_no_number_still_gets_experts_of_its_own(T: int, bad: float, groups: dict) -> None:
+    """Lists stay lists of every pair, so that the experts read and write where they should."""
+    kwargs = inputs(T, 8, 12, 5, **groups)
+    kwargs["x"][1] = bad
+    kwargs["bias"][3] = -float("inf")
+    ids, _, order, ends = route(**kwargs)
+    assert ids.min() >= 0 and ids.max() < 12 and all(len(set(row)) == 5 for row in ids.tolist())
+    assert torch.equal(order.sort().values, torch.arange(T * 5, device=DEVICE)) and ends[-1] == T * 5
+    assert torch.equal(ids.flatten()[order], ids.flatten().sort(stable=True).values)
+
+
+@RUNS
+@pytest.mark.parametrize("needs", [("x",), ("weight",), ("x", "weight")])
+def test_only_wanted_gradients_are_computed(needs: tuple[str, ...]) -> None:
+    kwargs = inputs(5, 8, 6, 2)
+    free = {name: kwargs[name].requires_grad_() for name in needs}
+    got = torch.autograd.grad(route(**kwargs)[1].square().sum(), list(free.values()))
+    want = torch.autograd.grad(reference.route(**kwargs)[1].square().sum(), list(free.values()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
