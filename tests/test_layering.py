@@ -20,7 +20,7 @@ TOOLS = ("bench", "profiling", "tests")
 LADDER = (
     ("tt_kernels.reference",),
     ("tt_kernels.launch",),
-    ("tt_kernels.core", "tt_kernels.lang"),
+    ("tt_kernels.core", "tt_kernels.lang", "tt_kernels.packed"),
     ("tt_kernels.*",),
     ("tt_kernels",),
     ("tt_kernels.aot",),

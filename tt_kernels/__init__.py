@@ -1,7 +1,7 @@
 """The ops of a two-tower Mamba-2, attention and mixture-of-experts model. They know nothing of the model.
 
-Every op has a twin of the same name and signature in `tt_kernels.reference`: plain PyTorch, the specification. So far
-that is what runs, on every device. `OPS` holds a card for each op: cases, inputs, gradients, cost.
+Every op has a twin of the same name and signature in `tt_kernels.reference`: plain PyTorch, the specification, and what
+runs on a CPU. On a GPU Triton kernels run. `OPS` holds a card for each op: cases, inputs, gradients, cost, kernels.
 """
 
 from . import attention, conv1d, moe, norm, ssd

@@ -141,7 +141,7 @@ def unmask(
         top_p=top_p,
         suppress=mask_token_id,
     )
-    token[rows, cols], confidence[rows, cols] = found, sure
+    token[rows, cols], confidence[rows, cols] = found.to(token.dtype), sure
     block, committed, masked = commit(
         block, token, confidence, mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left
     )

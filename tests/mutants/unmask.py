@@ -1,0 +1,89 @@
+"""Faults in the kernels of the unmasking step."""
+
+from mutants import Mutant
+
+LANG = "tt_kernels/lang.py"
+NOISE = "tt_kernels/unmask/noise.py"
+RECORDS = "tt_kernels/unmask/records.py"
+SAMPLE = "tt_kernels/unmask/sample.py"
+HEAD = "tt_kernels/unmask/head.py"
+COMMIT = "tt_kernels/unmask/commit.py"
+STEP = "tt_kernels/unmask/step.py"
+ONLY_SAMPLE = "sample and not head_sample"
+
+MUTANTS = (
+    Mutant("gumbel_noise", LANG, "n_rounds=10", "n_rounds=9", "a round of Philox left out"),
+    Mutant("gumbel_noise", LANG, "4294967295.5 - word", "4294967296.0 - word", "u without its half"),
+    Mutant("gumbel_noise", LANG, "c1.to(tl.uint32), c2.to(tl.uint32)", "c2.to(tl.uint32), c1.to(tl.uint32)", "swapped"),
+    Mutant("gumbel_noise", NOISE, "out + 3, gumbel(w3", "out + 3, gumbel(w2", "a word twice"),
+    Mutant("gumbel_noise", NOISE, "tl.load(position_ptr + row)", "tl.load(position_ptr)", "the first row's position"),
+    Mutant("gumbel_noise", NOISE, "mask=4 * quad + 3 < V", "mask=4 * quad + 7 < V", "the last word left out"),
+    Mutant(ONLY_SAMPLE, RECORDS, "(ids < V) & (ids != suppress)", "(ids < V)", "the suppressed token counts"),
+    Mutant(
+        ONLY_SAMPLE, RECORDS, "(ids < V) & (ids != suppress)", "(ids != suppress)", "tokens past the vocabulary count"
+    ),
+    Mutant(
+        ONLY_SAMPLE,
+        RECORDS,
+        "s = s * tl.exp2((m - shift) * 1.4426950408889634) + tile_s",
+        "s += tile_s",
+        "the sum not rescaled to a new maximum",
+    ),
+    Mutant(ONLY_SAMPLE, RECORDS, "better, start + at, token", "better, at, token", "a token counted from its tile"),
+    Mutant(
+        ONLY_SAMPLE,
+        RECORDS,
+        "tile_raw = tl.sum(tl.where(local == at[None, :], x, 0.0), axis=0)",
+        "tile_raw = tile_best",
+        "the confidence of a score with its noise",
+    ),
+    Mutant(
+        ONLY_SAMPLE,
+        RECORDS,
+        'score = tl.where(out, float("-inf"), score)',
+        "score = tl.where(out, score, score)",
+        "top-k and top-p forgotten",
+    ),
+    Mutant(ONLY_SAMPLE, RECORDS, "s * tl.exp2((m - shift[:, None]) * 1.4426950408889634)", "s", "parts not rescaled"),
+    Mutant(ONLY_SAMPLE, LANG, "ids // 4, position", "ids, position", "a counter for every token"),
+    Mutant(
+        ONLY_SAMPLE, SAMPLE, "min(start + TILES * BLOCK_V, V)", "min(start + BLOCK_V, V)", "a part's second tile missed"
+    ),
+    Mutant(ONLY_SAMPLE, SAMPLE, "descending=True", "descending=False", "top-p keeps the worst"),
+    Mutant("head_sample", HEAD, "mask_k = k + offs_k < D", "mask_k = k + offs_k <= D", "a channel of the next row"),
+    Mutant("head_sample", HEAD, "h.T, x, input_precision", "h.T, input_precision", "only the last channels"),
+    Mutant("head_sample", HEAD, "row_tiles * parts, tl.num", "parts, tl.num", "the last rows missed"),
+    Mutant(
+        "head_sample", HEAD, "min(begin + tiles * BLOCK_V, V)", "min(begin + BLOCK_V, V)", "a part's last tiles missed"
+    ),
+    Mutant(
+        "head_sample", HEAD, "[None, :, None] == group", "[None, :, None] == 0", "the first columns' logits for all"
+    ),
+    Mutant("head_sample", HEAD, "any_hot = is_any_hot(row, mask_t, L, temperature_ptr)", "any_hot = False", "no noise"),
+    Mutant("commit", COMMIT, "1 + (m - 1) //", "m //", "the share rounded down"),
+    Mutant("commit", COMMIT, "& (j < i)", "& (j <= i)", "a position before itself"),
+    Mutant(
+        "commit", COMMIT, "range(0, L, BLOCK_J)", "range(0, BLOCK_J, BLOCK_J)", "positions past the first tile unranked"
+    ),
+    Mutant(
+        "commit", COMMIT, "tl.store(left_ptr + b, m - count)", "tl.store(left_ptr + b, m)", "committed ones counted"
+    ),
+    Mutant("commit", COMMIT, "masked = mask_l & (block == mask_token_id)", "masked = mask_l", "all positions masked"),
+    Mutant("commit", COMMIT, "tl.load(threshold_ptr + b)", "tl.load(threshold_ptr) * 0", "the threshold forgotten"),
+    Mutant("unmask", STEP, "axis=0) - masked.to(tl.int32)", "axis=0)", "every slot one too far"),
+    Mutant("unmask", STEP, "slot = count + tl.cumsum", "slot = tl.cumsum", "slots of the second round from 0"),
+    Mutant("unmask", STEP, "tl.where(masked, confidence, 0.0)", "confidence", "a confidence where nothing is masked"),
+    Mutant("unmask", RECORDS, "other=0) + row % L", "other=0)", "the block's position for all its tokens"),
+    Mutant("unmask", RECORDS, "out_token_ptr + to", "out_token_ptr + row", "a token at its slot"),
+    Mutant(
+        "unmask",
+        HEAD,
+        "row_s = tl.load(rows_ptr + record, mask=mask, other=0)",
+        "row_s = record",
+        "another row's noise",
+    ),
+    Mutant(
+        "unmask", HEAD, "tl.load(count_ptr) - first", "tl.load(count_ptr) - first - 1", "the last masked row missed"
+    ),
+    Mutant("unmask", HEAD, "temperature[rows.index // rows.L]", "temperature[rows.index % 3]", "another row's top-k"),
+)

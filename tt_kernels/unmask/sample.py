@@ -1,0 +1,313 @@
+"""Sampling from logits in memory, with the token's confidence; top-k and top-p."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from ..core import Op, check, define, refuse, takes_kernel
+from ..launch import Launch, architecture, by_row, run, tuned
+from ..reference.common import compute_dtype
+from .noise import keys
+from .records import Records, Rows, combine_records, empty_record, fold, is_any_hot, write_record
+
+# ---- kernels ----
+
+
+@triton.jit(do_not_specialize=["R", "first"])
+def _sample_kernel(
+    logits_ptr,  # [R, V]: of records first to first + R
+    rows_ptr,  # [N]: which row of the settings each record is of
+    count_ptr,  # [1]: how many records there are
+    temperature_ptr,  # [N / L], as seed, position and step
+    seed_ptr,
+    position_ptr,
+    step_ptr,
+    least_ptr,  # [R]: the least scaled logit that may be sampled
+    last_ptr,  # [R]: the last token that may be, of those with that one
+    stats_ptr,  # [4, N, parts]
+    token_ptr,  # [N, parts]
+    stride_logits,
+    R,
+    first,
+    L,
+    V,
+    parts,
+    plane,  # N * parts
+    suppress,
+    COMPACT: tl.constexpr,
+    NARROW: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TILES: tl.constexpr,  # of BLOCK_V tokens a part
+):
+    part = tl.program_id(0)
+    offs_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    record = first + offs_t
+    mask_t = offs_t < R
+    row = record
+    if COMPACT:
+        count = tl.load(count_ptr)
+        if first + tl.program_id(1) * BLOCK_T >= count:
+            return
+        mask_t = mask_t & (record < count)
+        row = tl.load(rows_ptr + record, mask=mask_t, other=0)
+    acc = tl.float64 if WIDE else tl.float32
+    any_hot = is_any_hot(row, mask_t, L, temperature_ptr)
+    least, last = None, None
+    if NARROW:
+        least, last = least_ptr + offs_t, last_ptr + offs_t
+    start = part * TILES * BLOCK_V
+    m, s, best, token, raw = empty_record(start, BLOCK_T, acc)
+    for tile in range(start, min(start + TILES * BLOCK_V, V), BLOCK_V):
+        ids = tile + tl.arange(0, BLOCK_V)
+        at = offs_t.to(tl.int64)[None, :] * stride_logits + ids[:, None]
+        x = tl.load(logits_ptr + at, mask=mask_t[None, :] & (ids[:, None] < V), other=0.0).to(acc)  # [BLOCK_V, BLOCK_T]
+        m, s, best, token, raw = fold(
+            *(x, tile, m, s, best, token, raw, any_hot, row, mask_t, L),
+            *(temperature_ptr, seed_ptr, position_ptr, step_ptr, least, last, V, suppress),
+            NARROW=NARROW,
+            BLOCK_V=BLOCK_V,
+        )
+    write_record(stats_ptr, token_ptr, record, mask_t, part, parts, plane, m, s, best, token, raw)
+
+
+# ---- launches ----
+
+ROWS = 64  # of the vocabulary's width in memory at a time where top-k or top-p want whole rows: 34 MB in fp32
+
+
+def sample_launch(V: int) -> Launch:
+    """A part is a number of tokens that depends on nothing but V, so that a row's bits do not depend on its neighbours:
+    two tiles of 2048, 32 of the published vocabulary. Narrow rows share a program."""
+    block = min(2048, max(4, triton.next_power_of_2(V)))
+    return Launch(BLOCK_V=block, BLOCK_T=max(1, min(64, 1024 // block)), TILES=2, num_warps=4, num_stages=2)
+
+
+def _launch(logits: Tensor) -> Launch:
+    V = logits.shape[-1]
+    return tuned("_sample_kernel", sample_launch(V), architecture(logits), V=V)
+
+
+def sample_parts(logits: Tensor) -> int:
+    launch = _launch(logits)
+    return triton.cdiv(logits.shape[-1], launch.BLOCK_V * launch.TILES)
+
+
+def bounds(scaled: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
+    """What of scaled logits [R, V] may be sampled: the least of them, and the last token of those equal to it."""
+    R, V = scaled.shape
+    least, last = scaled.new_full((R,), -math.inf), torch.full((R,), V, device=scaled.device)
+    if top_k is not None and top_k < V:
+        least = scaled.topk(top_k, dim=-1).values[:, -1].contiguous()
+        scaled = scaled.masked_fill(scaled < least.unsqueeze(-1), -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, index = scaled.sort(dim=-1, descending=True, stable=True)
+        late = F.pad(ordered.softmax(-1).cumsum(-1), (1, -1)) > top_p  # the probability of all better ones
+        end = (V - 1 - late.sum(-1, keepdim=True)).clamp(min=0)
+        lowest, end = ordered.gather(-1, end).squeeze(-1), index.gather(-1, end).squeeze(-1)
+        looser = lowest < least  # than top-k
+        least, last = torch.where(looser, least, lowest), torch.where(looser, last, end)
+    return least, last
+
+
+def narrows(V: int, top_k: int | None, top_p: float | None) -> bool:
+    return (top_k is not None and top_k < V) or (top_p is not None and top_p < 1)
+
+
+def scale(logits: Tensor, temperature: Tensor, suppress: int | None) -> Tensor:
+    """What rows above temperature 0 are sampled from; division rounds as it does in the kernel."""
+    scaled = logits / torch.where(temperature > 0, temperature, 1).to(logits).unsqueeze(-1)
+    if suppress is not None:
+        scaled[:, suppress] = -math.inf
+    return scaled
+
+
+def record_logits(
+    logits: Tensor,
+    rows: Rows,
+    records: Records,
+    suppress: int | None,
+    limits: tuple[Tensor, Tensor] | None = None,
+    first: int = 0,
+) -> None:
+    """Write records first to first + R from their logits [R, V]."""
+    R, V = logits.shape
+    launch = _launch(logits)
+    run(
+        _sample_kernel,
+        (records.parts, triton.cdiv(R, launch.BLOCK_T)),
+        *(logits, rows.index, rows.count, *rows.settings, *(limits or (None, None)), records.stats, records.tokens),
+        *(logits.stride(0), R, first, rows.L, V, records.parts, records.plane, -1 if suppress is None else suppress),
+        COMPACT=rows.index is not None,
+        NARROW=limits is not None,
+        WIDE=records.stats.dtype == torch.float64,
+        launch=launch,
+    )
+
+
+def _sample(
+    logits: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    step: Tensor,
+    top_k: int | None,
+    top_p: float | None,
+    suppress: int | None,
+) -> tuple[Tensor, Tensor]:
+    token, confidence = _sample_fake(logits, temperature, seed, position, step, top_k, top_p, suppress)
+    logits = by_row(logits)
+    R, V = logits.shape
+    rows = Rows.of(temperature, seed, position, step)
+    records = Records.new(R, sample_parts(logits), logits, confidence.dtype)
+    if not narrows(V, top_k, top_p):
+        record_logits(logits, rows, records, suppress)
+    else:
+        for first in range(0, R, ROWS):
+            some = logits[first : first + ROWS]
+            scaled = scale(some.to(confidence.dtype), rows.settings[0][first : first + ROWS], suppress)
+            record_logits(some, rows, records, suppress, bounds(scaled, top_k, top_p), first)
+    combine_records(records, rows, token, confidence)
+    return token, confidence
+
+
+# ---- op ----
+
+
+def _sample_fake(logits, temperature, seed, position, step, top_k, top_p, suppress):
+    shape = logits.shape[:-1]
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
+
+
+_op = define(
+    "sample(Tensor logits, Tensor temperature, Tensor seed, Tensor position, Tensor step, int? top_k, float? top_p, "
+    "int? suppress) -> (Tensor, Tensor)",
+    _sample,
+    _sample_fake,
+)
+
+
+def check_sampling(op: str, vocab_size: int, top_k: int | None, top_p: float | None, **tokens: int | None) -> None:
+    if top_k is not None and top_k < 1:
+        refuse(op, "top_k", top_k, "1 or more, or None")
+    if top_p is not None and not 0 < top_p <= 1:
+        refuse(op, "top_p", top_p, "above 0 and up to 1, or None")
+    for name, token in tokens.items():
+        if token is not None and not 0 <= token < vocab_size:
+            refuse(op, name, token, f"a token id below V={vocab_size}")
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    step: Tensor,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    suppress: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Predict a token from logits, with its confidence.
+
+    At temperature 0 the argmax; above it the argmax of logits / temperature + Gumbel noise, which is a sample of
+    softmax(logits / temperature). Of equal scores the lowest id wins. The confidence is the token's probability at
+    temperature 1, under all tokens but the suppressed one.
+
+    Args:
+        logits:      [*, V] float.
+        temperature: [*] float, 0 or more, one for each row of logits, as are the next three.
+        seed:        [*] int, any 64 bits.
+        position:    [*] int, the token's position in its sequence.
+        step:        [*] int, the denoising step.
+        top_k:       sample among the k best (and all that equal the k-th), or None.
+        top_p:       sample among the best whose probabilities at this temperature, summed from the best down and after
+                     top_k, first exceed p, or None. Neither touches rows of temperature 0.
+        suppress:    a token id that counts as -inf, or None.
+    Returns:
+        token:      [*] int64.
+        confidence: [*] fp32 (fp64 for fp64 logits).
+
+    Computes in the dtype of the confidence. No gradients. Deterministic. Raises ValueError for sizes
+    that disagree and options out of their range. Cost for R rows: R V itemsize bytes; with noise 40 R V operations.
+    Source: TwoTower (2606.26493); Gumbel-max as in Maddison et al. (1411.0030).
+    """
+    check(
+        "sample",
+        logits=(logits, "* V"),
+        temperature=(temperature, "*"),
+        seed=(seed, "*", int),
+        position=(position, "*", int),
+        step=(step, "*", int),
+    )
+    check_sampling("sample", logits.shape[-1], top_k, top_p, suppress=suppress)
+    if not takes_kernel("sample", logits):
+        return reference.sample(
+            logits,
+            temperature=temperature,
+            seed=seed,
+            position=position,
+            step=step,
+            top_k=top_k,
+            top_p=top_p,
+            suppress=suppress,
+        )
+    return _op(logits, temperature, seed, position, step, top_k, top_p, suppress)
+
+
+# ---- card ----
+
+
+def temperatures(dtype: torch.dtype, R: int, hot: int) -> Tensor:
+    """Every other row at temperature 0, the rest at 0.1 to 1; hot=0: all at 0."""
+    return hot * torch.linspace(0.1, 1, R, dtype=torch.promote_types(dtype, torch.float32)) * (torch.arange(R) % 2)
+
+
+def sampling(dtype: torch.dtype, R: int, V: int, hot: int = 1, narrow: int = 0) -> dict[str, object]:
+    """Arguments of `sample` but for the logits. narrow: 1 top-k and top-p, 2 top-k, 3 top-p."""
+    narrowed = ({}, dict(top_k=max(1, V // 2), top_p=0.9), dict(top_k=max(1, V // 4)), dict(top_p=0.7))[narrow]
+    return dict(temperature=temperatures(dtype, R, hot), suppress=V // 2, **keys(R), **narrowed)
+
+
+def _inputs(dtype: torch.dtype, R: int, V: int, hot: int = 1, narrow: int = 0) -> dict[str, object]:
+    return dict(logits=3 * torch.randn(R, V, dtype=dtype), **sampling(dtype, R, V, hot, narrow))
+
+
+OPS = (
+    Op(
+        fn=sample,
+        reference=reference.sample,
+        inputs=_inputs,
+        cases=(
+            dict(R=6, V=11),
+            dict(R=4, V=64, hot=0),
+            dict(R=6, V=37, narrow=1),
+            dict(R=2, V=70, narrow=2),
+            dict(R=2, V=70, narrow=3),
+            dict(R=3, V=5003),
+            dict(R=1, V=3),
+            dict(R=0, V=5),
+        ),
+        shapes=(
+            dict(R=1, V=131072, hot=0),
+            dict(R=16, V=131072),
+            dict(R=16, V=131072, narrow=1),
+        ),
+        outputs=("token", "confidence"),
+        kernels=("_sample_kernel", "_combine_kernel"),
+        candidates=dict(
+            _sample_kernel=tuple(
+                Launch(BLOCK_V=block, BLOCK_T=1, TILES=tiles, num_warps=warps, num_stages=2)
+                for block, tiles, warps in ((1024, 4, 4), (2048, 1, 4), (2048, 2, 4), (2048, 4, 8), (4096, 1, 8))
+            )
+        ),
+        cost=lambda itemsize, R, V, hot=1, narrow=0: (40 * R * V, R * V * itemsize),
+        compiles=False,  # the reference reads on the host whether a row is above temperature 0
+    ),
+)
