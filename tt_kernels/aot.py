@@ -206,7 +206,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = 0
     for c in compiled:
         print(f"{c.kernel:40s} {c.architecture:4d}" + "".join(f"{v!s:>10s}" for v in c.row.values()) + f"  {c.launch}")
-        for fault in faults(c, lock, wgmma=c.kernel in promised and c.tiles.get(promised[c.kernel], 0) >= (64 if promised[c.kernel] != "num_warps" else 0)):
+        for fault in faults(
+            c,
+            lock,
+            wgmma=c.kernel in promised
+            and c.tiles.get(promised[c.kernel], 0) >= (64 if promised[c.kernel] != "num_warps" else 0),
+        ):
             failed += 1
             print(f"    FAULT: {fault}")
     if options.update:

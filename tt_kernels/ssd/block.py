@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, refuse
+from ..core import Op, check, refuse, takes_kernel, wants_gradients
+from .block_kernels import ssd_advance_forward, ssd_block_forward
 
 
 def check_groups(op: str, x: Tensor, B: Tensor) -> None:
@@ -71,7 +72,10 @@ def ssd_block(
     )
     check_groups("ssd_block", x, B)
     check_limit("ssd_block", dt_limit)
-    return reference.ssd_block(x, dt, A, B, C, D, dt_bias, state, dt_limit=dt_limit)
+    tensors = (x, dt, A, B, C, D, dt_bias, state)
+    if not takes_kernel("ssd_block", x) or wants_gradients(*tensors):
+        return reference.ssd_block(*tensors, dt_limit=dt_limit)
+    return ssd_block_forward(*tensors, *dt_limit)
 
 
 def ssd_advance(
@@ -115,7 +119,10 @@ def ssd_advance(
     )
     check_groups("ssd_advance", x, B)
     check_limit("ssd_advance", dt_limit)
-    return reference.ssd_advance(x, dt, A, B, dt_bias, state, lengths, dt_limit=dt_limit)
+    tensors = (x, dt, A, B, dt_bias, state)
+    if not takes_kernel("ssd_advance", x) or wants_gradients(*tensors):
+        return reference.ssd_advance(*tensors, lengths, dt_limit=dt_limit)
+    return ssd_advance_forward(*tensors, lengths, *dt_limit)
 
 
 def scan_inputs(
@@ -170,6 +177,8 @@ OPS = (
         outputs=("y",),
         grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
         cost=_block_cost,
+        kernels=("_ssd_block_kernel",),
+        forward_only=True,
     ),
     Op(
         fn=ssd_advance,
@@ -180,5 +189,7 @@ OPS = (
         outputs=("state",),
         grads=("x", "dt", "A", "B", "dt_bias", "state"),
         cost=_advance_cost,
+        kernels=("_ssd_advance_kernel",),
+        forward_only=True,
     ),
 )

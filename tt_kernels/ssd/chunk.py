@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, refuse
+from ..core import Op, check, refuse, takes_kernel, wants_gradients
 from .block import check_groups, check_limit, scan_inputs
+from .chunk_kernels import ssd_chunk_forward
 
 
 def ssd_chunk(
@@ -71,9 +72,10 @@ def ssd_chunk(
         refuse("ssd_chunk", "chunk_size", chunk_size, "1 or more")
     if state is not None and cu_seqlens is not None:
         refuse("ssd_chunk", "state", list(state.shape), "None beside cu_seqlens")
-    return reference.ssd_chunk(
-        x, dt, A, B, C, D, dt_bias, state, lengths, chunk_size=chunk_size, dt_limit=dt_limit, cu_seqlens=cu_seqlens
-    )
+    tensors = (x, dt, A, B, C, D, dt_bias, state)
+    if not takes_kernel("ssd_chunk", x) or wants_gradients(*tensors):
+        return reference.ssd_chunk(*tensors, lengths, chunk_size=chunk_size, dt_limit=dt_limit, cu_seqlens=cu_seqlens)
+    return ssd_chunk_forward(*tensors, lengths, cu_seqlens, chunk_size, *dt_limit)
 
 
 def _inputs(dtype: torch.dtype, Q: int, packed: int = 0, ragged: int = 0, **dims: int) -> dict[str, object]:
@@ -114,9 +116,13 @@ OPS = (
         shapes=(
             dict(b=1, L=4096, H=64, P=64, G=8, N=128, Q=64),
             dict(b=1, L=4096, H=64, P=64, G=8, N=128, Q=16, seeded=0),
+            dict(b=1, L=8192, H=64, P=64, G=8, N=128, Q=8192),
         ),
         outputs=("y", "state", "before"),
         grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
         cost=_cost,
+        kernels=("_chunk_steps_kernel", "_chunk_states_kernel", "_chunk_scan_kernel"),
+        forward_only=True,
+        tensor_cores={"_chunk_states_kernel": "BLOCK_P", "_chunk_scan_kernel": "BLOCK_T"},
     ),
 )

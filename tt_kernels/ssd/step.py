@@ -3,11 +3,134 @@
 import math
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, refuse
+from ..core import Op, check, define, refuse, takes_kernel, wants_gradients
+from ..lang import decay
+from ..launch import Launch, architecture, run, tuned
+from ..reference.common import compute_dtype
 from .block import check_limit, scan_inputs
+from .tile import arithmetic, lined_up, time_steps
+
+# ---- kernels ----
+
+
+@triton.jit
+def _ssd_step_kernel(
+    x_ptr,  # [b, H, P]
+    dt_ptr,  # [b, H]
+    A_ptr,  # [H], as D and dt_bias
+    B_ptr,  # [b, G, N], as C
+    C_ptr,
+    D_ptr,
+    bias_ptr,
+    state_ptr,  # [b, H, P, N]
+    y_ptr,  # [b, H, P], contiguous
+    new_ptr,  # [b, H, P, N], contiguous
+    stride_xb,
+    stride_xh,
+    stride_dtb,
+    stride_dth,
+    stride_Bb,
+    stride_Bg,
+    stride_Cb,
+    stride_Cg,
+    stride_sb,
+    stride_sh,
+    stride_sp,
+    H,
+    R,  # heads of a group
+    P: tl.constexpr,
+    N: tl.constexpr,
+    ACC: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    b = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    group = head // R
+    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_p, mask_n = offs_p < P, offs_n < N
+    mask_s = mask_p[:, None] & mask_n[None, :]
+    at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
+    state = tl.load(at_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_N]
+    bias = tl.load(bias_ptr + head).to(ACC)
+    dt = time_steps(tl.load(dt_ptr + b * stride_dtb + head * stride_dth).to(ACC), bias, LOW, HIGH)
+    kept = decay(dt * tl.load(A_ptr + head).to(ACC))
+    x = tl.load(x_ptr + b * stride_xb + head * stride_xh + offs_p, mask=mask_p, other=0.0).to(ACC)
+    B = tl.load(B_ptr + b * stride_Bb + group * stride_Bg + offs_n, mask=mask_n, other=0.0).to(ACC)
+    C = tl.load(C_ptr + b * stride_Cb + group * stride_Cg + offs_n, mask=mask_n, other=0.0).to(ACC)
+    state = state * kept + (x * dt)[:, None] * B[None, :]
+    y = tl.sum(state * C[None, :], axis=1) + x * tl.load(D_ptr + head).to(ACC)
+    out = (b * H + head) * P + offs_p
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask_p)
+    tl.store(new_ptr + out[:, None] * N + offs_n[None, :], state, mask=mask_s)
+
+
+# ---- launches ----
+
+
+def ssd_step_launch(rows: int, P: int, N: int) -> Launch:
+    """`rows`: rows times heads. Reading and writing the state bounds it: 16 numbers a thread in flight, which at 64
+    heads also makes 512 programs of one row."""
+    block_n = triton.next_power_of_2(N)
+    block_p = min(triton.next_power_of_2(P), max(1, 2048 // block_n))
+    while block_p > 1 and rows * triton.cdiv(P, block_p) < 256:
+        block_p //= 2
+    return Launch(BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4, num_stages=1)
+
+
+def _ssd_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor]:
+    (b, H, P), (G, N) = x.shape, B.shape[1:]
+    y, new = _ssd_step_fake(x, dt, A, B)
+    x, B, C, state = (lined_up(t) for t in (x, B, C, state))
+    launch = tuned(
+        "_ssd_step_kernel", ssd_step_launch(b * H, P, N), architecture(x), rows=triton.next_power_of_2(b * H)
+    )
+    constants = arithmetic(x, A, B, C, dt_limit=(low, high))
+    run(
+        _ssd_step_kernel,
+        (b * H, triton.cdiv(P, launch.BLOCK_P)),
+        *(x, dt, A.contiguous(), B, C, D.contiguous(), dt_bias.contiguous(), state, y, new),
+        *(*x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2], *state.stride()[:3], H, H // G),
+        P=P,
+        N=N,
+        **{name: constants[name] for name in ("ACC", "LOW", "HIGH")},
+        launch=launch,
+    )
+    return y, new
+
+
+# ---- op ----
+
+
+def _ssd_step_fake(x, dt, A, B, *_):
+    return x.new_empty(x.shape), x.new_empty((*x.shape, B.shape[2]), dtype=compute_dtype(x.dtype, A.dtype))
+
+
+_step = define(
+    "ssd_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor state, float low, "
+    "float high) -> (Tensor, Tensor)",
+    _ssd_step,
+    _ssd_step_fake,
+)
 
 
 def ssd_step(
@@ -57,7 +180,13 @@ def ssd_step(
     if G < 1 or H % G:
         refuse("ssd_step", "G", G, f"groups of B that divide the H={H} heads of x")
     check_limit("ssd_step", dt_limit)
-    return reference.ssd_step(x, dt, A, B, C, D, dt_bias, state, dt_limit=dt_limit)
+    tensors = (x, dt, A, B, C, D, dt_bias, state)
+    if not takes_kernel("ssd_step", x) or wants_gradients(*tensors):
+        return reference.ssd_step(*tensors, dt_limit=dt_limit)
+    return _step(*tensors, *dt_limit)
+
+
+# ---- card ----
 
 
 def _inputs(dtype: torch.dtype, b: int, H: int, P: int, G: int, N: int) -> dict[str, Tensor | None]:
@@ -79,5 +208,7 @@ OPS = (
         outputs=("y", "state"),
         grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
         cost=_cost,
+        kernels=("_ssd_step_kernel",),
+        forward_only=True,
     ),
 )

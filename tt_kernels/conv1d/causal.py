@@ -1,0 +1,213 @@
+"""The convolution: every channel with its own taps, then SiLU."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from ..core import Op, check, define, refuse, takes_kernel, wants_gradients
+from ..lang import silu
+from ..launch import Launch, architecture, run, tuned
+from ..packed import resets
+from ..reference.common import compute_dtype
+
+# ---- kernels ----
+
+
+@triton.jit
+def _causal_conv1d_kernel(
+    x_ptr,  # [B, L, C]
+    weight_ptr,  # [C, K], contiguous
+    bias_ptr,  # [C]; None: zeros
+    state_ptr,  # [B, C, S]; None: zeros
+    resets_ptr,  # [B * L]; None: no sequence starts
+    y_ptr,  # [B, L, C], contiguous
+    stride_xb,
+    stride_xl,
+    stride_sb,
+    stride_sc,
+    stride_sk,
+    L,
+    C,
+    S,
+    tiles,  # of a row
+    K: tl.constexpr,
+    ACC: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    start = tl.program_id(0) % tiles * BLOCK_L
+    t = start + tl.arange(0, BLOCK_L)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.arange(0, BLOCK_K)
+    mask_c = c < C
+    # A channel's taps lie side by side: read as such, and picked one by one below.
+    taps = tl.load(weight_ptr + c[:, None] * K + k[None, :], mask=mask_c[:, None] & (k < K)[None, :], other=0.0).to(ACC)
+    y = tl.zeros((BLOCK_L, BLOCK_C), dtype=ACC)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, :]
+    alive = t < L  # whether the token that a tap reaches back to is of the same sequence
+    for back in tl.static_range(K):  # the last tap first
+        source = t - back
+        if resets_ptr is not None and back > 0:
+            after = tl.load(resets_ptr + b * L + source + 1, mask=(source >= -1) & alive, other=1)
+            alive = alive & (after == 0)
+        mask = (alive & (source >= 0))[:, None] & mask_c[None, :]
+        at = x_ptr + b * stride_xb + source.to(tl.int64)[:, None] * stride_xl + c[None, :]
+        column = tl.load(at, mask=mask, other=0.0)  # [BLOCK_L, BLOCK_C], after the first tap from L1
+        tap = tl.sum(tl.where((k == K - 1 - back)[None, :], taps, 0.0), axis=1)
+        y += column.to(ACC) * tap[None, :]
+        if state_ptr is not None:  # noqa: SIM102 (known to the compiler, what follows is not)
+            if back > start:  # the first tokens of a row
+                mask = ((source < 0) & alive)[:, None] & mask_c[None, :]
+                at = state_ptr + b * stride_sb + c[None, :] * stride_sc + (S + source)[:, None] * stride_sk
+                # As a column of x would be: in its dtype.
+                column = tl.load(at, mask=mask, other=0.0).to(x_ptr.dtype.element_ty)
+                y += column.to(ACC) * tap[None, :]
+    if SILU:
+        y = silu(y)
+    at = y_ptr + (b * L + t)[:, None] * C + c[None, :]
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(t < L)[:, None] & mask_c[None, :])
+
+
+# ---- launches ----
+
+
+def causal_conv1d_launch(B: int, L: int, C: int, itemsize: int) -> Launch:
+    """Memory bounds it: 16 bytes a load, channel after channel. A tile of 32 tokens reads 3 rows twice (from L2) and
+    its taps once for all of them; a block of 16 tokens is cut finer, so that one row alone has a hundred programs."""
+    block_l = min(triton.next_power_of_2(max(L, 1)), 32)
+    together = 4096 if B * L > 512 else 1024  # numbers of a program
+    block_c = min(triton.next_power_of_2(C), max(64 if L > 4 else 256, together // block_l))
+    warps = max(1, min(4, block_l * block_c * itemsize // (32 * 32)))
+    return Launch(BLOCK_L=block_l, BLOCK_C=block_c, num_warps=warps, num_stages=1)
+
+
+def _causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, activate: bool, cu_seqlens: Tensor | None
+) -> Tensor:
+    (B, L, C), K = x.shape, weight.shape[1]
+    y = x.new_empty(x.shape)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    wide = compute_dtype(x.dtype, weight.dtype) == torch.float64
+    launch = tuned(
+        "_causal_conv1d_kernel",
+        causal_conv1d_launch(B, L, C, x.element_size()),
+        architecture(x),
+        tokens=triton.next_power_of_2(B * L),
+        C=C,
+    )
+    tiles = triton.cdiv(L, launch.BLOCK_L)
+    run(
+        _causal_conv1d_kernel,
+        (B * tiles, triton.cdiv(C, launch.BLOCK_C)),
+        *(x, weight.contiguous(), None if bias is None else bias.contiguous(), state, resets(cu_seqlens, B, L), y),
+        *(*x.stride()[:2], *((0, 0, 0) if state is None else state.stride())),
+        *(L, C, 0 if state is None else state.shape[2], tiles),
+        K=K,
+        ACC=tl.float64 if wide else tl.float32,
+        SILU=activate,
+        BLOCK_K=triton.next_power_of_2(K),
+        launch=launch,
+    )
+    return y
+
+
+# ---- op ----
+
+_fwd = define(
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, bool activate, Tensor? cu_seqlens) -> Tensor",
+    _causal_conv1d,
+    lambda x, *_: x.new_empty(x.shape),
+)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Convolve every channel with its own K taps over the token and the K - 1 before it, then activate.
+
+    y[b, t, c] = act(bias[c] + sum_k weight[c, k] x[b, t - K + 1 + k, c]), the tokens before the first from the state.
+
+    Args:
+        x:          [B, L, C] float, any strides.
+        weight:     [C, K] float; the last tap belongs to the token itself.
+        bias:       [C] float or None.
+        state:      [B, C, S] float, S >= K - 1: the columns before x, oldest first (the last K - 1 count); None: zeros.
+        activation: "silu" or None.
+        cu_seqlens: [sequences + 1] int, from 0, counted over the flattened B * L tokens: sequences packed in x start
+                    from zeros and do not see each other; not with a state. A row starts anew in any case.
+    Returns:
+        y: [B, L, C] dtype of x.
+
+    Computes in fp32 (fp64 where x or weight is fp64) and rounds once. Gradients for x, weight, bias and state.
+    Deterministic. Raises ValueError for sizes that disagree, a state that is too short, a state beside cu_seqlens, an
+    unknown activation. Cost: 2 K B L C flops, 2 B L C itemsize bytes, so bound by memory.
+    Source: `causal_conv1d_fn` of causal-conv1d with initial_states.
+    """
+    check(
+        "causal_conv1d",
+        x=(x, "B L C"),
+        weight=(weight, "C K"),
+        bias=(bias, "C"),
+        state=(state, "B C S"),
+        cu_seqlens=(cu_seqlens, "sequences+1", int),
+    )
+    if activation not in ("silu", None):
+        refuse("causal_conv1d", "activation", activation, "'silu' or None")
+    if state is not None:
+        if state.shape[-1] < weight.shape[-1] - 1:
+            refuse("causal_conv1d", "state", list(state.shape), f"at least K-1={weight.shape[-1] - 1} columns")
+        if cu_seqlens is not None:
+            refuse("causal_conv1d", "state", list(state.shape), "None beside cu_seqlens")
+    tensors = (x, weight, bias, state)
+    if not takes_kernel("causal_conv1d", x) or wants_gradients(*tensors):
+        return reference.causal_conv1d(*tensors, activation=activation, cu_seqlens=cu_seqlens)
+    return _fwd(*tensors, activation == "silu", cu_seqlens)
+
+
+# ---- card ----
+
+
+def _conv(
+    dtype: torch.dtype, B: int, L: int, C: int, K: int, seeded: int = 1, packed: int = 0
+) -> dict[str, Tensor | None]:
+    return dict(
+        x=torch.randn(B, L, C, dtype=dtype),
+        weight=torch.randn(C, K, dtype=dtype),
+        bias=torch.randn(C, dtype=dtype) if seeded else None,
+        state=torch.randn(B, C, K, dtype=dtype) if seeded else None,
+        cu_seqlens=torch.tensor([0, L // 3, B * L]) if packed else None,
+    )
+
+
+OPS = (
+    Op(
+        fn=causal_conv1d,
+        reference=reference.causal_conv1d,
+        inputs=_conv,
+        cases=(
+            dict(B=2, L=5, C=6, K=4),
+            dict(B=1, L=1, C=29, K=4),
+            dict(B=2, L=7, C=3, K=2, seeded=0),
+            dict(B=1, L=12, C=3, K=4, seeded=0, packed=1),
+            dict(B=2, L=0, C=3, K=4),
+        ),
+        shapes=(dict(B=1, L=16, C=6144, K=4), dict(B=1, L=4096, C=6144, K=4, seeded=0)),
+        outputs=("y",),
+        grads=("x", "weight", "bias", "state"),
+        kernels=("_causal_conv1d_kernel",),
+        forward_only=True,
+        cost=lambda itemsize, B, L, C, K, seeded=1, packed=0: (2 * K * B * L * C, (2 * B * L * C + C * K) * itemsize),
+    ),
+)

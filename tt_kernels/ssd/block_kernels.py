@@ -1,0 +1,293 @@
+"""The kernels of `ssd_block` and `ssd_advance`: one program for each row, head and slice of its state."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..core import define
+from ..lang import decay
+from ..launch import Launch, architecture, run, tuned
+from ..reference.common import compute_dtype
+from .chunk_kernels import scan
+from .tile import (
+    arithmetic,
+    decays_to_end,
+    grow,
+    lined_up,
+    log_decays,
+    narrow_times_wide,
+    pair_weights,
+    wide_times_narrow,
+)
+
+# ---- kernels ----
+
+
+@triton.jit
+def _ssd_block_kernel(
+    x_ptr,  # [b, L, H, P]
+    dt_ptr,  # [b, L, H]
+    A_ptr,  # [H], as D and dt_bias
+    B_ptr,  # [b, L, G, N], as C
+    C_ptr,
+    D_ptr,
+    bias_ptr,
+    state_ptr,  # [b, H, P, N]; None: zeros
+    y_ptr,  # [b, L, H, P], contiguous
+    stride_xb,
+    stride_xl,
+    stride_xh,
+    stride_dtb,
+    stride_dtl,
+    stride_dth,
+    stride_Bb,
+    stride_Bl,
+    stride_Bg,
+    stride_Cb,
+    stride_Cl,
+    stride_Cg,
+    stride_sb,
+    stride_sh,
+    stride_sp,
+    L,
+    H,
+    R,  # heads of a group
+    P: tl.constexpr,
+    N: tl.constexpr,
+    ACC: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    b = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    group = head // R
+    t = tl.arange(0, BLOCK_T)
+    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_t, mask_p, mask_n = t < L, offs_p < P, offs_n < N
+    row = t.to(tl.int64)
+
+    A = tl.load(A_ptr + head).to(ACC)
+    bias = tl.load(bias_ptr + head).to(ACC)
+    at_dt = dt_ptr + b * stride_dtb + row * stride_dtl + head * stride_dth
+    dt, a = log_decays(at_dt, mask_t, bias, A, None, mask_t, LOW, HIGH)
+    at_B = B_ptr + b * stride_Bb + group * stride_Bg
+    at_C = C_ptr + b * stride_Cb + group * stride_Cg
+    B = tl.load(at_B + row[:, None] * stride_Bl + offs_n[None, :], mask=mask_t[:, None] & mask_n[None, :], other=0.0)
+    C = tl.load(at_C + row[:, None] * stride_Cl + offs_n[None, :], mask=mask_t[:, None] & mask_n[None, :], other=0.0)
+    at_x = x_ptr + b * stride_xb + head * stride_xh
+    mask_x = mask_t[:, None] & mask_p[None, :]
+    x = tl.load(at_x + row[:, None] * stride_xl + offs_p[None, :], mask=mask_x, other=0.0)  # [BLOCK_T, BLOCK_P]
+
+    y = tl.zeros((BLOCK_T, BLOCK_P), dtype=ACC)
+    if state_ptr is not None:
+        at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
+        state = tl.load(at_s, mask=mask_p[:, None] & mask_n[None, :], other=0.0).to(ACC)  # [BLOCK_P, BLOCK_N]
+        y = narrow_times_wide(C, tl.trans(state), y, 3, SPLIT, PRECISION) * decay(tl.cumsum(a, axis=0))[:, None]
+    # Summed directly for each pair: a difference of sums would cancel.
+    log = tl.cumsum(tl.where(t[:, None] > t[None, :], a[:, None], 0.0), axis=0)  # [BLOCK_T, BLOCK_T]
+    weights = pair_weights(C, B, dt[None, :], log, 0.0, 0, 0, SPLIT, PRECISION, ACC, BLOCK_T, BLOCK_T)
+    y = wide_times_narrow(weights, x, y, 3, SPLIT, PRECISION)
+    y += x.to(ACC) * tl.load(D_ptr + head).to(ACC)
+    out = y_ptr + ((b * L + row) * H + head)[:, None] * P + offs_p[None, :]
+    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask_x)
+
+
+@triton.jit
+def _ssd_advance_kernel(
+    x_ptr,  # [b, L, H, P]
+    dt_ptr,  # [b, L, H]
+    A_ptr,  # [H], as dt_bias
+    B_ptr,  # [b, L, G, N]
+    bias_ptr,
+    state_ptr,  # [b, H, P, N]; None: zeros
+    lengths_ptr,  # [b]; None: all L
+    new_ptr,  # [b, H, P, N], contiguous
+    stride_xb,
+    stride_xl,
+    stride_xh,
+    stride_dtb,
+    stride_dtl,
+    stride_dth,
+    stride_Bb,
+    stride_Bl,
+    stride_Bg,
+    stride_sb,
+    stride_sh,
+    stride_sp,
+    L,
+    H,
+    R,  # heads of a group
+    P: tl.constexpr,
+    N: tl.constexpr,
+    ACC: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    b = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    group = head // R
+    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_p, mask_n = offs_p < P, offs_n < N
+    mask_s = mask_p[None, :] & mask_n[:, None]
+    A = tl.load(A_ptr + head).to(ACC)
+    bias = tl.load(bias_ptr + head).to(ACC)
+    length = L
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.load(lengths_ptr + b), L).to(tl.int32)
+    state = tl.zeros((BLOCK_N, BLOCK_P), dtype=ACC)
+    if state_ptr is not None:
+        at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[None, :] * stride_sp + offs_n[:, None]
+        state = tl.load(at_s, mask=mask_s, other=0.0).to(ACC)
+    for start in tl.range(0, length, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        mask_t = t < length  # what lies past the length is not read
+        row = t.to(tl.int64)
+        at_dt = dt_ptr + b * stride_dtb + row * stride_dtl + head * stride_dth
+        dt, a = log_decays(at_dt, mask_t, bias, A, None, mask_t, LOW, HIGH)
+        following = (t + 1 < length) & (t + 1 < start + BLOCK_T)
+        _, after = log_decays(at_dt + stride_dtl, following, bias, A, None, following, LOW, HIGH)
+        at_x = x_ptr + b * stride_xb + row[:, None] * stride_xl + head * stride_xh + offs_p[None, :]
+        x = tl.load(at_x, mask=mask_t[:, None] & mask_p[None, :], other=0.0)  # [BLOCK_T, BLOCK_P]
+        at_B = B_ptr + b * stride_Bb + row[:, None] * stride_Bl + group * stride_Bg + offs_n[None, :]
+        B = tl.load(at_B, mask=mask_t[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_T, BLOCK_N]
+        state = grow(state * decay(tl.sum(a, axis=0)), B, x, decays_to_end(after) * dt, SPLIT, PRECISION)
+    out = new_ptr + ((b * H + head) * P + offs_p)[None, :] * N + offs_n[:, None]
+    tl.store(out, state, mask=mask_s)
+
+
+# ---- launches ----
+
+SHORT = 64  # tokens that one tile takes
+
+
+def ssd_block_launch(rows: int, L: int, P: int, N: int, itemsize: int) -> Launch:
+    """`rows`: rows times heads. Reading the state bounds it, so at few rows its P dimension is cut in slices, until
+    some 256 programs share an H200's 132 multiprocessors; every slice repeats the products that do not see the state,
+    which at 64 tokens are half of all."""
+    block_t = max(16, triton.next_power_of_2(L))
+    block_p = max(16, triton.next_power_of_2(P))
+    while block_p > 16 and rows * triton.cdiv(P, block_p) < 256 and block_t <= 16:
+        block_p //= 2
+    block_p = min(block_p, 32 if itemsize > 2 else 64)  # fp32 operands fill twice the registers
+    block_n = max(16, triton.next_power_of_2(N))
+    return Launch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4, num_stages=1)
+
+
+def ssd_advance_launch(rows: int, L: int, P: int, N: int, itemsize: int) -> Launch:
+    """As `ssd_block_launch`; its programs share nothing but B, so slices cost little. 16 tokens a tile up to 16, then
+    as many as the registers of their products leave room for."""
+    block_t = min(max(16, triton.next_power_of_2(L)), 32 if itemsize > 2 else 64)
+    block_p = max(16, triton.next_power_of_2(P))
+    while block_p > 16 and rows * triton.cdiv(P, block_p) < 256:
+        block_p //= 2
+    block_p = min(block_p, 32 if itemsize > 2 else 64)
+    block_n = max(16, triton.next_power_of_2(N))
+    return Launch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4, num_stages=1)
+
+
+def _ssd_block(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    state: Tensor | None,
+    low: float,
+    high: float,
+) -> Tensor:
+    (b, L, H, P), (G, N) = x.shape, B.shape[2:]
+    if L > SHORT:
+        return scan(x, dt, A, B, C, D, dt_bias, state, None, None, L, low, high, before=False)[0]
+    y = x.new_empty(x.shape)
+    x, B, C, state = (lined_up(t) for t in (x, B, C, state))
+    launch = tuned(
+        "_ssd_block_kernel",
+        ssd_block_launch(b * H, L, P, N, x.element_size()),
+        architecture(x),
+        rows=triton.next_power_of_2(b * H),
+        L=triton.next_power_of_2(L),
+    )
+    run(
+        _ssd_block_kernel,
+        (b * H if L else 0, triton.cdiv(P, launch.BLOCK_P)),
+        *(x, dt, A.contiguous(), B, C, D.contiguous(), dt_bias.contiguous(), state, y),
+        *(*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3]),
+        *((0, 0, 0) if state is None else state.stride()[:3]),
+        *(L, H, H // G),
+        P=P,
+        N=N,
+        **arithmetic(x, A, B, C, dt_limit=(low, high)),
+        launch=launch,
+    )
+    return y
+
+
+def _ssd_advance(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dt_bias: Tensor,
+    state: Tensor | None,
+    lengths: Tensor | None,
+    low: float,
+    high: float,
+) -> Tensor:
+    (b, L, H, P), (G, N) = x.shape, B.shape[2:]
+    new = _ssd_advance_fake(x, dt, A, B)
+    x, B, state = (lined_up(t) for t in (x, B, state))
+    launch = tuned(
+        "_ssd_advance_kernel",
+        ssd_advance_launch(b * H, L, P, N, x.element_size()),
+        architecture(x),
+        rows=triton.next_power_of_2(b * H),
+        L=triton.next_power_of_2(L),
+    )
+    run(
+        _ssd_advance_kernel,
+        (b * H, triton.cdiv(P, launch.BLOCK_P)),
+        *(x, dt, A.contiguous(), B, dt_bias.contiguous(), state, None if lengths is None else lengths.contiguous()),
+        *(new, *x.stride()[:3], *dt.stride(), *B.stride()[:3]),
+        *((0, 0, 0) if state is None else state.stride()[:3]),
+        *(L, H, H // G),
+        P=P,
+        N=N,
+        **arithmetic(x, A, B, dt_limit=(low, high)),
+        launch=launch,
+    )
+    return new
+
+
+# ---- op ----
+
+
+def _ssd_advance_fake(x, dt, A, B, *_):
+    return x.new_empty((*x.shape[:1], *x.shape[2:], B.shape[3]), dtype=compute_dtype(x.dtype, A.dtype))
+
+
+ssd_block_forward = define(
+    "ssd_block(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor? state, float low, "
+    "float high) -> Tensor",
+    _ssd_block,
+    lambda x, *_: x.new_empty(x.shape),
+)
+ssd_advance_forward = define(
+    "ssd_advance(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor dt_bias, Tensor? state, Tensor? lengths, float low, "
+    "float high) -> Tensor",
+    _ssd_advance,
+    _ssd_advance_fake,
+)

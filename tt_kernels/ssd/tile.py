@@ -1,0 +1,163 @@
+"""One tile of tokens of one head, as every scan kernel takes it: time steps, decays, products of fp32 with 16 bits."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..lang import decay, softplus
+from ..reference.common import compute_dtype
+
+# ---- inside kernels ----
+
+
+@triton.jit
+def within(offs, size: tl.constexpr, BLOCK: tl.constexpr):
+    """offs < size, which the compiler does not see to be true where slices of BLOCK divide it."""
+    if size % BLOCK == 0:
+        return tl.full((BLOCK,), True, dtype=tl.int1)
+    else:
+        return offs < size
+
+
+@triton.jit
+def time_steps(dt, bias, LOW: tl.constexpr, HIGH: tl.constexpr):
+    dt = softplus(dt + bias)
+    if LOW > 0:
+        dt = tl.maximum(dt, LOW)
+    if HIGH < 3e38:
+        dt = tl.minimum(dt, HIGH)
+    return dt
+
+
+@triton.jit
+def log_decays(dt_ptr, known, bias, A, resets_ptr, inside, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Time steps dt and log-decays dt A of tokens: 0 but for `known` ones, which neither decay a state nor add to it.
+
+    At least -128, which is as good as any number below -64: so that sums of them keep their precision. That also where
+    a packed sequence starts: nothing from before it reaches the token, whatever is added.
+    """
+    dt = tl.where(known, time_steps(tl.load(dt_ptr, mask=known, other=0.0).to(A.dtype), bias, LOW, HIGH), 0.0)
+    a = tl.maximum(dt * A, -128.0)
+    if resets_ptr is not None:
+        a = tl.where(tl.load(resets_ptr, mask=inside, other=0) != 0, -128.0, a)
+    return dt, a
+
+
+@triton.jit
+def decays_to_end(after):
+    """exp(a[j + 1] + ... + a[last]) of each j, where after[j] is a[j + 1] and 0 at last: no sum less its first term."""
+    return decay(tl.cumsum(after, axis=0, reverse=True))
+
+
+# A product of an fp32 and a bf16 matrix, SPLIT: the fp32 numbers as sums of bf16 ones, whose products with bf16 numbers
+# are exact in fp32. A part takes the next 8 bits; three hold all 24, two leave 2^-15, which is 64 times finer than the
+# rounding of a bf16 result. Otherwise both are widened: fp32 multiplied at PRECISION, or fp64.
+
+
+@triton.jit
+def leading_bits(a, dtype: tl.constexpr):
+    """a, cut (not rounded: that would take one conversion instruction each) to what `dtype` holds."""
+    KEPT: tl.constexpr = 0xFFFF0000 if dtype == tl.bfloat16 else 0xFFFFE000
+    return (a.to(tl.uint32, bitcast=True) & KEPT).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def leading_part(a, dtype: tl.constexpr):
+    """The same in `dtype`: of bf16 the upper half of the bits, from a itself, so that nothing else is kept for it."""
+    if dtype == tl.bfloat16:
+        return (a.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return leading_bits(a, dtype).to(dtype)
+
+
+@triton.jit
+def wide_times_narrow(a, b, acc, PARTS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """a b + acc: a [M, K] in the dtype of acc [M, N], b [K, N] as it lies in memory."""
+    if SPLIT:
+        rest = a - leading_bits(a, b.dtype)
+        if PARTS == 3:
+            acc = tl.dot((rest - leading_bits(rest, b.dtype)).to(b.dtype), b, acc)
+            acc = tl.dot(leading_part(rest, b.dtype), b, acc)
+        else:
+            acc = tl.dot(rest.to(b.dtype), b, acc)
+        return tl.dot(leading_part(a, b.dtype), b, acc)
+    else:
+        return tl.dot(a, b.to(acc.dtype), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def narrow_times_wide(a, b, acc, PARTS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """a b + acc: a [M, K] as it lies in memory, b [K, N] in the dtype of acc [M, N]."""
+    if SPLIT:
+        rest = b - leading_bits(b, a.dtype)
+        if PARTS == 3:
+            acc = tl.dot(a, (rest - leading_bits(rest, a.dtype)).to(a.dtype), acc)
+            acc = tl.dot(a, leading_part(rest, a.dtype), acc)
+        else:
+            acc = tl.dot(a, rest.to(a.dtype), acc)
+        return tl.dot(a, leading_part(b, a.dtype), acc)
+    else:
+        return tl.dot(a.to(acc.dtype), b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def grow(state, B, x, weight, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """state + sum over tokens of B weight x^T: B [BLOCK_T, BLOCK_N], x [BLOCK_T, BLOCK_P].
+
+    A state lies here as [BLOCK_N, BLOCK_P]: N is what wgmma takes as its rows, so that heads can be cut in slices.
+    """
+    return narrow_times_wide(tl.trans(B), x.to(state.dtype) * weight[:, None], state, 3, SPLIT, PRECISION)
+
+
+@triton.jit
+def pair_weights(
+    C,
+    B,
+    dt,
+    log,
+    D,
+    start,
+    part: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+):
+    """What token i takes of x of token j: (C_i B_j) exp(log) dt_j for i >= j, log = a[j + 1] + ... + a[i], and D of its
+    own. C is of BLOCK_T tokens, B of BLOCK_U of them from `part` on. `start` is any number of the tile: masks are then
+    made where they are used, not kept around a loop."""
+    i = (start + tl.arange(0, BLOCK_T))[:, None]
+    j = (start + part + tl.arange(0, BLOCK_U))[None, :]
+    if SPLIT:  # products of bf16 numbers are exact in fp32
+        pairs = tl.dot(C, tl.trans(B))
+    else:
+        pairs = tl.dot(C.to(ACC), tl.trans(B.to(ACC)), input_precision=PRECISION, out_dtype=ACC)
+    weights = pairs * decay(tl.where(i >= j, log, -float("inf"))) * dt  # masked before exp could overflow
+    return weights + tl.where(i == j, D, 0.0)
+
+
+# ---- for launches ----
+
+
+def splits(*narrow: Tensor) -> bool:
+    """Whether products with these take fp32 apart into parts of their dtype: where that has the exponents of fp32."""
+    return all(t.dtype == torch.bfloat16 for t in narrow)
+
+
+def arithmetic(x: Tensor, A: Tensor, *narrow: Tensor, dt_limit: tuple[float, float]) -> dict[str, object]:
+    """Constants of a scan kernel. fp16 is exact in tf32, and three tf32 products hold the other factor."""
+    acc = tl.float64 if compute_dtype(x.dtype, A.dtype) == torch.float64 else tl.float32
+    split = acc == tl.float32 and splits(x, *narrow)
+    precision = "tf32x3" if all(t.dtype.itemsize == 2 for t in (x, *narrow)) else "ieee"
+    low, high = dt_limit
+    high = high if math.isfinite(high) else 3.4e38
+    return dict(ACC=acc, SPLIT=split, PRECISION=precision, LOW=float(low), HIGH=float(high))
+
+
+def lined_up(t: Tensor | None) -> Tensor | None:
+    """As kernels read it: the last dimension contiguous, and a tile's rows within 32-bit offsets of its first."""
+    return t if t is None or (t.stride(-1) == 1 and 64 * max(t.stride()[1:]) < 2**31) else t.contiguous()
