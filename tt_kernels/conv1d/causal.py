@@ -79,9 +79,10 @@ def _causal_conv1d_kernel(
 
 def causal_conv1d_launch(B: int, L: int, C: int, itemsize: int) -> Launch:
     """Memory bounds it: 16 bytes a load, channel after channel. A tile of 32 tokens reads 3 rows twice (from L2) and
-    its taps once for all of them; a block of 16 tokens is cut finer, so that one row alone has a hundred programs."""
+    its taps once for all of them; blocks of 16 tokens, which read their state too, are cut finer, and one row alone so
+    that it has a hundred programs."""
     block_l = min(triton.next_power_of_2(max(L, 1)), 32)
-    together = 4096 if B * L > 512 else 1024  # numbers of a program
+    together = 1024 if B * L <= 512 else 2048 if L < 32 else 4096  # numbers of a program
     block_c = min(triton.next_power_of_2(C), max(64 if L > 4 else 256, together // block_l))
     warps = max(1, min(4, block_l * block_c * itemsize // (32 * 32)))
     return Launch(BLOCK_L=block_l, BLOCK_C=block_c, num_warps=warps, num_stages=1)
@@ -150,9 +151,10 @@ def causal_conv1d(
     Returns:
         y: [B, L, C] dtype of x.
 
-    Computes in fp32 (fp64 where x or weight is fp64) and rounds once. Gradients for x, weight, bias and state.
-    Deterministic. Raises ValueError for sizes that disagree, a state that is too short, a state beside cu_seqlens, an
-    unknown activation. Cost: 2 K B L C flops, 2 B L C itemsize bytes, so bound by memory.
+    Computes in fp32 (fp64 where x or weight is fp64) and rounds once. Gradients for x, weight, bias and state: where
+    they are wanted the reference runs. Deterministic. Raises ValueError for sizes that disagree, a state that is too
+    short, a state beside cu_seqlens, an unknown activation. Cost: 2 K B L C flops, 2 B L C itemsize bytes, so bound by
+    memory.
     Source: `causal_conv1d_fn` of causal-conv1d with initial_states.
     """
     check(
@@ -202,8 +204,15 @@ OPS = (
             dict(B=2, L=7, C=3, K=2, seeded=0),
             dict(B=1, L=12, C=3, K=4, seeded=0, packed=1),
             dict(B=2, L=0, C=3, K=4),
+            dict(B=2, L=40, C=70, K=3),
+            dict(B=2, L=36, C=5, K=4, seeded=0, packed=1),
+            dict(B=0, L=2, C=3, K=4),
         ),
-        shapes=(dict(B=1, L=16, C=6144, K=4), dict(B=1, L=4096, C=6144, K=4, seeded=0)),
+        shapes=(
+            *(dict(B=B, L=L, C=6144, K=4) for B, L in ((1, 1), (64, 1), (1, 16), (64, 16), (1, 64), (1, 8192))),
+            dict(B=1, L=4096, C=6144, K=4, seeded=0),
+            dict(B=1, L=8192, C=6144, K=4, seeded=0, packed=1),
+        ),
         outputs=("y",),
         grads=("x", "weight", "bias", "state"),
         kernels=("_causal_conv1d_kernel",),

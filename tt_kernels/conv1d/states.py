@@ -154,7 +154,8 @@ def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kerne
     Returns:
         state: [B, C, K] dtype of x, contiguous, in new memory.
 
-    Copies without arithmetic. Gradients for x and state. Raises ValueError for sizes that disagree.
+    Copies without arithmetic. Gradients for x and state: where they are wanted the reference runs. Raises ValueError
+    for sizes that disagree.
     Cost: 2 B C K itemsize bytes (the reference also copies x). Source: `conv_state` of causal-conv1d's
     `causal_conv1d_update`, whose oldest column the next token does not read.
     """
@@ -177,7 +178,8 @@ def conv_block_states(x: Tensor, *, block_size: int, kernel_size: int, cu_seqlen
     Returns:
         states: [B, ceil(N / S), C, K] dtype of x, laid out as [B, ceil(N / S), K, C].
 
-    Copies without arithmetic. Gradients for x. Raises ValueError for sizes below 1.
+    Copies without arithmetic. Gradients for x: where they are wanted the reference runs. Raises ValueError for sizes
+    below 1.
     Cost: 2 B ceil(N / S) C K itemsize bytes.
     """
     check("conv_block_states", x=(x, "B N C"), cu_seqlens=(cu_seqlens, "sequences+1", int))
@@ -211,7 +213,12 @@ OPS = (
         reference=reference.conv_state,
         inputs=_state_inputs,
         cases=(dict(B=3, L=5, C=6, K=4), dict(B=2, L=2, C=29, K=4, ragged=0), dict(B=2, L=0, C=3, K=4)),
-        shapes=(dict(B=1, L=16, C=6144, K=4),),
+        shapes=(
+            dict(B=1, L=16, C=6144, K=4),
+            dict(B=1, L=1, C=6144, K=4, ragged=0),
+            dict(B=64, L=16, C=6144, K=4),
+            dict(B=1, L=4096, C=6144, K=4, ragged=0),
+        ),
         outputs=("state",),
         grads=("x", "state"),
         kernels=("_conv_state_kernel",),
@@ -228,7 +235,7 @@ OPS = (
             dict(B=1, N=16, C=3, K=4, S=4, packed=1),
             dict(B=1, N=0, C=3, K=4, S=4),
         ),
-        shapes=(dict(B=1, N=4096, C=6144, K=4, S=16),),
+        shapes=(dict(B=1, N=4096, C=6144, K=4, S=16), dict(B=1, N=8192, C=6144, K=4, S=16, packed=1)),
         outputs=("states",),
         grads=("x",),
         kernels=("_conv_block_states_kernel",),

@@ -55,7 +55,8 @@ def ssd_block(
         y: [b, L, H, P] dtype of x.
 
     Computes in fp32 (fp64 where x or A is fp64) and rounds once; decays below e^-64 count as 0. Gradients for all
-    tensors. Deterministic. Raises ValueError for sizes that disagree, G that does not divide H, a crossed dt_limit.
+    tensors: where they are wanted the reference runs. Deterministic. Raises ValueError for sizes that disagree, G that
+    does not divide H, a crossed dt_limit.
     Cost: 2 b L (L (G N + H P) + H P N) flops, (2 b L H P + 2 b L G N + b L H) itemsize + 4 b H P N bytes: bound by
     reading the state at L = 16. Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), sections 3 and 6.
     """
@@ -103,9 +104,9 @@ def ssd_advance(
     Returns:
         state: [b, H, P, N] fp32 (fp64 where x or A is fp64), contiguous, in new memory.
 
-    Computes in the dtype of the result; decays below e^-64 count as 0. Gradients for all float tensors. Deterministic.
-    Raises ValueError as `ssd_block` does. Cost: 2 b L H P N flops, b L (H P + G N + H) itemsize + 8 b H P N bytes:
-    bound by reading and writing the state. Source: as `ssd_block`.
+    Computes in the dtype of the result; decays below e^-64 count as 0. Gradients for all float tensors: where they are
+    wanted the reference runs. Deterministic. Raises ValueError as `ssd_block` does. Cost: 2 b L H P N flops, b L (H P +
+    G N + H) itemsize + 8 b H P N bytes: bound by reading and writing the state. Source: as `ssd_block`.
     """
     check(
         "ssd_advance",
@@ -165,6 +166,9 @@ _CASES = (
     dict(b=1, L=1, H=4, P=8, G=1, N=4),
     dict(b=1, L=16, H=3, P=4, G=3, N=8, seeded=0),
     dict(b=1, L=0, H=2, P=3, G=1, N=4),
+    dict(b=0, L=3, H=2, P=3, G=1, N=4),
+    dict(b=1, L=37, H=2, P=19, G=1, N=17),
+    dict(b=1, L=70, H=1, P=4, G=1, N=8),
 )
 
 OPS = (
@@ -173,7 +177,9 @@ OPS = (
         reference=reference.ssd_block,
         inputs=scan_inputs,
         cases=_CASES,
-        shapes=(dict(b=1, L=16, H=64, P=64, G=8, N=128), dict(b=1, L=1, H=64, P=64, G=8, N=128)),
+        shapes=tuple(
+            dict(b=b, L=L, H=64, P=64, G=8, N=128) for b, L in ((1, 16), (1, 1), (1, 64), (64, 16), (1, 32), (64, 64))
+        ),
         outputs=("y",),
         grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
         cost=_block_cost,
@@ -185,7 +191,10 @@ OPS = (
         reference=reference.ssd_advance,
         inputs=_advance_inputs,
         cases=(*_CASES, dict(b=2, L=5, H=4, P=3, G=2, N=5, ragged=0)),
-        shapes=(dict(b=1, L=16, H=64, P=64, G=8, N=128, ragged=0), dict(b=1, L=1, H=64, P=64, G=8, N=128, ragged=0)),
+        shapes=tuple(
+            dict(b=b, L=L, H=64, P=64, G=8, N=128, ragged=ragged)
+            for b, L, ragged in ((1, 16, 0), (1, 1, 0), (1, 64, 1), (64, 16, 1), (1, 32, 1), (64, 64, 1))
+        ),
         outputs=("state",),
         grads=("x", "dt", "A", "B", "dt_bias", "state"),
         cost=_advance_cost,

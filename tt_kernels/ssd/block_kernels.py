@@ -8,7 +8,7 @@ from ..core import define
 from ..lang import decay
 from ..launch import Launch, architecture, run, tuned
 from ..reference.common import compute_dtype
-from .chunk_kernels import scan
+from .scan import scan
 from .tile import (
     arithmetic,
     decays_to_end,
@@ -169,26 +169,29 @@ def _ssd_advance_kernel(
 
 # ---- launches ----
 
-SHORT = 64  # tokens that one tile takes
+
+def longest_block(architecture: int) -> int:
+    """Tokens whose pairs a program's registers hold; longer blocks go through the chunked scan."""
+    return 64 if architecture >= 90 else 32
 
 
 def ssd_block_launch(rows: int, L: int, P: int, N: int, itemsize: int) -> Launch:
     """`rows`: rows times heads. Reading the state bounds it, so at few rows its P dimension is cut in slices, until
-    some 256 programs share an H200's 132 multiprocessors; every slice repeats the products that do not see the state,
-    which at 64 tokens are half of all."""
+    some 256 programs share an H200's 132 multiprocessors; above 16 tokens the products of B and C, which every slice
+    repeats, take longer than the state. 64 tokens fill the registers with pairs, fp32 operands twice."""
     block_t = max(16, triton.next_power_of_2(L))
     block_p = max(16, triton.next_power_of_2(P))
     while block_p > 16 and rows * triton.cdiv(P, block_p) < 256 and block_t <= 16:
         block_p //= 2
-    block_p = min(block_p, 32 if itemsize > 2 else 64)  # fp32 operands fill twice the registers
+    block_p = min(block_p, 32 if itemsize > 2 or block_t >= 64 else 64)
     block_n = max(16, triton.next_power_of_2(N))
-    return Launch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4, num_stages=1)
+    return Launch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8 if block_t >= 64 else 4, num_stages=1)
 
 
 def ssd_advance_launch(rows: int, L: int, P: int, N: int, itemsize: int) -> Launch:
-    """As `ssd_block_launch`; its programs share nothing but B, so slices cost little. 16 tokens a tile up to 16, then
-    as many as the registers of their products leave room for."""
-    block_t = min(max(16, triton.next_power_of_2(L)), 32 if itemsize > 2 else 64)
+    """As `ssd_block_launch`, but its programs share nothing but B: slices cost little. Up to 32 tokens a tile: walking
+    on takes no longer than a larger product."""
+    block_t = min(max(16, triton.next_power_of_2(L)), 32)
     block_p = max(16, triton.next_power_of_2(P))
     while block_p > 16 and rows * triton.cdiv(P, block_p) < 256:
         block_p //= 2
@@ -210,7 +213,7 @@ def _ssd_block(
     high: float,
 ) -> Tensor:
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
-    if L > SHORT:
+    if longest_block(architecture(x)) < L:
         return scan(x, dt, A, B, C, D, dt_bias, state, None, None, L, low, high, before=False)[0]
     y = x.new_empty(x.shape)
     x, B, C, state = (lined_up(t) for t in (x, B, C, state))

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..core import Op, check, refuse, takes_kernel, wants_gradients
 from .block import check_groups, check_limit, scan_inputs
-from .chunk_kernels import ssd_chunk_forward
+from .scan import ssd_chunk_forward
 
 
 def ssd_chunk(
@@ -48,9 +48,9 @@ def ssd_chunk(
         before: [b, max(1, ceil(L / Q)), H, P, N] dtype of state: before each chunk; zeros where a sequence starts.
 
     Computes in the dtype of the states and rounds y once; decays below e^-64 count as 0. Gradients for all float
-    tensors. Deterministic; Q moves results by rounding only. Raises ValueError as `ssd_block` does, and for a state
-    beside cu_seqlens. Cost: 2 b L (Q (G N + H P) + 2 H P N) flops,
-    b L (2 H P + 2 G N + H) itemsize + 8 b (L / Q) H P N bytes.
+    tensors: where they are wanted the reference runs. Deterministic; Q and b move results by rounding only.
+    Raises ValueError as `ssd_block` does, and for a state beside cu_seqlens. Cost: 2 b L (Q (G N + H P) + 2 H P N)
+    flops, b L (2 H P + 2 G N + H) itemsize + 8 b (L / Q) H P N bytes.
     Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), section 6; `mamba_chunk_scan_combined` of mamba_ssm.
     """
     check(
@@ -112,17 +112,22 @@ OPS = (
             dict(b=1, L=33, H=2, P=4, G=1, N=8, Q=8, seeded=0, packed=1),
             dict(b=2, L=7, H=2, P=4, G=2, N=8, Q=64, seeded=0),
             dict(b=1, L=0, H=2, P=3, G=1, N=4, Q=4),
+            dict(b=0, L=5, H=2, P=3, G=1, N=4, Q=4),
+            dict(b=2, L=100, H=2, P=17, G=1, N=8, Q=64, ragged=1),
+            dict(b=1, L=90, H=2, P=4, G=1, N=8, Q=20, seeded=0, packed=1),
         ),
         shapes=(
-            dict(b=1, L=4096, H=64, P=64, G=8, N=128, Q=64),
-            dict(b=1, L=4096, H=64, P=64, G=8, N=128, Q=16, seeded=0),
-            dict(b=1, L=8192, H=64, P=64, G=8, N=128, Q=8192),
+            *(dict(b=1, L=L, H=64, P=64, G=8, N=128, Q=Q) for L in (4096, 8192) for Q in (64, 8192)),
+            dict(b=1, L=8192, H=64, P=64, G=8, N=128, Q=16, seeded=0),
+            dict(b=1, L=8192, H=64, P=64, G=8, N=128, Q=16, seeded=0, packed=1),
+            dict(b=1, L=100, H=64, P=64, G=8, N=128, Q=32),
+            dict(b=64, L=128, H=64, P=64, G=8, N=128, Q=32, ragged=1),
         ),
         outputs=("y", "state", "before"),
         grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
         cost=_cost,
         kernels=("_chunk_steps_kernel", "_chunk_states_kernel", "_chunk_scan_kernel"),
         forward_only=True,
-        tensor_cores={"_chunk_states_kernel": "BLOCK_P", "_chunk_scan_kernel": "BLOCK_T"},
+        tensor_cores={"_chunk_states_kernel": "BLOCK_N", "_chunk_scan_kernel": "BLOCK_T"},
     ),
 )

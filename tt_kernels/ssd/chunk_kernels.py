@@ -5,26 +5,17 @@ A tile is up to 64 tokens of one chunk, a span several tiles that one program wa
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..core import define
 from ..lang import decay
-from ..launch import Launch, architecture, run, tuned
-from ..packed import resets
-from ..reference.common import compute_dtype
 from .tile import (
-    arithmetic,
     decays_to_end,
     grow,
-    lined_up,
     log_decays,
     narrow_times_wide,
     pair_weights,
     wide_times_narrow,
     within,
 )
-
-# ---- kernels ----
 
 
 @triton.jit
@@ -173,7 +164,7 @@ def _chunk_scan_kernel(
     kept_ptr,
     whole_ptr,  # [b, H, tiles]
     state_ptr,  # [b, H, P, N], contiguous; None: zeros
-    added_ptr,  # [b, spans - 1, H, P, N]: what the spans before add to it
+    added_ptr,  # [b, spans - 1, H, P, N]: what the spans before add to it; None: there is one span
     passed_ptr,  # [b, spans - 1, H]: how much of it they leave
     lengths_ptr,  # [b]; None: all L
     resets_ptr,  # [b * L]; None: no sequence starts
@@ -235,10 +226,11 @@ def _chunk_scan_kernel(
     state = tl.zeros((BLOCK_N, BLOCK_P), dtype=ACC)
     if state_ptr is not None:
         state = tl.load(state_ptr + (b * H + head) * P * N + offs_s, mask=mask_s, other=0.0).to(ACC)
-    for i in tl.range(0, span):  # a few, which many programs find in L2: sooner than a kernel of its own
-        at = (b * (spans - 1) + i) * H + head
-        added = tl.load(added_ptr + at * P * N + offs_s, mask=mask_s, other=0.0)
-        state = state * tl.load(passed_ptr + at) + added
+    if added_ptr is not None:
+        for i in tl.range(0, span):  # a few, which many programs find in L2: sooner than a kernel of its own
+            at = (b * (spans - 1) + i) * H + head
+            added = tl.load(added_ptr + at * P * N + offs_s, mask=mask_s, other=0.0)
+            state = state * tl.load(passed_ptr + at) + added
     if before_ptr is not None:  # noqa: SIM102 (known to the compiler, what follows is not)
         if span == 0:  # starts from a state or anew; other chunks' are written by who walks up to them
             tl.store(before_ptr + (b * (tiles // chunk_tiles) * H + head) * P * N + offs_s, state, mask=mask_s)
@@ -277,136 +269,3 @@ def _chunk_scan_kernel(
                 tl.store(before_ptr + at * P * N + offs_s, shown, mask=mask_s)
     if span == spans - 1:
         tl.store(final_ptr + (b * H + head) * P * N + offs_s, state, mask=mask_s)
-
-
-# ---- launches ----
-
-
-def ssd_chunk_launch(L: int, chunk_size: int, P: int, N: int, itemsize: int, architecture: int) -> Launch:
-    """64 tokens a tile, what wgmma takes, as far as chunks are that long: states are wanted where chunks start. A head
-    whole, so that products of B and C are made once, where registers hold it: half of one on sm_80. fp32 tiles fill
-    twice as many."""
-    wide = itemsize > 2
-    most = 16 if wide else 64 if architecture >= 90 else 32
-    block_t = min(max(16, triton.next_power_of_2(min(chunk_size, max(L, 1)))), most)
-    block_p = min(max(16, triton.next_power_of_2(P)), 32 if wide or architecture < 90 else 64)
-    tiles = dict(BLOCK_T=block_t, BLOCK_U=min(block_t, 32), BLOCK_P=block_p, BLOCK_N=max(16, triton.next_power_of_2(N)))
-    return Launch(**tiles, STAGES=1, num_warps=4, num_stages=1)
-
-
-def span_tiles(rows: int, tiles: int) -> int:
-    """Tiles that one program walks, for `rows` programs side by side. Some 512 programs keep an H200's 132
-    multiprocessors even. The last of n spans reads what n - 1 add, so there are at most 16; and four tiles are walked
-    as soon as a second kernel is launched."""
-    if tiles <= 4 or rows >= 256:
-        return tiles
-    return max(2, triton.cdiv(tiles, min(16, 512 // max(rows, 1))))
-
-
-def scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    state: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-    low: float,
-    high: float,
-    *,
-    before: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, the states before chunks; those only where wanted."""
-    (b, L, H, P), (G, N) = x.shape, B.shape[2:]
-    y, final, states = _ssd_chunk_fake(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size)
-    x, B, C = (lined_up(t) for t in (x, B, C))
-    A, D, dt_bias = A.contiguous(), D.contiguous(), dt_bias.contiguous()
-    state = None if state is None else state.contiguous()
-    lengths = None if lengths is None else lengths.contiguous()
-    launch = tuned(
-        "_chunk_scan_kernel",
-        ssd_chunk_launch(L, chunk_size, P, N, x.element_size(), architecture(x)),
-        architecture(x),
-        L=triton.next_power_of_2(L),
-        chunk_size=chunk_size,
-    )
-    slices = triton.cdiv(P, launch.BLOCK_P)
-    chunk_tiles = max(1, triton.cdiv(min(chunk_size, L), launch.BLOCK_T))
-    tiles = max(1, triton.cdiv(L, chunk_size)) * chunk_tiles
-    span = span_tiles(b * H * slices, tiles)
-    spans = triton.cdiv(tiles, span)
-    starts = resets(cu_seqlens, b, L)
-    shape = (L, H, H // G, chunk_size, chunk_tiles, tiles)
-    constants = dict(P=P, N=N, **arithmetic(x, A, B, C, dt_limit=(low, high)))
-    steps, high_sums, low_sums, seen, kept = final.new_empty(5, b, H, tiles, launch.BLOCK_T)
-    whole = final.new_empty(b, H, tiles)
-    block_h = min(triton.next_power_of_2(H), 16)
-    run(
-        _chunk_steps_kernel,
-        (b * tiles, triton.cdiv(H, block_h)),
-        *(dt, A, dt_bias, lengths, starts, steps, high_sums, low_sums, seen, kept, whole),
-        *(*dt.stride(), L, H, chunk_size, chunk_tiles, tiles),
-        **{name: constants.pop(name) for name in ("LOW", "HIGH")},
-        launch=Launch(BLOCK_T=launch.BLOCK_T, BLOCK_H=block_h, num_warps=4, num_stages=1),
-    )
-    added = passed = None
-    if spans > 1:
-        added = final.new_empty(b, spans - 1, H, P, N)
-        passed = final.new_empty(b, spans - 1, H)
-        run(
-            _chunk_states_kernel,
-            (b * (spans - 1) * H, slices),
-            *(x, B, kept, whole, lengths, added, passed),
-            *(*x.stride()[:3], *B.stride()[:3], *shape, spans - 1, span),
-            **constants,
-            launch=Launch(**{k: v for k, v in launch.options.items() if k != "BLOCK_U"}),
-        )
-    run(
-        _chunk_scan_kernel,
-        (b * spans * H, slices),
-        *(x, B, C, D, steps, high_sums, low_sums, seen, kept, whole, state, added, passed, lengths, starts),
-        *(y, states if before else None, final),
-        *(*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *shape, spans, span),
-        **constants,
-        launch=launch,
-    )
-    return y, final, states
-
-
-def _ssd_chunk(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    state: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return scan(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size, low, high)
-
-
-# ---- op ----
-
-
-def _ssd_chunk_fake(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size, *_):
-    (b, L, H, P), N = x.shape, B.shape[3]
-    final = x.new_empty((b, H, P, N), dtype=compute_dtype(x.dtype, A.dtype))
-    return x.new_empty(x.shape), final, final.new_empty(b, max(1, -(-L // chunk_size)), H, P, N)
-
-
-ssd_chunk_forward = define(
-    "ssd_chunk(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor? state, "
-    "Tensor? lengths, Tensor? cu_seqlens, int chunk_size, float low, float high) -> (Tensor, Tensor, Tensor)",
-    _ssd_chunk,
-    _ssd_chunk_fake,
-)

@@ -160,9 +160,10 @@ def ssd_step(
         y:     [b, H, P] dtype of x.
         state: [b, H, P, N] fp32 (fp64 where x or A is fp64), in new memory.
 
-    Computes in the dtype of the new state; decays below e^-64 count as 0. Gradients for all tensors. Deterministic.
-    Raises ValueError for sizes that disagree, G that does not divide H, a crossed dt_limit. Cost: 6 b H P N flops,
-    8 b H P N + (2 H P + 2 G N + H) b itemsize bytes: bound by reading and writing the state.
+    Computes in the dtype of the new state; decays below e^-64 count as 0. Gradients for all tensors: where they are
+    wanted the reference runs. Deterministic. Raises ValueError for sizes that disagree, G that does not divide H, a
+    crossed dt_limit. Cost: 6 b H P N flops, 8 b H P N + (2 H P + 2 G N + H) b itemsize bytes: bound by reading and
+    writing the state.
     Source: `selective_state_update` of mamba_ssm; Dao and Gu, Transformers are SSMs (Mamba-2, 2024).
     """
     check(

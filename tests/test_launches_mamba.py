@@ -1,0 +1,108 @@
+"""Launch parameters of convolution and scan, fp32 numbers in bf16 parts, what must not be read. 10 s interpreted."""
+
+from typing import Any
+
+import pytest
+import torch
+from parity import KERNELS, OPS, assert_as_good, double, make, outputs
+from torch import Tensor
+
+from tt_kernels.conv1d.causal import causal_conv1d_launch
+from tt_kernels.launch import INTERPRET
+from tt_kernels.ssd import tile
+from tt_kernels.ssd.block_kernels import longest_block, ssd_advance_launch, ssd_block_launch
+from tt_kernels.ssd.scan import span_tiles, ssd_chunk_launch
+from tt_kernels.ssd.step import ssd_step_launch
+
+ceil = lambda a, b: -(-a // b)
+
+
+@pytest.mark.parametrize("L", [1, 5, 16, 17, 32, 64])
+@pytest.mark.parametrize("rows", [1, 64, 4096])
+def test_blocks_fit_a_tile_and_fill_the_gpu(L: int, rows: int) -> None:
+    launch = ssd_block_launch(rows, L, 64, 128, 2)
+    assert max(L, 16) <= launch.BLOCK_T and launch.BLOCK_N == 128
+    assert rows * ceil(64, launch.BLOCK_P) >= min(256, 4 * rows) or L > 16
+    assert ssd_block_launch(rows, L, 64, 128, 4).BLOCK_P <= 32
+    launch = ssd_advance_launch(rows, L, 64, 128, 2)
+    assert launch.BLOCK_T <= 32 and rows * ceil(64, launch.BLOCK_P) >= min(256, 4 * rows)
+
+
+def test_odd_sizes_take_whole_tiles() -> None:
+    for launch in (ssd_block_launch(1, 3, 29, 5, 2), ssd_chunk_launch(3, 29, 5, 2, 90)):
+        assert launch.BLOCK_N == 16 and launch.BLOCK_P in (16, 32)
+    assert ssd_step_launch(1, 29, 5).BLOCK_N == 8
+
+
+def test_long_blocks_are_chunked() -> None:
+    assert [longest_block(architecture) for architecture in (80, 90, 100)] == [32, 64, 64]
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_chunks_take_the_tensor_cores_rows(architecture: int) -> None:
+    long, short = (ssd_chunk_launch(Q, 64, 128, 2, architecture) for Q in (64, 16))
+    assert (32 if architecture == 80 else 64) == long.BLOCK_T and long.BLOCK_T % long.BLOCK_U == 0
+    assert short.BLOCK_T == 16 == ssd_chunk_launch(64, 64, 128, 4, architecture).BLOCK_T
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4, 64, 255, 256, 4096])
+@pytest.mark.parametrize("tiles", [1, 4, 5, 64, 128, 1000])
+def test_spans_cover_all_tiles(rows: int, tiles: int) -> None:
+    spans = ceil(tiles, span_tiles(rows, tiles))
+    assert 1 <= spans <= 16
+    assert spans == 1 or (tiles > 4 and rows < 256)
+
+
+def test_steps_and_convolutions_fill_the_gpu() -> None:
+    assert 64 * ceil(64, ssd_step_launch(64, 64, 128).BLOCK_P) == 256
+    few, many = causal_conv1d_launch(1, 16, 6144, 2), causal_conv1d_launch(1, 8192, 6144, 2)
+    assert ceil(6144, few.BLOCK_C) >= 96 and many.BLOCK_L * many.BLOCK_C == 4096
+
+
+kernels = pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU")
+PARTS = [
+    ("ssd_block", dict(b=1, L=9, H=2, P=5, G=1, N=24)),
+    ("ssd_advance", dict(b=1, L=40, H=2, P=5, G=1, N=24)),
+    ("ssd_chunk", dict(b=1, L=100, H=2, P=5, G=1, N=24, Q=64)),
+    ("ssd_chunk", dict(b=1, L=70, H=2, P=5, G=1, N=24, Q=8, seeded=0, packed=1)),
+]
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not INTERPRET, reason="on a GPU bf16 takes this way anyhow")
+@pytest.mark.parametrize("name,dims", PARTS)
+def test_products_in_parts_are_as_good(name: str, dims: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter has no bf16: fp16 stands in, three parts of which hold as much."""
+    monkeypatch.setattr(tile, "splits", lambda *tensors: True)
+    op, kwargs = OPS[name], make(OPS[name], dims, torch.float16)
+    got, low = outputs(op, op.fn(**kwargs)), outputs(op, op.reference(**kwargs))
+    high = outputs(op, op.reference(**double(kwargs)))
+    for output in got:
+        assert_as_good(output, got[output], low[output], high[output], 0.0)
+
+
+def dirty(t: Tensor, lengths: Tensor) -> Tensor:
+    past = torch.arange(t.shape[1], device=t.device) >= lengths.to(t.device)[:, None]
+    return t.masked_fill(past.view(*past.shape, *[1] * (t.dim() - 2)), float("nan"))
+
+
+@pytest.mark.kernels
+@kernels
+@pytest.mark.parametrize(
+    "name,dims",
+    [
+        ("ssd_advance", dict(b=3, L=40, H=2, P=4, G=1, N=8)),
+        ("ssd_chunk", dict(b=3, L=100, H=2, P=4, G=1, N=8, Q=20)),
+        ("conv_state", dict(B=3, L=9, C=5, K=4)),
+    ],
+)
+def test_what_lies_past_a_row_does_not_show(name: str, dims: dict[str, Any]) -> None:
+    op = OPS[name]
+    kwargs = make(op, dims, torch.float32)
+    kwargs["lengths"] = torch.tensor([dims["L"] // 2, 0, 1]).to(kwargs["x"].device)
+    soiled = {k: dirty(kwargs[k], kwargs["lengths"]) for k in ("x", "dt", "B", "C") if k in kwargs}
+    got, want = (outputs(op, op.fn(**kw)) for kw in (kwargs | soiled, kwargs))
+    assert torch.equal(got["state"], want["state"])
+    assert torch.equal(got["state"][1], kwargs["state"][1])
+    if "y" in got:
+        assert all(torch.equal(got["y"][b, :n], want["y"][b, :n]) for b, n in enumerate(kwargs["lengths"].tolist()))
