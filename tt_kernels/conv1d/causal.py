@@ -217,6 +217,19 @@ OPS = (
         grads=("x", "weight", "bias", "state"),
         kernels=("_causal_conv1d_kernel",),
         forward_only=True,
+        candidates=dict(
+            _causal_conv1d_kernel=tuple(
+                Launch(BLOCK_L=rows, BLOCK_C=channels, num_warps=warps, num_stages=1)
+                for rows, channels, warps in (
+                    (1, 256, 1),
+                    (4, 256, 2),
+                    (16, 64, 2),
+                    (16, 128, 4),
+                    (32, 128, 4),
+                    (64, 128, 8),
+                )
+            )
+        ),
         cost=lambda itemsize, B, L, C, K, seeded=1, packed=0: (2 * K * B * L * C, (2 * B * L * C + C * K) * itemsize),
     ),
 )

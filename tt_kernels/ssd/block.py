@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from ..core import Op, check, refuse, takes_kernel, wants_gradients
+from ..launch import Launch
 from .block_kernels import ssd_advance_forward, ssd_block_forward
 
 
@@ -185,6 +186,13 @@ OPS = (
         cost=_block_cost,
         kernels=("_ssd_block_kernel",),
         forward_only=True,
+        candidates=dict(  # those with fewer tokens than the block give wrong results and drop out
+            _ssd_block_kernel=tuple(
+                Launch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128, num_warps=4, num_stages=1)
+                for t in (16, 32)
+                for p in (16, 32, 64)
+            )
+        ),
     ),
     Op(
         fn=ssd_advance,
@@ -200,5 +208,12 @@ OPS = (
         cost=_advance_cost,
         kernels=("_ssd_advance_kernel",),
         forward_only=True,
+        candidates=dict(
+            _ssd_advance_kernel=tuple(
+                Launch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128, num_warps=4, num_stages=1)
+                for t in (16, 32)
+                for p in (16, 32, 64)
+            )
+        ),
     ),
 )

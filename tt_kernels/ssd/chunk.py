@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..core import Op, check, refuse, takes_kernel, wants_gradients
+from ..launch import Launch
 from .block import check_groups, check_limit, scan_inputs
 from .scan import ssd_chunk_forward
 
@@ -128,6 +129,18 @@ OPS = (
         cost=_cost,
         kernels=("_chunk_steps_kernel", "_chunk_states_kernel", "_chunk_scan_kernel"),
         forward_only=True,
+        candidates=dict(
+            _chunk_scan_kernel=tuple(
+                Launch(BLOCK_T=t, BLOCK_U=u, BLOCK_P=p, BLOCK_N=128, STAGES=stages, num_warps=4, num_stages=1)
+                for t, u, p, stages in (
+                    (64, 32, 64, 1),
+                    (64, 16, 64, 2),
+                    (64, 32, 32, 1),
+                    (16, 16, 32, 1),
+                    (16, 16, 32, 2),
+                )
+            )
+        ),
         tensor_cores={"_chunk_states_kernel": "BLOCK_N", "_chunk_scan_kernel": "BLOCK_T"},
     ),
 )

@@ -211,5 +211,11 @@ OPS = (
         cost=_cost,
         kernels=("_ssd_step_kernel",),
         forward_only=True,
+        candidates=dict(
+            _ssd_step_kernel=tuple(
+                Launch(BLOCK_P=p, BLOCK_N=128, num_warps=warps, num_stages=1)
+                for p, warps in ((4, 1), (8, 2), (16, 4), (32, 4), (64, 8))
+            )
+        ),
     ),
 )
