@@ -139,7 +139,8 @@ def _blocks(rows: _Rows) -> None:
         R = len(rows.index)
         block = torch.full((R, s.block_size), mask, device=model.device)
         start = rows.cache.lengths.long()
-        live, cache = None, rows.cache  # rows of this block that still have mask tokens; None: all
+        live, cache = None, rows.cache  # rows of this block that still have mask tokens, on the device; None: all
+        running = list(range(R))  # the same, on the host
         masked = torch.full((R,), s.block_size, device=model.device)
         for step in range(s.steps_per_block):
             now = block if live is None else block[live]
@@ -154,7 +155,6 @@ def _blocks(rows: _Rows) -> None:
                 steps_left=torch.full_like(masked, s.steps_per_block - step),
                 **rows.options(live, position, step),
             )
-            running = list(range(R)) if live is None else live.tolist()
             for r in running:
                 rows.nfe[rows.index[r]] += 1
             rows.report(running, position, step, now, confidence, committed)
@@ -165,6 +165,7 @@ def _blocks(rows: _Rows) -> None:
             if not all(left):
                 keep = torch.tensor([i for i, m in enumerate(left) if m], device=model.device)
                 live = keep if live is None else live[keep]
+                running = [r for r, m in zip(running, left, strict=True) if m]
                 masked, cache = masked[keep], rows.cache.select(live)
         stay = rows.write(block.tolist())
         if rows.index:
