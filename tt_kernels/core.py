@@ -147,6 +147,7 @@ class Op:
     writes: tuple[str, ...] = ()  # arguments that the op changes
     kernels: tuple[str, ...] = ()  # names of the Triton kernels it runs as; none: the reference on every device
     forward_only: bool = False  # its kernels have no backward: where gradients are wanted the reference runs
+    grows: dict[str, int] = field(default_factory=dict)  # sizes that differ from call to call, and how far they go
     # Kernels that must compile to wgmma on sm_90, and the tile that is the products' M: wherever it is 64 or more.
     tensor_cores: dict[str, str] = field(default_factory=dict)
     candidates: dict[str, tuple[Launch, ...]] = field(default_factory=dict)  # kernel -> launches worth measuring

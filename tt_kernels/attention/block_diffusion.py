@@ -127,6 +127,7 @@ OPS = (
             dict(B=2, N=70, Hq=2, Hkv=1, P=8, packed=1),
         ),
         shapes=(dict(B=1, N=4096, **_HEADS), dict(B=1, N=4096, packed=1, **_HEADS)),
+        grows=dict(N=1024),
         outputs=("o",),
         grads=("q", "k", "v"),
         cost=lambda itemsize, B, N, Hq, Hkv, P, packed=0: (
@@ -151,6 +152,7 @@ OPS = (
             dict(B=1, N=90, Hq=1, Hkv=1, P=8, S=48),
         ),
         shapes=(dict(B=1, N=4096, S=16, **_HEADS), dict(B=1, N=4096, S=16, packed=1, **_HEADS)),
+        grows=dict(N=1024),
         outputs=("o",),
         grads=("q", "k", "v", "k_clean", "v_clean"),
         cost=lambda itemsize, B, N, Hq, Hkv, P, S, packed=0: (

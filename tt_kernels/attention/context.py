@@ -141,6 +141,7 @@ OPS = (
             dict(B=1, L=2048, S=32768, causal=1, **_PUBLISHED),
             dict(B=1, L=4096, S=0, causal=1, **_PUBLISHED),
         ),
+        grows=dict(B=64, L=64, S=131072),
         outputs=("o",),
         grads=("q", "k", "v", "k_pages", "v_pages"),
         cost=_cost,

@@ -213,6 +213,7 @@ OPS = (
             dict(B=1, L=4096, C=6144, K=4, seeded=0),
             dict(B=1, L=8192, C=6144, K=4, seeded=0, packed=1),
         ),
+        grows=dict(B=1024, L=64),
         outputs=("y",),
         grads=("x", "weight", "bias", "state"),
         kernels=("_causal_conv1d_kernel",),

@@ -124,6 +124,7 @@ OPS = (
             dict(b=1, L=100, H=64, P=64, G=8, N=128, Q=32),
             dict(b=64, L=128, H=64, P=64, G=8, N=128, Q=32, ragged=1),
         ),
+        grows=dict(b=64, L=1024),
         outputs=("y", "state", "before"),
         grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
         cost=_cost,

@@ -206,6 +206,7 @@ OPS = (
         inputs=_inputs,
         cases=(dict(b=2, H=4, P=3, G=2, N=5), dict(b=1, H=3, P=8, G=1, N=4), dict(b=0, H=2, P=3, G=1, N=4)),
         shapes=(dict(b=1, H=64, P=64, G=8, N=128), dict(b=64, H=64, P=64, G=8, N=128)),
+        grows=dict(b=64),
         outputs=("y", "state"),
         grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
         cost=_cost,

@@ -204,6 +204,7 @@ OPS = (
             dict(B=2, L=0, V=5),
         ),
         shapes=(dict(B=1, L=16, V=131072), dict(B=64, L=16, V=131072), dict(B=64, L=512, V=131072)),
+        grows=dict(B=64, L=256),
         outputs=("block", "committed", "masked"),
         kernels=("_commit_kernel",),
         cost=lambda itemsize, B, L, V: (0, B * L * (4 * 8 + itemsize)),

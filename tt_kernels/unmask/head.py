@@ -369,6 +369,7 @@ OPS = (
             dict(R=512, D=2688, V=131072),
             dict(R=16, D=2688, V=131072, narrow=1),
         ),
+        grows=dict(R=512),
         outputs=("token", "confidence"),
         kernels=("_head_kernel", "_sample_kernel", "_combine_kernel"),
         tensor_cores={"_head_kernel": "BLOCK_V"},

@@ -264,6 +264,7 @@ OPS = (
             dict(B=1, L=128, D=2688, V=131072),
             dict(B=4, L=16, D=2688, V=131072, narrow=1),
         ),
+        grows=dict(B=64, L=64),
         outputs=("block", "committed", "confidence", "masked"),
         kernels=(
             "_masked_rows_kernel",

@@ -166,6 +166,7 @@ OPS = (
             dict(T=0, D=8, N=16, E=4, K=2),
         ),
         shapes=tuple(dict(T=T, D=2688, N=1856, E=128, K=6, M=3712) for T in (1, 16, 64, 128, 512, 1024, 4096)),
+        grows=dict(T=16384),
         outputs=("y",),
         grads=(
             *("x", "weights", "expert_weights.up", "expert_weights.down", "expert_weights.gate"),
@@ -175,10 +176,10 @@ OPS = (
             *("_experts_schedule_kernel", "_experts_up_kernel", "_experts_down_kernel", "_experts_combine_kernel"),
             *("_experts_bwd_hidden_kernel", "_experts_bwd_weights_kernel"),
         ),
-        tensor_cores=(
-            *("_experts_up_kernel", "_experts_down_kernel"),
-            *("_experts_bwd_hidden_kernel", "_experts_bwd_weights_kernel"),
-        ),
+        tensor_cores={
+            **dict.fromkeys(("_experts_up_kernel", "_experts_down_kernel", "_experts_bwd_hidden_kernel"), "BLOCK_N"),
+            "_experts_bwd_weights_kernel": "BLOCK_P",
+        },
         candidates=CANDIDATES,
         cost=_cost,
         compiles=INTERPRET or torch.cuda.is_available(),  # the reference reads the segments' sizes on the host

@@ -174,6 +174,7 @@ OPS = (
             dict(T=530, D=8, E=6, K=2),  # many
         ),
         shapes=tuple(dict(T=T, D=2688, E=128, K=6) for T in (1, 16, 64, 256, 512, 1024, 4096)),
+        grows=dict(T=16384),
         outputs=("ids", "weights", "order", "ends"),
         grads=("x", "weight"),
         kernels=(
