@@ -117,7 +117,7 @@ def route(
         refuse("route", "n_group", n_group, f"a divisor of E={E} that leaves groups of at least 2")
     if not 1 <= topk_group <= n_group:
         refuse("route", "topk_group", topk_group, f"1 to n_group={n_group}")
-    if not takes_kernel("route", x):
+    if not takes_kernel("route", x, weight, bias):
         return reference.route(
             x,
             weight,
