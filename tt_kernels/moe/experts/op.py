@@ -164,7 +164,11 @@ OPS = (
             dict(T=140, D=16, N=40, E=1, K=1, gated=1, M=8),
             dict(T=0, D=8, N=16, E=4, K=2),
         ),
-        shapes=tuple(dict(T=T, D=2688, N=1856, E=128, K=6, M=3712) for T in (1, 16, 64, 128, 512, 1024, 4096)),
+        shapes=(
+            *(dict(T=T, D=2688, N=1856, E=128, K=6, M=3712) for T in (1, 16, 64, 128, 512, 1024, 4096)),
+            # The gated form, few tokens and many: DeepSeek-V2-Lite's.
+            *(dict(T=T, D=2048, N=1408, E=64, K=6, gated=1, M=2816) for T in (16, 4096)),
+        ),
         outputs=("y",),
         grads=(
             *("x", "weights", "expert_weights.up", "expert_weights.down", "expert_weights.gate"),
