@@ -118,19 +118,24 @@ def ladder(largest: int) -> list[int]:
     return sorted({n for e in range(largest.bit_length()) for n in (1 << e, (1 << e) + 1) if n <= largest})
 
 
+def _launch(seen: Seen) -> tuple[Any, ...]:
+    """The kernel and what a heuristic chose for it: tiles, warps, stages."""
+    chosen = [(k, v) for k, v in seen[2].items() if k.startswith(("BLOCK_", "num_"))]
+    return seen[0], *sorted(chosen)
+
+
 def to_compile(op: Op, architecture: int) -> Iterator[tuple[torch.dtype, Seen]]:
     """What the lock holds of an op for a target, by the dtype that it is called with."""
     known = set()
     for dims in op.shapes:
         for seen in launches(op, MODEL, architecture, dims):
-            known.add((seen[0], *seen[2].items()))
+            known.add(_launch(seen))
             yield MODEL, seen
     between = [{**dims, name: n} for dims in op.shapes for name, most in op.grows.items() for n in ladder(most)]
     for dims in between:
         for seen in launches(op, MODEL, architecture, dims):
-            key = (seen[0], *seen[2].items())
-            if key not in known:
-                known.add(key)
+            if (launch := _launch(seen)) not in known:
+                known.add(launch)
                 yield MODEL, seen
     if architecture == 90:
         yield from ((dtype, seen) for dtype in OTHERS for seen in launches(op, dtype, architecture, op.shapes[0]))

@@ -36,7 +36,7 @@ def causal_attention(
         cu_seqlens=(cu_seqlens, "sequences+1", int),
     )
     check_heads("causal_attention", q, k)
-    if not takes_kernel("causal_attention", q) or wants_gradients(q, k, v):
+    if not takes_kernel("causal_attention", q, k, v) or wants_gradients(q, k, v):
         return reference.causal_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale)
     return block_attention_forward(q, None, None, k, v, cu_seqlens, 1, q.shape[-1] ** -0.5 if scale is None else scale)[
         0
@@ -85,7 +85,8 @@ def block_diffusion_attention(
     check_heads("block_diffusion_attention", q, k)
     if block_size < 1:
         refuse("block_diffusion_attention", "block_size", block_size, "1 or more")
-    if not takes_kernel("block_diffusion_attention", q) or wants_gradients(q, k, v, k_clean, v_clean):
+    tensors = (q, k, v, k_clean, v_clean)
+    if not takes_kernel("block_diffusion_attention", *tensors) or wants_gradients(*tensors):
         return reference.block_diffusion_attention(
             q, k, v, k_clean, v_clean, block_size=block_size, cu_seqlens=cu_seqlens, scale=scale
         )

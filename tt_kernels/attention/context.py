@@ -60,7 +60,7 @@ def context_attention(
     )
     check_heads("context_attention", q, k)
     tensors = (q, k, v, k_pages, v_pages)
-    if not takes_kernel("context_attention", q) or wants_gradients(*tensors):
+    if not takes_kernel("context_attention", *tensors) or wants_gradients(*tensors):
         return reference.context_attention(q, k, v, k_pages, v_pages, page_table, lengths, causal=causal, scale=scale)
     return context_attention_forward(
         *tensors, page_table, lengths, causal and q.shape[1] > 1, q.shape[-1] ** -0.5 if scale is None else scale

@@ -173,7 +173,7 @@ def causal_conv1d(
         if cu_seqlens is not None:
             refuse("causal_conv1d", "state", list(state.shape), "None beside cu_seqlens")
     tensors = (x, weight, bias, state)
-    if not takes_kernel("causal_conv1d", x) or wants_gradients(*tensors):
+    if not takes_kernel("causal_conv1d", *tensors) or wants_gradients(*tensors):
         return reference.causal_conv1d(*tensors, activation=activation, cu_seqlens=cu_seqlens)
     return _fwd(*tensors, activation == "silu", cu_seqlens)
 

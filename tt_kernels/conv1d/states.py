@@ -162,7 +162,7 @@ def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kerne
     check("conv_state", x=(x, "B L C"), lengths=(lengths, "B", int), state=(state, "B C K"))
     if kernel_size < 1 or (state is not None and state.shape[-1] != kernel_size):
         refuse("conv_state", "kernel_size", kernel_size, "1 or more" if state is None else f"K={state.shape[-1]}")
-    if not takes_kernel("conv_state", x) or wants_gradients(x, state):
+    if not takes_kernel("conv_state", x, state) or wants_gradients(x, state):
         return reference.conv_state(x, lengths, state, kernel_size=kernel_size)
     return _state_after(x, lengths, state, kernel_size)
 

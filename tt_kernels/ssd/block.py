@@ -75,7 +75,7 @@ def ssd_block(
     check_groups("ssd_block", x, B)
     check_limit("ssd_block", dt_limit)
     tensors = (x, dt, A, B, C, D, dt_bias, state)
-    if not takes_kernel("ssd_block", x) or wants_gradients(*tensors):
+    if not takes_kernel("ssd_block", *tensors) or wants_gradients(*tensors):
         return reference.ssd_block(*tensors, dt_limit=dt_limit)
     return ssd_block_forward(*tensors, *dt_limit)
 
@@ -122,7 +122,7 @@ def ssd_advance(
     check_groups("ssd_advance", x, B)
     check_limit("ssd_advance", dt_limit)
     tensors = (x, dt, A, B, dt_bias, state)
-    if not takes_kernel("ssd_advance", x) or wants_gradients(*tensors):
+    if not takes_kernel("ssd_advance", *tensors) or wants_gradients(*tensors):
         return reference.ssd_advance(*tensors, lengths, dt_limit=dt_limit)
     return ssd_advance_forward(*tensors, lengths, *dt_limit)
 

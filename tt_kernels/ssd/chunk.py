@@ -74,7 +74,7 @@ def ssd_chunk(
     if state is not None and cu_seqlens is not None:
         refuse("ssd_chunk", "state", list(state.shape), "None beside cu_seqlens")
     tensors = (x, dt, A, B, C, D, dt_bias, state)
-    if not takes_kernel("ssd_chunk", x) or wants_gradients(*tensors):
+    if not takes_kernel("ssd_chunk", *tensors) or wants_gradients(*tensors):
         return reference.ssd_chunk(*tensors, lengths, chunk_size=chunk_size, dt_limit=dt_limit, cu_seqlens=cu_seqlens)
     return ssd_chunk_forward(*tensors, lengths, cu_seqlens, chunk_size, *dt_limit)
 

@@ -182,7 +182,7 @@ def ssd_step(
         refuse("ssd_step", "G", G, f"groups of B that divide the H={H} heads of x")
     check_limit("ssd_step", dt_limit)
     tensors = (x, dt, A, B, C, D, dt_bias, state)
-    if not takes_kernel("ssd_step", x) or wants_gradients(*tensors):
+    if not takes_kernel("ssd_step", *tensors) or wants_gradients(*tensors):
         return reference.ssd_step(*tensors, dt_limit=dt_limit)
     return _step(*tensors, *dt_limit)
 

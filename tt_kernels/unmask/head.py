@@ -306,7 +306,7 @@ def head_sample(
         step=(step, "*", int),
     )
     check_sampling("head_sample", weight.shape[0], top_k, top_p, suppress=suppress)
-    if not takes_kernel("head_sample", hidden):
+    if not takes_kernel("head_sample", hidden, weight):
         return reference.head_sample(
             hidden,
             weight,

@@ -212,7 +212,7 @@ def unmask(
         steps_left=(steps_left, "B", int),
     )
     check_sampling("unmask", weight.shape[0], top_k, top_p, mask_token_id=mask_token_id)
-    if not takes_kernel("unmask", hidden):
+    if not takes_kernel("unmask", hidden, weight):
         return reference.unmask(
             hidden,
             weight,
