@@ -111,8 +111,9 @@ def test_small_problems_take_small_tiles() -> None:
 def test_one_program_finishes_a_block_of_the_published_model() -> None:
     launch = finish_launch(16, 256)
     assert (launch.BLOCK_L, launch.BLOCK_S) == (16, 256)
-    assert finish_launch(16, 1024) is None and finish_launch(512, 1) is None
+    assert finish_launch(16, 1024) is None and finish_launch(512, 1) is None and finish_launch(16, 256, 4) is None
     assert combine_launch(1024).BLOCK_R == 1 and combine_launch(5).BLOCK_S == 8
+    assert combine_launch(256, 4).BLOCK_R == 1 and combine_launch(256).BLOCK_R == 4
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter refuses bf16")

@@ -67,7 +67,8 @@ MUTANTS = (
     Mutant("head_sample", HEAD, "any_hot = is_any_hot(row, mask_t, L, temperature_ptr)", "any_hot = False", "no noise"),
     Mutant("head_sample", HEAD, "parts + piece // depth", "parts + piece", "a tile's record in another's place"),
     Mutant("head_sample", RECORDS, "range(1, depth)", "range(1, 1)", "all but the first tile of a part forgotten"),
-    Mutant("head_sample", RECORDS, "x.shape[0] // 2, 2, x", "2, x.shape[0] // 2, x", "half of the terms left out"),
+    Mutant("head_sample", RECORDS, "* (depth * parts) + offs_s", "* parts + offs_s", "another row's records"),
+    Mutant("head_sample", RECORDS, "tl.sum(tl.reshape(x", "tl.max(tl.reshape(x", "the largest term for the sum"),
     Mutant("commit", COMMIT, "1 + (m - 1) //", "m //", "the share rounded down"),
     Mutant("commit", COMMIT, "& (j < i)", "& (j <= i)", "a position before itself"),
     Mutant(
@@ -80,7 +81,6 @@ MUTANTS = (
     Mutant("commit", COMMIT, "tl.load(threshold_ptr + b)", "tl.load(threshold_ptr) * 0", "the threshold forgotten"),
     Mutant("unmask", STEP, "axis=0) - masked.to(tl.int32)", "axis=0)", "every slot one too far"),
     Mutant("unmask", STEP, "slot = count + tl.cumsum", "slot = tl.cumsum", "slots of the second round from 0"),
-    Mutant("unmask", STEP, "masked, tiles, depth, parts", "masked, tiles, 1, parts", "one record a part"),
     Mutant("unmask", STEP, "tl.where(masked, confidence, 0.0)", "confidence", "a confidence where nothing is masked"),
     Mutant("unmask", RECORDS, "other=0) + row % L", "other=0)", "the block's position for all its tokens"),
     Mutant("unmask", RECORDS, "out_token_ptr + to", "out_token_ptr + row", "a token at its slot"),

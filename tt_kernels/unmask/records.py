@@ -204,10 +204,10 @@ def _combine_kernel(
 # ---- launches ----
 
 
-def combine_launch(parts: int) -> Launch:
-    """Some 1024 parts a program: eight a thread."""
+def combine_launch(parts: int, depth: int = 1) -> Launch:
+    """Some 1024 records a program: eight a thread."""
     block = triton.next_power_of_2(max(parts, 1))
-    return Launch(BLOCK_R=max(1, 1024 // block), BLOCK_S=block, num_warps=4, num_stages=1)
+    return Launch(BLOCK_R=max(1, 1024 // (block * depth)), BLOCK_S=block, num_warps=4, num_stages=1)
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,8 @@ def row_vectors(*settings: Tensor) -> tuple[Tensor, ...]:
 
 def combine_records(records: Records, rows: Rows, token: Tensor, confidence: Tensor) -> None:
     """Write tokens and confidences [N]; of listed rows only theirs."""
-    launch = combine_launch(records.parts)
+    _, depth, parts, _ = records.sizes
+    launch = combine_launch(parts, depth)
     run(
         _combine_kernel,
         (triton.cdiv(rows.N, launch.BLOCK_R),),

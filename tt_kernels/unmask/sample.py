@@ -46,7 +46,7 @@ def _sample_kernel(
     BLOCK_T: tl.constexpr,
     TILES: tl.constexpr,  # of BLOCK_V tokens a part
 ):
-    # Rows along the grid's first axis, the only one that takes more than 65535.
+    # One axis: a grid's others take no more than 65535.
     part = tl.program_id(0) % parts
     begin = tl.program_id(0) // parts * BLOCK_T
     offs_t = begin + tl.arange(0, BLOCK_T)
@@ -249,7 +249,8 @@ def sample(
 
     Computes in the dtype of the confidence, and decides in its own whether a temperature is above 0: one that is 0 only
     once narrowed divides as 0 does, so that all logits above 0 are equals and one of exactly 0 is above them. No
-    gradients. Deterministic. Raises ValueError for sizes that disagree and options out of their range. Cost for R rows: R V itemsize bytes; with noise 40 R V operations.
+    gradients. Deterministic. Raises ValueError for sizes that disagree and options out of their range.
+    Cost for R rows: R V itemsize bytes; with noise 40 R V operations.
     Source: TwoTower (2606.26493); Gumbel-max as in Maddison et al. (1411.0030).
     """
     check(

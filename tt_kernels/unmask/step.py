@@ -41,8 +41,8 @@ def _masked_rows_kernel(
 
 @triton.jit
 def _finish_kernel(
-    stats_ptr,  # [4, N, depth, parts]: of masked positions
-    tokens_ptr,  # [N, depth, parts]
+    stats_ptr,  # [4, N, parts]: of masked positions
+    tokens_ptr,  # [N, parts]
     block_ptr,  # [B, L], as slot
     slot_ptr,
     threshold_ptr,  # [B], as steps_left
@@ -52,10 +52,8 @@ def _finish_kernel(
     confidence_ptr,
     left_ptr,  # [B]
     L,
-    tiles,  # records a row: a last part may have fewer than depth
-    depth,
     parts,
-    plane,  # N * depth * parts
+    plane,  # N * parts
     mask_token_id,
     BLOCK_L: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -66,7 +64,7 @@ def _finish_kernel(
     block = tl.load(block_ptr + b * L + offs_l, mask=mask_l, other=0)
     masked = mask_l & (block == mask_token_id)
     slot = tl.load(slot_ptr + b * L + offs_l, mask=masked, other=0)
-    token, confidence = combine(stats_ptr, tokens_ptr, slot, masked, tiles, depth, parts, plane, BLOCK_S)
+    token, confidence = combine(stats_ptr, tokens_ptr, slot, masked, parts, 1, parts, plane, BLOCK_S)
     confidence = confidence.to(confidence_ptr.dtype.element_ty)
     tl.store(confidence_ptr + b * L + offs_l, tl.where(masked, confidence, 0.0), mask=mask_l)
     confidence = tl.where(masked, confidence, float("-inf"))
@@ -81,11 +79,12 @@ def _finish_kernel(
 # ---- launches ----
 
 
-def finish_launch(L: int, parts: int) -> Launch | None:
-    """Records and commit rule of a sequence in one program: 16 parts a thread. None above 8192 of them or 64 positions:
-    then programs of few rows combine the records, and the rule is a launch of its own."""
+def finish_launch(L: int, parts: int, depth: int = 1) -> Launch | None:
+    """Records and commit rule of a sequence in one program: 16 records a thread. None above 8192 records or 64
+    positions, and where parts have several, which take 200 registers and more to merge there: then programs of few
+    rows combine the records, and the rule is a launch of its own."""
     block_l, block_s = triton.next_power_of_2(max(L, 1)), triton.next_power_of_2(max(parts, 1))
-    if block_l > 64 or block_l * block_s > 8192:
+    if depth > 1 or block_l > 64 or block_l * block_s > 8192:
         return None
     return Launch(BLOCK_L=block_l, BLOCK_S=block_s, num_warps=max(4, block_l * block_s // 512), num_stages=1)
 
@@ -129,7 +128,8 @@ def _unmask(
     index, slot, count = _masked_rows(block, mask_token_id)
     rows = Rows(row_vectors(temperature, seed, position, step), B * L, L, index, count)
     records = head_records(by_row(hidden), weight, rows, top_k, top_p, mask_token_id)
-    launch = finish_launch(L, records.parts)
+    _, depth, parts, _ = records.sizes
+    launch = finish_launch(L, parts, depth)
     if launch is None:
         token = torch.empty_like(block)
         combine_records(records, rows, token, confidence.zero_())
@@ -139,7 +139,7 @@ def _unmask(
         _finish_kernel,
         (B,),
         *(records.stats, records.tokens, block, slot, threshold.contiguous(), steps_left.contiguous()),
-        *(out, committed, confidence, left, L, *records.sizes, mask_token_id),
+        *(out, committed, confidence, left, L, *records.sizes[2:], mask_token_id),
         launch=launch,
     )
     return out, committed, confidence, left
