@@ -1,6 +1,7 @@
 """The unmasking step's tiles and grids; what no card shows: NaN and infinities, ties across tiles, mixed dtypes, tiny
 temperatures, thresholds a rounding away, bits that do not depend on the batch, whole graphs."""
 
+import importlib
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import tt_kernels
 from tt_kernels import OPS, commit, head_sample, sample, unmask
-from tt_kernels.launch import INTERPRET, recording
+from tt_kernels.launch import INTERPRET, Launch, recording
 from tt_kernels.unmask.commit import commit_launch
 from tt_kernels.unmask.head import CANDIDATES, SUB, head_launch, head_pieces
 from tt_kernels.unmask.noise import gumbel_noise_launch
@@ -189,6 +190,20 @@ def test_head_of_another_dtype_is_not_rounded(dtypes: tuple[torch.dtype, torch.d
     torch.manual_seed(1)
     hidden, weight = torch.randn(3, 24).to(DEVICE, dtypes[0]), torch.randn(50, 24).to(DEVICE, dtypes[1])
     same("head_sample", hidden=hidden, weight=weight, **settings(0, 0.5, 1))
+
+
+@runs_kernels
+@pytest.mark.parametrize("case", (0, 2))
+def test_rows_beyond_a_grid_take_more_launches(case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS["sample"]
+    kwargs = make(op, op.cases[case], torch.float32)
+    whole = sample(**kwargs)
+    few = Launch(BLOCK_V=64, BLOCK_T=2, TILES=2, num_warps=4, num_stages=2)
+    module = importlib.import_module("tt_kernels.unmask.sample")  # the package's name is the function's
+    monkeypatch.setattr(module, "sample_launch", lambda V: few)
+    monkeypatch.setattr(module, "PROGRAMS", 2)
+    for got, want in zip(sample(**kwargs), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)  # tiles of another size: a few roundings of fp32
 
 
 @runs_kernels

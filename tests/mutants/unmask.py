@@ -52,8 +52,14 @@ MUTANTS = (
     Mutant(
         ONLY_SAMPLE, SAMPLE, "min(start + TILES * BLOCK_V, V)", "min(start + BLOCK_V, V)", "a part's second tile missed"
     ),
-    Mutant(ONLY_SAMPLE, SAMPLE, "// parts * BLOCK_T", "// parts", "programs of several rows overlap"),
-    Mutant(ONLY_SAMPLE, SAMPLE, "tl.program_id(0) % parts", "0", "the first part for all"),
+    Mutant(
+        ONLY_SAMPLE,
+        SAMPLE,
+        "offs_t = tl.program_id(1) * BLOCK_T",
+        "offs_t = tl.program_id(1)",
+        "programs of several rows overlap",
+    ),
+    Mutant(ONLY_SAMPLE, SAMPLE, "part = tl.program_id(0)", "part = 0", "the first part for all"),
     Mutant(ONLY_SAMPLE, SAMPLE, "descending=True", "descending=False", "top-p keeps the worst"),
     Mutant("head_sample", HEAD, "mask_k = k + offs_k < D", "mask_k = k + offs_k <= D", "a channel of the next row"),
     Mutant("head_sample", HEAD, "h.T, x, input_precision", "h.T, input_precision", "only the last channels"),

@@ -46,16 +46,14 @@ def _sample_kernel(
     BLOCK_T: tl.constexpr,
     TILES: tl.constexpr,  # of BLOCK_V tokens a part
 ):
-    # One axis: a grid's others take no more than 65535.
-    part = tl.program_id(0) % parts
-    begin = tl.program_id(0) // parts * BLOCK_T
-    offs_t = begin + tl.arange(0, BLOCK_T)
+    part = tl.program_id(0)
+    offs_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     record = first + offs_t
     mask_t = offs_t < R
     row = record
     if COMPACT:
         count = tl.load(count_ptr)
-        if first + begin >= count:
+        if first + tl.program_id(1) * BLOCK_T >= count:
             return
         mask_t = mask_t & (record < count)
         row = tl.load(rows_ptr + record, mask=mask_t, other=0)
@@ -84,6 +82,10 @@ def _sample_kernel(
 # ---- launches ----
 
 ROWS = 64  # of the vocabulary's width in memory at a time where top-k or top-p want whole rows: 34 MB in fp32
+
+
+# Of rows a launch: a grid's second axis takes no more. On the first, rows cost the kernel 12 to 60 registers a thread.
+PROGRAMS = 65535
 
 
 def sample_launch(V: int) -> Launch:
@@ -143,25 +145,21 @@ def record_logits(
     """Write records first to first + R from their logits [R, V]."""
     R, V = logits.shape
     launch = _launch(logits)
-    run(
-        _sample_kernel,
-        (triton.cdiv(R, launch.BLOCK_T) * records.parts,),
-        *(logits, rows.index, rows.count, *rows.settings, *(limits or (None, None)), records.stats, records.tokens),
-        *(
-            logits.stride(0),
-            R,
-            first,
-            rows.L,
-            V,
-            records.parts,
-            records.tokens.numel(),
+    most = PROGRAMS * launch.BLOCK_T
+    for begin in range(0, R, most):
+        some = logits[begin : begin + most]
+        least, last = (None, None) if limits is None else (t[begin : begin + most] for t in limits)
+        run(
+            _sample_kernel,
+            (records.parts, triton.cdiv(len(some), launch.BLOCK_T)),
+            *(some, rows.index, rows.count, *rows.settings, least, last, records.stats, records.tokens),
+            *(logits.stride(0), len(some), first + begin, rows.L, V, records.parts, records.tokens.numel()),
             -1 if suppress is None else suppress,
-        ),
-        COMPACT=rows.index is not None,
-        NARROW=limits is not None,
-        WIDE=records.stats.dtype == torch.float64,
-        launch=launch,
-    )
+            COMPACT=rows.index is not None,
+            NARROW=limits is not None,
+            WIDE=records.stats.dtype == torch.float64,
+            launch=launch,
+        )
 
 
 def _sample(
