@@ -182,7 +182,12 @@ def commit(
 
 def commit_inputs(B: int, L: int, V: int) -> dict[str, object]:
     block = torch.randint(V, (B, L)).masked_fill(torch.rand(B, L) < 0.6, V - 1)
-    return dict(block=block, mask_token_id=V - 1, threshold=torch.full((B,), 0.3), steps_left=torch.arange(B) % 4 + 1)
+    return dict(
+        block=block,
+        mask_token_id=V - 1,
+        threshold=torch.full((B,), 0.3, dtype=torch.float64),
+        steps_left=torch.arange(B) % 4 + 1,
+    )
 
 
 def _inputs(dtype: torch.dtype, B: int, L: int, V: int) -> dict[str, object]:
