@@ -77,22 +77,26 @@ def _append(
                 raise ValueError(
                     f"append_attention: lengths is {have} and {more} tokens enter, but the page table has room for {room}"
                 )
-        if B == 1:  # page by page: a third of the time of indices
+        if B == 1:  # page by page: half the time of indices
             at, end = n[0], n[0] + entering[0]
             while at < end:
                 slot = at % page_size
                 new = slice(at - n[0], min(end, at - slot + page_size) - n[0])
-                page, at = page_table[0, at // page_size], n[0] + new.stop
+                page = int(page_table[0, at // page_size])
+                at = n[0] + new.stop
                 k_pages[page, slot : slot + new.stop - new.start] = k[0, new]
                 v_pages[page, slot : slot + new.stop - new.start] = v[0, new]
             return
-    row, token = torch.arange(B, device=k.device).unsqueeze(1), torch.arange(L, device=k.device)
-    if counts is not None:
+    token = torch.arange(L, device=k.device)
+    position = lengths.unsqueeze(1) + token  # [B, L]
+    if counts is None:
+        page = page_table.gather(1, position // page_size)
+    else:
         row, token = (token < counts.unsqueeze(1)).nonzero(as_tuple=True)
-    position = lengths[row] + token  # [B, L], or [tokens that enter]
-    page, slot = page_table[row, position // page_size], position % page_size
-    k_pages[page, slot] = k[row, token].to(k_pages)
-    v_pages[page, slot] = v[row, token].to(v_pages)
+        position, k, v = position[row, token], k[row, token], v[row, token]  # [tokens that enter]
+        page = page_table[row, position // page_size]
+    at = page, position % page_size
+    k_pages[at], v_pages[at] = k.to(k_pages.dtype), v.to(v_pages.dtype)
 
 
 def append_attention(
