@@ -238,6 +238,12 @@ BAD = [
         dict(lengths=torch.tensor([13, 1])),
         "lengths goes up to 13, but the page table has room for 12",
     ),
+    (
+        "append_attention",
+        dict(lengths=torch.tensor([1, 10])),
+        "lengths is 10 and 3 tokens enter, but the page table has room for 12",
+    ),
+    ("append_attention", dict(counts=torch.ones(3).int()), "append_attention: counts has B=3, but q has B=2"),
     ("causal_attention", dict(k=torch.ones(2, 4, 2, 3)), "causal_attention: k has N=4, but q has N=5"),
     ("block_diffusion_attention", dict(block_size=0), "block_size is 0, expected 1 or more"),
     ("gumbel_noise", dict(vocab_size=0), "gumbel_noise: vocab_size is 0, expected 1 or more"),

@@ -7,7 +7,7 @@ runs on a CPU. On a GPU Triton kernels run. `OPS` holds a card for each op: case
 from . import attention, conv1d, moe, norm, ssd
 from . import linear_cross_entropy as _linear_cross_entropy
 from . import unmask as _unmask
-from .attention import block_diffusion_attention, causal_attention, context_attention
+from .attention import append_attention, block_diffusion_attention, causal_attention, context_attention
 from .conv1d import causal_conv1d, conv_block_states, conv_state
 from .core import Op, trusted, use
 from .linear_cross_entropy import linear_cross_entropy
@@ -22,6 +22,7 @@ OPS: dict[str, Op] = {op.fn.__name__: op for module in _MODULES for op in module
 __all__ = [
     "OPS",
     "ExpertWeights",
+    "append_attention",
     "block_diffusion_attention",
     "causal_attention",
     "causal_conv1d",
