@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import clock, conftest, golden, ops, oracle
+from bench import clock, conftest, golden, ops, oracle, rows
+from bench.peers import Peer, Unavailable, peers_of
 from tt_kernels import OPS, Op
 from tt_kernels.launch import INTERPRET
 
@@ -306,7 +307,8 @@ def test_a_backward_moves_its_gradients_too() -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_row_has_times_shares_and_ratios(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ops.PEERS, "compiled", lambda op: op.reference)
+    peer = Peer("compiled", lambda **kwargs: lambda: 2 * kwargs["x"], backward=True)
+    monkeypatch.setattr(ops, "peers_of", lambda op, wanted: [*peers_of(op, ["eager"]), peer])
     fake = FakeClock({"ours": 2e-6, "eager": 5e-6}, errors={"compiled": "does not compile"})
     roofs = {"bandwidth": 96e6, "compute": 1e12, "read": 96e6, "copy": 90e6}
     case = a_case(card(kernels=("_k_kernel",)), backward=backward, dtype=torch.bfloat16)
@@ -316,15 +318,61 @@ def test_a_row_has_times_shares_and_ratios(backward: bool, monkeypatch: pytest.M
     assert row.peers["eager"] == {"seconds": 5e-6, "ratio": pytest.approx(2.5), "clock": "graph"}
     assert row.peers["compiled"] == {"why": "does not compile"}
     assert json.loads(json.dumps(row.record()))["share"] == row.share
-    text = " ".join("\n".join(ops.report([row], roofs)).split())
-    assert f"| {75 if backward else 50} % |" in text and "| 2.50 |" in text and "no time: does not compile" in text
+    text = " ".join("\n".join(rows.report([row], roofs)).split())
+    assert f"| {75 if backward else 50} % |" in text and "| 2.50 |" in text
+    assert f"no time of compiled (double {case.which}): does not compile" in text
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_peer_with_other_results_is_not_timed(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(**kwargs: Any) -> Any:
+        raise Unavailable("not installed")
+
+    def square(x: Tensor) -> Tensor:  # right in the first row only
+        return torch.cat([2 * x[:1], 2.2 * x[1:]])
+
+    found = [
+        Peer("wrong", lambda x: lambda: square(x), backward=True),
+        Peer("absent", absent, backward=True),
+        Peer("breaks", lambda x: lambda: x.view(-1, 5), backward=True),
+        Peer("forward", lambda x: lambda: 2 * x),
+        Peer("right", lambda x: lambda: x + x, backward=True),
+    ]
+    monkeypatch.setattr(ops, "peers_of", lambda op, wanted: found)
+    fake = FakeClock({"ours": 1.0, "right": 1.5, "forward": 3.0})
+    row = ops.measure(a_case(card(), backward=backward), fake, ops.Checked(fake), seconds=0.0)
+    why = {name: peer["why"] for name, peer in row.peers.items() if "why" in peer}
+    assert (
+        why["wrong"].startswith(f"other results: {'dx' if backward else 'y'} is ") and why["absent"] == "not installed"
+    )
+    assert why["breaks"].startswith("RuntimeError: ") and row.peers["right"]["ratio"] == 1.5
+    assert why.get("forward") == ("forward: forward only" if backward else None)
+
+
+def test_a_slower_kernel_shows() -> None:
+    """Real clock, real work: twice the work takes longer, and the ratio to the same peer says so."""
+    x = torch.randn(256, 256)
+
+    def rows_of(times: int) -> ops.Row:
+        def fn(x: Tensor) -> Tensor:
+            for _ in range(times):
+                y = x @ x
+            return y
+
+        op = card(fn, reference=lambda x: x @ x, inputs=lambda dtype, T, D: dict(x=x.to(dtype)), grads=())
+        host = clock.HostClock()
+        return ops.measure(a_case(op), host, ops.Checked(host), seconds=0.0)
+
+    honest, slow = rows_of(1), rows_of(4)
+    assert not honest.fault and not slow.fault and slow.p50 > 2 * honest.p50
+    assert honest.peers["eager"]["ratio"] > 0.6 and slow.peers["eager"]["ratio"] < 0.45
 
 
 def test_wrong_rows_are_not_timed() -> None:
     fake = FakeClock({})  # would fail if asked
     row = ops.measure(a_case(card(lambda x: 3 * x)), fake, ops.Checked(fake))
     assert row.fault and not row.p50
-    text = "\n".join(ops.report([row], None))
+    text = "\n".join(rows.report([row], None))
     assert " RED | " in text and f"RED {row.op} {DIMS} fp32 forward: y: error" in text
 
 
@@ -342,11 +390,11 @@ def test_a_kernel_that_waits_for_the_host_is_red() -> None:
 
 def test_notes_name_exceptions() -> None:
     row = ops.Row("f", DIMS, "fp32", "forward", False, 1, 1, oracle="fp64 T=2", clock="events", sets=2)
-    assert ops.notes(row) == "reference, fp32, host's share in it, 2 sets, oracle fp64 T=2"
+    assert rows.notes(row) == "reference, fp32, host's share in it, 2 sets, oracle fp64 T=2"
     row = ops.Row("f", DIMS, "bf16", "forward", True, 1, 1, oracle="fp64", clock="graph", sets=4)
-    assert ops.notes(row) == ""
+    assert rows.notes(row) == ""
     row.p50, row.roof = 1.0, 1.01
-    assert ops.notes(row).startswith("ABOVE THE ROOF")
+    assert rows.notes(row).startswith("ABOVE THE ROOF")
 
 
 @pytest.mark.skipif(INTERPRET or torch.cuda.is_available(), reason="CPU rows")
@@ -356,6 +404,14 @@ def test_pytest_bench_prints_a_table() -> None:
         done = subprocess.run([*command, "-p", plugin], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("CPU, reference") == 3 and "| rms_norm |" in done.stdout
+
+
+def test_peers_are_chosen_by_name() -> None:
+    assert conftest.chosen("all", "cuda")[:2] == ["eager", "compiled"] and "flex" in conftest.chosen("all", "cuda")
+    assert "eager" in conftest.chosen("all", "cpu") and not {"compiled", "flex"} & set(conftest.chosen("all", "cpu"))
+    assert conftest.chosen("", "cuda") == [] and conftest.chosen("liger,fla", "cuda") == ["liger", "fla"]
+    with pytest.raises(pytest.UsageError, match="nobody is called sonic"):
+        conftest.chosen("eager,sonic", "cuda")
 
 
 def test_bench_refuses_to_run_side_by_side() -> None:
