@@ -39,7 +39,7 @@ def liger_modulated(
     order: str = "modulate_norm",
     eps: float = 1e-5,
 ) -> Callable[[], Any]:
-    """(1 + scale) * rms_norm(x) + shift is one kernel of theirs; the gated residual before it is PyTorch's, compiled."""
+    """(1 + scale) * rms_norm(x) + shift is one kernel of theirs; the gated residual before it is PyTorch, compiled."""
     only(order == "norm_modulate", "Liger modulates after the norm only")
     only(scale is not None and shift is not None, "Liger: with shift and scale only")
     kernels_run(x, "liger-kernel")
