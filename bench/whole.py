@@ -21,22 +21,26 @@ H200 = {"bandwidth": 4.3e12, "compute": 790e12}
 def parts(
     c: TwoTowerConfig, kind: str, *, batch: int, context: int, format: sizes.Format = BF16
 ) -> dict[str, tuple[float, float]]:
-    """(bytes, operations) that a pass cannot do without, by what they are of: experts, the head, other weights,
-    attention, the scan."""
+    """(bytes, operations) that a pass cannot do without, by what they are of: experts (routed and shared), the router,
+    the head, projections, attention, the scan."""
     moved = sizes.pass_bytes(c, format, kind, batch=batch, context=context)
     L = 1 if kind == AR else c.block_size
     tokens = batch * L
     active = sizes.active_parameters(c)
     head = 0 if kind == COMMIT else active["head"]
-    others = sum(active.values()) - sum(active[name] for name in ("embeddings", "norms", "head", "routed experts"))
+    named = ("embeddings", "norms", "head", "routed experts", "shared experts", "router")
+    others = sum(active.values()) - sum(active[name] for name in named)
     time = batch * sizes.time_modules(c) if kind == DENOISER else 0
     wide = len(c.layers_of("*")) * c.num_attention_heads * c.head_dim
     states = len(c.layers_of("M")) * c.mamba_num_heads * c.mamba_head_dim * c.ssm_state_size
-    head_bytes = head * format.other / 8
+    width = format.other / 8
+    shared, router, scores = active["shared experts"], active["router"], 4 * active["router"]  # the router is fp32
+    rest = moved["other weights"] - scores - (shared + head) * width
     return {
-        "experts": (moved["experts"], 2 * tokens * active["routed experts"]),
-        "head": (head_bytes, 2 * tokens * head),
-        "other weights": (moved["other weights"] - head_bytes, 2 * (tokens * others + time)),
+        "experts": (moved["experts"] + shared * width, 2 * tokens * (active["routed experts"] + shared)),
+        "router": (scores, 2 * tokens * router),
+        "head": (head * width, 2 * tokens * head),
+        "projections": (rest, 2 * (tokens * others + time)),
         "attention": (moved["K/V"], 4 * tokens * (context + L) * wide),
         "scan": (moved["states"], 4 * tokens * states),
     }
@@ -71,7 +75,8 @@ def card(
     """The static card: bytes, operations and floors of every pass, from the config alone."""
     count = sum(sizes.parameters(c).values())
     active = sum(sizes.active_parameters(c).values())
-    yield f"{c.pattern}: {count / 1e6:,.1f} M parameters a tower, {active / 1e6:,.1f} M active, blocks of {c.block_size}"
+    size = f"{count / 1e6:,.1f} M parameters a tower, {active / 1e6:,.1f} M active"
+    yield f"{c.pattern}, blocks of {c.block_size}: {size}"
     where = f"{roofs['bandwidth'] / 1e12:.2f} TB/s and {roofs['compute'] / 1e12:.0f} TFLOP/s"
     yield f"Floors at {where}; routing uniform and independent, the worst case:"
     header = ["pass", "batch", "context", "experts hit", "GB", "GFLOP", *(f"floor ms, {name}" for name in FORMATS)]
