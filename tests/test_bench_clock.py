@@ -178,7 +178,7 @@ def test_where_names_commit_and_versions() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="an L2 to be cold or warm")
 def test_a_cold_cache_takes_longer_than_a_warm_one() -> None:
-    """16 MB in and out: from the L2 of a large GPU in less time than from memory. What fits in no cache is not faster."""
+    """16 MB from the L2 of a large GPU take less time than from memory."""
     device = clock.DeviceClock()
     with device.scope():
         sets = [torch.randn(4 << 20, device="cuda") for _ in range(8)]
