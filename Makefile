@@ -10,7 +10,7 @@ PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full check lint layering format aot mutants bench tune test-gpu clean
+.PHONY: help demo test test-full check lint layering format aot mutants bench report tune test-gpu gpu-day clean
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,11 +50,17 @@ mutants: $(VENV)/.test ## plant faults in kernels: the tests must catch every on
 bench: $(VENV)/.bench ## measure the ops, and against peers
 	$(TEST) bench/ -m "" --timeout 0 -s --benchmark-quiet $(ARGS)
 
+report: $(VENV)/.package ## render SPEED.md and its figures from bench/results
+	$(BIN)/python -m bench.report $(ARGS)
+
 tune: $(VENV)/.bench ## measure launches on a GPU, keep what wins: make tune OP=experts
 	$(BIN)/python -m bench.tune $(OP) $(ARGS)
 
 test-gpu: ## all that only a GPU can show; PYTHON names a Python that has what it takes
 	$(PYTHON) -m bench.gpu_tests $(ARGS)
+
+gpu-day: ## work through all that is owed from a GPU, in slices, resumed; PYTHON as for test-gpu
+	$(PYTHON) -m bench.gpu_day $(ARGS)
 
 clean: ## remove caches and build products, not .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

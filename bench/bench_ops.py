@@ -11,7 +11,7 @@ import torch
 from tt_kernels.launch import INTERPRET
 
 from . import clock, measure, ops
-from .conftest import HEADING, ROWS
+from .conftest import GPU_ONLY, HEADING, ROWS, chosen
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [pytest.param(case, id=case.id) for case in ops.cases(DEVICE)]
@@ -41,6 +41,10 @@ def bench(request: pytest.FixtureRequest) -> dict[str, Any]:
     shared: dict[str, Any] = {"clock": found, "checked": ops.Checked(found), "where": clock.where(found)}
     shared["roofs"] = clock.roofs(found) if DEVICE == "cuda" else None
     request.config.stash[HEADING].update(where=clock.in_a_line(shared["where"]), roofs=shared["roofs"])
+    if DEVICE == "cpu":
+        request.config.stash[HEADING]["skipped"] = (
+            f"parity at the published shapes, device times, {', '.join(GPU_ONLY)}"
+        )
     return shared
 
 
@@ -55,14 +59,14 @@ def test_parity(case: ops.Case, bench: dict[str, Any]) -> None:
 @pytest.mark.benchmark(timer=PLAYBACK)
 @pytest.mark.parametrize("case", CASES)
 def test_row(case: ops.Case, bench: dict[str, Any], request: pytest.FixtureRequest) -> None:
-    wanted = request.config.getoption("--peers").split(",") if DEVICE == "cuda" else ["eager"]
+    wanted = chosen(request.config.getoption("--peers"), DEVICE)
     seconds = 1.0 if DEVICE == "cuda" else 0.3
-    row = ops.measure(case, bench["clock"], bench["checked"], bench["roofs"], [p for p in wanted if p], seconds)
+    row = ops.measure(case, bench["clock"], bench["checked"], bench["roofs"], wanted, seconds)
     bench["clock"].release()
     request.config.stash[ROWS].append(row)
     if request.config.getoption("--record"):
-        name = bench["where"].get("gpu", "cpu ops").lower().replace(" ", "-")
-        measure.record(name, {"machine": bench["where"], "roofs": bench["roofs"], **row.record()})
+        name = bench["where"].get("gpu", "cpu").lower().replace(" ", "-")
+        measure.record(name, {"kind": "row", "machine": bench["where"], "roofs": bench["roofs"], **row.record()})
     assert not row.fault, row.fault
     if request.config.pluginmanager.has_plugin("benchmark"):
         benchmark, samples = request.getfixturevalue("benchmark"), iter(row.samples)

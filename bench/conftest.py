@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from .ops import Row, report
+from .ops import Row
+from .peers import names
+from .rows import report
 
 ROWS = pytest.StashKey[list[Row]]()
 HEADING = pytest.StashKey[dict]()
+GPU_ONLY = ("compiled", "flex")  # they would run: compiled for half a minute a row, flex_attention unfused
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -15,10 +18,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--record", action="store_true", help="append a JSON line for each row to bench/results/")
     group.addoption(
         "--peers",
-        default="eager,compiled",
-        help="what rows of a GPU are compared with, of eager and compiled; compiling takes seconds a row "
-        "(default: %(default)s; empty: nothing)",
+        default="all",
+        help=f"whom rows are compared with: names of {', '.join(names())}; compiling takes seconds a row "
+        "(default: %(default)s that are installed; empty: nobody)",
     )
+
+
+def chosen(option: str, device: str) -> list[str]:
+    """The peers that --peers names. On a CPU without those that mean nothing there."""
+    known = names()
+    wanted = known if option == "all" else [name for name in option.split(",") if name]
+    if unknown := [name for name in wanted if name not in known]:
+        raise pytest.UsageError(f"--peers: nobody is called {', '.join(unknown)}; there are {', '.join(known)}")
+    return [name for name in wanted if device == "cuda" or name not in GPU_ONLY]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,5 +44,9 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if rows := config.stash[ROWS]:
         terminalreporter.section("ops", sep="=")
         terminalreporter.write_line(config.stash[HEADING]["where"] + "\n")
+        if (skipped := config.stash[HEADING].get("skipped")) is not None:
+            terminalreporter.write_line(
+                f"CPU: references at small shapes, no claim about kernels. Not run here: {skipped}\n"
+            )
         for text in report(rows, config.stash[HEADING]["roofs"]):
             terminalreporter.write_line(text)

@@ -156,7 +156,7 @@ def report(config: TwoTowerConfig, options: argparse.Namespace) -> dict[str, Any
     header = ("tokens before", "pass ms", "products ms", "ratio (goal: 1.5)", "products", "flops / needed")
     print(table(header, rows))
     decode = {name: options.new / median(t) for name, t in times.items()}
-    return {"machine": where, "tokens_per_s": decode, "speedup": speedup, "denoiser": passes}
+    return {"kind": "cpu", "machine": where, "tokens_per_s": decode, "speedup": speedup, "denoiser": passes}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@
   memcheck-GROUP, racecheck-GROUP   small cases under compute-sanitizer
   golden-fp32   the golden models: logits to 1e-5, tokens exactly
   golden-bf16   the golden models, kernels beside references
-  bench-GROUP   the rows of bench/, recorded
+  bench-GROUP   the rows of bench/, recorded; all peers: python -m bench.gpu_day
 
 GROUP is a part of tt_kernels that has kernels: norm, moe, ... Runs with the Python that starts it and installs nothing.
 Name slices, or patterns of them, to run only these; `--from SLICE` resumes. The last lines say what passed and, where
@@ -99,7 +99,10 @@ def slices(*, golden: Path | None = None, sanitizer: str | None = None) -> list[
     found += [
         Slice(
             f"bench-{group}",
-            (*PYTEST, "bench/bench_ops.py", "--timeout", "0", "--record", *quiet, "-k", f"test_row and ({names})"),
+            (
+                *(*PYTEST, "bench/bench_ops.py", "--timeout", "0", "--record", *quiet),
+                *("--peers", "eager,compiled", "-k", f"test_row and ({names})"),
+            ),
         )
         for group, names in chosen.items()
     ]

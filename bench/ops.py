@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tt_kernels import OPS, Op
 
 from .clock import Call, interleave, percentile, reason
-from .measure import ratio, table
-from .oracle import DTYPES, Clock, Judgement, differentiable, leaves, make, oracle
+from .measure import ratio
+from .oracle import DTYPES, Clock, Judgement, leaves, make, oracle, with_leaves
+from .peers import TOLERANCE, Peer, Unavailable, difference, peers_of, results
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Row:
     p50: float = 0.0
     p80: float = 0.0
     roof: float = 0.0  # seconds that the measured bandwidth and products would take; 0: not measured
+    memory: float = 0.0  # bytes that a call needs besides its arguments, at its peak; 0: not measured
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)  # seconds, ratio to ours, clock; or why not
     samples: list[float] = field(default_factory=list, repr=False)
 
@@ -128,21 +131,66 @@ class Row:
 
 def bind(case: Case, fn: Callable[..., Any], sets: Sequence[dict[str, Any]]) -> list[Call]:
     """The measured call for every set of operands; a backward's forward runs here."""
+    return bind_peer(case, Peer("ours", lambda **kwargs: lambda: fn(**kwargs), backward=True), sets)
+
+
+def bind_peer(case: Case, peer: Peer, sets: Sequence[dict[str, Any]]) -> list[Call]:
+    """The same for whoever computes the op. What a call returns, `named` reads."""
     if not case.backward:
 
-        def forward(kwargs: dict[str, Any]) -> Any:
+        def forward(kwargs: dict[str, Any]) -> Call:
             with torch.no_grad():
-                return fn(**kwargs)
+                call = peer.adapter(**kwargs)
+            return lambda: _without_gradients(call)
 
-        return [lambda kwargs=kwargs: forward(kwargs) for kwargs in sets]
+        return [forward(kwargs) for kwargs in sets]
+
+    if not peer.backward:
+        raise Unavailable(f"{peer.name}: forward only")
+    if peer.outputs is not None and peer.outputs != case.op.outputs:
+        raise Unavailable(f"{peer.name}: does not return all that we take gradients through")
 
     def backward(kwargs: dict[str, Any]) -> Call:
-        free, grown, _ = differentiable(case.op, fn, kwargs)
-        cotangents = [torch.randn_like(t) for t in grown]
-        wanted = list(free.values())
-        return lambda: torch.autograd.grad(grown, wanted, cotangents, retain_graph=True, allow_unused=True)
+        free = _free(case, kwargs)
+        found = results(peer, case.op.outputs, peer.adapter(**with_leaves(kwargs, free))())
+        grown = {name: t for name, t in found.items() if t.requires_grad}
+        cotangents = [_cotangent(case.op.outputs.index(name), t) for name, t in grown.items()]
+        wanted, outputs = list(free.values()), list(grown.values())
+        return lambda: torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True)
 
     return [backward(kwargs) for kwargs in sets]
+
+
+def _without_gradients(call: Call) -> Any:
+    with torch.no_grad():
+        return call()
+
+
+def _free(case: Case, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: t.detach().requires_grad_() for name, t in leaves(kwargs).items() if name in case.op.grads}
+
+
+def _cotangent(seed: int, t: Tensor) -> Tensor:
+    """The same for everybody who computes this output."""
+    return torch.randn(t.shape, device=t.device, generator=torch.Generator(t.device).manual_seed(seed)).to(t.dtype)
+
+
+def named(case: Case, peer: Peer, kwargs: dict[str, Any], result: Any) -> dict[str, Tensor]:
+    """What a bound call returned, by output, or by the argument whose gradient it is."""
+    if not case.backward:
+        return results(peer, case.op.outputs, result)
+    return {f"d{name}": d for name, d in zip(_free(case, kwargs), result, strict=True) if d is not None}
+
+
+def disagreement(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:
+    """Why a peer's results are not ours, or nothing: then its adapter computes the same."""
+    if extra := got.keys() - want.keys():
+        return f"returns {', '.join(sorted(extra))}, which we do not"
+    far = {name: difference(got[name], want[name]) for name in got}
+    worst = max(far, key=lambda name: far[name], default=None)
+    if worst is None or far[worst] <= TOLERANCE:
+        return ""
+    return f"other results: {worst} is {far[worst]:.1e} from ours, above {TOLERANCE}"
 
 
 def operands(case: Case, clock: Clock) -> list[dict[str, Any]]:
@@ -152,29 +200,16 @@ def operands(case: Case, clock: Clock) -> list[dict[str, Any]]:
     return [build(seed) for seed in range(clock.sets(cost(case)[1], room))]
 
 
-def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    from torch._functorch import config
-
-    config.donated_buffer = False  # a backward that runs more than once must not give its saved tensors away
-    torch._dynamo.reset()
-    return torch.compile(fn, dynamic=False, fullgraph=True)
-
-
-PEERS: dict[str, Callable[[Op], Callable[..., Any]]] = {
-    "eager": lambda op: op.reference,
-    "compiled": lambda op: compiled(op.reference),
-}
-
-
 def measure(
     case: Case,
     clock: Clock,
     checked: Callable[[Case], tuple[str, Judgement]],
     roofs: Mapping[str, float] | None = None,
-    peers: Sequence[str] = ("eager",),
+    peers: Sequence[str] | None = ("eager",),
     seconds: float = 1.0,
 ) -> Row:
-    """The row of a case. One whose results are wrong is not timed, nor a kernel that waits for the host."""
+    """The row of a case, with the peers named (None: all). One whose results are wrong is not timed, nor a kernel that
+    waits for the host, nor a peer whose results are not ours."""
     flops, moved = cost(case)
     kernel = bool(case.op.kernels) and clock.device != "cpu" and not (case.backward and case.op.forward_only)
     row = Row(case.name, dict(case.dims), DTYPES[case.dtype], case.which, kernel, flops, moved)
@@ -188,16 +223,27 @@ def measure(
     with clock.scope():
         sets = operands(case, clock)
         calls = {"ours": bind(case, case.op.fn, sets)}
-        for name in peers:
-            if name == "compiled" and not case.op.compiles:
-                continue
+        row.memory = clock.peak(calls["ours"][0])
+        want = None
+        for peer in peers_of(case.op, peers):
             try:
-                fn = PEERS[name](case.op)
-                room = clock.peak(lambda fn=fn: [call() for call in bind(case, fn, sets[:1])])
+                room = clock.peak(lambda peer=peer: [call() for call in bind_peer(case, peer, sets[:1])])
                 # 32 calls of a peer, of ten kernels and more each, are long enough to time.
-                calls[name] = bind(case, fn, sets[: min(32, clock.sets(moved, room))])
+                bound = bind_peer(case, peer, sets[: min(32, clock.sets(moved, room))])
+                if peer.name == "eager" or case.op.writes:  # the oracle itself; or what the first call wrote is gone
+                    calls[peer.name] = bound
+                    continue
+                if want is None:
+                    want = named(case, Peer("ours", case.op.fn), sets[0], calls["ours"][0]())
+                if why := disagreement(want, named(case, peer, sets[0], bound[0]())):
+                    row.peers[peer.name] = {"why": why}
+                else:
+                    calls[peer.name] = bound
+            except Unavailable as why:
+                row.peers[peer.name] = {"why": str(why)}
             except Exception as error:
-                row.peers[name] = {"why": reason(error)}
+                row.peers[peer.name] = {"why": reason(error)}
+        del want
         samplers, how, errors = clock.samplers(calls)
         row.peers |= {name: {"why": why} for name, why in errors.items() if name != "ours"}
         if "ours" in errors or (kernel and how["ours"] == "events"):
@@ -213,50 +259,3 @@ def measure(
             "clock": how[name],
         }
     return row
-
-
-# ---- how it reads ----
-
-
-def report(rows: Sequence[Row], roofs: Mapping[str, float] | None) -> Iterator[str]:
-    """The table of a run, and what is wrong below it."""
-    if roofs:
-        yield (
-            f"Measured roofs: read {roofs['read'] / 1e12:.2f} TB/s, copy {roofs['copy'] / 1e12:.2f} TB/s, "
-            f"cuBLAS bf16 {roofs['compute'] / 1e12:.0f} TFLOP/s; a row's: the larger of its times by them\n"
-        )
-    header = ["op", "shape", "pass", "p50 us", "p20-p80", *(("TB/s", "TFLOP/s", "of roof") if roofs else ())]
-    header += ["error", "eager's", "eager/ours", *(["compiled/ours"] if roofs else []), "notes"]
-    lines = []
-    for row in rows:
-        cells = [row.op, " ".join(f"{k}={v}" for k, v in row.dims.items()), row.which]
-        if row.fault:
-            cells += ["RED"] + [""] * (len(header) - 5) + ["see below"]
-        else:
-            cells += [f"{1e6 * row.p50:.1f}", f"{1e6 * row.p20:.1f}-{1e6 * row.p80:.1f}"]
-            if roofs:
-                rates = (row.bytes / row.p50 / 1e12, row.flops / row.p50 / 1e12)
-                cells += [f"{rates[0]:.2f}", f"{rates[1]:.1f}", f"{100 * row.share:.0f} %"]
-            cells += [f"{row.error:.1e}", f"{row.eager_error:.1e}", _times(row, "eager")]
-            cells += [*([_times(row, "compiled")] if roofs else []), notes(row)]
-        lines.append(cells)
-    yield table(header, lines)
-    yield from (f"RED {row.op} {row.dims} {row.dtype} {row.which}: {row.fault}" for row in rows if row.fault)
-    untimed = [(f"{row.op} {row.which}, {n}", p["why"]) for row in rows for n, p in row.peers.items() if "why" in p]
-    yield from (f"{what}: no time: {why}" for what, why in dict.fromkeys(untimed))
-
-
-def _times(row: Row, peer: str) -> str:
-    found = row.peers.get(peer, {})
-    return f"{found['ratio']:.2f}" + ("*" if found["clock"] == "events" else "") if "ratio" in found else "-"
-
-
-def notes(row: Row) -> str:
-    """What makes a row other than the rule: kernel, bf16, graph, four sets, an fp64 oracle of the whole shape."""
-    found = [] if row.kernel else ["CPU, reference" if row.clock == "wall" else "reference"]
-    found += [row.dtype] if row.dtype != "bf16" and row.clock != "wall" else []
-    found += ["host's share in it"] if row.clock == "events" else []
-    found += [f"{row.sets} sets"] if row.sets < 4 and row.clock != "wall" else []
-    found += [f"oracle {row.oracle}"] if row.oracle != "fp64" else []
-    found += ["ABOVE THE ROOF: its inputs hold less work than its cost counts, or its clock is wrong"] * (row.share > 1)
-    return ", ".join(found)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import clock, conftest, golden, ops, oracle
+from bench import clock, conftest, golden, ops, oracle, rows
+from bench.peers import Peer, Unavailable, peers_of
 from tt_kernels import OPS, Op
 from tt_kernels.launch import INTERPRET
 
@@ -54,173 +54,6 @@ class FakeClock(clock.HostClock):
             c[0]()
         timed = [name for name in calls if name not in self.errors]
         return {n: lambda n=n: self.seconds[n] for n in timed}, dict.fromkeys(timed, self.how), self.errors
-
-
-# ---- clocks ----
-
-
-def test_percentile() -> None:
-    assert [clock.percentile([3.0, 1.0, 2.0], share) for share in (0, 0.5, 0.75, 1)] == [1, 2, 2.5, 3]
-    assert clock.percentile([7.0], 0.2) == 7
-
-
-def test_interleaved_samples() -> None:
-    calls: list[str] = []
-    samplers = {name: lambda name=name: float(len(calls) + bool(calls.append(name))) for name in "ab"}
-    times = clock.interleave(samplers, seconds=0.0, least=3)
-    assert calls == ["a", "b"] * 4
-    assert times == {"a": [2.0, 4.0, 6.0], "b": [3.0, 5.0, 7.0]}  # the first round is not timed
-    assert len(clock.interleave({"a": lambda: 0.0}, seconds=1.0, most=5)["a"]) == 5
-
-
-def test_host_clock_repeats_short_calls() -> None:
-    calls: list[int] = []
-    host = clock.HostClock()
-    before = torch.get_num_threads()
-    with host.scope():
-        assert torch.get_num_threads() == 1
-        samplers, how, errors = host.samplers({"a": [lambda: calls.append(1)]})
-        seconds = samplers["a"]()
-    assert torch.get_num_threads() == before and how == {"a": "wall"} and errors == {}
-    assert 0 < seconds < 1e-4 and len(calls) > 50
-
-
-class FakeCuda:
-    """torch.cuda as far as a clock uses it, noting what happens in which order."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.mode: Any = "default"
-        self.free = 2**30
-
-    def get_device_properties(self) -> Any:
-        return SimpleNamespace(L2_cache_size=4096, multi_processor_count=1)
-
-    def CUDAGraph(self) -> Any:
-        return SimpleNamespace(replay=lambda: self.log.append("replay"))
-
-    @contextmanager
-    def graph(self, graph: Any, pool: Any, stream: Any) -> Any:
-        assert pool == "pool" and stream == "stream"
-        self.log.append("capture")
-        yield
-        self.log.append("captured")
-
-    def Event(self, enable_timing: bool) -> Any:
-        event = SimpleNamespace(synchronize=lambda: None, elapsed_time=lambda end: 6.0)
-        event.record = lambda: self.log.append("event")
-        return event
-
-    def Stream(self) -> str:
-        return "stream"
-
-    def stream(self, stream: str) -> Any:
-        return nullcontext()
-
-    def graph_pool_handle(self) -> str:
-        return "pool"
-
-    def set_sync_debug_mode(self, mode: Any) -> None:
-        self.mode = mode
-
-    def get_sync_debug_mode(self) -> Any:
-        return self.mode
-
-    def _sleep(self, cycles: int) -> None:
-        assert cycles >= 200_000
-        self.log.append("sleep")
-
-    def mem_get_info(self) -> tuple[int, int]:
-        return self.free, 2**31
-
-    def memory_reserved(self) -> int:
-        return 50
-
-    def memory_allocated(self) -> int:
-        return 50
-
-    def max_memory_allocated(self) -> int:
-        return 1074
-
-    def synchronize(self) -> None: ...
-    def empty_cache(self) -> None: ...
-    def reset_peak_memory_stats(self) -> None: ...
-
-
-@pytest.fixture
-def device() -> clock.DeviceClock:
-    return clock.DeviceClock(FakeCuda(), "cpu")
-
-
-def test_device_clock_flushes_before_the_timed_region(
-    device: clock.DeviceClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = device.cuda.log
-    summed: list[int] = []
-    monkeypatch.setattr(clock.torch, "sum", lambda buffer, *a, **k: (summed.append(buffer.nbytes), log.append("flush")))
-    calls = [lambda i=i: log.append(f"call {i}") for i in range(3)]
-    samplers, how, errors = device.samplers({"a": calls})
-    # Twice outside of a capture: the first may compile, the second shows whether it waits.
-    assert log == ["call 0", "call 0", "capture", "call 0", "call 1", "call 2", "captured", "replay"]
-    assert how == {"a": "graph"} and errors == {} and device.cuda.mode == "default"
-    log.clear()
-    assert samplers["a"]() == pytest.approx(6e-3 / 3)
-    assert log == ["sleep", "flush", "event", "replay", "event"]
-    assert summed == [4 * 4096]
-
-
-def test_device_clock_times_what_waits_by_events(device: clock.DeviceClock) -> None:
-    def waits() -> None:
-        device.cuda.log.append("call")
-        if device.cuda.mode == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
-
-    def fails() -> None:
-        raise ValueError("no such\nthing")
-
-    def breaks() -> None:
-        if device.cuda.mode == "error":
-            raise RuntimeError("broken")
-
-    samplers, how, errors = device.samplers({"waits": [waits, waits], "fails": [fails], "breaks": [breaks]})
-    assert how == {"waits": "events"} and device.cuda.mode == "default"
-    assert errors == {"fails": "ValueError: no such", "breaks": "RuntimeError: broken"}
-    device.cuda.log.clear()
-    assert samplers["waits"]() == pytest.approx(6e-3 / 2)
-    assert device.cuda.log == ["event", "call", "call", "event"]
-
-
-def test_operand_sets_outgrow_the_cache_within_memory(device: clock.DeviceClock) -> None:
-    assert device.sets(moved=4096, room=1) == 8
-    assert device.sets(moved=10**9, room=1) == 4
-    assert device.sets(moved=0, room=1) == 256
-    assert device.sets(moved=10**9, room=0.3 * 2**30) == device.sets(moved=1, room=2**31) == 1
-    assert device.peak(lambda: None) == 1024
-
-
-def test_roofs_are_amounts_over_medians(device: clock.DeviceClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not INTERPRET:
-        monkeypatch.setattr(clock, "read_stream", lambda x, programs: lambda: x.sum())
-    found = clock.roofs(device, torch.float32, steps=1)
-    seconds = 6e-3 / 4  # each sample times four calls
-    assert found["read"] == found["copy"] == found["bandwidth"] == pytest.approx(4 * 4 * clock.BLOCK / seconds)
-    assert found["compute"] == pytest.approx(2 * 16**3 / seconds)
-
-
-@pytest.mark.kernels
-@pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="a kernel")
-def test_read_stream_reads_everything_once() -> None:
-    x = torch.randn(3 * 2 * clock.BLOCK, device="cpu" if INTERPRET else "cuda")
-    got = clock.read_stream(x, programs=2)()
-    torch.testing.assert_close(got, x.view(3, 2, -1).sum((0, 2)))
-
-
-def test_where_names_commit_and_versions() -> None:
-    found = clock.where(clock.HostClock())
-    assert {"commit", "triton", "torch", "date", "cpu"} <= set(found) and found["threads"] == 1
-    assert found["commit"] in clock.in_a_line(found) and "GPU" not in clock.in_a_line(found)
-    on_gpu = found | {"gpu": "Fast", "driver": "1.2", "cuda": "13.0"}
-    assert clock.in_a_line(on_gpu).startswith("Fast, driver 1.2, CUDA 13.0, Triton ")
 
 
 # ---- judgements ----
@@ -306,7 +139,8 @@ def test_a_backward_moves_its_gradients_too() -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_row_has_times_shares_and_ratios(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ops.PEERS, "compiled", lambda op: op.reference)
+    peer = Peer("compiled", lambda **kwargs: lambda: 2 * kwargs["x"], backward=True)
+    monkeypatch.setattr(ops, "peers_of", lambda op, wanted: [*peers_of(op, ["eager"]), peer])
     fake = FakeClock({"ours": 2e-6, "eager": 5e-6}, errors={"compiled": "does not compile"})
     roofs = {"bandwidth": 96e6, "compute": 1e12, "read": 96e6, "copy": 90e6}
     case = a_case(card(kernels=("_k_kernel",)), backward=backward, dtype=torch.bfloat16)
@@ -316,15 +150,61 @@ def test_a_row_has_times_shares_and_ratios(backward: bool, monkeypatch: pytest.M
     assert row.peers["eager"] == {"seconds": 5e-6, "ratio": pytest.approx(2.5), "clock": "graph"}
     assert row.peers["compiled"] == {"why": "does not compile"}
     assert json.loads(json.dumps(row.record()))["share"] == row.share
-    text = " ".join("\n".join(ops.report([row], roofs)).split())
-    assert f"| {75 if backward else 50} % |" in text and "| 2.50 |" in text and "no time: does not compile" in text
+    text = " ".join("\n".join(rows.report([row], roofs)).split())
+    assert f"| {75 if backward else 50} % |" in text and "| 2.50 |" in text
+    assert f"no time of compiled (double {case.which}): does not compile" in text
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_peer_with_other_results_is_not_timed(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(**kwargs: Any) -> Any:
+        raise Unavailable("not installed")
+
+    def square(x: Tensor) -> Tensor:  # right in the first row only
+        return torch.cat([2 * x[:1], 2.2 * x[1:]])
+
+    found = [
+        Peer("wrong", lambda x: lambda: square(x), backward=True),
+        Peer("absent", absent, backward=True),
+        Peer("breaks", lambda x: lambda: x.view(-1, 5), backward=True),
+        Peer("forward", lambda x: lambda: 2 * x),
+        Peer("right", lambda x: lambda: x + x, backward=True),
+    ]
+    monkeypatch.setattr(ops, "peers_of", lambda op, wanted: found)
+    fake = FakeClock({"ours": 1.0, "right": 1.5, "forward": 3.0})
+    row = ops.measure(a_case(card(), backward=backward), fake, ops.Checked(fake), seconds=0.0)
+    why = {name: peer["why"] for name, peer in row.peers.items() if "why" in peer}
+    assert (
+        why["wrong"].startswith(f"other results: {'dx' if backward else 'y'} is ") and why["absent"] == "not installed"
+    )
+    assert why["breaks"].startswith("RuntimeError: ") and row.peers["right"]["ratio"] == 1.5
+    assert why.get("forward") == ("forward: forward only" if backward else None)
+
+
+def test_a_slower_kernel_shows() -> None:
+    """Real clock, real work: twice the work takes longer, and the ratio to the same peer says so."""
+    x = torch.randn(256, 256)
+
+    def rows_of(times: int) -> ops.Row:
+        def fn(x: Tensor) -> Tensor:
+            for _ in range(times):
+                y = x @ x
+            return y
+
+        op = card(fn, reference=lambda x: x @ x, inputs=lambda dtype, T, D: dict(x=x.to(dtype)), grads=())
+        host = clock.HostClock()
+        return ops.measure(a_case(op), host, ops.Checked(host), seconds=0.0)
+
+    honest, slow = rows_of(1), rows_of(4)
+    assert not honest.fault and not slow.fault and slow.p50 > 2 * honest.p50
+    assert honest.peers["eager"]["ratio"] > 0.6 and slow.peers["eager"]["ratio"] < 0.45
 
 
 def test_wrong_rows_are_not_timed() -> None:
     fake = FakeClock({})  # would fail if asked
     row = ops.measure(a_case(card(lambda x: 3 * x)), fake, ops.Checked(fake))
     assert row.fault and not row.p50
-    text = "\n".join(ops.report([row], None))
+    text = "\n".join(rows.report([row], None))
     assert " RED | " in text and f"RED {row.op} {DIMS} fp32 forward: y: error" in text
 
 
@@ -342,11 +222,11 @@ def test_a_kernel_that_waits_for_the_host_is_red() -> None:
 
 def test_notes_name_exceptions() -> None:
     row = ops.Row("f", DIMS, "fp32", "forward", False, 1, 1, oracle="fp64 T=2", clock="events", sets=2)
-    assert ops.notes(row) == "reference, fp32, host's share in it, 2 sets, oracle fp64 T=2"
+    assert rows.notes(row) == "reference, fp32, host's share in it, 2 sets, oracle fp64 T=2"
     row = ops.Row("f", DIMS, "bf16", "forward", True, 1, 1, oracle="fp64", clock="graph", sets=4)
-    assert ops.notes(row) == ""
+    assert rows.notes(row) == ""
     row.p50, row.roof = 1.0, 1.01
-    assert ops.notes(row).startswith("ABOVE THE ROOF")
+    assert rows.notes(row).startswith("ABOVE THE ROOF")
 
 
 @pytest.mark.skipif(INTERPRET or torch.cuda.is_available(), reason="CPU rows")
@@ -356,6 +236,14 @@ def test_pytest_bench_prints_a_table() -> None:
         done = subprocess.run([*command, "-p", plugin], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("CPU, reference") == 3 and "| rms_norm |" in done.stdout
+
+
+def test_peers_are_chosen_by_name() -> None:
+    assert conftest.chosen("all", "cuda")[:2] == ["eager", "compiled"] and "flex" in conftest.chosen("all", "cuda")
+    assert "eager" in conftest.chosen("all", "cpu") and not {"compiled", "flex"} & set(conftest.chosen("all", "cpu"))
+    assert conftest.chosen("", "cuda") == [] and conftest.chosen("liger,fla", "cuda") == ["liger", "fla"]
+    with pytest.raises(pytest.UsageError, match="nobody is called sonic"):
+        conftest.chosen("eager,sonic", "cuda")
 
 
 def test_bench_refuses_to_run_side_by_side() -> None:

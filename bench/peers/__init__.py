@@ -1,0 +1,42 @@
+"""Who else computes what our ops compute: a registry op -> {peer -> adapter}. README.md says how to get each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tt_kernels import Op
+
+from . import attention, experts, head, mamba, norm, router
+from .base import TOLERANCE, Adapter, Peer, Unavailable, compiled, difference, results
+
+__all__ = ["GENERAL", "REGISTRY", "TOLERANCE", "Adapter", "Peer", "Unavailable", "difference", "names", "peers_of"]
+__all__ += ["results"]
+
+GENERAL = ("eager", "compiled")  # of every op: its reference as it stands, and under torch.compile
+
+REGISTRY: dict[str, dict[str, Peer]] = {}
+for part in (norm, router, experts, attention, mamba, head):
+    for op, peers in part.PEERS.items():
+        REGISTRY.setdefault(op, {}).update({peer.name: peer for peer in peers})
+
+
+def names() -> list[str]:
+    """Every peer's name, the general ones first, then as registered."""
+    return list(dict.fromkeys([*GENERAL, *(name for peers in REGISTRY.values() for name in peers)]))
+
+
+def peers_of(op: Op, wanted: Sequence[str] | None = None) -> list[Peer]:
+    """The peers of an op, of those wanted (None: all)."""
+
+    def eager(**kwargs):
+        return lambda: op.reference(**kwargs)
+
+    def inductor(**kwargs):
+        if not op.compiles:
+            raise Unavailable("the reference does not compile into one graph")
+        fn = compiled(op.reference)
+        return lambda: fn(**kwargs)
+
+    general = [Peer("eager", eager, backward=True), Peer("compiled", inductor, backward=True)]
+    found = [*general, *REGISTRY.get(op.fn.__name__, {}).values()]
+    return [peer for peer in found if wanted is None or peer.name in wanted]

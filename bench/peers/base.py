@@ -1,0 +1,122 @@
+"""What an adapter of a peer is: the same inputs, equal results, or a reason in one line."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import math
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tt_kernels.launch import INTERPRET
+
+HOW_TO = "bench/peers/README.md"
+
+# The rms difference that an adapter may show from our results. Peers multiply in TF32, 16 bits or fp8-free bf16 where
+# we do not, which is 1e-2 at most; a wrong mask, scale, decay or order of heads shows at 1e-1 and above.
+TOLERANCE = 3e-2
+
+
+class Unavailable(Exception):
+    """Why a peer takes no part in a row: not installed, not for this device, not for this form of the op."""
+
+
+Adapter = Callable[..., Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`adapter(**card inputs)` gets everything ready that a user would get ready once (masks, views, plans) and returns
+    the call to be timed; the call returns the op's results, or those named in `outputs`, in that order."""
+
+    name: str
+    adapter: Adapter
+    outputs: tuple[str, ...] | None = None  # of the op's; None: all
+    backward: bool = False  # whether autograd goes through it
+
+
+def needs(module: str, package: str | None = None) -> Any:
+    """The module, imported; a package that lacks it, or cannot be loaded here, is a reason and not an error."""
+    package = package or module.partition(".")[0].replace("_", "-")
+    try:
+        missing = importlib.util.find_spec(module.partition(".")[0]) is None
+    except (ImportError, ValueError):
+        missing = True
+    if missing:
+        raise Unavailable(f"{package} is not installed ({HOW_TO})")
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # an extension built for another torch, a GPU that is not there, a moved file
+        line = next(iter(str(error).splitlines()), "")
+        raise Unavailable(f"{package}: {module} does not load here: {type(error).__name__}: {line}"[:160]) from error
+
+
+def bare_package(name: str) -> None:
+    """Register an installed package without running its __init__, which may want extensions that its Triton files do
+    not need."""
+    if name in sys.modules:
+        return
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.submodule_search_locations is None:
+        raise Unavailable(f"{name.replace('_', '-')} is not installed ({HOW_TO})")
+    package = types.ModuleType(name)
+    package.__path__ = list(spec.submodule_search_locations)
+    package.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    sys.modules[name] = package
+
+
+def on_gpu(t: Tensor, package: str) -> None:
+    """Refuse what runs on a GPU only."""
+    if not t.is_cuda:
+        raise Unavailable(f"{package}: runs on an NVIDIA GPU only")
+
+
+def kernels_run(t: Tensor, package: str) -> None:
+    """Refuse a Triton package where neither a GPU nor Triton's interpreter runs its kernels."""
+    if not t.is_cuda and not INTERPRET:
+        raise Unavailable(f"{package}: runs on an NVIDIA GPU only")
+
+
+def only(condition: bool, what: str) -> None:
+    """Refuse a form of the op that the peer does not have."""
+    if not condition:
+        raise Unavailable(what)
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """Of floats the rms difference over the rms of `want`; of ids the share that differ; inf for other shapes."""
+    if got.shape != want.shape:
+        return math.inf
+    if not want.numel():
+        return 0.0
+    if not want.is_floating_point():
+        return (got != want).double().mean().item()
+    size = want.double().norm().item()
+    return (got.double() - want.double()).norm().item() / size if size else got.double().norm().item()
+
+
+def results(peer: Peer, outputs: tuple[str, ...], result: Any) -> dict[str, Tensor]:
+    """What a call returned, by the op's names."""
+    result = result if isinstance(result, tuple) else (result,)
+    return dict(zip(peer.outputs or outputs, result, strict=True))
+
+
+def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for one shape, whose backward may run more than once."""
+    from torch._functorch import config
+
+    config.donated_buffer = False  # else a backward gives its saved tensors away
+    torch._dynamo.reset()
+    return torch.compile(fn, dynamic=False, fullgraph=True)
+
+
+def prepared(fn: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """A peer's PyTorch part, compiled on a GPU: it is not to lose by our glue."""
+    return torch.compile(fn, dynamic=False) if x.is_cuda else fn

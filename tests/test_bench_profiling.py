@@ -1,0 +1,178 @@
+"""The whole-model bench and the profiling commands: what they print and write on a CPU, and what they refuse."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import generate, measure, whole
+from bench.models import random_on_device
+from profiling import aot, common, host, ncu, one, proton, timeline
+from tt_kernels import OPS
+from tt_kernels.launch import INTERPRET
+from tt_model import TwoTowerConfig
+
+COMMANDS = {"timeline": timeline, "host": host, "aot": aot, "ncu": ncu, "one": one, "proton": proton}
+CPU = pytest.mark.skipif(INTERPRET or torch.cuda.is_available(), reason="what a CPU does")
+
+TINY = TwoTowerConfig(
+    vocab_size=61,
+    hidden_size=16,
+    pattern="ME*E",
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    mamba_num_heads=2,
+    mamba_head_dim=8,
+    ssm_state_size=8,
+    n_groups=1,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    moe_shared_expert_intermediate_size=12,
+    block_size=8,
+    mask_token_id=3,
+)
+
+SMALL = ["--batch", "1", "--context", "8", "--new", "4", "--rounds", "1"]
+
+# ---- the whole model ----
+
+
+@pytest.fixture
+def subject() -> generate.Subject:
+    return generate.Subject("tiny", random_on_device(TINY, "cpu", torch.float32), None)
+
+
+@CPU
+def test_both_towers_lie_on_the_same_memory(subject: generate.Subject) -> None:
+    model = subject.model
+    assert model.lm_head.weight is model.context_lm_head.weight
+    mine, theirs = (tower.layers[1].mixer.experts.up_proj for tower in (model.context_tower, model.denoiser_tower))
+    assert mine is theirs and torch.isfinite(model.context_logits(torch.arange(8).unsqueeze(0))).all()
+    assert not any(p.is_meta for p in model.parameters())
+
+
+@CPU
+def test_passes_are_measured_beside_what_they_need(subject: generate.Subject) -> None:
+    lines = list(generate.passes(subject, batch=2, context=5, rounds=2))
+    assert [line["pass"] for line in lines] == [whole.DENOISER, whole.COMMIT, whole.AR]
+    for line in lines:
+        assert line["p20"] <= line["p50"] <= line["p80"] and line["clock"] == "wall" and line["rounds"] == 2
+        assert 2 <= line["experts"] <= 4 and line["flops"] > 0 and line["bytes"] > 0 and line["floor"] is None
+        json.dumps(line)
+    assert whole.regime(TINY, lines, None).count("\n") == 2
+    with pytest.raises(ZeroDivisionError):
+        generate.experts_hit(subject.model, lambda: 1 / 0)
+    assert all(m.load is None for m in subject.model.modules() if hasattr(m, "load"))
+
+
+@CPU
+def test_decoding_counts_tokens_and_passes(subject: generate.Subject) -> None:
+    line = generate.decoding(subject, 2, 5, "mask_diffusion", new=8, threshold=0.0, rounds=1)
+    assert line["tokens_per_pass"] == 8 and line["tokens_per_s"] > 0  # every position is above no threshold
+    assert generate.decoding(subject, 1, 5, "ar", new=3, threshold=0.5, rounds=1)["tokens_per_pass"] is None
+
+
+@CPU
+def test_generate_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    assert generate.main([*SMALL, "--modes", "ar", "--record"]) == 0
+    out = capsys.readouterr().out
+    assert "no claim about kernels" in out and "experts hit of uniform" in out and "When diffusion beats AR" in out
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
+    assert kinds == ["pass"] * 3 + ["decode"]
+    assert generate.main(["--model", "no/such/folder"]) == 2
+    assert capsys.readouterr().err.startswith("bench.generate: error: --model no/such/folder")
+
+
+# ---- profiling ----
+
+
+@CPU
+def test_a_timeline_names_ops_and_their_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "deep/trace.json"
+    assert timeline.main(["--passes", "1", "--context", "8", "--out", str(trace)]) == 0
+    out = capsys.readouterr().out
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    for op in ("experts", "route", "unmask", "ssd_block", "context_attention", "linear"):
+        assert f"\n| {op} " in out and f"op {op}" in names
+    assert "between them" in out and "aten::mm" in out and "floor of the whole pass" in out
+    assert common.OPS["experts"].fn.__name__ == "experts"  # and nothing stays wrapped
+    from tt_model.layers import moe
+
+    assert moe.experts is OPS["experts"].fn
+
+
+def test_floors_stand_beside_the_ops_that_share_them() -> None:
+    found = {"ssd_block": (1.0, 2e-3), "ssd_step": (1.0, 2e-3), "rms_norm": (3.0, 1e-3)}
+    text = timeline.op_table(found, 10e-3, {"scan": 1e-3})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["ssd_block", "1", "2000.0", "20.0 %", "1000.0", "25 %"] in rows
+    assert ["rms_norm", "3", "1000.0", "10.0 %", "-", "-"] in rows
+    assert ["between them", "", "5000.0", "50.0 %", "-", "-"] in rows
+
+
+@CPU
+def test_the_host_is_counted_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert host.main(["--model", "bundled", "--context", "16", "--rounds", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "_experts_up_kernel" in out and "PyTorch operators" in out and "the host's own time" in out
+
+
+def test_the_offline_report_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert aot.main(["experts", "rms_norm"]) == 0
+    out = capsys.readouterr().out
+    assert "_experts_up_kernel" in out and "_modulated_rms_norm_fwd_kernel" in out and "HGMMA" in out
+    # 34 registers and 100 KB: shared memory lets two in. 40 registers a thread after rounding, 255 of four warps: two.
+    assert aot.programs(90, 34, 102400, 4) == (2, "shared memory")
+    assert aot.programs(90, 255, 0, 4) == (2, "registers")
+    assert aot.programs(90, 32, 0, 1) == (32, "programs")
+    assert aot.main(["linear_cross_entropy"]) == 2 and "no kernels yet" in capsys.readouterr().err
+    assert aot.main(["experts", "--triton", "1.0.0"]) == 2 and "the lock has no Triton 1.0.0" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(INTERPRET, reason="launches are not recorded")
+def test_ncu_looks_at_the_second_call(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ncu.main(["experts", "--shape", "T=16", "--show"]) == 0
+    out = capsys.readouterr().out
+    assert "--launch-skip 4 --launch-count 4" in out and "T=16,D=2688" in out
+    assert "_experts_up_kernel|_experts_down_kernel" in out and "_experts_bwd_hidden_kernel" not in out
+
+
+@CPU
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("ncu", ["experts"], "ncu is not on the PATH"),
+        ("ncu", ["linear_cross_entropy"], "has no kernels yet"),
+        ("ncu", ["experts", "--shape", "T=3"], "--shape is T=3, the card of experts has T=1"),
+        ("ncu", ["experts", "--shape", "T=x"], "expected sizes by name"),
+        ("proton", ["experts"], "needs an NVIDIA GPU"),
+        ("one", ["expert"], "no op is called 'expert'"),
+        ("one", ["experts"], "needs an NVIDIA GPU"),
+        ("timeline", ["--model", "no/such/folder"], "--model no/such/folder"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(
+    name: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
+    assert COMMANDS[name].main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"profiling.{name}: error: ") and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        COMMANDS[name].main(["--help"])
+    out = capsys.readouterr().out
+    assert f"python -m profiling.{name}" in out and len(out.splitlines()) > 8
+
+
+def test_proton_metrics_are_the_cards() -> None:
+    dims = dict(OPS["rms_norm"].shapes[0])
+    assert proton.work("rms_norm", dims) == {"flops": 4 * 16 * 2688, "bytes": (2 * 16 + 1) * 2688 * 2}
