@@ -1,5 +1,5 @@
-"""Attention to a paged cache, and its append: every length, block and page edge, a block as its tokens one by one, dirty
-memory. References without TRITON_INTERPRET, kernels with it or on a GPU. 15 s interpreted.
+"""Attention to a paged cache, and its append: every length, block and page edge, a block as its tokens one by one,
+dirty memory. References without TRITON_INTERPRET, kernels with it or on a GPU.
 
 Shapes: B rows, L tokens of a block, S cached tokens; 2 query heads to a KV head.
 """

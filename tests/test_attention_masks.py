@@ -1,5 +1,5 @@
-"""The masks of training in fp64: causal and block diffusion, packed and not, blocks of 4 to 128; and the log-sum-exp that
-is kept for a backward. References without TRITON_INTERPRET, kernels with it. 10 s interpreted."""
+"""The masks of training in fp64: causal and block diffusion, packed and not, blocks of 4 to 128; and the log-sum-exp
+that is kept for a backward. References without TRITON_INTERPRET, kernels with it."""
 
 import math
 

@@ -1,6 +1,7 @@
 """Launch heuristics of attention: pure functions of shapes and architecture."""
 
 import pytest
+import triton
 
 from tt_kernels.attention.block_diffusion_kernels import block_attention_launch
 from tt_kernels.attention.context_kernels import context_attention_launch, context_splits
@@ -11,7 +12,7 @@ SHAPES = [(L, heads, R) for L in (1, 2, 16, 32, 64, 100, 2048) for heads, R in (
 
 def size_of_a_split(length: int, most: int, least: int) -> int:
     """As the kernel has it."""
-    return max(-(-(-(-length // most)) // 64) * 64, least)
+    return max(triton.cdiv(triton.cdiv(length, most), 64) * 64, least)
 
 
 @pytest.mark.parametrize("L,heads,R", SHAPES)

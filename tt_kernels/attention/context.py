@@ -101,8 +101,8 @@ def append_attention(
 
     Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v; none flow through the cache, and where they are
     wanted the reference runs. Deterministic. Raises ValueError for sizes that disagree, Hkv that does not divide Hq,
-    and in the reference for rows that outgrow their pages, which kernels cut to them. Cost for S cached tokens a row: 4 B L Hq (S + L / 2) P flops,
-    (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes. Source: as `context_attention`.
+    and in the reference for rows that outgrow their pages, which kernels cut to them. Cost for S cached tokens a row:
+    4 B L Hq (S + L / 2) P flops, (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes. Source: as `context_attention`.
     """
     check(
         "append_attention",

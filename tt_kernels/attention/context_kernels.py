@@ -138,7 +138,7 @@ def _context_attention_kernel(
         end = tl.minimum(length, start + size)
     table_ptr = page_table_ptr + b * stride_table
     offs_p = tl.arange(0, BLOCK_P)
-    if APPEND:
+    if APPEND:  # noqa: SIM102 (known to the compiler, the split is not)
         if split == 0:
             # The tokens whose first query row is in this tile, so that each is written once. They lie from `length` on,
             # where cached tiles are masked: no program uses what another writes here.
