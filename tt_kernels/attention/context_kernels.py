@@ -348,7 +348,8 @@ def _attention(
             (B * L * Hq,),
             *(partial, m, l, o, B * L * Hq, splits),
             P=P,
-            launch=Launch(BLOCK_S=triton.next_power_of_2(splits), BLOCK_P=launch.BLOCK_P, num_warps=4, num_stages=1),
+            # `most`, not `splits`: in what order they are added must not depend on the room.
+            launch=Launch(BLOCK_S=triton.next_power_of_2(most), BLOCK_P=launch.BLOCK_P, num_warps=4, num_stages=1),
         )
     return o
 
