@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from ..core import Op, check, takes_kernel, wants_gradients
+from ..launch import Launch
 from .context_kernels import append_attention_forward, context_attention_forward
 
 
@@ -100,8 +101,8 @@ def append_attention(
 
     Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v; none flow through the cache, and where they are
     wanted the reference runs. Deterministic. Raises ValueError for sizes that disagree, Hkv that does not divide Hq,
-    and in the reference for rows that outgrow their pages, which kernels cut to them. Cost for S cached tokens a row: 4 B L Hq (S + L / 2) P flops,
-    (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes. Source: as `context_attention`.
+    and in the reference for rows that outgrow their pages, which kernels cut to them. Cost for S cached tokens a row:
+    4 B L Hq (S + L / 2) P flops, (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes. Source: as `context_attention`.
     """
     check(
         "append_attention",
@@ -205,6 +206,12 @@ def _append_cost(
     return flops, moved + 2 * B * L * Hkv * P * itemsize
 
 
+_CANDIDATES = dict(
+    _context_attention_kernel=tuple(
+        Launch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=64, num_warps=warps, num_stages=stages)
+        for m, warps, stages in ((16, 4, 4), (64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 8, 3), (128, 8, 4))
+    )
+)
 _PUBLISHED = dict(Hq=32, Hkv=2, P=128, shuffled=2)
 
 OPS = (
@@ -237,6 +244,7 @@ OPS = (
         kernels=("_context_attention_kernel", "_combine_splits_kernel"),
         forward_only=True,
         tensor_cores={"_context_attention_kernel": "BLOCK_M"},
+        candidates=_CANDIDATES,
         compiles=False,  # how many pages are read depends on the lengths, which are read on the host
     ),
     Op(
@@ -263,6 +271,7 @@ OPS = (
         kernels=("_context_attention_kernel", "_combine_splits_kernel"),
         forward_only=True,
         tensor_cores={"_context_attention_kernel": "BLOCK_M"},
+        candidates=_CANDIDATES,
         compiles=False,  # as above
     ),
 )

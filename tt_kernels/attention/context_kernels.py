@@ -15,10 +15,10 @@ from .tile import attend
 
 
 @triton.jit
-def _page(table_ptr, n, end, page_size, ONE_PAGE: tl.constexpr):
-    """The page of cached token n, where tiles lie in one page each."""
+def _page(table_ptr, n, end, page_size, TMA: tl.constexpr):
+    """The page of cached token n, where a tile lies in one page."""
     page = 0
-    if ONE_PAGE:
+    if TMA:
         page = tl.load(table_ptr + n // page_size, mask=n < end, other=0).to(tl.int32)
     return page
 
@@ -45,7 +45,6 @@ def _cached(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     TMA: tl.constexpr,
-    ONE_PAGE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Keys and values of cached tokens n and on: [BLOCK_N, BLOCK_P]; MASKED: values are 0 from `end` on."""
@@ -61,9 +60,7 @@ def _cached(
         mask = (offs_p < P)[None, :]
         if MASKED:
             mask = mask & (tokens < end)[:, None]
-        if ONE_PAGE:
-            pages = page.to(tl.int64)
-        elif MASKED:
+        if MASKED:
             pages = tl.load(table_ptr + tokens // page_size, mask=tokens < end, other=0).to(tl.int64)
         else:
             pages = tl.load(table_ptr + tokens // page_size).to(tl.int64)
@@ -119,7 +116,6 @@ def _context_attention_kernel(
     APPEND: tl.constexpr,  # the block's keys and values enter the cache behind its tokens
     CAUSAL: tl.constexpr,
     TMA: tl.constexpr,
-    ONE_PAGE: tl.constexpr,  # a tile of cached tokens lies in one page; so it does where TMA
     SPLIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr,  # tokens that begin in a row tile, or more
@@ -130,18 +126,19 @@ def _context_attention_kernel(
     # so that what one row tile reads the next finds in L2.
     tile = tl.program_id(0)
     head = tl.program_id(1) % Hkv
-    split = tl.program_id(1) // Hkv
+    split = tl.program_id(1) // Hkv if SPLIT else 0
     b = tl.program_id(2).to(tl.int64)
     acc = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     PRECISION: tl.constexpr = "ieee"  # of fp32 products; 16-bit ones do not see it
     length = tl.minimum(tl.load(lengths_ptr + b), room)  # never past the row's pages
-    # The row's own length is what is split: every split then has as much to do, however much room there is.
-    size = tl.maximum(tl.cdiv(tl.cdiv(length, most), 64) * 64, least)
-    start = split * size
-    end = tl.minimum(length, start + size) if SPLIT else length
+    start, end = 0, length
+    if SPLIT:  # the row's own length: every split then has as much to do, however much room there is
+        size = tl.maximum(tl.cdiv(tl.cdiv(length, most), 64) * 64, least)
+        start = split * size
+        end = tl.minimum(length, start + size)
     table_ptr = page_table_ptr + b * stride_table
     offs_p = tl.arange(0, BLOCK_P)
-    if APPEND:
+    if APPEND:  # noqa: SIM102 (known to the compiler, the split is not)
         if split == 0:
             # The tokens whose first query row is in this tile, so that each is written once. They lie from `length` on,
             # where cached tiles are masked: no program uses what another writes here.
@@ -174,22 +171,22 @@ def _context_attention_kernel(
     o = tl.zeros((BLOCK_M, BLOCK_P), dtype=acc)
 
     full = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
-    # The page of a tile is looked up an iteration ahead: a look-up in the same one would leave the tile's own load no
-    # stage of the pipeline to run ahead in.
-    page = _page(table_ptr, start, end, page_size, ONE_PAGE)
+    # The page of a tile is looked up an iteration ahead: a look-up in the same one would take a stage of the pipeline,
+    # and leave the tile's own load none to run ahead in.
+    page = _page(table_ptr, start, end, page_size, TMA)
     for n in tl.range(start, full, BLOCK_N):  # all of these are seen: no mask
         k, v = _cached(
             *(k_desc, v_desc, k_pages_ptr, v_pages_ptr, table_ptr, page, n, end, head),
             *(stride_kpage, stride_kslot, stride_khead, stride_vpage, stride_vslot, stride_vhead),
-            *(page_size, P, BLOCK_N, BLOCK_P, TMA, ONE_PAGE, False),
+            *(page_size, P, BLOCK_N, BLOCK_P, TMA, False),
         )
-        page = _page(table_ptr, n + BLOCK_N, end, page_size, ONE_PAGE)
+        page = _page(table_ptr, n + BLOCK_N, end, page_size, TMA)
         m, l, o = attend(q, k, v, m, l, o, True, scale, MASKED=False, PRECISION=PRECISION)
     if full < end:
         k, v = _cached(
             *(k_desc, v_desc, k_pages_ptr, v_pages_ptr, table_ptr, page, full, end, head),
             *(stride_kpage, stride_kslot, stride_khead, stride_vpage, stride_vslot, stride_vhead),
-            *(page_size, P, BLOCK_N, BLOCK_P, TMA, ONE_PAGE, True),
+            *(page_size, P, BLOCK_N, BLOCK_P, TMA, True),
         )
         m, l, o = attend(q, k, v, m, l, o, (full + offs_n < end)[None, :], scale, MASKED=True, PRECISION=PRECISION)
 
@@ -255,8 +252,8 @@ def context_splits(rows: int, heads: int) -> tuple[int, int]:
 
     A row of S tokens goes into splits of max(least, S / most, rounded up to 64) tokens, on the device: neither its
     neighbours nor the room in the cache change its bits, and all splits have the same to do. The published block (2 KV
-    heads of 256 rows, 128 to a program) has 32 splits of 2 * 2 programs: 128 for an H200's 132 multiprocessors, in one
-    wave without a tail, at 8K, 32K and 128K tokens and between. One token (16 rows a head) has 64 splits of 2 programs.
+    heads of 256 rows, 128 to a program) has 32 splits of 2 * 2 programs from 8K tokens on: 128 of equal work for the
+    132 multiprocessors of an H200, one wave without a tail. One token (16 rows a head) has 64 splits of 2 programs.
     At least as many tokens as rows: what a split leaves behind (fp32) is then no more than the K and V it reads.
 
     Workspace: splits * L * Hq * (P + 2) * 4 bytes a row of the batch, most * rows * heads being 128 * 128 or fewer: 8.5
@@ -268,7 +265,7 @@ def context_splits(rows: int, heads: int) -> tuple[int, int]:
 def context_attention_launch(rows: int, room: int, P: int, itemsize: int, architecture: int) -> Launch:
     """Above 8K tokens products bound it (256 rows a KV head do 256 flops a byte): 128 rows share a tile of keys, and
     the second half finds it in L2; so it is where rows are many. Below, latency does: 64 rows, what wgmma takes, spread
-    over more programs, of which two fit a multiprocessor. On Hopper three tiles of 64 keys and values are in shared
+    over more programs. On Hopper three tiles of 64 keys and values are in shared
     memory, of which two are on their way (TMA) while one is used. Without wgmma operands live in registers, which half
     a tile of keys leaves free."""
     block_p = max(16, triton.next_power_of_2(P))
@@ -341,7 +338,6 @@ def _attention(
         APPEND=append,
         CAUSAL=causal,
         TMA=tma,
-        ONE_PAGE=page_size % launch.BLOCK_N == 0,
         SPLIT=splits > 1,
         BLOCK_T=triton.next_power_of_2(triton.cdiv(launch.BLOCK_M, R)) if append else 1,
         launch=launch,
@@ -352,7 +348,8 @@ def _attention(
             (B * L * Hq,),
             *(partial, m, l, o, B * L * Hq, splits),
             P=P,
-            launch=Launch(BLOCK_S=triton.next_power_of_2(splits), BLOCK_P=launch.BLOCK_P, num_warps=4, num_stages=1),
+            # `most`, not `splits`: in what order they are added must not depend on the room.
+            launch=Launch(BLOCK_S=triton.next_power_of_2(most), BLOCK_P=launch.BLOCK_P, num_warps=4, num_stages=1),
         )
     return o
 

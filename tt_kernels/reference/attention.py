@@ -74,9 +74,8 @@ def _append(
         room = page_table.shape[1] * page_size
         for have, more in zip(n, entering, strict=True):
             if more and have + more > room:
-                raise ValueError(
-                    f"append_attention: lengths is {have} and {more} tokens enter, but the page table has room for {room}"
-                )
+                found = f"lengths is {have} and {more} tokens enter"
+                raise ValueError(f"append_attention: {found}, but the page table has room for {room}")
         if B == 1:  # page by page: half the time of indices
             at, end = n[0], n[0] + entering[0]
             while at < end:
