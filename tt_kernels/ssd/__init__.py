@@ -3,9 +3,9 @@
 from . import block, chunk, mamba, step
 from .block import ssd_advance, ssd_block
 from .chunk import ssd_chunk
-from .mamba import mamba_block
+from .mamba import mamba_advance, mamba_block
 from .step import ssd_step
 
 OPS = (*step.OPS, *block.OPS, *chunk.OPS, *mamba.OPS)
 
-__all__ = ["OPS", "mamba_block", "ssd_advance", "ssd_block", "ssd_chunk", "ssd_step"]
+__all__ = ["OPS", "mamba_advance", "mamba_block", "ssd_advance", "ssd_block", "ssd_chunk", "ssd_step"]

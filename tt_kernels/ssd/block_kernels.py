@@ -72,7 +72,7 @@ def _ssd_block_kernel(
     state = None
     if state_ptr is not None:
         at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
-        state = tl.load(at_s, mask=mask_p[:, None] & mask_n[None, :], other=0.0).to(ACC)  # [BLOCK_P, BLOCK_N]
+        state = tl.trans(tl.load(at_s, mask=mask_p[:, None] & mask_n[None, :], other=0.0).to(ACC))  # [BLOCK_N, BLOCK_P]
     D = tl.load(D_ptr + head).to(ACC)
     y = block_outputs(x, B, C, D, dt, a, state, SPLIT, PRECISION, ACC, BLOCK_T, BLOCK_P)
     out = y_ptr + ((b * L + row) * H + head)[:, None] * P + offs_p[None, :]

@@ -183,12 +183,12 @@ def block_outputs(
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """y [BLOCK_T, BLOCK_P] of a whole block: x [BLOCK_T, BLOCK_P], B and C [BLOCK_T, BLOCK_N] as they lie in memory,
-    time steps dt and log-decays a [BLOCK_T], the state before it [BLOCK_P, BLOCK_N] or None."""
+    """y [BLOCK_T, BLOCK_P] of a tile of tokens: x [BLOCK_T, BLOCK_P], B and C [BLOCK_T, BLOCK_N] as they lie in memory,
+    time steps dt and log-decays a [BLOCK_T], the state before them [BLOCK_N, BLOCK_P] or None."""
     t = tl.arange(0, BLOCK_T)
     y = tl.zeros((BLOCK_T, BLOCK_P), dtype=ACC)
     if state is not None:
-        y = narrow_times_wide(C, tl.trans(state), y, 3, SPLIT, PRECISION) * decay(tl.cumsum(a, axis=0))[:, None]
+        y = narrow_times_wide(C, state, y, 3, SPLIT, PRECISION) * decay(tl.cumsum(a, axis=0))[:, None]
     # Summed directly for each pair: a difference of sums would cancel.
     log = tl.cumsum(tl.where(t[:, None] > t[None, :], a[:, None], 0.0), axis=0)  # [BLOCK_T, BLOCK_T]
     weights = pair_weights(C, B, dt[None, :], log, 0.0, 0, 0, SPLIT, PRECISION, ACC, BLOCK_T, BLOCK_T)
