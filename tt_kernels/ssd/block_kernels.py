@@ -7,7 +7,7 @@ from torch import Tensor
 from ..core import define
 from ..launch import Launch, architecture, run, tuned
 from ..reference.common import compute_dtype
-from .scan import scan
+from .scan import _ssd_chunk
 from .tile import arithmetic, block_outputs, grow, lined_up, log_decays, placed, replayed
 
 # ---- kernels ----
@@ -189,7 +189,7 @@ def _ssd_block(
 ) -> Tensor:
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
     if longest_block(architecture(x)) < L:
-        return scan(x, dt, A, B, C, D, dt_bias, state, None, None, L, low, high, before=False)[0]
+        return _ssd_chunk(x, dt, A, B, C, D, dt_bias, state, None, None, None, low, high)[0]
     y = x.new_empty(x.shape)
     x, B, C, state = (lined_up(t) for t in (x, B, C, state))
     launch = tuned(

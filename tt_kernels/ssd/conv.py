@@ -54,7 +54,7 @@ def convolved(own, taps, past, bias, x_ptr, stride_xl, t, length, c, mask_c, K: 
     """
     NARROW: tl.constexpr = own.dtype
     PACKED: tl.constexpr = (
-        NARROW.primitive_bitwidth == 16 and NARROW == taps.dtype and NARROW == bias.dtype and taps.shape[1] <= 4
+        NARROW.primitive_bitwidth == 16 and taps.dtype == NARROW and bias.dtype == NARROW and taps.shape[1] <= 4
     )
     past = past.to(NARROW)  # as a column of x would be: in its dtype
     if not PACKED:

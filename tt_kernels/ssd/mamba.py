@@ -12,7 +12,7 @@ from .block import check_limit, scan_inputs
 from .mamba_kernels import mamba_advance_forward, mamba_block_forward
 
 
-def _check_channels(op: str, xBC: Tensor, state: Tensor) -> None:
+def check_channels(op: str, xBC: Tensor, state: Tensor) -> None:
     C, (H, P, N) = xBC.shape[-1], state.shape[1:]
     G, rest = divmod(C - H * P, max(1, 2 * N))
     if rest or G < 1 or H % G:
@@ -68,7 +68,7 @@ def mamba_block(
         conv_state=(conv_state, "b C K"),
         state=(state, "b H P N"),
     )
-    _check_channels("mamba_block", xBC, state)
+    check_channels("mamba_block", xBC, state)
     check_limit("mamba_block", dt_limit)
     tensors = (xBC, dt, weight, bias, A, D, dt_bias, conv_state, state)
     if not takes_kernel("mamba_block", xBC) or wants_gradients(*tensors):
@@ -89,8 +89,8 @@ def mamba_advance(
     *,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> tuple[Tensor, Tensor]:
-    """Both states after the first lengths[b] tokens of each row: `conv_state`, and `ssd_advance` on the x and B that the
-    convolution makes of xBC.
+    """Both states after the first lengths[b] tokens of each row: `conv_state`, and `ssd_advance` on the x and B that
+    the convolution makes of xBC.
 
     Args:
         xBC:        [b, L, C] float, any strides: as `mamba_block` takes it.
@@ -109,8 +109,8 @@ def mamba_advance(
 
     Computes in the dtype of the new state; decays below e^-64 count as 0. Gradients for all float tensors: where they
     are wanted the reference runs. Deterministic. Raises ValueError as `mamba_block` does.
-    Cost: 2 b L (H P N + K (H P + G N)) flops, (b L (H P + G N + H) + (2 b + 1) K C) itemsize + 8 b H P N bytes: bound by
-    reading and writing the state. Source: as `mamba_block`.
+    Cost: 2 b L (H P N + K (H P + G N)) flops, (b L (H P + G N + H) + (2 b + 1) K C) itemsize + 8 b H P N bytes: bound
+    by reading and writing the state. Source: as `mamba_block`.
     """
     check(
         "mamba_advance",
@@ -124,7 +124,7 @@ def mamba_advance(
         state=(state, "b H P N"),
         lengths=(lengths, "b", int),
     )
-    _check_channels("mamba_advance", xBC, state)
+    check_channels("mamba_advance", xBC, state)
     check_limit("mamba_advance", dt_limit)
     tensors = (xBC, dt, weight, bias, A, dt_bias, conv_state, state)
     if not takes_kernel("mamba_advance", xBC) or wants_gradients(*tensors):
@@ -135,7 +135,7 @@ def mamba_advance(
 # ---- card ----
 
 
-def _inputs(
+def mamba_inputs(
     dtype: torch.dtype, b: int, L: int, H: int, P: int, G: int, N: int, K: int, biased: int = 1
 ) -> dict[str, Tensor | None]:
     """Time steps, A and states as of `scan_inputs`; xBC and dt are views of one projection, behind a gate of H P."""
@@ -161,7 +161,7 @@ def _block_cost(
 
 
 def _advance_inputs(dtype: torch.dtype, ragged: int = 1, **dims: int) -> dict[str, Tensor | None]:
-    inputs = _inputs(dtype, **dims)
+    inputs = mamba_inputs(dtype, **dims)
     lengths = torch.randint(0, dims["L"] + 1, (dims["b"],)) if ragged else None
     return {k: v for k, v in inputs.items() if k != "D"} | dict(lengths=lengths)
 
@@ -188,7 +188,7 @@ OPS = (
     Op(
         fn=mamba_block,
         reference=reference.mamba_block,
-        inputs=_inputs,
+        inputs=mamba_inputs,
         cases=_CASES,
         shapes=tuple(
             dict(b=b, L=L, H=64, P=64, G=8, N=128, K=4)
