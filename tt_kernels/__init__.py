@@ -13,7 +13,7 @@ from .core import Op, trusted, use
 from .linear_cross_entropy import linear_cross_entropy
 from .moe import ExpertWeights, experts, route
 from .norm import gated_group_norm, modulated_rms_norm, rms_norm
-from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
+from .ssd import mamba_advance, mamba_block, mamba_step, ssd_advance, ssd_block, ssd_chunk, ssd_step
 from .unmask import commit, gumbel_noise, head_sample, sample, unmask
 
 _MODULES = (norm, conv1d, ssd, moe, attention, _unmask, _linear_cross_entropy)
@@ -35,6 +35,9 @@ __all__ = [
     "gumbel_noise",
     "head_sample",
     "linear_cross_entropy",
+    "mamba_advance",
+    "mamba_block",
+    "mamba_step",
     "modulated_rms_norm",
     "rms_norm",
     "route",
