@@ -78,7 +78,6 @@ def noisy(B: int, N: int, S: int, ends: list[int] | None) -> Tensor:
         (64, 130, None),
         (64, 128, [0, 64, 128]),
         (128, 129, None),
-        (128, 100, None),
         (128, 160, [0, 128, 160]),
     ],
 )
