@@ -13,9 +13,9 @@ from ..conv1d.states import _conv_state, move_on
 from ..core import define
 from ..launch import Launch, architecture, run, tuned
 from ..reference.common import compute_dtype
-from .block_kernels import _ssd_advance, _ssd_block
+from ..ssd.block_kernels import _ssd_advance, _ssd_block
+from ..ssd.tile import arithmetic, block_outputs, grow, lined_up, log_decays, placed, replayed
 from .conv import conv_parameters, convolved
-from .tile import arithmetic, block_outputs, grow, lined_up, log_decays, placed, replayed
 
 # ---- kernels ----
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from .. import reference
 from ..core import Op, check, refuse, takes_kernel, wants_gradients
 from ..launch import Launch
-from .block import check_limit, scan_inputs
-from .mamba_kernels import mamba_advance_forward, mamba_block_forward
+from ..ssd.block import check_limit, scan_inputs
+from .kernels import mamba_advance_forward, mamba_block_forward
 
 
 def check_channels(op: str, xBC: Tensor, state: Tensor) -> None:

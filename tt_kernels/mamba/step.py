@@ -12,9 +12,9 @@ from ..core import Op, check, define, takes_kernel, wants_gradients
 from ..lang import silu
 from ..launch import Launch, architecture, run, tuned
 from ..reference.common import compute_dtype
-from .block import check_limit
-from .mamba import check_channels, mamba_inputs
-from .tile import arithmetic, lined_up, placed, stepped, time_steps
+from ..ssd.block import check_limit
+from ..ssd.tile import arithmetic, lined_up, placed, stepped, time_steps
+from .block import check_channels, mamba_inputs
 
 # ---- kernels ----
 
