@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("ops", nargs="+", metavar="OP")
     p.add_argument("--sm", type=int, choices=tuple(LIMITS), default=90, help="target (default: %(default)s)")
     p.add_argument("--triton", help="whose part of the lock (default: the newest)")
+    p.add_argument("--find", default="", metavar="TEXT", help='only launches that hold it: "BLOCK_T=16 "')
     o = p.parse_args(arguments)
 
     def run() -> int:
@@ -88,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not kernels:
             there = ", ".join(name for name, op in OPS.items() if op.kernels)
             refuse(f"{', '.join(o.ops)}: no kernels yet; with kernels: {there}")
-        found = list(dict.fromkeys(rows(locks[version], kernels, o.sm)))  # forms that differ in alignment only
+        listed = dict.fromkeys(rows(locks[version], kernels, o.sm))  # forms that differ in alignment only: one line
+        found = [row for row in listed if o.find in f"{row[0]} {row[-1]} "]
         print(
             f"Triton {version}, sm_{o.sm}\n\n{'kernel':<32s}" + "".join(f"{name:>14s}" for name in COLUMNS) + "  launch"
         )

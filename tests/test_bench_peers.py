@@ -221,3 +221,25 @@ def test_differences() -> None:
     assert base.difference(torch.ones(0), torch.ones(0)) == 0
     assert disagreement({"y": x}, {"y": 1.1 * x}).startswith("other results: y is 1.0e-01")
     assert disagreement({"y": x}, {"y": x, "z": x}) == "returns z, which we do not"
+
+
+def test_a_row_compiles_once_and_the_next_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: made.append(options) or fn)
+    monkeypatch.setattr(base, "_kept", {})
+    for row in (1, 2):
+        (peer,) = peers.peers_of(OPS["rms_norm"], ["compiled"])
+        for _ in range(3):  # sets of operands
+            peer.adapter(**inputs("rms_norm", dict(T=3, D=4)))()
+        assert made == [dict(dynamic=False, fullgraph=True)] * row
+
+
+def test_a_mask_serves_all_sets_of_a_row() -> None:
+    base.fresh()
+    dims = dict(B=1, N=16, Hq=2, Hkv=1, P=8, S=4, packed=1)
+    flex = peers.REGISTRY["block_diffusion_attention"]["flex"]
+    for size in (4, 4, 8):
+        flex.adapter(**inputs("block_diffusion_attention", dims | dict(S=size)))
+    assert len(base._kept) == 2
+    peers.peers_of(OPS["rms_norm"])
+    assert not base._kept

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tt_kernels import Op
 
 from . import attention, experts, head, mamba, norm, router
-from .base import TOLERANCE, Adapter, Peer, Unavailable, compiled, difference, results
+from .base import TOLERANCE, Adapter, Peer, Unavailable, compiled, difference, fresh, results
 
 __all__ = ["GENERAL", "REGISTRY", "TOLERANCE", "Adapter", "Peer", "Unavailable", "difference", "names", "peers_of"]
 __all__ += ["results"]
@@ -26,7 +26,8 @@ def names() -> list[str]:
 
 
 def peers_of(op: Op, wanted: Sequence[str] | None = None) -> list[Peer]:
-    """The peers of an op, of those wanted (None: all)."""
+    """The peers of an op, of those wanted (None: all), for one row."""
+    fresh()
 
     def eager(**kwargs):
         return lambda: op.reference(**kwargs)

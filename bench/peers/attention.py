@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .base import HOW_TO, Adapter, Peer, Unavailable, needs, on_gpu, only
+from .base import HOW_TO, Adapter, Peer, Unavailable, needs, on_gpu, once, only, prepared
 
 Call = Callable[[], Any]
 
@@ -103,28 +103,27 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None,
 # ---- flex_attention ----
 
 
-@cache
 def _flex() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from torch.nn.attention import flex_attention
 
     return flex_attention.flex_attention, flex_attention.create_block_mask
 
 
-@cache
-def _flex_compiled() -> Callable[..., Any]:
-    return torch.compile(_flex()[0], dynamic=False)
-
-
 def _flex_call(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None) -> Call:
-    fn = _flex_compiled() if q.is_cuda else _flex()[0]  # on a CPU unfused: to check that the mask is right
+    fn = prepared(_flex()[0], q)  # on a CPU unfused: to check that the mask is right
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     return lambda: fn(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
-def _block_mask(mask: Callable[..., Any], B: int | None, L: int, S: int, device: torch.device) -> Any:
-    create = _flex()[1]
-    return create(mask, B, None, L, S, device=device, _compile=device.type == "cuda")
+def _block_mask(mask: Callable[..., Any], B: int | None, L: int, S: int, t: Tensor, *key: Any) -> Any:
+    """Built once for a row: `key` is all that the mask depends on besides these sizes."""
+    build = lambda: _flex()[1](mask, B, None, L, S, device=t.device, _compile=t.is_cuda)
+    return once((mask.__qualname__, B, L, S, str(t.device), *key), build)
+
+
+def _ends(t: Tensor | None) -> tuple[int, ...]:
+    return () if t is None else tuple(t.tolist())
 
 
 def _sequence(cu_seqlens: Tensor | None, B: int, N: int, device: torch.device) -> Tensor:
@@ -139,10 +138,15 @@ def flex_causal(
 ) -> Call:
     B, N = q.shape[:2]
     sequence = _sequence(cu_seqlens, B, N, q.device)
-    mask = lambda b, h, i, j: (i >= j) & (sequence[b, i] == sequence[b, j])
-    if cu_seqlens is None:
-        mask = lambda b, h, i, j: i >= j
-    return _flex_call(q, k, v, _block_mask(mask, None if cu_seqlens is None else B, N, N, q.device), scale)
+
+    def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return i >= j
+
+    def packed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (sequence[b, i] == sequence[b, j])
+
+    mask = causal if cu_seqlens is None else packed
+    return _flex_call(q, k, v, _block_mask(mask, None if cu_seqlens is None else B, N, N, q, *_ends(cu_seqlens)), scale)
 
 
 def flex_block_diffusion(
@@ -169,7 +173,7 @@ def flex_block_diffusion(
         return seen(b, h, i, j) & (sequence[b, i] == sequence[b, torch.where(j >= N, j - N, j)])
 
     rows = None if cu_seqlens is None else B
-    mask = _block_mask(seen if cu_seqlens is None else packed, rows, N, 2 * N, q.device)
+    mask = _block_mask(seen if cu_seqlens is None else packed, rows, N, 2 * N, q, S, *_ends(cu_seqlens))
     return _flex_call(q, torch.cat([k_clean, k], 1), torch.cat([v_clean, v], 1), mask, scale)
 
 
@@ -187,7 +191,7 @@ def flex_context(
         own = j >= longest
         return torch.where(own, (j - longest <= i) | (not causal), j < lengths[b])
 
-    return _flex_call(q, keys, values, _block_mask(seen, B, L, longest + L, q.device), scale)
+    return _flex_call(q, keys, values, _block_mask(seen, B, L, longest + L, q, causal, *_ends(lengths)), scale)
 
 
 # ---- a paged cache that already holds the block: how vLLM and FA3 are called ----

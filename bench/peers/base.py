@@ -108,15 +108,32 @@ def results(peer: Peer, outputs: tuple[str, ...], result: Any) -> dict[str, Tens
     return dict(zip(peer.outputs or outputs, result, strict=True))
 
 
+# What a row's adapters share over its sets of operands: compiled functions, masks.
+_kept: dict[Any, Any] = {}
+
+
+def fresh() -> None:
+    """A new row: forget what the last one compiled. torch.compile keeps a few shapes of a function, then gives up."""
+    if _kept:
+        torch._dynamo.reset()
+        _kept.clear()
+
+
+def once(key: Any, make: Callable[[], Any]) -> Any:
+    """Made by the first set of a row's operands, the same for the others."""
+    if key not in _kept:
+        _kept[key] = make()
+    return _kept[key]
+
+
 def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile for one shape, whose backward may run more than once."""
     from torch._functorch import config
 
     config.donated_buffer = False  # else a backward gives its saved tensors away
-    torch._dynamo.reset()
-    return torch.compile(fn, dynamic=False, fullgraph=True)
+    return once(fn, lambda: torch.compile(fn, dynamic=False, fullgraph=True))
 
 
 def prepared(fn: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
     """A peer's PyTorch part, compiled on a GPU: it is not to lose by our glue."""
-    return torch.compile(fn, dynamic=False) if x.is_cuda else fn
+    return compiled(fn) if x.is_cuda else fn
