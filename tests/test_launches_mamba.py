@@ -130,7 +130,7 @@ def test_steps_of_few_rows_take_small_slices() -> None:
 
 
 def test_a_row_of_any_length_keeps_few_states_on_the_way() -> None:
-    """Without a chunk size no memory grows with the states of a row: what recorded launches are given holds 15 at most."""
+    """Without a chunk size no memory grows with the states of a row: recorded launches are given 15 at most."""
     for L in (2048, 65536):
         with torch.device("meta"):
             kwargs = OPS["ssd_chunk"].inputs(torch.bfloat16, b=1, L=L, H=64, P=64, G=8, N=128, Q=0)

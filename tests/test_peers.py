@@ -1,42 +1,127 @@
-"""The Mamba references against mamba-ssm and causal-conv1d, where they are installed (extra `cuda`, on a GPU)."""
+"""Convolution and scan against mamba-ssm and causal-conv1d, where they are installed (extra `cuda`, on a GPU)."""
 
 import pytest
 import torch
+from torch import Tensor
 
-from tt_kernels import causal_conv1d, conv_state, ssd_advance, ssd_chunk
+from tt_kernels import (
+    causal_conv1d,
+    conv_state,
+    mamba_advance,
+    mamba_block,
+    mamba_step,
+    ssd_advance,
+    ssd_block,
+    ssd_chunk,
+    ssd_step,
+)
 
 pytestmark = pytest.mark.gpu
 # Their kernels multiply in TF32 or 16 bits at places; a wrong mask, decay or state shows at 1e-1.
 TOLERANCE = dict(rtol=2e-2, atol=2e-2)
+H, P, G, N, K = 8, 64, 2, 128, 4
+C = H * P + 2 * G * N
 
 
-def test_scan_is_mamba_ssm() -> None:
+def same(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, **TOLERANCE)
+
+
+def parameters() -> tuple[Tensor, Tensor, Tensor]:
+    """A, D, dt_bias."""
+    options = dict(device="cuda")
+    return -torch.linspace(1, 16, H, **options), torch.randn(H, **options), torch.full((H,), -4.0, **options)
+
+
+def last_columns(state: Tensor) -> Tensor:
+    """[B, C, K] -> [B, C, K - 1], channels last, as causal-conv1d asks."""
+    return state[..., 1:].transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("L,seeded", [(256, True), (64, True), (256, False)])
+def test_scan_is_mamba_ssm(L: int, seeded: bool) -> None:
     combined = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined", reason="mamba-ssm is not installed")
     torch.manual_seed(0)
-    b, L, H, P, G, N, Q = 2, 256, 8, 64, 2, 128, 64  # whole chunks: theirs is reported wrong below one with a state
+    b, Q = 2, 64  # whole chunks: theirs is reported wrong below one with a state
     options = dict(device="cuda")
     x, dt = torch.randn(b, L, H, P, **options), torch.randn(b, L, H, **options)
     B, C = torch.randn(2, b, L, G, N, **options)
-    A, D, dt_bias = -torch.linspace(1, 16, H, **options), torch.randn(H, **options), torch.full((H,), -4.0, **options)
-    state = torch.randn(b, H, P, N, **options)
+    A, D, dt_bias = parameters()
+    state = torch.randn(b, H, P, N, **options) if seeded else None
     want, final = combined.mamba_chunk_scan_combined(
         x, dt, A, B, C, Q, D=D, dt_bias=dt_bias, initial_states=state, dt_softplus=True, return_final_states=True
     )
-    got, last, _ = ssd_chunk(x, dt, A, B, C, D, dt_bias, state, chunk_size=Q)
-    torch.testing.assert_close(got, want, **TOLERANCE)
-    torch.testing.assert_close(last, final, **TOLERANCE)
-    torch.testing.assert_close(ssd_advance(x, dt, A, B, dt_bias, state), final, **TOLERANCE)
+    for chunk_size in (Q, None):
+        got, last, _ = ssd_chunk(x, dt, A, B, C, D, dt_bias, state, chunk_size=chunk_size)
+        same(got, want)
+        same(last, final)
+    same(ssd_advance(x, dt, A, B, dt_bias, state), final)
+    same(ssd_block(x, dt, A, B, C, D, dt_bias, state), want)
 
 
-def test_convolution_is_causal_conv1d() -> None:
+def test_step_is_mamba_ssm() -> None:
+    update = pytest.importorskip("mamba_ssm.ops.triton.selective_state_update", reason="mamba-ssm is not installed")
+    torch.manual_seed(0)
+    b, options = 3, dict(device="cuda")
+    x, dt, state = torch.randn(b, H, P, **options), torch.randn(b, H, **options), torch.randn(b, H, P, N, **options)
+    B, C = torch.randn(2, b, G, N, **options)
+    A, D, dt_bias = parameters()
+    theirs = state.clone()  # written in place
+    want = update.selective_state_update(
+        theirs,
+        x,
+        dt[..., None].expand(b, H, P),
+        A[:, None, None].expand(H, P, N),
+        B,
+        C,
+        D[:, None].expand(H, P),
+        dt_bias=dt_bias[:, None].expand(H, P),
+        dt_softplus=True,
+    )
+    got, new = ssd_step(x, dt, A, B, C, D, dt_bias, state)
+    same(got, want)
+    same(new, theirs)
+
+
+@pytest.mark.parametrize("L", [1, 2, 37])
+def test_convolution_is_causal_conv1d(L: int) -> None:
     package = pytest.importorskip("causal_conv1d", reason="causal-conv1d is not installed")
     torch.manual_seed(0)
-    B, L, C, K = 2, 37, 64, 4
-    x, weight, bias = torch.randn(B, L, C).cuda(), torch.randn(C, K).cuda(), torch.randn(C).cuda()
-    state = torch.randn(B, C, K).cuda()
-    seed = state[..., 1:].transpose(1, 2).contiguous().transpose(1, 2)  # [B, C, K - 1], channels last, as it asks
+    x, weight, bias = torch.randn(2, L, C).cuda(), torch.randn(C, K).cuda(), torch.randn(C).cuda()
+    state = torch.randn(2, C, K).cuda()
     want, final = package.causal_conv1d_fn(
-        x.transpose(1, 2), weight, bias, initial_states=seed, return_final_states=True, activation="silu"
+        x.transpose(1, 2),
+        weight,
+        bias,
+        initial_states=last_columns(state),
+        return_final_states=True,
+        activation="silu",
     )
-    torch.testing.assert_close(causal_conv1d(x, weight, bias, state), want.transpose(1, 2), **TOLERANCE)
-    torch.testing.assert_close(conv_state(x, None, state, kernel_size=K)[..., 1:], final, **TOLERANCE)
+    same(causal_conv1d(x, weight, bias, state), want.transpose(1, 2))
+    same(conv_state(x, None, state, kernel_size=K)[..., 1:], final)
+
+
+def test_block_and_step_are_both_packages() -> None:
+    """Convolution and scan together, from both states: 64 tokens, which is one of their chunks."""
+    package = pytest.importorskip("causal_conv1d", reason="causal-conv1d is not installed")
+    combined = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined", reason="mamba-ssm is not installed")
+    torch.manual_seed(0)
+    b, L, options = 2, 64, dict(device="cuda")
+    xBC, dt = torch.randn(b, L, C, **options), torch.randn(b, L, H, **options)
+    weight, bias = torch.randn(C, K, **options) / 2, torch.randn(C, **options)
+    column, state = torch.randn(b, C, K, **options), torch.randn(b, H, P, N, **options)
+    A, D, dt_bias = parameters()
+    columns = package.causal_conv1d_fn(
+        xBC.transpose(1, 2), weight, bias, initial_states=last_columns(column), activation="silu"
+    ).transpose(1, 2)
+    x, B, Cs = columns.split([H * P, G * N, G * N], -1)
+    x, B, Cs = x.reshape(b, L, H, P), B.reshape(b, L, G, N), Cs.reshape(b, L, G, N)
+    want, final = combined.mamba_chunk_scan_combined(
+        x, dt, A, B, Cs, L, D=D, dt_bias=dt_bias, initial_states=state, dt_softplus=True, return_final_states=True
+    )
+    same(mamba_block(xBC, dt, weight, bias, A, D, dt_bias, column, state), want)
+    same(mamba_block(xBC[:, :16], dt[:, :16], weight, bias, A, D, dt_bias, column, state), want[:, :16])
+    same(mamba_advance(xBC, dt, weight, bias, A, dt_bias, column, state)[1], final)
+    for t in range(4):
+        y, column, state = mamba_step(xBC[:, t], dt[:, t], weight, bias, A, D, dt_bias, column, state)
+        same(y, want[:, t])
