@@ -1,4 +1,4 @@
-"""`make test-gpu`: all that only a GPU can show, in slices of under nine minutes each.
+"""`make test-gpu`: all that only a GPU can show, in nine minutes, and from there on with the command that it prints.
 
   parity        every op's tests on the GPU: fp32, fp16, bf16
   real-GROUP    bf16 at the published shapes, values and gradients
@@ -31,7 +31,7 @@ from pathlib import Path
 # Only the standard library here: what is missing is to be said in a line.
 ROOT = Path(__file__).parents[1]
 NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "rich", "pytest", "pytest-timeout", "hypothesis")
-LIMIT = 530  # seconds a slice
+LIMIT = 530  # seconds of a slice, and of a run
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
@@ -162,7 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--from", dest="first", metavar="SLICE", help="begin with this one")
     parser.add_argument("--list", action="store_true", help="print the slices and their commands, run nothing")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds a slice (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds in all: begin no slice beyond")
+    parser.add_argument(
+        "--budget", type=float, default=LIMIT, help="seconds in all (default: %(default)s; inf: no end)"
+    )
     options = parser.parse_args(arguments)
 
     def refuse(what: str) -> int:

@@ -68,11 +68,14 @@ def differentiated(op: Op, kwargs: dict[str, Any]) -> dict[str, Tensor]:
 def values_and_gradients(
     op: Op, fn: Any, kwargs: dict[str, Any], dtype: torch.dtype = torch.float64, seed: int = 1
 ) -> dict[str, Tensor]:
-    """Every output, and as d<name> the gradient of every differentiable argument for one random cotangent, which holds
-    numbers of `dtype`: runs in other dtypes then start from the same ones."""
+    """Every output, what it made of a copy of every argument that it writes, and as d<name> the gradient of every
+    differentiable argument for one random cotangent, which holds numbers of `dtype`: runs in other dtypes then start
+    from the same ones."""
+    written = {name: t.clone() for name, t in leaves(kwargs).items() if name in op.writes}
+    kwargs = with_leaves(kwargs, written)
     free = {} if op.kernels and op.forward_only else differentiated(op, kwargs)
     result = outputs(op, fn(**with_leaves(kwargs, free)))
-    found = {name: t.detach() for name, t in result.items()}
+    found = {name: t.detach() for name, t in (result | written).items()}
     grown = [t for t in result.values() if t.requires_grad]
     if grown:
         g = torch.Generator().manual_seed(seed)

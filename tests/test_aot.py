@@ -35,7 +35,22 @@ def test_faults(change: dict, message: str) -> None:
     assert message in fault
 
 
+def test_spills_outside_the_models_dtype_are_held_to_the_lock() -> None:
+    wide = replace(SOUND, stack=8, dtype=torch.float32)
+    assert aot.faults(wide, None) == aot.faults(wide, {wide.key: wide.row}) == []
+    assert aot.faults(replace(wide, stack=16), {wide.key: wide.row}) == ["spills 16 bytes"]
+    assert aot.faults(wide, LOCK) == ["spills 8 bytes"]
+
+
+def test_empty_kernels() -> None:
+    assert aot.faults(replace(SOUND, stores=False), LOCK) == ["stores nothing"]
+
+
 def test_promised_wgmma() -> None:
+    assert aot.promises_wgmma(replace(SOUND, tiles=dict(BLOCK=64)), "BLOCK")
+    assert not aot.promises_wgmma(replace(SOUND, tiles=dict(BLOCK=32)), "BLOCK")
+    assert not aot.promises_wgmma(replace(SOUND, tiles=dict(BLOCK=64), dtype=torch.float32), "BLOCK")
+    assert not aot.promises_wgmma(SOUND, None)
     plain = replace(SOUND, tensor="HMMA")
     assert aot.faults(plain, None) == []
     assert aot.faults(plain, None, wgmma=True) == ["compiles to HMMA, expected wgmma (HGMMA)"]
@@ -44,22 +59,38 @@ def test_promised_wgmma() -> None:
 
 @COMPILES
 def test_launches_are_those_of_forward_and_backward() -> None:
-    seen = {kernel.__name__ for kernel, *_ in aot.launches(OPS["gated_group_norm"], torch.bfloat16, 90)}
-    assert seen == set(OPS["gated_group_norm"].kernels)
+    op = OPS["gated_group_norm"]
+    seen = {kernel.__name__ for kernel, *_ in aot.launches(op, torch.bfloat16, 90, op.shapes[0])}
+    assert seen == set(op.kernels)
 
 
 @COMPILES
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.kernels])
 def test_cards_name_the_kernels_that_run(name: str) -> None:
-    seen = {kernel.__name__ for kernel, *_ in aot.launches(OPS[name], torch.bfloat16, 90)}
-    assert seen == set(OPS[name].kernels)
+    op = OPS[name]
+    seen = {kernel.__name__ for dims in op.shapes for kernel, *_ in aot.launches(op, torch.bfloat16, 90, dims)}
+    assert seen == set(op.kernels)
+
+
+def test_ladder() -> None:
+    assert aot.ladder(9) == [1, 2, 3, 4, 5, 8, 9] and aot.ladder(8) == [1, 2, 3, 4, 5, 8]
+
+
+@COMPILES
+def test_every_launch_between_the_shapes_is_compiled_once() -> None:
+    op = replace(OPS["head_sample"], shapes=(OPS["head_sample"].shapes[1],), grows=dict(R=40))
+    found = [(dtype, options["BLOCK_T"]) for dtype, (_, _, options) in aot.to_compile(op, 90) if "BLOCK_T" in options]
+    assert found == [(dtype, 16) for dtype in (aot.MODEL,)] + [(aot.MODEL, 32), (aot.MODEL, 64)] + [
+        (dtype, 16) for dtype in aot.OTHERS
+    ]
+    assert not any(dtype in aot.OTHERS for dtype, _ in aot.to_compile(op, 80))
 
 
 @COMPILES
 def test_report_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(aot, "LOCK", tmp_path / "lock.json")
     arguments = ["gated_group_norm", "--targets", "90", "--jobs", "1"]
-    assert aot.main(arguments) == 0 and "has no lock" in capsys.readouterr().out
+    assert aot.main(arguments) == 0 and "NOT HELD TO A LOCK" in capsys.readouterr().out
     assert aot.main([*arguments, "--update"]) == 0
     ((version, lock),) = json.loads(aot.LOCK.read_text()).items()
     assert lock and all(row["load"] == 128 and row["stack"] == 0 for row in lock.values())

@@ -12,8 +12,10 @@ from parity import (
     WITH_KERNELS,
     assert_as_good,
     double,
+    leaves,
     make,
     values_and_gradients,
+    with_leaves,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,6 +43,68 @@ def test_matches_reference(op: Op, dims: dict[str, int], dtype: torch.dtype) -> 
     for name in got:
         # A gradient is a sum of terms as large as its largest factors, which may cancel: one rounding of those.
         assert_as_good(name, got[name], low[name], high[name], scale if name not in op.outputs else 0.0, op.rms)
+
+
+# Op, dtype of all other floats, and who has one of its own.
+HALF, FULL, WIDE = torch.float16, torch.float32, torch.float64
+MIXED = [
+    ("rms_norm", HALF, dict(weight=FULL)),
+    ("rms_norm", FULL, dict(weight=HALF)),
+    ("rms_norm", FULL, dict(weight=WIDE)),
+    ("modulated_rms_norm", HALF, dict(weight=FULL)),
+    ("modulated_rms_norm", FULL, dict(weight=HALF, branch=HALF)),
+    ("modulated_rms_norm", FULL, dict(weight=WIDE)),
+    ("modulated_rms_norm", WIDE, dict(weight=FULL, gate=FULL)),
+    ("modulated_rms_norm", HALF, dict(shift=FULL, scale=FULL, gate=FULL)),
+    ("modulated_rms_norm", HALF, dict(branch=FULL)),
+    ("modulated_rms_norm", FULL, dict(shift=WIDE, scale=HALF, branch=WIDE, gate=HALF)),
+    ("gated_group_norm", HALF, dict(weight=FULL)),
+    ("gated_group_norm", FULL, dict(x=HALF)),
+    ("gated_group_norm", HALF, dict(x=FULL)),
+    ("gated_group_norm", FULL, dict(weight=WIDE)),
+    ("gated_group_norm", FULL, dict(z=WIDE)),
+    ("experts", HALF, dict(weights=HALF)),
+    ("experts", FULL, dict(weights=HALF)),
+    ("experts", FULL, dict(weights=WIDE)),
+    ("route", HALF, dict(weight=HALF, bias=HALF)),
+    ("route", FULL, dict(weight=WIDE)),
+    ("route", FULL, dict(bias=WIDE)),
+]
+
+
+@pytest.mark.parametrize(
+    "name,dtype,own,case",
+    [
+        pytest.param(name, dtype, own, case, id=f"{name}-{dtype}-{'-'.join(f'{k}_{d}' for k, d in own.items())}-{case}")
+        for name, dtype, own in MIXED
+        if INTERPRET or WIDE not in (dtype, *own.values())
+        for case in range(3)
+    ],
+)
+def test_mixed_dtypes_match_reference(name: str, dtype: torch.dtype, own: dict[str, torch.dtype], case: int) -> None:
+    """Dtypes of results and of sums are those that the reference has, also where arguments differ."""
+    op = OPS[name]
+    kwargs = make(op, op.cases[case], dtype)
+    kwargs = with_leaves(kwargs, {k: t.to(own[k]) for k, t in leaves(kwargs).items() if k in own})
+    got = values_and_gradients(op, op.fn, kwargs, HALF)
+    low = values_and_gradients(op, op.reference, kwargs, HALF)
+    high = values_and_gradients(op, op.reference, double(kwargs), HALF)
+    assert set(got) == set(low)
+    scale = max(t.abs().max().item() for t in high.values() if t.is_floating_point())
+    for key in got:
+        if dtype != WIDE and key in ("dbranch", "dweights") and got[key].dtype == low[key].dtype == WIDE:
+            # Passed through the dtype of x on its way, as that of the residual and of what experts return: held to it.
+            got[key], low[key] = got[key].to(dtype), low[key].to(dtype)
+        assert_as_good(key, got[key], low[key], high[key], scale if key not in op.outputs else 0.0, op.rms)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="fp64 kernels exist only in the interpreter")
+def test_experts_are_summed_in_the_dtype_of_weights() -> None:
+    """Two equal experts with weights that differ by 2^-30, which fp32 does not see beside 1."""
+    x, up, down = torch.ones(2, 4), torch.ones(2, 3, 4), torch.ones(2, 4, 3)
+    weights = torch.tensor([[1 + 2**-30, -1.0]] * 2, dtype=torch.float64)
+    y = tt_kernels.experts(x, torch.tensor([[0, 1]] * 2), weights, tt_kernels.ExpertWeights(up, down))
+    assert torch.equal(y, torch.full((2, 4), 48 * 2.0**-30))
 
 
 @pytest.mark.parametrize("op,dims", WITH_KERNELS)

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from parity import KERNELS, OPS, assert_as_good, double, make, outputs
+from parity import DEVICE, KERNELS, OPS, assert_as_good, double, make, outputs
 from torch import Tensor
 
 from tt_kernels.conv1d.causal import causal_conv1d_launch
-from tt_kernels.launch import INTERPRET
+from tt_kernels.launch import INTERPRET, recording
+from tt_kernels.mamba.kernels import in_one_launch, mamba_advance_launch, mamba_block_launch
+from tt_kernels.mamba.step import mamba_step_launch
 from tt_kernels.ssd import tile
 from tt_kernels.ssd.block_kernels import longest_block, ssd_advance_launch, ssd_block_launch
 from tt_kernels.ssd.scan import span_tiles, ssd_chunk_launch
@@ -63,6 +65,8 @@ kernels = pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERP
 PARTS = [
     ("ssd_block", dict(b=1, L=9, H=2, P=5, G=1, N=24)),
     ("ssd_advance", dict(b=1, L=40, H=2, P=5, G=1, N=24)),
+    ("mamba_block", dict(b=1, L=9, H=2, P=5, G=1, N=24, K=4)),
+    ("mamba_advance", dict(b=1, L=20, H=2, P=5, G=1, N=24, K=4)),
     ("ssd_chunk", dict(b=1, L=100, H=2, P=5, G=1, N=24, Q=64)),
     ("ssd_chunk", dict(b=1, L=70, H=2, P=5, G=1, N=24, Q=8, seeded=0, packed=1)),
 ]
@@ -94,15 +98,45 @@ def dirty(t: Tensor, lengths: Tensor) -> Tensor:
         ("ssd_advance", dict(b=3, L=40, H=2, P=4, G=1, N=8)),
         ("ssd_chunk", dict(b=3, L=100, H=2, P=4, G=1, N=8, Q=20)),
         ("conv_state", dict(B=3, L=9, C=5, K=4)),
+        ("mamba_advance", dict(b=3, L=20, H=2, P=4, G=1, N=8, K=4)),
     ],
 )
 def test_what_lies_past_a_row_does_not_show(name: str, dims: dict[str, Any]) -> None:
     op = OPS[name]
     kwargs = make(op, dims, torch.float32)
-    kwargs["lengths"] = torch.tensor([dims["L"] // 2, 0, 1]).to(kwargs["x"].device)
-    soiled = {k: dirty(kwargs[k], kwargs["lengths"]) for k in ("x", "dt", "B", "C") if k in kwargs}
+    kwargs["lengths"] = torch.tensor([dims["L"] // 2, 0, 1]).to(DEVICE)
+    soiled = {k: dirty(kwargs[k], kwargs["lengths"]) for k in ("x", "xBC", "dt", "B", "C") if k in kwargs}
     got, want = (outputs(op, op.fn(**kw)) for kw in (kwargs | soiled, kwargs))
     assert torch.equal(got["state"], want["state"])
     assert torch.equal(got["state"][1], kwargs["state"][1])
     if "y" in got:
         assert all(torch.equal(got["y"][b, :n], want["y"][b, :n]) for b, n in enumerate(kwargs["lengths"].tolist()))
+
+
+@pytest.mark.parametrize(
+    "rows,L,one", [(64, 16, True), (256, 16, True), (64, 32, True), (256, 32, False), (64, 33, False)]
+)
+def test_convolution_joins_the_scan_for_few_rows(rows: int, L: int, one: bool) -> None:
+    assert in_one_launch(rows, L) is one
+    if one:
+        launch = mamba_block_launch(rows, L, 64, 128)
+        assert max(L, 16) <= launch.BLOCK_T and launch.num_warps == 8
+        assert rows * ceil(64, launch.BLOCK_P) >= 128 or L > 16
+    assert mamba_advance_launch(64, 128).BLOCK_P == 32 and mamba_block_launch(1, 3, 29, 5).BLOCK_P == 32
+
+
+def test_steps_of_few_rows_take_small_slices() -> None:
+    assert [mamba_step_launch(rows, 64, 128).BLOCK_P for rows in (64, 4096)] == [16, 32]
+
+
+def test_a_row_of_any_length_keeps_few_states_on_the_way() -> None:
+    """Without a chunk size no memory grows with the states of a row: what recorded launches are given holds 15 at most."""
+    for L in (2048, 65536):
+        with torch.device("meta"):
+            kwargs = OPS["ssd_chunk"].inputs(torch.bfloat16, b=1, L=L, H=64, P=64, G=8, N=128, Q=0)
+        kwargs = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        with recording(90) as launches:
+            before = OPS["ssd_chunk"].fn(**kwargs)[2]
+        held = {id(a): a for _, _, args, _ in launches for a in args if isinstance(a, Tensor) and a.dim() == 5}
+        assert before.numel() == 0
+        assert max(t.shape[1] for t in held.values() if t.shape[2:] == (64, 64, 128)) <= 15

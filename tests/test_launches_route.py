@@ -54,11 +54,16 @@ def test_scores_launch_grows_with_tokens() -> None:
     assert route_scores_launch(4096, 128, 2688, 100).BLOCK_T == 32
 
 
-def test_tickets_take_turns() -> None:
+def test_a_stream_has_tickets_of_its_own() -> None:
+    pool = counters._Pool(torch.device("cpu"))
+    slots = [pool.on(stream) for stream in range(counters.STREAMS)]
+    assert len({t.data_ptr() for t in slots}) == counters.STREAMS
+    assert all(t.shape == (counters.SLOT,) and not t.any() for t in slots)
+    assert pool.on(0) is slots[0] and pool.on(counters.STREAMS) is None is pool.on(counters.STREAMS)
+    first = counters.STREAMS
+    assert min(pool.slots[next(pool.captured)].data_ptr() for _ in range(3)) == pool.slots[first].data_ptr()
     x = torch.ones(1)
-    first = [counters.tickets(x) for _ in range(counters.TURNS + 1)]
-    assert len({t.data_ptr() for t in first}) == counters.TURNS and first[0].data_ptr() == first[-1].data_ptr()
-    assert all(t.shape == (counters.SLOT,) and not t.any() for t in first)
+    assert counters.tickets(x) is counters.tickets(x)
     with recording(90):
         assert counters.tickets(x.to("meta")).is_meta
 

@@ -1,5 +1,7 @@
-"""The unmasking step's tiles; what no card shows: NaN and infinities, ties across tiles, mixed dtypes, whole graphs."""
+"""The unmasking step's tiles and grids; what no card shows: NaN and infinities, ties across tiles, mixed dtypes, tiny
+temperatures, thresholds a rounding away, bits that do not depend on the batch, whole graphs."""
 
+import importlib
 import math
 from typing import Any
 
@@ -10,9 +12,9 @@ from torch import Tensor
 
 import tt_kernels
 from tt_kernels import OPS, commit, head_sample, sample, unmask
-from tt_kernels.launch import INTERPRET, recording
+from tt_kernels.launch import INTERPRET, Launch, recording
 from tt_kernels.unmask.commit import commit_launch
-from tt_kernels.unmask.head import SUB, head_launch, head_parts
+from tt_kernels.unmask.head import CANDIDATES, SUB, head_launch, head_pieces
 from tt_kernels.unmask.noise import gumbel_noise_launch
 from tt_kernels.unmask.records import combine_launch
 from tt_kernels.unmask.sample import sample_launch
@@ -49,11 +51,55 @@ def test_head_tile_grows_with_rows(rows: int, block: int) -> None:
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("vocabulary", (1, 5, 128, 1100, V))
 @pytest.mark.parametrize("multiprocessors", (4, 108, 132, 148))
-def test_head_parts_cover_the_vocabulary_once(rows: int, vocabulary: int, multiprocessors: int) -> None:
+def test_head_pieces_cover_the_vocabulary_once(rows: int, vocabulary: int, multiprocessors: int) -> None:
     launch = head_launch(rows, vocabulary, D, 2, 90)
-    parts, tiles = head_parts(launch, vocabulary, multiprocessors)
-    assert (parts - 1) * tiles * launch.BLOCK_V < vocabulary <= parts * tiles * launch.BLOCK_V
-    assert tiles == 1 if launch.BLOCK_T > SUB else parts <= 2 * multiprocessors
+    pieces, tiles, depth = head_pieces(launch, vocabulary, multiprocessors)
+    assert (pieces - 1) * tiles * launch.BLOCK_V < vocabulary <= pieces * tiles * launch.BLOCK_V
+    assert (tiles if launch.BLOCK_T > SUB else depth) == 1
+
+
+@pytest.mark.parametrize("architecture", (80, 90, 100))
+@pytest.mark.parametrize("itemsize", (2, 4))
+@pytest.mark.parametrize("vocabulary", (1, 5, 128, 1100, V))
+@pytest.mark.parametrize("multiprocessors", (4, 108, 132, 148))
+def test_parts_do_not_depend_on_the_rows(
+    vocabulary: int, multiprocessors: int, itemsize: int, architecture: int
+) -> None:
+    parts = set()
+    for rows in ROWS:
+        launch = head_launch(rows, vocabulary, D, itemsize, architecture)
+        pieces, tiles, depth = head_pieces(launch, vocabulary, multiprocessors)
+        parts.add((-(-pieces // depth), launch.BLOCK_V * tiles * depth))
+    assert len(parts) == 1 and parts.pop()[0] <= 2 * multiprocessors
+
+
+def test_what_is_tuned_keeps_the_order_of_sums() -> None:
+    assert {launch.BLOCK_V for launch in CANDIDATES} == {head_launch(rows, V, D, 2, 90).BLOCK_V for rows in ROWS}
+
+
+MANY = 70_000  # more than a grid's second axis takes
+LARGE = [
+    ("gumbel_noise", dict(R=MANY, V=131072)),
+    ("sample", dict(R=MANY, V=131072)),
+    ("sample", dict(R=MANY, V=11)),
+    ("commit", dict(B=MANY, L=16, V=V)),
+    ("head_sample", dict(R=MANY, D=64, V=V)),
+    ("unmask", dict(B=MANY, L=16, D=64, V=V)),
+    ("unmask", dict(B=MANY, L=100, D=64, V=V)),
+    ("head_sample", dict(R=MANY, D=64, V=5003, narrow=1)),
+]
+
+
+@pytest.mark.parametrize("name,dims", LARGE, ids=[f"{n}-{'-'.join(map(str, d.values()))}" for n, d in LARGE])
+def test_grids_hold_many_rows(name: str, dims: dict[str, int]) -> None:
+    """Axes 1 and 2 of a grid end at 65535, axis 0 at 2^31 - 1."""
+    with torch.device("meta"):
+        kwargs = OPS[name].inputs(torch.float16, **dims)
+    with recording(90) as seen:
+        OPS[name].fn(**kwargs)
+    assert seen
+    for kernel, grid, *_ in seen:
+        assert 0 < grid[0] < 2**31 and all(n <= 65535 for n in grid[1:]), (kernel.__name__, grid)
 
 
 def test_small_problems_take_small_tiles() -> None:
@@ -66,8 +112,9 @@ def test_small_problems_take_small_tiles() -> None:
 def test_one_program_finishes_a_block_of_the_published_model() -> None:
     launch = finish_launch(16, 256)
     assert (launch.BLOCK_L, launch.BLOCK_S) == (16, 256)
-    assert finish_launch(16, 1024) is None and finish_launch(512, 1) is None
+    assert finish_launch(16, 1024) is None and finish_launch(512, 1) is None and finish_launch(16, 256, 4) is None
     assert combine_launch(1024).BLOCK_R == 1 and combine_launch(5).BLOCK_S == 8
+    assert combine_launch(256, 4).BLOCK_R == 1 and combine_launch(256).BLOCK_R == 4
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter refuses bf16")
@@ -79,16 +126,18 @@ def test_a_step_is_three_launches_and_reads_nothing() -> None:
     names = [kernel.__name__ for kernel, *_ in seen]
     assert names == ["_masked_rows_kernel", "_head_kernel", "_finish_kernel"]
     assert [grid for _, grid, *_ in seen] == [(1,), (256,), (1,)]
+    vectors = {t.dtype for t in (kwargs["temperature"], kwargs["threshold"])}
+    assert vectors == {torch.float64}  # as models pass them: what is compiled is what runs
 
 
 # What the records must keep
 
 
-def settings(*temperatures: float) -> dict[str, Tensor]:
+def settings(*temperatures: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     R = len(temperatures)
     seed, step = torch.arange(R, device=DEVICE), torch.zeros(R, dtype=torch.int64, device=DEVICE)
     return dict(
-        temperature=torch.tensor(temperatures, device=DEVICE, dtype=torch.float32),
+        temperature=torch.tensor(temperatures, device=DEVICE, dtype=dtype),
         seed=seed,
         position=seed + 3,
         step=step,
@@ -144,6 +193,20 @@ def test_head_of_another_dtype_is_not_rounded(dtypes: tuple[torch.dtype, torch.d
 
 
 @runs_kernels
+@pytest.mark.parametrize("case", (0, 2))
+def test_rows_beyond_a_grid_take_more_launches(case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS["sample"]
+    kwargs = make(op, op.cases[case], torch.float32)
+    whole = sample(**kwargs)
+    few = Launch(BLOCK_V=64, BLOCK_T=2, TILES=2, num_warps=4, num_stages=2)
+    module = importlib.import_module("tt_kernels.unmask.sample")  # the package's name is the function's
+    monkeypatch.setattr(module, "sample_launch", lambda V: few)
+    monkeypatch.setattr(module, "PROGRAMS", 2)
+    for got, want in zip(sample(**kwargs), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)  # tiles of another size: a few roundings of fp32
+
+
+@runs_kernels
 def test_rows_do_not_depend_on_their_neighbours() -> None:
     torch.manual_seed(1)
     hidden, weight = torch.randn(12, 24).to(DEVICE), torch.randn(700, 24).to(DEVICE)
@@ -152,6 +215,101 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
     for r in (0, 4, 11):
         alone = head_sample(hidden[r : r + 1], weight, **{name: t[r : r + 1] for name, t in options.items()})
         assert all(torch.equal(a[0], b[r]) for a, b in zip(alone, whole, strict=True))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+def test_bits_do_not_depend_on_the_number_of_rows(dtype: torch.dtype) -> None:
+    """Up to 16 rows merge a part's tiles as they go, more leave that to the kernel that combines; tiles of fp16 grow at
+    17, 33 and 65. Eighths, so that products are exact in any order and scores often equal."""
+    torch.manual_seed(1)
+    hidden, weight = (torch.randint(-9, 10, shape).to(DEVICE, dtype) / 8 for shape in ((70, 24), (1100, 24)))
+    options = settings(*[0, 0.5, 1, 0, 0.1, 2, 0] * 10, dtype=torch.float64)
+    whole = head_sample(hidden, weight, **options, suppress=3)
+    for rows, first in ((1, 0), (1, 36), (16, 5), (17, 33), (40, 30)):
+        some = slice(first, first + rows)
+        got = head_sample(hidden[some], weight, **{name: t[some] for name, t in options.items()}, suppress=3)
+        assert all(torch.equal(a, b[some]) for a, b in zip(got, whole, strict=True)), (rows, first)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+def test_bits_of_a_block_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    hidden, weight = (torch.randint(-9, 10, shape).to(DEVICE, dtype) / 8 for shape in ((9, 8, 24), (1100, 24)))
+    options = settings(*[0, 0.5, 1] * 3, dtype=torch.float64)
+    options |= dict(steps_left=torch.full((9,), 4, device=DEVICE), threshold=torch.full((9,), 0.1, device=DEVICE))
+    block = torch.randint(3, (9, 8), device=DEVICE)  # 0 is the mask
+    whole = unmask(hidden, weight, block, **options, mask_token_id=0)
+    for some in (slice(4, 5), slice(2, 7)):
+        mine = {name: t[some] for name, t in options.items()}
+        got = unmask(hidden[some], weight, block[some], **mine, mask_token_id=0)
+        assert all(torch.equal(a, b[some]) for a, b in zip(got, whole, strict=True)), some
+
+
+TINY = [
+    (torch.float64, (1e-300, 1e-46, 5e-46, 1e-45, 1e-40, 0.0)),  # the first three: 0 in fp32, and yet above 0
+    (torch.float32, (1e-45, 1e-40, 1e-38, 0.0, 1e-30, 1.0)),
+    (torch.float16, (6e-8, 1e-5, 0.0, 0.1, 1.0, 2.0)),
+]
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype,temperatures", TINY, ids=[str(dtype) for dtype, _ in TINY])
+@pytest.mark.parametrize("narrow", ({}, dict(top_k=2), dict(top_p=0.5)), ids=str)
+def test_tiny_temperatures(dtype: torch.dtype, temperatures: tuple[float, ...], narrow: dict[str, Any]) -> None:
+    """A quotient may be infinite, or 0 / 0, and its logit still counts in the confidence."""
+    options = settings(*temperatures, dtype=dtype)
+    for logits in (
+        [1.0, 3.0, 2.0, -1.0],
+        [-1.0, 3.0, 2.0, 3.0],
+        [-1.0, -3.0, -0.5, -2.0],
+        [-1.0, 0.0, 2.0, 0.0],
+        [0.0, 0.0, 0.0, 0.0],
+        [-1.0, -math.inf, -3.0, -0.25],
+    ):
+        for suppress in (None, 0, 1):
+            rows = torch.tensor([logits] * 6, device=DEVICE)
+            same("sample", logits=rows, **options, **narrow, suppress=suppress)
+            hidden = torch.eye(4, device=DEVICE)[:1].expand(6, 4)
+            weight = torch.zeros(4, 4, device=DEVICE)
+            weight[:, 0] = rows[0].clamp(min=-9)
+            same("head_sample", hidden=hidden, weight=weight, **options, **narrow, suppress=suppress)
+
+
+@runs_kernels
+def test_a_temperature_that_fp32_rounds_to_0_is_above_0() -> None:
+    options = settings(1e-300, 0.0, dtype=torch.float64)
+    options["temperature"] = options["temperature"][[0, 1, 0]]
+    options = {name: t if name == "temperature" else t[[0, 0, 0]] for name, t in options.items()}
+    logits = torch.tensor([[-1.0, 2.0, 3.0], [-1.0, 2.0, 3.0], [-3.0, -1.0, -2.0]], device=DEVICE)
+    token, confidence = sample(logits, **options)
+    assert token.tolist() == [1, 2, 0]  # the first above 0: inf; the largest; all -inf: the first
+    want = logits.softmax(-1).gather(-1, token[:, None])[:, 0]
+    torch.testing.assert_close(confidence, want, rtol=3e-6, atol=0)
+    tall = torch.zeros(3, 5003, device=DEVICE) - 1  # many tiles and parts
+    tall[1, 4999] = tall[0, 4998:] = 1
+    assert sample(tall, **options)[0].tolist() == [4998, 4999, 0]
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+def test_thresholds_are_compared_in_the_dtype_of_the_confidence(dtype: torch.dtype) -> None:
+    """0.8 is 1.2e-8 less than its fp32 neighbour: a confidence of that is above 0.8 in fp64 and not in fp32."""
+    sure = torch.tensor([[0.8, 0.8, 0.8000001, 0.8]], device=DEVICE)
+    block = torch.zeros(1, 4, dtype=torch.int64, device=DEVICE)
+    options = dict(threshold=torch.tensor([0.8], dtype=dtype), steps_left=torch.tensor([16]), mask_token_id=0)
+    options = {name: t.to(DEVICE) if isinstance(t, Tensor) else t for name, t in options.items()}
+    same("commit", block=block, token=block + 1, confidence=sure, **options)
+    assert commit(block, block + 1, sure, **options)[1].tolist() == [[False, False, True, False]]
+
+    kwargs = make(OPS["unmask"], dict(B=4, L=5, D=16, V=37), torch.float32)
+    kwargs["steps_left"] = torch.full((4,), 16, device=DEVICE)
+    confidence = unmask(**kwargs)[2]
+    second = confidence.topk(2).values[:, 1].double()
+    for less, count in ((1e-10, 1), (1e-3, 2)):  # below the confidence by less than its rounding, and by more
+        kwargs["threshold"] = (second * (1 - less)).to(dtype)
+        assert unmask(**kwargs)[1].sum(-1).tolist() == [min(count, n) for n in (confidence > 0).sum(-1).tolist()]
 
 
 @runs_kernels
@@ -176,12 +334,10 @@ def test_blocks_with_nothing_or_all_masked(token: int) -> None:
 
 @runs_kernels
 @pytest.mark.parametrize("name", ("sample", "head_sample", "unmask"))
-@pytest.mark.parametrize("case", (0, 2))
-def test_kernels_compile_into_one_graph(name: str, case: int) -> None:
-    """Their references do not: they read on the host what only the device knows."""
+def test_narrowed_sampling_compiles_into_one_graph(name: str) -> None:
     torch._dynamo.reset()
     op = OPS[name]
-    kwargs = make(op, op.cases[case], torch.float32)
+    kwargs = make(op, next(dims for dims in op.cases if dims.get("narrow")), torch.float32)
     compiled = torch.compile(op.fn, fullgraph=True, dynamic=False, backend="aot_eager")
     for got, want in zip(compiled(**kwargs), op.fn(**kwargs), strict=True):
         assert torch.equal(got, want)

@@ -16,12 +16,14 @@ PACKAGES = ("tt_kernels", "tt_model")
 TOOLS = ("bench", "profiling", "tests")
 
 # From first to last; a module may import what stands above it, and what shares its unit (a file, or a folder of parts).
-# "tt_kernels.*" is every other module of tt_kernels: an op. A package's own name is its __init__.
+# "tt_kernels.*" is every other module of tt_kernels: an op; one that is made of others has a rung of its own. A
+# package's own name is its __init__.
 LADDER = (
     ("tt_kernels.reference",),
     ("tt_kernels.launch",),
     ("tt_kernels.core", "tt_kernels.lang", "tt_kernels.packed"),
     ("tt_kernels.*",),
+    ("tt_kernels.mamba",),
     ("tt_kernels",),
     ("tt_kernels.aot",),
     ("tt_model.config",),

@@ -1,7 +1,7 @@
 """Convolution and scan against tests/literal, token by token in fp64, at every length up to two blocks.
 
 A block is its tokens one by one, two segments are the whole, packed sequences are separate ones, padding does not show.
-3 s on one core.
+On references, and on interpreted kernels. 5 s on one core, 30 s interpreted.
 """
 
 import math
@@ -14,10 +14,24 @@ import torch
 from fp64 import close, fp64  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from tt_kernels import causal_conv1d, conv_block_states, conv_state, ssd_advance, ssd_block, ssd_chunk, ssd_step
+from tt_kernels import (
+    causal_conv1d,
+    conv_block_states,
+    conv_state,
+    mamba_advance,
+    mamba_block,
+    mamba_step,
+    ssd_advance,
+    ssd_block,
+    ssd_chunk,
+    ssd_step,
+)
+from tt_kernels.launch import INTERPRET
 
 S = 16  # block size
 NAN = math.nan
+pytestmark = pytest.mark.kernels
+LIMITS = [(0.1, 0.5)] if INTERPRET else [(0.0, math.inf), (0.1, 0.5)]
 
 
 # Convolution
@@ -72,7 +86,13 @@ def test_conv_packed_and_block_states() -> None:
 # Scan
 
 
-def scan_inputs(b: int, L: int, H: int = 4, P: int = 3, G: int = 2, N: int = 5) -> dict[str, Tensor]:
+# An interpreted kernel takes 5 ms for each row and head: two heads there.
+HEADS = dict(H=2, G=1) if INTERPRET else dict(H=4, G=2)
+
+
+def scan_inputs(
+    b: int, L: int, H: int = HEADS["H"], P: int = 3, G: int = HEADS["G"], N: int = 5, scale: float = 1e3
+) -> dict[str, Tensor]:
     """A state a thousand times the tokens, and time steps that make it forget at very different speeds."""
     return dict(
         x=torch.randn(b, L, H, P),
@@ -82,7 +102,7 @@ def scan_inputs(b: int, L: int, H: int = 4, P: int = 3, G: int = 2, N: int = 5) 
         C=torch.randn(b, L, G, N),
         D=torch.randn(H),
         dt_bias=torch.randn(H),
-        state=1e3 * torch.randn(b, H, P, N),
+        state=scale * torch.randn(b, H, P, N),
     )
 
 
@@ -108,24 +128,28 @@ def advance(kw: dict[str, Any], lengths: Tensor | None = None, **options: Any) -
     return ssd_advance(*(kw[k] for k in ("x", "dt", "A", "B", "dt_bias", "state")), lengths, **options)
 
 
-@pytest.mark.parametrize("limit", [(0.0, math.inf), (0.1, 0.5)])
+# Interpreted, a length on each side of a tile's end: tiles of the wide inputs here have 16 tokens.
+LENGTHS = (1, 16, 17, 32) if INTERPRET else range(1, 2 * S + 1)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
 def test_scan_at_every_length(limit: tuple[float, float]) -> None:
     kw = scan_inputs(2, 2 * S)
     runs = [recurrence(kw, b, limit) for b in range(2)]
-    for L in range(1, 2 * S + 1):
+    for L in LENGTHS:
         part = cut(kw, slice(None), slice(L))
         want_y = torch.stack([y[:L] for y, _ in runs])
         want_states = torch.stack([states for _, states in runs])
         close(ssd_block(**part, dt_limit=limit), want_y)
         close(advance(part, dt_limit=limit), want_states[:, L])
-        for Q in (7, S):  # chunks with a rest, and a chunk that the block does not fill
+        for Q in (S,) if INTERPRET else (7, S):  # chunks with a rest, and a chunk that the block does not fill
             y, state, before = ssd_chunk(**part, chunk_size=Q, dt_limit=limit)
             close(y, want_y)
             close(state, want_states[:, L])
             close(before, want_states[:, 0:L:Q])
 
 
-@pytest.mark.parametrize("limit", [(0.0, math.inf), (0.1, 0.5)])
+@pytest.mark.parametrize("limit", LIMITS)
 def test_step_after_step_is_the_recurrence(limit: tuple[float, float]) -> None:
     kw = scan_inputs(2, 2 * S)
     state = kw["state"]
@@ -158,7 +182,7 @@ def test_scan_does_not_see_past_a_row() -> None:
     dirty = kw | {k: kw[k].clone() for k in ("x", "dt", "B", "C")}
     for k in ("x", "dt", "B", "C"):
         dirty[k][past] = NAN
-    for Q in (4, 16):
+    for Q in (16,) if INTERPRET else (4, 16):
         y, state, _ = ssd_chunk(**dirty, lengths=lengths, chunk_size=Q)
         for b, n in enumerate(lengths.tolist()):
             alone = cut(kw, slice(b, b + 1), slice(n))
@@ -189,3 +213,122 @@ def test_scan_keeps_its_state_in_fp32() -> None:
     wide = {k: t.double() for k, t in narrow.items()}
     # 16 decays and a sum of 16 terms in fp32; a bf16 state would be off by 4e-3.
     torch.testing.assert_close(advance(narrow).double(), advance(wide), rtol=1e-5, atol=1e-5 * 1e3)
+
+
+# Both together
+
+
+def mamba_inputs(b: int, L: int, scale: float = 1.0, K: int = 4, **dims: int) -> dict[str, Tensor]:
+    """What `mamba_block` takes, by name: xBC and dt are views of one projection."""
+    scan = scan_inputs(b, L, scale=scale, **dims)
+    (H, P), (G, N) = scan["x"].shape[2:], scan["B"].shape[2:]
+    C = H * P + 2 * G * N
+    projected = torch.randn(b, L, 3 + C + H)
+    states = dict(conv_state=torch.randn(b, C, K), state=scan["state"])
+    convolution = dict(weight=torch.randn(C, K), bias=torch.randn(C))
+    raw = dict(xBC=projected[..., 3 : 3 + C], dt=projected[..., 3 + C :])
+    return raw | convolution | {k: scan[k] for k in ("A", "D", "dt_bias")} | states
+
+
+def mamba_recurrence(
+    kw: dict[str, Tensor], b: int, limit: tuple[float, float] = (0.0, math.inf)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y of every token [L, H, P], and conv and SSM state before and after every token [L + 1, ...]."""
+    ys, columns, states = [], [kw["conv_state"][b]], [kw["state"][b]]
+    H, P, N = states[0].shape
+    for t in range(kw["xBC"].shape[1]):
+        out, column = literal.conv_step(columns[-1], kw["xBC"][b, t], kw["weight"][:, None], kw["bias"])
+        out = literal.silu(out)
+        x, (B, C) = out[: H * P].view(H, P), out[H * P :].view(2, -1, N)
+        dt = literal.softplus(kw["dt"][b, t] + kw["dt_bias"]).clamp(*limit)
+        y, state = literal.ssd_step(states[-1], x, B, C, dt, kw["A"], kw["D"])
+        ys.append(y)
+        columns.append(column)
+        states.append(state)
+    return torch.stack(ys), torch.stack(columns), torch.stack(states)
+
+
+def without(kw: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {k: v for k, v in kw.items() if k not in names}
+
+
+def first(kw: dict[str, Tensor], start: int, end: int, **states: Tensor) -> dict[str, Tensor]:
+    return kw | {k: kw[k][:, start:end] for k in ("xBC", "dt")} | states
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_mamba_at_every_length(limit: tuple[float, float]) -> None:
+    kw = mamba_inputs(1, 2 * S)
+    ys, columns, states = mamba_recurrence(kw, 0, limit)
+    for L in (1, 2, 3, 4, 5, 15, 16, 17, 31, 32) if INTERPRET else range(1, 2 * S + 1):
+        part = first(kw, 0, L)
+        close(mamba_block(**part, dt_limit=limit), ys[None, :L])
+        column, state = mamba_advance(**without(part, "D"), dt_limit=limit)
+        close(column, columns[None, L])
+        close(state, states[None, L])
+
+
+def test_mamba_block_is_its_tokens_one_by_one_and_its_segments() -> None:
+    kw = mamba_inputs(2, 11)
+    whole, last = mamba_block(**kw), mamba_advance(**without(kw, "D"))
+    for cuts in ([0, 4, 11], [0, 1, 11]):
+        parts, now = [], (kw["conv_state"], kw["state"])
+        for start, end in pairwise(cuts):
+            part = first(kw, start, end, conv_state=now[0], state=now[1])
+            parts.append(mamba_block(**part))
+            now = mamba_advance(**without(part, "D"))
+        close(torch.cat(parts, 1), whole)
+        close(now[0], last[0])
+        close(now[1], last[1])
+    now = kw["conv_state"], kw["state"]
+    for t in range(11):
+        token = kw | dict(xBC=kw["xBC"][:, t], dt=kw["dt"][:, t], conv_state=now[0], state=now[1])
+        y, *now = mamba_step(**token)
+        close(y, whole[:, t])
+    close(now[0], last[0])
+    close(now[1], last[1])
+
+
+def test_mamba_advance_does_not_see_past_a_row() -> None:
+    kw = without(mamba_inputs(4, 20), "D")
+    lengths = torch.tensor([20, 17, 3, 0])
+    past = torch.arange(20) >= lengths[:, None]
+    dirty = kw | {k: kw[k].masked_fill(past[..., None], NAN) for k in ("xBC", "dt")}
+    column, state = mamba_advance(**dirty, lengths=lengths)
+    for b, n in enumerate(lengths.tolist()):
+        _, columns, states = mamba_recurrence(kw | dict(D=torch.zeros_like(kw["A"])), b)
+        close(column[b], columns[n])
+        close(state[b], states[n])
+
+
+def test_large_states_stay_exact_in_fp32() -> None:
+    """States of 1e4, as the golden model `large_state` has: fp32 against fp64."""
+    kw = mamba_inputs(1, S, scale=1e4)
+    low = {k: t.float() for k, t in kw.items()}
+    wide = {k: t.double() for k, t in low.items()}
+    advanced = lambda kw: mamba_advance(**without(kw, "D"))[1]
+    stepped = lambda kw: mamba_step(**kw | dict(xBC=kw["xBC"][:, 0], dt=kw["dt"][:, 0]))
+    chunked = lambda kw: ssd_chunk(**{k: kw[k] for k in scan}, chunk_size=None)
+    scan = scan_inputs(1, 3 * S, scale=1e4)
+    long, long_wide = {k: t.float() for k, t in scan.items()}, {k: t.float().double() for k, t in scan.items()}
+    pairs = [
+        (mamba_block(**low), mamba_block(**wide)),
+        (advanced(low), advanced(wide)),
+        *zip(stepped(low), stepped(wide), strict=True),
+        *zip(chunked(long), chunked(long_wide), strict=True),
+    ]
+    for got, want in pairs:
+        assert got.isfinite().all()
+        # Sums of up to 2 S terms, each off by the rounding of its decay, its product and the sum's own: 4 eps of fp32
+        # at most for each doubling of terms, 5 of them. TF32 or a 16-bit state would be off by 1e-3.
+        largest = want.abs().max().item() if want.numel() else 0.0
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=20 * torch.finfo(torch.float32).eps * largest)
+
+
+def test_chunks_without_states_between_them() -> None:
+    kw = scan_inputs(2, 41)
+    y, state, before = ssd_chunk(**kw, chunk_size=16)
+    y_alone, state_alone, none = ssd_chunk(**kw, chunk_size=None)
+    close(y_alone, y)
+    close(state_alone, state)
+    assert before.shape[1] == 3 and none.shape == (2, 0, *state.shape[1:])

@@ -4,24 +4,26 @@ Every op has a twin of the same name and signature in `tt_kernels.reference`: pl
 runs on a CPU. On a GPU Triton kernels run. `OPS` holds a card for each op: cases, inputs, gradients, cost, kernels.
 """
 
-from . import attention, conv1d, moe, norm, ssd
+from . import attention, conv1d, mamba, moe, norm, ssd
 from . import linear_cross_entropy as _linear_cross_entropy
 from . import unmask as _unmask
-from .attention import block_diffusion_attention, causal_attention, context_attention
+from .attention import append_attention, block_diffusion_attention, causal_attention, context_attention
 from .conv1d import causal_conv1d, conv_block_states, conv_state
 from .core import Op, trusted, use
 from .linear_cross_entropy import linear_cross_entropy
+from .mamba import mamba_advance, mamba_block, mamba_step
 from .moe import ExpertWeights, experts, route
 from .norm import gated_group_norm, modulated_rms_norm, rms_norm
 from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
 from .unmask import commit, gumbel_noise, head_sample, sample, unmask
 
-_MODULES = (norm, conv1d, ssd, moe, attention, _unmask, _linear_cross_entropy)
+_MODULES = (norm, conv1d, ssd, mamba, moe, attention, _unmask, _linear_cross_entropy)
 OPS: dict[str, Op] = {op.fn.__name__: op for module in _MODULES for op in module.OPS}
 
 __all__ = [
     "OPS",
     "ExpertWeights",
+    "append_attention",
     "block_diffusion_attention",
     "causal_attention",
     "causal_conv1d",
@@ -34,6 +36,9 @@ __all__ = [
     "gumbel_noise",
     "head_sample",
     "linear_cross_entropy",
+    "mamba_advance",
+    "mamba_block",
+    "mamba_step",
     "modulated_rms_norm",
     "rms_norm",
     "route",

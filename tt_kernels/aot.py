@@ -1,10 +1,12 @@
 """`python -m tt_kernels.aot`: compile every kernel for every target without a GPU, and hold what comes out to a lock.
 
-Every op with kernels runs on meta tensors at its card's shapes, forward and backward; what its launchers would launch
-is compiled for sm_80, sm_90 and sm_100 instead. The lock (aot.lock.json, a part for each Triton version) keeps of every
-kernel its registers, stack, shared memory, widest load from global memory and tensor-core instructions. The run fails
-on spills, on more shared memory than the target has, on a narrower load, a lost tensor-core instruction or TMA load,
-and on 10 % more registers than the lock says; `--update` writes the lock anew.
+Every op with kernels runs on meta tensors, forward and backward, and what its launchers would launch is compiled for
+sm_80, sm_90 and sm_100 instead: in bf16 at its card's shapes, and once for every other launch that a size which changes
+from call to call can get (`Op.grows`); in fp16 and fp32 at the card's first shape for sm_90. The lock (aot.lock.json, a
+part for each Triton version) keeps of every kernel its registers, stack, shared memory, widest load from global memory
+and tensor-core instructions. The run fails on spills (in bf16; elsewhere on more than the lock says), on more shared
+memory than the target has, on a kernel that stores nothing, on a narrower load, a lost tensor-core instruction or TMA
+load, and on 10 % more registers than the lock says; `--update` writes the lock anew.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -37,6 +39,8 @@ SHARED = {80: 163, 90: 227, 100: 227}  # KiB a program may have
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TENSOR = re.compile(r"\b(DMMA|HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA)\b")  # HGMMA is wgmma, UTC*MMA tcgen05
 GLOBAL_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E((?:\.\w+)*)")
+STORE = re.compile(r"\b(?:STG|ATOMG?|RED|UTMASTG|UBLKRED)\b")
+MODEL, OTHERS = torch.bfloat16, (torch.float16, torch.float32)
 COLUMNS = ("registers", "stack", "shared", "load", "tensor", "tma")
 
 
@@ -69,6 +73,8 @@ class Compiled:
     load: int  # bits, the widest from global memory into registers or shared memory
     tensor: str
     tma: bool
+    stores: bool = field(default=True, compare=False)  # anything at all to memory
+    dtype: torch.dtype = field(default=MODEL, compare=False)  # what its op was called with
     tiles: dict[str, int] = field(default_factory=dict, compare=False)
 
     @property
@@ -90,19 +96,49 @@ def _on_meta(value: Any, grads: Sequence[str], name: str) -> Any:
     return value
 
 
-def launches(op: Op, dtype: torch.dtype, architecture: int) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
-    """(kernel, arguments, options) of everything the op would launch at its card's shapes, forward and backward."""
+Seen = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, options
+
+
+def launches(op: Op, dtype: torch.dtype, architecture: int, dims: Mapping[str, int]) -> list[Seen]:
+    """Everything the op would launch at a shape, forward and backward."""
+    with torch.device("meta"):
+        inputs = op.inputs(dtype, **dims)
+    grads = () if op.forward_only else op.grads
+    inputs = {name: _on_meta(value, grads, name) for name, value in inputs.items()}
+    with recording(architecture) as seen:
+        result = op.fn(**inputs)
+        results = [t for t in (result if isinstance(result, tuple) else (result,)) if t.requires_grad]
+        if results:
+            torch.autograd.backward(results, [torch.empty_like(t) for t in results])
+    return [(kernel, args, options) for kernel, _, args, options in seen]
+
+
+def ladder(largest: int) -> list[int]:
+    """Powers of two and the numbers that follow them: where heuristics change their minds."""
+    return sorted({n for e in range(largest.bit_length()) for n in (1 << e, (1 << e) + 1) if n <= largest})
+
+
+def _launch(seen: Seen) -> tuple[Any, ...]:
+    """The kernel and what a heuristic chose for it: tiles, warps, stages."""
+    chosen = [(k, v) for k, v in seen[2].items() if k.startswith(("BLOCK_", "num_"))]
+    return seen[0], *sorted(chosen)
+
+
+def to_compile(op: Op, architecture: int) -> Iterator[tuple[torch.dtype, Seen]]:
+    """What the lock holds of an op for a target, by the dtype that it is called with."""
+    known = set()
     for dims in op.shapes:
-        with torch.device("meta"):
-            inputs = op.inputs(dtype, **dims)
-        grads = () if op.forward_only else op.grads
-        inputs = {name: _on_meta(value, grads, name) for name, value in inputs.items()}
-        with recording(architecture) as seen:
-            result = op.fn(**inputs)
-            results = [t for t in (result if isinstance(result, tuple) else (result,)) if t.requires_grad]
-            if results:
-                torch.autograd.backward(results, [torch.empty_like(t) for t in results])
-        yield from ((kernel, args, options) for kernel, _, args, options in seen)
+        for seen in launches(op, MODEL, architecture, dims):
+            known.add(_launch(seen))
+            yield MODEL, seen
+    between = [{**dims, name: n} for dims in op.shapes for name, most in op.grows.items() for n in ladder(most)]
+    for dims in between:
+        for seen in launches(op, MODEL, architecture, dims):
+            if (launch := _launch(seen)) not in known:
+                known.add(launch)
+                yield MODEL, seen
+    if architecture == 90:
+        yield from ((dtype, seen) for dtype in OTHERS for seen in launches(op, dtype, architecture, op.shapes[0]))
 
 
 def _inspect(cubin: bytes) -> dict[str, Any]:
@@ -123,6 +159,7 @@ def _inspect(cubin: bytes) -> dict[str, Any]:
         load=max(widths, default=0),
         tensor=" ".join(sorted(set(TENSOR.findall(sass)))),
         tma="UTMALDG" in sass or "UBLKCP" in sass,
+        stores=STORE.search(sass) is not None,
     )
 
 
@@ -130,44 +167,54 @@ def _compile_op(name: str, architecture: int) -> list[Compiled]:
     """All kernels of an op for one target; runs in a process of its own."""
     driver.set_active(_Target(architecture))
     found: dict[str, Compiled] = {}
-    for kernel, args, options in launches(OPS[name], torch.bfloat16, architecture):
+    inspected: set[str] = set()
+    for dtype, (kernel, args, options) in to_compile(OPS[name], architecture):
         binary = kernel.warmup(*args, grid=(1,), **options)
+        if binary.hash in inspected:
+            continue
+        inspected.add(binary.hash)
         shown = {k: v for k, v in options.items() if k != "enable_fp_fusion"}
         launch = " ".join(f"{k}={v}" for k, v in shown.items())
         signature = " ".join(str(t) for t in binary.src.signature.values() if t != "constexpr")
-        inspected = _inspect(binary.asm["cubin"])
         compiled = Compiled(
             *(kernel.__name__, architecture, f"{launch} ({signature})"),
             shared=binary.metadata.shared,
+            dtype=dtype,
             tiles=shown,
-            **inspected,
+            **_inspect(binary.asm["cubin"]),
         )
         found[compiled.key] = compiled
     return list(found.values())
 
 
 def compile_all(names: Sequence[str], targets: Sequence[int], jobs: int) -> list[Compiled]:
+    """Kernels of all these ops for all these targets, each once."""
     with ProcessPoolExecutor(jobs) as pool:
         work = [pool.submit(_compile_op, name, target) for name in names for target in targets]
         return [compiled for future in work for compiled in future.result()]
 
 
-def _promises(op: Op) -> dict[str, str]:
-    return op.tensor_cores if isinstance(op.tensor_cores, dict) else dict.fromkeys(op.tensor_cores, "num_warps")
+def promises_wgmma(compiled: Compiled, tile: str | None) -> bool:
+    """Whether a card's promise holds for this form: 16-bit operands, and 64 rows or more of the tile it names."""
+    return tile is not None and compiled.dtype != torch.float32 and compiled.tiles.get(tile, 0) >= 64
 
 
 def faults(compiled: Compiled, lock: dict[str, Any] | None, *, wgmma: bool = False) -> list[str]:
     """What is wrong with a kernel by itself and, where there is one for this Triton, against the lock."""
     found = []
-    if compiled.stack:
+    locked = None if lock is None else lock.get(compiled.key)
+    # What no model runs in may spill: then the lock says how much. By itself that is no fault.
+    allowed = 0 if compiled.dtype == MODEL else locked["stack"] if locked else compiled.stack
+    if compiled.stack > allowed:
         found.append(f"spills {compiled.stack} bytes")
+    if not compiled.stores:
+        found.append("stores nothing")
     if compiled.shared > SHARED[compiled.architecture] * 1024:
         found.append(f"needs {compiled.shared} bytes of shared memory, there are {SHARED[compiled.architecture]} KiB")
     if wgmma and compiled.architecture == 90 and "HGMMA" not in compiled.tensor:
         found.append(f"compiles to {compiled.tensor or 'no tensor-core instruction'}, expected wgmma (HGMMA)")
     if lock is None:
         return found
-    locked = lock.get(compiled.key)
     if locked is None:
         return [*found, "is not in the lock: look at it, then run with --update"]
     if compiled.registers > 1.1 * locked["registers"]:
@@ -197,21 +244,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no op with kernels is called {', '.join(unknown)}")
     version, locks = triton.__version__, json.loads(LOCK.read_text()) if LOCK.exists() else {}
     lock = None if options.update else locks.get(version)
-    promised = {kernel: tile for op in OPS.values() for kernel, tile in _promises(op).items()}
+    promised = {kernel: tile for op in OPS.values() for kernel, tile in op.tensor_cores.items()}
     unique = {c.key: c for c in compile_all(names, options.targets, options.jobs)}
     compiled = [unique[key] for key in sorted(unique)]
-    known = "" if lock is not None or options.update else ", which has no lock: only what a kernel must not do counts"
-    print(f"Triton {version}{known}")
+    print(f"Triton {version}")
     print(f"{'kernel':40s} {'sm':>4s}" + "".join(f"{column:>10s}" for column in COLUMNS) + "  launch")
     failed = 0
     for c in compiled:
         print(f"{c.kernel:40s} {c.architecture:4d}" + "".join(f"{v!s:>10s}" for v in c.row.values()) + f"  {c.launch}")
-        for fault in faults(
-            c,
-            lock,
-            wgmma=c.kernel in promised
-            and c.tiles.get(promised[c.kernel], 0) >= (64 if promised[c.kernel] != "num_warps" else 0),
-        ):
+        for fault in faults(c, lock, wgmma=promises_wgmma(c, promised.get(c.kernel))):
             failed += 1
             print(f"    FAULT: {fault}")
     if options.update:
@@ -220,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         partial = LOCK.with_name(f".{LOCK.name}.partial")
         partial.write_text(json.dumps(locks, indent=0, sort_keys=True) + "\n")
         partial.replace(LOCK)
+    if lock is None and not options.update:
+        print(f"NOT HELD TO A LOCK: there is none for Triton {version}, only for {', '.join(locks) or 'none'}")
     print(f"{len(compiled)} compiled, {failed} faults")
     return 1 if failed else 0
 

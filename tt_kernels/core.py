@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .launch import INTERPRET, Launch, is_recording
+from .launch import INTERPRET, Launch, _properties, is_recording
 
 _library = torch.library.Library("tt", "DEF")
 _implementation: str | None = None
@@ -27,17 +27,43 @@ def use(implementation: str) -> Iterator[None]:
         _implementation = before
 
 
-def takes_kernel(op: str, x: Tensor) -> bool:
-    """Whether `op` runs as a kernel on x: on a GPU, and on a CPU under TRITON_INTERPRET=1; else its reference runs.
+# Compute capabilities, times ten, that launches are made for: they take up to 163 KiB of shared memory a program on 8.0
+# and 227 on the others, where consumer GPUs of the same generations have 99.
+SERVED = (80, 90, 100, 103)
+_REFERENCE = 'use it in `with tt_kernels.use("reference")`'
 
-    Raises NotImplementedError for dtypes that kernels there have no form of, rather than fall back.
+
+@torch.compiler.assume_constant_result  # torch.compile is to ask, not to trace
+def _capability(device: int) -> int:
+    properties = _properties(device)
+    return 10 * properties.major + properties.minor
+
+
+def takes_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether `op` runs as a kernel: where x is on a GPU, and on a CPU under TRITON_INTERPRET=1; else as its reference.
+
+    x and others are the floats that it computes with. Raises ValueError where they are on several devices, and
+    NotImplementedError for GPUs and dtypes that kernels have no form of, rather than fall back.
     """
     if _implementation == "reference" or not (x.is_cuda or INTERPRET or is_recording()):
         return False
-    if x.is_cuda and x.dtype == torch.float64:
-        raise NotImplementedError(f'{op}: no fp64 kernel on a GPU; use it in `with tt_kernels.use("reference")`')
-    if INTERPRET and not x.is_cuda and x.dtype == torch.bfloat16:
-        raise NotImplementedError(f"{op}: Triton's interpreter computes bf16 wrongly; use fp16, fp32 or fp64 there")
+    device, refused, why = x.device, None, ""
+    if x.is_cuda:
+        if (capability := _capability(device.index)) not in SERVED:
+            raise NotImplementedError(
+                f"{op}: {device} has compute capability {capability / 10}, kernels are made for "
+                f"{', '.join(str(served / 10) for served in SERVED)}; {_REFERENCE}"
+            )
+        refused, why = torch.float64, f"no fp64 kernel on a GPU; {_REFERENCE}"
+    elif INTERPRET:
+        refused, why = torch.bfloat16, "Triton's interpreter computes bf16 wrongly; use fp16, fp32 or fp64 there"
+    for t in (x, *others):
+        if t is None:
+            continue
+        if t.device != device:
+            raise ValueError(f"{op}: tensors are on {device} and {t.device}, expected one device")
+        if t.dtype == refused:
+            raise NotImplementedError(f"{op}: {why}")
     return True
 
 
@@ -147,6 +173,7 @@ class Op:
     writes: tuple[str, ...] = ()  # arguments that the op changes
     kernels: tuple[str, ...] = ()  # names of the Triton kernels it runs as; none: the reference on every device
     forward_only: bool = False  # its kernels have no backward: where gradients are wanted the reference runs
+    grows: dict[str, int] = field(default_factory=dict)  # sizes that differ from call to call, and how far they go
     # Kernels that must compile to wgmma on sm_90, and the tile that is the products' M: wherever it is 64 or more.
     tensor_cores: dict[str, str] = field(default_factory=dict)
     candidates: dict[str, tuple[Launch, ...]] = field(default_factory=dict)  # kernel -> launches worth measuring

@@ -101,23 +101,6 @@ class Cache:
         out.last_hidden = None if self.last_hidden is None else self.last_hidden[rows]
         return out
 
-    def entering(self, L: int, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Where L new tokens of every row go: page slots [n] and, when rows enter fewer, their indices in [B * L]."""
-        self.reserve(self.longest + L)
-        offsets = torch.arange(L, device=self.lengths.device)
-        position = self.lengths.long().unsqueeze(1) + offsets  # [B, L]
-        slots = self.page_table.long().gather(1, position // PAGE_SIZE) * PAGE_SIZE + position % PAGE_SIZE
-        if counts is None:
-            return slots.flatten(), None
-        tokens = (offsets < counts.unsqueeze(1)).flatten().nonzero().squeeze(1)
-        return slots.flatten()[tokens], tokens
-
-    def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, tokens: Tensor | None) -> None:
-        """Write K/V [B, L, Hkv, P] of one layer into the slots given by `entering`."""
-        for pages, new in ((self.keys[layer], k), (self.values[layer], v)):
-            rows = new.flatten(0, 1)
-            pages.flatten(0, 1).index_copy_(0, slots, rows if tokens is None else rows[tokens])
-
     def extend(self, L: int, counts: Tensor | None, hidden: Tensor) -> None:
         """Count L new tokens a row (the first counts[b] of them) and keep the last one's hidden state."""
         if counts is None:
@@ -137,19 +120,27 @@ class Cache:
         Args:
             pending: from `TwoTower.verify` on this cache, which must not have changed since.
             lengths: [B] int, 0..L.
+        On a GPU it waits for the device once; `commit` and `verify` do not.
         """
         if pending.hidden is None or len(lengths) != self.batch:
             raise ValueError(f"advance: lengths has {len(lengths)} rows, the cache has {self.batch}")
-        if not torch.equal(pending.lengths, self.lengths):
-            raise ValueError("advance: the cache has changed since the block was verified")
         L = pending.hidden.shape[1]
         counts = lengths.to(self.lengths)
-        if bool(((counts < 0) | (counts > L)).any()):
+        ends = self.lengths + counts
+        # The one read of the device: how far the longest row has come is not known before, nor what is in `lengths`.
+        checks = (pending.lengths != self.lengths).any(), counts.min(), counts.max(), ends.max()
+        changed, least, most, longest = torch.stack([c.to(ends) for c in checks]).tolist()
+        if changed:
+            raise ValueError("advance: the cache has changed since the block was verified")
+        if least < 0 or most > L:
             raise ValueError(f"advance: lengths is {lengths.tolist()}, expected values from 0 to the block's {L}")
-        slots, tokens = self.entering(L, counts)
-        for i, (k, v) in pending.kv.items():
-            self.append(i, k, v, slots, tokens)
+        self.reserve(self.longest + L)
+        offsets = torch.arange(L, device=self.lengths.device)
+        position = self.lengths.unsqueeze(1) + offsets  # [B, L]
+        page, slot = self.page_table.gather(1, position // PAGE_SIZE), position % PAGE_SIZE
+        for i, (k, v) in pending.kv.items():  # all L: what lies past a row's length is not read
+            self.keys[i][page, slot], self.values[i][page, slot] = k, v
         for i, (mixer, projected) in pending.states.items():
             self.conv[i], self.ssm[i] = mixer.advance(*projected, self.conv[i], self.ssm[i], counts)
         self.extend(L, counts, pending.hidden)
-        self.longest = int(self.lengths.max())  # far fewer than L may have come in
+        self.longest = longest  # far fewer than L may have come in

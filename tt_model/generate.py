@@ -53,8 +53,9 @@ class Settings:
                 raise ValueError(f"{name} is {value!r}, expected {'an integer' if name == 'top_k' else 'a number'}")
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold is {self.confidence_threshold}, expected 0 to 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy) or above")
+        # Logits are divided by it in fp32, where less than about 1e-36 makes infinities of them.
+        if self.temperature != 0 and not 1e-30 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy), or 1e-30 and above")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}, expected at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -10,7 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tt_kernels import block_diffusion_attention, causal_attention, context_attention, modulated_rms_norm, trusted
+from tt_kernels import (
+    append_attention,
+    block_diffusion_attention,
+    causal_attention,
+    context_attention,
+    modulated_rms_norm,
+    trusted,
+)
 
 from .cache import Cache, Pending
 from .config import TwoTowerConfig
@@ -87,17 +94,17 @@ class ContextPass(Pass):
     def __init__(self, cache: Cache, L: int, counts: Tensor | None = None, *, write: bool):
         self.cache, self.counts, self.write = cache, counts, write
         self.pending = Pending()
-        self.slots = cache.entering(L, counts) if write else None
+        if write:
+            cache.reserve(cache.longest + L)
 
     def attention(self, i: int, mixer: Attention, h: Tensor) -> Tensor:
         c = self.cache
         q, k, v = mixer.qkv(h)
-        o = context_attention(q, k, v, c.keys[i], c.values[i], c.page_table, c.lengths, causal=True)
+        cached = c.keys[i], c.values[i], c.page_table, c.lengths
         if self.write:
-            c.append(i, k, v, *self.slots)
-        else:
-            self.pending.kv[i] = k, v
-        return mixer.out(o)
+            return mixer.out(append_attention(q, k, v, *cached, self.counts))
+        self.pending.kv[i] = k, v
+        return mixer.out(context_attention(q, k, v, *cached, causal=True))
 
     def mamba(self, i: int, mixer: Mamba2, h: Tensor) -> Tensor:
         c = self.cache

@@ -151,7 +151,7 @@ class TwoTower(nn.Module):
             block_size: tokens denoised together; None: the size that the denoiser was trained with.
             steps_per_block: most denoiser passes for a block.
             confidence_threshold: masked positions whose prediction is more probable than this are committed at once.
-            temperature: 0 takes the most probable token; above, a Gumbel-max sample of logits / temperature.
+            temperature: 0 takes the most probable token; 1e-30 and above, a Gumbel-max sample of logits / temperature.
             top_k, top_p: narrow what may be sampled at a temperature above 0.
             eos_token_id: one or several ids that end a row; None: nothing does; default: what config.json says.
             seed: an int s gives row b the seed s + b; or one per row; None: from torch's default generator. A row's

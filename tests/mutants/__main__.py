@@ -33,8 +33,8 @@ def mutated(source: str, mutant: Mutant) -> str:
     return source.replace(mutant.old, mutant.new)
 
 
-def survives(mutant: Mutant) -> str | None:
-    """None if the tests fail, as they should; else what happened."""
+def run_tests(op: str, mutant: Mutant | None = None) -> subprocess.CompletedProcess[str]:
+    """An op's tests on a copy of the tree, with the mutant's fault in it or as it is."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in COPIED:
@@ -43,11 +43,11 @@ def survives(mutant: Mutant) -> str | None:
                 shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, tree / name)
-        file = tree / mutant.file
-        file.write_text(mutated(file.read_text(), mutant))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS, "-k", mutant.op]
-        done = subprocess.run(
-            command,
+        if mutant is not None:
+            file = tree / mutant.file
+            file.write_text(mutated(file.read_text(), mutant))
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS, "-k", op],
             cwd=tree,
             env=os.environ
             | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tree), "TRITON_CACHE_DIR": str(tree / "cache")},
@@ -55,6 +55,11 @@ def survives(mutant: Mutant) -> str | None:
             capture_output=True,
             text=True,
         )
+
+
+def survives(mutant: Mutant) -> str | None:
+    """None if the tests fail, as they should; else what happened."""
+    done = run_tests(mutant.op, mutant)
     if done.returncode == 1 or done.returncode < 0:  # a fault that writes where it must not may kill the process
         return None
     return "survives" if done.returncode == 0 else f"pytest exits with {done.returncode}:\n{done.stdout[-2000:]}"
@@ -71,6 +76,11 @@ def main() -> int:
     chosen = [m for area in options.only or areas for m in areas[area]]
     failed = 0
     with ThreadPoolExecutor(options.jobs) as pool:
+        ops = sorted({mutant.op for mutant in chosen})
+        for op, done in zip(ops, pool.map(run_tests, ops), strict=True):
+            if done.returncode:
+                print(f"the tests of {op!r} fail without any fault planted:\n{done.stdout[-2000:]}", file=sys.stderr)
+                return 1
         for mutant, outcome in zip(chosen, pool.map(survives, chosen), strict=True):
             failed += outcome is not None
             print(f"{'caught' if outcome is None else 'MISSED'}  {mutant.op:22s} {mutant.fault}", flush=True)

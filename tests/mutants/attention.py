@@ -34,8 +34,8 @@ MUTANTS = (
     Mutant(
         "context_attention",
         CONTEXT,
-        "tl.minimum(length, start + split_size) if SPLIT else length",
-        "tl.minimum(length, start + split_size - 1) if SPLIT else length",
+        "tl.minimum(length, start + size)",
+        "tl.minimum(length, start + size - 1)",
         "a token between splits is missed",
     ),
     Mutant(
@@ -51,6 +51,52 @@ MUTANTS = (
         "tl.load(table_ptr + tokens // page_size)",
         "tl.load(table_ptr + n // page_size)",
         "one page for a tile that spans several",
+    ),
+    Mutant(
+        "context_attention",
+        CONTEXT,
+        "tl.cdiv(tl.cdiv(length, most), 64) * 64, least)",
+        "(length // most) // 64 * 64, 1)",
+        "splits do not reach the end",
+    ),
+    Mutant(
+        "append_attention",
+        CONTEXT,
+        "            to = length + at\n",
+        "            to = length + at + 1\n",
+        "a slot left out",
+    ),
+    Mutant("append_attention", CONTEXT, "& (at < count) &", "&", "tokens that do not count enter"),
+    Mutant(
+        "append_attention", CONTEXT, "& (at < count) &", "& (at < count - 1) &", "the last that counts does not enter"
+    ),
+    Mutant(
+        "append_attention",
+        CONTEXT,
+        "to % page_size * stride_kslot",
+        "to * stride_kslot",
+        "another page's keys overwritten",
+    ),
+    Mutant(
+        "append_attention",
+        CONTEXT,
+        "to_v[:, None] + offs_p[None, :], v,",
+        "to_v[:, None] + offs_p[None, :], k,",
+        "keys as values",
+    ),
+    Mutant(
+        "append_attention",
+        CONTEXT,
+        "at = (tile * BLOCK_M + R - 1) // R + tl",
+        "at = (tile * BLOCK_M + BLOCK_M + R - 1) // R + tl",
+        "each tile writes the next one's tokens",
+    ),
+    Mutant(
+        "append_attention",
+        CONTEXT,
+        "table_ptr + to // page_size",
+        "table_ptr + length // page_size",
+        "one page for all tokens",
     ),
     Mutant(ANY, BLOCKS, "rows + 1 if CAUSAL", "rows if CAUSAL", "a token does not see itself"),
     Mutant(

@@ -18,6 +18,13 @@ MUTANTS = (
     Mutant(
         "experts",
         TILES,
+        "tl.float64 if weights_ptr.dtype.element_ty == tl.float64 else acc",
+        "acc",
+        "summed without the dtype of routing weights",
+    ),
+    Mutant(
+        "experts",
+        TILES,
         "acc = dot_tile(a_tile, w_tile, acc, TRANSPOSED, SWAP)",
         "acc = dot_tile(a_tile, w_tile, acc, TRANSPOSED, SWAP).to(tl.float16).to(acc.dtype)",
         "sums in 16 bits",

@@ -5,6 +5,7 @@ from mutants import Mutant
 CONV, STATES = "tt_kernels/conv1d/causal.py", "tt_kernels/conv1d/states.py"
 BLOCK, STEP, TILE = "tt_kernels/ssd/block_kernels.py", "tt_kernels/ssd/step.py", "tt_kernels/ssd/tile.py"
 CHUNK, SCAN = "tt_kernels/ssd/chunk_kernels.py", "tt_kernels/ssd/scan.py"
+FUSED, KERNELS, TOKEN = "tt_kernels/mamba/conv.py", "tt_kernels/mamba/kernels.py", "tt_kernels/mamba/step.py"
 
 MUTANTS = (
     Mutant("causal_conv1d", CONV, "(k == K - 1 - back)", "(k == back)", "taps in reverse"),
@@ -19,7 +20,9 @@ MUTANTS = (
     Mutant("conv_state", STATES, "(source + K) * stride_sk", "k * stride_sk", "state does not move on"),
     Mutant("conv_state", STATES, "tl.load(lengths_ptr + b), L)", "tl.load(lengths_ptr), L)", "one length for all"),
     Mutant("conv_state", STATES, "tl.where(source < 0, before", "tl.where(source <= 0, before", "first column lost"),
-    Mutant("conv_state", STATES, "    if state_ptr is not None:\n", "    if False:\n", "state forgotten"),
+    Mutant(
+        "conv_state", STATES, "other=0.0)\n    if state_ptr is not None:\n", "other=0.0)\n    if False:\n", "state lost"
+    ),
     Mutant("conv_block_states", STATES, "source = start - back", "source = start - back + 1", "one column late"),
     Mutant("conv_block_states", STATES, "out + (K - back) * C", "out + (back - 1) * C", "columns in reverse"),
     Mutant("conv_block_states", STATES, "mask=alive & (source >= 0)", "mask=source >= 0", "sequences seep"),
@@ -31,27 +34,25 @@ MUTANTS = (
         "row 0",
     ),
     Mutant("conv_block_states", STATES, "(B * blocks, triton", "(B * blocks - 1, triton", "last block missed"),
-    Mutant(
-        "ssd_block", BLOCK, "[:, None] > t[None, :], a[:, None]", "[:, None] >= t[None, :], a[:, None]", "own decay"
-    ),
+    Mutant("ssd_block", TILE, "[:, None] > t[None, :], a[:, None]", "[:, None] >= t[None, :], a[:, None]", "own decay"),
     Mutant("ssd_block", TILE, "tl.where(i >= j, log,", "tl.where(i > j, log,", "a token does not see itself"),
     Mutant("ssd_block", TILE, "* dt  # masked", "# masked", "step forgotten"),
-    Mutant("ssd_block", BLOCK, "* decay(tl.cumsum(a, axis=0))[:, None]", "", "state does not decay"),
-    Mutant("ssd_block", BLOCK, "x.to(ACC) * tl.load(D_ptr + head).to(ACC)", "x.to(ACC)", "D forgotten"),
+    Mutant("ssd_block", TILE, "* decay(tl.cumsum(a, axis=0))[:, None]", "", "state does not decay"),
+    Mutant("ssd_block", TILE, "+ x.to(ACC) * D", "+ x.to(ACC)", "D forgotten"),
     Mutant("ssd_block", BLOCK, "C_ptr + b * stride_Cb + group * stride_Cg", "C_ptr + b * stride_Cb", "group 0's C"),
-    Mutant("ssd_block", BLOCK, "before=False)[0]", "before=False)[0] * 1.001", "long blocks off"),
+    Mutant("ssd_block", BLOCK, "None, low, high)[0]", "None, low, high)[0] * 1.001", "long blocks off"),
     Mutant("ssd_advance", BLOCK, "tl.load(lengths_ptr + b), L)", "tl.load(lengths_ptr + b) + 1, L)", "one too many"),
-    Mutant("ssd_advance", BLOCK, "grow(state * decay(tl.sum(a, axis=0)), B", "grow(state, B", "state does not decay"),
-    Mutant("ssd_advance", BLOCK, "decays_to_end(after) * dt", "decays_to_end(after)", "step forgotten"),
-    Mutant("ssd_advance", BLOCK, "decays_to_end(after) * dt", "decays_to_end(a) * dt", "own decay counted"),
-    Mutant("ssd_advance", BLOCK, "(t + 1 < start + BLOCK_T)", "(t + 1 < length)", "decay of the next tile twice"),
+    Mutant("ssd_advance", BLOCK, "grow(state * left, B", "grow(state, B", "state does not decay"),
+    Mutant("ssd_advance", TILE, "decays_to_end(after) * dt", "decays_to_end(after)", "step forgotten"),
+    Mutant("ssd_advance", TILE, "decays_to_end(after) * dt", "decays_to_end(a) * dt", "own decay counted"),
+    Mutant("ssd_advance", TILE, "(t + 1 < start + BLOCK_T)", "(t + 1 < length)", "decay of the next tile twice"),
     Mutant("ssd_advance", BLOCK, "row[:, None] * stride_Bl + group * stride_Bg", "row[:, None] * stride_Bl", "group 0"),
-    Mutant("ssd_step", STEP, "state = state * kept + ", "state = state + ", "state does not decay"),
-    Mutant("ssd_step", STEP, "(x * dt)[:, None]", "x[:, None]", "step forgotten"),
-    Mutant("ssd_step", STEP, " + x * tl.load(D_ptr + head).to(ACC)", "", "D forgotten"),
+    Mutant("ssd_step", TILE, "state = state * decay(dt * A) + ", "state = state + ", "state does not decay"),
+    Mutant("ssd_step", TILE, "(x * dt)[:, None]", "x[:, None]", "step forgotten"),
+    Mutant("ssd_step", TILE, "axis=1) + x * D", "axis=1)", "D forgotten"),
     Mutant("ssd_step", STEP, "C_ptr + b * stride_Cb + group * stride_Cg", "C_ptr + b * stride_Cb", "group 0's C"),
     Mutant("ssd_step", TILE, "softplus(dt + bias)", "softplus(dt)", "bias forgotten"),
-    Mutant("ssd_step", STEP, "group = head // R", "group = head % R", "wrong group"),
+    Mutant("ssd_step", TILE, "head, head // R", "head, head % R", "wrong group"),
     Mutant(
         "ssd_chunk", CHUNK, "tl.store(kept_ptr + out, decays_to_end(after) * dt", "tl.store(kept_ptr + out, dt", "kept"
     ),
@@ -77,4 +78,29 @@ MUTANTS = (
         "lengths",
     ),
     Mutant("ssd_chunk", SCAN, "spans = triton.cdiv(tiles, span)", "spans = tiles // span", "last span missed"),
+    Mutant("mamba_block", FUSED, "own.to(ACC) * column(taps, K - 1,", "own.to(ACC) * column(taps, 0,", "own tap"),
+    Mutant("mamba_block", FUSED, "column(taps, K - 1 - back,", "column(taps, back,", "taps in reverse"),
+    Mutant("mamba_block", FUSED, "column(past, early + 1,", "column(past, early,", "past one column early"),
+    Mutant("mamba_block", FUSED, "tl.static_range(1, K - 1 - early)", "tl.static_range(1, K - 2 - early)", "past cut"),
+    Mutant("mamba_block", FUSED, "((source >= 0) & (t < length))", "(t < length)", "reads before the row"),
+    Mutant("mamba_block", FUSED, "y = bias.to(ACC)[None, :] + ", "y = ", "bias forgotten"),
+    Mutant("mamba_block", FUSED, "return silu(y).to(NARROW)", "return y.to(NARROW)", "no activation"),
+    Mutant("mamba_block", FUSED, "(bundle >> (16 * k))", "(bundle >> (8 * k))", "16-bit columns come apart wrongly"),
+    Mutant("mamba_block", KERNELS, "_ssd_block(x, dt, A, B, C, D,", "_ssd_block(x, dt, A, C, B, D,", "long: B for C"),
+    Mutant("mamba_advance", KERNELS, "grow(state * left, B", "grow(state, B", "state does not decay"),
+    Mutant(
+        "mamba_advance", KERNELS, "tl.load(lengths_ptr + b), L)", "tl.load(lengths_ptr + b) + 1, L)", "one too many"
+    ),
+    Mutant("mamba_advance", KERNELS, "if (head % R == 0) &", "if (head == 0) &", "only group 0's conv state"),
+    Mutant("mamba_advance", KERNELS, "new_conv_ptr += b * (H", "new_conv_ptr += 0 * b * (H", "row 0's conv state"),
+    Mutant(
+        "mamba_advance", STATES, "mask=mask & (source < 0), other", "mask=mask & (source < -1), other", "column lost"
+    ),
+    Mutant("mamba_advance", KERNELS, "_conv_state(xBC, lengths,", "_conv_state(xBC, None,", "long: lengths forgotten"),
+    Mutant("mamba_step", TOKEN, "(k + 1) * stride_sk", "k * stride_sk", "state does not move on"),
+    Mutant("mamba_step", TOKEN, "own[:, None], past", "own[:, None] * 0, past", "own column forgotten"),
+    Mutant("mamba_step", TOKEN, " + bias.to(ACC)", "", "bias forgotten"),
+    Mutant("mamba_step", TOKEN, "silu(y).to", "y.to", "no activation"),
+    Mutant("mamba_step", TOKEN, "if (head % R == 0) &", "if (head == 0) &", "only group 0's conv state"),
+    Mutant("mamba_step", TOKEN, "c_C = c_B + G * N", "c_C = c_B + N", "C of other channels"),
 )

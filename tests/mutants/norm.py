@@ -34,6 +34,27 @@ MUTANTS = (
         "        (rows.shape[0] - 1 if D else 0,),",
         "last row missed",
     ),
+    Mutant(
+        RMS,
+        MODULATED,
+        "    acc = rstd_ptr.dtype.element_ty\n    r = tl.load(x_ptr",
+        "    acc = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32\n    r = tl.load(x_ptr",
+        "an fp64 weight forgotten in the dtype of sums",
+    ),
+    Mutant(
+        "modulated",
+        MODULATED,
+        "    acc = rstd_ptr.dtype.element_ty\n    weight = ",
+        "    acc = tl.float64 if residual_ptr.dtype.element_ty == tl.float64 else tl.float32\n    weight = ",
+        "and in that of gradients",
+    ),
+    Mutant(
+        "modulated",
+        MODULATED,
+        "dtype=compute_dtype(x.dtype, weight.dtype))",
+        "dtype=compute_dtype(x.dtype))",
+        "rstd without the dtype of weight",
+    ),
     Mutant("modulated", MODULATED, "branch *= tl.load(gate_ptr", "branch += tl.load(gate_ptr", "gate added"),
     Mutant(
         "modulated",
@@ -74,6 +95,13 @@ MUTANTS = (
         "min((chunk + 1) * rows, L)",
         "min((chunk + 1) * rows - 1, L)",
         "last row of a chunk missed",
+    ),
+    Mutant(
+        "gated_group_norm",
+        GATED,
+        "    acc = rstd_ptr.dtype.element_ty\n    x = tl.load(x_ptr",
+        "    acc = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32\n    x = tl.load(x_ptr",
+        "an fp64 weight forgotten in the dtype of sums",
     ),
     Mutant("gated_group_norm", GATED, "    u = x * z * sigmoid(z)\n", "    u = x * sigmoid(z)\n", "sigmoid for SiLU"),
     Mutant(

@@ -37,6 +37,8 @@ MUTANTS = (
         "(ends - total)[None, :] + counts - counts",
         "pairs of the tiles before forgotten",
     ),
+    Mutant("route", FEW, "        tl.store(tickets_ptr + tile, 0)\n", "", "a tile's ticket not set back"),
+    Mutant("route", FEW, "                tl.store(tickets_ptr + tiles, 0)\n", "", "the tiles' ticket not set back"),
     Mutant("route", FEW, "== tiles - 1:", "== tiles - 2:", "sorted before the last tile is there"),
     Mutant("route", MANY, "pair // per_tile * E", "pair // pairs * E", "every tile sorted as the first"),
     Mutant(

@@ -17,6 +17,8 @@ MUTANTS = (
     Mutant("gumbel_noise", LANG, "c1.to(tl.uint32), c2.to(tl.uint32)", "c2.to(tl.uint32), c1.to(tl.uint32)", "swapped"),
     Mutant("gumbel_noise", NOISE, "out + 3, gumbel(w3", "out + 3, gumbel(w2", "a word twice"),
     Mutant("gumbel_noise", NOISE, "tl.load(position_ptr + row)", "tl.load(position_ptr)", "the first row's position"),
+    Mutant("gumbel_noise", NOISE, "(tl.program_id(0) // parts)", "(tl.program_id(0) % parts)", "the first rows only"),
+    Mutant("gumbel_noise", NOISE, "tl.program_id(0) % parts * BLOCK_Q", "0 * BLOCK_Q", "the first tokens only"),
     Mutant("gumbel_noise", NOISE, "mask=4 * quad + 3 < V", "mask=4 * quad + 7 < V", "the last word left out"),
     Mutant(ONLY_SAMPLE, RECORDS, "(ids < V) & (ids != suppress)", "(ids < V)", "the suppressed token counts"),
     Mutant(
@@ -25,16 +27,17 @@ MUTANTS = (
     Mutant(
         ONLY_SAMPLE,
         RECORDS,
-        "s = s * tl.exp2((m - shift) * 1.4426950408889634) + tile_s",
-        "s += tile_s",
-        "the sum not rescaled to a new maximum",
+        "tl.exp2((lower - shift) * 1.4426950408889634)",
+        "1.0",
+        "the sum below the lesser maximum not rescaled",
     ),
-    Mutant(ONLY_SAMPLE, RECORDS, "better, start + at, token", "better, at, token", "a token counted from its tile"),
+    Mutant(ONLY_SAMPLE, RECORDS, "best, start + at, raw", "best, at, raw", "a token counted from its tile"),
+    Mutant(ONLY_SAMPLE, RECORDS, "kept = next_best <= best", "kept = next_best >= best", "the worse of two tiles"),
     Mutant(
         ONLY_SAMPLE,
         RECORDS,
-        "tile_raw = tl.sum(tl.where(local == at[None, :], x, 0.0), axis=0)",
-        "tile_raw = tile_best",
+        "raw = tl.sum(tl.where(local == at[None, :], x, 0.0), axis=0)",
+        "raw = best",
         "the confidence of a score with its noise",
     ),
     Mutant(
@@ -49,10 +52,18 @@ MUTANTS = (
     Mutant(
         ONLY_SAMPLE, SAMPLE, "min(start + TILES * BLOCK_V, V)", "min(start + BLOCK_V, V)", "a part's second tile missed"
     ),
+    Mutant(
+        ONLY_SAMPLE,
+        SAMPLE,
+        "offs_t = tl.program_id(1) * BLOCK_T",
+        "offs_t = tl.program_id(1)",
+        "programs of several rows overlap",
+    ),
+    Mutant(ONLY_SAMPLE, SAMPLE, "part = tl.program_id(0)", "part = 0", "the first part for all"),
     Mutant(ONLY_SAMPLE, SAMPLE, "descending=True", "descending=False", "top-p keeps the worst"),
     Mutant("head_sample", HEAD, "mask_k = k + offs_k < D", "mask_k = k + offs_k <= D", "a channel of the next row"),
     Mutant("head_sample", HEAD, "h.T, x, input_precision", "h.T, input_precision", "only the last channels"),
-    Mutant("head_sample", HEAD, "row_tiles * parts, tl.num", "parts, tl.num", "the last rows missed"),
+    Mutant("head_sample", HEAD, "row_tiles * pieces, tl.num", "pieces, tl.num", "the last rows missed"),
     Mutant(
         "head_sample", HEAD, "min(begin + tiles * BLOCK_V, V)", "min(begin + BLOCK_V, V)", "a part's last tiles missed"
     ),
@@ -60,6 +71,10 @@ MUTANTS = (
         "head_sample", HEAD, "[None, :, None] == group", "[None, :, None] == 0", "the first columns' logits for all"
     ),
     Mutant("head_sample", HEAD, "any_hot = is_any_hot(row, mask_t, L, temperature_ptr)", "any_hot = False", "no noise"),
+    Mutant("head_sample", HEAD, "parts + piece // depth", "parts + piece", "a tile's record in another's place"),
+    Mutant("head_sample", RECORDS, "range(1, depth)", "range(1, 1)", "all but the first tile of a part forgotten"),
+    Mutant("head_sample", RECORDS, "* (depth * parts) + offs_s", "* parts + offs_s", "another row's records"),
+    Mutant("head_sample", RECORDS, "tl.sum(tl.reshape(x", "tl.max(tl.reshape(x", "the largest term for the sum"),
     Mutant("commit", COMMIT, "1 + (m - 1) //", "m //", "the share rounded down"),
     Mutant("commit", COMMIT, "& (j < i)", "& (j <= i)", "a position before itself"),
     Mutant(

@@ -36,7 +36,7 @@ def causal_attention(
         cu_seqlens=(cu_seqlens, "sequences+1", int),
     )
     check_heads("causal_attention", q, k)
-    if not takes_kernel("causal_attention", q) or wants_gradients(q, k, v):
+    if not takes_kernel("causal_attention", q, k, v) or wants_gradients(q, k, v):
         return reference.causal_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale)
     return block_attention_forward(q, None, None, k, v, cu_seqlens, 1, q.shape[-1] ** -0.5 if scale is None else scale)[
         0
@@ -85,7 +85,8 @@ def block_diffusion_attention(
     check_heads("block_diffusion_attention", q, k)
     if block_size < 1:
         refuse("block_diffusion_attention", "block_size", block_size, "1 or more")
-    if not takes_kernel("block_diffusion_attention", q) or wants_gradients(q, k, v, k_clean, v_clean):
+    tensors = (q, k, v, k_clean, v_clean)
+    if not takes_kernel("block_diffusion_attention", *tensors) or wants_gradients(*tensors):
         return reference.block_diffusion_attention(
             q, k, v, k_clean, v_clean, block_size=block_size, cu_seqlens=cu_seqlens, scale=scale
         )
@@ -127,6 +128,7 @@ OPS = (
             dict(B=2, N=70, Hq=2, Hkv=1, P=8, packed=1),
         ),
         shapes=(dict(B=1, N=4096, **_HEADS), dict(B=1, N=4096, packed=1, **_HEADS)),
+        grows=dict(N=1024),
         outputs=("o",),
         grads=("q", "k", "v"),
         cost=lambda itemsize, B, N, Hq, Hkv, P, packed=0: (
@@ -151,6 +153,7 @@ OPS = (
             dict(B=1, N=90, Hq=1, Hkv=1, P=8, S=48),
         ),
         shapes=(dict(B=1, N=4096, S=16, **_HEADS), dict(B=1, N=4096, S=16, packed=1, **_HEADS)),
+        grows=dict(N=1024),
         outputs=("o",),
         grads=("q", "k", "v", "k_clean", "v_clean"),
         cost=lambda itemsize, B, N, Hq, Hkv, P, S, packed=0: (

@@ -1,11 +1,12 @@
-"""Attention of a block to a paged cache and to itself."""
+"""Attention of a block to a paged cache and to itself, and the same with the block entering the cache."""
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..core import Op, check, takes_kernel, wants_gradients
-from .context_kernels import context_attention_forward
+from ..launch import Launch
+from .context_kernels import append_attention_forward, context_attention_forward
 
 
 def check_heads(op: str, q: Tensor, k: Tensor) -> None:
@@ -60,11 +61,65 @@ def context_attention(
     )
     check_heads("context_attention", q, k)
     tensors = (q, k, v, k_pages, v_pages)
-    if not takes_kernel("context_attention", q) or wants_gradients(*tensors):
+    if not takes_kernel("context_attention", *tensors) or wants_gradients(*tensors):
         return reference.context_attention(q, k, v, k_pages, v_pages, page_table, lengths, causal=causal, scale=scale)
     return context_attention_forward(
         *tensors, page_table, lengths, causal and q.shape[1] > 1, q.shape[-1] ** -0.5 if scale is None else scale
     )
+
+
+def append_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of L tokens to each row's cached tokens and themselves, while their keys and values enter the
+    cache: `context_attention(..., causal=True)`, and then the first counts[b] tokens of row b are in its pages.
+
+    They take positions lengths[b], lengths[b] + 1, ...; `lengths` stays: it is the caller's to advance, once every
+    layer has appended. Until then the cache holds what it held for whoever reads it.
+
+    Args:
+        q:                [B, L, Hq, P] float, any strides.
+        k, v:             [B, L, Hkv, P] float: of the tokens; query head h uses head h // (Hq / Hkv).
+        k_pages, v_pages: [pages, page_size, Hkv, P] float, page_size a multiple of 64; written. No two rows have the
+                          page of a position that is written in common. Pages with a strided last dimension are copied
+                          there and back.
+        page_table:       [B, pages of a row] int; entries past the last position that is written may be anything.
+        lengths:          [B] int, 0 or more: cached tokens.
+        counts:           [B] int: tokens that enter, cut to 0 to L; None: all L. The others are not written.
+        scale:            P^-1/2 if None.
+    Returns:
+        o: [B, L, Hq, P] dtype of q, of all L tokens.
+
+    Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v; none flow through the cache, and where they are
+    wanted the reference runs. Deterministic. Raises ValueError for sizes that disagree, Hkv that does not divide Hq,
+    and in the reference for rows that outgrow their pages, which kernels cut to them. Cost for S cached tokens a row:
+    4 B L Hq (S + L / 2) P flops, (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes. Source: as `context_attention`.
+    """
+    check(
+        "append_attention",
+        q=(q, "B L Hq P"),
+        k=(k, "B L Hkv P"),
+        v=(v, "B L Hkv P"),
+        k_pages=(k_pages, "pages page_size Hkv P"),
+        v_pages=(v_pages, "pages page_size Hkv P"),
+        page_table=(page_table, "B row_pages", int),
+        lengths=(lengths, "B", int),
+        counts=(counts, "B", int),
+    )
+    check_heads("append_attention", q, k)
+    if not takes_kernel("append_attention", q) or wants_gradients(q, k, v):
+        return reference.append_attention(q, k, v, k_pages, v_pages, page_table, lengths, counts, scale=scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return append_attention_forward(q, k, v, k_pages, v_pages, page_table, lengths, counts, scale)
 
 
 # ---- card ----
@@ -116,6 +171,47 @@ def _cost(
     return int(4 * B * L * Hq * (S + own) * P), (2 * B * (S + L) * Hkv + 2 * B * L * Hq) * P * itemsize
 
 
+def _append_inputs(
+    dtype: torch.dtype,
+    B: int,
+    L: int,
+    Hq: int,
+    Hkv: int,
+    P: int,
+    S: int,
+    page_size: int = 64,
+    counted: int = 0,
+    shuffled: int = 1,
+) -> dict[str, object]:
+    """Room for S tokens a row and L more. counted: the rows take none, one, ... of them in turn."""
+    inputs = _inputs(dtype, B, L, Hq, Hkv, P, S + L, page_size, shuffled=shuffled)
+    del inputs["causal"]
+    inputs["lengths"] = (inputs["lengths"] - L).clamp(min=0)
+    return inputs | dict(counts=(torch.arange(B) % (L + 1)).int() if counted else None)
+
+
+def _append_cost(
+    itemsize: int,
+    B: int,
+    L: int,
+    Hq: int,
+    Hkv: int,
+    P: int,
+    S: int,
+    page_size: int = 64,
+    counted: int = 0,
+    shuffled: int = 1,
+) -> tuple[int, int]:
+    flops, moved = _cost(itemsize, B, L, Hq, Hkv, P, S, causal=1)
+    return flops, moved + 2 * B * L * Hkv * P * itemsize
+
+
+_CANDIDATES = dict(
+    _context_attention_kernel=tuple(
+        Launch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=64, num_warps=warps, num_stages=stages)
+        for m, warps, stages in ((16, 4, 4), (64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 8, 3), (128, 8, 4))
+    )
+)
 _PUBLISHED = dict(Hq=32, Hkv=2, P=128, shuffled=2)
 
 OPS = (
@@ -141,12 +237,41 @@ OPS = (
             dict(B=1, L=2048, S=32768, causal=1, **_PUBLISHED),
             dict(B=1, L=4096, S=0, causal=1, **_PUBLISHED),
         ),
+        grows=dict(B=64, L=64, S=131072),
         outputs=("o",),
         grads=("q", "k", "v", "k_pages", "v_pages"),
         cost=_cost,
         kernels=("_context_attention_kernel", "_combine_splits_kernel"),
         forward_only=True,
         tensor_cores={"_context_attention_kernel": "BLOCK_M"},
+        candidates=_CANDIDATES,
         compiles=False,  # how many pages are read depends on the lengths, which are read on the host
+    ),
+    Op(
+        fn=append_attention,
+        reference=reference.append_attention,
+        inputs=_append_inputs,
+        cases=(
+            dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
+            dict(B=3, L=5, Hq=4, Hkv=1, P=8, S=70, counted=1),
+            dict(B=1, L=1, Hq=2, Hkv=2, P=29, S=63, shuffled=0),
+            dict(B=1, L=70, Hq=2, Hkv=1, P=8, S=30, shuffled=2),
+            dict(B=2, L=4, Hq=2, Hkv=1, P=8, S=0, counted=1),
+            dict(B=1, L=0, Hq=2, Hkv=1, P=8, S=3),
+            dict(B=2, L=7, Hq=6, Hkv=2, P=16, S=200, page_size=16),
+        ),
+        shapes=(
+            *(dict(B=1, L=L, S=S, **_PUBLISHED) for L, S in ((1, 4096), (16, 4096), (16, 131072), (2048, 32768))),
+            dict(B=1, L=2048, S=0, counted=1, **_PUBLISHED),
+        ),
+        outputs=("o",),
+        grads=("q", "k", "v"),
+        writes=("k_pages", "v_pages"),
+        cost=_append_cost,
+        kernels=("_context_attention_kernel", "_combine_splits_kernel"),
+        forward_only=True,
+        tensor_cores={"_context_attention_kernel": "BLOCK_M"},
+        candidates=_CANDIDATES,
+        compiles=False,  # as above
     ),
 )

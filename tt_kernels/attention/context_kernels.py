@@ -15,16 +15,31 @@ from .tile import attend
 
 
 @triton.jit
+def _page(table_ptr, n, end, page_size, TMA: tl.constexpr):
+    """The page of cached token n, where a tile lies in one page."""
+    page = 0
+    if TMA:
+        page = tl.load(table_ptr + n // page_size, mask=n < end, other=0).to(tl.int32)
+    return page
+
+
+@triton.jit
 def _cached(
-    desc,
-    pages_ptr,
+    k_desc,
+    v_desc,
+    k_pages_ptr,
+    v_pages_ptr,
     table_ptr,
+    page,
     n,
     end,
     head,
-    stride_page,
-    stride_slot,
-    stride_head,
+    stride_kpage,
+    stride_kslot,
+    stride_khead,
+    stride_vpage,
+    stride_vslot,
+    stride_vhead,
     page_size,
     P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -32,24 +47,28 @@ def _cached(
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Keys or values of cached tokens n and on: [BLOCK_N, BLOCK_P]; MASKED: zeros from `end` on, whatever is there."""
+    """Keys and values of cached tokens n and on: [BLOCK_N, BLOCK_P]; MASKED: values are 0 from `end` on."""
     tokens = n + tl.arange(0, BLOCK_N)
-    if TMA:  # a tile lies in one page
-        page = tl.load(table_ptr + n // page_size).to(tl.int32)
-        t = desc.load([page * page_size + n % page_size, head * P])
-        if MASKED:
-            t = tl.where((tokens < end)[:, None], t, tl.zeros_like(t))
+    if TMA:
+        at = page * page_size + n % page_size
+        k = k_desc.load([at, head * P])
+        v = v_desc.load([at, head * P])
+        if MASKED:  # their weights are 0, but what lies there may be NaN
+            v = tl.where((tokens < end)[:, None], v, tl.zeros_like(v))
     else:
         offs_p = tl.arange(0, BLOCK_P)
         mask = (offs_p < P)[None, :]
         if MASKED:
             mask = mask & (tokens < end)[:, None]
-            page = tl.load(table_ptr + tokens // page_size, mask=tokens < end, other=0).to(tl.int64)
+        if MASKED:
+            pages = tl.load(table_ptr + tokens // page_size, mask=tokens < end, other=0).to(tl.int64)
         else:
-            page = tl.load(table_ptr + tokens // page_size).to(tl.int64)
-        at = page * stride_page + tokens % page_size * stride_slot + head * stride_head
-        t = tl.load(pages_ptr + at[:, None] + offs_p[None, :], mask=mask, other=0.0)
-    return t
+            pages = tl.load(table_ptr + tokens // page_size).to(tl.int64)
+        at_k = pages * stride_kpage + tokens % page_size * stride_kslot + head * stride_khead
+        at_v = pages * stride_vpage + tokens % page_size * stride_vslot + head * stride_vhead
+        k = tl.load(k_pages_ptr + at_k[:, None] + offs_p[None, :], mask=mask, other=0.0)
+        v = tl.load(v_pages_ptr + at_v[:, None] + offs_p[None, :], mask=mask, other=0.0)
+    return k, v
 
 
 @triton.jit
@@ -63,6 +82,7 @@ def _context_attention_kernel(
     v_desc,
     page_table_ptr,  # [B, pages of a row]
     lengths_ptr,  # [B]
+    counts_ptr,  # [B], or None: L; where APPEND
     o_ptr,  # [B, L, Hq, P], contiguous
     partial_ptr,  # [splits, B, L, Hq, P] where splits > 1
     m_ptr,  # [splits, B, L, Hq], as l: maximum and sum of a split, log2
@@ -88,15 +108,17 @@ def _context_attention_kernel(
     Hkv,
     page_size,
     room,
-    splits,
-    split_size,
+    most,  # splits of a row's context
+    least,  # cached tokens of a split
     scale,  # times log2(e)
     P: tl.constexpr,
     R: tl.constexpr,  # query heads of a KV head
+    APPEND: tl.constexpr,  # the block's keys and values enter the cache behind its tokens
     CAUSAL: tl.constexpr,
     TMA: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # tokens that begin in a row tile, or more
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -104,18 +126,42 @@ def _context_attention_kernel(
     # so that what one row tile reads the next finds in L2.
     tile = tl.program_id(0)
     head = tl.program_id(1) % Hkv
-    split = tl.program_id(1) // Hkv
+    split = tl.program_id(1) // Hkv if SPLIT else 0
     b = tl.program_id(2).to(tl.int64)
     acc = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     PRECISION: tl.constexpr = "ieee"  # of fp32 products; 16-bit ones do not see it
     length = tl.minimum(tl.load(lengths_ptr + b), room)  # never past the row's pages
-    start = split * split_size
-    end = tl.minimum(length, start + split_size) if SPLIT else length
+    start, end = 0, length
+    if SPLIT:  # the row's own length: every split then has as much to do, however much room there is
+        size = tl.maximum(tl.cdiv(tl.cdiv(length, most), 64) * 64, least)
+        start = split * size
+        end = tl.minimum(length, start + size)
+    table_ptr = page_table_ptr + b * stride_table
+    offs_p = tl.arange(0, BLOCK_P)
+    if APPEND:  # noqa: SIM102 (known to the compiler, the split is not)
+        if split == 0:
+            # The tokens whose first query row is in this tile, so that each is written once. They lie from `length` on,
+            # where cached tiles are masked: no program uses what another writes here.
+            at = (tile * BLOCK_M + R - 1) // R + tl.arange(0, BLOCK_T)
+            count = L
+            if counts_ptr is not None:
+                count = tl.minimum(tl.load(counts_ptr + b), L)
+            to = length + at
+            mask = (at < (tile * BLOCK_M + BLOCK_M + R - 1) // R) & (at < count) & (to < room)
+            page = tl.load(table_ptr + to // page_size, mask=mask, other=0).to(tl.int64)
+            mask = mask[:, None] & (offs_p < P)[None, :]
+            from_k = b * stride_kb + at.to(tl.int64) * stride_kl + head * stride_kh
+            from_v = b * stride_vb + at.to(tl.int64) * stride_vl + head * stride_vh
+            k = tl.load(k_ptr + from_k[:, None] + offs_p[None, :], mask=mask)  # [BLOCK_T, BLOCK_P]
+            v = tl.load(v_ptr + from_v[:, None] + offs_p[None, :], mask=mask)
+            to_k = page * stride_kpage + to % page_size * stride_kslot + head * stride_khead
+            to_v = page * stride_vpage + to % page_size * stride_vslot + head * stride_vhead
+            tl.store(k_pages_ptr + to_k[:, None] + offs_p[None, :], k, mask=mask)
+            tl.store(v_pages_ptr + to_v[:, None] + offs_p[None, :], v, mask=mask)
 
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     token = rows // R
     query_head = head * R + rows % R
-    offs_p = tl.arange(0, BLOCK_P)
     offs_n = tl.arange(0, BLOCK_N)
     mask_q = (token < L)[:, None] & (offs_p < P)[None, :]
     at = b * stride_qb + token.to(tl.int64) * stride_ql + query_head * stride_qh
@@ -125,77 +171,22 @@ def _context_attention_kernel(
     o = tl.zeros((BLOCK_M, BLOCK_P), dtype=acc)
 
     full = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
-    table_ptr = page_table_ptr + b * stride_table
+    # The page of a tile is looked up an iteration ahead: a look-up in the same one would take a stage of the pipeline,
+    # and leave the tile's own load none to run ahead in.
+    page = _page(table_ptr, start, end, page_size, TMA)
     for n in tl.range(start, full, BLOCK_N):  # all of these are seen: no mask
-        k = _cached(
-            k_desc,
-            k_pages_ptr,
-            table_ptr,
-            n,
-            end,
-            head,
-            stride_kpage,
-            stride_kslot,
-            stride_khead,
-            page_size,
-            P,
-            BLOCK_N,
-            BLOCK_P,
-            TMA,
-            False,
+        k, v = _cached(
+            *(k_desc, v_desc, k_pages_ptr, v_pages_ptr, table_ptr, page, n, end, head),
+            *(stride_kpage, stride_kslot, stride_khead, stride_vpage, stride_vslot, stride_vhead),
+            *(page_size, P, BLOCK_N, BLOCK_P, TMA, False),
         )
-        v = _cached(
-            v_desc,
-            v_pages_ptr,
-            table_ptr,
-            n,
-            end,
-            head,
-            stride_vpage,
-            stride_vslot,
-            stride_vhead,
-            page_size,
-            P,
-            BLOCK_N,
-            BLOCK_P,
-            TMA,
-            False,
-        )
+        page = _page(table_ptr, n + BLOCK_N, end, page_size, TMA)
         m, l, o = attend(q, k, v, m, l, o, True, scale, MASKED=False, PRECISION=PRECISION)
     if full < end:
-        k = _cached(
-            k_desc,
-            k_pages_ptr,
-            table_ptr,
-            full,
-            end,
-            head,
-            stride_kpage,
-            stride_kslot,
-            stride_khead,
-            page_size,
-            P,
-            BLOCK_N,
-            BLOCK_P,
-            TMA,
-            True,
-        )
-        v = _cached(
-            v_desc,
-            v_pages_ptr,
-            table_ptr,
-            full,
-            end,
-            head,
-            stride_vpage,
-            stride_vslot,
-            stride_vhead,
-            page_size,
-            P,
-            BLOCK_N,
-            BLOCK_P,
-            TMA,
-            True,
+        k, v = _cached(
+            *(k_desc, v_desc, k_pages_ptr, v_pages_ptr, table_ptr, page, full, end, head),
+            *(stride_kpage, stride_kslot, stride_khead, stride_vpage, stride_vslot, stride_vhead),
+            *(page_size, P, BLOCK_N, BLOCK_P, TMA, True),
         )
         m, l, o = attend(q, k, v, m, l, o, (full + offs_n < end)[None, :], scale, MASKED=True, PRECISION=PRECISION)
 
@@ -256,21 +247,29 @@ def _combine_splits_kernel(
 # ---- launches ----
 
 
-def split_size(room: int) -> int:
-    """Cached tokens of a split. A function of the room in the cache alone: a row's bits do not depend on its batch.
+def context_splits(rows: int, heads: int) -> tuple[int, int]:
+    """(most, least): into how many splits a row's context goes at most, and how many cached tokens one has at least.
 
-    The published model (2 KV heads, 256 rows each) then has 128 programs for an H200's 132 multiprocessors at 8K and
-    32K tokens and 256 at 128K; partial results of a split stay below a quarter of what it reads.
+    A row of S tokens goes into splits of max(least, S / most, rounded up to 64) tokens, on the device: neither its
+    neighbours nor the room in the cache change its bits, and all splits have the same to do. The published block (2 KV
+    heads of 256 rows, 128 to a program) has 32 splits of 2 * 2 programs from 8K tokens on: 128 of equal work for the
+    132 multiprocessors of an H200, one wave without a tail. One token (16 rows a head) has 64 splits of 2 programs.
+    At least as many tokens as rows: what a split leaves behind (fp32) is then no more than the K and V it reads.
+
+    Workspace: splits * L * Hq * (P + 2) * 4 bytes a row of the batch, most * rows * heads being 128 * 128 or fewer: 8.5
+    MB at P = 128 whatever the context. From L = 1024 on, as in a prompt's stretches of 2048, one split and none.
     """
-    return 512 if room <= 8192 else 1024 if room <= 32768 else 2048
+    return min(64, max(1, 128 // (triton.cdiv(rows, 128) * heads))), triton.cdiv(rows, 64) * 64
 
 
 def context_attention_launch(rows: int, room: int, P: int, itemsize: int, architecture: int) -> Launch:
     """Above 8K tokens products bound it (256 rows a KV head do 256 flops a byte): 128 rows share a tile of keys, and
-    the second half finds it in L2. Below, latency does: 64 rows, what wgmma takes, spread over more programs. Without
-    wgmma operands live in registers, which half a tile of keys leaves free."""
+    the second half finds it in L2; so it is where rows are many. Below, latency does: 64 rows, what wgmma takes, spread
+    over more programs. On Hopper three tiles of 64 keys and values are in shared
+    memory, of which two are on their way (TMA) while one is used. Without wgmma operands live in registers, which half
+    a tile of keys leaves free."""
     block_p = max(16, triton.next_power_of_2(P))
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64 if room <= 8192 else 128)
+    block_m = min(max(16, triton.next_power_of_2(rows)), 64 if room <= 8192 and rows <= 8192 else 128)
     if itemsize > 2 or block_p > 128:  # fp32 tiles are twice as large
         return Launch(BLOCK_P=block_p, BLOCK_M=min(block_m, 64), BLOCK_N=32, num_warps=4, num_stages=2)
     warps = 8 if block_m >= 64 else 4
@@ -292,7 +291,7 @@ def _tiles(pages: Tensor, launch: Launch) -> TensorDescriptor | None:
     return TensorDescriptor.from_tensor(pages.view(n * page_size, H * P), [launch.BLOCK_N, P])
 
 
-def _context_attention(
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -300,10 +299,12 @@ def _context_attention(
     v_pages: Tensor,
     page_table: Tensor,
     lengths: Tensor,
+    counts: Tensor | None,
+    append: bool,
     causal: bool,
     scale: float,
 ) -> Tensor:
-    q, k, v, k_pages, v_pages = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, k_pages, v_pages))
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     page_table, lengths = page_table.contiguous(), lengths.contiguous()
     B, L, Hq, P = q.shape
     Hkv, page_size = k.shape[2], k_pages.shape[1]
@@ -316,9 +317,8 @@ def _context_attention(
         rows=L * R,
         room=triton.next_power_of_2(room),
     )
-    size = split_size(room)
-    tiles = triton.cdiv(L * R, launch.BLOCK_M)
-    splits = max(1, triton.cdiv(room, size)) if L <= 64 else 1  # long blocks have row tiles enough
+    most, least = context_splits(max(L, 1) * R, Hkv)
+    splits = max(1, min(most, triton.cdiv(room, least)))
     k_desc, v_desc = _tiles(k_pages, launch), _tiles(v_pages, launch)
     tma = k_desc is not None and v_desc is not None
     m = l = partial = None
@@ -327,16 +327,19 @@ def _context_attention(
         partial = torch.empty(splits, B, L, Hq, P, dtype=m.dtype, device=q.device)
     run(
         _context_attention_kernel,
-        (tiles, Hkv * splits, B),
+        (triton.cdiv(L * R, launch.BLOCK_M), Hkv * splits, B),
         *(q, k, v, k_pages, v_pages, k_desc if tma else None, v_desc if tma else None, page_table, lengths),
-        *(o, partial, m, l, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        *(None if counts is None else counts.contiguous(), o, partial, m, l),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(*k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0)),
-        *(B, L, Hkv, page_size, room, splits, size, scale * 1.4426950408889634),
+        *(B, L, Hkv, page_size, room, most, least, scale * 1.4426950408889634),
         P=P,
         R=R,
+        APPEND=append,
         CAUSAL=causal,
         TMA=tma,
         SPLIT=splits > 1,
+        BLOCK_T=triton.next_power_of_2(triton.cdiv(launch.BLOCK_M, R)) if append else 1,
         launch=launch,
     )
     if splits > 1:
@@ -345,8 +348,23 @@ def _context_attention(
             (B * L * Hq,),
             *(partial, m, l, o, B * L * Hq, splits),
             P=P,
-            launch=Launch(BLOCK_S=triton.next_power_of_2(splits), BLOCK_P=launch.BLOCK_P, num_warps=4, num_stages=1),
+            # `most`, not `splits`: in what order they are added must not depend on the room.
+            launch=Launch(BLOCK_S=triton.next_power_of_2(most), BLOCK_P=launch.BLOCK_P, num_warps=4, num_stages=1),
         )
+    return o
+
+
+def _context_attention(q, k, v, k_pages, v_pages, page_table, lengths, causal, scale):
+    pages = (t if t.stride(-1) == 1 else t.contiguous() for t in (k_pages, v_pages))
+    return _attention(q, k, v, *pages, page_table, lengths, None, False, causal, scale)
+
+
+def _append_attention(q, k, v, k_pages, v_pages, page_table, lengths, counts, scale):
+    pages = [t if t.stride(-1) == 1 else t.contiguous() for t in (k_pages, v_pages)]
+    o = _attention(q, k, v, *pages, page_table, lengths, counts, True, q.shape[1] > 1, scale)
+    for mine, theirs in zip(pages, (k_pages, v_pages), strict=True):
+        if mine is not theirs:
+            theirs.copy_(mine)
     return o
 
 
@@ -356,5 +374,11 @@ context_attention_forward = define(
     "context_attention(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor page_table, "
     "Tensor lengths, bool causal, float scale) -> Tensor",
     _context_attention,
+    lambda q, *_: q.new_empty(q.shape),
+)
+append_attention_forward = define(
+    "append_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, "
+    "Tensor lengths, Tensor? counts, float scale) -> Tensor",
+    _append_attention,
     lambda q, *_: q.new_empty(q.shape),
 )

@@ -173,7 +173,7 @@ def causal_conv1d(
         if cu_seqlens is not None:
             refuse("causal_conv1d", "state", list(state.shape), "None beside cu_seqlens")
     tensors = (x, weight, bias, state)
-    if not takes_kernel("causal_conv1d", x) or wants_gradients(*tensors):
+    if not takes_kernel("causal_conv1d", *tensors) or wants_gradients(*tensors):
         return reference.causal_conv1d(*tensors, activation=activation, cu_seqlens=cu_seqlens)
     return _fwd(*tensors, activation == "silu", cu_seqlens)
 
@@ -213,6 +213,7 @@ OPS = (
             dict(B=1, L=4096, C=6144, K=4, seeded=0),
             dict(B=1, L=8192, C=6144, K=4, seeded=0, packed=1),
         ),
+        grows=dict(B=1024, L=64),
         outputs=("y",),
         grads=("x", "weight", "bias", "state"),
         kernels=("_causal_conv1d_kernel",),

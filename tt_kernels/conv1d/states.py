@@ -14,6 +14,35 @@ from ..packed import resets
 
 
 @triton.jit
+def move_on(
+    x_ptr,
+    state_ptr,
+    new_ptr,
+    stride_xl,
+    stride_xc,
+    stride_sc,
+    stride_sk,
+    length,
+    c,
+    mask_c,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write a row's state [C, K] after `length` tokens for channels c [BLOCK_C]; state_ptr None: zeros before them."""
+    c = c[:, None]
+    k = tl.arange(0, BLOCK_K)[None, :]
+    mask = mask_c[:, None] & (k < K)  # [BLOCK_C, BLOCK_K]
+    source = length - K + k  # below 0: before x
+    at = x_ptr + source.to(tl.int64) * stride_xl + c * stride_xc
+    column = tl.load(at, mask=mask & (source >= 0), other=0.0)
+    if state_ptr is not None:
+        at = state_ptr + c * stride_sc + (source + K) * stride_sk
+        before = tl.load(at, mask=mask & (source < 0), other=0.0)
+        column = tl.where(source < 0, before.to(column.dtype), column)
+    tl.store(new_ptr + c * K + k, column, mask=mask)
+
+
+@triton.jit
 def _conv_state_kernel(
     x_ptr,  # [B, L, C]
     lengths_ptr,  # [B]; None: all L
@@ -32,20 +61,15 @@ def _conv_state_kernel(
     BLOCK_K: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-    k = tl.arange(0, BLOCK_K)[None, :]
-    mask = (c < C) & (k < K)  # [BLOCK_C, BLOCK_K]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     length = L
     if lengths_ptr is not None:
         length = tl.minimum(tl.load(lengths_ptr + b), L).to(tl.int32)
-    source = length - K + k  # below 0: before x
-    at = x_ptr + b * stride_xb + source.to(tl.int64) * stride_xl + c * stride_xc
-    column = tl.load(at, mask=mask & (source >= 0), other=0.0)
     if state_ptr is not None:
-        at = state_ptr + b * stride_sb + c * stride_sc + (source + K) * stride_sk
-        before = tl.load(at, mask=mask & (source < 0), other=0.0)
-        column = tl.where(source < 0, before.to(column.dtype), column)
-    tl.store(new_ptr + (b * C + c) * K + k, column, mask=mask)
+        state_ptr += b * stride_sb
+    x_ptr += b * stride_xb
+    new_ptr += b * C * K
+    move_on(x_ptr, state_ptr, new_ptr, stride_xl, stride_xc, stride_sc, stride_sk, length, c, c < C, K, BLOCK_K)
 
 
 @triton.jit
@@ -162,7 +186,7 @@ def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kerne
     check("conv_state", x=(x, "B L C"), lengths=(lengths, "B", int), state=(state, "B C K"))
     if kernel_size < 1 or (state is not None and state.shape[-1] != kernel_size):
         refuse("conv_state", "kernel_size", kernel_size, "1 or more" if state is None else f"K={state.shape[-1]}")
-    if not takes_kernel("conv_state", x) or wants_gradients(x, state):
+    if not takes_kernel("conv_state", x, state) or wants_gradients(x, state):
         return reference.conv_state(x, lengths, state, kernel_size=kernel_size)
     return _state_after(x, lengths, state, kernel_size)
 

@@ -20,7 +20,7 @@ def _gated_group_norm_fwd_kernel(
     z_ptr,  # [T, groups * N]
     weight_ptr,  # [groups * N]
     y_ptr,  # [T, groups * N], contiguous
-    rstd_ptr,  # [T, groups]
+    rstd_ptr,  # [T, groups], in the dtype of statistics and sums
     stride_x,
     stride_z,
     groups,
@@ -34,7 +34,7 @@ def _gated_group_norm_fwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     cols = group[:, None] * N + offs_n[None, :]  # [BLOCK_G, BLOCK_N]
     mask = (group[:, None] < groups) & (offs_n[None, :] < N)
-    acc = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = rstd_ptr.dtype.element_ty
     x = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0).to(acc)
     z = tl.load(z_ptr + row * stride_z + cols, mask=mask, other=0.0).to(acc)
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
@@ -51,7 +51,7 @@ def _gated_group_norm_bwd_kernel(
     x_ptr,
     z_ptr,
     weight_ptr,  # [groups * N]
-    rstd_ptr,  # [T, groups]
+    rstd_ptr,  # [T, groups], in the dtype of statistics and sums
     dx_ptr,  # [T, groups * N], contiguous, as dz
     dz_ptr,
     dweight_ptr,  # [programs, groups * N]: summed afterwards in a fixed order
@@ -70,7 +70,7 @@ def _gated_group_norm_bwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     cols = group[:, None] * N + offs_n[None, :]  # [BLOCK_G, BLOCK_N]
     mask = (group[:, None] < groups) & (offs_n[None, :] < N)
-    acc = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = rstd_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
     dweight = tl.zeros((BLOCK_G, BLOCK_N), dtype=acc)
     for row in range(program * rows, min((program + 1) * rows, T)):
@@ -189,7 +189,7 @@ def gated_group_norm(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, e
     check("gated_group_norm", x=(x, "* D"), z=(z, "* D"), weight=(weight, "D"))
     if groups < 1 or x.shape[-1] % groups:
         refuse("gated_group_norm", "groups", groups, f"a divisor of D={x.shape[-1]}")
-    if not takes_kernel("gated_group_norm", x):
+    if not takes_kernel("gated_group_norm", x, z, weight):
         return reference.gated_group_norm(x, z, weight, groups=groups, eps=eps)
     return _GatedGroupNorm.apply(x, z, weight, groups, eps)
 

@@ -23,7 +23,7 @@ def _modulated_rms_norm_fwd_kernel(
     gate_ptr,
     y_ptr,  # [B * L, D], contiguous, as residual
     residual_ptr,
-    rstd_ptr,  # [B * L]
+    rstd_ptr,  # [B * L], in the dtype of statistics and sums
     stride_x,
     stride_branch,
     stride_shift,
@@ -42,7 +42,7 @@ def _modulated_rms_norm_fwd_kernel(
     b = row // L
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
-    acc = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = rstd_ptr.dtype.element_ty
     r = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0).to(acc)  # [BLOCK_D]
     if HAS_BRANCH:
         branch = tl.load(branch_ptr + row * stride_branch + cols, mask=mask, other=0.0).to(acc)
@@ -75,7 +75,7 @@ def _modulated_rms_norm_bwd_kernel(
     scale_ptr,
     branch_ptr,  # [B * L, D]
     gate_ptr,
-    rstd_ptr,  # [B * L]
+    rstd_ptr,  # [B * L], in the dtype of statistics and sums
     dx_ptr,  # [B * L, D], contiguous, as dbranch
     dbranch_ptr,
     dweight_ptr,  # [B * chunks, D]: one row a program, summed afterwards in a fixed order; as the next three
@@ -104,7 +104,7 @@ def _modulated_rms_norm_bwd_kernel(
     b, chunk = program // chunks, program % chunks
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
-    acc = tl.float64 if residual_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = rstd_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
     dweight = tl.zeros((BLOCK_D,), dtype=acc)
     if MODULATED:
@@ -257,7 +257,7 @@ def _modulated_rms_norm_bwd(
 def _modulated_rms_norm_fwd_fake(x, weight, shift, scale, branch, gate, norm_first, eps, dtype):
     y = x.new_empty(x.shape, dtype=dtype)
     residual = x.new_empty(0) if branch is None else x.new_empty(x.shape)
-    return y, residual, x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
+    return y, residual, x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype, weight.dtype))
 
 
 def _modulated_rms_norm_bwd_fake(dy, dresidual, residual, weight, shift, scale, branch, gate, rstd, norm_first):
@@ -359,7 +359,7 @@ def modulated_rms_norm(
         refuse("modulated_rms_norm", "shift" if shift is None else "scale", None, "shift and scale, or neither")
     if gate is not None and branch is None:
         refuse("modulated_rms_norm", "branch", None, "a branch beside the gate")
-    if not takes_kernel("modulated_rms_norm", x):
+    if not takes_kernel("modulated_rms_norm", x, weight, shift, scale, branch, gate):
         return reference.modulated_rms_norm(x, weight, shift, scale, branch=branch, gate=gate, order=order, eps=eps)
     norm_first = order == "norm_modulate"
     y, residual = ModulatedRMSNorm.apply(x, weight, shift, scale, branch, gate, norm_first, eps, weight.dtype)
@@ -385,13 +385,13 @@ OPS = (
         reference=reference.modulated_rms_norm,
         inputs=_modulated,
         cases=(
-            dict(B=2, L=3, D=29),
-            dict(B=2, L=3, D=29, norm_first=1),
-            dict(B=2, L=1, D=64, plain=1),
-            dict(B=3, L=13, D=6),
-            dict(B=1, L=0, D=8),
+            *(dict(B=2, L=3, D=29), dict(B=2, L=3, D=29, norm_first=1), dict(B=2, L=1, D=64, plain=1)),
+            *(dict(B=3, L=13, D=6), dict(B=1, L=0, D=8)),
         ),
-        shapes=(dict(B=1, L=16, D=2688), dict(B=1, L=16, D=2688, norm_first=1), dict(B=256, L=16, D=2688)),
+        shapes=(
+            *(dict(B=1, L=16, D=2688), dict(B=1, L=16, D=2688, norm_first=1)),
+            *(dict(B=1, L=16, D=2688, plain=1), dict(B=256, L=16, D=2688)),
+        ),
         outputs=("y", "residual"),
         grads=("x", "weight", "shift", "scale", "branch", "gate"),
         kernels=("_modulated_rms_norm_fwd_kernel", "_modulated_rms_norm_bwd_kernel"),

@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
     """
     check("rms_norm", x=(x, "* D"), weight=(weight, "D"))
-    if not takes_kernel("rms_norm", x):
+    if not takes_kernel("rms_norm", x, weight):
         return reference.rms_norm(x, weight, eps=eps)
     return ModulatedRMSNorm.apply(x, weight, None, None, None, None, False, eps, x.dtype)[0]
 

@@ -5,9 +5,10 @@ function here, or a kernel that must agree with it. Shapes: B rows, L tokens of 
 H heads (G groups of them), P head size, N state size, C channels, K taps or chosen experts, E experts, V vocabulary.
 """
 
-from .attention import block_diffusion_attention, causal_attention, context_attention
+from .attention import append_attention, block_diffusion_attention, causal_attention, context_attention
 from .conv1d import causal_conv1d, conv_block_states, conv_state
 from .linear_cross_entropy import linear_cross_entropy
+from .mamba import mamba_advance, mamba_block, mamba_step
 from .moe import ExpertWeights, experts, route
 from .norm import gated_group_norm, modulated_rms_norm, rms_norm
 from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
@@ -15,6 +16,7 @@ from .unmask import commit, gumbel_noise, head_sample, sample, unmask
 
 __all__ = [
     "ExpertWeights",
+    "append_attention",
     "block_diffusion_attention",
     "causal_attention",
     "causal_conv1d",
@@ -27,6 +29,9 @@ __all__ = [
     "gumbel_noise",
     "head_sample",
     "linear_cross_entropy",
+    "mamba_advance",
+    "mamba_block",
+    "mamba_step",
     "modulated_rms_norm",
     "rms_norm",
     "route",

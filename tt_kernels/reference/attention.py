@@ -65,6 +65,57 @@ def context_attention(
     return _sdpa(q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), mask, scale)
 
 
+def _append(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, counts: Tensor | None
+) -> None:
+    (B, L), page_size = k.shape[:2], k_pages.shape[1]
+    if k.device.type == "cpu":  # elsewhere looking would wait for the device
+        n, entering = lengths.tolist(), [L] * B if counts is None else counts.clamp(0, L).tolist()
+        room = page_table.shape[1] * page_size
+        for have, more in zip(n, entering, strict=True):
+            if more and have + more > room:
+                found = f"lengths is {have} and {more} tokens enter"
+                raise ValueError(f"append_attention: {found}, but the page table has room for {room}")
+        if B == 1:  # page by page: half the time of indices
+            at, end = n[0], n[0] + entering[0]
+            while at < end:
+                slot = at % page_size
+                new = slice(at - n[0], min(end, at - slot + page_size) - n[0])
+                page = int(page_table[0, at // page_size])
+                at = n[0] + new.stop
+                k_pages[page, slot : slot + new.stop - new.start] = k[0, new]
+                v_pages[page, slot : slot + new.stop - new.start] = v[0, new]
+            return
+    token = torch.arange(L, device=k.device)
+    position = lengths.unsqueeze(1) + token  # [B, L]
+    if counts is None:
+        page = page_table.gather(1, position // page_size)
+    else:
+        row, token = (token < counts.unsqueeze(1)).nonzero(as_tuple=True)
+        position, k, v = position[row, token], k[row, token], v[row, token]  # [tokens that enter]
+        page = page_table[row, position // page_size]
+    at = page, position % page_size
+    k_pages[at], v_pages[at] = k.to(k_pages.dtype), v.to(v_pages.dtype)
+
+
+def append_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    o = context_attention(q, k, v, k_pages, v_pages, page_table, lengths, causal=True, scale=scale)
+    with torch.no_grad():
+        _append(k, v, k_pages, v_pages, page_table, lengths, counts)
+    return o
+
+
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None
 ) -> Tensor:

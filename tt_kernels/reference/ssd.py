@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .common import cast, compute_dtype, sequence_index
 
+CHUNK = 32  # tokens of a chunk where no size is asked for: pairs inside and states between cost about the same on a CPU
+
 
 def _time_step(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float], acc: torch.dtype) -> Tensor:
     dt = F.softplus(cast(dt, acc) + cast(dt_bias, acc))
@@ -156,12 +158,12 @@ def ssd_chunk(
     state: Tensor | None = None,
     lengths: Tensor | None = None,
     *,
-    chunk_size: int = 64,
+    chunk_size: int | None = 64,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc, dtype = compute_dtype(x.dtype, A.dtype), x.dtype
-    (b, L, H, P), N, Q = x.shape, B.shape[3], chunk_size
+    (b, L, H, P), N, Q = x.shape, B.shape[3], chunk_size or CHUNK
     n = max(1, -(-L // Q))  # chunks
     x, dt, B = _cut(lengths, cast(x, acc), _time_step(dt, dt_bias, dt_limit, acc), cast(B, acc))
 
@@ -191,4 +193,4 @@ def ssd_chunk(
     y = _outputs(x, dt, a, B, C, cast(D, acc), states.flatten(0, 1), same, enters)
     if enters is not None:
         states = states * enters[:, 0].view(b, n, 1, 1, 1)
-    return y.reshape(b, n * Q, H, P)[:, :L].to(dtype), carried, states
+    return y.reshape(b, n * Q, H, P)[:, :L].to(dtype), carried, states if chunk_size is not None else states[:, :0]

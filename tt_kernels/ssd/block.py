@@ -75,7 +75,7 @@ def ssd_block(
     check_groups("ssd_block", x, B)
     check_limit("ssd_block", dt_limit)
     tensors = (x, dt, A, B, C, D, dt_bias, state)
-    if not takes_kernel("ssd_block", x) or wants_gradients(*tensors):
+    if not takes_kernel("ssd_block", *tensors) or wants_gradients(*tensors):
         return reference.ssd_block(*tensors, dt_limit=dt_limit)
     return ssd_block_forward(*tensors, *dt_limit)
 
@@ -122,7 +122,7 @@ def ssd_advance(
     check_groups("ssd_advance", x, B)
     check_limit("ssd_advance", dt_limit)
     tensors = (x, dt, A, B, dt_bias, state)
-    if not takes_kernel("ssd_advance", x) or wants_gradients(*tensors):
+    if not takes_kernel("ssd_advance", *tensors) or wants_gradients(*tensors):
         return reference.ssd_advance(*tensors, lengths, dt_limit=dt_limit)
     return ssd_advance_forward(*tensors, lengths, *dt_limit)
 
@@ -181,6 +181,7 @@ OPS = (
         shapes=tuple(
             dict(b=b, L=L, H=64, P=64, G=8, N=128) for b, L in ((1, 16), (1, 1), (1, 64), (64, 16), (1, 32), (64, 64))
         ),
+        grows=dict(b=64, L=64),
         outputs=("y",),
         grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
         cost=_block_cost,
@@ -203,6 +204,7 @@ OPS = (
             dict(b=b, L=L, H=64, P=64, G=8, N=128, ragged=ragged)
             for b, L, ragged in ((1, 16, 0), (1, 1, 0), (1, 64, 1), (64, 16, 1), (1, 32, 1), (64, 64, 1))
         ),
+        grows=dict(b=64, L=64),
         outputs=("state",),
         grads=("x", "dt", "A", "B", "dt_bias", "state"),
         cost=_advance_cost,

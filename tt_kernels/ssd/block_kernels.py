@@ -5,20 +5,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core import define
-from ..lang import decay
 from ..launch import Launch, architecture, run, tuned
 from ..reference.common import compute_dtype
-from .scan import scan
-from .tile import (
-    arithmetic,
-    decays_to_end,
-    grow,
-    lined_up,
-    log_decays,
-    narrow_times_wide,
-    pair_weights,
-    wide_times_narrow,
-)
+from .scan import _ssd_chunk
+from .tile import arithmetic, block_outputs, grow, lined_up, log_decays, placed, replayed
 
 # ---- kernels ----
 
@@ -63,12 +53,8 @@ def _ssd_block_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    b = (tl.program_id(0) // H).to(tl.int64)
-    head = tl.program_id(0) % H
-    group = head // R
+    b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
     t = tl.arange(0, BLOCK_T)
-    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    offs_n = tl.arange(0, BLOCK_N)
     mask_t, mask_p, mask_n = t < L, offs_p < P, offs_n < N
     row = t.to(tl.int64)
 
@@ -83,17 +69,12 @@ def _ssd_block_kernel(
     at_x = x_ptr + b * stride_xb + head * stride_xh
     mask_x = mask_t[:, None] & mask_p[None, :]
     x = tl.load(at_x + row[:, None] * stride_xl + offs_p[None, :], mask=mask_x, other=0.0)  # [BLOCK_T, BLOCK_P]
-
-    y = tl.zeros((BLOCK_T, BLOCK_P), dtype=ACC)
+    state = None
     if state_ptr is not None:
         at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
-        state = tl.load(at_s, mask=mask_p[:, None] & mask_n[None, :], other=0.0).to(ACC)  # [BLOCK_P, BLOCK_N]
-        y = narrow_times_wide(C, tl.trans(state), y, 3, SPLIT, PRECISION) * decay(tl.cumsum(a, axis=0))[:, None]
-    # Summed directly for each pair: a difference of sums would cancel.
-    log = tl.cumsum(tl.where(t[:, None] > t[None, :], a[:, None], 0.0), axis=0)  # [BLOCK_T, BLOCK_T]
-    weights = pair_weights(C, B, dt[None, :], log, 0.0, 0, 0, SPLIT, PRECISION, ACC, BLOCK_T, BLOCK_T)
-    y = wide_times_narrow(weights, x, y, 3, SPLIT, PRECISION)
-    y += x.to(ACC) * tl.load(D_ptr + head).to(ACC)
+        state = tl.trans(tl.load(at_s, mask=mask_p[:, None] & mask_n[None, :], other=0.0).to(ACC))  # [BLOCK_N, BLOCK_P]
+    D = tl.load(D_ptr + head).to(ACC)
+    y = block_outputs(x, B, C, D, dt, a, state, SPLIT, PRECISION, ACC, BLOCK_T, BLOCK_P)
     out = y_ptr + ((b * L + row) * H + head)[:, None] * P + offs_p[None, :]
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask_x)
 
@@ -134,11 +115,7 @@ def _ssd_advance_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    b = (tl.program_id(0) // H).to(tl.int64)
-    head = tl.program_id(0) % H
-    group = head // R
-    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    offs_n = tl.arange(0, BLOCK_N)
+    b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
     mask_p, mask_n = offs_p < P, offs_n < N
     mask_s = mask_p[None, :] & mask_n[:, None]
     A = tl.load(A_ptr + head).to(ACC)
@@ -150,19 +127,17 @@ def _ssd_advance_kernel(
     if state_ptr is not None:
         at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[None, :] * stride_sp + offs_n[:, None]
         state = tl.load(at_s, mask=mask_s, other=0.0).to(ACC)
+    at_dt = dt_ptr + b * stride_dtb + head * stride_dth
     for start in tl.range(0, length, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         mask_t = t < length  # what lies past the length is not read
         row = t.to(tl.int64)
-        at_dt = dt_ptr + b * stride_dtb + row * stride_dtl + head * stride_dth
-        dt, a = log_decays(at_dt, mask_t, bias, A, None, mask_t, LOW, HIGH)
-        following = (t + 1 < length) & (t + 1 < start + BLOCK_T)
-        _, after = log_decays(at_dt + stride_dtl, following, bias, A, None, following, LOW, HIGH)
+        left, weight = replayed(at_dt, stride_dtl, start, length, bias, A, LOW, HIGH, BLOCK_T)
         at_x = x_ptr + b * stride_xb + row[:, None] * stride_xl + head * stride_xh + offs_p[None, :]
         x = tl.load(at_x, mask=mask_t[:, None] & mask_p[None, :], other=0.0)  # [BLOCK_T, BLOCK_P]
         at_B = B_ptr + b * stride_Bb + row[:, None] * stride_Bl + group * stride_Bg + offs_n[None, :]
         B = tl.load(at_B, mask=mask_t[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_T, BLOCK_N]
-        state = grow(state * decay(tl.sum(a, axis=0)), B, x, decays_to_end(after) * dt, SPLIT, PRECISION)
+        state = grow(state * left, B, x, weight, SPLIT, PRECISION)
     out = new_ptr + ((b * H + head) * P + offs_p)[None, :] * N + offs_n[:, None]
     tl.store(out, state, mask=mask_s)
 
@@ -214,7 +189,7 @@ def _ssd_block(
 ) -> Tensor:
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
     if longest_block(architecture(x)) < L:
-        return scan(x, dt, A, B, C, D, dt_bias, state, None, None, L, low, high, before=False)[0]
+        return _ssd_chunk(x, dt, A, B, C, D, dt_bias, state, None, None, None, low, high)[0]
     y = x.new_empty(x.shape)
     x, B, C, state = (lined_up(t) for t in (x, B, C, state))
     launch = tuned(

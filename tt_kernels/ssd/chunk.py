@@ -23,7 +23,7 @@ def ssd_chunk(
     state: Tensor | None = None,
     lengths: Tensor | None = None,
     *,
-    chunk_size: int = 64,
+    chunk_size: int | None = 64,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +39,8 @@ def ssd_chunk(
         state:      [b, H, P, N] float: the state before the first token; None: zeros. It is not changed.
         lengths:    [b] int, 0 to L, or None for all L: the row's last state is the one after lengths[b] tokens. What
                     lies past it in x, dt and B may be anything, NaN included, and y there means nothing.
-        chunk_size: Q, tokens of a chunk.
+        chunk_size: Q, tokens between the states that are returned. None: none of those, and none in memory; on their
+                    way kernels keep at most 15 states a row, however long it is.
         dt_limit:   (low, high), what the time step is clamped to.
         cu_seqlens: [sequences + 1] int, from 0, counted over the flattened b * L tokens: sequences packed in x start
                     from zeros; not with a state. A row starts anew in any case.
@@ -47,11 +48,12 @@ def ssd_chunk(
         y:      [b, L, H, P] dtype of x.
         state:  [b, H, P, N] fp32 (fp64 where x or A is fp64): after each row's last token.
         before: [b, max(1, ceil(L / Q)), H, P, N] dtype of state: before each chunk; zeros where a sequence starts.
+                [b, 0, H, P, N] without a Q.
 
     Computes in the dtype of the states and rounds y once; decays below e^-64 count as 0. Gradients for all float
     tensors: where they are wanted the reference runs. Deterministic; Q and b move results by rounding only.
     Raises ValueError as `ssd_block` does, and for a state beside cu_seqlens. Cost: 2 b L (Q (G N + H P) + 2 H P N)
-    flops, b L (2 H P + 2 G N + H) itemsize + 8 b (L / Q) H P N bytes.
+    flops (Q at most 64 without one), b L (2 H P + 2 G N + H) itemsize + 8 b H P N bytes, + 4 b (L / Q) H P N of states.
     Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), section 6; `mamba_chunk_scan_combined` of mamba_ssm.
     """
     check(
@@ -69,12 +71,12 @@ def ssd_chunk(
     )
     check_groups("ssd_chunk", x, B)
     check_limit("ssd_chunk", dt_limit)
-    if chunk_size < 1:
-        refuse("ssd_chunk", "chunk_size", chunk_size, "1 or more")
+    if chunk_size is not None and chunk_size < 1:
+        refuse("ssd_chunk", "chunk_size", chunk_size, "1 or more, or None")
     if state is not None and cu_seqlens is not None:
         refuse("ssd_chunk", "state", list(state.shape), "None beside cu_seqlens")
     tensors = (x, dt, A, B, C, D, dt_bias, state)
-    if not takes_kernel("ssd_chunk", x) or wants_gradients(*tensors):
+    if not takes_kernel("ssd_chunk", *tensors) or wants_gradients(*tensors):
         return reference.ssd_chunk(*tensors, lengths, chunk_size=chunk_size, dt_limit=dt_limit, cu_seqlens=cu_seqlens)
     return ssd_chunk_forward(*tensors, lengths, cu_seqlens, chunk_size, *dt_limit)
 
@@ -83,7 +85,7 @@ def _inputs(dtype: torch.dtype, Q: int, packed: int = 0, ragged: int = 0, **dims
     b, L = dims["b"], dims["L"]
     cu_seqlens = torch.tensor([0, L // 3, L // 2, b * L]) if packed else None
     lengths = torch.randint(0, L + 1, (b,)) if ragged else None
-    return dict(**scan_inputs(dtype, **dims), lengths=lengths, chunk_size=Q, cu_seqlens=cu_seqlens)
+    return dict(**scan_inputs(dtype, **dims), lengths=lengths, chunk_size=Q or None, cu_seqlens=cu_seqlens)
 
 
 def _cost(
@@ -99,8 +101,9 @@ def _cost(
     packed: int = 0,
     ragged: int = 0,
 ) -> tuple[int, int]:
-    flops = 2 * b * L * (Q * (G * N + H * P) + 2 * H * P * N)
-    return flops, b * L * (2 * H * P + 2 * G * N + H) * itemsize + 8 * b * -(-L // Q) * H * P * N
+    flops = 2 * b * L * ((Q or 64) * (G * N + H * P) + 2 * H * P * N)
+    states = 2 + -(-L // Q) if Q else 2
+    return flops, b * L * (2 * H * P + 2 * G * N + H) * itemsize + 4 * b * states * H * P * N
 
 
 OPS = (
@@ -116,14 +119,16 @@ OPS = (
             dict(b=0, L=5, H=2, P=3, G=1, N=4, Q=4),
             dict(b=2, L=100, H=2, P=17, G=1, N=8, Q=64, ragged=1),
             dict(b=1, L=90, H=2, P=4, G=1, N=8, Q=20, seeded=0, packed=1),
+            dict(b=2, L=100, H=2, P=4, G=1, N=8, Q=0, ragged=1),
         ),
         shapes=(
-            *(dict(b=1, L=L, H=64, P=64, G=8, N=128, Q=Q) for L in (4096, 8192) for Q in (64, 8192)),
+            *(dict(b=1, L=L, H=64, P=64, G=8, N=128, Q=Q) for L in (4096, 8192) for Q in (64, 0)),
             dict(b=1, L=8192, H=64, P=64, G=8, N=128, Q=16, seeded=0),
             dict(b=1, L=8192, H=64, P=64, G=8, N=128, Q=16, seeded=0, packed=1),
-            dict(b=1, L=100, H=64, P=64, G=8, N=128, Q=32),
-            dict(b=64, L=128, H=64, P=64, G=8, N=128, Q=32, ragged=1),
+            dict(b=1, L=100, H=64, P=64, G=8, N=128, Q=0),
+            dict(b=64, L=128, H=64, P=64, G=8, N=128, Q=0, ragged=1),
         ),
+        grows=dict(b=64, L=1024),
         outputs=("y", "state", "before"),
         grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
         cost=_cost,

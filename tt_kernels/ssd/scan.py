@@ -38,7 +38,7 @@ def span_tiles(rows: int, tiles: int) -> int:
     return max(2, triton.cdiv(tiles, min(16, 512 // max(rows, 1))))
 
 
-def scan(
+def _ssd_chunk(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -49,15 +49,13 @@ def scan(
     state: Tensor | None,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
-    chunk_size: int,
+    chunk_size: int | None,
     low: float,
     high: float,
-    *,
-    before: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, the states before chunks; those only where wanted."""
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
     y, final, states = _ssd_chunk_fake(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size)
+    wanted, chunk_size = chunk_size is not None, chunk_size or max(L, 1)  # no chunks: the whole row is one
     x, B, C = (lined_up(t) for t in (x, B, C))
     A, D, dt_bias = A.contiguous(), D.contiguous(), dt_bias.contiguous()
     state = None if state is None else state.contiguous()
@@ -104,30 +102,12 @@ def scan(
         _chunk_scan_kernel,
         (b * spans * H, slices),
         *(x, B, C, D, steps, high_sums, low_sums, seen, kept, whole, state, added, passed, lengths, starts),
-        *(y, states if before else None, final),
+        *(y, states if wanted else None, final),
         *(*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *shape, spans, span),
         **constants,
         launch=launch,
     )
     return y, final, states
-
-
-def _ssd_chunk(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    state: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return scan(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size, low, high)
 
 
 # ---- op ----
@@ -136,12 +116,13 @@ def _ssd_chunk(
 def _ssd_chunk_fake(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size, *_):
     (b, L, H, P), N = x.shape, B.shape[3]
     final = x.new_empty((b, H, P, N), dtype=compute_dtype(x.dtype, A.dtype))
-    return x.new_empty(x.shape), final, final.new_empty(b, max(1, -(-L // chunk_size)), H, P, N)
+    chunks = 0 if chunk_size is None else max(1, -(-L // chunk_size))
+    return x.new_empty(x.shape), final, final.new_empty(b, chunks, H, P, N)
 
 
 ssd_chunk_forward = define(
     "ssd_chunk(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor? state, "
-    "Tensor? lengths, Tensor? cu_seqlens, int chunk_size, float low, float high) -> (Tensor, Tensor, Tensor)",
+    "Tensor? lengths, Tensor? cu_seqlens, int? chunk_size, float low, float high) -> (Tensor, Tensor, Tensor)",
     _ssd_chunk,
     _ssd_chunk_fake,
 )

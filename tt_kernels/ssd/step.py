@@ -9,11 +9,10 @@ from torch import Tensor
 
 from .. import reference
 from ..core import Op, check, define, refuse, takes_kernel, wants_gradients
-from ..lang import decay
 from ..launch import Launch, architecture, run, tuned
 from ..reference.common import compute_dtype
 from .block import check_limit, scan_inputs
-from .tile import arithmetic, lined_up, time_steps
+from .tile import arithmetic, lined_up, placed, stepped, time_steps
 
 # ---- kernels ----
 
@@ -51,23 +50,18 @@ def _ssd_step_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    b = (tl.program_id(0) // H).to(tl.int64)
-    head = tl.program_id(0) % H
-    group = head // R
-    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    offs_n = tl.arange(0, BLOCK_N)
+    b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
     mask_p, mask_n = offs_p < P, offs_n < N
     mask_s = mask_p[:, None] & mask_n[None, :]
     at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
     state = tl.load(at_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_N]
     bias = tl.load(bias_ptr + head).to(ACC)
     dt = time_steps(tl.load(dt_ptr + b * stride_dtb + head * stride_dth).to(ACC), bias, LOW, HIGH)
-    kept = decay(dt * tl.load(A_ptr + head).to(ACC))
+    A, D = tl.load(A_ptr + head).to(ACC), tl.load(D_ptr + head).to(ACC)
     x = tl.load(x_ptr + b * stride_xb + head * stride_xh + offs_p, mask=mask_p, other=0.0).to(ACC)
     B = tl.load(B_ptr + b * stride_Bb + group * stride_Bg + offs_n, mask=mask_n, other=0.0).to(ACC)
     C = tl.load(C_ptr + b * stride_Cb + group * stride_Cg + offs_n, mask=mask_n, other=0.0).to(ACC)
-    state = state * kept + (x * dt)[:, None] * B[None, :]
-    y = tl.sum(state * C[None, :], axis=1) + x * tl.load(D_ptr + head).to(ACC)
+    y, state = stepped(state, x, B, C, D, dt, A)
     out = (b * H + head) * P + offs_p
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask_p)
     tl.store(new_ptr + out[:, None] * N + offs_n[None, :], state, mask=mask_s)
@@ -182,7 +176,7 @@ def ssd_step(
         refuse("ssd_step", "G", G, f"groups of B that divide the H={H} heads of x")
     check_limit("ssd_step", dt_limit)
     tensors = (x, dt, A, B, C, D, dt_bias, state)
-    if not takes_kernel("ssd_step", x) or wants_gradients(*tensors):
+    if not takes_kernel("ssd_step", *tensors) or wants_gradients(*tensors):
         return reference.ssd_step(*tensors, dt_limit=dt_limit)
     return _step(*tensors, *dt_limit)
 
@@ -206,6 +200,7 @@ OPS = (
         inputs=_inputs,
         cases=(dict(b=2, H=4, P=3, G=2, N=5), dict(b=1, H=3, P=8, G=1, N=4), dict(b=0, H=2, P=3, G=1, N=4)),
         shapes=(dict(b=1, H=64, P=64, G=8, N=128), dict(b=64, H=64, P=64, G=8, N=128)),
+        grows=dict(b=64),
         outputs=("y", "state"),
         grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
         cost=_cost,

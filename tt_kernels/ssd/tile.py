@@ -14,6 +14,15 @@ from ..reference.common import compute_dtype
 
 
 @triton.jit
+def placed(H, R, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Row, head, group, offsets into P and N of a program of a grid (rows times heads, slices of P); R: heads of a
+    group, which lie side by side and find its B and C in L2."""
+    head = tl.program_id(0) % H
+    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    return (tl.program_id(0) // H).to(tl.int64), head, head // R, offs_p, tl.arange(0, BLOCK_N)
+
+
+@triton.jit
 def within(offs, size: tl.constexpr, BLOCK: tl.constexpr):
     """offs < size, which the compiler does not see to be true where slices of BLOCK divide it."""
     if size % BLOCK == 0:
@@ -50,6 +59,25 @@ def log_decays(dt_ptr, known, bias, A, resets_ptr, inside, LOW: tl.constexpr, HI
 def decays_to_end(after):
     """exp(a[j + 1] + ... + a[last]) of each j, where after[j] is a[j + 1] and 0 at last: no sum less its first term."""
     return decay(tl.cumsum(after, axis=0, reverse=True))
+
+
+@triton.jit
+def replayed(dt_ptr, stride_dtl, start, length, bias, A, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Of the tile of tokens from `start` on: how much it leaves of the state before it, and the weight with which each
+    token enters the state after it; 0 from `length` on, where nothing is read."""
+    t = start + tl.arange(0, BLOCK_T)
+    at, known = dt_ptr + t.to(tl.int64) * stride_dtl, t < length
+    dt, a = log_decays(at, known, bias, A, None, known, LOW, HIGH)
+    following = (t + 1 < length) & (t + 1 < start + BLOCK_T)
+    _, after = log_decays(at + stride_dtl, following, bias, A, None, following, LOW, HIGH)
+    return decay(tl.sum(a, axis=0)), decays_to_end(after) * dt
+
+
+@triton.jit
+def stepped(state, x, B, C, D, dt, A):
+    """y of one token and the state after it: state [BLOCK_P, BLOCK_N], x [BLOCK_P], B and C [BLOCK_N], all as state."""
+    state = state * decay(dt * A) + (x * dt)[:, None] * B[None, :]
+    return tl.sum(state * C[None, :], axis=1) + x * D, state
 
 
 # A product of an fp32 and a bf16 matrix, SPLIT: the fp32 numbers as sums of bf16 ones, whose products with bf16 numbers
@@ -138,6 +166,33 @@ def pair_weights(
         pairs = tl.dot(C.to(ACC), tl.trans(B.to(ACC)), input_precision=PRECISION, out_dtype=ACC)
     weights = pairs * decay(tl.where(i >= j, log, -float("inf"))) * dt  # masked before exp could overflow
     return weights + tl.where(i == j, D, 0.0)
+
+
+@triton.jit
+def block_outputs(
+    x,
+    B,
+    C,
+    D,
+    dt,
+    a,
+    state,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """y [BLOCK_T, BLOCK_P] of a tile of tokens: x [BLOCK_T, BLOCK_P], B and C [BLOCK_T, BLOCK_N] as they lie in memory,
+    time steps dt and log-decays a [BLOCK_T], the state before them [BLOCK_N, BLOCK_P] or None."""
+    t = tl.arange(0, BLOCK_T)
+    y = tl.zeros((BLOCK_T, BLOCK_P), dtype=ACC)
+    if state is not None:
+        y = narrow_times_wide(C, state, y, 3, SPLIT, PRECISION) * decay(tl.cumsum(a, axis=0))[:, None]
+    # Summed directly for each pair: a difference of sums would cancel.
+    log = tl.cumsum(tl.where(t[:, None] > t[None, :], a[:, None], 0.0), axis=0)  # [BLOCK_T, BLOCK_T]
+    weights = pair_weights(C, B, dt[None, :], log, 0.0, 0, 0, SPLIT, PRECISION, ACC, BLOCK_T, BLOCK_T)
+    return wide_times_narrow(weights, x, y, 3, SPLIT, PRECISION) + x.to(ACC) * D
 
 
 # ---- for launches ----

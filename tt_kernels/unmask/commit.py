@@ -182,7 +182,12 @@ def commit(
 
 def commit_inputs(B: int, L: int, V: int) -> dict[str, object]:
     block = torch.randint(V, (B, L)).masked_fill(torch.rand(B, L) < 0.6, V - 1)
-    return dict(block=block, mask_token_id=V - 1, threshold=torch.full((B,), 0.3), steps_left=torch.arange(B) % 4 + 1)
+    return dict(
+        block=block,
+        mask_token_id=V - 1,
+        threshold=torch.full((B,), 0.3, dtype=torch.float64),
+        steps_left=torch.arange(B) % 4 + 1,
+    )
 
 
 def _inputs(dtype: torch.dtype, B: int, L: int, V: int) -> dict[str, object]:
@@ -204,6 +209,7 @@ OPS = (
             dict(B=2, L=0, V=5),
         ),
         shapes=(dict(B=1, L=16, V=131072), dict(B=64, L=16, V=131072), dict(B=64, L=512, V=131072)),
+        grows=dict(B=64, L=256),
         outputs=("block", "committed", "masked"),
         kernels=("_commit_kernel",),
         cost=lambda itemsize, B, L, V: (0, B * L * (4 * 8 + itemsize)),

@@ -8,9 +8,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import reference
 from ..core import Op, check, define, takes_kernel
-from ..launch import Launch, architecture, by_row, multiprocessors, run, tuned
+from ..launch import INTERPRET, Launch, architecture, by_row, multiprocessors, run, tuned
 from ..reference.common import compute_dtype
-from .records import Records, Rows, combine_records, empty_record, fold, is_any_hot, write_record
+from .records import Records, Rows, combine_records, empty_record, is_any_hot, merge, tile_record, write_record
 from .sample import ROWS, bounds, check_sampling, narrows, record_logits, sample_parts, sampling, scale
 
 # ---- kernels ----
@@ -26,8 +26,8 @@ def _head_kernel(
     seed_ptr,
     position_ptr,
     step_ptr,
-    stats_ptr,  # [4, N, parts]
-    token_ptr,  # [N, parts]
+    stats_ptr,  # [4, N, slots]
+    token_ptr,  # [N, slots]
     logits_ptr,  # [R, V]: of records first to first + R
     stride_hidden,
     stride_weight,
@@ -36,9 +36,11 @@ def _head_kernel(
     L,
     V,
     D,
-    tiles,  # of the vocabulary, a part
+    tiles,  # of BLOCK_V tokens a piece
+    pieces,  # of the vocabulary
+    depth,  # pieces a part
     parts,
-    plane,  # N * parts
+    plane,  # N * depth * parts
     suppress,
     COMPACT: tl.constexpr,
     STORE: tl.constexpr,  # the logits, and nothing else
@@ -55,17 +57,18 @@ def _head_kernel(
         count = min(R, tl.load(count_ptr) - first)
     row_tiles = tl.cdiv(count, BLOCK_T)
     offs_k = tl.arange(0, BLOCK_K)
-    # Programs that run together take the same part of the head, which one of them brings into the cache.
-    for item in range(tl.program_id(0), row_tiles * parts, tl.num_programs(0)):
-        part = item // row_tiles
+    # Programs that run together take the same piece of the head, which one of them brings into the cache.
+    for item in range(tl.program_id(0), row_tiles * pieces, tl.num_programs(0)):
+        piece = item // row_tiles
+        slot = piece % depth * parts + piece // depth
         offs_t = (item % row_tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
         mask_t = offs_t < count
         row = first + offs_t
         if COMPACT:
             row = tl.load(rows_ptr + row, mask=mask_t, other=0)
         any_hot = is_any_hot(row, mask_t, L, temperature_ptr)
-        begin = part * tiles * BLOCK_V
-        m, s, best, token, raw = empty_record(begin, SUB, acc_dtype)
+        begin = piece * tiles * BLOCK_V
+        m, s, best, token, raw = empty_record(SUB, acc_dtype)
         hidden = hidden_ptr + row.to(tl.int64)[:, None] * stride_hidden + offs_k[None, :]
         for start in range(begin, min(begin + tiles * BLOCK_V, V), BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
@@ -85,12 +88,14 @@ def _head_kernel(
                 at = logits_ptr + offs_t.to(tl.int64)[None, :] * V + offs_v[:, None]
                 tl.store(at, x, mask=mask_t[None, :] & (offs_v < V)[:, None])
             elif BLOCK_T == SUB:
-                m, s, best, token, raw = fold(
-                    *(x, start, m, s, best, token, raw, any_hot, row, mask_t, L),
+                next_m, next_s, next_best, next_token, next_raw = tile_record(
+                    *(x, start, any_hot, row, mask_t, L),
                     *(temperature_ptr, seed_ptr, position_ptr, step_ptr, None, None, V, suppress),
                     NARROW=False,
+                    PAIRS=True,
                     BLOCK_V=BLOCK_V,
                 )
+                m, s, best, token, raw = merge(m, s, best, token, raw, next_m, next_s, next_best, next_token, next_raw)
             else:
                 # Few columns at a time, and a record for every tile: those of all rows do not fit registers.
                 groups = tl.reshape(x, (BLOCK_V, BLOCK_T // SUB, SUB))
@@ -103,16 +108,18 @@ def _head_kernel(
                     row_s = record
                     if COMPACT:
                         row_s = tl.load(rows_ptr + record, mask=mask, other=0)
-                    m, s, best, token, raw = empty_record(start, SUB, acc_dtype)
-                    m, s, best, token, raw = fold(
-                        *(some, start, m, s, best, token, raw, any_hot, row_s, mask, L),
+                    m, s, best, token, raw = tile_record(
+                        *(some, start, any_hot, row_s, mask, L),
                         *(temperature_ptr, seed_ptr, position_ptr, step_ptr, None, None, V, suppress),
                         NARROW=False,
+                        PAIRS=True,
                         BLOCK_V=BLOCK_V,
                     )
-                    write_record(stats_ptr, token_ptr, record, mask, part, parts, plane, m, s, best, token, raw)
+                    write_record(stats_ptr, token_ptr, record, mask, slot, depth * parts, plane, m, s, best, token, raw)
         if not STORE and BLOCK_T == SUB:
-            write_record(stats_ptr, token_ptr, first + offs_t, mask_t, part, parts, plane, m, s, best, token, raw)
+            write_record(
+                stats_ptr, token_ptr, first + offs_t, mask_t, slot, depth * parts, plane, m, s, best, token, raw
+            )
 
 
 # ---- launches ----
@@ -156,12 +163,13 @@ def _launch(R: int, hidden: Tensor, weight: Tensor) -> Launch:
     return tuned("_head_kernel", default, architecture(hidden), R=rows, V=V, D=D, itemsize=itemsize)
 
 
-def head_parts(launch: Launch, V: int, multiprocessors: int) -> tuple[int, int]:
-    """Parts of the vocabulary, and tiles of each. Two parts a multiprocessor at most, however many rows there are, so
-    that a row's bits do not depend on its neighbours."""
+def head_pieces(launch: Launch, V: int, multiprocessors: int) -> tuple[int, int, int]:
+    """Pieces of the vocabulary, tiles of BLOCK_V a piece, pieces a part. Parts are two a multiprocessor at most and the
+    same however many rows there are, so that a row's sums have one order: up to 16 rows a piece is a part, whose tiles
+    a program merges; of more rows a piece is a tile, and whoever combines the records merges a part's first."""
     count = triton.cdiv(V, launch.BLOCK_V)
-    tiles = max(1, triton.cdiv(count, 2 * multiprocessors)) if launch.BLOCK_T == SUB else 1
-    return triton.cdiv(count, tiles), tiles
+    tiles = max(1, triton.cdiv(count, 2 * multiprocessors))
+    return (triton.cdiv(count, tiles), tiles, 1) if launch.BLOCK_T == SUB else (count, 1, tiles)
 
 
 def _takes_tma(weight: Tensor) -> bool:
@@ -183,18 +191,19 @@ def _run_head(
 ) -> None:
     """Write all records, or the logits [R, V] of records first to first + R."""
     V, D = weight.shape
-    parts, tiles = head_parts(launch, V, multiprocessors(hidden))
+    pieces, tiles, depth = head_pieces(launch, V, multiprocessors(hidden))
     R = rows.N if logits is None else len(logits)
     tma = _takes_tma(weight)
     run(
         _head_kernel,
-        (min(triton.cdiv(R, launch.BLOCK_T) * parts, 2 * multiprocessors(hidden)),),
+        (min(triton.cdiv(R, launch.BLOCK_T) * pieces, 2 * multiprocessors(hidden)),),
         hidden,
         TensorDescriptor.from_tensor(weight, [launch.BLOCK_V, launch.BLOCK_K]) if tma else weight,
         *(rows.index, rows.count, *rows.settings),
         *((None, None) if records is None else (records.stats, records.tokens)),
-        *(logits, hidden.stride(0), weight.stride(0), R, first, rows.L, V, D, tiles, parts),
-        *(0 if records is None else records.plane, -1 if suppress is None else suppress),
+        *(logits, hidden.stride(0), weight.stride(0), R, first, rows.L, V, D, tiles, pieces, depth),
+        *((0, 0) if records is None else records.sizes[2:]),
+        -1 if suppress is None else suppress,
         COMPACT=rows.index is not None,
         STORE=logits is not None,
         TMA=tma,
@@ -213,8 +222,8 @@ def head_records(
     V, dtype = len(weight), compute_dtype(hidden.dtype, weight.dtype)
     if not narrows(V, top_k, top_p):
         launch = _launch(rows.N, hidden, weight)
-        parts, _ = head_parts(launch, V, multiprocessors(hidden))
-        records = Records.new(rows.N, parts, hidden, dtype)
+        pieces, _, depth = head_pieces(launch, V, multiprocessors(hidden))
+        records = Records.new(rows.N, pieces, hidden, dtype, depth)
         _run_head(hidden, weight, rows, suppress, launch, records=records)
         return records
     logits = hidden.new_empty(min(ROWS, rows.N), V, dtype=dtype)
@@ -293,7 +302,8 @@ def head_sample(
         token:      [*] int64.
         confidence: [*] fp32 (fp64 where hidden or weight is fp64).
 
-    Products of 16-bit numbers are summed in fp32. No gradients. Deterministic. Raises ValueError as `sample` does.
+    Products of 16-bit numbers are summed in fp32. No gradients. Deterministic; kernels sum over the vocabulary in an
+    order that does not depend on how many rows there are. Raises ValueError as `sample` does.
     Cost for R rows: 2 R V D flops, (V D + R D) itemsize bytes: bound by reading the head. Source: as `sample`.
     """
     check(
@@ -306,7 +316,7 @@ def head_sample(
         step=(step, "*", int),
     )
     check_sampling("head_sample", weight.shape[0], top_k, top_p, suppress=suppress)
-    if not takes_kernel("head_sample", hidden):
+    if not takes_kernel("head_sample", hidden, weight):
         return reference.head_sample(
             hidden,
             weight,
@@ -326,23 +336,20 @@ def head_sample(
 
 def head_inputs(dtype: torch.dtype, R: int, D: int, V: int, hot: int = 1, narrow: int = 0) -> dict[str, object]:
     weight = 3 * D**-0.5 * torch.randn(V, D, dtype=dtype)
-    return dict(hidden=torch.randn(R, D, dtype=dtype), weight=weight, **sampling(dtype, R, V, hot, narrow))
+    return dict(hidden=torch.randn(R, D, dtype=dtype), weight=weight, **sampling(R, V, hot, narrow))
 
 
-CANDIDATES = tuple(
-    Launch(BLOCK_V=v, BLOCK_T=t, BLOCK_K=k, num_warps=warps, num_stages=stages)
-    for v, t, k, warps, stages in (
-        (128, 16, 128, 4, 4),
-        (64, 16, 128, 4, 5),
-        (128, 16, 64, 4, 6),
-        (128, 32, 128, 4, 4),
-        (128, 64, 64, 4, 5),
-        (128, 64, 64, 8, 5),
-        (128, 64, 128, 8, 4),
-        (256, 64, 64, 8, 4),
-        (64, 128, 64, 4, 4),
-        (128, 128, 64, 8, 4),
-        (128, 128, 64, 8, 6),
+CANDIDATES = tuple(  # all of one BLOCK_V: it orders a row's sums, whichever launch its number of rows is given
+    Launch(BLOCK_V=128, BLOCK_T=t, BLOCK_K=k, num_warps=warps, num_stages=stages)
+    for t, k, warps, stages in (
+        (16, 128, 4, 4),
+        (16, 64, 4, 6),
+        (32, 128, 4, 4),
+        (64, 64, 4, 5),
+        (64, 64, 8, 5),
+        (64, 128, 8, 4),
+        (128, 64, 8, 4),
+        (128, 64, 8, 6),
     )
 )
 
@@ -356,6 +363,7 @@ OPS = (
             dict(R=4, D=6, V=11, hot=0),
             dict(R=6, D=8, V=29, narrow=1),
             dict(R=2, D=40, V=1100),
+            dict(R=20, D=3, V=1100),
             dict(R=130, D=3, V=5),
             dict(R=66, D=4, V=9, narrow=2),
             dict(R=0, D=4, V=5),
@@ -369,11 +377,12 @@ OPS = (
             dict(R=512, D=2688, V=131072),
             dict(R=16, D=2688, V=131072, narrow=1),
         ),
+        grows=dict(R=512),
         outputs=("token", "confidence"),
         kernels=("_head_kernel", "_sample_kernel", "_combine_kernel"),
         tensor_cores={"_head_kernel": "BLOCK_V"},
         candidates=dict(_head_kernel=CANDIDATES),
         cost=lambda itemsize, R, D, V, hot=1, narrow=0: (2 * R * V * D, (V * D + R * D) * itemsize),
-        compiles=False,  # as sample
+        compiles=INTERPRET or torch.cuda.is_available(),  # as sample
     ),
 )

@@ -20,10 +20,11 @@ def _gumbel_noise_kernel(
     step_ptr,
     noise_ptr,  # [R, V] fp64
     V,
+    parts,  # programs a row
     BLOCK_Q: tl.constexpr,  # counters a program: four tokens each
 ):
-    row = tl.program_id(1).to(tl.int64)
-    quad = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    quad = tl.program_id(0) % parts * BLOCK_Q + tl.arange(0, BLOCK_Q)
     position, step = tl.load(position_ptr + row), tl.load(step_ptr + row)
     w0, w1, w2, w3 = philox(tl.load(seed_ptr + row), quad, position, step)
     out = noise_ptr + row * V + 4 * quad
@@ -44,10 +45,11 @@ def gumbel_noise_launch(V: int) -> Launch:
 def _gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, vocab_size: int) -> Tensor:
     noise = _gumbel_noise_fake(seed, position, step, vocab_size)
     launch = gumbel_noise_launch(vocab_size)
+    parts = triton.cdiv(vocab_size, 4 * launch.BLOCK_Q)
     run(
         _gumbel_noise_kernel,
-        (triton.cdiv(vocab_size, 4 * launch.BLOCK_Q), seed.numel()),
-        *(seed.contiguous(), position.contiguous(), step.contiguous(), noise, vocab_size),
+        (seed.numel() * parts,),  # one axis: the others take no more than 65535
+        *(seed.contiguous(), position.contiguous(), step.contiguous(), noise, vocab_size, parts),
         launch=launch,
     )
     return noise

@@ -29,10 +29,10 @@ def is_any_hot(row, mask, L, temperature_ptr):
 
 
 @triton.jit
-def empty_record(start, N: tl.constexpr, dtype: tl.constexpr):
-    """m, s, best, token, raw of N rows before the first tile, which begins at token start."""
+def empty_record(N: tl.constexpr, dtype: tl.constexpr):
+    """m, s, best, token, raw of N rows before the first tile: merged with it they are that tile's."""
     m = tl.full((N,), float("-inf"), dtype=dtype)
-    return m, tl.zeros((N,), dtype=dtype), m, tl.zeros((N,), dtype=tl.int32) + start, m
+    return m, tl.zeros((N,), dtype=dtype), m + float("nan"), tl.zeros((N,), dtype=tl.int32), m
 
 
 @triton.jit
@@ -43,14 +43,19 @@ def order(score, WIDE: tl.constexpr):
 
 
 @triton.jit
-def fold(
+def sum_pairs(x):
+    """Sum over axis 0 of [BLOCK, N], neighbours first. Written out, for the order of tl.sum is the layout's, which
+    changes with warps and tiles, and a sum of two has but one order."""
+    for _ in tl.static_range(20):  # a tensor has at most 2^20 elements
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), axis=1)
+    return tl.reshape(x, (x.shape[1],))
+
+
+@triton.jit
+def tile_record(
     x,  # [BLOCK_V, rows]: logits of tokens from start on, fp32 or fp64
     start,
-    m,  # [rows]: the record so far, as the next four
-    s,
-    best,
-    token,
-    raw,
     any_hot,
     row,  # [rows]
     mask,  # [rows]: which of them there are
@@ -64,8 +69,10 @@ def fold(
     V,
     suppress,
     NARROW: tl.constexpr,
+    PAIRS: tl.constexpr,  # the sum by pairs, which several tiles of rows must have in one order
     BLOCK_V: tl.constexpr,
 ):
+    """m, s, best, token, raw of one tile."""
     local = tl.arange(0, BLOCK_V)[:, None]
     ids = start + local
     x = tl.where((ids < V) & (ids != suppress), x, float("-inf"))
@@ -73,12 +80,12 @@ def fold(
     if any_hot:
         # Loaded here and not before: in registers they would be in the way of the products.
         b = row // L
-        temperature = tl.load(temperature_ptr + b, mask=mask, other=0.0).to(x.dtype)
+        temperature = tl.load(temperature_ptr + b, mask=mask, other=0.0)
         seed = tl.load(seed_ptr + b, mask=mask, other=0)
         position = tl.load(position_ptr + b, mask=mask, other=0) + row % L
         step = tl.load(step_ptr + b, mask=mask, other=0)
-        hot = temperature > 0
-        divisor = tl.where(hot, temperature, 1.0)[None, :] + tl.zeros_like(x)
+        hot = temperature > 0  # in its own dtype: narrowed, a temperature may become 0
+        divisor = tl.where(hot, temperature, 1.0).to(x.dtype)[None, :] + tl.zeros_like(x)
         scaled = x / divisor if WIDE else tl.div_rn(x, divisor)
         score = scaled + gumbel_tile(seed, position, step, start, BLOCK_V, WIDE)
         if NARROW:
@@ -86,48 +93,79 @@ def fold(
             last = tl.load(last_ptr, mask=mask, other=0)
             out = (scaled < least[None, :]) | ((scaled == least[None, :]) & (ids > last[None, :]))
             score = tl.where(out, float("-inf"), score)
-        tile_best, at = tl.max(order(tl.where(hot[None, :], score, x), WIDE), axis=0, return_indices=True)
-        tile_raw = tl.sum(tl.where(local == at[None, :], x, 0.0), axis=0)
-        tile_m = tl.max(x, axis=0)
+        best, at = tl.max(order(tl.where(hot[None, :], score, x), WIDE), axis=0, return_indices=True)
+        raw = tl.sum(tl.where(local == at[None, :], x, 0.0), axis=0)
+        m = tl.max(x, axis=0)
     else:
-        tile_best, at = tl.max(order(x, WIDE), axis=0, return_indices=True)
-        tile_raw = tl.where(tile_best >= LARGEST64 if WIDE else tile_best >= LARGEST32, float("inf"), tile_best)
-        tile_m = tile_raw
-    m_new = tl.maximum(m, tile_m)
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is no number
+        best, at = tl.max(order(x, WIDE), axis=0, return_indices=True)
+        raw = tl.where(best >= LARGEST64 if WIDE else best >= LARGEST32, float("inf"), best)
+        m = raw
+    shift = tl.where(m == float("-inf"), 0.0, m)  # -inf - -inf is no number
     # The difference first: what is rounded then is as small as the term is.
-    tile_s = tl.sum(tl.exp2((x - shift[None, :]) * 1.4426950408889634), axis=0)
-    s = s * tl.exp2((m - shift) * 1.4426950408889634) + tile_s
-    better = tile_best > best
-    best = tl.where(better, tile_best, best)
-    return m_new, s, best, tl.where(better, start + at, token), tl.where(better, tile_raw, raw)
+    terms = tl.exp2((x - shift[None, :]) * 1.4426950408889634)
+    s = sum_pairs(terms) if PAIRS else tl.sum(terms, axis=0)
+    return m, s, best, start + at, raw
 
 
 @triton.jit
-def write_record(stats_ptr, token_ptr, row, mask, part, parts, plane, m, s, best, token, raw):
-    """stats [4, N, parts]: m, s, best, raw; token [N, parts]; plane = N * parts."""
-    at = row.to(tl.int64) * parts + part
-    tl.store(stats_ptr + at, m, mask=mask)
-    tl.store(stats_ptr + plane + at, s, mask=mask)
-    tl.store(stats_ptr + 2 * plane + at, best, mask=mask)
-    tl.store(stats_ptr + 3 * plane + at, raw, mask=mask)
+def merge(m, s, best, token, raw, next_m, next_s, next_best, next_token, next_raw):
+    """A record with the next one in the order of the vocabulary."""
+    upper, lower = tl.maximum(m, next_m), tl.minimum(m, next_m)
+    shift = tl.where(upper == float("-inf"), 0.0, upper)
+    first = m >= next_m
+    # One of the two is not rescaled, and the product is fused with the sum wherever this is compiled.
+    s = tl.where(first, s, next_s) + tl.where(first, next_s, s) * tl.exp2((lower - shift) * 1.4426950408889634)
+    kept = next_best <= best  # of equals the first; never where best is the NaN of no record
+    best, token = tl.where(kept, best, next_best), tl.where(kept, token, next_token)
+    return upper, s, best, token, tl.where(kept, raw, next_raw)
+
+
+@triton.jit
+def write_record(stats_ptr, token_ptr, row, mask, slot, slots, plane, m, s, best, token, raw):
+    """stats [4, N, slots]: m, s, best, raw; token [N, slots]; plane = N * slots."""
+    at = row.to(tl.int64) * slots + slot
+    stats = stats_ptr + at
+    tl.store(stats, m, mask=mask)
+    stats += plane  # one by one: 32 bits may hold one plane and not three
+    tl.store(stats, s, mask=mask)
+    stats += plane
+    tl.store(stats, best, mask=mask)
+    stats += plane
+    tl.store(stats, raw, mask=mask)
     tl.store(token_ptr + at, token, mask=mask)
 
 
 @triton.jit
-def combine(stats_ptr, token_ptr, row, mask, parts, plane, BLOCK_S: tl.constexpr):
-    """Token and confidence of rows [n] from all their records."""
+def read_record(stats_ptr, token_ptr, at, mask, plane):
+    stats = stats_ptr + at
+    m = tl.load(stats, mask=mask, other=float("-inf"))
+    stats += plane
+    s = tl.load(stats, mask=mask, other=0.0)
+    stats += plane
+    best = tl.load(stats, mask=mask, other=float("-inf"))
+    stats += plane
+    raw = tl.load(stats, mask=mask, other=0.0)
+    return m, s, best, tl.load(token_ptr + at, mask=mask, other=0), raw
+
+
+@triton.jit
+def combine(stats_ptr, token_ptr, row, mask, tiles, depth, parts, plane, BLOCK_S: tl.constexpr):
+    """Token and confidence of rows [n] from all their records: a part's first, as a program that walks it does."""
     offs_s = tl.arange(0, BLOCK_S)[None, :]
-    at = row.to(tl.int64)[:, None] * parts + offs_s  # [n, BLOCK_S]
+    at = row.to(tl.int64)[:, None] * (depth * parts) + offs_s  # [n, BLOCK_S]
     mask = mask[:, None] & (offs_s < parts)
-    m = tl.load(stats_ptr + at, mask=mask, other=float("-inf"))
-    s = tl.load(stats_ptr + plane + at, mask=mask, other=0.0)
-    best = tl.load(stats_ptr + 2 * plane + at, mask=mask, other=float("-inf"))
-    raw = tl.load(stats_ptr + 3 * plane + at, mask=mask, other=0.0)
-    token = tl.load(token_ptr + at, mask=mask, other=0)
+    m, s, best, token, raw = read_record(stats_ptr, token_ptr, at, mask, plane)
+    for tile in range(1, depth):
+        there = mask & (offs_s * depth + tile < tiles)  # the last part may have fewer
+        next_m, next_s, next_best, next_token, next_raw = read_record(
+            stats_ptr + tile * parts, token_ptr + tile * parts, at, there, plane
+        )
+        m, s, best, token, raw = merge(m, s, best, token, raw, next_m, next_s, next_best, next_token, next_raw)
     top = tl.max(m, axis=1)
     shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(s * tl.exp2((m - shift[:, None]) * 1.4426950408889634), axis=1)
+    # Chosen again, so that no product is fused into a sum: which one is would be the layout's matter.
+    terms = tl.where(mask, s * tl.exp2((m - shift[:, None]) * 1.4426950408889634), 0.0)
+    total = sum_pairs(tl.trans(terms))
     _, winner = tl.max(best, axis=1, return_indices=True)
     won = offs_s == winner[:, None]
     token = tl.sum(tl.where(won, token, 0), axis=1)
@@ -137,15 +175,17 @@ def combine(stats_ptr, token_ptr, row, mask, parts, plane, BLOCK_S: tl.constexpr
 
 @triton.jit
 def _combine_kernel(
-    stats_ptr,  # [4, N, parts]
-    token_ptr,  # [N, parts]
+    stats_ptr,  # [4, N, depth, parts]
+    token_ptr,  # [N, depth, parts]
     rows_ptr,  # [N]: which row of the results each record is of
     count_ptr,  # [1]: how many records there are
     out_token_ptr,  # [N]
     confidence_ptr,  # [N]
     N,
+    tiles,  # records a row: a last part may have fewer than depth
+    depth,
     parts,
-    plane,  # N * parts
+    plane,  # N * depth * parts
     COMPACT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -156,7 +196,7 @@ def _combine_kernel(
     if COMPACT:
         mask = row < tl.load(count_ptr)
         to = tl.load(rows_ptr + row, mask=mask, other=0)
-    token, confidence = combine(stats_ptr, token_ptr, row, mask, parts, plane, BLOCK_S)
+    token, confidence = combine(stats_ptr, token_ptr, row, mask, tiles, depth, parts, plane, BLOCK_S)
     tl.store(out_token_ptr + to, token.to(out_token_ptr.dtype.element_ty), mask=mask)
     tl.store(confidence_ptr + to, confidence.to(confidence_ptr.dtype.element_ty), mask=mask)
 
@@ -164,10 +204,10 @@ def _combine_kernel(
 # ---- launches ----
 
 
-def combine_launch(parts: int) -> Launch:
+def combine_launch(parts: int, depth: int = 1) -> Launch:
     """Some 1024 records a program: eight a thread."""
     block = triton.next_power_of_2(max(parts, 1))
-    return Launch(BLOCK_R=max(1, 1024 // block), BLOCK_S=block, num_warps=4, num_stages=1)
+    return Launch(BLOCK_R=max(1, 1024 // (block * depth)), BLOCK_S=block, num_warps=4, num_stages=1)
 
 
 @dataclass(frozen=True)
@@ -188,20 +228,25 @@ class Rows:
 
 @dataclass(frozen=True)
 class Records:
-    stats: Tensor  # [4, N, parts]: m, s, best, raw
-    tokens: Tensor  # [N, parts]
+    """One record for each of `tiles` pieces of the vocabulary, piece t in slot [t % depth, t // depth]."""
+
+    stats: Tensor  # [4, N, depth, parts]: m, s, best, raw
+    tokens: Tensor  # [N, depth, parts]
+    tiles: int
 
     @classmethod
-    def new(cls, N: int, parts: int, like: Tensor, dtype: torch.dtype) -> "Records":
-        return cls(like.new_empty(4, N, parts, dtype=dtype), like.new_empty(N, parts, dtype=torch.int32))
+    def new(cls, N: int, tiles: int, like: Tensor, dtype: torch.dtype, depth: int = 1) -> "Records":
+        shape = (N, depth, triton.cdiv(tiles, depth))
+        return cls(like.new_empty(4, *shape, dtype=dtype), like.new_empty(shape, dtype=torch.int32), tiles)
 
     @property
     def parts(self) -> int:
-        return self.tokens.shape[1]
+        return self.tokens.shape[2]
 
     @property
-    def plane(self) -> int:
-        return self.tokens.numel()
+    def sizes(self) -> tuple[int, int, int, int]:
+        """What `combine` is told: tiles, depth, parts, plane."""
+        return self.tiles, self.tokens.shape[1], self.parts, self.tokens.numel()
 
 
 def row_vectors(*settings: Tensor) -> tuple[Tensor, ...]:
@@ -211,12 +256,13 @@ def row_vectors(*settings: Tensor) -> tuple[Tensor, ...]:
 
 def combine_records(records: Records, rows: Rows, token: Tensor, confidence: Tensor) -> None:
     """Write tokens and confidences [N]; of listed rows only theirs."""
-    launch = combine_launch(records.parts)
+    _, depth, parts, _ = records.sizes
+    launch = combine_launch(parts, depth)
     run(
         _combine_kernel,
         (triton.cdiv(rows.N, launch.BLOCK_R),),
         *(records.stats, records.tokens, rows.index, rows.count, token, confidence, rows.N),
-        *(records.parts, records.plane),
+        *records.sizes,
         COMPACT=rows.index is not None,
         launch=launch,
     )

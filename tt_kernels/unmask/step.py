@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..core import Op, check, define, takes_kernel
-from ..launch import Launch, by_row, run
+from ..launch import INTERPRET, Launch, by_row, run
 from ..reference.common import compute_dtype
 from .commit import before, commit_inputs, settle, write_commit
 from .head import CANDIDATES, head_inputs, head_records
@@ -64,7 +64,7 @@ def _finish_kernel(
     block = tl.load(block_ptr + b * L + offs_l, mask=mask_l, other=0)
     masked = mask_l & (block == mask_token_id)
     slot = tl.load(slot_ptr + b * L + offs_l, mask=masked, other=0)
-    token, confidence = combine(stats_ptr, tokens_ptr, slot, masked, parts, plane, BLOCK_S)
+    token, confidence = combine(stats_ptr, tokens_ptr, slot, masked, parts, 1, parts, plane, BLOCK_S)
     confidence = confidence.to(confidence_ptr.dtype.element_ty)
     tl.store(confidence_ptr + b * L + offs_l, tl.where(masked, confidence, 0.0), mask=mask_l)
     confidence = tl.where(masked, confidence, float("-inf"))
@@ -79,11 +79,12 @@ def _finish_kernel(
 # ---- launches ----
 
 
-def finish_launch(L: int, parts: int) -> Launch | None:
+def finish_launch(L: int, parts: int, depth: int = 1) -> Launch | None:
     """Records and commit rule of a sequence in one program: 16 records a thread. None above 8192 records or 64
-    positions: then programs of few rows combine the records, and the rule is a launch of its own."""
+    positions, and where parts have several, which take 200 registers and more to merge there: then programs of few
+    rows combine the records, and the rule is a launch of its own."""
     block_l, block_s = triton.next_power_of_2(max(L, 1)), triton.next_power_of_2(max(parts, 1))
-    if block_l > 64 or block_l * block_s > 8192:
+    if depth > 1 or block_l > 64 or block_l * block_s > 8192:
         return None
     return Launch(BLOCK_L=block_l, BLOCK_S=block_s, num_warps=max(4, block_l * block_s // 512), num_stages=1)
 
@@ -127,7 +128,8 @@ def _unmask(
     index, slot, count = _masked_rows(block, mask_token_id)
     rows = Rows(row_vectors(temperature, seed, position, step), B * L, L, index, count)
     records = head_records(by_row(hidden), weight, rows, top_k, top_p, mask_token_id)
-    launch = finish_launch(L, records.parts)
+    _, depth, parts, _ = records.sizes
+    launch = finish_launch(L, parts, depth)
     if launch is None:
         token = torch.empty_like(block)
         combine_records(records, rows, token, confidence.zero_())
@@ -137,7 +139,7 @@ def _unmask(
         _finish_kernel,
         (B,),
         *(records.stats, records.tokens, block, slot, threshold.contiguous(), steps_left.contiguous()),
-        *(out, committed, confidence, left, L, records.parts, records.plane, mask_token_id),
+        *(out, committed, confidence, left, L, *records.sizes[2:], mask_token_id),
         launch=launch,
     )
     return out, committed, confidence, left
@@ -212,7 +214,7 @@ def unmask(
         steps_left=(steps_left, "B", int),
     )
     check_sampling("unmask", weight.shape[0], top_k, top_p, mask_token_id=mask_token_id)
-    if not takes_kernel("unmask", hidden):
+    if not takes_kernel("unmask", hidden, weight):
         return reference.unmask(
             hidden,
             weight,
@@ -251,6 +253,7 @@ OPS = (
             dict(B=2, L=16, D=6, V=11, hot=0),
             dict(B=3, L=4, D=8, V=29, narrow=1),
             dict(B=2, L=100, D=8, V=300),
+            dict(B=2, L=16, D=3, V=1100),
             dict(B=2, L=40, D=4, V=11, narrow=3),
             dict(B=2, L=520, D=2, V=5),
             dict(B=0, L=4, D=4, V=5),
@@ -264,6 +267,7 @@ OPS = (
             dict(B=1, L=128, D=2688, V=131072),
             dict(B=4, L=16, D=2688, V=131072, narrow=1),
         ),
+        grows=dict(B=64, L=64),
         outputs=("block", "committed", "confidence", "masked"),
         kernels=(
             "_masked_rows_kernel",
@@ -276,6 +280,6 @@ OPS = (
         tensor_cores={"_head_kernel": "BLOCK_V"},
         candidates=dict(_head_kernel=CANDIDATES),
         cost=lambda itemsize, B, L, D, V, hot=1, narrow=0: (2 * B * L * V * D, (V * D + B * L * D) * itemsize),
-        compiles=False,  # the reference reads the number of masked positions on the host: it is a size there
+        compiles=INTERPRET or torch.cuda.is_available(),  # to the reference the number of masked positions is a size
     ),
 )

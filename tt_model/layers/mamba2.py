@@ -8,16 +8,15 @@ from tt_kernels import (
     conv_block_states,
     conv_state,
     gated_group_norm,
-    ssd_advance,
-    ssd_block,
+    mamba_advance,
+    mamba_block,
+    mamba_step,
     ssd_chunk,
-    ssd_step,
 )
 
 from ..config import TwoTowerConfig
 
 SHORT = 64  # tokens that the block form takes; longer stretches go through the chunked scan
-CHUNK = 32  # tokens of its chunks: pairs inside a chunk and states between chunks cost about the same here
 
 
 class Mamba2(nn.Module):
@@ -42,11 +41,13 @@ class Mamba2(nn.Module):
         """z [B, L, H * P], raw xBC [B, L, C] and raw dt [B, L, H]."""
         return self.in_proj(h_BLD).split_with_sizes(self.projected, -1)
 
-    def conv(self, xBC_BLC: Tensor, state_BCK: Tensor | None, cu_seqlens: Tensor | None = None):
+    def conv_parameters(self) -> tuple[Tensor, Tensor | None]:
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias
+
+    def convolve(self, xBC_BLC: Tensor, state_BCK: Tensor | None, cu_seqlens: Tensor | None = None):
         """Convolved and activated x [B, L, H, P], B and C [B, L, G, N]."""
         c = self.config
-        weight = self.conv1d.weight.squeeze(1)
-        xBC = causal_conv1d(xBC_BLC, weight, self.conv1d.bias, state_BCK, cu_seqlens=cu_seqlens)
+        xBC = causal_conv1d(xBC_BLC, *self.conv_parameters(), state_BCK, cu_seqlens=cu_seqlens)
         x, B, C = xBC.split_with_sizes(self.convolved, -1)
         b, L = xBC.shape[:2]  # view: unflatten is Python and takes five times as long
         return x.view(b, L, c.mamba_num_heads, -1), B.view(b, L, c.n_groups, -1), C.view(b, L, c.n_groups, -1)
@@ -66,48 +67,38 @@ class Mamba2(nn.Module):
         tokens of each row (all, if None) where `advance` is set.
         """
         z, xBC, dt = self.project(h_BLD)
-        x, B, C = self.conv(xBC, conv)
         A, D = self.scan_parameters()
-        limit = self.config.time_step_limit
-        projected, states = (xBC, x, dt, A, B), None
+        limit, weights = self.config.time_step_limit, self.conv_parameters()
+        projected, states = (xBC, dt, A), None
         if h_BLD.shape[1] == 1 and advance and counts is None:  # autoregressive decoding
-            token = (t.squeeze(1) for t in (x, dt))
-            y, final = ssd_step(*token, A, B.squeeze(1), C.squeeze(1), D, self.dt_bias, ssm, dt_limit=limit)
-            y, states = y.unsqueeze(1), (conv_state(xBC, None, conv, kernel_size=self.config.conv_kernel), final)
+            token = xBC.squeeze(1), dt.squeeze(1)
+            y, *states = mamba_step(*token, *weights, A, D, self.dt_bias, conv, ssm, dt_limit=limit)
+            y = y.unsqueeze(1)
         elif h_BLD.shape[1] <= SHORT:
-            y = ssd_block(x, dt, A, B, C, D, self.dt_bias, ssm, dt_limit=limit)
+            y = mamba_block(xBC, dt, *weights, A, D, self.dt_bias, conv, ssm, dt_limit=limit)
             if advance:
                 states = self.advance(*projected, conv, ssm, counts)
         else:
-            y, final, _ = ssd_chunk(x, dt, A, B, C, D, self.dt_bias, ssm, counts, chunk_size=CHUNK, dt_limit=limit)
+            x, B, C = self.convolve(xBC, conv)
+            y, final, _ = ssd_chunk(x, dt, A, B, C, D, self.dt_bias, ssm, counts, chunk_size=None, dt_limit=limit)
             states = conv_state(xBC, counts, conv, kernel_size=self.config.conv_kernel), final
         return self.out(y, z), projected, states
 
-    def advance(self, xBC, x, dt, A, B, conv: Tensor, ssm: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def advance(self, xBC, dt, A, conv: Tensor, ssm: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Conv and SSM state after the first counts[b] of the tokens that `forward` was given."""
-        new_conv = conv_state(xBC, counts, conv, kernel_size=self.config.conv_kernel)
-        return new_conv, ssd_advance(x, dt, A, B, self.dt_bias, ssm, counts, dt_limit=self.config.time_step_limit)
+        limit = self.config.time_step_limit
+        return mamba_advance(xBC, dt, *self.conv_parameters(), A, self.dt_bias, conv, ssm, counts, dt_limit=limit)
 
     def encode(self, h_BND: Tensor, cu_seqlens: Tensor | None, block_size: int | None):
         """Whole sequences from zero state: the output and, with a block size, the states before each block:
         conv [B, N / S, C, K] and SSM [B, N / S, H, P, N]."""
         z, xBC, dt = self.project(h_BND)
-        x, B, C = self.conv(xBC, None, cu_seqlens)
+        x, B, C = self.convolve(xBC, None, cu_seqlens)
+        limit, packed = self.config.time_step_limit, dict(cu_seqlens=cu_seqlens)
         A, D = self.scan_parameters()
-        y, _, before = ssd_chunk(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            self.dt_bias,
-            chunk_size=block_size or CHUNK,
-            dt_limit=self.config.time_step_limit,
-            cu_seqlens=cu_seqlens,
-        )
+        y, _, before = ssd_chunk(x, dt, A, B, C, D, self.dt_bias, chunk_size=block_size, dt_limit=limit, **packed)
         states = None
         if block_size is not None:
             kernel = self.config.conv_kernel
-            states = conv_block_states(xBC, block_size=block_size, kernel_size=kernel, cu_seqlens=cu_seqlens), before
+            states = conv_block_states(xBC, block_size=block_size, kernel_size=kernel, **packed), before
         return self.out(y, z), states

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ...lang import sigmoid
 from ...launch import run
+from ...reference.common import compute_dtype
 from .forward import rows_down
 from .launches import Sizes, hidden_launch, weights_launch
 from .tiles import Tiles, by_tma, combine, find_tile, operand, product, stacked
@@ -161,7 +162,7 @@ def hidden_bwd(
     du, wh = x.new_empty(2, R, N)
     dg = None if gate is None else x.new_empty(R, N)
     n_tiles = triton.cdiv(N, launch.BLOCK_N)
-    parts = None if dense else weights.new_empty(n_tiles, R)
+    parts = None if dense else x.new_empty(n_tiles, R, dtype=compute_dtype(x.dtype, weights.dtype))
     listed, most = (None, triton.cdiv(T, launch.BLOCK_T)) if dense else tiles(launch.BLOCK_T)
     if launch.SORTED and not dense:
         x, dy = (t.index_select(0, order // top_k) for t in (x, dy))

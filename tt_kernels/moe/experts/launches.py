@@ -46,7 +46,8 @@ def product_launch(s: Sizes) -> Launch:
     are loaded often enough to count, so 128 weights a tile, and 64 elements of K to keep two programs. From 120 rows
     on it is a plain product, bound by operations, where 128 by 256 tiles load the fewest bytes for each: persistent,
     rows gathered once into sorted order, so that TMA loads them too. sm_80 has 163 KiB of shared memory for what
-    Hopper keeps in 227.
+    Hopper keeps in 227, and pointers in registers: with a gate two stages, and many rows half a tile each way, or it
+    spills.
     """
     mean = s.rows / s.experts
     wide = s.itemsize // 2  # 4-byte elements: half as many
@@ -56,12 +57,12 @@ def product_launch(s: Sizes) -> Launch:
     elif mean < 120:
         t, n, k, warps, stages = (32 if mean < 40 else 64), 64 if old or s.two else 128, 64, 4, 4
     else:
-        n = 128 if s.two or old else 256
-        t, k, warps, stages = 128, 64, 8, 3
+        n = 64 if s.two and old else 128 if s.two or old else 256
+        t, k, warps, stages = 128, 32 if s.two and old else 64, 8, 3
     if s.two and mean < 120:  # two weight tiles a stage
         k, stages = 64, 4
     if old:
-        stages = min(stages, 3)
+        stages = min(stages, 2 if s.two and mean < 120 else 3)
     persistent = int(mean >= 120 and not old)
     return Launch(
         BLOCK_T=tile(s.rows, t),
@@ -97,16 +98,16 @@ def hidden_launch(s: Sizes) -> Launch:
     """Two accumulators of tokens by N (three with a gate): 128 by 128 in 8 warps, 64 wide with a gate. Few rows an
     expert take the smallest tile whose rows, the M operand, are wgmma: 64. Two loops a tile, so no persistent form;
     three stages leave room for two programs. Rows are gathered once: two tensors by pointer would take 70 registers
-    more. sm_80 has no TMA, and takes 8 warps and 64 of N
-    for what it holds in registers."""
+    more. sm_80 has no TMA, and takes 8 warps and 64 of N for what it holds in registers; with a gate half of
+    them each way, and two stages."""
     few, old = s.rows / s.experts < 96, s.architecture < 90
     launch = Launch(
-        BLOCK_T=(64 if s.N >= 64 else tile(s.rows, 64)) if few else 128,
-        BLOCK_N=tile(s.N, 64 if s.two or old else 128),
+        BLOCK_T=(64 if s.N >= 64 else tile(s.rows, 64)) if few or (s.two and old) else 128,
+        BLOCK_N=tile(s.N, 32 if s.two and old else 64 if s.two or old else 128),
         BLOCK_K=tile(s.K, max(128 // s.itemsize, 16)),
         SORTED=int(s.N >= 64 and not old),
         num_warps=4 if few and not old else 8,
-        num_stages=3,
+        num_stages=2 if s.two and old else 3,
     )
     return tuned("_experts_bwd_hidden_kernel", launch, s.architecture, **s.key)
 

@@ -23,6 +23,7 @@ def _experts_bwd_fake(dy, x, weights, up, down, gate, shared_up, shared_down, sh
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
 
 
+_MATRICES = ("up", "down", "gate", "shared_up", "shared_down", "shared_gate")
 _ARGUMENTS = (
     "Tensor x, Tensor weights, Tensor up, Tensor down, Tensor? gate, Tensor? shared_up, Tensor? shared_down, "
     "Tensor? shared_gate, Tensor order, Tensor ends, str activation"
@@ -105,20 +106,18 @@ def experts(
         refuse("experts", "order" if order is None else "ends", None, "order and ends, or neither")
     if activation not in ("relu2", "silu"):
         refuse("experts", "activation", activation, "'relu2' or 'silu'")
-    given = [("up", w.up), ("down", w.down), ("gate", w.gate)]
-    if shared is not None:
-        given += [("shared_up", shared.up), ("shared_down", shared.down), ("shared_gate", shared.gate)]
-    for name, tensor in given:
+    matrices = (w.up, w.down, w.gate, *((None,) * 3 if shared is None else (shared.up, shared.down, shared.gate)))
+    for name, tensor in zip(_MATRICES, matrices, strict=True):
         if tensor is not None and tensor.dtype != x.dtype:
             refuse("experts", name, tensor.dtype, f"the dtype of x, {x.dtype}")
-    if not takes_kernel("experts", x) or not len(x):  # without tokens there is nothing to launch
+    # Without tokens there is nothing to launch.
+    if not takes_kernel("experts", x, weights, *matrices) or not len(x):
         return reference.experts(
             x, ids, weights, expert_weights, order=order, ends=ends, shared=shared, activation=activation
         )
     if order is None or ends is None:
         order, ends = index_lists(ids, len(w.up))
-    of_shared = (None, None, None) if shared is None else (shared.up, shared.down, shared.gate)
-    return _Experts.apply(x, weights, w.up, w.down, w.gate, *of_shared, order, ends, activation)
+    return _Experts.apply(x, weights, *matrices, order, ends, activation)
 
 
 # ---- card ----
@@ -165,7 +164,12 @@ OPS = (
             dict(T=140, D=16, N=40, E=1, K=1, gated=1, M=8),
             dict(T=0, D=8, N=16, E=4, K=2),
         ),
-        shapes=tuple(dict(T=T, D=2688, N=1856, E=128, K=6, M=3712) for T in (1, 16, 64, 128, 512, 1024, 4096)),
+        shapes=(
+            *(dict(T=T, D=2688, N=1856, E=128, K=6, M=3712) for T in (1, 16, 64, 128, 512, 1024, 4096)),
+            # The gated form, few tokens and many: DeepSeek-V2-Lite's.
+            *(dict(T=T, D=2048, N=1408, E=64, K=6, gated=1, M=2816) for T in (16, 4096)),
+        ),
+        grows=dict(T=16384),
         outputs=("y",),
         grads=(
             *("x", "weights", "expert_weights.up", "expert_weights.down", "expert_weights.gate"),
@@ -175,10 +179,12 @@ OPS = (
             *("_experts_schedule_kernel", "_experts_up_kernel", "_experts_down_kernel", "_experts_combine_kernel"),
             *("_experts_bwd_hidden_kernel", "_experts_bwd_weights_kernel"),
         ),
-        tensor_cores=(
-            *("_experts_up_kernel", "_experts_down_kernel"),
-            *("_experts_bwd_hidden_kernel", "_experts_bwd_weights_kernel"),
-        ),
+        tensor_cores={
+            "_experts_up_kernel": "BLOCK_N",  # where it is not the products' M, 128 tokens are
+            "_experts_down_kernel": "BLOCK_N",
+            "_experts_bwd_hidden_kernel": "BLOCK_T",
+            "_experts_bwd_weights_kernel": "BLOCK_P",
+        },
         candidates=CANDIDATES,
         cost=_cost,
         compiles=INTERPRET or torch.cuda.is_available(),  # the reference reads the segments' sizes on the host

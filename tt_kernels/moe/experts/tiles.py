@@ -141,11 +141,14 @@ def _experts_combine_kernel(
     SHARED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """y_t = sum_k weights[t, k] pairs[t, k] + shared_t, in the order of k, rounded once."""
+    """y_t = sum_k weights[t, k] pairs[t, k] + shared_t, in the order of k. Pairs and shared_t have been rounded to the
+    dtype of x, as in the reference; their sum is once more."""
     t = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = offs_d < D
     acc = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
+    if WEIGHTED:
+        acc = tl.float64 if weights_ptr.dtype.element_ty == tl.float64 else acc
     y = tl.zeros((BLOCK_D,), dtype=acc)
     for k in tl.static_range(K):  # unrolled: all K rows are on their way at once
         pair = tl.load(pairs_ptr + (t * K + k) * D + offs_d, mask=mask, other=0.0).to(acc)

@@ -117,7 +117,7 @@ def route(
         refuse("route", "n_group", n_group, f"a divisor of E={E} that leaves groups of at least 2")
     if not 1 <= topk_group <= n_group:
         refuse("route", "topk_group", topk_group, f"1 to n_group={n_group}")
-    if not takes_kernel("route", x):
+    if not takes_kernel("route", x, weight, bias):
         return reference.route(
             x,
             weight,
@@ -173,7 +173,11 @@ OPS = (
             dict(T=19, D=31, E=30, K=14, groups=5, kept=2),  # two choices among zeros
             dict(T=530, D=8, E=6, K=2),  # many
         ),
-        shapes=tuple(dict(T=T, D=2688, E=128, K=6) for T in (1, 16, 64, 256, 512, 1024, 4096)),
+        shapes=(
+            *(dict(T=T, D=2688, E=128, K=6) for T in (1, 16, 64, 256, 512, 1024, 4096)),
+            *(dict(T=T, D=7168, E=256, K=8, groups=8, kept=4) for T in (16, 4096)),  # in groups: DeepSeek-V3's
+        ),
+        grows=dict(T=16384),
         outputs=("ids", "weights", "order", "ends"),
         grads=("x", "weight"),
         kernels=(

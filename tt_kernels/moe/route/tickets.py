@@ -13,19 +13,27 @@ from torch import Tensor
 from ...launch import is_recording
 
 SLOT = 64  # counters of one launch
-TURNS = 256  # launches take turns through so many slots
+STREAMS = 256  # slots for streams: their launches follow each other
 CAPTURED = 4096  # slots for launches in CUDA graphs, which keep theirs
 
 
 class _Pool:
-    """The counters of one device. Launches that run at the same time have different slots as long as fewer than TURNS
-    of them do; one in a CUDA graph has a slot of its own, whatever runs beside the graph."""
+    """The counters of one device. Launches that run at the same time have different slots: they are on different
+    streams, or in a CUDA graph, where each has a slot of its own, whatever runs beside the graph."""
 
     def __init__(self, device: torch.device):
-        self.slots = torch.zeros(TURNS + CAPTURED, SLOT, dtype=torch.int32, device=device)
-        self.turns, self.captured = count(), count(TURNS)
+        self.slots = torch.zeros(STREAMS + CAPTURED, SLOT, dtype=torch.int32, device=device)
+        self.streams, self.captured = count(), count(STREAMS)
+        self.of_stream: dict[int, Tensor | None] = {}
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # once: other streams must find zeros too
+
+    def on(self, stream: int) -> Tensor | None:
+        """The slot of a stream, None where there are more of them than slots."""
+        if stream not in self.of_stream:
+            slot = next(self.streams)
+            self.of_stream.setdefault(stream, self.slots[slot] if slot < STREAMS else None)
+        return self.of_stream[stream]
 
 
 _pools: dict[torch.device, _Pool] = {}
@@ -44,10 +52,10 @@ def tickets(x: Tensor) -> Tensor:
     """SLOT zeros on the device of x, for one launch whose programs set them back."""
     if is_recording():
         return x.new_empty(SLOT, dtype=torch.int32)
+    slot = None
     if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        pool = _pool(x.device)
-        return pool.slots[next(pool.turns) % TURNS]
-    if x.device in _pools and (slot := next(_pools[x.device].captured)) < TURNS + CAPTURED:
-        return _pools[x.device].slots[slot]
-    # Captured before any launch, when nothing may be allocated to stay, or with all slots gone: the graph clears them.
-    return x.new_zeros(SLOT, dtype=torch.int32)
+        slot = _pool(x.device).on(torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
+    elif x.device in _pools and (free := next(_pools[x.device].captured)) < STREAMS + CAPTURED:
+        slot = _pools[x.device].slots[free]
+    # None is left, or a graph is captured before any launch, when nothing may be allocated to stay: cleared each time.
+    return x.new_zeros(SLOT, dtype=torch.int32) if slot is None else slot

@@ -1,0 +1,103 @@
+"""The masks of training in fp64: causal and block diffusion, packed and not, blocks of 4 to 128; and the log-sum-exp
+that is kept for a backward. References without TRITON_INTERPRET, kernels with it."""
+
+import math
+
+import pytest
+import torch
+from fp64 import close, fp64  # noqa: F401 (a fixture)
+from parity import DEVICE, KERNELS
+from torch import Tensor
+
+from tt_kernels import block_diffusion_attention, causal_attention
+from tt_kernels.attention.block_diffusion_kernels import block_attention_forward
+
+pytestmark = [pytest.mark.kernels, pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has no fp64 kernels")]
+
+
+def heads(B: int, N: int, Hq: int = 2, P: int = 4) -> list[Tensor]:
+    """q, k, v, k_clean, v_clean: one KV head."""
+    return [torch.randn(B, N, Hq, P), *torch.randn(4, B, N, 1, P)]
+
+
+def want(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """o [B, N, Hq, P] and log-sum-exp [B, N, Hq] over the keys [B, S, 1, P] that are seen [B, N, S]."""
+    scores = torch.einsum("bnhp,bsp->bhns", q, k[:, :, 0]) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~seen.unsqueeze(1), -math.inf)
+    o = torch.einsum("bhns,bsp->bnhp", scores.softmax(-1), v[:, :, 0])
+    return o, scores.logsumexp(-1).transpose(1, 2)
+
+
+def same_sequence(B: int, N: int, ends: list[int] | None) -> Tensor:
+    """[B, N, N]: whether two tokens of a row belong together."""
+    token = torch.arange(B * N).view(B, N)
+    sequence = torch.zeros(B, N) if ends is None else sum((token >= end).int() for end in ends)
+    return sequence.unsqueeze(2) == sequence.unsqueeze(1)
+
+
+@pytest.mark.parametrize("N", [1, 15, 31, 32, 33, 64, 100])
+def test_causal(N: int) -> None:
+    q, k, v, *_ = heads(2, N)
+    o, lse = want(q, k, v, torch.ones(2, N, N).tril().bool())
+    close(causal_attention(q, k, v), o)
+    if KERNELS:
+        close(block_attention_forward(q, None, None, k, v, None, 1, 0.5)[1], lse)
+
+
+@pytest.mark.parametrize("ends", [[0, 40], [0, 1, 2, 35, 80], [0, 32, 48, 64], [0, 40, 41, 80]])
+def test_causal_packed(ends: list[int]) -> None:
+    """Over two rows of 40: a row begins anew, and so does what follows the last sequence."""
+    q, k, v, *_ = heads(2, 40)
+    o, lse = want(q, k, v, same_sequence(2, 40, ends) & torch.ones(40, 40).tril().bool())
+    cu_seqlens = torch.tensor(ends)
+    rows = slice(0, 2) if ends[-1] == 80 else slice(0, 1)  # tokens of no sequence are whatever they are
+    close(causal_attention(q, k, v, cu_seqlens=cu_seqlens)[rows][:, : ends[-1]], o[rows][:, : ends[-1]])
+    if KERNELS:
+        got = block_attention_forward(q, None, None, k, v, cu_seqlens, 1, 0.5)[1]
+        close(got[rows][:, : ends[-1]], lse[rows][:, : ends[-1]])
+
+
+def noisy(B: int, N: int, S: int, ends: list[int] | None) -> Tensor:
+    """[B, N, 2 N]: the clean tokens of the blocks before, and the noisy ones of the own block."""
+    block = torch.arange(N) // S
+    before, own = block.unsqueeze(1) > block, block.unsqueeze(1) == block
+    together = same_sequence(B, N, ends)
+    return torch.cat([together & before, together & own], -1)
+
+
+@pytest.mark.parametrize(
+    "S,N,ends",
+    [
+        (4, 45, None),
+        (8, 64, [0, 8, 40, 64]),
+        (16, 70, None),
+        (16, 80, [0, 16, 80]),
+        (24, 72, None),
+        (32, 65, None),
+        (48, 96, [0, 48, 96]),
+        (64, 130, None),
+        (64, 128, [0, 64, 128]),
+        (128, 129, None),
+        (128, 160, [0, 128, 160]),
+    ],
+)
+def test_block_diffusion(S: int, N: int, ends: list[int] | None) -> None:
+    q, k, v, k_clean, v_clean = heads(1, N)
+    o, lse = want(q, torch.cat([k_clean, k], 1), torch.cat([v_clean, v], 1), noisy(1, N, S, ends))
+    cu_seqlens = None if ends is None else torch.tensor(ends)
+    close(block_diffusion_attention(q, k, v, k_clean, v_clean, block_size=S, cu_seqlens=cu_seqlens), o)
+    if KERNELS:
+        close(block_attention_forward(q, k, v, k_clean, v_clean, cu_seqlens, S, 0.5)[1], lse)
+
+
+@pytest.mark.parametrize("S", [16, 24])
+def test_what_is_not_seen_may_be_anything(S: int) -> None:
+    """A block's own clean tokens and all behind it, and noisy tokens of other blocks, do not reach it."""
+    q, k, v, k_clean, v_clean = heads(1, 2 * S)
+    o = block_diffusion_attention(q, k, v, k_clean, v_clean, block_size=S)
+    for t in (k_clean, v_clean):
+        t[:, S:] = 1e30
+    for t in (k, v):
+        t[:, :S] = 1e30
+    again = block_diffusion_attention(q, k, v, k_clean, v_clean, block_size=S)
+    close(again[:, S:], o[:, S:])

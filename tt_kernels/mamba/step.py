@@ -1,0 +1,295 @@
+"""One token from the raw projection on: its output and both new states in one launch, for autoregressive decoding."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from ..core import Op, check, define, takes_kernel, wants_gradients
+from ..lang import silu
+from ..launch import Launch, architecture, run, tuned
+from ..reference.common import compute_dtype
+from ..ssd.block import check_limit
+from ..ssd.tile import arithmetic, lined_up, placed, stepped, time_steps
+from .block import check_channels, mamba_inputs
+
+# ---- kernels ----
+
+
+@triton.jit
+def _conv_inputs(
+    x_ptr,  # [C]
+    weight_ptr,  # [C, K], contiguous
+    bias_ptr,  # [C]; None: zeros
+    state_ptr,  # [C, K]
+    stride_sc,
+    stride_sk,
+    c,
+    mask_c,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What channels c need: the taps [BLOCK_C, BLOCK_K], the past columns where the next state has them, so that the
+    last is free, the token's own column [BLOCK_C], the bias."""
+    k = tl.arange(0, BLOCK_K)[None, :]
+    mask = mask_c[:, None] & (k < K)
+    taps = tl.load(weight_ptr + c[:, None] * K + k, mask=mask, other=0.0)
+    past = tl.load(state_ptr + c[:, None] * stride_sc + (k + 1) * stride_sk, mask=mask & (k < K - 1), other=0.0)
+    own = tl.load(x_ptr + c, mask=mask_c, other=0.0)
+    bias = tl.zeros_like(own)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + c, mask=mask_c, other=0.0)
+    return taps, past, own, bias
+
+
+@triton.jit
+def _convolved(taps, past, own, bias, K: tl.constexpr, ACC: tl.constexpr):
+    """The activated columns [BLOCK_C], rounded to the dtype of x, and the next conv state [BLOCK_C, BLOCK_K]."""
+    window = tl.where((tl.arange(0, past.shape[1]) == K - 1)[None, :], own[:, None], past.to(own.dtype))
+    y = tl.sum(window.to(ACC) * taps.to(ACC), axis=1) + bias.to(ACC)
+    return silu(y).to(own.dtype).to(ACC), window
+
+
+@triton.jit
+def _mamba_step_kernel(
+    xBC_ptr,  # [b, C]: H P channels of x, G N of B, G N of C
+    dt_ptr,  # [b, H]
+    weight_ptr,  # [C, K], contiguous
+    bias_ptr,  # [C]; None: zeros
+    A_ptr,  # [H], as D and dt_bias
+    D_ptr,
+    dt_bias_ptr,
+    conv_ptr,  # [b, C, K]
+    state_ptr,  # [b, H, P, N]
+    y_ptr,  # [b, H, P], contiguous
+    new_conv_ptr,  # [b, C, K], contiguous
+    new_ptr,  # [b, H, P, N], contiguous
+    stride_xb,
+    stride_dtb,
+    stride_dth,
+    stride_cb,
+    stride_cc,
+    stride_ck,
+    stride_sb,
+    stride_sh,
+    stride_sp,
+    H,
+    R,  # heads of a group
+    G,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ACC: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
+    mask_p, mask_n = offs_p < P, offs_n < N
+    mask_s = mask_p[:, None] & mask_n[None, :]
+    c_x, c_B = head * P + offs_p, H * P + group * N + offs_n
+    c_C = c_B + G * N
+    xBC_ptr += b * stride_xb
+    conv_ptr += b * stride_cb
+    new_conv_ptr += b * (H * P + 2 * G * N) * K
+
+    # All is asked for before anything is waited for: one round trip to memory.
+    at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
+    state = tl.load(at_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_N]
+    taps_x, past_x, x, bias_x = _conv_inputs(
+        xBC_ptr, weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_x, mask_p, K, BLOCK_K
+    )
+    taps_B, past_B, B, bias_B = _conv_inputs(
+        xBC_ptr, weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_B, mask_n, K, BLOCK_K
+    )
+    taps_C, past_C, C, bias_C = _conv_inputs(
+        xBC_ptr, weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_C, mask_n, K, BLOCK_K
+    )
+    A, D = tl.load(A_ptr + head).to(ACC), tl.load(D_ptr + head).to(ACC)
+    dt_bias = tl.load(dt_bias_ptr + head).to(ACC)
+    dt = time_steps(tl.load(dt_ptr + b * stride_dtb + head * stride_dth).to(ACC), dt_bias, LOW, HIGH)
+
+    x, after_x = _convolved(taps_x, past_x, x, bias_x, K, ACC)
+    B, after_B = _convolved(taps_B, past_B, B, bias_B, K, ACC)
+    C, after_C = _convolved(taps_C, past_C, C, bias_C, K, ACC)
+    y, state = stepped(state, x, B, C, D, dt, A)
+    out = (b * H + head) * P + offs_p
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask_p)
+    tl.store(new_ptr + out[:, None] * N + offs_n[None, :], state, mask=mask_s)
+    k = tl.arange(0, BLOCK_K)[None, :]
+    tl.store(new_conv_ptr + c_x[:, None] * K + k, after_x, mask=mask_p[:, None] & (k < K))
+    if (head % R == 0) & (tl.program_id(1) == 0):  # once for a group
+        mask = mask_n[:, None] & (k < K)
+        tl.store(new_conv_ptr + c_B[:, None] * K + k, after_B, mask=mask)
+        tl.store(new_conv_ptr + c_C[:, None] * K + k, after_C, mask=mask)
+
+
+# ---- launches ----
+
+
+def mamba_step_launch(rows: int, P: int, N: int) -> Launch:
+    """`rows`: rows times heads. Reading and writing the state bounds it: 32 numbers a thread in flight, and
+    the convolution of B and C repeated for two slices of 64; at few rows latency does (one round trip to memory): 16,
+    where that gives an H200's 132 multiprocessors two programs each."""
+    block_n = triton.next_power_of_2(N)
+    block_p = min(triton.next_power_of_2(P), max(1, 4096 // block_n))
+    while block_p > 1 and rows * triton.cdiv(P, block_p) < 256:
+        block_p //= 2
+    return Launch(BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4, num_stages=1)
+
+
+def _mamba_step(
+    xBC: Tensor,
+    dt: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (b, C), (H, P, N), K = xBC.shape, state.shape[1:], weight.shape[1]
+    G = (C - H * P) // (2 * N)
+    y, new_conv, new = _mamba_step_fake(xBC, dt, weight, bias, A, D, dt_bias, conv_state, state)
+    xBC, state = lined_up(xBC), lined_up(state)
+    launch = tuned(
+        "_mamba_step_kernel",
+        mamba_step_launch(b * H, P, N),
+        architecture(xBC),
+        rows=triton.next_power_of_2(b * H),
+    )
+    constants = arithmetic(xBC, A, dt_limit=(low, high))
+    run(
+        _mamba_step_kernel,
+        (b * H, triton.cdiv(P, launch.BLOCK_P)),
+        *(xBC, dt, weight.contiguous(), None if bias is None else bias.contiguous()),
+        *(A.contiguous(), D.contiguous(), dt_bias.contiguous(), conv_state, state, y, new_conv, new),
+        *(xBC.stride(0), *dt.stride(), *conv_state.stride(), *state.stride()[:3], H, H // G, G),
+        P=P,
+        N=N,
+        K=K,
+        **{name: constants[name] for name in ("ACC", "LOW", "HIGH")},
+        BLOCK_K=triton.next_power_of_2(K),
+        launch=launch,
+    )
+    return y, new_conv, new
+
+
+# ---- op ----
+
+
+def _mamba_step_fake(xBC, dt, weight, bias, A, D, dt_bias, conv_state, state, *_):
+    new = state.new_empty(state.shape, dtype=compute_dtype(xBC.dtype, A.dtype))
+    return xBC.new_empty(state.shape[:3]), xBC.new_empty(conv_state.shape), new
+
+
+_step = define(
+    "mamba_step(Tensor xBC, Tensor dt, Tensor weight, Tensor? bias, Tensor A, Tensor D, Tensor dt_bias, "
+    "Tensor conv_state, Tensor state, float low, float high) -> (Tensor, Tensor, Tensor)",
+    _mamba_step,
+    _mamba_step_fake,
+)
+
+
+def mamba_step(
+    xBC: Tensor,
+    dt: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    *,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take one token, as `mamba_block` and `mamba_advance` take several: its output and both states after it.
+
+    Args:
+        xBC:        [b, C] float, any strides: C = H P + 2 G N channels, of x, of B, of C.
+        dt:         [b, H] float, before bias and softplus.
+        weight:     [C, K] float; the last tap belongs to the token itself.
+        bias:       [C] float or None.
+        A:          [H] float, 0 or below.
+        D:          [H] float.
+        dt_bias:    [H] float.
+        conv_state: [b, C, K] float: the columns of xBC before the token, oldest first. It is not changed.
+        state:      [b, H, P, N] float, fp32 in 16-bit models. It is not changed.
+        dt_limit:   (low, high), what the time step is clamped to.
+    Returns:
+        y:          [b, H, P] dtype of xBC.
+        conv_state: [b, C, K] dtype of xBC, contiguous, in new memory.
+        state:      [b, H, P, N] fp32 (fp64 where xBC or A is fp64), contiguous, in new memory.
+
+    Computes in the dtype of the new state; decays below e^-64 count as 0. Gradients for all tensors: where they are
+    wanted the reference runs. Deterministic. Raises ValueError as `mamba_block` does. Cost: b (6 H P N + 2 K C) flops,
+    8 b H P N + (b (C + H P + H) + (2 b + 1) K C) itemsize bytes: bound by reading and writing the state.
+    Source: `causal_conv1d_update` of causal-conv1d and `selective_state_update` of mamba_ssm.
+    """
+    check(
+        "mamba_step",
+        xBC=(xBC, "b C"),
+        dt=(dt, "b H"),
+        weight=(weight, "C K"),
+        bias=(bias, "C"),
+        A=(A, "H"),
+        D=(D, "H"),
+        dt_bias=(dt_bias, "H"),
+        conv_state=(conv_state, "b C K"),
+        state=(state, "b H P N"),
+    )
+    check_channels("mamba_step", xBC, state)
+    check_limit("mamba_step", dt_limit)
+    tensors = (xBC, dt, weight, bias, A, D, dt_bias, conv_state, state)
+    if not takes_kernel("mamba_step", xBC) or wants_gradients(*tensors):
+        return reference.mamba_step(*tensors, dt_limit=dt_limit)
+    return _step(*tensors, *dt_limit)
+
+
+# ---- card ----
+
+
+def _inputs(dtype: torch.dtype, **dims: int) -> dict[str, Tensor | None]:
+    inputs = mamba_inputs(dtype, L=1, **dims)
+    return inputs | {name: inputs[name].squeeze(1) for name in ("xBC", "dt")}
+
+
+def _cost(itemsize: int, b: int, H: int, P: int, G: int, N: int, K: int, biased: int = 1) -> tuple[int, int]:
+    C = H * P + 2 * G * N
+    moved = 8 * b * H * P * N + (b * (C + H * P + H) + (2 * b + 1) * K * C) * itemsize
+    return b * (6 * H * P * N + 2 * K * C), moved
+
+
+OPS = (
+    Op(
+        fn=mamba_step,
+        reference=reference.mamba_step,
+        inputs=_inputs,
+        cases=(
+            dict(b=2, H=4, P=3, G=2, N=5, K=4),
+            dict(b=1, H=3, P=8, G=3, N=4, K=3, biased=0),
+            dict(b=0, H=2, P=3, G=1, N=4, K=4),
+        ),
+        shapes=(dict(b=1, H=64, P=64, G=8, N=128, K=4), dict(b=64, H=64, P=64, G=8, N=128, K=4)),
+        outputs=("y", "conv_state", "state"),
+        grads=("xBC", "dt", "weight", "bias", "A", "D", "dt_bias", "conv_state", "state"),
+        cost=_cost,
+        kernels=("_mamba_step_kernel",),
+        forward_only=True,
+        candidates=dict(
+            _mamba_step_kernel=tuple(
+                Launch(BLOCK_P=p, BLOCK_N=128, num_warps=warps, num_stages=1)
+                for p, warps in ((8, 2), (8, 4), (16, 4), (32, 4), (64, 8))
+            )
+        ),
+    ),
+)
