@@ -31,7 +31,17 @@ from .gpu_tests import LIMIT, PYTEST, ROOT, Slice, golden_folder, missing, run, 
 
 STATE = ROOT / ".gpu_day.json"
 STEPS = ("right", "rows", "sanitizers", "model", "tune", "peers", "profile")
-WORTH = ("experts", "route", "head_sample", "unmask", "context_attention", "ssd_chunk", "ssd_block")  # then the others
+# What is tuned and compared first; then the others.
+WORTH = (
+    "experts",
+    "route",
+    "head_sample",
+    "unmask",
+    "context_attention",
+    "mamba_block",
+    "ssd_chunk",
+    "append_attention",
+)
 KEPT = ("bench/results", "tt_kernels/tuned", "SPEED.md", "docs", "profiles")
 SHAPES = 2  # that a tuning slice measures, each with some thirty launches that compile first
 

@@ -31,8 +31,8 @@ PARTS = {
     "route": "router",
     "unmask": "head",
     "linear": "projections",
-    "context_attention": "attention",
-    **dict.fromkeys(("ssd_block", "ssd_step", "ssd_advance", "ssd_chunk"), "scan"),
+    **dict.fromkeys(("context_attention", "append_attention"), "attention"),
+    **dict.fromkeys(("mamba_block", "mamba_step", "mamba_advance", "ssd_block", "ssd_step", "ssd_chunk"), "scan"),
 }
 
 

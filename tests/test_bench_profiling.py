@@ -97,7 +97,7 @@ def test_a_timeline_names_ops_and_their_floors(tmp_path: Path, capsys: pytest.Ca
     assert timeline.main(["--passes", "1", "--context", "8", "--out", str(trace)]) == 0
     out = capsys.readouterr().out
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
-    for op in ("experts", "route", "unmask", "ssd_block", "context_attention", "linear"):
+    for op in ("experts", "route", "unmask", "mamba_block", "context_attention", "linear"):
         assert f"\n| {op} " in out and f"op {op}" in names
     assert "between them" in out and "aten::mm" in out and "floor of the whole pass" in out
     assert common.OPS["experts"].fn.__name__ == "experts"  # and nothing stays wrapped
