@@ -105,3 +105,27 @@ def test_a_pass_is_few_launches(tokens: int, launches: int) -> None:
     grids = [grid for _, grid, _, _ in seen]
     if tokens == 16:
         assert grids == [(3,), (58 + 96 * 29,), (42 + 96 * 42,), (16, 3)]
+
+
+def test_frozen_matrices_cost_nothing() -> None:
+    op = OPS["experts"]
+    with torch.device("meta"):
+        inputs = op.inputs(torch.bfloat16, T=64, D=256, N=128, E=8, K=2, M=64)
+    inputs["x"].requires_grad_()
+    with torch.device("meta"), recording(90) as seen:
+        op.fn(**inputs).sum().backward()
+    kernels = [kernel.__name__ for kernel, *_ in seen]
+    assert "_experts_bwd_hidden_kernel" in kernels and "_experts_bwd_weights_kernel" not in kernels
+    assert inputs["x"].grad is not None
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU")
+@pytest.mark.parametrize("gated", [0, 1])
+def test_nan_stays_nan(gated: int) -> None:
+    """What has diverged shows, also behind relu."""
+    op = OPS["experts"]
+    kwargs = make(op, dict(T=3, D=8, N=16, E=2, K=1, gated=gated), torch.float32)
+    kwargs["x"][1, 2] = float("nan")
+    got, want = op.fn(**kwargs), op.reference(**kwargs)
+    assert torch.equal(got.isnan(), want.isnan()) and want[1].isnan().all() and not want[0].isnan().any()

@@ -16,6 +16,7 @@ INTERPRETED = pytest.mark.skipif(not INTERPRET, reason="looks at kernels in the 
 
 def test_one_launch_for_few_tokens() -> None:
     assert all(is_few(T, 6, 128) for T in (1, 16, 64, 256, 512))
+    assert is_few(64, 8, 1024) and not is_few(100, 8, 1024), "places of pairs in 128 KiB of shared memory"
     assert not is_few(513, 6, 128) and not is_few(512, 7, 128)
     assert is_few(252, 8, 512) and not is_few(253, 8, 512), "4 rows a tile, 63 tickets for tiles"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from parity import DEVICE, KERNELS, make
 from torch import Tensor
 
@@ -50,12 +51,14 @@ def test_head_tile_grows_with_rows(rows: int, block: int) -> None:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("vocabulary", (1, 5, 128, 1100, V))
-@pytest.mark.parametrize("multiprocessors", (4, 108, 132, 148))
+@pytest.mark.parametrize("multiprocessors", (4, 14, 28, 108, 132, 148))  # 14 and 28: slices of a GPU
 def test_head_pieces_cover_the_vocabulary_once(rows: int, vocabulary: int, multiprocessors: int) -> None:
     launch = head_launch(rows, vocabulary, D, 2, 90)
     pieces, tiles, depth = head_pieces(launch, vocabulary, multiprocessors)
     assert (pieces - 1) * tiles * launch.BLOCK_V < vocabulary <= pieces * tiles * launch.BLOCK_V
     assert (tiles if launch.BLOCK_T > SUB else depth) == 1
+    combined = combine_launch(triton.cdiv(pieces, depth), depth)
+    assert all(n & (n - 1) == 0 for n in combined.tiles.values())
 
 
 @pytest.mark.parametrize("architecture", (80, 90, 100))

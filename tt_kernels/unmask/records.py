@@ -205,9 +205,10 @@ def _combine_kernel(
 
 
 def combine_launch(parts: int, depth: int = 1) -> Launch:
-    """Some 1024 records a program: eight a thread."""
+    """Some 1024 records a program, eight a thread, or fewer: rows by powers of two."""
     block = triton.next_power_of_2(max(parts, 1))
-    return Launch(BLOCK_R=max(1, 1024 // (block * depth)), BLOCK_S=block, num_warps=4, num_stages=1)
+    rows = max(1, 1024 // (block * triton.next_power_of_2(depth)))
+    return Launch(BLOCK_R=rows, BLOCK_S=block, num_warps=4, num_stages=1)
 
 
 @dataclass(frozen=True)

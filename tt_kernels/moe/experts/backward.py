@@ -68,7 +68,7 @@ def _experts_bwd_hidden_kernel(
         mask = mask_t[:, None] & (offs_n < N)[None, :]
         v = g if GATED else u  # what the activation sees
         if RELU2:
-            v = tl.maximum(v, 0)
+            v = tl.maximum(v, 0, propagate_nan=tl.PropagateNan.ALL)
             a, da = v * v, 2 * v
         else:
             s = sigmoid(v)
@@ -225,26 +225,35 @@ def experts_bwd(
     order: Tensor,
     ends: Tensor,
     activation: str,
+    needed: list[bool],
 ) -> tuple[Tensor, ...]:
+    """Gradients of x, weights and, where `needed`, of up, down, gate, shared_up, shared_down, shared_gate."""
     dy, x, order, ends = (t.contiguous() for t in (dy, x, order, ends))
     top_k, D = weights.shape[1], x.shape[1]
     tiles = Tiles(ends, len(order))
     du, dg, wh, dweights = hidden_bwd(x, dy, order, tiles, up, gate, down, weights.contiguous(), activation)
-    dup = weights_bwd(du, x, order, ends, up, "b")
-    dgate = x.new_empty(0) if gate is None else weights_bwd(dg, x, order, ends, gate, "b")
-    ddown = weights_bwd(dy, wh, order, ends, down, "a")
-    shared_du = shared_dg = None
-    dshared = [x.new_empty(0)] * 3
+    shared_du = shared_dg = shared_h = None
     if shared_up is not None:
         shared_du, shared_dg, shared_h, _ = hidden_bwd(
             x, dy, None, None, shared_up, shared_gate, shared_down, None, activation
         )
-        dshared[0] = weights_bwd(shared_du, x, None, None, shared_up)
-        dshared[1] = weights_bwd(dy, shared_h, None, None, shared_down)
-        if shared_gate is not None:
-            dshared[2] = weights_bwd(shared_dg, x, None, None, shared_gate)
+
+    none = None, None
+    products = (  # what each gradient is of, in the order of `needed`
+        (du, x, order, ends, up, "b"),
+        (dy, wh, order, ends, down, "a"),
+        (dg, x, order, ends, gate, "b"),
+        (shared_du, x, *none, shared_up),
+        (dy, shared_h, *none, shared_down),
+        (shared_dg, x, *none, shared_gate),
+    )
+    # Frozen matrices cost neither the work nor the memory.
+    grads = (
+        weights_bwd(*operands) if wanted and operands[4] is not None else x.new_empty(0)
+        for wanted, operands in zip(needed, products, strict=True)
+    )
     pairs, shared_dx = rows_down(
         du, dg, order, tiles, up, gate, shared_du, shared_dg, shared_up, shared_gate, D, transposed=True
     )
     dx = combine(pairs, None, shared_dx, x.new_empty(x.shape), top_k)
-    return dx, dweights.to(weights.dtype), dup, ddown, dgate, *dshared
+    return dx, dweights.to(weights.dtype), *grads

@@ -47,10 +47,10 @@ def product_launch(s: Sizes) -> Launch:
     on it is a plain product, bound by operations, where 128 by 256 tiles load the fewest bytes for each: persistent,
     rows gathered once into sorted order, so that TMA loads them too. sm_80 has 163 KiB of shared memory for what
     Hopper keeps in 227, and pointers in registers: with a gate two stages, and many rows half a tile each way, or it
-    spills.
+    spills. Elements of 4 bytes are multiplied without tensor cores, by threads that hold 16 of K of both operands in
+    registers beside their results: 64 by 64 tiles.
     """
     mean = s.rows / s.experts
-    wide = s.itemsize // 2  # 4-byte elements: half as many
     old = s.architecture < 90
     if mean < 18:
         t, n, k, warps, stages = 16, 64, 128, 4, 5
@@ -63,11 +63,13 @@ def product_launch(s: Sizes) -> Launch:
         k, stages = 64, 4
     if old:
         stages = min(stages, 2 if s.two and mean < 120 else 3)
+    if s.itemsize > 2:
+        t, n, k, warps, stages = min(t, 64), 64, 16, 4 if mean < 18 else 8, 3
     persistent = int(mean >= 120 and not old)
     return Launch(
         BLOCK_T=tile(s.rows, t),
         BLOCK_N=tile(s.N, n),
-        BLOCK_K=tile(s.K, max(k // max(wide, 1), 16)),
+        BLOCK_K=tile(s.K, k),
         SWAP=int(mean < 120),
         PERSISTENT=persistent,
         SORTED=persistent,
@@ -99,12 +101,22 @@ def hidden_launch(s: Sizes) -> Launch:
     expert take the smallest tile whose rows, the M operand, are wgmma: 64. Two loops a tile, so no persistent form;
     three stages leave room for two programs. Rows are gathered once: two tensors by pointer would take 70 registers
     more. sm_80 has no TMA, and takes 8 warps and 64 of N for what it holds in registers; with a gate half of
-    them each way, and two stages."""
+    them each way, and two stages. Elements of 4 bytes as in `product_launch`."""
     few, old = s.rows / s.experts < 96, s.architecture < 90
+    if s.itemsize > 2:
+        launch = Launch(
+            BLOCK_T=tile(s.rows, 64),
+            BLOCK_N=tile(s.N, 64),
+            BLOCK_K=16,
+            SORTED=int(s.N >= 64 and not old),
+            num_warps=8,
+            num_stages=3,
+        )
+        return tuned("_experts_bwd_hidden_kernel", launch, s.architecture, **s.key)
     launch = Launch(
         BLOCK_T=(64 if s.N >= 64 else tile(s.rows, 64)) if few or (s.two and old) else 128,
         BLOCK_N=tile(s.N, 32 if s.two and old else 64 if s.two or old else 128),
-        BLOCK_K=tile(s.K, max(128 // s.itemsize, 16)),
+        BLOCK_K=tile(s.K, 64),
         SORTED=int(s.N >= 64 and not old),
         num_warps=4 if few and not old else 8,
         num_stages=2 if s.two and old else 3,
@@ -113,11 +125,12 @@ def hidden_launch(s: Sizes) -> Launch:
 
 
 def weights_launch(s: Sizes) -> Launch:
-    """128 by 128 of a gradient a program, 64 rows of an expert at a time: 32 KB a stage in 16 bits."""
+    """128 by 128 of a gradient a program, 64 rows of an expert at a time: 32 KB a stage in 16 bits. Of elements of
+    4 bytes 16, as in `product_launch`."""
     launch = Launch(
         BLOCK_P=tile(s.N, 128),
         BLOCK_Q=tile(s.K, 128),
-        BLOCK_R=tile(s.rows, max(128 // s.itemsize, 16)),
+        BLOCK_R=tile(s.rows, 64 if s.itemsize == 2 else 16),
         num_warps=8 if min(s.N, s.K) > 64 else 4,
         num_stages=3,
     )

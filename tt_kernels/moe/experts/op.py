@@ -18,9 +18,11 @@ def _experts_fwd_fake(x, weights, up, down, gate, shared_up, shared_down, shared
     return x.new_empty(x.shape)
 
 
-def _experts_bwd_fake(dy, x, weights, up, down, gate, shared_up, shared_down, shared_gate, order, ends, activation):
-    given = (x, weights, up, down, gate, shared_up, shared_down, shared_gate)
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
+def _experts_bwd_fake(dy, x, weights, up, down, gate, shared_up, shared_down, shared_gate, order, ends, *rest):
+    _, needed = rest
+    matrices = zip((up, down, gate, shared_up, shared_down, shared_gate), needed, strict=True)
+    grads = (x.new_empty(0) if t is None or not wanted else t.new_empty(t.shape) for t, wanted in matrices)
+    return x.new_empty(x.shape), weights.new_empty(weights.shape), *grads
 
 
 _MATRICES = ("up", "down", "gate", "shared_up", "shared_down", "shared_gate")
@@ -29,7 +31,11 @@ _ARGUMENTS = (
     "Tensor? shared_gate, Tensor order, Tensor ends, str activation"
 )
 _fwd = define(f"experts_fwd({_ARGUMENTS}) -> Tensor", experts_fwd, _experts_fwd_fake)
-_bwd = define(f"experts_bwd(Tensor dy, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})", experts_bwd, _experts_bwd_fake)
+_bwd = define(
+    f"experts_bwd(Tensor dy, {_ARGUMENTS}, bool[] needed) -> ({', '.join(['Tensor'] * 8)})",
+    experts_bwd,
+    _experts_bwd_fake,
+)
 
 
 class _Experts(torch.autograd.Function):
@@ -44,8 +50,9 @@ class _Experts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         given = ctx.saved_tensors
-        grads = _bwd(dy, *given, ctx.activation)
-        return *(None if t is None else d for t, d in zip(given[:8], grads, strict=True)), None, None, None
+        needed = ctx.needs_input_grad[:8]
+        grads = _bwd(dy, *given, ctx.activation, list(needed[2:]))
+        return *(d if wanted else None for wanted, d in zip(needed, grads, strict=True)), None, None, None
 
 
 def index_lists(ids: Tensor, E: int) -> tuple[Tensor, Tensor]:

@@ -122,7 +122,7 @@ def product(acc, second, a, w, w2, rows, mask_t, first, row, n0, N, K, TWO: tl.c
 @triton.jit
 def activate(h, RELU2: tl.constexpr):
     if RELU2:
-        h = tl.maximum(h, 0)
+        h = tl.maximum(h, 0, propagate_nan=tl.PropagateNan.ALL)
         h = h * h
     else:
         h = silu(h)

@@ -145,8 +145,11 @@ def tile_rows(T: int, columns: int) -> int:
 
 def is_few(T: int, K: int, columns: int) -> bool:
     """One program can sort 3072 pairs, and the product of 512 tokens is worth some 10 us of the whole GPU, beside which
-    one program's sorting is cheaper than two more launches."""
-    return T <= 512 and T * K <= 3072 and triton.cdiv(T, tile_rows(T, columns)) < SLOT
+    one program's sorting is cheaper than two more launches. It keeps where the pairs of each tile and expert begin in
+    shared memory, 128 KiB of them at most."""
+    tiles = triton.cdiv(T, tile_rows(T, columns))
+    fits = 4 * triton.next_power_of_2(tiles) * columns <= 128 * 1024
+    return T <= 512 and T * K <= 3072 and tiles < SLOT and fits
 
 
 def route_few_launch(T: int, E: int, D: int, *, columns: int) -> Launch:

@@ -6,6 +6,7 @@ nothing needs to clear counters between launches, nor between replays of a CUDA 
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -37,15 +38,24 @@ class _Pool:
 
 
 _pools: dict[torch.device, _Pool] = {}
+_making = Lock()
 
 
 def _pool(device: torch.device) -> _Pool:
-    if device not in _pools:
-        # In a thread of its own: there no memory pool of a graph is active, whose memory would not stay ours, and no
-        # dispatch mode that would see the tensor.
-        with ThreadPoolExecutor(1) as thread:
-            _pools[device] = thread.submit(_Pool, device).result()
+    with _making:
+        if device not in _pools:
+            # In a thread of its own: there no memory pool of a graph is active, whose memory would not stay ours, and
+            # no dispatch mode that would see the tensor.
+            with ThreadPoolExecutor(1) as thread:
+                _pools[device] = thread.submit(_Pool, device).result()
     return _pools[device]
+
+
+def _capturing(x: Tensor) -> bool:
+    if not x.is_cuda:
+        return False
+    with torch.cuda.device(x.device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def tickets(x: Tensor) -> Tensor:
@@ -53,7 +63,7 @@ def tickets(x: Tensor) -> Tensor:
     if is_recording():
         return x.new_empty(SLOT, dtype=torch.int32)
     slot = None
-    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not _capturing(x):
         slot = _pool(x.device).on(torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
     elif x.device in _pools and (free := next(_pools[x.device].captured)) < STREAMS + CAPTURED:
         slot = _pools[x.device].slots[free]
