@@ -115,7 +115,7 @@ def label(dims: dict[str, int]) -> str:
 
 def expected(machine: Machine) -> dict[str, str]:
     """Names of the figures that a machine's results have something for."""
-    rows = machine.lines["row"]
+    rows = machine.rows
     there = {
         "roofline": machine.gpu and any(row["p50"] and row["roofs"] and row["flops"] for row in rows),
         "peers": machine.gpu and any("ratio" in peer for row in rows for peer in row["peers"].values()),
@@ -126,7 +126,7 @@ def expected(machine: Machine) -> dict[str, str]:
 
 def draw(machine: Machine, folder: Path) -> None:
     name = machine.where[0].get("gpu") or "CPU: no claim about kernels"
-    data = {"roofline": machine.lines["row"], "peers": machine.lines["row"], "decoding": machine.lines["decode"]}
+    data = {"roofline": machine.rows, "peers": machine.rows, "decoding": machine.lines["decode"]}
     makers = {"roofline": roofline, "peers": peers, "decoding": decoding}
     for kind, file in expected(machine).items():
         makers[kind](data[kind], folder / file, name)

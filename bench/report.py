@@ -49,7 +49,7 @@ def section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
         yield f"{describe(where)}."
     if machine.commits:
         yield f"Commits: {', '.join(machine.commits)} (+: with changes)."
-    if rows := machine.lines["row"]:
+    if rows := machine.rows:
         yield "### Ops"
         if roofs := rows[-1]["roofs"]:
             yield (

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tt_kernels import OPS
+
 from . import measure
 
 KINDS = ("row", "pass", "decode", "cpu")
@@ -42,8 +44,18 @@ class Machine:
         return sorted(found, key=lambda machine: machine["date"], reverse=True)
 
     @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of ops and shapes that the cards still list."""
+        return [row for row in self.lines["row"] if listed(row)]
+
+    @property
     def commits(self) -> list[str]:
         return list(dict.fromkeys(machine["commit"] for machine in self.where if "commit" in machine))
+
+
+def listed(row: Mapping[str, Any]) -> bool:
+    op = OPS.get(row["op"])
+    return op is not None and row["dims"] in (*op.shapes, *op.cases)
 
 
 def kind_of(line: Mapping[str, Any]) -> str:

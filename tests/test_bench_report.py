@@ -10,6 +10,7 @@ import pytest
 from bench import compare, measure, report, results, whole
 from bench.models import PUBLISHED
 from bench.targets import TARGETS, shortfall, target_of
+from tt_kernels import OPS
 from tt_kernels.launch import INTERPRET
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,7 @@ ROOFS = {"bandwidth": 4e12, "compute": 700e12, "read": 4e12, "copy": 3.9e12, "pr
 
 
 def row(op: str, dims: dict[str, int], us: float, share: float, *, fault: str = "", **peers: Any) -> dict[str, Any]:
+    dims = next(shape for shape in OPS[op].shapes if dims.items() <= shape.items())
     return {
         "kind": "row",
         "machine": H200,
@@ -126,12 +128,16 @@ def test_speed_of_a_gpu(folder: Path, tmp_path: Path) -> None:
     text = " ".join((tmp_path / "SPEED.md").read_text().split())
     assert "## NVIDIA Made Up Driver 1.2.3, CUDA 13.0, Triton 3.6.0" in text and "No GPU results" not in text
     assert text.index("NVIDIA Made Up") < text.index("CPU, references, small shapes")
-    assert "| experts | T=16 D=2688 | forward | 412.0 |" in text and "900.0" not in text, "the newest line counts"
+    assert "| experts | T=16 D=2688 N=1856 E=128 K=6 M=3712 | forward | 412.0 |" in text and "900.0" not in text, (
+        "the newest line counts"
+    )
     assert "| 82 % | 80 %, > vllm | 3.10 | 1.70 | - |" in text
     assert "| rms_norm | T=4096 D=2688 | forward | RED |" in text
     short = text[text.index("Short of its target") :]
-    assert "`experts` T=64 D=2688 forward: 70 % of the roof, target 85 %; vllm takes 0.90 of our time" in short
-    assert "`route` T=64 D=2688 forward: 7.5 us, target 5 us" in short and "T=16 D=2688 forward: 82" not in short
+    assert (
+        "`experts` T=64 D=2688 N=1856 E=128 K=6 M=3712 forward: 70 % of the roof, target 85 %; vllm takes 0.90" in short
+    )
+    assert "`route` T=64 D=2688 E=128 K=6 forward: 7.5 us, target 5 us" in short and "forward: 82" not in short
     assert "even at tokens/pass" in text and "| 60.0 of 68.6 |" in text
     for kind in ("roofline", "peers", "decoding"):
         picture = tmp_path / f"docs/speed_nvidia-made-up_{kind}.svg"
@@ -164,6 +170,9 @@ def test_newest_lines_count(folder: Path) -> None:
     machine = results.read(folder / "nvidia-made-up.jsonl")
     assert [len(machine.lines[kind]) for kind in results.KINDS] == [4, 3, 3, 0] and machine.gpu
     assert machine.commits == ["0123456789ab"]
+    stale = {"op": "rms_norm", "dims": {"T": 1, "D": 12345}}
+    assert not results.listed(stale) and not results.listed(stale | {"op": "gone"}), "what no card lists is not shown"
+    assert all(map(results.listed, machine.lines["row"]))
     cpu = results.read(folder / "cpu.jsonl")
     assert not cpu.gpu and len(cpu.lines["cpu"]) == len({line["machine"]["threads"] for line in cpu.lines["cpu"]})
 
@@ -172,8 +181,6 @@ def test_newest_lines_count(folder: Path) -> None:
 
 
 def test_targets_name_published_shapes() -> None:
-    from tt_kernels import OPS
-
     for target in TARGETS:
         assert any(target.holds_for(target.op, dims, "forward") for dims in OPS[target.op].shapes) or target.op in (
             "block_diffusion_attention",  # 8192 tokens: the card has 4096 until its backward is there
