@@ -1,6 +1,7 @@
 """`make test-gpu`: all that only a GPU can show, in nine minutes, and from there on with the command that it prints.
 
   parity        every op's tests on the GPU: fp32, fp16, bf16
+  device        what no card shows: neighbours, ties, NaN, streams and graphs, every length of a scan
   real-GROUP    bf16 at the published shapes, values and gradients
   memcheck-GROUP, racecheck-GROUP   small cases under compute-sanitizer
   golden-fp32   the golden models: logits to 1e-5, tokens exactly
@@ -32,6 +33,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "rich", "pytest", "pytest-timeout", "hypothesis")
 LIMIT = 530  # seconds of a slice, and of a run
+DEVICE_TESTS = tuple(
+    f"tests/test_{name}.py" for name in ("route_stress", "attention_context", "attention_masks", "scan", "sampling")
+)
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
@@ -74,7 +78,12 @@ def slices(*, golden: Path | None = None, sanitizer: str | None = None) -> list[
         ["--benchmark-quiet"] if importlib.util.find_spec("pytest_benchmark") else []
     )  # the rows' own table is enough
 
-    found = [Slice("parity", (*PYTEST, "tests/test_kernels.py", "tests/test_ops.py"))]
+    device_tests = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_launches_*.py"))
+    found = [
+        Slice("parity", (*PYTEST, "tests/test_kernels.py", "tests/test_ops.py")),
+        # What no card shows: bits that neighbours do not move, ties, NaN, tickets over streams and graphs, masks.
+        Slice("device", (*PYTEST, *device_tests, *DEVICE_TESTS)),
+    ]
     found += [
         Slice(f"real-{group}", (*PYTEST, "bench/bench_ops.py", "--timeout", "0", "-k", f"test_parity and ({names})"))
         for group, names in chosen.items()

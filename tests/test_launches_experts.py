@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from parity import KERNELS, make
 
 from tt_kernels import OPS
 from tt_kernels.launch import recording

@@ -2,11 +2,11 @@
 
 Every op with kernels runs on meta tensors, forward and backward, and what its launchers would launch is compiled for
 sm_80, sm_90 and sm_100 instead: in bf16 at its card's shapes, and once for every other launch that a size which changes
-from call to call can get (`Op.grows`); in fp16 and fp32 at the card's first shape for sm_90. The lock (aot.lock.json, a
-part for each Triton version) keeps of every kernel its registers, stack, shared memory, widest load from global memory
-and tensor-core instructions. The run fails on spills (in bf16; elsewhere on more than the lock says), on more shared
-memory than the target has, on a kernel that stores nothing, on a narrower load, a lost tensor-core instruction or TMA
-load, and on 10 % more registers than the lock says; `--update` writes the lock anew.
+from call to call can get (`Op.grows`); in fp16 and fp32 at the card's first and its largest shape for sm_90. The lock
+(aot.lock.json, a part for each Triton version) keeps of every kernel its registers, stack, shared memory, widest load
+from global memory and tensor-core instructions. The run fails on spills (in bf16; elsewhere on more than the lock
+says), on more shared memory than the target has, on a kernel that stores nothing, on a narrower load, a lost
+tensor-core instruction or TMA load, and on 10 % more registers than the lock says; `--update` writes the lock anew.
 """
 
 from __future__ import annotations
@@ -114,14 +114,14 @@ def launches(op: Op, dtype: torch.dtype, architecture: int, dims: Mapping[str, i
 
 
 def ladder(largest: int) -> list[int]:
-    """Powers of two and the numbers that follow them: where heuristics change their minds."""
-    return sorted({n for e in range(largest.bit_length()) for n in (1 << e, (1 << e) + 1) if n <= largest})
+    """Every size up to 64, from there on eight an octave and those that follow: where heuristics change their minds."""
+    above = {n << e for e in range(3, largest.bit_length()) for n in range(8, 16)}
+    return sorted(n for n in {*range(1, 65), *above, *(n + 1 for n in above)} if n <= largest)
 
 
 def _launch(seen: Seen) -> tuple[Any, ...]:
-    """The kernel and what a heuristic chose for it: tiles, warps, stages."""
-    chosen = [(k, v) for k, v in seen[2].items() if k.startswith(("BLOCK_", "num_"))]
-    return seen[0], *sorted(chosen)
+    """The kernel and the numbers that it is compiled for, tiles, warps and stages among them; no flags and dtypes."""
+    return seen[0], *((k, v) for k, v in sorted(seen[2].items()) if type(v) is int)
 
 
 def to_compile(op: Op, architecture: int) -> Iterator[tuple[torch.dtype, Seen]]:
@@ -131,14 +131,18 @@ def to_compile(op: Op, architecture: int) -> Iterator[tuple[torch.dtype, Seen]]:
         for seen in launches(op, MODEL, architecture, dims):
             known.add(_launch(seen))
             yield MODEL, seen
-    between = [{**dims, name: n} for dims in op.shapes for name, most in op.grows.items() for n in ladder(most)]
-    for dims in between:
-        for seen in launches(op, MODEL, architecture, dims):
+    between = (
+        tuple({**dims, g: n}.items()) for dims in op.shapes for g, most in op.grows.items() for n in ladder(most)
+    )
+    for sizes in dict.fromkeys(between):
+        for seen in launches(op, MODEL, architecture, dict(sizes)):
             if (launch := _launch(seen)) not in known:
                 known.add(launch)
                 yield MODEL, seen
     if architecture == 90:
-        yield from ((dtype, seen) for dtype in OTHERS for seen in launches(op, dtype, architecture, op.shapes[0]))
+        largest = max(op.shapes, key=lambda dims: op.cost(2, **dims))
+        for dims in (op.shapes[0], largest):
+            yield from ((dtype, seen) for dtype in OTHERS for seen in launches(op, dtype, architecture, dims))
 
 
 def _inspect(cubin: bytes) -> dict[str, Any]:

@@ -49,6 +49,6 @@ MUTANTS = (
     Mutant("experts", BACKWARD, "parts.sum(0)", "parts[0]", "dweights of the first tile of N"),
     Mutant("experts", BACKWARD, "mask=expert > 0", "mask=expert > 1", "the second expert takes the first's rows too"),
     Mutant("experts", BACKWARD, "mask_r = rows < end", "mask_r = rows < end - 1", "last row of an expert missed"),
-    Mutant("experts", BACKWARD, '"b")\n    dgate', '"")\n    dgate', "rows of x by pair, not by token"),
+    Mutant("experts", BACKWARD, 'ends, up, "b"),', 'ends, up, ""),', "rows of x by pair, not by token"),
     Mutant("experts", OP, "right=True", "right=False", "where experts begin for where they end"),
 )

@@ -116,7 +116,7 @@ def append_attention(
         counts=(counts, "B", int),
     )
     check_heads("append_attention", q, k)
-    if not takes_kernel("append_attention", q) or wants_gradients(q, k, v):
+    if not takes_kernel("append_attention", q, k, v, k_pages, v_pages) or wants_gradients(q, k, v):
         return reference.append_attention(q, k, v, k_pages, v_pages, page_table, lengths, counts, scale=scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return append_attention_forward(q, k, v, k_pages, v_pages, page_table, lengths, counts, scale)
@@ -264,6 +264,7 @@ OPS = (
             *(dict(B=1, L=L, S=S, **_PUBLISHED) for L, S in ((1, 4096), (16, 4096), (16, 131072), (2048, 32768))),
             dict(B=1, L=2048, S=0, counted=1, **_PUBLISHED),
         ),
+        grows=dict(B=64, L=64, S=131072),
         outputs=("o",),
         grads=("q", "k", "v"),
         writes=("k_pages", "v_pages"),

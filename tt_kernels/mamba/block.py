@@ -71,7 +71,7 @@ def mamba_block(
     check_channels("mamba_block", xBC, state)
     check_limit("mamba_block", dt_limit)
     tensors = (xBC, dt, weight, bias, A, D, dt_bias, conv_state, state)
-    if not takes_kernel("mamba_block", xBC) or wants_gradients(*tensors):
+    if not takes_kernel("mamba_block", *tensors) or wants_gradients(*tensors):
         return reference.mamba_block(*tensors, dt_limit=dt_limit)
     return mamba_block_forward(*tensors, *dt_limit)
 
@@ -127,7 +127,7 @@ def mamba_advance(
     check_channels("mamba_advance", xBC, state)
     check_limit("mamba_advance", dt_limit)
     tensors = (xBC, dt, weight, bias, A, dt_bias, conv_state, state)
-    if not takes_kernel("mamba_advance", xBC) or wants_gradients(*tensors):
+    if not takes_kernel("mamba_advance", *tensors) or wants_gradients(*tensors):
         return reference.mamba_advance(*tensors, lengths, dt_limit=dt_limit)
     return mamba_advance_forward(*tensors, lengths, *dt_limit)
 
@@ -194,6 +194,7 @@ OPS = (
             dict(b=b, L=L, H=64, P=64, G=8, N=128, K=4)
             for b, L in ((1, 16), (1, 1), (1, 32), (1, 64), (64, 1), (64, 16), (64, 32), (64, 64))
         ),
+        grows=dict(b=64, L=64),
         outputs=("y",),
         grads=("xBC", "dt", "weight", "bias", "A", "D", "dt_bias", "conv_state", "state"),
         cost=_block_cost,
@@ -216,6 +217,7 @@ OPS = (
             dict(b=b, L=L, H=64, P=64, G=8, N=128, K=4, ragged=ragged)
             for b, L, ragged in ((1, 16, 0), (1, 16, 1), (1, 1, 0), (1, 32, 1), (1, 64, 1), (64, 16, 1), (64, 64, 1))
         ),
+        grows=dict(b=64, L=64),
         outputs=("conv_state", "state"),
         grads=("xBC", "dt", "weight", "bias", "A", "dt_bias", "conv_state", "state"),
         cost=_advance_cost,

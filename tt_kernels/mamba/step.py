@@ -250,7 +250,7 @@ def mamba_step(
     check_channels("mamba_step", xBC, state)
     check_limit("mamba_step", dt_limit)
     tensors = (xBC, dt, weight, bias, A, D, dt_bias, conv_state, state)
-    if not takes_kernel("mamba_step", xBC) or wants_gradients(*tensors):
+    if not takes_kernel("mamba_step", *tensors) or wants_gradients(*tensors):
         return reference.mamba_step(*tensors, dt_limit=dt_limit)
     return _step(*tensors, *dt_limit)
 
@@ -280,6 +280,7 @@ OPS = (
             dict(b=0, H=2, P=3, G=1, N=4, K=4),
         ),
         shapes=(dict(b=1, H=64, P=64, G=8, N=128, K=4), dict(b=64, H=64, P=64, G=8, N=128, K=4)),
+        grows=dict(b=64),
         outputs=("y", "conv_state", "state"),
         grads=("xBC", "dt", "weight", "bias", "A", "D", "dt_bias", "conv_state", "state"),
         cost=_cost,
