@@ -23,7 +23,11 @@ from tt_kernels.unmask.step import finish_launch, masked_rows_launch
 
 V, D = 131072, 2688
 ROWS = (1, 16, 17, 32, 64, 65, 128, 512, 4096)
-runs_kernels = pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU")
+NO_KERNELS = pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU")
+
+
+def runs_kernels(test: Any) -> Any:
+    return pytest.mark.kernels(NO_KERNELS(test))
 
 
 def taken(rows: int, architecture: int, itemsize: int = 2) -> int:

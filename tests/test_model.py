@@ -243,7 +243,7 @@ def test_16_bit_model_runs_with_fp32_states(dtype, tmp_path):
         (dict(steps_per_block=0), "steps_per_block is 0"),
         (dict(confidence_threshold=1.5), "confidence_threshold is 1.5, expected 0 to 1"),
         (dict(confidence_threshold=float("nan")), "confidence_threshold is nan"),
-        (dict(temperature=1e-40), "temperature is 1e-40, expected 0 (greedy), or 1e-30 and above"),
+        (dict(temperature=1e-40), "temperature is 1e-40, expected 0 .greedy., or 1e-30 and above"),
         (dict(temperature=-0.1), "temperature is -0.1"),
         (dict(top_k=0), "top_k is 0"),
         (dict(top_p=0.0), "top_p is 0.0"),

@@ -150,15 +150,17 @@ def longest_block(architecture: int) -> int:
     return 64 if architecture >= 90 else 32
 
 
-def ssd_block_launch(rows: int, L: int, P: int, N: int, itemsize: int) -> Launch:
+def ssd_block_launch(rows: int, L: int, P: int, N: int, itemsize: int, architecture: int = 90) -> Launch:
     """`rows`: rows times heads. Reading the state bounds it, so at few rows its P dimension is cut in slices, until
     some 256 programs share an H200's 132 multiprocessors; above 16 tokens the products of B and C, which every slice
-    repeats, take longer than the state. 64 tokens fill the registers with pairs, fp32 operands twice."""
+    repeats, take longer than the state. 64 tokens fill the registers with pairs, fp32 operands twice, and sm_80 needs
+    some for pointers."""
     block_t = max(16, triton.next_power_of_2(L))
     block_p = max(16, triton.next_power_of_2(P))
     while block_p > 16 and rows * triton.cdiv(P, block_p) < 256 and block_t <= 16:
         block_p //= 2
-    block_p = min(block_p, 32 if itemsize > 2 or block_t >= 64 else 64)
+    full = itemsize > 2 or block_t >= 64 or (architecture < 90 and block_t == 16)
+    block_p = min(block_p, 32 if full else 64)
     block_n = max(16, triton.next_power_of_2(N))
     return Launch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8 if block_t >= 64 else 4, num_stages=1)
 
@@ -194,7 +196,7 @@ def _ssd_block(
     x, B, C, state = (lined_up(t) for t in (x, B, C, state))
     launch = tuned(
         "_ssd_block_kernel",
-        ssd_block_launch(b * H, L, P, N, x.element_size()),
+        ssd_block_launch(b * H, L, P, N, x.element_size(), architecture(x)),
         architecture(x),
         rows=triton.next_power_of_2(b * H),
         L=triton.next_power_of_2(L),

@@ -160,8 +160,10 @@ def route_few_launch(T: int, E: int, D: int, *, columns: int) -> Launch:
     rows = tile_rows(T, columns)
     programs = triton.cdiv(T, rows) * triton.cdiv(E, 16)
     splits = max(1, min(128 // programs, 4 if rows > 8 else 8, triton.cdiv(D, 256)))
-    # A warp takes 32 columns at a time, eight warps 256: each reads whole 64-byte lines of 16-bit rows.
-    return Launch(BLOCK_T=rows, BLOCK_E=16, BLOCK_D=32, SLICES=8, SPLITS=splits, num_warps=8, num_stages=3)
+    # A warp takes 32 columns at a time, eight warps 256: each reads whole 64-byte lines of 16-bit rows. Of more than
+    # 128 experts eight warps spill a register or two of the choice, whatever its tile; four do not.
+    warps = 8 if columns <= 128 else 4
+    return Launch(BLOCK_T=rows, BLOCK_E=16, BLOCK_D=32, SLICES=8, SPLITS=splits, num_warps=warps, num_stages=3)
 
 
 def route_few(
