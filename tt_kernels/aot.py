@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 import triton
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -195,7 +197,8 @@ def compile_all(names: Sequence[str], targets: Sequence[int], jobs: int) -> list
     """Kernels of all these ops for all these targets, each once."""
     with ProcessPoolExecutor(jobs) as pool:
         work = [pool.submit(_compile_op, name, target) for name in names for target in targets]
-        return [compiled for future in work for compiled in future.result()]
+        done = track(work, "ops and targets", console=Console(stderr=True), disable=not sys.stderr.isatty())
+        return [compiled for future in done for compiled in future.result()]
 
 
 def promises_wgmma(compiled: Compiled, tile: str | None) -> bool:
