@@ -100,6 +100,12 @@ def _causal(dtype: torch.dtype, B: int, N: int, Hq: int, Hkv: int, P: int, packe
     return dict(q=torch.randn(B, N, Hq, P, dtype=dtype), k=k, v=v, cu_seqlens=cu_seqlens)
 
 
+def _causal_cost(itemsize: int, B: int, N: int, Hq: int, Hkv: int, P: int, packed: int = 0) -> tuple[int, int]:
+    pieces = (N // 3, N // 2 - N // 3, N - N // 2) if packed else (N,)  # of the first row; the others are whole
+    pairs = sum(n * n for n in pieces) + (B - 1) * N * N
+    return 2 * Hq * pairs * P, 2 * B * N * (Hq + Hkv) * P * itemsize
+
+
 def _blocks(
     dtype: torch.dtype, B: int, N: int, Hq: int, Hkv: int, P: int, S: int, packed: int = 0
 ) -> dict[str, object]:
@@ -131,10 +137,7 @@ OPS = (
         grows=dict(N=1024),
         outputs=("o",),
         grads=("q", "k", "v"),
-        cost=lambda itemsize, B, N, Hq, Hkv, P, packed=0: (
-            2 * B * Hq * N * N * P,
-            2 * B * N * (Hq + Hkv) * P * itemsize,
-        ),
+        cost=_causal_cost,
     ),
     Op(
         fn=block_diffusion_attention,

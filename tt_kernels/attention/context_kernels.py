@@ -130,7 +130,7 @@ def _context_attention_kernel(
     b = tl.program_id(2).to(tl.int64)
     acc = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     PRECISION: tl.constexpr = "ieee"  # of fp32 products; 16-bit ones do not see it
-    length = tl.minimum(tl.load(lengths_ptr + b), room)  # never past the row's pages
+    length = tl.minimum(tl.load(lengths_ptr + b), room).to(tl.int32)  # never past the row's pages
     start, end = 0, length
     if SPLIT:  # the row's own length: every split then has as much to do, however much room there is
         size = tl.maximum(tl.cdiv(tl.cdiv(length, most), 64) * 64, least)
@@ -285,8 +285,10 @@ def _tiles(pages: Tensor, launch: Launch) -> TensorDescriptor | None:
     n, page_size, H, P = pages.shape
     if architecture(pages) < 90:
         return None
-    fits = page_size % launch.BLOCK_N == 0 and P == launch.BLOCK_P
-    if not (fits and pages.is_contiguous() and pages.numel() and pages.element_size() == 2):
+    # Splits begin at multiples of 64: larger tiles would cross pages.
+    fits = page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64 and P == launch.BLOCK_P
+    aligned = pages.is_meta or pages.data_ptr() % 16 == 0
+    if not (fits and aligned and pages.is_contiguous() and pages.numel() and pages.element_size() == 2):
         return None
     return TensorDescriptor.from_tensor(pages.view(n * page_size, H * P), [launch.BLOCK_N, P])
 
