@@ -160,7 +160,9 @@ def _block_attention(
     B, N, Hq, P = q.shape
     o, lse = _block_attention_fake(q, k, v, k_clean, v_clean, cu_seqlens, block_size, scale)
     default = block_attention_launch(P, q.element_size(), architecture(q), cu_seqlens is not None)
-    launch = tuned("_block_attention_kernel", default, architecture(q), N=triton.next_power_of_2(N), P=P)
+    launch = tuned(
+        "_block_attention_kernel", default, architecture(q), N=triton.next_power_of_2(N), P=P, itemsize=q.element_size()
+    )
     run(
         _block_attention_kernel,
         (triton.cdiv(N, launch.BLOCK_M), Hq, B),

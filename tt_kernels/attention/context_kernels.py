@@ -318,6 +318,8 @@ def _attention(
         architecture(q),
         rows=L * R,
         room=triton.next_power_of_2(room),
+        P=P,
+        itemsize=q.element_size(),
     )
     most, least = context_splits(max(L, 1) * R, Hkv)
     splits = max(1, min(most, triton.cdiv(room, least)))

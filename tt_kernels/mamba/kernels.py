@@ -251,6 +251,9 @@ def _mamba_block(
         architecture(xBC),
         rows=triton.next_power_of_2(b * H),
         L=triton.next_power_of_2(L),
+        P=P,
+        N=N,
+        itemsize=xBC.element_size(),
     )
     run(
         _mamba_block_kernel,
@@ -294,6 +297,9 @@ def _mamba_advance(
         architecture(xBC),
         rows=triton.next_power_of_2(b * H),
         L=triton.next_power_of_2(L),
+        P=P,
+        N=N,
+        itemsize=xBC.element_size(),
     )
     run(
         _mamba_advance_kernel,

@@ -165,6 +165,8 @@ def _mamba_step(
         mamba_step_launch(b * H, P, N),
         architecture(xBC),
         rows=triton.next_power_of_2(b * H),
+        P=P,
+        N=N,
     )
     constants = arithmetic(xBC, A, dt_limit=(low, high))
     run(

@@ -200,6 +200,9 @@ def _ssd_block(
         architecture(x),
         rows=triton.next_power_of_2(b * H),
         L=triton.next_power_of_2(L),
+        P=P,
+        N=N,
+        itemsize=x.element_size(),
     )
     run(
         _ssd_block_kernel,
@@ -236,6 +239,9 @@ def _ssd_advance(
         architecture(x),
         rows=triton.next_power_of_2(b * H),
         L=triton.next_power_of_2(L),
+        P=P,
+        N=N,
+        itemsize=x.element_size(),
     )
     run(
         _ssd_advance_kernel,

@@ -66,6 +66,9 @@ def _ssd_chunk(
         architecture(x),
         L=triton.next_power_of_2(L),
         chunk_size=chunk_size,
+        P=P,
+        N=N,
+        itemsize=x.element_size(),
     )
     slices = triton.cdiv(P, launch.BLOCK_P)
     chunk_tiles = max(1, triton.cdiv(min(chunk_size, L), launch.BLOCK_T))

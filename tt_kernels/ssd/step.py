@@ -96,7 +96,7 @@ def _ssd_step(
     y, new = _ssd_step_fake(x, dt, A, B)
     x, B, C, state = (lined_up(t) for t in (x, B, C, state))
     launch = tuned(
-        "_ssd_step_kernel", ssd_step_launch(b * H, P, N), architecture(x), rows=triton.next_power_of_2(b * H)
+        "_ssd_step_kernel", ssd_step_launch(b * H, P, N), architecture(x), rows=triton.next_power_of_2(b * H), P=P, N=N
     )
     constants = arithmetic(x, A, B, C, dt_limit=(low, high))
     run(
