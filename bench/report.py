@@ -54,7 +54,8 @@ def section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
         if roofs := rows[-1]["roofs"]:
             yield (
                 f"Roofs measured beside the last row: read {roofs['read'] / 1e12:.2f} TB/s, copy "
-                f"{roofs['copy'] / 1e12:.2f} TB/s, cuBLAS bf16 {roofs['compute'] / 1e12:.0f} TFLOP/s."
+                f"{roofs['copy'] / 1e12:.2f} TB/s, cuBLAS bf16 {roofs['compute'] / 1e12:.0f} TFLOP/s. A ratio with a "
+                "star has the host's share in it: that peer is not fit for a CUDA graph."
             )
         yield from (f"![{kind}]({drawn[kind]})" for kind in ("roofline", "peers") if kind in drawn)
         yield from ops_table(rows, machine.gpu)
@@ -87,9 +88,10 @@ def ops_table(rows: Sequence[dict[str, Any]], gpu: bool) -> Iterator[str]:
                 f"{100 * row['share']:.0f} %",
                 says(target) if target else "",
             ]
-        ratios = [row["peers"].get(name, {}).get("ratio") for name in columns]
-        cells += ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        peers = [row["peers"].get(name, {}) for name in columns]
+        cells += [f"{p['ratio']:.2f}" + "*" * (p.get("clock") == "events") if "ratio" in p else "-" for p in peers]
         ran = f"{'kernel' if row['kernel'] else 'reference'}, {row['dtype']}"
+        ran += ", ABOVE THE ROOF" * (row["share"] > 1)
         lines.append([*cells, f"{row['error']:.1e}", f"{row['eager_error']:.1e}", ran])
     yield table(header, lines)
 

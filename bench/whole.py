@@ -135,7 +135,7 @@ def section(machine: Machine, figure: str | None) -> Iterator[str]:
                 yield "When diffusion beats AR, by these passes and by the floors:"
                 yield text
         if found := [line for line in decode if line["model"] == model]:
-            yield "Decoding, prefill excluded:"
+            yield "Decoding, prefill excluded (*: included, it is half of the time or more):"
             yield decode_table(found)
     if figure:
         yield f"![decoding]({figure})"
@@ -172,7 +172,7 @@ def decode_table(lines: Sequence[Mapping[str, Any]]) -> str:
             x["batch"],
             x["context"],
             "-" if x["threshold"] is None else x["threshold"],
-            f"{x['tokens_per_s']:.1f}",
+            f"{x['tokens_per_s']:.1f}" + "*" * x.get("prefill_included", False),
             "-" if not x["tokens_per_pass"] else f"{x['tokens_per_pass']:.2f}",
         )
         for x in lines
