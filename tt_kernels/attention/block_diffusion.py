@@ -23,9 +23,10 @@ def causal_attention(
     Returns:
         o: [B, N, Hq, P] dtype of q.
 
-    Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v. Deterministic. Where gradients are
-    wanted the reference runs, which on a GPU need not be. Raises ValueError for sizes that disagree and Hkv that does
-    not divide Hq. Cost: 2 B Hq N^2 P flops, 2 B N (Hq + Hkv) P itemsize bytes.
+    Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v. Deterministic. Where gradients are wanted the
+    reference runs, which on a GPU need not be. NaN and infinity in what a token sees reach it; in v they may also reach
+    tokens of the same row which do not see them (a weight of 0 times NaN, as in PyTorch). Raises ValueError for sizes
+    that disagree and Hkv that does not divide Hq. Cost: 2 B Hq N^2 P flops, 2 B N (Hq + Hkv) P itemsize bytes.
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245).
     """
     check(
@@ -68,10 +69,10 @@ def block_diffusion_attention(
     Returns:
         o: [B, N, Hq, P] dtype of q.
 
-    Softmax and sums in fp32 (fp64 for fp64). Gradients for all tensors. Deterministic. Where gradients
-    are wanted the reference runs, which on a GPU need not be. Raises ValueError for sizes that disagree, Hkv that does
-    not divide Hq, a block_size below 1. Cost: 2 B Hq N (N + S) P flops,
-    2 B N (Hq + 2 Hkv) P itemsize bytes. Source: Arriola et al., Block Diffusion (2503.09573), section 3.
+    Softmax and sums in fp32 (fp64 for fp64). Gradients for all tensors. Deterministic. Where gradients are wanted the
+    reference runs, which on a GPU need not be. NaN as in `causal_attention`. Raises ValueError for sizes that disagree,
+    Hkv that does not divide Hq, a block_size below 1. Cost: 2 B Hq N (N + S) P flops, 2 B N (Hq + 2 Hkv) P itemsize
+    bytes. Source: Arriola et al., Block Diffusion (2503.09573), section 3.
     """
     check(
         "block_diffusion_attention",
@@ -155,7 +156,11 @@ OPS = (
             dict(B=1, N=96, Hq=2, Hkv=2, P=29, S=12, packed=1),
             dict(B=1, N=90, Hq=1, Hkv=1, P=8, S=48),
         ),
-        shapes=(dict(B=1, N=4096, S=16, **_HEADS), dict(B=1, N=4096, S=16, packed=1, **_HEADS)),
+        shapes=(
+            dict(B=1, N=4096, S=16, **_HEADS),
+            dict(B=1, N=8192, S=16, **_HEADS),
+            dict(B=1, N=4096, S=16, packed=1, **_HEADS),
+        ),
         grows=dict(N=1024),
         outputs=("o",),
         grads=("q", "k", "v", "k_clean", "v_clean"),

@@ -94,13 +94,13 @@ def _block_attention_kernel(
     for n in tl.range(inner, whole, BLOCK_N):
         k = _tile(k_clean_ptr, n + offs_n, offs_p, stride_kcn, N, P)
         v = _tile(v_clean_ptr, n + offs_n, offs_p, stride_vcn, N, P)
-        m, l, o = attend(q, k, v, m, l, o, True, scale, MASKED=False, PRECISION="ieee")
+        m, l, o = attend(q, k, v, m, l, o, True, scale, MASKED=False)
     for i in tl.range(low, inner + tl.maximum(most - whole, 0), BLOCK_N):  # what is left on both sides of those
         n = i if i < inner else i - inner + whole
         k = _tile(k_clean_ptr, n + offs_n, offs_p, stride_kcn, N, P)
         v = _tile(v_clean_ptr, n + offs_n, offs_p, stride_vcn, N, P)
         seen = ((n + offs_n)[None, :] < limit[:, None]) & ((n + offs_n)[None, :] >= begin[:, None])
-        m, l, o = attend(q, k, v, m, l, o, seen, scale, MASKED=True, PRECISION="ieee")
+        m, l, o = attend(q, k, v, m, l, o, seen, scale, MASKED=True)
     if not CAUSAL:  # its own noisy block, both ways
         k_ptr += b * stride_kb + head // R * stride_kh
         v_ptr += b * stride_vb + head // R * stride_vh
@@ -110,7 +110,7 @@ def _block_attention_kernel(
             v = _tile(v_ptr, n + offs_n, offs_p, stride_vn, N, P)
             seen = ((n + offs_n) // S)[None, :] == (rows // S)[:, None]
             seen = seen & ((n + offs_n) < N)[None, :] & ((n + offs_n)[None, :] >= begin[:, None])
-            m, l, o = attend(q, k, v, m, l, o, seen, scale, MASKED=True, PRECISION="ieee")
+            m, l, o = attend(q, k, v, m, l, o, seen, scale, MASKED=True)
 
     out = (b * N + rows) * Hq + head
     mask_o = (rows < N)[:, None] & (offs_p < P)[None, :]

@@ -43,10 +43,14 @@ def context_attention(
     Returns:
         o: [B, L, Hq, P] dtype of q.
 
-    Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k, v and the pages. Deterministic. Raises ValueError for
-    sizes that disagree, Hkv that does not divide Hq, and in the reference for a length beyond the row's pages, which
-    kernels cut to them. Cost for S cached tokens a row: 4 B L Hq (S + L) P flops, (2 B (S + L) Hkv + 2 B L Hq) P
-    itemsize bytes. Where gradients are wanted the reference runs.
+    Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k, v and the pages. Deterministic: a kernel's result for
+    a row has bits that depend on that row, on L, the heads and P, and through the split size on the number of rows B;
+    not on what the other rows hold, nor on the room in their pages. NaN and infinity in what a token sees reach it; in
+    what it does not see they stay away, but for the values of later tokens of its own block where `causal` (a weight of
+    0 times NaN, as in PyTorch). Raises ValueError for sizes that disagree, Hkv that does not divide Hq, and in the
+    reference for a length below 0 or beyond the row's pages, which kernels cut to 0 and to them. Cost for S cached
+    tokens a row: 4 B L Hq (S + L) P flops, (2 B (S + L) Hkv + 2 B L Hq) P itemsize bytes. Where gradients are wanted
+    the reference runs.
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245), pages of Kwon et al. (2309.06180).
     """
     check(
@@ -100,9 +104,10 @@ def append_attention(
         o: [B, L, Hq, P] dtype of q, of all L tokens.
 
     Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v; none flow through the cache, and where they are
-    wanted the reference runs. Deterministic. Raises ValueError for sizes that disagree, Hkv that does not divide Hq,
-    and in the reference for rows that outgrow their pages, which kernels cut to them. Cost for S cached tokens a row:
-    4 B L Hq (S + L / 2) P flops, (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes. Source: as `context_attention`.
+    wanted the reference runs. Deterministic, and NaN, as in `context_attention`. Raises ValueError for sizes that
+    disagree, Hkv that does not divide Hq, and in the reference for a length below 0 and for rows that outgrow their
+    pages, which kernels cut to 0 and to them. Cost for S cached tokens a row: 4 B L Hq (S + L / 2) P flops,
+    (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes. Source: as `context_attention`.
     """
     check(
         "append_attention",
@@ -136,12 +141,18 @@ def _inputs(
     page_size: int = 64,
     causal: int = 0,
     shuffled: int = 1,
+    wide: int = 0,
 ) -> dict[str, object]:
-    """Rows of S tokens in pages in order; shuffled=1: of S and fewer, in shuffled pages; 2: of S, in shuffled pages."""
+    """Rows of S tokens in pages in order; shuffled=1: of S and fewer, in shuffled pages; 2: of S, in shuffled pages; 3:
+    as 1, with lengths around the ends of pages. wide: table and lengths in 64 bits."""
     row = max(1, -(-S // page_size))
     pages = torch.randn(2, B * row, page_size, Hkv, P, dtype=dtype)
     table = torch.randperm(B * row) if shuffled else torch.arange(B * row)
     lengths = torch.randint(0, S + 1, (B,)) if shuffled == 1 else torch.full((B,), S)
+    if shuffled == 3:
+        edges = torch.tensor([S, 0, page_size, 1, page_size + 1, page_size - 1])
+        lengths = edges[torch.arange(B) % len(edges)].clamp(max=S)
+    ints = torch.int64 if wide else torch.int32
     k, v = torch.randn(2, B, L, Hkv, P, dtype=dtype)
     return dict(
         q=torch.randn(B, L, Hq, P, dtype=dtype),
@@ -149,8 +160,8 @@ def _inputs(
         v=v,
         k_pages=pages[0],
         v_pages=pages[1],
-        page_table=table.view(B, row).int(),
-        lengths=lengths.int(),
+        page_table=table.view(B, row).to(ints),
+        lengths=lengths.to(ints),
         causal=bool(causal),
     )
 
@@ -166,6 +177,7 @@ def _cost(
     page_size: int = 64,
     causal: int = 0,
     shuffled: int = 1,
+    wide: int = 0,
 ) -> tuple[int, int]:
     own = (L + 1) / 2 if causal else L  # that a token sees of its block
     return int(4 * B * L * Hq * (S + own) * P), (2 * B * (S + L) * Hkv + 2 * B * L * Hq) * P * itemsize
@@ -182,12 +194,13 @@ def _append_inputs(
     page_size: int = 64,
     counted: int = 0,
     shuffled: int = 1,
+    wide: int = 0,
 ) -> dict[str, object]:
     """Room for S tokens a row and L more. counted: the rows take none, one, ... of them in turn."""
-    inputs = _inputs(dtype, B, L, Hq, Hkv, P, S + L, page_size, shuffled=shuffled)
+    inputs = _inputs(dtype, B, L, Hq, Hkv, P, S + L, page_size, shuffled=shuffled, wide=wide)
     del inputs["causal"]
     inputs["lengths"] = (inputs["lengths"] - L).clamp(min=0)
-    return inputs | dict(counts=(torch.arange(B) % (L + 1)).int() if counted else None)
+    return inputs | dict(counts=(torch.arange(B) % (L + 1)).to(inputs["lengths"].dtype) if counted else None)
 
 
 def _append_cost(
@@ -201,6 +214,7 @@ def _append_cost(
     page_size: int = 64,
     counted: int = 0,
     shuffled: int = 1,
+    wide: int = 0,
 ) -> tuple[int, int]:
     flops, moved = _cost(itemsize, B, L, Hq, Hkv, P, S, causal=1)
     return flops, moved + 2 * B * L * Hkv * P * itemsize
@@ -229,11 +243,16 @@ OPS = (
             dict(B=1, L=2, Hq=2, Hkv=1, P=8, S=65, shuffled=0),
             dict(B=2, L=2, Hq=2, Hkv=1, P=8, S=90, page_size=16),
             dict(B=2, L=20, Hq=2, Hkv=1, P=16, S=100, causal=1),
+            dict(B=6, L=3, Hq=4, Hkv=2, P=16, S=150, shuffled=3),  # in 16 bits with TMA, as the next two
+            dict(B=4, L=5, Hq=2, Hkv=1, P=128, S=130, causal=1, shuffled=3, wide=1),
+            dict(B=2, L=2, Hq=2, Hkv=1, P=128, S=50),
         ),
         shapes=(
             *(dict(B=1, L=16, S=S, **_PUBLISHED) for S in (256, 4096, 32768, 131072)),
             *(dict(B=1, L=1, S=S, **_PUBLISHED) for S in (4096, 131072)),
+            *(dict(B=B, L=16, S=S, **_PUBLISHED) for B, S in ((8, 1024), (8, 8192), (64, 1024), (64, 8192))),
             dict(B=1, L=16, S=4096, causal=1, **_PUBLISHED),
+            dict(B=1, L=16, S=4096, wide=1, **_PUBLISHED),
             dict(B=1, L=2048, S=32768, causal=1, **_PUBLISHED),
             dict(B=1, L=4096, S=0, causal=1, **_PUBLISHED),
         ),
@@ -259,10 +278,15 @@ OPS = (
             dict(B=2, L=4, Hq=2, Hkv=1, P=8, S=0, counted=1),
             dict(B=1, L=0, Hq=2, Hkv=1, P=8, S=3),
             dict(B=2, L=7, Hq=6, Hkv=2, P=16, S=200, page_size=16),
+            dict(B=6, L=3, Hq=4, Hkv=2, P=16, S=150, counted=1, shuffled=3),  # in 16 bits with TMA, as the next two
+            dict(B=4, L=5, Hq=2, Hkv=1, P=128, S=130, counted=1, shuffled=3, wide=1),
+            dict(B=2, L=2, Hq=2, Hkv=1, P=128, S=50, shuffled=2),
         ),
         shapes=(
             *(dict(B=1, L=L, S=S, **_PUBLISHED) for L, S in ((1, 4096), (16, 4096), (16, 131072), (2048, 32768))),
+            dict(B=64, L=16, S=8192, **_PUBLISHED),
             dict(B=1, L=2048, S=0, counted=1, **_PUBLISHED),
+            dict(B=1, L=2048, S=0, counted=1, wide=1, **_PUBLISHED),
         ),
         grows=dict(B=64, L=64, S=131072),
         outputs=("o",),

@@ -60,7 +60,6 @@ def _cached(
         mask = (offs_p < P)[None, :]
         if MASKED:
             mask = mask & (tokens < end)[:, None]
-        if MASKED:
             pages = tl.load(table_ptr + tokens // page_size, mask=tokens < end, other=0).to(tl.int64)
         else:
             pages = tl.load(table_ptr + tokens // page_size).to(tl.int64)
@@ -71,7 +70,7 @@ def _cached(
     return k, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["fill"])
 def _context_attention_kernel(
     q_ptr,  # [B, L, Hq, P]
     k_ptr,  # [B, L, Hkv, P]: the block's own, as v
@@ -108,7 +107,8 @@ def _context_attention_kernel(
     Hkv,
     page_size,
     room,
-    most,  # splits of a row's context
+    fill,  # splits of a row's context: as many as keep the GPU busy
+    most,
     least,  # cached tokens of a split
     scale,  # times log2(e)
     P: tl.constexpr,
@@ -129,11 +129,11 @@ def _context_attention_kernel(
     split = tl.program_id(1) // Hkv if SPLIT else 0
     b = tl.program_id(2).to(tl.int64)
     acc = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
-    PRECISION: tl.constexpr = "ieee"  # of fp32 products; 16-bit ones do not see it
-    length = tl.minimum(tl.load(lengths_ptr + b), room).to(tl.int32)  # never past the row's pages
+    length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), room).to(tl.int32)  # never outside the row's pages
     start, end = 0, length
     if SPLIT:  # the row's own length: every split then has as much to do, however much room there is
-        size = tl.maximum(tl.cdiv(tl.cdiv(length, most), 64) * 64, least)
+        splits = tl.minimum(tl.maximum(fill, tl.cdiv(length, 16 * least)), most)
+        size = tl.maximum(tl.cdiv(tl.cdiv(length, splits), 64) * 64, least)
         start = split * size
         end = tl.minimum(length, start + size)
     table_ptr = page_table_ptr + b * stride_table
@@ -181,14 +181,14 @@ def _context_attention_kernel(
             *(page_size, P, BLOCK_N, BLOCK_P, TMA, False),
         )
         page = _page(table_ptr, n + BLOCK_N, end, page_size, TMA)
-        m, l, o = attend(q, k, v, m, l, o, True, scale, MASKED=False, PRECISION=PRECISION)
+        m, l, o = attend(q, k, v, m, l, o, True, scale, MASKED=False)
     if full < end:
         k, v = _cached(
             *(k_desc, v_desc, k_pages_ptr, v_pages_ptr, table_ptr, page, full, end, head),
             *(stride_kpage, stride_kslot, stride_khead, stride_vpage, stride_vslot, stride_vhead),
             *(page_size, P, BLOCK_N, BLOCK_P, TMA, True),
         )
-        m, l, o = attend(q, k, v, m, l, o, (full + offs_n < end)[None, :], scale, MASKED=True, PRECISION=PRECISION)
+        m, l, o = attend(q, k, v, m, l, o, (full + offs_n < end)[None, :], scale, MASKED=True)
 
     if split == 0:  # its own block, straight from the projection
         last = L
@@ -204,7 +204,7 @@ def _context_attention_kernel(
             seen = (own < L)[None, :]
             if CAUSAL:
                 seen = seen & (own[None, :] <= token[:, None])
-            m, l, o = attend(q, k, v, m, l, o, seen, scale, MASKED=True, PRECISION=PRECISION)
+            m, l, o = attend(q, k, v, m, l, o, seen, scale, MASKED=True)
 
     out = (b * L + token) * (Hkv * R) + query_head
     if SPLIT:
@@ -247,29 +247,41 @@ def _combine_splits_kernel(
 # ---- launches ----
 
 
-def context_splits(rows: int, heads: int) -> tuple[int, int]:
-    """(most, least): into how many splits a row's context goes at most, and how many cached tokens one has at least.
+def context_splits(batch: int, rows: int, heads: int) -> tuple[int, int, int]:
+    """(fill, most, least): into how many splits a row's context goes to keep the GPU busy, how many at most, and how
+    many cached tokens one has at least.
 
-    A row of S tokens goes into splits of max(least, S / most, rounded up to 64) tokens, on the device: neither its
-    neighbours nor the room in the cache change its bits, and all splits have the same to do. The published block (2 KV
-    heads of 256 rows, 128 to a program) has 32 splits of 2 * 2 programs from 8K tokens on: 128 of equal work for the
-    132 multiprocessors of an H200, one wave without a tail. One token (16 rows a head) has 64 splits of 2 programs.
-    At least as many tokens as rows: what a split leaves behind (fp32) is then no more than the K and V it reads.
+    A row of S tokens goes into n = max(fill, S / (16 least)), up to `most`, splits of max(least, S / n, rounded up to
+    64) tokens, on the device: what other rows hold and the room in the cache do not change its bits. The published
+    block (2 KV heads of 256 rows, 128 to a program) alone has 32 splits of 2 * 2 programs from 8K tokens on: 128 of
+    equal work for the 132 multiprocessors of an H200, one wave without a tail. One token (16 rows a head) has 64.
 
-    Workspace: splits * L * Hq * (P + 2) * 4 bytes a row of the batch, most * rows * heads being 128 * 128 or fewer: 8.5
-    MB at P = 128 whatever the context. From L = 1024 on, as in a prompt's stretches of 2048, one split and none.
+    What a split leaves behind (fp32, written and read) is 2 rows / tokens of the bytes of its K and V (16 bits): twice
+    as many at `least`, an eighth at 16 least. One row can afford that: 8.5 MB at P = 128, which stay in L2. With 32
+    splits for each of 64 rows of 8K it would be 1.6 GB instead of 537 MB, 375 us for 125. So B rows share the splits
+    that fill the GPU, and the 8.5 MB. Beyond that a row is split where it costs an eighth (2 splits each of those 64),
+    for a long one not to be waited for. From 16 least * most tokens on (128K) the batch does not matter at all.
+
+    From L = 1024 on, as in a prompt's stretches of 2048, one split and none.
     """
-    return min(64, max(1, 128 // (triton.cdiv(rows, 128) * heads))), triton.cdiv(rows, 64) * 64
+    programs = triton.cdiv(rows, 128) * heads
+    most = min(64, max(1, 128 // programs))
+    return min(most, max(1, 128 // (programs * max(batch, 1)))), most, triton.cdiv(rows, 64) * 64
 
 
-def context_attention_launch(rows: int, room: int, P: int, itemsize: int, architecture: int) -> Launch:
-    """Above 8K tokens products bound it (256 rows a KV head do 256 flops a byte): 128 rows share a tile of keys, and
-    the second half finds it in L2; so it is where rows are many. Below, latency does: 64 rows, what wgmma takes, spread
-    over more programs. On Hopper three tiles of 64 keys and values are in shared
-    memory, of which two are on their way (TMA) while one is used. Without wgmma operands live in registers, which half
-    a tile of keys leaves free."""
+def splits_of(length: int, fill: int, most: int, least: int) -> int:
+    """Splits of which a row of so many tokens, or fewer, leaves none out."""
+    return max(1, min(most, max(fill, triton.cdiv(length, 16 * least)), triton.cdiv(length, least)))
+
+
+def context_attention_launch(batch: int, rows: int, room: int, P: int, itemsize: int, architecture: int) -> Launch:
+    """Above 8K tokens in all products bound it (256 rows a KV head do 256 flops a byte): 128 rows share a tile of keys,
+    and the second half finds it in L2; so it is where rows are many. Below, latency does: 64 rows, what wgmma takes,
+    spread over more programs. On Hopper three tiles of 64 keys and values are in shared memory, of which two are on
+    their way (TMA) while one is used. Without wgmma operands live in registers, which half a tile of keys leaves
+    free."""
     block_p = max(16, triton.next_power_of_2(P))
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64 if room <= 8192 and rows <= 8192 else 128)
+    block_m = min(max(16, triton.next_power_of_2(rows)), 64 if batch * room <= 8192 and rows <= 8192 else 128)
     if itemsize > 2 or block_p > 128:  # fp32 tiles are twice as large
         return Launch(BLOCK_P=block_p, BLOCK_M=min(block_m, 64), BLOCK_N=32, num_warps=4, num_stages=2)
     warps = 8 if block_m >= 64 else 4
@@ -283,12 +295,11 @@ def _tiles(pages: Tensor, launch: Launch) -> TensorDescriptor | None:
     """Pages as a matrix for TMA, where there is one, a tile of tokens lies in one page and rows are whole 16-byte
     pieces."""
     n, page_size, H, P = pages.shape
-    if architecture(pages) < 90:
-        return None
     # Splits begin at multiples of 64: larger tiles would cross pages.
     fits = page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64 and P == launch.BLOCK_P
     aligned = pages.is_meta or pages.data_ptr() % 16 == 0
-    if not (fits and aligned and pages.is_contiguous() and pages.numel() and pages.element_size() == 2):
+    plain = pages.is_contiguous() and pages.numel() and pages.element_size() == 2
+    if not (architecture(pages) >= 90 and fits and aligned and plain):
         return None
     return TensorDescriptor.from_tensor(pages.view(n * page_size, H * P), [launch.BLOCK_N, P])
 
@@ -314,15 +325,16 @@ def _attention(
     o = q.new_empty(q.shape)
     launch = tuned(
         "_context_attention_kernel",
-        context_attention_launch(L * R, room, P, q.element_size(), architecture(q)),
+        context_attention_launch(B, L * R, room, P, q.element_size(), architecture(q)),
         architecture(q),
+        batch=triton.next_power_of_2(B),
         rows=L * R,
         room=triton.next_power_of_2(room),
         P=P,
         itemsize=q.element_size(),
     )
-    most, least = context_splits(max(L, 1) * R, Hkv)
-    splits = max(1, min(most, triton.cdiv(room, least)))
+    fill, most, least = context_splits(B, max(L, 1) * R, Hkv)
+    splits = splits_of(room, fill, most, least)
     k_desc, v_desc = _tiles(k_pages, launch), _tiles(v_pages, launch)
     tma = k_desc is not None and v_desc is not None
     m = l = partial = None
@@ -336,7 +348,7 @@ def _attention(
         *(None if counts is None else counts.contiguous(), o, partial, m, l),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(*k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0)),
-        *(B, L, Hkv, page_size, room, most, least, scale * 1.4426950408889634),
+        *(B, L, Hkv, page_size, room, fill, most, least, scale * 1.4426950408889634),
         P=P,
         R=R,
         APPEND=append,

@@ -46,6 +46,8 @@ def context_attention(
     if lengths.device.type == "cpu":
         host = lengths.tolist() or [0]
         longest, shortest = max(host), min(host)
+        if shortest < 0:
+            raise ValueError(f"context_attention: lengths goes down to {shortest}, expected 0 or more")
     if longest > room:
         raise ValueError(f"context_attention: lengths goes up to {longest}, but the page table has room for {room}")
     if longest == 0:
