@@ -8,10 +8,11 @@ import math
 
 import pytest
 import torch
-from parity import DEVICE, KERNELS
+from parity import DEVICE, DTYPES, KERNELS
 from torch import Tensor
 
 from tt_kernels import append_attention, context_attention
+from tt_kernels.attention import context_kernels
 
 pytestmark = pytest.mark.kernels
 DTYPE = torch.float32 if DEVICE == "cuda" else torch.float64  # a GPU has no fp64 kernels
@@ -21,7 +22,11 @@ NOBODY = 10**6  # a page that is not there
 
 
 def close(got: Tensor, want: Tensor) -> None:
-    """fp64: 4500 eps. fp32: 80, for products summed in another order over 200 terms. A wrong token shows at 1e-2."""
+    """fp64: 4500 eps. fp32: 80, for products summed in another order over 200 terms. A wrong token shows at 1e-2. 16
+    bits: weights and results are rounded by half an eps each, of values up to 5; a NaN shows."""
+    if got.dtype.itemsize == 2:
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=5 * torch.finfo(got.dtype).eps)
+        return
     bound = 1e-12 if got.dtype == torch.float64 else 1e-5
     torch.testing.assert_close(got, want.to(got), rtol=bound, atol=bound)
 
@@ -32,8 +37,8 @@ def heads(B: int, L: int, *, Hkv: int = 1, P: int = 4, dtype: torch.dtype = DTYP
 
 
 def edges(L: int) -> list[int]:
-    """Lengths to try with a block of L: some of them where blocks are long, which costs an interpreter seconds."""
-    return EDGES if L <= 3 else EDGES[::2] if L % 2 else EDGES[1::2]
+    """Lengths to try with a block of L: all with a short one, else two in turn, a second to interpret."""
+    return EDGES if L <= 3 else [EDGES[L % 6], EDGES[(L + 3) % 6]]
 
 
 class Rows:
@@ -83,7 +88,7 @@ def seeded() -> None:
 # ---- values ----
 
 
-@pytest.mark.parametrize("L", [1, 2, 3, 15, 16, 17, 33, 64])
+@pytest.mark.parametrize("L", range(1, 65))
 def test_every_length_with_every_block(L: int) -> None:
     lengths = edges(L)
     rows, (q, k, v) = Rows(lengths), heads(len(lengths), L)
@@ -94,6 +99,32 @@ def test_every_length_with_every_block(L: int) -> None:
 def test_many_splits(lengths: list[int]) -> None:
     rows, (q, k, v) = Rows(lengths, Hkv=2), heads(len(lengths), 2, Hkv=2)
     close(context_attention(q, k, v, *rows.cache), rows.want(q, k, v, False))
+
+
+@pytest.mark.skipif(not KERNELS, reason="the reference has no splits")
+@pytest.mark.parametrize("fill", [1, 2, 4])
+def test_splits_of_a_row_in_a_larger_batch(fill: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fewer keep the GPU busy, the longer splits get, up to where they are cheap: 1024 tokens for these blocks."""
+    monkeypatch.setattr(context_kernels, "context_splits", lambda *sizes: (fill, 4, 64))
+    rows, (q, k, v) = Rows([2113, 1025, 1024, 300, 0, 65]), heads(6, 2)
+    close(context_attention(q, k, v, *rows.cache), rows.want(q, k, v, False))
+
+
+@pytest.mark.skipif(not KERNELS, reason="PyTorch computes so on a GPU only")
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize == 2], ids=str)
+@pytest.mark.parametrize("P", [16, 128])
+@pytest.mark.parametrize("L", [1, 5, 33] if DEVICE == "cuda" else [1, 5])  # a long one takes 10 s to interpret
+def test_sixteen_bits_by_tma(L: int, P: int, dtype: torch.dtype) -> None:
+    """Tiles of pages that TMA brings hold NaN behind a row's end, and tokens enter there; shared memory has no mask."""
+    lengths = [*EDGES, 3 * PAGE - 5]
+    rows, (q, k, v) = Rows(lengths, L, Hkv=2, P=P, dtype=dtype), heads(7, L, Hkv=2, P=P, dtype=dtype)
+    close(context_attention(q, k, v, *rows.cache), rows.want(q, k, v, False))
+    counts = torch.tensor([L, 0, 1, L - 1, L, 2, L], device=DEVICE).clamp(max=L)
+    close(append_attention(q, k, v, *rows.cache, counts), rows.want(q, k, v, True))
+    for b, (n, c) in enumerate(zip(lengths, counts.tolist(), strict=True)):
+        for t in range(c):
+            assert all(torch.equal(*pair) for pair in zip(rows.token(b, n + t), (k[b, t], v[b, t]), strict=True))
+    assert int(rows.pages[1, ..., 0, 0].isfinite().sum()) == sum(lengths) + int(counts.sum())
 
 
 @pytest.mark.parametrize("L", [1, 3, 17, 33, 64])
@@ -140,6 +171,24 @@ def test_a_full_row_writes_no_page_of_others() -> None:
     assert int(changed.sum()) == 2 and changed[rows.table[1, 1], -2:].all()
 
 
+@pytest.mark.parametrize("wide", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("below", [-1, -PAGE, -(2**31)])
+def test_a_length_below_zero_is_none(below: int, wide: torch.dtype) -> None:
+    rows, (q, k, v) = Rows([0, 70], 3), heads(2, 3)
+    rows.lengths, table = torch.tensor([below, 70], device=DEVICE, dtype=wide), rows.table.to(wide)
+    if not KERNELS:
+        for op in (context_attention, append_attention):
+            with pytest.raises(ValueError, match=f"lengths goes down to {below}, expected 0 or more"):
+                op(q, k, v, *rows.pages, table, rows.lengths)
+        return
+    none = Rows([0, 70], 3)
+    none.k, none.v, none.pages, none.table = rows.k, rows.v, rows.pages.clone(), rows.table
+    close(context_attention(q, k, v, *rows.pages, table, rows.lengths), none.want(q, k, v, False))
+    close(append_attention(q, k, v, *rows.pages, table, rows.lengths), none.want(q, k, v, True))
+    append_attention(q, k, v, *none.cache)
+    assert torch.equal(rows.pages.nan_to_num(7), none.pages.nan_to_num(7))
+
+
 @pytest.mark.parametrize("permuted", [False, True])
 def test_pages_of_any_strides_are_written(permuted: bool) -> None:
     rows, (q, k, v) = Rows([3, 70], 5, Hkv=2), heads(2, 5, Hkv=2)
@@ -151,6 +200,43 @@ def test_pages_of_any_strides_are_written(permuted: bool) -> None:
         pages = torch.stack([stored, torch.zeros_like(stored)], 3).flatten(2, 3)[:, :, ::2]
     append_attention(q, k, v, *pages, rows.table, rows.lengths)
     assert torch.equal(pages.nan_to_num(7), rows.pages.nan_to_num(7))
+
+
+# ---- NaN ----
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("append", [False, True])
+@pytest.mark.parametrize("where", ["q", "k_pages", "v_pages", "k", "v"])
+def test_nan_reaches_who_sees_it_and_nobody_else(where: str, append: bool) -> None:
+    """One NaN in row 0: in query head 1, or in KV head 0, which query heads 0 and 1 use."""
+    rows, (q, k, v) = Rows([200, 70], 4, Hkv=2), heads(2, 4, Hkv=2)
+    place = rows.table[0, 130 // PAGE], 130 % PAGE
+    seen = torch.zeros(q.shape, dtype=torch.bool, device=DEVICE)  # who has to be NaN
+    maybe = torch.zeros_like(seen)  # who may be: PyTorch masks by adding -inf, and by weights of 0
+    clean = append_attention(q, k, v, *rows.pages.clone(), *rows.cache[2:]) if append else None
+    clean = context_attention(q, k, v, *rows.cache) if clean is None else clean
+    if where == "q":
+        q[0, 2, 1, 3] = math.nan
+        seen[0, 2, 1] = True
+    elif where == "k_pages":
+        rows.pages[0][*place, 0, 3] = math.nan
+        seen[0, :, :2] = True
+    elif where == "v_pages":
+        rows.pages[1][*place, 0, 3] = math.nan
+        seen[0, :, :2, 3] = True
+    elif where == "k":
+        k[0, 2, 0, 3] = math.nan
+        seen[0, 2 if append else 0 :, :2] = True
+        maybe[0, :, :2] = not KERNELS
+    else:
+        v[0, 2, 0, 3] = math.nan
+        seen[0, 2 if append else 0 :, :2, 3] = True
+        maybe[0, :, :2, 3] = True
+    got = (append_attention if append else context_attention)(q, k, v, *rows.cache)
+    assert got[seen].isnan().all()
+    others = ~(seen | maybe)
+    close(got[others], clean[others])
 
 
 # ---- one way and another ----
@@ -183,7 +269,8 @@ def test_two_segments_are_the_whole(first: int) -> None:
 
 
 def test_neither_room_nor_neighbours_show() -> None:
-    """Bit for bit: a row alone in a cache that just holds it, and beside longer ones with a table of 300 pages."""
+    """Bit for bit: a row alone in a cache that just holds it, and beside longer ones with a table of 300 pages. Splits
+    of both are the shortest there are, whatever the batch."""
     lengths = [5, 200]
     rows, (q, k, v) = Rows(lengths, dtype=torch.float32), heads(2, 3, dtype=torch.float32)
     wide = torch.full((2, 300), NOBODY, dtype=torch.int32, device=DEVICE)
