@@ -15,7 +15,7 @@ from parity import assert_as_good, double, outputs
 
 from bench import peers
 from bench.ops import Case, bind_peer, disagreement, named
-from bench.peers import base
+from bench.peers import base, paged
 from tt_kernels import OPS
 from tt_kernels.launch import INTERPRET
 
@@ -30,6 +30,18 @@ ON_CPU = {
         "flex": (
             dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
             dict(B=3, L=5, Hq=4, Hkv=1, P=8, S=70, causal=1),
+        ),
+    },
+    "append_attention": {
+        "sdpa": (
+            dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
+            dict(B=3, L=5, Hq=4, Hkv=1, P=8, S=70, counted=1),
+            dict(B=2, L=4, Hq=2, Hkv=1, P=8, S=0, counted=1),
+        ),
+        "flex": (
+            dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
+            dict(B=3, L=5, Hq=4, Hkv=1, P=8, S=70),
+            dict(B=1, L=1, Hq=2, Hkv=2, P=29, S=63, shuffled=0),
         ),
     },
     "causal_attention": {
@@ -82,6 +94,55 @@ def test_equal_results(op: str, name: str, dims: dict[str, int]) -> None:
     low = outputs(card, card.reference(**kwargs))
     for output, got in call(op, name, kwargs).items():
         assert_as_good(output, got.to(low[output].dtype), low[output], high[output], 0.0, card.rms)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.skipif(INTERPRET, reason="nothing of Triton")
+@pytest.mark.parametrize("name", ["sdpa", "flex"])
+def test_what_is_appended(name: str) -> None:
+    op, dims = OPS["append_attention"], dict(B=3, L=5, Hq=4, Hkv=1, P=8, S=70)
+    kwargs, want = inputs("append_attention", dims), inputs("append_attention", dims)
+    call("append_attention", name, kwargs)
+    op.reference(**want)
+    assert all(torch.equal(kwargs[pages], want[pages]) for pages in op.writes)
+
+
+@pytest.mark.skipif(INTERPRET, reason="nothing of Triton")
+@pytest.mark.parametrize("name", ["context_attention", "append_attention"])
+def test_fa3_is_asked_for_the_splits_that_are_fastest(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for its library: reads the block from the cache, and takes the least time with 8 splits."""
+    asked: list[int] = []
+
+    def forward(*args: Any) -> None:
+        q, keys, values, out, starts, lengths, table = *args[:3], args[6], args[7], args[11], args[14]
+        L, causal, splits = args[12], args[24], args[30]
+        asked.append(splits)
+        before, B = lengths - L, len(table)
+        own = [_in_rows(pages, table, before, L) for pages in (keys, values)]
+        assert torch.equal(starts, torch.arange(0, B * L + 1, L)) and args[13] == lengths.max()
+        q = q.unflatten(0, (B, L))
+        o = OPS["context_attention"].reference(q, *own, keys, values, table, before, causal=causal, scale=args[23])
+        out.copy_(o.flatten(0, 1))
+
+    monkeypatch.setattr(paged, "on_gpu", lambda *a: None)
+    monkeypatch.setattr(paged, "_forward", lambda: forward)
+    monkeypatch.setattr(paged, "_seconds", lambda call: (call(), abs(asked[-1] - 8))[1])
+    base.fresh()
+    causal = dict(causal=1) if name == "context_attention" else {}
+    kwargs = inputs(name, dict(B=2, L=3, Hq=4, Hkv=2, P=8, S=70, shuffled=2) | causal)
+    want = OPS[name].reference(**kwargs)
+    got = call(name, "fa3", kwargs)["o"]
+    assert asked == [*paged.SPLITS, 8]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    call(name, "fa3", kwargs)
+    assert asked == [*paged.SPLITS, 8, 8], "tried once a row"
+
+
+def _in_rows(pages: torch.Tensor, table: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
+    """Tokens first, first + 1, ... of each row: [B, count, H, P]."""
+    position = first.long().view(-1, 1) + torch.arange(count)
+    size = pages.shape[1]
+    return pages[table.long().gather(1, position // size), position % size]
 
 
 GRADIENTS = (

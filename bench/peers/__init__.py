@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tt_kernels import Op
 
-from . import attention, experts, head, mamba, norm, router
+from . import attention, experts, head, mamba, norm, paged, router
 from .base import TOLERANCE, Adapter, Peer, Unavailable, compiled, difference, fresh, results
 
 __all__ = ["GENERAL", "REGISTRY", "TOLERANCE", "Adapter", "Peer", "Unavailable", "difference", "names", "peers_of"]
@@ -15,7 +15,7 @@ __all__ += ["results"]
 GENERAL = ("eager", "compiled")  # of every op: its reference as it stands, and under torch.compile
 
 REGISTRY: dict[str, dict[str, Peer]] = {}
-for part in (norm, router, experts, attention, mamba, head):
+for part in (norm, router, experts, attention, paged, mamba, head):
     for op, peers in part.PEERS.items():
         REGISTRY.setdefault(op, {}).update({peer.name: peer for peer in peers})
 

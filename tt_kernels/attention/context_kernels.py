@@ -275,15 +275,15 @@ def splits_of(length: int, fill: int, most: int, least: int) -> int:
 
 
 def context_attention_launch(batch: int, rows: int, room: int, P: int, itemsize: int, architecture: int) -> Launch:
-    """Above 8K tokens in all products bound it (256 rows a KV head do 256 flops a byte): 128 rows share a tile of keys,
-    and the second half finds it in L2; so it is where rows are many. Below, latency does: 64 rows, what wgmma takes,
-    spread over more programs. On Hopper three tiles of 64 keys and values are in shared memory, of which two are on
-    their way (TMA) while one is used. Without wgmma operands live in registers, which half a tile of keys leaves
-    free."""
+    """Above 8K tokens in all, and where rows are many, products bound it (256 rows a KV head do 256 flops a byte): 128
+    rows share a tile of keys, and the second half finds it in L2. Below, latency does: 64 rows, what wgmma takes, on
+    more programs. On Hopper three tiles of 64 keys and values are in shared memory, of which two are on their way
+    (TMA) while one is used. Without wgmma operands live in registers, which half a tile of keys leaves free."""
     block_p = max(16, triton.next_power_of_2(P))
     block_m = min(max(16, triton.next_power_of_2(rows)), 64 if batch * room <= 8192 and rows <= 8192 else 128)
-    if itemsize > 2 or block_p > 128:  # fp32 tiles are twice as large
-        return Launch(BLOCK_P=block_p, BLOCK_M=min(block_m, 64), BLOCK_N=32, num_warps=4, num_stages=2)
+    if itemsize > 2 or block_p > 128:  # in fp32 operands are registers: 64 rows of 128 would spill 9 KB a thread
+        block_m = min(block_m, 64 if itemsize == 2 else max(16, 1024 // block_p))
+        return Launch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=32, num_warps=4, num_stages=2)
     warps = 8 if block_m >= 64 else 4
     if architecture != 90:
         block_m, block_n = 128 if block_m >= 64 else block_m, 64 if architecture > 90 else 32
