@@ -10,3 +10,4 @@ class Mutant:
     old: str  # occurs once in the file
     new: str
     fault: str  # in words
+    test: str = ""  # the one that must fail, where it is not made from the op's card: FILE::NAME

@@ -33,8 +33,8 @@ def mutated(source: str, mutant: Mutant) -> str:
     return source.replace(mutant.old, mutant.new)
 
 
-def run_tests(op: str, mutant: Mutant | None = None) -> subprocess.CompletedProcess[str]:
-    """An op's tests on a copy of the tree, with the mutant's fault in it or as it is."""
+def run_tests(op: str, test: str, mutant: Mutant | None = None) -> subprocess.CompletedProcess[str]:
+    """An op's tests, or the one that is named, on a copy of the tree, with the mutant's fault in it or as it is."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in COPIED:
@@ -47,7 +47,10 @@ def run_tests(op: str, mutant: Mutant | None = None) -> subprocess.CompletedProc
             file = tree / mutant.file
             file.write_text(mutated(file.read_text(), mutant))
         return subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS, "-k", op],
+            [
+                *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"),
+                *([test] if test else [*TESTS, "-k", op]),
+            ],
             cwd=tree,
             env=os.environ
             | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tree), "TRITON_CACHE_DIR": str(tree / "cache")},
@@ -59,7 +62,7 @@ def run_tests(op: str, mutant: Mutant | None = None) -> subprocess.CompletedProc
 
 def survives(mutant: Mutant) -> str | None:
     """None if the tests fail, as they should; else what happened."""
-    done = run_tests(mutant.op, mutant)
+    done = run_tests(mutant.op, mutant.test, mutant)
     if done.returncode == 1 or done.returncode < 0:  # a fault that writes where it must not may kill the process
         return None
     return "survives" if done.returncode == 0 else f"pytest exits with {done.returncode}:\n{done.stdout[-2000:]}"
@@ -76,10 +79,13 @@ def main() -> int:
     chosen = [m for area in options.only or areas for m in areas[area]]
     failed = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        ops = sorted({mutant.op for mutant in chosen})
-        for op, done in zip(ops, pool.map(run_tests, ops), strict=True):
+        wanted = sorted({(mutant.op if not mutant.test else "", mutant.test) for mutant in chosen})
+        for names, done in zip(wanted, pool.map(lambda names: run_tests(*names), wanted), strict=True):
             if done.returncode:
-                print(f"the tests of {op!r} fail without any fault planted:\n{done.stdout[-2000:]}", file=sys.stderr)
+                print(
+                    f"the tests of {''.join(names)!r} fail without any fault planted:\n{done.stdout[-2000:]}",
+                    file=sys.stderr,
+                )
                 return 1
         for mutant, outcome in zip(chosen, pool.map(survives, chosen), strict=True):
             failed += outcome is not None

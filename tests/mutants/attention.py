@@ -6,6 +6,7 @@ TILE = "tt_kernels/attention/tile.py"
 CONTEXT = "tt_kernels/attention/context_kernels.py"
 BLOCKS = "tt_kernels/attention/block_diffusion_kernels.py"
 ANY = "causal_attention or block_diffusion"
+TESTS = "tests/test_attention_context.py::test_"
 
 MUTANTS = (
     Mutant("context_attention", TILE, "l = l * kept + ", "l = l + ", "the sum is not rescaled"),
@@ -55,9 +56,62 @@ MUTANTS = (
     Mutant(
         "context_attention",
         CONTEXT,
-        "tl.cdiv(tl.cdiv(length, most), 64) * 64, least)",
-        "(length // most) // 64 * 64, 1)",
+        "tl.cdiv(tl.cdiv(length, splits), 64) * 64, least)",
+        "(length // splits) // 64 * 64, 1)",
         "splits do not reach the end",
+    ),
+    Mutant(
+        "context_attention", CONTEXT, "at = page * page_size + n % page_size", "at = page * page_size", "page's start"
+    ),
+    Mutant(
+        "context_attention", CONTEXT, "page = _page(table_ptr, n + BLOCK_N,", "page = _page(table_ptr, n,", "stale page"
+    ),
+    Mutant(
+        "context_attention",
+        CONTEXT,
+        "v = v_desc.load([at, head * P])",
+        "v = v_desc.load([at, 0])",
+        "KV head 0's values",
+    ),
+    Mutant(
+        "context_attention",
+        CONTEXT,
+        "v = tl.where((tokens < end)[:, None], v, tl.zeros_like(v))",
+        "v = v + tl.zeros_like(v)",
+        "what TMA brings from behind the end is not cleared",
+        TESTS + "sixteen_bits_by_tma",
+    ),
+    Mutant(
+        "context_attention",
+        CONTEXT,
+        "tl.minimum(tl.maximum(fill, tl.cdiv(length, 16 * least)), most)",
+        "most",
+        "splits that nobody computes",
+        TESTS + "splits_of_a_row_in_a_larger_batch",
+    ),
+    Mutant(
+        "context_attention",
+        CONTEXT,
+        "max(fill, triton.cdiv(length, 16 * least))",
+        "fill",
+        "too few splits are launched",
+        TESTS + "splits_of_a_row_in_a_larger_batch",
+    ),
+    Mutant(
+        "append_attention",
+        CONTEXT,
+        "tl.maximum(tl.load(lengths_ptr + b), 0)",
+        "tl.load(lengths_ptr + b)",
+        "a length below 0 writes before the row",
+        TESTS + "a_length_below_zero_is_none",
+    ),
+    Mutant(
+        "context_attention",
+        TILE,
+        '        s = tl.where(seen, s, -float("inf"))',
+        '        s = tl.where(seen & (s == s), s, -float("inf"))',
+        "a NaN that is seen is swallowed",
+        TESTS + "nan_reaches_who_sees_it_and_nobody_else",
     ),
     Mutant(
         "append_attention",

@@ -244,7 +244,7 @@ OPS = (
             dict(B=2, L=2, Hq=2, Hkv=1, P=8, S=90, page_size=16),
             dict(B=2, L=20, Hq=2, Hkv=1, P=16, S=100, causal=1),
             dict(B=6, L=3, Hq=4, Hkv=2, P=16, S=150, shuffled=3),  # in 16 bits with TMA, as the next two
-            dict(B=4, L=5, Hq=2, Hkv=1, P=128, S=130, causal=1, shuffled=3, wide=1),
+            dict(B=4, L=5, Hq=2, Hkv=1, P=128, S=130, page_size=128, causal=1, shuffled=3, wide=1),
             dict(B=2, L=2, Hq=2, Hkv=1, P=128, S=50),
         ),
         shapes=(
