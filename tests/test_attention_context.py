@@ -189,6 +189,18 @@ def test_a_length_below_zero_is_none(below: int, wide: torch.dtype) -> None:
     assert torch.equal(rows.pages.nan_to_num(7), none.pages.nan_to_num(7))
 
 
+@pytest.mark.skipif(not KERNELS, reason="the reference refuses")
+@pytest.mark.parametrize("beyond", [1, 2**30])
+def test_a_length_beyond_the_pages_is_cut(beyond: int) -> None:
+    rows, (q, k, v) = Rows([3 * PAGE, PAGE]), heads(2, 2)
+    table, want = rows.table.clone(), rows.want(q, k, v, True)
+    table[1] = rows.table[1, 0]  # as if it had as many
+    lengths = rows.lengths + torch.tensor([beyond, 0], device=DEVICE, dtype=torch.int32)
+    before = rows.pages.clone()
+    close(append_attention(q, k, v, *rows.pages, table, lengths, torch.tensor([2, 0], device=DEVICE)), want)
+    assert torch.equal(rows.pages.nan_to_num(7), before.nan_to_num(7))
+
+
 @pytest.mark.parametrize("permuted", [False, True])
 def test_pages_of_any_strides_are_written(permuted: bool) -> None:
     rows, (q, k, v) = Rows([3, 70], 5, Hkv=2), heads(2, 5, Hkv=2)

@@ -98,6 +98,11 @@ def test_single_tokens_take_the_smallest_tile() -> None:
     assert context_attention_launch(1, 256, 4096, 5, 4, 90).BLOCK_P == 16
 
 
+def test_fp32_holds_few_rows_of_wide_heads() -> None:
+    """Its operands are registers: 16 rows of 64 numbers are what does not spill."""
+    assert [context_attention_launch(1, 256, 4096, P, 4, 90).BLOCK_M for P in (16, 32, 64, 128)] == [64, 32, 16, 16]
+
+
 @pytest.mark.parametrize("name", ["context_attention", "append_attention"])
 def test_small_cases_take_tma_as_the_published_shapes_do(name: str) -> None:
     """So that parity, memory and race checks see its tails, with and without splits, and appends beside it."""

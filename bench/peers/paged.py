@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import block_mask, even_length, flex_call, in_order
-from .base import HOW_TO, Peer, Unavailable, needs, on_gpu, once, only, prepared
+from .base import HOW_TO, Adapter, Peer, Unavailable, needs, on_gpu, once, only, prepared
 
 Call = Callable[[], Any]
 SPLITS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # 0: FA3's heuristic
@@ -130,8 +130,8 @@ def _fa3(
     table: Tensor,
     lengths: Tensor,
     longest: int,
-    causal: bool,
     scale: float | None,
+    causal: bool = True,
 ) -> Call:
     """lengths [B] with the block, `longest` of them. All numbers of splits are tried once for a row of the bench."""
     forward = _forward()
@@ -161,7 +161,7 @@ def _fa3(
 def fa3(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, **rest: Any) -> Call:
     L, S = q.shape[1], even_length(rest["lengths"])
     on_gpu(q, "FA3")
-    return _fa3(q, *_appended(k, v, S, rest), S + L, causal, scale)
+    return _fa3(q, *_appended(k, v, S, rest), S + L, scale, causal)
 
 
 # ---- the append: keys and values into the pages, then attention ----
@@ -276,41 +276,27 @@ def flex_append(
     return _appending(k, v, k_pages, v_pages, page_table, lengths, counts, then)
 
 
-def fa3_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    counts: Tensor | None = None,
-    *,
-    scale: float | None = None,
-) -> Call:
-    on_gpu(q, "FA3")
-    L = q.shape[1]
-    after, longest = lengths.int() + L, int(lengths.max()) + L
-    then = _fa3(q, k_pages, v_pages, page_table.int(), after, longest, True, scale)
-    return _appending(k, v, k_pages, v_pages, page_table, lengths, counts, then)
+def _reading(package: str, attention: Callable[..., Call]) -> Adapter:
+    """Kernels that read the tokens from the cache, once they are there."""
 
+    def adapter(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        page_table: Tensor,
+        lengths: Tensor,
+        counts: Tensor | None = None,
+        *,
+        scale: float | None = None,
+    ) -> Call:
+        on_gpu(q, package)
+        after = lengths.int() + q.shape[1]
+        then = attention(q, k_pages, v_pages, page_table.int(), after, int(after.max()), scale)
+        return _appending(k, v, k_pages, v_pages, page_table, lengths, counts, then)
 
-def vllm_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    counts: Tensor | None = None,
-    *,
-    scale: float | None = None,
-) -> Call:
-    on_gpu(q, "vLLM's unified attention")
-    L = q.shape[1]
-    then = _vllm(q, k_pages, v_pages, page_table.int(), lengths.int() + L, int(lengths.max()) + L, scale)
-    return _appending(k, v, k_pages, v_pages, page_table, lengths, counts, then)
+    return adapter
 
 
 PEERS = {
@@ -318,7 +304,7 @@ PEERS = {
     "append_attention": (
         Peer("sdpa", sdpa_append),
         Peer("flex", flex_append),
-        Peer("fa3", fa3_append),
-        Peer("vllm", vllm_append),
+        Peer("fa3", _reading("FA3", _fa3)),
+        Peer("vllm", _reading("vLLM's unified attention", _vllm)),
     ),
 }

@@ -57,7 +57,8 @@ def block_diffusion_attention(
 ) -> Tensor:
     """Attention of all noisy blocks of a sequence at once.
 
-    A token of block j sees the clean tokens of the blocks before j and all noisy tokens of block j, both ways.
+    A token of block j sees the clean tokens of the blocks before j and all noisy tokens of block j, both ways. With the
+    clean tokens as the noisy ones, it is block-causal attention.
 
     Args:
         q:                [B, N, Hq, P] float: the noisy tokens.

@@ -167,57 +167,23 @@ def _inputs(
 
 
 def _cost(
-    itemsize: int,
-    B: int,
-    L: int,
-    Hq: int,
-    Hkv: int,
-    P: int,
-    S: int,
-    page_size: int = 64,
-    causal: int = 0,
-    shuffled: int = 1,
-    wide: int = 0,
+    itemsize: int, *, B: int, L: int, Hq: int, Hkv: int, P: int, S: int, causal: int = 0, **_: int
 ) -> tuple[int, int]:
     own = (L + 1) / 2 if causal else L  # that a token sees of its block
     return int(4 * B * L * Hq * (S + own) * P), (2 * B * (S + L) * Hkv + 2 * B * L * Hq) * P * itemsize
 
 
-def _append_inputs(
-    dtype: torch.dtype,
-    B: int,
-    L: int,
-    Hq: int,
-    Hkv: int,
-    P: int,
-    S: int,
-    page_size: int = 64,
-    counted: int = 0,
-    shuffled: int = 1,
-    wide: int = 0,
-) -> dict[str, object]:
+def _append_inputs(dtype: torch.dtype, *, B: int, L: int, S: int, counted: int = 0, **dims: int) -> dict[str, object]:
     """Room for S tokens a row and L more. counted: the rows take none, one, ... of them in turn."""
-    inputs = _inputs(dtype, B, L, Hq, Hkv, P, S + L, page_size, shuffled=shuffled, wide=wide)
+    inputs = _inputs(dtype, B=B, L=L, S=S + L, **dims)
     del inputs["causal"]
     inputs["lengths"] = (inputs["lengths"] - L).clamp(min=0)
     return inputs | dict(counts=(torch.arange(B) % (L + 1)).to(inputs["lengths"].dtype) if counted else None)
 
 
-def _append_cost(
-    itemsize: int,
-    B: int,
-    L: int,
-    Hq: int,
-    Hkv: int,
-    P: int,
-    S: int,
-    page_size: int = 64,
-    counted: int = 0,
-    shuffled: int = 1,
-    wide: int = 0,
-) -> tuple[int, int]:
-    flops, moved = _cost(itemsize, B, L, Hq, Hkv, P, S, causal=1)
-    return flops, moved + 2 * B * L * Hkv * P * itemsize
+def _append_cost(itemsize: int, **dims: int) -> tuple[int, int]:
+    flops, moved = _cost(itemsize, causal=1, **dims)
+    return flops, moved + 2 * dims["B"] * dims["L"] * dims["Hkv"] * dims["P"] * itemsize
 
 
 _CANDIDATES = dict(
