@@ -211,7 +211,7 @@ OPS = (
             dict(B=2, L=20, Hq=2, Hkv=1, P=16, S=100, causal=1),
             dict(B=6, L=3, Hq=4, Hkv=2, P=16, S=150, shuffled=3),  # in 16 bits with TMA, as the next two
             dict(B=4, L=5, Hq=2, Hkv=1, P=128, S=130, page_size=128, causal=1, shuffled=3, wide=1),
-            dict(B=2, L=2, Hq=2, Hkv=1, P=128, S=50),
+            dict(B=2, L=17, Hq=4, Hkv=1, P=128, S=120, shuffled=2),
         ),
         shapes=(
             *(dict(B=1, L=16, S=S, **_PUBLISHED) for S in (256, 4096, 32768, 131072)),
@@ -246,7 +246,7 @@ OPS = (
             dict(B=2, L=7, Hq=6, Hkv=2, P=16, S=200, page_size=16),
             dict(B=6, L=3, Hq=4, Hkv=2, P=16, S=150, counted=1, shuffled=3),  # in 16 bits with TMA, as the next two
             dict(B=4, L=5, Hq=2, Hkv=1, P=128, S=130, counted=1, shuffled=3, wide=1),
-            dict(B=2, L=2, Hq=2, Hkv=1, P=128, S=50, shuffled=2),
+            dict(B=2, L=17, Hq=4, Hkv=1, P=128, S=111, shuffled=2),
         ),
         shapes=(
             *(dict(B=1, L=L, S=S, **_PUBLISHED) for L, S in ((1, 4096), (16, 4096), (16, 131072), (2048, 32768))),
