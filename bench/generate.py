@@ -21,6 +21,8 @@ import torch
 
 from tt_kernels import head_sample
 from tt_model import TwoTower
+from tt_model import generate as decoder
+from tt_model.cache import Cache
 from tt_model.cli import sizes
 from tt_model.generate import MODES
 from tt_model.layers import MoE
@@ -90,20 +92,41 @@ def timed(
     return (devices, walls[1:], "device") if subject.gpu else (walls[1:], [], "wall")
 
 
+def denoiser_pass(subject: Subject, cache: Cache, batch: int) -> Callable[[], Any]:
+    """One pass over a half-masked block, as `generate` runs it: the tower, then head and commit rule in one op, which
+    writes no logits. The cache is only read."""
+    model, c, device = subject.model, subject.model.config, subject.model.device
+    block = subject.prompts(batch, c.block_size).to(device)
+    block[:, ::2] = c.mask_token_id
+    row = lambda value, dtype: torch.full((batch,), value, dtype=dtype, device=device)
+    keys = {name: row(0, torch.int64) for name in ("seed", "position", "step")}
+    keys |= {name: row(value, torch.float64) for name, value in (("threshold", 0.8), ("temperature", 0.0))}
+    t, left = row(0.5, torch.float32), row(8, torch.int64)
+
+    def call() -> Any:
+        with torch.inference_mode():
+            hidden = model.denoise(block, t, cache, output="hidden")
+            # By its module's name, so that a profile can put a label around it.
+            return decoder.unmask(
+                hidden, model.lm_head.weight, block, mask_token_id=c.mask_token_id, steps_left=left, **keys
+            )
+
+    return call
+
+
 @torch.inference_mode()
 def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """A line for each pass after `context` tokens of every row. Blocks are half masked, as in the middle of one."""
+    """A line for each pass after `context` tokens of every row. A denoiser's block is half masked, as in its middle."""
     model, c = subject.model, subject.model.config
     S = c.block_size
     cache = model.prefill(subject.prompts(batch, context), reserve=S + 1)
     block = subject.prompts(batch, S).to(model.device)
-    half = torch.where(torch.arange(S, device=model.device) % 2 == 0, c.mask_token_id, block)
-    t, everyone = torch.full((batch,), 0.5, device=model.device), torch.arange(batch, device=model.device)
+    everyone, denoise = torch.arange(batch, device=model.device), denoiser_pass(subject, cache, batch)
     keys = {name: torch.zeros(batch, dtype=torch.int64, device=model.device) for name in ("seed", "position", "step")}
     cold = torch.zeros(batch, dtype=torch.float64, device=model.device)
 
     def denoiser() -> Callable[[], Any]:
-        return lambda: model.denoise(half, t, cache)
+        return denoise
 
     def commit() -> Callable[[], Any]:
         mine = cache.select(everyone)  # states of its own; the pages past the context are written again and again

@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.clock import DeviceClock, percentile
-from bench.generate import load, timed
+from bench.generate import denoiser_pass, load, timed
 from bench.measure import table
 from bench.models import PUBLISHED
 from tt_kernels.launch import INTERPRET, recording
@@ -29,7 +29,6 @@ from tt_model.cache import Cache
 from tt_model.two_tower import ASSETS
 
 from .common import command, parser, refuse
-from .timeline import denoiser_pass
 
 
 class Operators(TorchDispatchMode):
@@ -96,7 +95,7 @@ def run(o: Any) -> int:
 def on_device(o: Any) -> None:
     """Wall time, device time, and the time of a graph's replay."""
     subject = load(o.model, "cuda")
-    call = denoiser_pass(subject, o.batch, o.context)
+    call = denoiser_pass(subject, subject.model.prefill(subject.prompts(o.batch, o.context)), o.batch)
     devices, walls, _ = timed(subject, lambda: call, o.rounds)
     device, wall = percentile(devices, 0.5), percentile(walls, 0.5)
     times = f"by the wall {1e3 * wall:.2f} ms, the device alone {1e3 * device:.2f} ms"

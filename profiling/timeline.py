@@ -18,10 +18,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import clock, whole
-from bench.generate import Subject, format_of, load
+from bench.generate import denoiser_pass, format_of, load
 from bench.measure import table
 from tt_kernels import OPS
-from tt_model import generate
 
 from .common import RANGE, command, labelled, parser, refuse
 
@@ -34,31 +33,6 @@ PARTS = {
     **dict.fromkeys(("context_attention", "append_attention"), "attention"),
     **dict.fromkeys(("mamba_block", "mamba_step", "mamba_advance", "ssd_block", "ssd_step", "ssd_chunk"), "scan"),
 }
-
-
-def denoiser_pass(subject: Subject, batch: int, context: int) -> Callable[[], Any]:
-    """A half-masked block after `context` tokens: the tower, the head, the commit rule."""
-    model, c = subject.model, subject.model.config
-    S, device = c.block_size, subject.model.device
-    with torch.inference_mode():
-        cache = model.prefill(subject.prompts(batch, context))
-    block = subject.prompts(batch, S).to(device)
-    block[:, ::2] = c.mask_token_id
-    row = lambda value, dtype: torch.full((batch,), value, dtype=dtype, device=device)
-    keys = {name: row(0, torch.int64) for name in ("seed", "position", "step")}
-    settings = dict(
-        threshold=row(0.8, torch.float64), temperature=row(0.0, torch.float64), steps_left=row(8, torch.int64)
-    )
-    t = row(0.5, torch.float32)
-
-    def call() -> Any:
-        with torch.inference_mode():
-            hidden = model.denoise(block, t, cache, output="hidden")
-            return generate.unmask(
-                hidden, model.lm_head.weight, block, mask_token_id=c.mask_token_id, **settings, **keys
-            )
-
-    return call
 
 
 def cpu_roofs() -> dict[str, float]:
@@ -135,7 +109,8 @@ def run(o: Any) -> int:
         refuse(f"--model {o.model}: {error}")
     watch = clock.DeviceClock() if device == "cuda" else None
     roofs = clock.roofs(watch) if watch else cpu_roofs()
-    call = denoiser_pass(subject, o.batch, o.context)
+    cache = subject.model.prefill(subject.prompts(o.batch, o.context))
+    call = denoiser_pass(subject, cache, o.batch)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with labelled():
         for _ in range(3):
