@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=64, help="tokens read (default: %(default)s)")
     parser.add_argument("--new", type=int, default=64, help="tokens written (default: %(default)s)")
     parser.add_argument("--context", type=int, nargs="+", default=[64, 128, 256], help="tokens before the block")
-    parser.add_argument("--record", action="store_true", help="append a JSON line to bench/results/cpu.jsonl")
+    parser.add_argument("--record", action="store_true", help="append a JSON line to bench/results/")
     options = parser.parse_args(arguments)
     for name in ("rounds", "prompt", "new"):
         if getattr(options, name) < 1:
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     row = report(MIDDLE, options)
     if options.record:
-        print(f"\n{record('cpu', row)}")
+        print(f"\n{record(row)}")
     return 0
 
 

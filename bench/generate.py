@@ -277,12 +277,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.card:
         return 0
     found: dict[str, list[dict[str, Any]]] = {"pass": [], "decode": []}
-    file = where.get("gpu", "cpu").lower().replace(" ", "-")
 
     def keep(line: dict[str, Any]) -> None:
         found[line["kind"]].append(line)
         if options.record:
-            measure.record(file, {"machine": where, **line})
+            measure.record({"machine": where, **line})
 
     for context in options.context:
         for batch in options.batch:

@@ -70,6 +70,29 @@ def test_passes_are_measured_beside_what_they_need(subject: generate.Subject) ->
 
 
 @CPU
+def test_the_denoiser_pass_is_the_one_that_generation_runs(
+    subject: generate.Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a block: hidden states, then head and commit rule in one op. No logits are made."""
+    seen: list[str] = []
+    model, unmask, linear = subject.model, generate.decoder.unmask, torch.nn.Linear.forward
+    denoise = model.denoise
+    monkeypatch.setattr(model, "denoise", lambda *a, **k: seen.append(k["output"]) or denoise(*a, **k))
+    monkeypatch.setattr(generate.decoder, "unmask", lambda *a, **k: seen.append("unmask") or unmask(*a, **k))
+    monkeypatch.setattr(
+        torch.nn.Linear,
+        "forward",
+        lambda self, x: seen.append("logits") if self.out_features == TINY.vocab_size else linear(self, x),
+    )
+    assert next(generate.passes(subject, batch=2, context=5, rounds=1))["pass"] == whole.DENOISER
+    assert set(seen) == {"hidden", "unmask"} and seen.count("hidden") == seen.count("unmask")
+    seen.clear()
+    block, committed, _, masked = generate.denoiser_pass(subject, model.prefill(subject.prompts(2, 5)), 2)()
+    assert seen[-2:] == ["hidden", "unmask"] and block.shape == (2, TINY.block_size)
+    assert (masked + committed.sum(-1) == TINY.block_size // 2).all() and committed.any()
+
+
+@CPU
 def test_decoding_counts_tokens_and_passes(subject: generate.Subject) -> None:
     line = generate.decoding(subject, 2, 5, "mask_diffusion", new=8, threshold=0.0, rounds=1)
     assert line["tokens_per_pass"] == 8 and line["tokens_per_s"] > 0  # every position is above no threshold
@@ -82,7 +105,8 @@ def test_generate_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert generate.main([*SMALL, "--modes", "ar", "--record"]) == 0
     out = capsys.readouterr().out
     assert "no claim about kernels" in out and "experts hit of uniform" in out and "When diffusion beats AR" in out
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
+    (file,) = tmp_path.glob("*.jsonl")
+    kinds = [json.loads(line)["kind"] for line in file.read_text().splitlines()]
     assert kinds == ["pass"] * 3 + ["decode"]
     assert generate.main(["--model", "no/such/folder"]) == 2
     assert capsys.readouterr().err.startswith("bench.generate: error: --model no/such/folder")
