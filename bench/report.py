@@ -57,8 +57,8 @@ def section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
             yield (
                 f"Roofs measured beside the last row: read {roofs['read'] / 1e12:.2f} TB/s, copy "
                 f"{roofs['copy'] / 1e12:.2f} TB/s, cuBLAS bf16 {roofs['compute'] / 1e12:.0f} TFLOP/s. A ratio with a "
-                "star has the host's share in it: that peer is not fit for a CUDA graph. MB: what a call needs besides its "
-                "arguments, at its peak."
+                "star has the host's share in it: that peer is not fit for a CUDA graph. MB: what a call needs at "
+                "its peak besides its arguments."
             )
         yield from (f"![{kind}]({drawn[kind]})" for kind in ("roofline", "peers") if kind in drawn)
         for part, mine in by_part(rows).items():

@@ -148,9 +148,7 @@ def pass_table(lines: Sequence[Mapping[str, Any]]) -> str:
         share = f"{100 * x['floor'] / x['p50']:.0f} %" if x.get("floor") else "-"
         hit = "-" if x.get("experts") is None else f"{x['experts']:.1f} of {x['experts_worst']:.1f}"
         host = "-" if not x.get("wall") else f"{1e3 * x['wall']:.3g}"
-        rows.append(
-            (x["pass"], x["batch"], x["context"], spread(x, 1e3), host, floor_ms, share, hit, x["clock"])
-        )
+        rows.append((x["pass"], x["batch"], x["context"], spread(x, 1e3), host, floor_ms, share, hit, x["clock"]))
     header = (
         "pass",
         "batch",

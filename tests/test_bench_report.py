@@ -131,9 +131,9 @@ def test_speed_of_a_gpu(folder: Path, tmp_path: Path) -> None:
     text = " ".join((tmp_path / "SPEED.md").read_text().split())
     assert "## NVIDIA Made Up Driver 1.2.3, CUDA 13.0, Triton 3.6.0" in text and "No GPU results" not in text
     assert text.index("NVIDIA Made Up") < text.index("CPU, references, small shapes")
-    assert "| experts | T=16 D=2688 N=1856 E=128 K=6 M=3712 | forward | 412 (371-453) |" in text and "900 (" not in text, (
-        "the newest line counts"
-    )
+    assert (
+        "| experts | T=16 D=2688 N=1856 E=128 K=6 M=3712 | forward | 412 (371-453) |" in text and "900 (" not in text
+    ), "the newest line counts"
     assert "| 82 % | 80 %, > vllm | 2.5 | 3.10 | 1.70 | - |" in text
     heads = {part: text.split(f"#### {part} ")[1].split(" | | -")[0] for part in ("norm", "moe")}
     assert "vllm/ours" in heads["moe"] and "vllm/ours" not in heads["norm"], "columns of a part's own peers only"
