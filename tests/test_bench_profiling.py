@@ -2,12 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from bench import generate, measure, whole
+from bench.clock import HostClock
 from bench.models import random_on_device
 from profiling import aot, common, host, ncu, one, proton, timeline
 from tt_kernels import OPS
@@ -175,6 +180,7 @@ def test_ncu_looks_at_the_second_call(capsys: pytest.CaptureFixture[str]) -> Non
         ("ncu", ["experts", "--shape", "T=3"], "--shape is T=3, the card of experts has T=1"),
         ("ncu", ["experts", "--shape", "T=x"], "expected sizes by name"),
         ("proton", ["experts"], "needs an NVIDIA GPU"),
+        ("proton", ["experts", "--calls", "0"], "--calls is 0"),
         ("one", ["expert"], "no op is called 'expert'"),
         ("one", ["experts"], "needs an NVIDIA GPU"),
         ("timeline", ["--model", "no/such/folder"], "--model no/such/folder"),
@@ -200,3 +206,63 @@ def test_help_teaches(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_proton_metrics_are_the_cards() -> None:
     dims = dict(OPS["rms_norm"].shapes[0])
     assert proton.work("rms_norm", dims) == {"flops": 4 * 16 * 2688, "bytes": (2 * 16 + 1) * 2688 * 2}
+
+
+@pytest.fixture
+def untold() -> Iterator[None]:
+    """Afterwards kernels say nothing of themselves, as before."""
+    yield
+    for name in ("rms_norm", "experts"):
+        for kernel in common.launched(OPS[name], OPS[name].shapes[0]):
+            kernel.launch_metadata = None
+
+
+@pytest.mark.skipif(INTERPRET, reason="launches are not recorded")
+def test_triton_hands_the_cards_work_to_proton(untold: None) -> None:
+    """Through the code of Triton's that makes a launch's metadata, for a kernel that nothing was compiled of."""
+    from triton.compiler.compiler import ASTSource, CompiledKernel
+
+    def metadata_of(kernel: Any, grid: tuple[int, ...]) -> dict[str, Any]:
+        source = ASTSource.__new__(ASTSource)
+        source.fn = kernel
+        name = SimpleNamespace(name=kernel.__name__)
+        made = SimpleNamespace(_init_handles=lambda: None, name="", function=0, src=source, metadata=name)
+        return CompiledKernel.launch_metadata(made, grid, 0, "x").get()
+
+    one, several = (dict(OPS[name].shapes[0]) for name in ("rms_norm", "experts"))
+    assert proton.tell("rms_norm", one) == {}, "a lone kernel has it all"
+    (kernel,) = common.launched(OPS["rms_norm"], one)
+    found = metadata_of(kernel, (16, 1, 1))
+    assert proton.work("rms_norm", one).items() <= found.items()
+    assert found["name"] == "_modulated_rms_norm_fwd_kernel (16, 1, 1)"
+    assert proton.tell("experts", several) == proton.work("experts", several), "of several the scope has it"
+    for kernel in common.launched(OPS["experts"], several):
+        assert metadata_of(kernel, (3,)).keys() & {"flops", "bytes"} == set()
+
+
+@CPU
+def test_proton_sees_cold_operands_and_nothing_else(untold: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[Any] = []
+    fake = SimpleNamespace(
+        activate=lambda session: log.append("on"),
+        deactivate=lambda session: log.append("off"),
+        scope=lambda name, metrics: log.append((name, metrics)) or nullcontext(),
+    )
+
+    class Three(HostClock):
+        def sets(self, moved: int, room: float) -> int:
+            return 3
+
+    bind = proton.bind
+    inputs: list[int] = []
+
+    def noting(case: Any, fn: Any, sets: Any) -> Any:
+        inputs.extend(kwargs["x"].data_ptr() for kwargs in sets)
+        return [lambda i=i, call=call: log.append(i) or call() for i, call in enumerate(bind(case, fn, sets))]
+
+    monkeypatch.setattr(proton, "bind", noting)
+    dims = dict(OPS["rms_norm"].shapes[0])
+    assert proton.profile(fake, 7, "rms_norm", dims, Three(), calls=5) == 6
+    assert len(set(inputs)) == 3
+    scope = (f"rms_norm {dims}", {})
+    assert log == [0, 1, 2, "on", *[x for i in (0, 1, 2, 0, 1, 2) for x in (scope, i)], "off"]
