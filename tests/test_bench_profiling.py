@@ -13,7 +13,7 @@ import torch
 
 from bench import generate, measure, whole
 from bench.clock import HostClock
-from bench.models import random_on_device
+from bench.models import PUBLISHED, random_on_device
 from profiling import aot, common, host, ncu, one, proton, timeline
 from tt_kernels import OPS
 from tt_kernels.launch import INTERPRET
@@ -135,13 +135,53 @@ def test_a_timeline_names_ops_and_their_floors(tmp_path: Path, capsys: pytest.Ca
     assert moe.experts is OPS["experts"].fn
 
 
-def test_floors_stand_beside_the_ops_that_share_them() -> None:
-    found = {"ssd_block": (1.0, 2e-3), "ssd_step": (1.0, 2e-3), "rms_norm": (3.0, 1e-3)}
-    text = timeline.op_table(found, 10e-3, {"scan": 1e-3})
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert ["ssd_block", "1", "2000.0", "20.0 %", "1000.0", "25 %"] in rows
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+
+
+def test_floors_are_the_cards() -> None:
+    roofs = {"bandwidth": 4e12, "compute": 800e12}
+    for name, dims in timeline.dims_of_pass(PUBLISHED, 1, 256).items():
+        known = [shape | {k: v for k, v in dims.items() if k == "S"} for shape in OPS[name].shapes]
+        assert name == "unmask" or any(dims.items() <= shape.items() for shape in known), (name, dims)
+    found = {"experts": (23.0, 9e-3), "modulated_rms_norm": (53.0, 1e-3), "linear": (80.0, 1e-3), "odd": (1.0, 1.0)}
+    size = dict(batch=1, context=256, format=whole.BF16, roofs=roofs)
+    floors = timeline.floors_of_pass(found, PUBLISHED, **size)
+    assert floors.keys() == {"experts", "modulated_rms_norm", "linear"}
+    flops, moved = OPS["experts"].cost(2, T=16, D=2688, N=1856, E=128, K=6, M=3712)
+    assert floors["experts"] == pytest.approx(23 * moved / 4e12) and moved / 4e12 > flops / 800e12
+    parts = whole.parts(PUBLISHED, whole.DENOISER, batch=1, context=256)
+    assert floors["experts"] == pytest.approx(parts["experts"][0] / 4e12, rel=0.02)  # as the pass's own count has it
+
+
+def test_times_stand_beside_floors() -> None:
+    found = {"mamba_block": (1.0, 4e-3), "rms_norm": (3.0, 1e-3)}
+    rows = cells(timeline.op_table(found, 10e-3, {"mamba_block": 1e-3}))
+    assert ["mamba_block", "1", "4000.0", "40.0 %", "1000.0", "25 %"] in rows
     assert ["rms_norm", "3", "1000.0", "10.0 %", "-", "-"] in rows
     assert ["between them", "", "5000.0", "50.0 %", "-", "-"] in rows
+
+
+def test_kernels_share_the_floor_of_their_op() -> None:
+    def event(key: str, us: float, kind: str = "CUDA") -> Any:
+        return SimpleNamespace(key=key, device_type=kind, count=2, self_device_time_total=us)
+
+    events = [
+        event("_experts_up_kernel", 1200.0),
+        event("_experts_down_kernel", 400.0),
+        event("_modulated_rms_norm_fwd_kernel", 200.0),
+        event("gemm", 200.0),
+        event("op experts", 9999.0),
+        event("aten::mm", 9999.0, "CPU"),
+    ]
+    ops = ("experts", "modulated_rms_norm", "linear")  # rms_norm, whose kernel it is too, did not run
+    floors = {"experts": 400e-6, "modulated_rms_norm": 50e-6}
+    rows = cells(timeline.kernel_table(events, 2, True, 3, ops, floors))[2:]
+    assert rows == [
+        ["_experts_up_kernel", "experts", "1", "600.0", "60.0 %", "400.0", "50 %"],
+        ["_experts_down_kernel", "experts", "1", "200.0", "20.0 %", "400.0", "50 %"],
+        ["_modulated_rms_norm_fwd_kernel", "modulated_rms_norm", "1", "100.0", "10.0 %", "50.0", "50 %"],
+    ]
 
 
 @CPU
