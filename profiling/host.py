@@ -3,8 +3,8 @@
 Runs the pass on meta tensors, which hold nothing: all that is left is the host's work, so this needs neither weights
 nor a GPU. Launches are counted where the launchers make them. The time is Python's and PyTorch's on meta tensors, whose
 shape rules are slower than a CUDA operator's dispatch, without Triton's own work for a launch (about 10 us each): good
-to compare commits, not to predict a GPU's. On a GPU the same pass is then timed by the wall, on the device, and
-replayed from a CUDA graph, where none of this is left.
+to compare commits, not to predict a GPU's. On a GPU the pass, its head included, is then timed by the wall, on the
+device, and replayed from a CUDA graph, where none of this is left.
 """
 
 from __future__ import annotations

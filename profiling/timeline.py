@@ -1,7 +1,7 @@
 """`python -m profiling.timeline`: one denoiser pass on a time axis, and who took how much of it.
 
 Writes a trace for ui.perfetto.dev (or chrome://tracing) and prints two tables: time by op, and by kernel (on a CPU by
-PyTorch operator), each beside its floor: the cost on the op's card at the roofs measured here. The pass is as `generate`
+PyTorch operator), each beside its floor: the cost on the op's card at the roofs measured here. The pass is as generation
 runs it: the tower, then the unmasking step. Times in a trace are a little long, for the profiler takes its own: for how
 long a pass takes use python -m bench.generate, for where it goes this.
 """
@@ -140,8 +140,9 @@ def kernel_table(
                 *beside(sum(floors.get(name, 0.0) for name in names), together),
             )
         )
-    what = "kernel" if device else "PyTorch operator"
-    return table((what, "op", "calls", "us", "of all", "op's floor us", "floor / op's kernels"), rows)
+    if not device:
+        return table(("PyTorch operator", "calls", "us", "of all"), [(key, *cells[1:4]) for key, *cells in rows])
+    return table(("kernel", "op", "calls", "us", "of all", "op's floor us", "floor / op's kernels"), rows)
 
 
 def run(o: Any) -> int:
