@@ -306,3 +306,23 @@ def test_proton_sees_cold_operands_and_nothing_else(untold: None, monkeypatch: p
     assert len(set(inputs)) == 3
     scope = (f"rms_norm {dims}", {})
     assert log == [0, 1, 2, "on", *[x for i in (0, 1, 2, 0, 1, 2) for x in (scope, i)], "off"]
+
+
+@CPU
+def test_the_walk_shows_what_the_commands_print(
+    subject: generate.Subject, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The static card to the letter; of what was measured, and of what compilers made, the columns."""
+    text = (Path(__file__).resolve().parents[1] / "profiling/README.md").read_text()
+    assert generate.main(["--card", "--model", "published", "--batch", "1", "32", "--context", "2048"]) == 0
+    assert capsys.readouterr().out in text
+    assert timeline.main(["--passes", "1", "--context", "8", "--out", str(tmp_path / "trace.json")]) == 0
+    assert host.main(["--model", "bundled", "--context", "16", "--rounds", "1"]) == 0
+    assert aot.main(["experts", "--find", "BLOCK_T=16 BLOCK_N=64 BLOCK_K=128"]) == 0
+    printed = capsys.readouterr().out + whole.pass_table(list(generate.passes(subject, 1, 5, 1)))
+    shape = lambda line: [cell.strip() for cell in line.split("|")]
+    shown = [shape(line) for line in text.splitlines()]
+    headers = [line for line in printed.splitlines() if line.startswith(("| op ", "| PyTorch", "| pass", "| launched"))]
+    assert len(headers) == 4 and all(shape(line) in shown for line in headers)
+    (columns,) = (line for line in printed.splitlines() if line.startswith("kernel  "))
+    assert columns in text
