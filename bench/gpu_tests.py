@@ -2,6 +2,7 @@
 
   parity        every op's tests on the GPU: fp32, fp16, bf16
   device        what no card shows: neighbours, ties, NaN, streams and graphs, lengths of a cache
+  gpu-marked    tests with the mark gpu: a cold L2 and a warm one, streams and graphs, Mamba's own packages
   real-GROUP    bf16 at the published shapes, values and gradients
   memcheck-GROUP, racecheck-GROUP   small cases under compute-sanitizer
   golden-fp32   the golden models: logits to 1e-5, tokens exactly
@@ -81,6 +82,8 @@ def slices(*, golden: Path | None = None, sanitizer: str | None = None) -> list[
         Slice("parity", (*PYTEST, "tests/test_kernels.py", "tests/test_ops.py")),
         # What no card shows: bits that neighbours do not move, ties, NaN, tickets over streams and graphs, masks.
         Slice("device", (*PYTEST, *device_tests, *DEVICE_TESTS)),
+        # The golden models have a slice of their own.
+        Slice("gpu-marked", (*PYTEST, "tests", "-m", "gpu", "--ignore", "tests/test_golden.py")),
     ]
     found += [
         Slice(f"real-{group}", (*PYTEST, "bench/bench_ops.py", "--timeout", "0", "-k", f"test_parity and ({names})"))

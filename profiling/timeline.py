@@ -1,9 +1,9 @@
 """`python -m profiling.timeline`: one denoiser pass on a time axis, and who took how much of it.
 
 Writes a trace for ui.perfetto.dev (or chrome://tracing) and prints two tables: time by op, and by kernel (on a CPU by
-PyTorch operator), each beside its floor: the cost on the op's card at the roofs measured here. The pass is as it is
-in generation: the tower, then the unmasking step. Times in a trace are a little long, for the profiler takes its own: for how
-long a pass takes use python -m bench.generate, for where it goes this.
+PyTorch operator), each beside its floor: the cost on the op's card at the roofs measured here. The pass is the one that
+generation runs: the tower, then the unmasking step. Times in a trace are a little long, for the profiler takes its own:
+for how long a pass takes use python -m bench.generate, for where it goes this.
 """
 
 from __future__ import annotations
