@@ -73,9 +73,6 @@ def slices(*, golden: Path | None = None, sanitizer: str | None = None) -> list[
     # Each tensor in memory of its own, so that a read past its end is one past an allocation.
     checked = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     small = ("tests/test_kernels.py", "--timeout", "0")
-    quiet = (
-        ["--benchmark-quiet"] if importlib.util.find_spec("pytest_benchmark") else []
-    )  # the rows' own table is enough
 
     device_tests = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_launches_*.py"))
     found = [
@@ -110,7 +107,7 @@ def slices(*, golden: Path | None = None, sanitizer: str | None = None) -> list[
         Slice(
             f"bench-{group}",
             (
-                *(*PYTEST, "bench/bench_ops.py", "--timeout", "0", "--record", *quiet),
+                *(*PYTEST, "bench/bench_ops.py", "--timeout", "0", "--record"),
                 *("--peers", "eager,compiled", "-k", f"test_row and ({names})"),
             ),
         )

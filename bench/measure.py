@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -40,6 +41,24 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, repeats
 def ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> float:
     """Median over rounds of one function's time over another's in the same round."""
     return median(a / b for a, b in zip(times[one], times[other], strict=True))
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"is {text}, expected a whole number of at least 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """For argparse: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"is {text}, expected a number from 0 to 1")
+    return value
 
 
 def machine() -> dict[str, Any]:

@@ -154,7 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-k", dest="pattern", default="*", metavar="PATTERN", help='with --base: ops to compare ("*norm*")'
     )
-    parser.add_argument("--rounds", type=int, default=10, help="with --base: turns of each (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=measure.positive, default=10, help="with --base: turns of each (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     if options.base:
         from . import compare

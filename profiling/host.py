@@ -20,13 +20,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.clock import DeviceClock, percentile
-from bench.generate import denoiser_pass, load, timed
-from bench.measure import table
-from bench.models import PUBLISHED
+from bench.generate import config_of, denoiser_pass, load, timed
+from bench.measure import positive, table
 from tt_kernels.launch import INTERPRET, recording
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.cache import Cache
-from tt_model.two_tower import ASSETS
 
 from .common import command, parser, refuse
 
@@ -62,8 +60,7 @@ def meta_pass(config: TwoTowerConfig, batch: int, context: int) -> Any:
 def run(o: Any) -> int:
     if INTERPRET:
         refuse("TRITON_INTERPRET is set: nothing is launched")
-    config = PUBLISHED if o.model == "published" else TwoTowerConfig.from_file(ASSETS)
-    call = meta_pass(config, o.batch, o.context)
+    call = meta_pass(config_of(o.model), o.batch, o.context)
     with recording(90) as launches:
         call()
         first = len(launches)
@@ -114,10 +111,10 @@ def on_device(o: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     p = parser("host", __doc__)
     p.add_argument("--model", choices=("published", "bundled"), default="published", help="default: %(default)s")
-    p.add_argument("--batch", type=int, default=1)
-    p.add_argument("--context", type=int, default=2048)
-    p.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    p.add_argument("--rows", type=int, default=10, help="PyTorch operators listed (default: %(default)s)")
+    p.add_argument("--batch", type=positive, default=1)
+    p.add_argument("--context", type=positive, default=2048)
+    p.add_argument("--rounds", type=positive, default=10, help="default: %(default)s")
+    p.add_argument("--rows", type=positive, default=10, help="PyTorch operators listed (default: %(default)s)")
     o = p.parse_args(arguments)
     return command("host", lambda: run(o))
 

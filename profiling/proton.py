@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bench.clock import DeviceClock
+from bench.measure import positive
 from bench.ops import Case, bind, low_dtype, operands
 from bench.oracle import Clock
 from tt_kernels import OPS
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = parser("proton", __doc__)
     p.add_argument("ops", nargs="+", metavar="OP")
     p.add_argument("--shape", metavar="T=16,..", help="one of the cards' (default: each one's first)")
-    p.add_argument("--calls", type=int, default=20, help="at least, in whole rounds (default: %(default)s)")
+    p.add_argument("--calls", type=positive, default=20, help="at least, in whole rounds (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("ops"), help="file without its suffix (default: %(default)s)")
     o = p.parse_args(arguments)
 
@@ -83,8 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shapes = {name: shape_of(op_named(name), o.shape) for name in o.ops}
         if missing := [name for name in shapes if not OPS[name].kernels]:
             refuse(f"{', '.join(missing)}: no kernels yet")
-        if o.calls < 1:
-            refuse(f"--calls is {o.calls}, expected at least 1")
         proton = profiler()
         gpu("proton")
         clock = DeviceClock()

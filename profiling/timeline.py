@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import clock, whole
 from bench.generate import denoiser_pass, format_of, load
-from bench.measure import table
+from bench.measure import positive, table
 from tt_kernels import OPS
 from tt_model import TwoTowerConfig
 from tt_model.cli import sizes
@@ -151,6 +151,10 @@ def run(o: Any) -> int:
         subject = load(o.model, device)
     except (OSError, ValueError, KeyError) as error:
         refuse(f"--model {o.model}: {error}")
+    try:
+        o.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"--out {o.out}: {error}")
     watch = clock.DeviceClock() if device == "cuda" else None
     roofs = clock.roofs(watch) if watch else cpu_roofs()
     cache = subject.model.prefill(subject.prompts(o.batch, o.context))
@@ -166,7 +170,6 @@ def run(o: Any) -> int:
             if device == "cuda":
                 torch.cuda.synchronize()
             wall = (time.perf_counter() - begin) / o.passes
-    o.out.parent.mkdir(parents=True, exist_ok=True)
     prof.export_chrome_trace(str(o.out))
     events = prof.key_averages()
     on_device = device == "cuda"
@@ -198,10 +201,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="published" if gpu else "bundled",
         help="published, bundled or a folder (default: %(default)s)",
     )
-    p.add_argument("--batch", type=int, default=1)
-    p.add_argument("--context", type=int, default=2048 if gpu else 128, help="tokens before (default: %(default)s)")
-    p.add_argument("--passes", type=int, default=5, help="recorded passes (default: %(default)s)")
-    p.add_argument("--rows", type=int, default=15, help="kernels listed (default: %(default)s)")
+    p.add_argument("--batch", type=positive, default=1)
+    p.add_argument(
+        "--context", type=positive, default=2048 if gpu else 128, help="tokens before (default: %(default)s)"
+    )
+    p.add_argument("--passes", type=positive, default=5, help="recorded passes (default: %(default)s)")
+    p.add_argument("--rows", type=positive, default=15, help="kernels listed (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("denoiser_pass.json"), help="the trace (default: %(default)s)")
     o = p.parse_args(arguments)
     return command("timeline", lambda: run(o))

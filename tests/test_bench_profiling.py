@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import generate, measure, whole
+from bench import cpu, generate, measure, report, whole
 from bench.clock import HostClock
 from bench.models import PUBLISHED, random_on_device
 from profiling import aot, common, host, ncu, one, proton, timeline
@@ -220,10 +220,10 @@ def test_ncu_looks_at_the_second_call(capsys: pytest.CaptureFixture[str]) -> Non
         ("ncu", ["experts", "--shape", "T=3"], "--shape is T=3, the card of experts has T=1"),
         ("ncu", ["experts", "--shape", "T=x"], "expected sizes by name"),
         ("proton", ["experts"], "needs an NVIDIA GPU"),
-        ("proton", ["experts", "--calls", "0"], "--calls is 0"),
         ("one", ["expert"], "no op is called 'expert'"),
         ("one", ["experts"], "needs an NVIDIA GPU"),
         ("timeline", ["--model", "no/such/folder"], "--model no/such/folder"),
+        ("timeline", ["--out", "/dev/null/trace.json"], "--out /dev/null/trace.json: "),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
@@ -233,6 +233,28 @@ def test_what_cannot_be_done_is_said_in_a_line(
     assert COMMANDS[name].main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"profiling.{name}: error: ") and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        (timeline, ["--passes", "0"], "argument --passes: is 0, expected a whole number of at least 1"),
+        (timeline, ["--batch", "-1"], "argument --batch: is -1"),
+        (host, ["--rounds", "x"], "argument --rounds: is x"),
+        (proton, ["experts", "--calls", "0"], "argument --calls: is 0"),
+        (one, ["experts", "--calls", "0"], "argument --calls: is 0"),
+        (generate, ["--batch", "1", "0"], "argument --batch: is 0"),
+        (generate, ["--threshold", "2"], "argument --threshold: is 2, expected a number from 0 to 1"),
+        (cpu, ["--context", "0"], "argument --context: is 0"),
+        (report, ["--base", "HEAD", "--rounds", "0"], "argument --rounds: is 0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    command: Any, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)
