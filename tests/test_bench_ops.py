@@ -268,6 +268,7 @@ def test_pytest_bench_prints_a_table() -> None:
         done = subprocess.run([*command, "-p", plugin], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("CPU, reference") == 3 and "| rms_norm |" in done.stdout
+        assert "Legend:" not in done.stdout, "one table answers"
 
 
 def test_peers_are_chosen_by_name() -> None:
