@@ -209,16 +209,17 @@ def agreeing(
     absent: dict[str, str] = {}
     for peer in peers_of(case.op, wanted):
         try:
-            room = clock.peak(lambda peer=peer: [call() for call in bind_peer(case, peer, [kwargs])])
+            result = bind_peer(case, peer, [kwargs])[0]()
             # Eager PyTorch is the oracle itself; and of what is written the first call has left another state.
             if peer.name != "eager" and not case.op.writes:
                 if want is None:
                     want = named(case, Peer("ours", case.op.fn), kwargs, ours())
-                result = bind_peer(case, peer, [kwargs])[0]()
                 if why := disagreement(want, named(case, peer, kwargs, result)):
                     absent[peer.name] = why
                     continue
-            rooms[peer] = room
+            del result
+            # Of a later call: the first may compile and tune, in memory that no other needs.
+            rooms[peer] = clock.peak(lambda peer=peer: [call() for call in bind_peer(case, peer, [kwargs])])
         except Unavailable as why:
             absent[peer.name] = str(why)
         except Exception as error:
