@@ -49,6 +49,7 @@ def chosen(option: str, device: str) -> list[str]:
 def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None):
         raise pytest.UsageError("measurements disturb each other: run bench/ without -n")
+    chosen(getattr(config.option, "peers", ""), "cuda")  # refuses at once whom nobody knows
     config.addinivalue_line("markers", "benchmark: pytest-benchmark's, known without it")
     if hasattr(config.option, "benchmark_quiet") and not config.option.benchmark_compare:
         config.option.benchmark_quiet = True  # one table answers, ours; -v prints pytest-benchmark's too

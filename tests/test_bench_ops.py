@@ -284,6 +284,10 @@ def test_bench_refuses_to_run_side_by_side() -> None:
     with pytest.raises(pytest.UsageError, match="without -n"):
         conftest.pytest_configure(config)
     config.option.numprocesses = None
+    config.option.peers = "eager,sonic"
+    with pytest.raises(pytest.UsageError, match="nobody is called sonic"):
+        conftest.pytest_configure(config)
+    config.option.peers = "all"
     conftest.pytest_configure(config)
     assert config.stash[conftest.ROWS] == []
 
