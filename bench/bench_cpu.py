@@ -4,5 +4,5 @@ from . import cpu
 
 
 def test_cpu_comparison() -> None:
-    # Short, to leave the other benchmarks their share of three minutes; figures to quote are `python -m bench.cpu`'s.
+    # Short: the other benchmarks are to have their share of the time. Figures to quote are `python -m bench.cpu`'s.
     assert cpu.main(["--rounds", "3", "--prompt", "32", "--new", "16", "--context", "64"]) == 0

@@ -65,8 +65,7 @@ def test_row(case: ops.Case, bench: dict[str, Any], request: pytest.FixtureReque
     bench["clock"].release()
     request.config.stash[ROWS].append(row)
     if request.config.getoption("--record"):
-        name = bench["where"].get("gpu", "cpu").lower().replace(" ", "-")
-        measure.record(name, {"kind": "row", "machine": bench["where"], "roofs": bench["roofs"], **row.record()})
+        measure.record({"kind": "row", "machine": bench["where"], "roofs": bench["roofs"], **row.record()})
     assert not row.fault, row.fault
     if request.config.pluginmanager.has_plugin("benchmark"):
         benchmark, samples = request.getfixturevalue("benchmark"), iter(row.samples)

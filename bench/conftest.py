@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from .ops import Row
 from .peers import names
@@ -11,6 +14,16 @@ from .rows import report
 ROWS = pytest.StashKey[list[Row]]()
 HEADING = pytest.StashKey[dict]()
 GPU_ONLY = ("compiled", "flex")  # they would run: compiled for half a minute a row, flex_attention unfused
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """On a CPU: two threads wait for each other wherever another process has one's core, and seconds become minutes."""
+    before = torch.get_num_threads()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,7 +49,10 @@ def chosen(option: str, device: str) -> list[str]:
 def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None):
         raise pytest.UsageError("measurements disturb each other: run bench/ without -n")
+    chosen(getattr(config.option, "peers", ""), "cuda")  # refuses at once whom nobody knows
     config.addinivalue_line("markers", "benchmark: pytest-benchmark's, known without it")
+    if hasattr(config.option, "benchmark_quiet") and not config.option.benchmark_compare:
+        config.option.benchmark_quiet = True  # one table answers, ours; -v prints pytest-benchmark's too
     config.stash[ROWS], config.stash[HEADING] = [], {}
 
 

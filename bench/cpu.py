@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.layers import MoE
 
-from .measure import describe, interleaved, machine, ratio, record, table
+from .measure import describe, interleaved, machine, positive, ratio, record, table
 from .models import MIDDLE, as_nemotron_h, experts_implementations, greedy_nemotron_h, random_model
 
 OURS = 'this model, mode "ar"'
@@ -163,23 +163,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=9, help="of alternating runs (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="default: what torch takes")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens read (default: %(default)s)")
-    parser.add_argument("--new", type=int, default=64, help="tokens written (default: %(default)s)")
-    parser.add_argument("--context", type=int, nargs="+", default=[64, 128, 256], help="tokens before the block")
-    parser.add_argument("--record", action="store_true", help="append a JSON line to bench/results/cpu.jsonl")
+    parser.add_argument("--rounds", type=positive, default=9, help="of alternating runs (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, help="default: what torch takes")
+    parser.add_argument("--prompt", type=positive, default=64, help="tokens read (default: %(default)s)")
+    parser.add_argument("--new", type=positive, default=64, help="tokens written (default: %(default)s)")
+    parser.add_argument("--context", type=positive, nargs="+", default=[64, 128, 256], help="tokens before the block")
+    parser.add_argument("--record", action="store_true", help="append a JSON line to bench/results/")
     options = parser.parse_args(arguments)
-    for name in ("rounds", "prompt", "new"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}, expected at least 1")
     if options.threads is not None:
-        if options.threads < 1:
-            parser.error(f"--threads is {options.threads}, expected at least 1")
         torch.set_num_threads(options.threads)
     row = report(MIDDLE, options)
     if options.record:
-        print(f"\n{record('cpu', row)}")
+        print(f"\n{record(row)}")
     return 0
 
 

@@ -20,10 +20,13 @@ from typing import Any
 import torch
 
 from tt_kernels import head_sample
-from tt_model import TwoTower
+from tt_model import TwoTower, TwoTowerConfig
+from tt_model import generate as decoder
+from tt_model.cache import Cache
 from tt_model.cli import sizes
 from tt_model.generate import MODES
 from tt_model.layers import MoE
+from tt_model.two_tower import ASSETS
 
 from . import clock, measure, whole
 from .clock import percentile
@@ -55,6 +58,11 @@ def load(name: str, device: str) -> Subject:
         return Subject("published size, random weights", model, None)
     path = None if name == "bundled" else name
     return Subject(name, TwoTower.from_pretrained(path, device=device), None)
+
+
+def config_of(name: str) -> TwoTowerConfig:
+    """Without its weights."""
+    return PUBLISHED if name == "published" else TwoTowerConfig.from_file(ASSETS if name == "bundled" else name)
 
 
 def synchronize(subject: Subject) -> None:
@@ -90,20 +98,41 @@ def timed(
     return (devices, walls[1:], "device") if subject.gpu else (walls[1:], [], "wall")
 
 
+def denoiser_pass(subject: Subject, cache: Cache, batch: int) -> Callable[[], Any]:
+    """One pass over a half-masked block, as `generate` runs it: the tower, then head and commit rule in one op, which
+    writes no logits. The cache is only read."""
+    model, c, device = subject.model, subject.model.config, subject.model.device
+    block = subject.prompts(batch, c.block_size).to(device)
+    block[:, ::2] = c.mask_token_id
+    row = lambda value, dtype: torch.full((batch,), value, dtype=dtype, device=device)
+    keys = {name: row(0, torch.int64) for name in ("seed", "position", "step")}
+    keys |= {name: row(value, torch.float64) for name, value in (("threshold", 0.8), ("temperature", 0.0))}
+    t, left = row(0.5, torch.float32), row(8, torch.int64)
+
+    def call() -> Any:
+        with torch.inference_mode():
+            hidden = model.denoise(block, t, cache, output="hidden")
+            # By its module's name, so that a profile can put a label around it.
+            return decoder.unmask(
+                hidden, model.lm_head.weight, block, mask_token_id=c.mask_token_id, steps_left=left, **keys
+            )
+
+    return call
+
+
 @torch.inference_mode()
 def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """A line for each pass after `context` tokens of every row. Blocks are half masked, as in the middle of one."""
+    """A line for each pass after `context` tokens of every row. A denoiser's block is half masked, as in its middle."""
     model, c = subject.model, subject.model.config
     S = c.block_size
     cache = model.prefill(subject.prompts(batch, context), reserve=S + 1)
     block = subject.prompts(batch, S).to(model.device)
-    half = torch.where(torch.arange(S, device=model.device) % 2 == 0, c.mask_token_id, block)
-    t, everyone = torch.full((batch,), 0.5, device=model.device), torch.arange(batch, device=model.device)
+    everyone, denoise = torch.arange(batch, device=model.device), denoiser_pass(subject, cache, batch)
     keys = {name: torch.zeros(batch, dtype=torch.int64, device=model.device) for name in ("seed", "position", "step")}
     cold = torch.zeros(batch, dtype=torch.float64, device=model.device)
 
     def denoiser() -> Callable[[], Any]:
-        return lambda: model.denoise(half, t, cache)
+        return denoise
 
     def commit() -> Callable[[], Any]:
         mine = cache.select(everyone)  # states of its own; the pages past the context are written again and again
@@ -215,51 +244,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="published" if gpu else "bundled",
         help="published, bundled or a folder (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 32, 64, 128] if gpu else [1, 4])
-    parser.add_argument("--context", type=int, nargs="+", default=[2048] if gpu else [64], help="tokens before")
+    parser.add_argument("--batch", type=measure.positive, nargs="+", default=[1, 4, 16, 32, 64, 128] if gpu else [1, 4])
+    parser.add_argument(
+        "--context", type=measure.positive, nargs="+", default=[2048] if gpu else [64], help="tokens before"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--new", type=int, default=128 if gpu else 32, help="tokens written (default: %(default)s)")
-    parser.add_argument("--threshold", type=float, default=0.8, help="of mask_diffusion (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=10 if gpu else 5, help="of each pass (default: %(default)s)")
+    parser.add_argument(
+        "--new", type=measure.positive, default=128 if gpu else 32, help="tokens written (default: %(default)s)"
+    )
+    parser.add_argument("--threshold", type=measure.share, default=0.8, help="of mask_diffusion (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=measure.positive, default=10 if gpu else 5, help="of each pass (default: %(default)s)"
+    )
     parser.add_argument(
         "--card", action="store_true", help="print the static card and stop: needs neither weights nor GPU"
     )
     parser.add_argument("--no-decoding", action="store_true", help="passes only")
     parser.add_argument("--record", action="store_true", help="append the lines to bench/results/")
     options = parser.parse_args(arguments)
-    for name in ("batch", "context"):
-        if min(getattr(options, name)) < 1:
-            parser.error(f"--{name} is {min(getattr(options, name))}, expected at least 1")
-    for name in ("new", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}, expected at least 1")
-    if options.card and options.model == "published":
-        print("\n\n".join(whole.card(PUBLISHED, options.batch, options.context)))
-        return 0
     device = "cuda" if gpu else "cpu"
     try:
-        subject = load(options.model, device)
+        c = config_of(options.model)
+        subject = None if options.card else load(options.model, device)
     except (OSError, ValueError, KeyError, torch.OutOfMemoryError) as error:
         print(f"bench.generate: error: --model {options.model}: {error}", file=sys.stderr)
         return 2
-    c = subject.model.config
+    if subject is None:
+        print("\n\n".join(whole.card(c, options.batch, options.context)))
+        return 0
     watch = clock.DeviceClock() if gpu else clock.HostClock()
     where = clock.where(watch) | {"threads": torch.get_num_threads()}
-    if gpu and not options.card:
+    if gpu:
         subject.roofs = clock.roofs(watch)
     print(clock.in_a_line(where) + "\n")
     if not gpu:
         print("CPU, references, no claim about kernels. The card's floors are an H200's.\n")
     print("\n\n".join(whole.card(c, options.batch, options.context, subject.roofs or whole.H200)), flush=True)
-    if options.card:
-        return 0
     found: dict[str, list[dict[str, Any]]] = {"pass": [], "decode": []}
-    file = where.get("gpu", "cpu").lower().replace(" ", "-")
 
     def keep(line: dict[str, Any]) -> None:
         found[line["kind"]].append(line)
         if options.record:
-            measure.record(file, {"machine": where, **line})
+            measure.record({"machine": where, **line})
 
     for context in options.context:
         for batch in options.batch:

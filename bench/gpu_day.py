@@ -3,7 +3,8 @@
   right       slices of make test-gpu: parity, published shapes, golden models
   rows        every op timed beside eager and compiled PyTorch (bench-GROUP)
   sanitizers  memory and race checks of small cases
-  model       the whole model: passes, tokens/s over batch and context
+  model       the whole model: passes, tokens/s over batch and context; the published checkpoint, where
+              TWOTOWER_CHECKPOINT names its folder
   tune        launches, kept for a 3 % win; then those ops' rows again
   peers       every op that has peers beside all that are installed
   profile     a timeline of a denoiser pass, host overhead
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import os
 import shutil
 import sys
 import time
@@ -87,6 +89,13 @@ def plan() -> list[tuple[str, Slice]]:
         ("model", Slice("model-small", (*generate, "--batch", "1", "4", "16"))),
         ("model", Slice("model-large", (*generate, "--batch", "32", "64", "128"))),
         ("model", Slice("model-long", (*generate, "--batch", "1", "8", "--context", "32768", "--no-decoding"))),
+    ]
+    folder = os.environ.get("TWOTOWER_CHECKPOINT", "")
+    skip = "" if Path(folder or "/none").is_dir() else "no checkpoint: set TWOTOWER_CHECKPOINT to its folder"
+    write = (*python, "tt_model.cli", "generate", "The capital of France is", "--model", folder, "--device", "cuda")
+    found += [
+        ("model", Slice("checkpoint-diffusion", write, skip=skip)),
+        ("model", Slice("checkpoint-ar", (*write, "--mode", "ar"), skip=skip)),
     ]
     found += [("tune", part) for part in tuning()]
     found += [("peers", Slice(f"peers-{name}", rows_of([name], "all"))) for name in by_worth(REGISTRY)]

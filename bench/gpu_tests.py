@@ -2,6 +2,7 @@
 
   parity        every op's tests on the GPU: fp32, fp16, bf16
   device        what no card shows: neighbours, ties, NaN, streams and graphs, lengths of a cache, masks
+  gpu-marked    tests with the mark gpu: a cold L2 and a warm one, streams and graphs, Mamba's own packages
   real-GROUP    bf16 at the published shapes, values and gradients
   memcheck-GROUP, racecheck-GROUP   small cases under compute-sanitizer
   golden-fp32   the golden models: logits to 1e-5, tokens exactly
@@ -74,15 +75,14 @@ def slices(*, golden: Path | None = None, sanitizer: str | None = None) -> list[
     # Each tensor in memory of its own, so that a read past its end is one past an allocation.
     checked = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     small = ("tests/test_kernels.py", "--timeout", "0")
-    quiet = (
-        ["--benchmark-quiet"] if importlib.util.find_spec("pytest_benchmark") else []
-    )  # the rows' own table is enough
 
     device_tests = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_launches_*.py"))
     found = [
         Slice("parity", (*PYTEST, "tests/test_kernels.py", "tests/test_ops.py")),
         # What no card shows: bits that neighbours do not move, ties, NaN, tickets over streams and graphs, masks.
         Slice("device", (*PYTEST, *device_tests, *DEVICE_TESTS)),
+        # The golden models have a slice of their own.
+        Slice("gpu-marked", (*PYTEST, "tests", "-m", "gpu", "--ignore", "tests/test_golden.py")),
     ]
     found += [
         Slice(f"real-{group}", (*PYTEST, "bench/bench_ops.py", "--timeout", "0", "-k", f"test_parity and ({names})"))
@@ -109,7 +109,7 @@ def slices(*, golden: Path | None = None, sanitizer: str | None = None) -> list[
         Slice(
             f"bench-{group}",
             (
-                *(*PYTEST, "bench/bench_ops.py", "--timeout", "0", "--record", *quiet),
+                *(*PYTEST, "bench/bench_ops.py", "--timeout", "0", "--record"),
                 *("--peers", "eager,compiled", "-k", f"test_row and ({names})"),
             ),
         )

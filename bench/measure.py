@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -39,6 +41,24 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, repeats
 def ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> float:
     """Median over rounds of one function's time over another's in the same round."""
     return median(a / b for a, b in zip(times[one], times[other], strict=True))
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"is {text}, expected a whole number of at least 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """For argparse: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"is {text}, expected a number from 0 to 1")
+    return value
 
 
 def machine() -> dict[str, Any]:
@@ -78,6 +98,13 @@ def describe(where: Mapping[str, Any]) -> str:
     )
 
 
+def spread(line: Mapping[str, Any], factor: float) -> str:
+    """The median of a recorded line with its 20th and 80th percentile, in units of which a second has `factor`."""
+    p20, p50, p80 = (factor * line[name] for name in ("p20", "p50", "p80"))
+    digits = max(0, 2 - math.floor(math.log10(p50))) if p50 > 0 else 1  # three figures, and all before the point
+    return f"{p50:.{digits}f} ({p20:.{digits}f}-{p80:.{digits}f})"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A markdown table, columns aligned; every column but the first is right-aligned."""
     lines = [list(map(str, row)) for row in (header, *rows)]
@@ -92,10 +119,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([line(lines[0]), line(rule), *map(line, lines[1:])])
 
 
-def record(name: str, row: Mapping[str, Any]) -> Path:
-    """Append one JSON line to results/NAME.jsonl."""
+def machine_name(where: Mapping[str, Any]) -> str:
+    """What results of a machine are filed under: its GPU, or its processor: "Xeon(R) Silver @ 2 GHz", "xeon-silver"."""
+    name = re.sub(r"\((r|tm|c)\)|@.*?ghz|\bcpu\b|\bprocessor\b", " ", where.get("gpu", where["cpu"]).lower())
+    return "-".join(re.findall(r"[a-z0-9]+", name)) or "unknown"
+
+
+def record(row: Mapping[str, Any]) -> Path:
+    """Append one JSON line to the results of the machine that the row names."""
     RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.jsonl"
+    file = RESULTS / f"{machine_name(row['machine'])}.jsonl"
     with file.open("a", encoding="utf-8") as out:
         out.write(json.dumps(row) + "\n")
     return file

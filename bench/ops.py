@@ -200,6 +200,33 @@ def operands(case: Case, clock: Clock) -> list[dict[str, Any]]:
     return [build(seed) for seed in range(clock.sets(cost(case)[1], room))]
 
 
+def agreeing(
+    case: Case, clock: Clock, kwargs: dict[str, Any], ours: Call, wanted: Sequence[str] | None
+) -> tuple[dict[Peer, float], dict[str, str]]:
+    """The peers that return what we do, and the bytes that each needs for a set of operands; why the others do not."""
+    want = None
+    rooms: dict[Peer, float] = {}
+    absent: dict[str, str] = {}
+    for peer in peers_of(case.op, wanted):
+        try:
+            result = bind_peer(case, peer, [kwargs])[0]()
+            # Eager PyTorch is the oracle itself; and of what is written the first call has left another state.
+            if peer.name != "eager" and not case.op.writes:
+                if want is None:
+                    want = named(case, Peer("ours", case.op.fn), kwargs, ours())
+                if why := disagreement(want, named(case, peer, kwargs, result)):
+                    absent[peer.name] = why
+                    continue
+            del result
+            # Of a later call: the first may compile and tune, in memory that no other needs.
+            rooms[peer] = clock.peak(lambda peer=peer: [call() for call in bind_peer(case, peer, [kwargs])])
+        except Unavailable as why:
+            absent[peer.name] = str(why)
+        except Exception as error:
+            absent[peer.name] = reason(error)
+    return rooms, absent
+
+
 def measure(
     case: Case,
     clock: Clock,
@@ -222,28 +249,19 @@ def measure(
         row.roof = max(moved / roofs["bandwidth"], flops / roofs["compute"])
     with clock.scope():
         sets = operands(case, clock)
+        first = bind(case, case.op.fn, sets[:1])[0]
+        row.memory = clock.peak(first)
+        rooms, absent = agreeing(case, clock, sets[0], first, peers)
+        row.peers |= {name: {"why": why} for name, why in absent.items()}
+        # One number of sets for everybody, as the start of a graph is shared out over its calls; and for all of them
+        # together, as what was bound stays in memory.
+        del first, sets[clock.sets(moved, row.memory + sum(rooms.values())) :]
         calls = {"ours": bind(case, case.op.fn, sets)}
-        row.memory = clock.peak(calls["ours"][0])
-        want = None
-        for peer in peers_of(case.op, peers):
+        for peer in rooms:
             try:
-                room = clock.peak(lambda peer=peer: [call() for call in bind_peer(case, peer, sets[:1])])
-                # 32 calls of a peer, of ten kernels and more each, are long enough to time.
-                bound = bind_peer(case, peer, sets[: min(32, clock.sets(moved, room))])
-                if peer.name == "eager" or case.op.writes:  # the oracle itself; or what the first call wrote is gone
-                    calls[peer.name] = bound
-                    continue
-                if want is None:
-                    want = named(case, Peer("ours", case.op.fn), sets[0], calls["ours"][0]())
-                if why := disagreement(want, named(case, peer, sets[0], bound[0]())):
-                    row.peers[peer.name] = {"why": why}
-                else:
-                    calls[peer.name] = bound
-            except Unavailable as why:
-                row.peers[peer.name] = {"why": str(why)}
+                calls[peer.name] = bind_peer(case, peer, sets)
             except Exception as error:
                 row.peers[peer.name] = {"why": reason(error)}
-        del want
         samplers, how, errors = clock.samplers(calls)
         row.peers |= {name: {"why": why} for name, why in errors.items() if name != "ours"}
         if "ours" in errors or (kernel and how["ours"] == "events"):

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tt_kernels import OPS
+
 from . import figures, measure, results, whole
 from .figures import label
-from .measure import describe, table
+from .measure import describe, spread, table
 from .results import Machine
 from .targets import says, shortfall, target_of
 
@@ -45,7 +47,7 @@ def section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
         yield f"## {where['gpu']}"
         yield f"Driver {where['driver']}, CUDA {where['cuda']}, Triton {where['triton']}; {describe(where)}."
     else:
-        yield f"## {machine.name}: CPU, references, small shapes (no claim about kernels)"
+        yield f"## {where['cpu']}: CPU, references, small shapes (no claim about kernels)"
         yield f"{describe(where)}."
     if machine.commits:
         yield f"Commits: {', '.join(machine.commits)} (+: with changes)."
@@ -55,10 +57,13 @@ def section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
             yield (
                 f"Roofs measured beside the last row: read {roofs['read'] / 1e12:.2f} TB/s, copy "
                 f"{roofs['copy'] / 1e12:.2f} TB/s, cuBLAS bf16 {roofs['compute'] / 1e12:.0f} TFLOP/s. A ratio with a "
-                "star has the host's share in it: that peer is not fit for a CUDA graph."
+                "star has the host's share in it: that peer is not fit for a CUDA graph. MB: what a call needs at "
+                "its peak besides its arguments."
             )
         yield from (f"![{kind}]({drawn[kind]})" for kind in ("roofline", "peers") if kind in drawn)
-        yield from ops_table(rows, machine.gpu)
+        for part, mine in by_part(rows).items():
+            yield f"#### {part}"
+            yield ops_table(mine, machine.gpu)
         if machine.gpu:
             yield from short(rows)
     yield from whole.section(machine, drawn.get("decoding"))
@@ -66,19 +71,29 @@ def section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
         yield from cpu_section(machine.lines["cpu"])
 
 
-def ops_table(rows: Sequence[dict[str, Any]], gpu: bool) -> Iterator[str]:
+def by_part(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by the part of tt_kernels that their op is in, in the order of the cards: peers of one part are few enough
+    for a column each."""
+    order = list(OPS)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: order.index(row["op"])):
+        found.setdefault(OPS[row["op"]].fn.__module__.split(".")[1], []).append(row)
+    return found
+
+
+def ops_table(rows: Sequence[dict[str, Any]], gpu: bool) -> str:
     timed = {name for row in rows for name, peer in row["peers"].items() if "ratio" in peer}
     first = [name for name in ("eager", "compiled") if name in timed]
     columns = [*first, *sorted(timed - set(first))]
-    header = ["op", "shape", "pass", "us", *(("TB/s", "TFLOP/s", "of roof", "target") if gpu else ())]
-    header += [*(f"{name}/ours" for name in columns), "error", "eager's", "what ran"]
+    header = ["op", "shape", "pass", "us (p20-p80)", *(("TB/s", "TFLOP/s", "of roof", "target", "MB") if gpu else ())]
+    header += [*(f"{name}/ours" for name in columns), "error (eager's)", "what ran"]
     lines = []
     for row in rows:
         cells = [row["op"], label(row["dims"]), row["which"]]
         if row["fault"]:
             lines.append([*cells, "RED", *[""] * (len(header) - 5), row["fault"][:60]])
             continue
-        cells.append(f"{1e6 * row['p50']:.1f}")
+        cells.append(spread(row, 1e6))
         if gpu:
             target = target_of(row["op"], row["dims"], row["which"])
             rates = (row["bytes"] / row["p50"] / 1e12, row["flops"] / row["p50"] / 1e12)
@@ -87,13 +102,14 @@ def ops_table(rows: Sequence[dict[str, Any]], gpu: bool) -> Iterator[str]:
                 f"{rates[1]:.1f}",
                 f"{100 * row['share']:.0f} %",
                 says(target) if target else "",
+                f"{row['memory'] / 1e6:.1f}",
             ]
         peers = [row["peers"].get(name, {}) for name in columns]
         cells += [f"{p['ratio']:.2f}" + "*" * (p.get("clock") == "events") if "ratio" in p else "-" for p in peers]
         ran = f"{'kernel' if row['kernel'] else 'reference'}, {row['dtype']}"
         ran += ", ABOVE THE ROOF" * (row["share"] > 1)
-        lines.append([*cells, f"{row['error']:.1e}", f"{row['eager_error']:.1e}", ran])
-    yield table(header, lines)
+        lines.append([*cells, f"{row['error']:.1e} ({row['eager_error']:.1e})", ran])
+    return table(header, lines)
 
 
 def short(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -138,7 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-k", dest="pattern", default="*", metavar="PATTERN", help='with --base: ops to compare ("*norm*")'
     )
-    parser.add_argument("--rounds", type=int, default=10, help="with --base: turns of each (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=measure.positive, default=10, help="with --base: turns of each (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     if options.base:
         from . import compare

@@ -8,7 +8,7 @@ from typing import Any
 from tt_model import TwoTowerConfig
 from tt_model.cli import sizes
 
-from .measure import table
+from .measure import spread, table
 from .results import Machine
 
 AR, DENOISER, COMMIT = sizes.PASSES
@@ -148,14 +148,12 @@ def pass_table(lines: Sequence[Mapping[str, Any]]) -> str:
         share = f"{100 * x['floor'] / x['p50']:.0f} %" if x.get("floor") else "-"
         hit = "-" if x.get("experts") is None else f"{x['experts']:.1f} of {x['experts_worst']:.1f}"
         host = "-" if not x.get("wall") else f"{1e3 * x['wall']:.3g}"
-        rows.append(
-            (x["pass"], x["batch"], x["context"], f"{1e3 * x['p50']:.3g}", host, floor_ms, share, hit, x["clock"])
-        )
+        rows.append((x["pass"], x["batch"], x["context"], spread(x, 1e3), host, floor_ms, share, hit, x["clock"]))
     header = (
         "pass",
         "batch",
         "context",
-        "ms",
+        "ms (p20-p80)",
         "ms by the wall",
         "floor ms",
         "of floor",

@@ -3,8 +3,8 @@
 Runs the pass on meta tensors, which hold nothing: all that is left is the host's work, so this needs neither weights
 nor a GPU. Launches are counted where the launchers make them. The time is Python's and PyTorch's on meta tensors, whose
 shape rules are slower than a CUDA operator's dispatch, without Triton's own work for a launch (about 10 us each): good
-to compare commits, not to predict a GPU's. On a GPU the same pass is then timed by the wall, on the device, and
-replayed from a CUDA graph, where none of this is left.
+to compare commits, not to predict a GPU's. On a GPU the pass, its head included, is then timed by the wall, on the
+device, and replayed from a CUDA graph, where none of this is left.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.clock import DeviceClock, percentile
-from bench.generate import load, timed
-from bench.measure import table
-from bench.models import PUBLISHED
+from bench.generate import config_of, denoiser_pass, load, timed
+from bench.measure import positive, table
 from tt_kernels.launch import INTERPRET, recording
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.cache import Cache
-from tt_model.two_tower import ASSETS
 
 from .common import command, parser, refuse
-from .timeline import denoiser_pass
 
 
 class Operators(TorchDispatchMode):
@@ -63,8 +60,7 @@ def meta_pass(config: TwoTowerConfig, batch: int, context: int) -> Any:
 def run(o: Any) -> int:
     if INTERPRET:
         refuse("TRITON_INTERPRET is set: nothing is launched")
-    config = PUBLISHED if o.model == "published" else TwoTowerConfig.from_file(ASSETS)
-    call = meta_pass(config, o.batch, o.context)
+    call = meta_pass(config_of(o.model), o.batch, o.context)
     with recording(90) as launches:
         call()
         first = len(launches)
@@ -96,7 +92,7 @@ def run(o: Any) -> int:
 def on_device(o: Any) -> None:
     """Wall time, device time, and the time of a graph's replay."""
     subject = load(o.model, "cuda")
-    call = denoiser_pass(subject, o.batch, o.context)
+    call = denoiser_pass(subject, subject.model.prefill(subject.prompts(o.batch, o.context)), o.batch)
     devices, walls, _ = timed(subject, lambda: call, o.rounds)
     device, wall = percentile(devices, 0.5), percentile(walls, 0.5)
     times = f"by the wall {1e3 * wall:.2f} ms, the device alone {1e3 * device:.2f} ms"
@@ -115,10 +111,10 @@ def on_device(o: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     p = parser("host", __doc__)
     p.add_argument("--model", choices=("published", "bundled"), default="published", help="default: %(default)s")
-    p.add_argument("--batch", type=int, default=1)
-    p.add_argument("--context", type=int, default=2048)
-    p.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    p.add_argument("--rows", type=int, default=10, help="PyTorch operators listed (default: %(default)s)")
+    p.add_argument("--batch", type=positive, default=1)
+    p.add_argument("--context", type=positive, default=2048)
+    p.add_argument("--rounds", type=positive, default=10, help="default: %(default)s")
+    p.add_argument("--rows", type=positive, default=10, help="PyTorch operators listed (default: %(default)s)")
     o = p.parse_args(arguments)
     return command("host", lambda: run(o))
 

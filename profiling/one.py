@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from bench.measure import positive
+
 from .common import call_of, command, gpu, op_named, parser, shape_of
 
 
@@ -14,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = parser("one", __doc__)
     p.add_argument("op")
     p.add_argument("--shape", metavar="T=16,..", help="one of the card's (default: its first)")
-    p.add_argument("--calls", type=int, default=4, help="default: %(default)s; the first compiles")
+    p.add_argument("--calls", type=positive, default=4, help="default: %(default)s; the first compiles")
     o = p.parse_args(arguments)
 
     def run() -> int:

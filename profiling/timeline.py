@@ -1,16 +1,16 @@
 """`python -m profiling.timeline`: one denoiser pass on a time axis, and who took how much of it.
 
-Writes a trace for ui.perfetto.dev (or chrome://tracing) and prints two tables: time by op beside the floor of what the
-op must move and compute, and by kernel (on a CPU by PyTorch operator). The pass is as `generate` runs it: the tower,
-then the unmasking step. Times in a trace are a little long, for the profiler takes its own: for how long a pass takes
-use python -m bench.generate, for where it goes this.
+Writes a trace for ui.perfetto.dev (or chrome://tracing) and prints two tables: time by op, and by kernel (on a CPU by
+PyTorch operator), each beside its floor: the cost on the op's card at the roofs measured here. The pass is the one that
+generation runs: the tower, then the unmasking step. Times in a trace are a little long, for the profiler takes its own:
+for how long a pass takes use python -m bench.generate, for where it goes this.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +18,56 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import clock, whole
-from bench.generate import Subject, format_of, load
-from bench.measure import table
+from bench.generate import denoiser_pass, format_of, load
+from bench.measure import positive, table
 from tt_kernels import OPS
-from tt_model import generate
+from tt_model import TwoTowerConfig
+from tt_model.cli import sizes
 
 from .common import RANGE, command, labelled, parser, refuse
 
-# The part of a pass (bench/whole.py) that an op's time belongs to; norms and convolutions move activations only.
-PARTS = {
-    "experts": "experts",
-    "route": "router",
-    "unmask": "head",
-    "linear": "projections",
-    **dict.fromkeys(("context_attention", "append_attention"), "attention"),
-    **dict.fromkeys(("mamba_block", "mamba_step", "mamba_advance", "ssd_block", "ssd_step", "ssd_chunk"), "scan"),
-}
+
+def dims_of_pass(c: TwoTowerConfig, batch: int, context: int) -> dict[str, dict[str, int]]:
+    """The sizes at which a denoiser pass over half-masked blocks calls each op, by the names that its card uses."""
+    L = c.block_size
+    width = c.mamba_num_heads * c.mamba_head_dim
+    moe = dict(T=batch * L, D=c.hidden_size, E=c.n_routed_experts, K=c.num_experts_per_tok)
+    scan = dict(H=c.mamba_num_heads, P=c.mamba_head_dim, G=c.n_groups, N=c.ssm_state_size)
+    heads = dict(Hq=c.num_attention_heads, Hkv=c.num_key_value_heads, P=c.head_dim)
+    return {
+        "rms_norm": dict(T=batch * L, D=c.hidden_size),
+        "modulated_rms_norm": dict(B=batch, L=L, D=c.hidden_size),
+        "gated_group_norm": dict(T=batch * L, D=width, groups=c.n_groups),
+        "mamba_block": dict(b=batch, L=L, K=c.conv_kernel, **scan),
+        "route": moe,
+        "experts": dict(N=c.moe_intermediate_size, M=c.moe_shared_expert_intermediate_size, **moe),
+        "context_attention": dict(B=batch, L=L, S=context, **heads),
+        "unmask": dict(B=batch, L=L // 2, D=c.hidden_size, V=c.vocab_size),  # of the rest nobody needs the logits
+    }
 
 
-def denoiser_pass(subject: Subject, batch: int, context: int) -> Callable[[], Any]:
-    """A half-masked block after `context` tokens: the tower, the head, the commit rule."""
-    model, c = subject.model, subject.model.config
-    S, device = c.block_size, subject.model.device
-    with torch.inference_mode():
-        cache = model.prefill(subject.prompts(batch, context))
-    block = subject.prompts(batch, S).to(device)
-    block[:, ::2] = c.mask_token_id
-    row = lambda value, dtype: torch.full((batch,), value, dtype=dtype, device=device)
-    keys = {name: row(0, torch.int64) for name in ("seed", "position", "step")}
-    settings = dict(
-        threshold=row(0.8, torch.float64), temperature=row(0.0, torch.float64), steps_left=row(8, torch.int64)
-    )
-    t = row(0.5, torch.float32)
-
-    def call() -> Any:
-        with torch.inference_mode():
-            hidden = model.denoise(block, t, cache, output="hidden")
-            return generate.unmask(
-                hidden, model.lm_head.weight, block, mask_token_id=c.mask_token_id, **settings, **keys
-            )
-
-    return call
+def floors_of_pass(
+    found: Mapping[str, tuple[float, float]],
+    c: TwoTowerConfig,
+    *,
+    batch: int,
+    context: int,
+    format: sizes.Format,
+    roofs: Mapping[str, float],
+) -> dict[str, float]:
+    """Seconds a pass below which the calls of each op cannot be: its card's cost at the roofs. Of linear layers, which
+    have no card, what the whole pass's are on paper."""
+    least = lambda flops, moved: max(moved / roofs["bandwidth"], flops / roofs["compute"])
+    floors = {
+        name: found[name][0] * least(*OPS[name].cost(format.other // 8, **dims))
+        for name, dims in dims_of_pass(c, batch, context).items()
+        if name in found
+    }
+    if "linear" in found:
+        parts = whole.parts(c, whole.DENOISER, batch=batch, context=context, format=format)
+        moved, flops = parts["projections"]
+        floors["linear"] = least(flops, moved)
+    return floors
 
 
 def cpu_roofs() -> dict[str, float]:
@@ -92,39 +101,48 @@ def by_op(events: Sequence[Any], passes: int, device: bool) -> dict[str, tuple[f
 
 
 def op_table(found: Mapping[str, tuple[float, float]], seconds: float, floors: Mapping[str, float]) -> str:
-    """Time by op, the largest first, each part's floor beside the ops that do its work."""
-    spent: dict[str, float] = {}
-    for name, (_, took) in found.items():
-        if part := PARTS.get(name):
-            spent[part] = spent.get(part, 0.0) + took
+    """Time by op, the largest first, beside its floor."""
     rows = []
     for name, (calls, took) in sorted(found.items(), key=lambda item: -item[1][1]):
-        part = PARTS.get(name)
-        bound = floors.get(part, 0.0) if part else 0.0
-        share = f"{100 * bound / spent[part]:.0f} %" if bound and part else "-"
-        shown = (f"{1e6 * bound:.1f}" if bound else "-", share)
+        shown = beside(floors.get(name), took)
         rows.append((name, f"{calls:g}", f"{1e6 * took:.1f}", f"{100 * took / seconds:.1f} %", *shown))
     rest = seconds - sum(took for _, took in found.values())
     rows.append(("between them", "", f"{1e6 * rest:.1f}", f"{100 * rest / seconds:.1f} %", "-", "-"))
     return table(("op", "calls", "us", "of the pass", "floor us", "floor / time"), rows)
 
 
-def kernel_rows(events: Sequence[Any], passes: int, device: bool, most: int) -> Iterator[tuple[str, ...]]:
-    """The longest kernels, each with the op whose card names it; on a CPU the longest operators."""
-    owner = {kernel: name for name, op in OPS.items() for kernel in op.kernels}
+def beside(floor: float | None, seconds: float) -> tuple[str, str]:
+    """A floor in microseconds, and its share of the time."""
+    return (f"{1e6 * floor:.1f}", f"{100 * floor / seconds:.0f} %") if floor and seconds else ("-", "-")
+
+
+def kernel_table(
+    events: Sequence[Any], passes: int, device: bool, most: int, ops: Collection[str], floors: Mapping[str, float]
+) -> str:
+    """The longest kernels, each with the ops of this pass whose cards name it, the floor of these, and its share of the
+    time of all their kernels: a card counts for an op, not for its kernels. On a CPU the longest operators."""
     kind = "CUDA" if device else "CPU"
     mine = [e for e in events if kind in str(e.device_type) and not e.key.startswith(RANGE)]
-    took = lambda e: e.self_device_time_total if device else e.self_cpu_time_total
+    took = lambda e: (e.self_device_time_total if device else e.self_cpu_time_total) / 1e6 / passes
     total = sum(map(took, mine)) or 1.0
+    owners = lambda kernel: [name for name in ops if name in OPS and kernel in OPS[name].kernels]
+    rows = []
     for event in sorted(mine, key=took, reverse=True)[:most]:
-        us = took(event) / passes
-        yield (
-            event.key[:60],
-            owner.get(event.key, "-"),
-            f"{event.count / passes:g}",
-            f"{us:.1f}",
-            f"{100 * us * passes / total:.1f} %",
+        names, seconds = owners(event.key), took(event)
+        together = sum(took(e) for e in mine if set(owners(e.key)) & set(names))
+        rows.append(
+            (
+                event.key[:60],
+                ", ".join(names) or "-",
+                f"{event.count / passes:g}",
+                f"{1e6 * seconds:.1f}",
+                f"{100 * seconds / total:.1f} %",
+                *beside(sum(floors.get(name, 0.0) for name in names), together),
+            )
         )
+    if not device:
+        return table(("PyTorch operator", "calls", "us", "of all"), [(key, *cells[1:4]) for key, *cells in rows])
+    return table(("kernel", "op", "calls", "us", "of all", "op's floor us", "floor / op's kernels"), rows)
 
 
 def run(o: Any) -> int:
@@ -133,9 +151,14 @@ def run(o: Any) -> int:
         subject = load(o.model, device)
     except (OSError, ValueError, KeyError) as error:
         refuse(f"--model {o.model}: {error}")
+    try:
+        o.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"--out {o.out}: {error}")
     watch = clock.DeviceClock() if device == "cuda" else None
     roofs = clock.roofs(watch) if watch else cpu_roofs()
-    call = denoiser_pass(subject, o.batch, o.context)
+    cache = subject.model.prefill(subject.prompts(o.batch, o.context))
+    call = denoiser_pass(subject, cache, o.batch)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with labelled():
         for _ in range(3):
@@ -147,17 +170,15 @@ def run(o: Any) -> int:
             if device == "cuda":
                 torch.cuda.synchronize()
             wall = (time.perf_counter() - begin) / o.passes
-    o.out.parent.mkdir(parents=True, exist_ok=True)
     prof.export_chrome_trace(str(o.out))
     events = prof.key_averages()
     on_device = device == "cuda"
     found = by_op(events, o.passes, on_device)
     kernels = [e for e in events if "CUDA" in str(e.device_type) and not e.key.startswith(RANGE)]
     busy = sum(e.self_device_time_total for e in kernels) / 1e6 / o.passes if on_device else wall
-    each = whole.parts(
-        subject.model.config, whole.DENOISER, batch=o.batch, context=o.context, format=format_of(subject.model)
-    )
-    floors = {name: max(b / roofs["bandwidth"], f / roofs["compute"]) for name, (b, f) in each.items()}
+    c, format = subject.model.config, format_of(subject.model)
+    size = dict(batch=o.batch, context=o.context, format=format, roofs=roofs)
+    floors = floors_of_pass(found, c, **size)
     name = torch.cuda.get_device_name() if on_device else f"CPU, {torch.get_num_threads()} threads, references"
     print(f"{subject.name} on {name}; batch {o.batch}, {o.context} tokens before, {o.passes} passes")
     print(f"roofs here: {roofs['bandwidth'] / 1e9:.1f} GB/s, {roofs['compute'] / 1e9:.0f} GFLOP/s")
@@ -165,10 +186,9 @@ def run(o: Any) -> int:
         f"a pass under the profiler: {1e3 * wall:.2f} ms by the wall"
         + (f", device busy {1e3 * busy:.2f} ms" if on_device else "")
     )
-    print(f"floor of the whole pass: {1e3 * sum(floors.values()):.3g} ms\n")
+    print(f"floor of the whole pass: {1e3 * whole.floor(c, whole.DENOISER, **size):.3g} ms\n")
     print(op_table(found, busy, floors))
-    what = "kernel" if on_device else "PyTorch operator"
-    print("\n" + table((what, "op", "calls", "us", "of all"), list(kernel_rows(events, o.passes, on_device, o.rows))))
+    print(f"\n{kernel_table(events, o.passes, on_device, o.rows, found, floors)}")
     print(f"\n{o.out}: open it in ui.perfetto.dev")
     return 0
 
@@ -181,10 +201,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="published" if gpu else "bundled",
         help="published, bundled or a folder (default: %(default)s)",
     )
-    p.add_argument("--batch", type=int, default=1)
-    p.add_argument("--context", type=int, default=2048 if gpu else 128, help="tokens before (default: %(default)s)")
-    p.add_argument("--passes", type=int, default=5, help="recorded passes (default: %(default)s)")
-    p.add_argument("--rows", type=int, default=15, help="kernels listed (default: %(default)s)")
+    p.add_argument("--batch", type=positive, default=1)
+    p.add_argument(
+        "--context", type=positive, default=2048 if gpu else 128, help="tokens before (default: %(default)s)"
+    )
+    p.add_argument("--passes", type=positive, default=5, help="recorded passes (default: %(default)s)")
+    p.add_argument("--rows", type=positive, default=15, help="kernels listed (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("denoiser_pass.json"), help="the trace (default: %(default)s)")
     o = p.parse_args(arguments)
     return command("timeline", lambda: run(o))

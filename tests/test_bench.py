@@ -79,8 +79,15 @@ def test_table_is_markdown() -> None:
 def test_results_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
     for i in range(2):
-        file = measure.record("cpu", {"run": i, "machine": measure.machine()})
+        file = measure.record({"run": i, "machine": measure.machine() | {"cpu": "Some(R) Fast CPU 9 @ 2.40GHz (AVX2)"}})
+    assert file.name == "some-fast-9-avx2.jsonl"
     assert [json.loads(line)["run"] for line in file.read_text().splitlines()] == [0, 1]
+
+
+def test_results_are_filed_by_machine() -> None:
+    assert measure.machine_name({"cpu": "Intel(R) Xeon(R) Processor (AVX512)"}) == "intel-xeon-avx512"
+    assert measure.machine_name({"cpu": "whatever", "gpu": "NVIDIA H200"}) == "nvidia-h200"
+    assert measure.machine_name({"cpu": "()"}) == "unknown"
 
 
 # ---- the CPU comparison ----

@@ -191,3 +191,34 @@ def test_a_cold_cache_takes_longer_than_a_warm_one() -> None:
         times = clock.interleave(samplers, seconds=0.2)
     cold, warm = (clock.percentile(times[name], 0.5) for name in ("cold", "warm"))
     assert cold > 1.15 * warm, f"cold {cold:.2e} s, warm {warm:.2e} s"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a device to be timed")
+def test_more_work_takes_longer_on_a_device() -> None:
+    """Through the whole of a row: a kernel that does its work four times is timed so, and PyTorch's ratio says it."""
+    from bench import ops
+    from tt_kernels import Op
+
+    def row(times: int) -> ops.Row:
+        def fn(x: torch.Tensor) -> torch.Tensor:
+            for _ in range(times):
+                y = 2 * x
+            return y
+
+        op = Op(
+            fn=fn,
+            reference=lambda x: 2 * x,
+            inputs=lambda dtype, T, D: dict(x=torch.randn(T, D, dtype=dtype)),
+            cases=(dict(T=4096, D=4096),),
+            shapes=(dict(T=4096, D=4096),),
+            outputs=("y",),
+            cost=lambda itemsize, T, D: (T * D, 2 * T * D * itemsize),
+        )
+        device = clock.DeviceClock()
+        return ops.measure(ops.Case(op, op.shapes[0], torch.bfloat16, False), device, ops.Checked(device), seconds=0.2)
+
+    honest, slow = row(1), row(4)
+    assert not honest.fault and not slow.fault and honest.clock == "graph" and honest.sets >= 4
+    assert 1.5 < slow.p50 / honest.p50 < 6  # the last three find what fits of x in the L2
+    assert 0.8 < honest.peers["eager"]["ratio"] < 1.25 and slow.peers["eager"]["ratio"] < 0.67

@@ -181,6 +181,38 @@ def test_a_peer_with_other_results_is_not_timed(backward: bool, monkeypatch: pyt
     assert why.get("forward") == ("forward: forward only" if backward else None)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_everybody_in_a_row_gets_as_many_sets(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start of a graph is shared out over its calls: over more of them, less of it stands in a time."""
+
+    class Small(FakeClock):
+        """Room for 60 calls that take 10 bytes each, whoever makes them."""
+
+        bound: dict[str, int]
+
+        def sets(self, moved: int, room: float) -> int:
+            return max(1, int(600 / max(room, 10)))
+
+        def peak(self, work: Any) -> float:
+            work()
+            return 10.0
+
+        def samplers(self, calls: Any) -> Any:
+            self.bound = {name: len(c) for name, c in calls.items()}
+            return super().samplers(calls)
+
+    found = [
+        Peer("eager", lambda x: lambda: 2 * x, backward=True),
+        Peer("frugal", lambda x: lambda: x + x, backward=True),
+        Peer("wrong", lambda x: lambda: 3 * x, backward=True),
+    ]
+    monkeypatch.setattr(ops, "peers_of", lambda op, wanted: found)
+    small = Small(dict.fromkeys(("ours", "eager", "frugal"), 1.0))
+    row = ops.measure(a_case(card(), backward=backward), small, ops.Checked(small), seconds=0.0)
+    assert small.bound == dict.fromkeys(("ours", "eager", "frugal"), 20) and row.sets == 20
+    assert "why" in row.peers["wrong"], "and who is not timed takes none of the room"
+
+
 def test_a_slower_kernel_shows() -> None:
     """Real clock, real work: twice the work takes longer, and the ratio to the same peer says so."""
     x = torch.randn(256, 256)
@@ -236,6 +268,7 @@ def test_pytest_bench_prints_a_table() -> None:
         done = subprocess.run([*command, "-p", plugin], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("CPU, reference") == 3 and "| rms_norm |" in done.stdout
+        assert "Legend:" not in done.stdout, "one table answers"
 
 
 def test_peers_are_chosen_by_name() -> None:
@@ -251,6 +284,10 @@ def test_bench_refuses_to_run_side_by_side() -> None:
     with pytest.raises(pytest.UsageError, match="without -n"):
         conftest.pytest_configure(config)
     config.option.numprocesses = None
+    config.option.peers = "eager,sonic"
+    with pytest.raises(pytest.UsageError, match="nobody is called sonic"):
+        conftest.pytest_configure(config)
+    config.option.peers = "all"
     conftest.pytest_configure(config)
     assert config.stash[conftest.ROWS] == []
 

@@ -59,6 +59,7 @@ def row(op: str, dims: dict[str, int], us: float, share: float, *, fault: str = 
         "p50": 0 if fault else us * 1e-6,
         "p80": us * 1.1e-6,
         "share": share,
+        "memory": 2.5e6,
         "peers": {name: {"ratio": r} if isinstance(r, float) else {"why": r} for name, r in peers.items()},
     }
 
@@ -75,7 +76,9 @@ def a_pass(kind: str, batch: int, ms: float) -> dict[str, Any]:
         "batch": batch,
         "context": 2048,
         "clock": "device",
+        "p20": ms / 1.1e3,
         "p50": ms / 1e3,
+        "p80": ms / 0.9e3,
         "wall": ms / 500,
         "floor": floor,
         "roofs": ROOFS,
@@ -128,17 +131,19 @@ def test_speed_of_a_gpu(folder: Path, tmp_path: Path) -> None:
     text = " ".join((tmp_path / "SPEED.md").read_text().split())
     assert "## NVIDIA Made Up Driver 1.2.3, CUDA 13.0, Triton 3.6.0" in text and "No GPU results" not in text
     assert text.index("NVIDIA Made Up") < text.index("CPU, references, small shapes")
-    assert "| experts | T=16 D=2688 N=1856 E=128 K=6 M=3712 | forward | 412.0 |" in text and "900.0" not in text, (
-        "the newest line counts"
-    )
-    assert "| 82 % | 80 %, > vllm | 3.10 | 1.70 | - |" in text
+    assert (
+        "| experts | T=16 D=2688 N=1856 E=128 K=6 M=3712 | forward | 412 (371-453) |" in text and "900 (" not in text
+    ), "the newest line counts"
+    assert "| 82 % | 80 %, > vllm | 2.5 | 3.10 | 1.70 | - |" in text
+    heads = {part: text.split(f"#### {part} ")[1].split(" | | -")[0] for part in ("norm", "moe")}
+    assert "vllm/ours" in heads["moe"] and "vllm/ours" not in heads["norm"], "columns of a part's own peers only"
     assert "| rms_norm | T=4096 D=2688 | forward | RED |" in text
     short = text[text.index("Short of its target") :]
     assert (
         "`experts` T=64 D=2688 N=1856 E=128 K=6 M=3712 forward: 70 % of the roof, target 85 %; vllm takes 0.90" in short
     )
     assert "`route` T=64 D=2688 E=128 K=6 forward: 7.5 us, target 5 us" in short and "forward: 82" not in short
-    assert "even at tokens/pass" in text and "| 60.0 of 68.6 |" in text
+    assert "| 10.0 (9.1-11.1) | 20 |" in text and "even at tokens/pass" in text and "| 60.0 of 68.6 |" in text
     for kind in ("roofline", "peers", "decoding"):
         picture = tmp_path / f"docs/speed_nvidia-made-up_{kind}.svg"
         assert f"(docs/{picture.name})" in text and picture.stat().st_size > 5000
@@ -146,7 +151,7 @@ def test_speed_of_a_gpu(folder: Path, tmp_path: Path) -> None:
         assert report.main(["--results", str(folder), "--out", str(tmp_path)]) == 0
         assert picture.read_bytes() == before, "the same results, the same figure"
     assert report.main(["--results", str(folder), "--out", str(tmp_path), "--check"]) == 0
-    (tmp_path / "SPEED.md").write_text(text.replace("412.0", "41.2"))
+    (tmp_path / "SPEED.md").write_text(text.replace("412 (", "41.2 ("))
     assert report.main(["--results", str(folder), "--out", str(tmp_path), "--check"]) == 1
 
 
@@ -173,7 +178,8 @@ def test_newest_lines_count(folder: Path) -> None:
     stale = {"op": "rms_norm", "dims": {"T": 1, "D": 12345}}
     assert not results.listed(stale) and not results.listed(stale | {"op": "gone"}), "what no card lists is not shown"
     assert all(map(results.listed, machine.lines["row"]))
-    cpu = results.read(folder / "cpu.jsonl")
+    (cpu,) = (machine for machine in results.machines(folder) if not machine.gpu)
+    assert cpu.name == measure.machine_name(cpu.where[0])
     assert not cpu.gpu and len(cpu.lines["cpu"]) == len({line["machine"]["threads"] for line in cpu.lines["cpu"]})
 
 

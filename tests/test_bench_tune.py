@@ -294,7 +294,7 @@ def test_driver_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         return line
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no slice is called 'nothing'; there are: parity, device, real-norm" in refused("nothing")
+    assert "no slice is called 'nothing'; there are: parity, device, gpu-marked, real-norm" in refused("nothing")
     assert refused().endswith("these tests need an NVIDIA GPU, and there is none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_tests, "NEEDED", ("json", "no-such-module"))

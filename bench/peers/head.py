@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tt_kernels import gumbel_noise
 
-from .base import Peer, kernels_run, needs, on_gpu, only, prepared
+from .base import Peer, kernels_run, needs, only, prepared
 
 Call = Callable[[], Any]
 
@@ -91,7 +91,7 @@ def torch_loss(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | N
 
 def cut_loss(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Call:
     """Without its gradient filter, which drops small softmax entries: equal results are asked for."""
-    on_gpu(hidden, "cut-cross-entropy")
+    kernels_run(hidden, "cut-cross-entropy")
     only(hidden.dtype.itemsize == 2, "cut-cross-entropy: 16-bit inputs only")
     fn = needs("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
     wanted, count = _ignored(targets, mask)

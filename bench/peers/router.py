@@ -1,13 +1,21 @@
-"""Peer of the router: SGLang's moe_fused_gate, with the product before it."""
+"""Peer of the router: SGLang's moe_fused_gate, with the product before it. Its file is imported without the server."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .base import Peer, needs, on_gpu, only
+from .base import Peer, bare_package, kernels_run, needs, only, stand_in
+
+
+def _module() -> Any:
+    for name in ("sglang", "sglang.kernels", "sglang.kernels.ops", "sglang.kernels.ops.moe"):
+        bare_package(name)
+    stand_in("sglang.srt.utils.common", is_cuda=torch.cuda.is_available)  # the server's, with all that it imports
+    return needs("sglang.kernels.ops.moe.moe_fused_gate", "sglang")
 
 
 def sglang_gate(
@@ -22,9 +30,9 @@ def sglang_gate(
     scale: float = 1.0,
 ) -> Callable[[], Any]:
     """Logits by cuBLAS in fp32, then their kernel. No sorted index lists, which ours makes too."""
-    on_gpu(x, "SGLang's moe_fused_gate")
+    kernels_run(x, "SGLang's moe_fused_gate")
     only(norm_topk_prob, "SGLang's moe_fused_gate: with normalised weights here")
-    gate = needs("sglang.kernels.ops.moe.moe_fused_gate", "sglang")
+    gate = _module()
 
     def call() -> tuple[Tensor, Tensor]:
         logits = x.float() @ weight.float().T
