@@ -1,7 +1,7 @@
 """`make test-gpu`: all that only a GPU can show, in nine minutes, and from there on with the command that it prints.
 
   parity        every op's tests on the GPU: fp32, fp16, bf16
-  device        what no card shows: neighbours, ties, NaN, streams and graphs, lengths of a cache
+  device        what no card shows: neighbours, ties, NaN, streams and graphs, every length of a cache and of a block
   real-GROUP    bf16 at the published shapes, values and gradients
   memcheck-GROUP, racecheck-GROUP   small cases under compute-sanitizer
   golden-fp32   the golden models: logits to 1e-5, tokens exactly
@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "rich", "pytest", "pytest-timeout", "hypothesis")
 LIMIT = 530  # seconds of a slice, and of a run
-DEVICE_TESTS = tuple(f"tests/test_{name}.py" for name in ("route_stress", "attention_context", "sampling"))
+DEVICE_TESTS = tuple(f"tests/test_{name}.py" for name in ("route_stress", "attention_context", "scan", "sampling"))
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
