@@ -33,7 +33,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "rich", "pytest", "pytest-timeout", "hypothesis")
 LIMIT = 530  # seconds of a slice, and of a run
-DEVICE_TESTS = tuple(f"tests/test_{name}.py" for name in ("route_stress", "attention_context", "scan", "sampling"))
+DEVICE_TESTS = tuple(
+    f"tests/test_{name}.py" for name in ("route_stress", "attention_context", "scan", "scan_nan", "sampling")
+)
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 

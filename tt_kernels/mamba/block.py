@@ -102,6 +102,7 @@ def mamba_advance(
         conv_state: [b, C, K] float: the columns of xBC before the tokens, oldest first. It is not changed.
         state:      [b, H, P, N] float: the state before the tokens. It is not changed.
         lengths:    [b] int, 0 to L, or None for all L; what lies past a row's length may be anything, NaN included.
+                    Kernels cut other lengths to 0 or L, the reference refuses them where they are on a CPU.
         dt_limit:   (low, high), what the time step is clamped to.
     Returns:
         conv_state: [b, C, K] dtype of xBC, contiguous, in new memory.

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..conv1d.causal import _causal_conv1d
 from ..conv1d.states import _conv_state, move_on
 from ..core import define
+from ..lang import row_length
 from ..launch import Launch, architecture, run, tuned
 from ..reference.common import compute_dtype
 from ..ssd.block_kernels import _ssd_advance, _ssd_block
@@ -148,9 +149,7 @@ def _mamba_advance_kernel(
     xBC_ptr += b * stride_xb
     conv_ptr += b * stride_cb
     at_dt = dt_ptr + b * stride_dtb + head * stride_dth
-    length = L
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + b), L).to(tl.int32)
+    length = row_length(lengths_ptr, b, L)
     A = tl.load(A_ptr + head).to(ACC)
     dt_bias = tl.load(dt_bias_ptr + head).to(ACC)
     taps_x, past_x, bias_x = conv_parameters(

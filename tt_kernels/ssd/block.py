@@ -101,6 +101,7 @@ def ssd_advance(
         dt_bias:  [H] float.
         state:    [b, H, P, N] float: the state before the tokens; None: zeros. It is not changed.
         lengths:  [b] int, 0 to L, or None for all L; what lies past a row's length may be anything, NaN included.
+                  Kernels cut other lengths to 0 or L, the reference refuses them where they are on a CPU.
         dt_limit: (low, high), what the time step is clamped to.
     Returns:
         state: [b, H, P, N] fp32 (fp64 where x or A is fp64), contiguous, in new memory.

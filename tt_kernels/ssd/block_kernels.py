@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core import define
+from ..lang import row_length
 from ..launch import Launch, architecture, run, tuned
 from ..reference.common import compute_dtype
 from .scan import _ssd_chunk
@@ -120,9 +121,7 @@ def _ssd_advance_kernel(
     mask_s = mask_p[None, :] & mask_n[:, None]
     A = tl.load(A_ptr + head).to(ACC)
     bias = tl.load(bias_ptr + head).to(ACC)
-    length = L
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + b), L).to(tl.int32)
+    length = row_length(lengths_ptr, b, L)
     state = tl.zeros((BLOCK_N, BLOCK_P), dtype=ACC)
     if state_ptr is not None:
         at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[None, :] * stride_sp + offs_n[:, None]

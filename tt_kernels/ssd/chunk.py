@@ -38,7 +38,8 @@ def ssd_chunk(
         dt_bias:    [H] float.
         state:      [b, H, P, N] float: the state before the first token; None: zeros. It is not changed.
         lengths:    [b] int, 0 to L, or None for all L: the row's last state is the one after lengths[b] tokens. What
-                    lies past it in x, dt and B may be anything, NaN included, and y there means nothing.
+                    lies past it in x, dt and B may be anything, NaN included, and y there means nothing. Kernels cut
+                    other lengths to 0 or L, the reference refuses them where they are on a CPU.
         chunk_size: Q, tokens between the states that are returned. None: none of those, and none in memory; on their
                     way kernels keep at most 15 states a row, however long it is.
         dt_limit:   (low, high), what the time step is clamped to.

@@ -6,7 +6,7 @@ A tile is up to 64 tokens of one chunk, a span several tiles that one program wa
 import triton
 import triton.language as tl
 
-from ..lang import decay
+from ..lang import decay, row_length
 from .tile import (
     decays_to_end,
     grow,
@@ -51,9 +51,7 @@ def _chunk_steps_kernel(
     mask_h = head < H
     A = tl.load(A_ptr + head, mask=mask_h, other=0.0).to(steps_ptr.dtype.element_ty)
     bias = tl.load(bias_ptr + head, mask=mask_h, other=0.0).to(steps_ptr.dtype.element_ty)
-    length = L
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + b), L).to(tl.int32)
+    length = row_length(lengths_ptr, b, L)
     start = tile // chunk_tiles * chunk_size + tile % chunk_tiles * BLOCK_T
     count = tl.minimum(tl.minimum(tile // chunk_tiles * chunk_size + chunk_size, L) - start, BLOCK_T)
     at = dt_ptr + b * stride_dtb + (start + t).to(tl.int64)[:, None] * stride_dtl + head[None, :] * stride_dth
@@ -120,9 +118,7 @@ def _chunk_states_kernel(
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_n = tl.arange(0, BLOCK_N)
     mask_p, mask_n = within(offs_p, P, BLOCK_P), offs_n < N
-    length = L
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + b), L).to(tl.int32)
+    length = row_length(lengths_ptr, b, L)
     t = tl.arange(0, BLOCK_T)
     offs_x = t[:, None] * stride_xl + offs_p[None, :]  # [BLOCK_T, BLOCK_P], from the tile's first token
     offs_B = t[:, None] * stride_Bl + offs_n[None, :]  # [BLOCK_T, BLOCK_N]
@@ -209,9 +205,7 @@ def _chunk_scan_kernel(
     mask_s = mask_p[None, :] & mask_n[:, None]
     offs_s = offs_p[None, :] * N + offs_n[:, None]  # [BLOCK_N, BLOCK_P]
     D = tl.load(D_ptr + head).to(ACC)
-    length = L
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + b), L).to(tl.int32)
+    length = row_length(lengths_ptr, b, L)
     t = tl.arange(0, BLOCK_T)
     u = tl.arange(0, BLOCK_U)
     offs_y = t[:, None] * (H * P) + offs_p[None, :]  # [BLOCK_T, BLOCK_P], from the tile's first token

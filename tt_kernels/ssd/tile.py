@@ -34,10 +34,10 @@ def within(offs, size: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def time_steps(dt, bias, LOW: tl.constexpr, HIGH: tl.constexpr):
     dt = softplus(dt + bias)
-    if LOW > 0:
-        dt = tl.maximum(dt, LOW)
+    if LOW > 0:  # not tl.maximum, which takes the number beside a NaN
+        dt = tl.where(dt < LOW, LOW, dt)
     if HIGH < 3e38:
-        dt = tl.minimum(dt, HIGH)
+        dt = tl.where(dt > HIGH, HIGH, dt)
     return dt
 
 
@@ -49,7 +49,8 @@ def log_decays(dt_ptr, known, bias, A, resets_ptr, inside, LOW: tl.constexpr, HI
     a packed sequence starts: nothing from before it reaches the token, whatever is added.
     """
     dt = tl.where(known, time_steps(tl.load(dt_ptr, mask=known, other=0.0).to(A.dtype), bias, LOW, HIGH), 0.0)
-    a = tl.maximum(dt * A, -128.0)
+    a = dt * A
+    a = tl.where(a < -128.0, -128.0, a)
     if resets_ptr is not None:
         a = tl.where(tl.load(resets_ptr, mask=inside, other=0) != 0, -128.0, a)
     return dt, a
