@@ -124,6 +124,7 @@ OPS = (
         ),
         shapes=(
             *(dict(b=1, L=L, H=64, P=64, G=8, N=128, Q=Q) for L in (4096, 8192) for Q in (64, 0)),
+            dict(b=1, L=2048, H=64, P=64, G=8, N=128, Q=0),
             dict(b=1, L=8192, H=64, P=64, G=8, N=128, Q=16, seeded=0),
             dict(b=1, L=8192, H=64, P=64, G=8, N=128, Q=16, seeded=0, packed=1),
             dict(b=1, L=100, H=64, P=64, G=8, N=128, Q=0),
