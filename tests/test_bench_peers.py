@@ -45,6 +45,11 @@ ON_CPU = {
     },
     "sample": {"logits": (dict(R=6, V=11), dict(R=4, V=64, hot=0))},
     "head_sample": {"logits": (dict(R=6, D=16, V=37), dict(R=4, D=6, V=11, hot=0))},
+    "mamba_block": {"apart": (dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4), dict(b=1, L=37, H=2, P=4, G=1, N=8, K=4))},
+    "mamba_advance": {
+        "apart": (dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4), dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4, ragged=0))
+    },
+    "mamba_step": {"apart": (dict(b=2, H=4, P=3, G=2, N=5, K=4),)},
     "linear_cross_entropy": {
         "F.linear_cross_entropy": (dict(B=2, N=5, D=6, V=11), dict(B=1, N=7, D=16, V=37, masked=100))
     },
@@ -111,6 +116,9 @@ INTERPRETED = {
     "ssd_block": {"mamba_ssm": dict(b=2, L=16, H=4, P=16, G=2, N=16)},
     "ssd_chunk": {"mamba_ssm": dict(b=1, L=64, H=2, P=16, G=1, N=16, Q=8, seeded=0, packed=1)},
     "ssd_step": {"mamba_ssm": dict(b=2, H=4, P=3, G=2, N=5)},
+    "mamba_block": {"fla+mamba_ssm": dict(b=2, L=16, H=4, P=16, G=2, N=16, K=4)},
+    "mamba_advance": {"fla+mamba_ssm": dict(b=1, L=32, H=2, P=16, G=1, N=16, K=4, ragged=0)},
+    "mamba_step": {"fla+mamba_ssm": dict(b=2, H=4, P=3, G=2, N=5, K=4)},
     "linear_cross_entropy": {"liger": dict(B=1, N=7, D=16, V=37, masked=100)},
     "causal_conv1d": {"fla": dict(B=2, L=40, C=70, K=3)},
     "gated_group_norm": {"fla": dict(T=5, D=21, groups=3)},

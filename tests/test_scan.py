@@ -4,18 +4,15 @@ A block is its tokens one by one, two segments are the whole, packed sequences a
 On references, on interpreted kernels in fp64, and on a GPU in fp32. 5 s on one core, 45 s interpreted.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-import fp64 as exact
 import literal
 import pytest
 import torch
 from fp64 import fp64  # noqa: F401 (a fixture)
-from parity import DEVICE
+from there import DTYPE, close, randn, there
 from torch import Tensor
 
 import tt_kernels
@@ -26,26 +23,6 @@ S = 16  # block size
 NAN = math.nan
 pytestmark = pytest.mark.kernels
 LIMITS = [(0.1, 0.5)] if INTERPRET else [(0.0, math.inf), (0.1, 0.5)]
-DTYPE = torch.float32 if DEVICE == "cuda" else torch.float64  # a GPU has no fp64 kernels
-
-
-def there(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The op where kernels run and in the widest dtype that they have there; results on the CPU, wide as the inputs."""
-
-    @functools.wraps(op)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        wide = any(t.dtype == torch.float64 for t in tensors)
-
-        def go(t: Any) -> Any:
-            return t.to(DEVICE, DTYPE if t.dtype == torch.float64 else t.dtype) if isinstance(t, Tensor) else t
-
-        result = op(*map(go, args), **{name: go(t) for name, t in kwargs.items()})
-        back = [t.cpu().double() if wide else t.cpu() for t in (result if isinstance(result, tuple) else (result,))]
-        return tuple(back) if isinstance(result, tuple) else back[0]
-
-    return call
-
 
 causal_conv1d, conv_block_states, conv_state = map(
     there, (tt_kernels.causal_conv1d, tt_kernels.conv_block_states, tt_kernels.conv_state)
@@ -56,20 +33,6 @@ ssd_advance, ssd_block, ssd_chunk, ssd_step = map(
 mamba_advance, mamba_block, mamba_step = map(
     there, (tt_kernels.mamba_advance, tt_kernels.mamba_block, tt_kernels.mamba_step)
 )
-
-
-def randn(*shape: int) -> Tensor:
-    """fp64 numbers that the dtype of the kernels holds."""
-    return torch.randn(*shape).to(DTYPE).double()
-
-
-def close(got: Tensor, want: Tensor) -> None:
-    """As in fp64; in fp32 80 eps of the largest number, for 40 terms each off by the rounding of its decay and its
-    product."""
-    if DEVICE == "cpu":
-        return exact.close(got, want)
-    largest = want.abs().max().item() if want.numel() else 0.0
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1.0, largest))
 
 
 # Convolution
