@@ -69,6 +69,9 @@ PARTS = [
     ("mamba_advance", dict(b=1, L=20, H=2, P=5, G=1, N=24, K=4)),
     ("ssd_chunk", dict(b=1, L=100, H=2, P=5, G=1, N=24, Q=64)),
     ("ssd_chunk", dict(b=1, L=70, H=2, P=5, G=1, N=24, Q=8, seeded=0, packed=1)),
+    ("ssd_chunk", dict(b=1, L=110, H=1, P=5, G=1, N=24, Q=40)),  # less than a tile of 64, more, no power of two
+    ("ssd_chunk", dict(b=1, L=50, H=1, P=5, G=1, N=24, Q=24)),
+    ("ssd_chunk", dict(b=1, L=150, H=1, P=5, G=1, N=24, Q=70, ragged=1)),
 ]
 
 

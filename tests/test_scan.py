@@ -231,6 +231,22 @@ def test_scan_of_packed_sequences() -> None:
     close(before, torch.cat([part[2] for part in parts], 1))
 
 
+def test_state_after_any_token() -> None:
+    """From the states before the chunks, as the docstring says: rows, and the ends of packed sequences."""
+    kw, Q, ends = scan_inputs(1, 30) | dict(state=None), 8, [0, 5, 8, 13, 30]
+    before = ssd_chunk(**kw, chunk_size=Q, cu_seqlens=torch.tensor(ends))[2]
+    for start, end in pairwise(ends):
+        s = max(start, (end - 1) // Q * Q)
+        seed = before[:, s // Q] if s % Q == 0 else None
+        want = advance(cut(kw, slice(None), slice(start, end)))
+        close(advance(cut(kw, slice(None), slice(s, end)) | dict(state=seed)), want)
+    kw = scan_inputs(1, 30)
+    before, (_, states) = ssd_chunk(**kw, chunk_size=Q)[2], recurrence(kw, 0)
+    for n in (3, 8, 21, 30):
+        s = (n - 1) // Q * Q
+        close(advance(cut(kw, slice(None), slice(s, n)) | dict(state=before[:, s // Q])), states[None, n])
+
+
 def test_scan_keeps_its_state_in_fp32() -> None:
     kw = {k: t.float() for k, t in scan_inputs(1, S).items()}
     half = torch.float16 if INTERPRET else torch.bfloat16
