@@ -37,7 +37,8 @@ def test_odd_sizes_take_whole_tiles() -> None:
 
 
 def test_long_blocks_are_chunked() -> None:
-    assert [longest_block(architecture) for architecture in (80, 90, 100)] == [32, 64, 64]
+    assert [longest_block(architecture, 2) for architecture in (80, 90, 100)] == [32, 64, 64]
+    assert longest_block(90, 4) == 32
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])

@@ -144,9 +144,10 @@ def _ssd_advance_kernel(
 # ---- launches ----
 
 
-def longest_block(architecture: int) -> int:
-    """Tokens whose pairs a program's registers hold; longer blocks go through the chunked scan."""
-    return 64 if architecture >= 90 else 32
+def longest_block(architecture: int, itemsize: int) -> int:
+    """Tokens whose pairs a program's registers hold; longer blocks go through the chunked scan. fp32 operands take
+    twice the registers: 64 of them spill kilobytes."""
+    return 64 if architecture >= 90 and itemsize <= 2 else 32
 
 
 def ssd_block_launch(rows: int, L: int, P: int, N: int, itemsize: int, architecture: int = 90) -> Launch:
@@ -189,7 +190,7 @@ def _ssd_block(
     high: float,
 ) -> Tensor:
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
-    if longest_block(architecture(x)) < L:
+    if longest_block(architecture(x), x.element_size()) < L:
         return _ssd_chunk(x, dt, A, B, C, D, dt_bias, state, None, None, None, low, high)[0]
     y = x.new_empty(x.shape)
     x, B, C, state = (lined_up(t) for t in (x, B, C, state))

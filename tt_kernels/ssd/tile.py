@@ -49,8 +49,7 @@ def log_decays(dt_ptr, known, bias, A, resets_ptr, inside, LOW: tl.constexpr, HI
     a packed sequence starts: nothing from before it reaches the token, whatever is added.
     """
     dt = tl.where(known, time_steps(tl.load(dt_ptr, mask=known, other=0.0).to(A.dtype), bias, LOW, HIGH), 0.0)
-    a = dt * A
-    a = tl.where(a < -128.0, -128.0, a)
+    a = tl.maximum(dt * A, -128.0, propagate_nan=tl.PropagateNan.ALL)
     if resets_ptr is not None:
         a = tl.where(tl.load(resets_ptr, mask=inside, other=0) != 0, -128.0, a)
     return dt, a
