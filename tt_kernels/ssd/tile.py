@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..lang import decay, softplus
+from ..launch import Launch, architecture, tuned
 from ..reference.common import compute_dtype
 
 # ---- inside kernels ----
@@ -211,6 +212,17 @@ def arithmetic(x: Tensor, A: Tensor, *narrow: Tensor, dt_limit: tuple[float, flo
     low, high = dt_limit
     high = high if math.isfinite(high) else 3.4e38
     return dict(ACC=acc, SPLIT=split, PRECISION=precision, LOW=float(low), HIGH=float(high))
+
+
+def measured(kernel: str, default: Launch, x: Tensor, rows: int, L: int, P: int, N: int) -> Launch:
+    """The launch of a kernel that takes `rows` (rows times heads) of L tokens in one tile or a few."""
+    near = dict(rows=triton.next_power_of_2(rows), L=triton.next_power_of_2(L))
+    return tuned(kernel, default, architecture(x), **near, P=P, N=N, itemsize=x.element_size())
+
+
+def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As kernels read small ones: contiguous."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
 def lined_up(t: Tensor | None) -> Tensor | None:
