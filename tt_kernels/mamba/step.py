@@ -8,12 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, define, takes_kernel, wants_gradients
+from ..core import Op, define, takes_kernel, wants_gradients
 from ..launch import Launch, architecture, run, tuned
 from ..reference.common import compute_dtype
-from ..ssd.block import check_limit
 from ..ssd.tile import arithmetic, dense, lined_up, placed, stepped, time_steps
-from .block import check_channels, mamba_inputs
+from .block import check_inputs, mamba_inputs
 from .conv import conv_parameters, convolved_token
 
 # ---- kernels ----
@@ -199,21 +198,8 @@ def mamba_step(
     8 b H P N + (b (C + H P + H) + (2 b + 1) K C) itemsize bytes: bound by reading and writing the state.
     Source: `causal_conv1d_update` of causal-conv1d and `selective_state_update` of mamba_ssm.
     """
-    check(
-        "mamba_step",
-        xBC=(xBC, "b C"),
-        dt=(dt, "b H"),
-        weight=(weight, "C K"),
-        bias=(bias, "C"),
-        A=(A, "H"),
-        D=(D, "H"),
-        dt_bias=(dt_bias, "H"),
-        conv_state=(conv_state, "b C K"),
-        state=(state, "b H P N"),
-    )
-    check_channels("mamba_step", xBC, state)
-    check_limit("mamba_step", dt_limit)
     tensors = (xBC, dt, weight, bias, A, D, dt_bias, conv_state, state)
+    check_inputs("mamba_step", dt_limit, *tensors, tokens="b")
     if not takes_kernel("mamba_step", *tensors) or wants_gradients(*tensors):
         return reference.mamba_step(*tensors, dt_limit=dt_limit)
     return _step(*tensors, *dt_limit)
