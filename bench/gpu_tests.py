@@ -1,7 +1,7 @@
 """`make test-gpu`: all that only a GPU can show, in nine minutes, and from there on with the command that it prints.
 
   parity        every op's tests on the GPU: fp32, fp16, bf16
-  device        what no card shows: neighbours, ties, NaN, streams and graphs, lengths of a cache, masks
+  device        what no card shows: neighbours, ties, NaN, streams and graphs, masks, all lengths of a cache and a block
   gpu-marked    tests with the mark gpu: a cold L2 and a warm one, streams and graphs, Mamba's own packages
   real-GROUP    bf16 at the published shapes, values and gradients
   memcheck-GROUP, racecheck-GROUP   small cases under compute-sanitizer
@@ -35,7 +35,8 @@ ROOT = Path(__file__).parents[1]
 NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "rich", "pytest", "pytest-timeout", "hypothesis")
 LIMIT = 530  # seconds of a slice, and of a run
 DEVICE_TESTS = tuple(
-    f"tests/test_{name}.py" for name in ("route_stress", "attention_context", "attention_masks", "sampling")
+    f"tests/test_{name}.py"
+    for name in ("route_stress", "attention_context", "attention_masks", "scan", "scan_nan", "sampling")
 )
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 

@@ -35,7 +35,7 @@ TARGETS = (
     Target("context_attention", {"L": (16, 16), "S": (32768, ANY)}, share=0.55, ahead_of=("fa3",)),
     Target("block_diffusion_attention", {"N": (8192, ANY)}, times={"flex": 1.2}),
     Target("ssd_block", {"b": (1, 1), "L": (16, 16)}, seconds=6e-6, ahead_of=("mamba_ssm",)),
-    Target("mamba_block", {"b": (1, 1), "L": (16, 16)}, seconds=6e-6),
+    Target("mamba_block", {"b": (1, 1), "L": (16, 16)}, seconds=6e-6, ahead_of=("apart", "causal_conv1d+mamba_ssm")),
     Target("ssd_chunk", {"L": (8192, 8192), "Q": (0, 0)}, seconds=120e-6, ahead_of=("mamba_ssm", "fla")),
     Target("causal_conv1d", {"L": (4096, ANY)}, share=0.80, ahead_of=("causal_conv1d",)),
 )

@@ -59,6 +59,11 @@ ON_CPU = {
     },
     "sample": {"logits": (dict(R=6, V=11), dict(R=4, V=64, hot=0))},
     "head_sample": {"logits": (dict(R=6, D=16, V=37), dict(R=4, D=6, V=11, hot=0))},
+    "mamba_block": {"apart": (dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4), dict(b=1, L=37, H=2, P=4, G=1, N=8, K=4))},
+    "mamba_advance": {
+        "apart": (dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4), dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4, ragged=0))
+    },
+    "mamba_step": {"apart": (dict(b=2, H=4, P=3, G=2, N=5, K=4),)},
     "linear_cross_entropy": {
         "F.linear_cross_entropy": (dict(B=2, N=5, D=6, V=11), dict(B=1, N=7, D=16, V=37, masked=100))
     },
@@ -186,6 +191,9 @@ def test_compiled_pytorch_computes_the_same() -> None:
 INTERPRETED = {
     "rms_norm": {"liger": dict(T=5, D=37)},
     "modulated_rms_norm": {"liger": dict(B=2, L=3, D=29, norm_first=1)},
+    "mamba_block": {"fla+mamba_ssm": dict(b=2, L=16, H=4, P=16, G=2, N=16, K=4)},
+    "mamba_advance": {"fla+mamba_ssm": dict(b=1, L=32, H=2, P=16, G=1, N=16, K=4, ragged=0)},
+    "mamba_step": {"fla+mamba_ssm": dict(b=2, H=4, P=3, G=2, N=5, K=4)},
     "gated_group_norm": {"fla": dict(T=5, D=21, groups=3)},
     "causal_conv1d": {"fla": dict(B=2, L=40, C=70, K=3)},
     "ssd_block": {

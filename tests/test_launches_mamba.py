@@ -8,7 +8,7 @@ from parity import DEVICE, KERNELS, OPS, assert_as_good, double, make, outputs
 from torch import Tensor
 
 from tt_kernels.conv1d.causal import causal_conv1d_launch
-from tt_kernels.launch import INTERPRET, recording
+from tt_kernels.launch import INTERPRET, overriding, recording
 from tt_kernels.mamba.kernels import in_one_launch, mamba_advance_launch, mamba_block_launch
 from tt_kernels.mamba.step import mamba_step_launch
 from tt_kernels.ssd import tile
@@ -37,7 +37,8 @@ def test_odd_sizes_take_whole_tiles() -> None:
 
 
 def test_long_blocks_are_chunked() -> None:
-    assert [longest_block(architecture) for architecture in (80, 90, 100)] == [32, 64, 64]
+    assert [longest_block(architecture, 2) for architecture in (80, 90, 100)] == [32, 64, 64]
+    assert longest_block(90, 4) == 32
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
@@ -69,6 +70,9 @@ PARTS = [
     ("mamba_advance", dict(b=1, L=20, H=2, P=5, G=1, N=24, K=4)),
     ("ssd_chunk", dict(b=1, L=100, H=2, P=5, G=1, N=24, Q=64)),
     ("ssd_chunk", dict(b=1, L=70, H=2, P=5, G=1, N=24, Q=8, seeded=0, packed=1)),
+    ("ssd_chunk", dict(b=1, L=110, H=1, P=5, G=1, N=24, Q=40)),  # less than a tile of 64, more, no power of two
+    ("ssd_chunk", dict(b=1, L=50, H=1, P=5, G=1, N=24, Q=24)),
+    ("ssd_chunk", dict(b=1, L=150, H=1, P=5, G=1, N=24, Q=70, ragged=1)),
 ]
 
 
@@ -129,14 +133,28 @@ def test_steps_of_few_rows_take_small_slices() -> None:
     assert [mamba_step_launch(rows, 64, 128).BLOCK_P for rows in (64, 4096)] == [16, 32]
 
 
+def on_meta(**dims: int) -> dict[str, Any]:
+    """Arguments of `ssd_chunk` at the published sizes, for launches that are recorded."""
+    with torch.device("meta"):
+        kwargs = OPS["ssd_chunk"].inputs(torch.bfloat16, b=1, H=64, P=64, G=8, N=128, **dims)
+    return {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter refuses bf16")
+def test_what_was_measured_holds_for_every_prompt_of_about_that_length() -> None:
+    """Without chunks a row is one chunk, of its own length: that is not what a measured launch is kept for."""
+    with recording(90), overriding("_chunk_scan_kernel", None) as keys:
+        for L in (1025, 1500, 2048):
+            OPS["ssd_chunk"].fn(**on_meta(L=L, Q=0))
+    assert keys == ["L=2048 chunk_size=0 P=64 N=128 itemsize=2"] * 3
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter refuses bf16")
 def test_a_row_of_any_length_keeps_few_states_on_the_way() -> None:
     """Without a chunk size no memory grows with the states of a row: recorded launches are given 15 at most."""
     for L in (2048, 65536):
-        with torch.device("meta"):
-            kwargs = OPS["ssd_chunk"].inputs(torch.bfloat16, b=1, L=L, H=64, P=64, G=8, N=128, Q=0)
-        kwargs = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         with recording(90) as launches:
-            before = OPS["ssd_chunk"].fn(**kwargs)[2]
+            before = OPS["ssd_chunk"].fn(**on_meta(L=L, Q=0))[2]
         held = {id(a): a for _, _, args, _ in launches for a in args if isinstance(a, Tensor) and a.dim() == 5}
         assert before.numel() == 0
         assert max(t.shape[1] for t in held.values() if t.shape[2:] == (64, 64, 128)) <= 15

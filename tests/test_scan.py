@@ -1,7 +1,7 @@
 """Convolution and scan against tests/literal, token by token in fp64, at every length up to two blocks.
 
 A block is its tokens one by one, two segments are the whole, packed sequences are separate ones, padding does not show.
-On references, and on interpreted kernels. 5 s on one core, 30 s interpreted.
+On references, on interpreted kernels in fp64, and on a GPU in fp32. 5 s on one core, 45 s interpreted.
 """
 
 import math
@@ -11,21 +11,12 @@ from typing import Any
 import literal
 import pytest
 import torch
-from fp64 import close, fp64  # noqa: F401 (a fixture)
+from fp64 import fp64  # noqa: F401 (a fixture)
+from there import DTYPE, close, randn, there
 from torch import Tensor
 
-from tt_kernels import (
-    causal_conv1d,
-    conv_block_states,
-    conv_state,
-    mamba_advance,
-    mamba_block,
-    mamba_step,
-    ssd_advance,
-    ssd_block,
-    ssd_chunk,
-    ssd_step,
-)
+import tt_kernels
+from tt_kernels import reference
 from tt_kernels.launch import INTERPRET
 
 S = 16  # block size
@@ -33,12 +24,22 @@ NAN = math.nan
 pytestmark = pytest.mark.kernels
 LIMITS = [(0.1, 0.5)] if INTERPRET else [(0.0, math.inf), (0.1, 0.5)]
 
+causal_conv1d, conv_block_states, conv_state = map(
+    there, (tt_kernels.causal_conv1d, tt_kernels.conv_block_states, tt_kernels.conv_state)
+)
+ssd_advance, ssd_block, ssd_chunk, ssd_step = map(
+    there, (tt_kernels.ssd_advance, tt_kernels.ssd_block, tt_kernels.ssd_chunk, tt_kernels.ssd_step)
+)
+mamba_advance, mamba_block, mamba_step = map(
+    there, (tt_kernels.mamba_advance, tt_kernels.mamba_block, tt_kernels.mamba_step)
+)
+
 
 # Convolution
 
 
 def conv_inputs(B: int, L: int, C: int = 5, K: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.randn(B, L, C), torch.randn(C, K), torch.randn(C), torch.randn(B, C, K)
+    return randn(B, L, C), randn(C, K), randn(C), randn(B, C, K)
 
 
 def test_conv_at_every_length() -> None:
@@ -50,11 +51,11 @@ def test_conv_at_every_length() -> None:
             want.append(literal.silu(y))
             close(causal_conv1d(x[b : b + 1, : t + 1], weight, bias, state[b : b + 1])[0], torch.stack(want))
             close(conv_state(x[b : b + 1, : t + 1], None, state[b : b + 1], kernel_size=4)[0], column)
-    lengths = torch.tensor([7, 0])
-    dirty = x.masked_fill(torch.arange(2 * S)[None, :, None] >= lengths[:, None, None], NAN)
-    after = conv_state(dirty, lengths, state, kernel_size=4)
-    close(after[:1], conv_state(x[:1, :7], None, state[:1], kernel_size=4))
-    assert torch.equal(after[1], state[1])
+    rows, lengths = all_lengths(dict(x=x[:1], state=state[:1]))  # all at once, and NaN past each
+    dirty = rows["x"].masked_fill(torch.arange(2 * S)[None, :, None] >= lengths[:, None, None], NAN)
+    after = conv_state(dirty, lengths, rows["state"], kernel_size=4)
+    columns = torch.cat([state[0], x[0].T], -1)
+    assert torch.equal(after, torch.stack([columns[:, n : n + 4] for n in range(2 * S + 1)]))
 
 
 def test_conv_in_two_segments_and_token_by_token() -> None:
@@ -95,14 +96,14 @@ def scan_inputs(
 ) -> dict[str, Tensor]:
     """A state a thousand times the tokens, and time steps that make it forget at very different speeds."""
     return dict(
-        x=torch.randn(b, L, H, P),
-        dt=2 * torch.randn(b, L, H),
-        A=-torch.linspace(0.01, 16, H),
-        B=torch.randn(b, L, G, N),
-        C=torch.randn(b, L, G, N),
-        D=torch.randn(H),
-        dt_bias=torch.randn(H),
-        state=scale * torch.randn(b, H, P, N),
+        x=randn(b, L, H, P),
+        dt=2 * randn(b, L, H),
+        A=-torch.linspace(0.01, 16, H).to(DTYPE).double(),
+        B=randn(b, L, G, N),
+        C=randn(b, L, G, N),
+        D=randn(H),
+        dt_bias=randn(H),
+        state=(scale * randn(b, H, P, N)).to(DTYPE).double(),
     )
 
 
@@ -128,25 +129,49 @@ def advance(kw: dict[str, Any], lengths: Tensor | None = None, **options: Any) -
     return ssd_advance(*(kw[k] for k in ("x", "dt", "A", "B", "dt_bias", "state")), lengths, **options)
 
 
-# Interpreted, a length on each side of a tile's end: tiles of the wide inputs here have 16 tokens.
-LENGTHS = (1, 16, 17, 32) if INTERPRET else range(1, 2 * S + 1)
+LENGTHS = range(1, 2 * S + 1)
+
+
+def all_lengths(kw: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """One row again and again, and how much of it each is to take: every length from 0 on."""
+    lengths = torch.arange(2 * S + 1)
+    rows = ("x", "dt", "B", "C", "state", "xBC", "conv_state")
+    return {k: t.repeat(len(lengths), *[1] * (t.dim() - 1)) if k in rows else t for k, t in kw.items()}, lengths
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_scan_at_every_length(limit: tuple[float, float]) -> None:
-    kw = scan_inputs(2, 2 * S)
-    runs = [recurrence(kw, b, limit) for b in range(2)]
+def test_ssd_block_at_every_length(limit: tuple[float, float]) -> None:
+    kw = scan_inputs(1, 2 * S)
+    want, _ = recurrence(kw, 0, limit)
     for L in LENGTHS:
-        part = cut(kw, slice(None), slice(L))
-        want_y = torch.stack([y[:L] for y, _ in runs])
-        want_states = torch.stack([states for _, states in runs])
-        close(ssd_block(**part, dt_limit=limit), want_y)
-        close(advance(part, dt_limit=limit), want_states[:, L])
-        for Q in (S,) if INTERPRET else (7, S):  # chunks with a rest, and a chunk that the block does not fill
-            y, state, before = ssd_chunk(**part, chunk_size=Q, dt_limit=limit)
-            close(y, want_y)
-            close(state, want_states[:, L])
-            close(before, want_states[:, 0:L:Q])
+        close(ssd_block(**cut(kw, slice(None), slice(L)), dt_limit=limit), want[None, :L])
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_ssd_advance_at_every_length(limit: tuple[float, float]) -> None:
+    kw = scan_inputs(1, 2 * S)
+    _, states = recurrence(kw, 0, limit)
+    rows, lengths = all_lengths(kw)
+    close(advance(rows, lengths, dt_limit=limit), states)
+    for L in (1, S, S + 1, 2 * S):
+        close(advance(cut(kw, slice(None), slice(L)), dt_limit=limit), states[None, L])
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("Q", [7, S])  # chunks with a rest, and a chunk that the block does not fill
+def test_ssd_chunk_at_every_length(limit: tuple[float, float], Q: int) -> None:
+    kw = scan_inputs(1, 2 * S)
+    want, states = recurrence(kw, 0, limit)
+    for L in LENGTHS:
+        y, state, before = ssd_chunk(**cut(kw, slice(None), slice(L)), chunk_size=Q, dt_limit=limit)
+        close(y, want[None, :L])
+        close(state, states[None, L])
+        close(before, states[None, 0:L:Q])
+    rows, lengths = all_lengths(kw)
+    y, state, _ = ssd_chunk(**rows, lengths=lengths, chunk_size=Q, dt_limit=limit)
+    close(state, states)
+    for L in LENGTHS:
+        close(y[L, :L], want[:L])
 
 
 @pytest.mark.parametrize("limit", LIMITS)
@@ -206,14 +231,30 @@ def test_scan_of_packed_sequences() -> None:
     close(before, torch.cat([part[2] for part in parts], 1))
 
 
+def test_state_after_any_token() -> None:
+    """From the states before the chunks, as the docstring says: rows, and the ends of packed sequences."""
+    kw, Q, ends = scan_inputs(1, 30) | dict(state=None), 8, [0, 5, 8, 13, 30]
+    before = ssd_chunk(**kw, chunk_size=Q, cu_seqlens=torch.tensor(ends))[2]
+    for start, end in pairwise(ends):
+        s = max(start, (end - 1) // Q * Q)
+        seed = before[:, s // Q] if s % Q == 0 else None
+        want = advance(cut(kw, slice(None), slice(start, end)))
+        close(advance(cut(kw, slice(None), slice(s, end)) | dict(state=seed)), want)
+    kw = scan_inputs(1, 30)
+    before, (_, states) = ssd_chunk(**kw, chunk_size=Q)[2], recurrence(kw, 0)
+    for n in (3, 8, 21, 30):
+        s = (n - 1) // Q * Q
+        close(advance(cut(kw, slice(None), slice(s, n)) | dict(state=before[:, s // Q])), states[None, n])
+
+
 def test_scan_keeps_its_state_in_fp32() -> None:
     kw = {k: t.float() for k, t in scan_inputs(1, S).items()}
     half = torch.float16 if INTERPRET else torch.bfloat16
     narrow = kw | {k: kw[k].to(half) for k in ("x", "dt", "B", "C")}
     assert ssd_block(**narrow).dtype == half and advance(narrow).dtype == torch.float32
-    wide = {k: t.double() for k, t in narrow.items()}
+    wide = {k: t.double() for k, t in narrow.items() if k not in ("C", "D")}
     # 16 decays and a sum of 16 terms in fp32; a bf16 state would be off by 4e-3.
-    torch.testing.assert_close(advance(narrow).double(), advance(wide), rtol=1e-5, atol=1e-5 * 1e3)
+    torch.testing.assert_close(advance(narrow).double(), reference.ssd_advance(**wide), rtol=1e-5, atol=1e-5 * 1e3)
 
 
 # Both together
@@ -224,9 +265,9 @@ def mamba_inputs(b: int, L: int, scale: float = 1.0, K: int = 4, **dims: int) ->
     scan = scan_inputs(b, L, scale=scale, **dims)
     (H, P), (G, N) = scan["x"].shape[2:], scan["B"].shape[2:]
     C = H * P + 2 * G * N
-    projected = torch.randn(b, L, 3 + C + H)
-    states = dict(conv_state=torch.randn(b, C, K), state=scan["state"])
-    convolution = dict(weight=torch.randn(C, K), bias=torch.randn(C))
+    projected = randn(b, L, 3 + C + H)
+    states = dict(conv_state=randn(b, C, K), state=scan["state"])
+    convolution = dict(weight=randn(C, K), bias=randn(C))
     raw = dict(xBC=projected[..., 3 : 3 + C], dt=projected[..., 3 + C :])
     return raw | convolution | {k: scan[k] for k in ("A", "D", "dt_bias")} | states
 
@@ -258,13 +299,23 @@ def first(kw: dict[str, Tensor], start: int, end: int, **states: Tensor) -> dict
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_mamba_at_every_length(limit: tuple[float, float]) -> None:
+def test_mamba_block_at_every_length(limit: tuple[float, float]) -> None:
     kw = mamba_inputs(1, 2 * S)
-    ys, columns, states = mamba_recurrence(kw, 0, limit)
-    for L in (1, 2, 3, 4, 5, 15, 16, 17, 31, 32) if INTERPRET else range(1, 2 * S + 1):
-        part = first(kw, 0, L)
-        close(mamba_block(**part, dt_limit=limit), ys[None, :L])
-        column, state = mamba_advance(**without(part, "D"), dt_limit=limit)
+    want, _, _ = mamba_recurrence(kw, 0, limit)
+    for L in LENGTHS:
+        close(mamba_block(**first(kw, 0, L), dt_limit=limit), want[None, :L])
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_mamba_advance_at_every_length(limit: tuple[float, float]) -> None:
+    kw = mamba_inputs(1, 2 * S)
+    _, columns, states = mamba_recurrence(kw, 0, limit)
+    rows, lengths = all_lengths(without(kw, "D"))
+    column, state = mamba_advance(**rows, lengths=lengths, dt_limit=limit)
+    close(column, columns)
+    close(state, states)
+    for L in (1, S, S + 1, 2 * S):
+        column, state = mamba_advance(**without(first(kw, 0, L), "D"), dt_limit=limit)
         close(column, columns[None, L])
         close(state, states[None, L])
 
@@ -304,19 +355,15 @@ def test_mamba_advance_does_not_see_past_a_row() -> None:
 
 def test_large_states_stay_exact_in_fp32() -> None:
     """States of 1e4, as the golden model `large_state` has: fp32 against fp64."""
-    kw = mamba_inputs(1, S, scale=1e4)
-    low = {k: t.float() for k, t in kw.items()}
-    wide = {k: t.double() for k, t in low.items()}
-    advanced = lambda kw: mamba_advance(**without(kw, "D"))[1]
-    stepped = lambda kw: mamba_step(**kw | dict(xBC=kw["xBC"][:, 0], dt=kw["dt"][:, 0]))
-    chunked = lambda kw: ssd_chunk(**{k: kw[k] for k in scan}, chunk_size=None)
-    scan = scan_inputs(1, 3 * S, scale=1e4)
-    long, long_wide = {k: t.float() for k, t in scan.items()}, {k: t.float().double() for k, t in scan.items()}
+    low = {k: t.float() for k, t in mamba_inputs(1, S, scale=1e4).items()}
+    long = {k: t.float() for k, t in scan_inputs(1, 3 * S, scale=1e4).items()}
+    wide, long_wide = ({k: t.double() for k, t in kw.items()} for kw in (low, long))
+    token = lambda kw: kw | dict(xBC=kw["xBC"][:, 0], dt=kw["dt"][:, 0])
     pairs = [
-        (mamba_block(**low), mamba_block(**wide)),
-        (advanced(low), advanced(wide)),
-        *zip(stepped(low), stepped(wide), strict=True),
-        *zip(chunked(long), chunked(long_wide), strict=True),
+        (mamba_block(**low), reference.mamba_block(**wide)),
+        (mamba_advance(**without(low, "D"))[1], reference.mamba_advance(**without(wide, "D"))[1]),
+        *zip(mamba_step(**token(low)), reference.mamba_step(**token(wide)), strict=True),
+        *zip(ssd_chunk(**long, chunk_size=None), reference.ssd_chunk(**long_wide, chunk_size=None), strict=True),
     ]
     for got, want in pairs:
         assert got.isfinite().all()

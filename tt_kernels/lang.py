@@ -15,6 +15,15 @@ def silu(x):
 
 
 @triton.jit
+def row_length(lengths_ptr, b, L):
+    """How many of row b's L tokens count: what lengths [rows] say, cut to 0 .. L; None: all."""
+    length = L
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), L).to(tl.int32)
+    return length
+
+
+@triton.jit
 def philox(seed, c0, c1, c2):
     """Four words of Philox4x32-10 at counter (c0, c1, c2, 0) and key (seed mod 2^32, seed >> 32)."""
     c0 = c0.to(tl.uint32)
@@ -61,5 +70,5 @@ def softplus(x):
 
 @triton.jit
 def decay(log):
-    """exp, and 0 at e^-64 and below; also at -inf."""
-    return tl.where(log > -64, tl.exp2(1.4426950408889634 * log), 0.0)
+    """exp, and 0 at e^-64 and below; also at -inf. NaN stays NaN."""
+    return tl.where(log <= -64, 0.0, tl.exp2(1.4426950408889634 * log))

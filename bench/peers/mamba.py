@@ -1,6 +1,9 @@
-"""Peers of Mamba-2: mamba_ssm's Triton SSD, flash-linear-attention's simple_gla, causal-conv1d, and FLA's convolution.
+"""Peers of Mamba-2: mamba_ssm's Triton SSD, flash-linear-attention's simple_gla, convolutions by causal-conv1d and fla,
+and our own ops one after the other.
 
-mamba_ssm's scan is imported without the package's __init__, which wants a CUDA extension that the scan does not use.
+First the parts: each gets ready what its package asks for and returns a function of what the part before it makes. Then
+the adapters, which bind parts to an op's inputs. mamba_ssm's scan is imported without the package's __init__, which
+wants a CUDA extension that the scan does not use.
 """
 
 from __future__ import annotations
@@ -13,10 +16,84 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Peer, bare_package, kernels_run, needs, on_gpu, only, prepared
+from tt_kernels import causal_conv1d, ssd_advance, ssd_block, ssd_step
+from tt_kernels import conv_state as columns_after
+
+from .base import Adapter, Peer, bare_package, kernels_run, needs, on_gpu, only, prepared
 
 Call = Callable[[], Any]
+Convolution = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # [b, L, C] -> the same, convolved; the conv state after
+Scan = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # x, B, C -> y and the state after
 NO_LIMIT = (0.0, math.inf)
+
+
+def _sequences(cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
+    """[b, L] int32: which packed sequence a token is of."""
+    if cu_seqlens is None:
+        return None
+    tokens = torch.arange(x.shape[0] * x.shape[1], device=x.device)
+    return (torch.searchsorted(cu_seqlens.long(), tokens, right=True) - 1).view(x.shape[:2]).int()
+
+
+# ---- parts: convolutions ----
+
+
+def cuda_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str | None,
+) -> Convolution:
+    on_gpu(x, "causal-conv1d")
+    only(x.dtype == weight.dtype, "causal-conv1d: x and weight of one dtype")
+    only(cu_seqlens is None or state is None, "causal-conv1d: packed sequences without a state only")
+    package = needs("causal_conv1d", "causal-conv1d")
+    index = _sequences(cu_seqlens, x)
+    # Channels last, as x lies; K - 1 columns.
+    seed = None if state is None else state[..., 1 - weight.shape[1] :].transpose(1, 2).contiguous().transpose(1, 2)
+
+    def convolve(x: Tensor) -> tuple[Tensor, None]:
+        channels = x.transpose(1, 2)
+        y = package.causal_conv1d_fn(channels, weight, bias, seq_idx=index, initial_states=seed, activation=activation)
+        return y.transpose(1, 2), None
+
+    return convolve
+
+
+def fla_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str | None,
+) -> Convolution:
+    kernels_run(x, "fla-core")
+    only(cu_seqlens is None or (state is None and len(x) == 1), "fla: packed sequences in one row, without a state")
+    ops = needs("fla.modules.causal_conv1d", "fla-core")
+    seed = None if state is None else state[..., -weight.shape[1] :].contiguous()
+    options = dict(activation=activation, cu_seqlens=cu_seqlens, backend="triton", output_final_state=state is not None)
+    return lambda x: ops.causal_conv1d(x, weight, bias, initial_state=seed, **options)
+
+
+def cuda_token_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Convolution:
+    """Writes the state in place: a copy of ours, which goes on from call to call."""
+    on_gpu(x, "causal-conv1d")
+    only(x.dtype == weight.dtype, "causal-conv1d: x and weight of one dtype")
+    package, own = needs("causal_conv1d", "causal-conv1d"), state.clone()
+    return lambda x: (package.causal_conv1d_update(x, own, weight, bias, "silu"), own)
+
+
+def fla_token_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Convolution:
+    """In place too."""
+    kernels_run(x, "fla-core")
+    ops, own = needs("fla.modules.causal_conv1d", "fla-core"), state.clone()
+    return lambda x: ops.causal_conv1d_update(x, own, weight=weight, bias=bias, activation="silu")
+
+
+# ---- parts: scans ----
 
 
 def _mamba(module: str) -> Any:
@@ -24,87 +101,38 @@ def _mamba(module: str) -> Any:
     return needs(f"mamba_ssm.ops.triton.{module}", "mamba-ssm")
 
 
-def _chunk(L: int) -> int:
-    """Their chunk is a tile: 128, or a short block as one. Below one chunk with a state theirs is reported wrong."""
-    chunk = min(128, L)
-    only(
-        chunk >= 16 and chunk & (chunk - 1) == 0 and L % chunk == 0, "mamba_ssm: whole chunks of 16 to 128 tokens only"
-    )
-    return chunk
-
-
-def mamba_chunk(
-    x: Tensor,
+def mamba_scan(
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
+    D: Tensor | None,
     dt_bias: Tensor,
-    state: Tensor | None = None,
-    lengths: Tensor | None = None,
-    *,
-    chunk_size: int = 64,
+    state: Tensor | None,
     dt_limit: tuple[float, float] = NO_LIMIT,
     cu_seqlens: Tensor | None = None,
-) -> Call:
-    kernels_run(x, "mamba_ssm")
-    only(lengths is None, "mamba_ssm: rows of one length only")
-    chunk = _chunk(x.shape[1])
-    scan = _mamba("ssd_combined").mamba_chunk_scan_combined
-    index = None
-    if cu_seqlens is not None:
-        tokens = torch.arange(x.shape[0] * x.shape[1], device=x.device)
-        index = (torch.searchsorted(cu_seqlens.long(), tokens, right=True) - 1).view(x.shape[:2]).int()
-
-    def call() -> tuple[Tensor, Tensor]:
-        return scan(
-            *(x, dt, A, B, C, chunk),
-            D=D,
-            dt_bias=dt_bias,
-            initial_states=state,
-            seq_idx=index,
-            dt_softplus=True,
-            dt_limit=dt_limit,
-            return_final_states=True,
-        )
-
-    return call
+) -> Scan:
+    """Their chunk is a tile: 128, or a short block as one. Below one chunk with a state theirs is reported wrong."""
+    kernels_run(dt, "mamba_ssm")
+    L, chunk = dt.shape[1], min(128, dt.shape[1])
+    whole = chunk >= 16 and chunk & (chunk - 1) == 0 and L % chunk == 0
+    only(whole, "mamba_ssm: whole chunks of 16 to 128 tokens only")
+    scan, index = _mamba("ssd_combined").mamba_chunk_scan_combined, _sequences(cu_seqlens, dt)
+    options = dict(D=D, dt_bias=dt_bias, initial_states=state, seq_idx=index, dt_softplus=True, dt_limit=dt_limit)
+    return lambda x, B, C: scan(x, dt, A, B, C, chunk, **options, return_final_states=True)
 
 
-def mamba_block(x: Tensor, *args: Tensor, **kwargs: Any) -> Call:
-    call = mamba_chunk(x, *args, **kwargs)
-    return lambda: call()[0]
-
-
-def mamba_step(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    *,
-    dt_limit: tuple[float, float] = NO_LIMIT,
-) -> Call:
+def mamba_token(
+    dt: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, state: Tensor, dt_limit: tuple[float, float] = NO_LIMIT
+) -> Scan:
     """Theirs writes the state in place: a copy of ours, which goes on from call to call."""
-    kernels_run(x, "mamba_ssm")
+    kernels_run(dt, "mamba_ssm")
     only(dt_limit == NO_LIMIT, "mamba_ssm: selective_state_update has no dt_limit")
     update = _mamba("selective_state_update").selective_state_update
     own = state.clone()
     shape = state.shape[1:]  # H, P, N: per head as it is stored, stride 0 in what does not vary
     decay, steps = A.view(-1, 1, 1).expand(shape), dt.unsqueeze(-1).expand(*dt.shape, shape[1])
     skip, bias = (t.view(-1, 1).expand(shape[:2]) for t in (D, dt_bias))
-
-    def call() -> tuple[Tensor, Tensor]:
-        return update(own, x, steps, decay, B, C, skip, z=None, dt_bias=bias, dt_softplus=True), own
-
-    return call
-
-
-# ---- flash-linear-attention ----
+    options = dict(z=None, dt_bias=bias, dt_softplus=True)
+    return lambda x, B, C: (update(own, x, steps, decay, B, C, skip, **options), own)
 
 
 def _prepare(x: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -116,114 +144,218 @@ def _skip(y: Tensor, x: Tensor, D: Tensor) -> Tensor:
     return torch.addcmul(y.float(), x.float(), D.float().unsqueeze(-1)).to(x.dtype)
 
 
-def fla_chunk(
-    x: Tensor,
+def fla_scan(
     dt: Tensor,
     A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor,
+    state: Tensor | None,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+) -> Scan:
+    """SSD is simple_gla with queries C, keys B, values dt x and log-decay dt A; dt, dt x and D x are PyTorch's. Its
+    state kernel knows no grouped heads: B and C of every head [b, L, H, N]."""
+    kernels_run(dt, "fla-core")
+    gla = needs("fla.ops.simple_gla", "fla-core").chunk_simple_gla
+    before, after = prepared(_prepare, dt), prepared(_skip, dt)
+    options = dict(scale=1.0, initial_state=state, output_final_state=True, state_v_first=True)
+
+    def scan(x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        values, decay = before(x, dt, A, dt_bias, *dt_limit)
+        y, last = gla(C, B, values, decay, **options)
+        return y if D is None else after(y, x, D), last
+
+    return scan
+
+
+# ---- adapters: one part ----
+
+
+def convolution(part: Callable[..., Convolution]) -> Adapter:
+    def adapter(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        state: Tensor | None = None,
+        *,
+        activation: str | None = "silu",
+        cu_seqlens: Tensor | None = None,
+    ) -> Call:
+        convolve = part(x, weight, bias, state, cu_seqlens, activation)
+        return lambda: convolve(x)[0]
+
+    return adapter
+
+
+def mamba_chunk(
+    x: Tensor, B: Tensor, C: Tensor, *, lengths: Tensor | None = None, chunk_size: int | None = None, **inputs: Any
+) -> Call:
+    only(lengths is None, "mamba_ssm: rows of one length only")
+    scan = mamba_scan(**inputs)
+    return lambda: scan(x, B, C)
+
+
+def mamba_step(x: Tensor, B: Tensor, C: Tensor, **inputs: Any) -> Call:
+    scan = mamba_token(**inputs)
+    return lambda: scan(x, B, C)
+
+
+def fla_chunk(
+    x: Tensor,
     B: Tensor,
     C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    state: Tensor | None = None,
-    lengths: Tensor | None = None,
     *,
-    chunk_size: int = 64,
-    dt_limit: tuple[float, float] = NO_LIMIT,
+    lengths: Tensor | None = None,
+    chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    **inputs: Any,
 ) -> Call:
-    """SSD is simple_gla with queries C, keys B, values dt x and log-decay dt A; dt, dt x and D x are PyTorch's."""
-    kernels_run(x, "fla-core")
     only(lengths is None, "fla: rows of one length only")
     only(cu_seqlens is None, "fla: the states of packed sequences are another result")
-    gla = needs("fla.ops.simple_gla", "fla-core").chunk_simple_gla
-    before, after = prepared(_prepare, x), prepared(_skip, x)
-    # Its state kernel knows no grouped heads: B and C of every head, made before the clock.
-    keys, queries = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (B, C))
+    scan = fla_scan(**inputs)
+    keys, queries = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (B, C))  # before the clock
+    return lambda: scan(x, keys, queries)
 
+
+def outputs_of(adapter: Adapter) -> Adapter:
+    """Of a scan only y, as `ssd_block` returns."""
+
+    def block(*args: Any, **kwargs: Any) -> Call:
+        call = adapter(*args, **kwargs)
+        return lambda: call()[0]
+
+    return block
+
+
+# ---- adapters: convolution and scan, one after the other ----
+
+
+def _apart(columns: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., H, P], B and C [..., G, N] of convolved columns."""
+    H, P, N = state.shape[1:]
+    GN = (columns.shape[-1] - H * P) // 2
+    x, B, C = columns.split_with_sizes([H * P, GN, GN], -1)
+    return x.unflatten(-1, (H, P)), B.unflatten(-1, (-1, N)), C.unflatten(-1, (-1, N))
+
+
+def joined(name: str, convolution: Callable[..., Convolution], scan: Callable[..., Scan], heads: bool = False) -> Peer:
+    """`mamba_block` or `mamba_advance`, which of them the inputs say. `heads`: the scan wants B and C of every head,
+    which here come out of the convolution, inside the clock."""
+
+    def adapter(
+        xBC: Tensor,
+        dt: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        dt_bias: Tensor,
+        conv_state: Tensor,
+        state: Tensor,
+        D: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        dt_limit: tuple[float, float] = NO_LIMIT,
+    ) -> Call:
+        only(lengths is None, f"{name}: rows of one length only")
+        convolve = convolution(xBC, weight, bias, conv_state, None, "silu")
+        run = scan(dt, A, D, dt_bias, state, dt_limit)
+
+        def call() -> Tensor:
+            x, B, C = _apart(convolve(xBC)[0], state)
+            if heads:
+                B, C = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (B, C))
+            return run(x, B, C)[0 if D is not None else 1]
+
+        return call
+
+    return Peer(name, adapter)
+
+
+def joined_token(name: str, convolution: Callable[..., Convolution]) -> Peer:
+    def adapter(
+        xBC: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state: Tensor, **inputs: Any
+    ) -> Call:
+        convolve, scan = convolution(xBC, weight, bias, conv_state), mamba_token(state=state, **inputs)
+
+        def call() -> tuple[Tensor, Tensor, Tensor]:
+            columns, after = convolve(xBC)
+            y, last = scan(*_apart(columns, state))
+            return y, after, last
+
+        return call
+
+    return Peer(name, adapter)
+
+
+def apart_block(
+    xBC: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state: Tensor, **scan: Any
+) -> Call:
+    """Our own ops, each with its launch: what taking them together gains."""
+
+    def call() -> Tensor:
+        x, B, C = _apart(causal_conv1d(xBC, weight, bias, conv_state), state)
+        return ssd_block(x, B=B, C=C, state=state, **scan)
+
+    return call
+
+
+def apart_advance(
+    xBC: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_state: Tensor,
+    state: Tensor,
+    lengths: Tensor | None,
+    **scan: Any,
+) -> Call:
     def call() -> tuple[Tensor, Tensor]:
-        values, decay = before(x, dt, A, dt_bias, *dt_limit)
-        y, last = gla(
-            *(queries, keys, values, decay),
-            scale=1.0,
-            initial_state=state,
-            output_final_state=True,
-            state_v_first=True,
-        )
-        return after(y, x, D), last
+        x, B, _ = _apart(causal_conv1d(xBC, weight, bias, conv_state), state)
+        after = columns_after(xBC, lengths, conv_state, kernel_size=weight.shape[1])
+        return after, ssd_advance(x, B=B, state=state, lengths=lengths, **scan)
 
     return call
 
 
-def fla_block(x: Tensor, *args: Tensor, **kwargs: Any) -> Call:
-    call = fla_chunk(x, *args, **kwargs)
-    return lambda: call()[0]
-
-
-def fla_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    state: Tensor | None = None,
-    *,
-    activation: str | None = "silu",
-    cu_seqlens: Tensor | None = None,
+def apart_step(
+    xBC: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state: Tensor, **scan: Any
 ) -> Call:
-    kernels_run(x, "fla-core")
-    only(cu_seqlens is None or (state is None and len(x) == 1), "fla: packed sequences in one row, without a state")
-    ops = needs("fla.modules.causal_conv1d", "fla-core")
-    seed = None if state is None else state[..., -weight.shape[1] :].contiguous()
+    token = xBC.unsqueeze(1)
 
-    def call() -> Tensor:
-        return ops.causal_conv1d(
-            x, weight, bias, initial_state=seed, activation=activation, cu_seqlens=cu_seqlens, backend="triton"
-        )[0]
+    def call() -> tuple[Tensor, Tensor, Tensor]:
+        x, B, C = _apart(causal_conv1d(token, weight, bias, conv_state).squeeze(1), state)
+        y, last = ssd_step(x, B=B, C=C, state=state, **scan)
+        return y, columns_after(token, None, conv_state, kernel_size=weight.shape[1]), last
 
     return call
 
 
-# ---- causal-conv1d ----
-
-
-def cuda_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    state: Tensor | None = None,
-    *,
-    activation: str | None = "silu",
-    cu_seqlens: Tensor | None = None,
-) -> Call:
-    on_gpu(x, "causal-conv1d")
-    only(x.dtype == weight.dtype, "causal-conv1d: x and weight of one dtype")
-    only(cu_seqlens is None or state is None, "causal-conv1d: packed sequences without a state only")
-    package = needs("causal_conv1d", "causal-conv1d")
-    channels = x.transpose(1, 2)  # [B, C, L], channels last as it lies
-    seed = index = None
-    if state is not None:
-        seed = state[..., 1 - weight.shape[1] :].transpose(1, 2).contiguous().transpose(1, 2)
-    if cu_seqlens is not None:
-        tokens = torch.arange(x.shape[0] * x.shape[1], device=x.device)
-        index = (torch.searchsorted(cu_seqlens.long(), tokens, right=True) - 1).view(x.shape[:2]).int()
-
-    def call() -> Tensor:
-        y = package.causal_conv1d_fn(channels, weight, bias, seq_idx=index, initial_states=seed, activation=activation)
-        return y.transpose(1, 2)
-
-    return call
-
-
+JOINED = (
+    joined("causal_conv1d+mamba_ssm", cuda_convolution, mamba_scan),
+    joined("fla+mamba_ssm", fla_convolution, mamba_scan),
+    joined("fla", fla_convolution, fla_scan, heads=True),
+)
 PEERS = {
     "ssd_chunk": (
         Peer("mamba_ssm", mamba_chunk, outputs=("y", "state"), backward=True),
         Peer("fla", fla_chunk, outputs=("y", "state"), backward=True),
     ),
     "ssd_block": (
-        Peer("mamba_ssm", mamba_block, backward=True),
-        Peer("fla", fla_block, backward=True),
+        Peer("mamba_ssm", outputs_of(mamba_chunk), backward=True),
+        Peer("fla", outputs_of(fla_chunk), backward=True),
     ),
     "ssd_step": (Peer("mamba_ssm", mamba_step),),
     "causal_conv1d": (
-        Peer("causal_conv1d", cuda_conv, backward=True),
-        Peer("fla", fla_conv, backward=True),
+        Peer("causal_conv1d", convolution(cuda_convolution), backward=True),
+        Peer("fla", convolution(fla_convolution), backward=True),
+    ),
+    "mamba_block": (Peer("apart", apart_block), *JOINED),
+    # Theirs make the outputs too, and no conv state: what they have no form of.
+    "mamba_advance": (
+        Peer("apart", apart_advance),
+        *(Peer(peer.name, peer.adapter, outputs=("state",)) for peer in JOINED),
+    ),
+    "mamba_step": (
+        Peer("apart", apart_step),
+        joined_token("causal_conv1d+mamba_ssm", cuda_token_convolution),
+        joined_token("fla+mamba_ssm", fla_token_convolution),
     ),
 }

@@ -4,6 +4,7 @@ from mutants import Mutant
 
 CONV, STATES = "tt_kernels/conv1d/causal.py", "tt_kernels/conv1d/states.py"
 BLOCK, STEP, TILE = "tt_kernels/ssd/block_kernels.py", "tt_kernels/ssd/step.py", "tt_kernels/ssd/tile.py"
+LANG = "tt_kernels/lang.py"
 CHUNK, SCAN = "tt_kernels/ssd/chunk_kernels.py", "tt_kernels/ssd/scan.py"
 FUSED, KERNELS, TOKEN = "tt_kernels/mamba/conv.py", "tt_kernels/mamba/kernels.py", "tt_kernels/mamba/step.py"
 
@@ -18,7 +19,9 @@ MUTANTS = (
     Mutant("causal_conv1d", CONV, "b * stride_sb + c", "c", "the first row's state for all"),
     Mutant("conv_state", STATES, "source = length - K + k", "source = length - K + k - 1", "one column early"),
     Mutant("conv_state", STATES, "(source + K) * stride_sk", "k * stride_sk", "state does not move on"),
-    Mutant("conv_state", STATES, "tl.load(lengths_ptr + b), L)", "tl.load(lengths_ptr), L)", "one length for all"),
+    Mutant("conv_state", LANG, "tl.load(lengths_ptr + b), 0)", "tl.load(lengths_ptr), 0)", "one length for all"),
+    Mutant("conv_state", LANG, "tl.maximum(tl.load(lengths_ptr + b), 0)", "tl.load(lengths_ptr + b)", "below 0"),
+    Mutant("conv_state", LANG, "0), L).to(tl.int32)", "0), L + 2).to(tl.int32)", "above L"),
     Mutant("conv_state", STATES, "tl.where(source < 0, before", "tl.where(source <= 0, before", "first column lost"),
     Mutant(
         "conv_state", STATES, "other=0.0)\n    if state_ptr is not None:\n", "other=0.0)\n    if False:\n", "state lost"
@@ -41,7 +44,7 @@ MUTANTS = (
     Mutant("ssd_block", TILE, "+ x.to(ACC) * D", "+ x.to(ACC)", "D forgotten"),
     Mutant("ssd_block", BLOCK, "C_ptr + b * stride_Cb + group * stride_Cg", "C_ptr + b * stride_Cb", "group 0's C"),
     Mutant("ssd_block", BLOCK, "None, low, high)[0]", "None, low, high)[0] * 1.001", "long blocks off"),
-    Mutant("ssd_advance", BLOCK, "tl.load(lengths_ptr + b), L)", "tl.load(lengths_ptr + b) + 1, L)", "one too many"),
+    Mutant("ssd_advance", LANG, "tl.load(lengths_ptr + b), 0)", "tl.load(lengths_ptr + b) + 1, 0)", "one too many"),
     Mutant("ssd_advance", BLOCK, "grow(state * left, B", "grow(state, B", "state does not decay"),
     Mutant("ssd_advance", TILE, "decays_to_end(after) * dt", "decays_to_end(after)", "step forgotten"),
     Mutant("ssd_advance", TILE, "decays_to_end(after) * dt", "decays_to_end(a) * dt", "own decay counted"),
@@ -70,12 +73,16 @@ MUTANTS = (
     Mutant("ssd_chunk", TILE, "!= 0, -128.0, a)", "!= 0, a, a)", "packed sequences see each other"),
     Mutant("ssd_chunk", CHUNK, "shown = tl.where(", "_ = tl.where(", "a state before a sequence starts"),
     Mutant("ssd_chunk", CHUNK, "    if span == spans - 1:\n", "    if span == 0:\n", "the first span's last state"),
+    Mutant("ssd_chunk", CHUNK, "count, tl.minimum(count, length - start)", "count, count", "lengths forgotten"),
+    Mutant("ssd_chunk", CHUNK, "tl.minimum(chunk + chunk_size, L) - start", "L - start", "tiles reach over chunks"),
+    Mutant("ssd_chunk", TILE, ", propagate_nan=tl.PropagateNan.ALL", "", "NaN becomes a number"),
+    Mutant("ssd_chunk", TILE, "tl.where(dt > HIGH, HIGH, dt)", "tl.where(dt <= HIGH, dt, HIGH)", "NaN is limited"),
     Mutant(
-        "ssd_chunk",
-        CHUNK,
-        "known = tl.minimum(count, length - start)\n    is_known",
-        "known = count\n    is_known",
-        "lengths",
+        "ssd_step",
+        LANG,
+        "tl.where(log <= -64, 0.0, tl.exp2(1.4426950408889634 * log))",
+        "tl.where(log > -64, tl.exp2(1.4426950408889634 * log), 0.0)",
+        "NaN decays to nothing",
     ),
     Mutant("ssd_chunk", SCAN, "spans = triton.cdiv(tiles, span)", "spans = tiles // span", "last span missed"),
     Mutant("mamba_block", FUSED, "own.to(ACC) * column(taps, K - 1,", "own.to(ACC) * column(taps, 0,", "own tap"),
@@ -88,19 +95,18 @@ MUTANTS = (
     Mutant("mamba_block", FUSED, "(bundle >> (16 * k))", "(bundle >> (8 * k))", "16-bit columns come apart wrongly"),
     Mutant("mamba_block", KERNELS, "_ssd_block(x, dt, A, B, C, D,", "_ssd_block(x, dt, A, C, B, D,", "long: B for C"),
     Mutant("mamba_advance", KERNELS, "grow(state * left, B", "grow(state, B", "state does not decay"),
-    Mutant(
-        "mamba_advance", KERNELS, "tl.load(lengths_ptr + b), L)", "tl.load(lengths_ptr + b) + 1, L)", "one too many"
-    ),
+    Mutant("mamba_advance", KERNELS, "length = row_length(lengths_ptr, b, L)", "length = L", "lengths forgotten"),
+    Mutant("mamba_advance", LANG, "tl.maximum(tl.load(lengths_ptr + b), 0)", "tl.load(lengths_ptr + b) + 0", "below 0"),
     Mutant("mamba_advance", KERNELS, "if (head % R == 0) &", "if (head == 0) &", "only group 0's conv state"),
     Mutant("mamba_advance", KERNELS, "new_conv_ptr += b * (H", "new_conv_ptr += 0 * b * (H", "row 0's conv state"),
     Mutant(
         "mamba_advance", STATES, "mask=mask & (source < 0), other", "mask=mask & (source < -1), other", "column lost"
     ),
     Mutant("mamba_advance", KERNELS, "_conv_state(xBC, lengths,", "_conv_state(xBC, None,", "long: lengths forgotten"),
-    Mutant("mamba_step", TOKEN, "(k + 1) * stride_sk", "k * stride_sk", "state does not move on"),
-    Mutant("mamba_step", TOKEN, "own[:, None], past", "own[:, None] * 0, past", "own column forgotten"),
-    Mutant("mamba_step", TOKEN, " + bias.to(ACC)", "", "bias forgotten"),
-    Mutant("mamba_step", TOKEN, "silu(y).to", "y.to", "no activation"),
+    Mutant("mamba_step", FUSED, "(k + AHEAD) * stride_sk", "k * stride_sk", "state does not move on"),
+    Mutant("mamba_step", FUSED, "own[:, None], past", "own[:, None] * 0, past", "own column forgotten"),
+    Mutant("mamba_step", FUSED, "axis=1) + bias.to(ACC)", "axis=1)", "bias forgotten"),
+    Mutant("mamba_step", FUSED, "return silu(y).to(own.dtype)", "return y.to(own.dtype)", "no activation"),
     Mutant("mamba_step", TOKEN, "if (head % R == 0) &", "if (head == 0) &", "only group 0's conv state"),
     Mutant("mamba_step", TOKEN, "c_C = c_B + G * N", "c_C = c_B + N", "C of other channels"),
 )

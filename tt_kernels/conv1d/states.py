@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..core import Op, check, define, refuse, takes_kernel, wants_gradients
+from ..lang import row_length
 from ..launch import Launch, run
 from ..packed import resets
 
@@ -62,9 +63,7 @@ def _conv_state_kernel(
 ):
     b = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    length = L
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + b), L).to(tl.int32)
+    length = row_length(lengths_ptr, b, L)
     if state_ptr is not None:
         state_ptr += b * stride_sb
     x_ptr += b * stride_xb
@@ -172,7 +171,8 @@ def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kerne
 
     Args:
         x:           [B, L, C] float: raw columns.
-        lengths:     [B] int, 0 to L, or None for all L; what lies past a row's length may be anything.
+        lengths:     [B] int, 0 to L, or None for all L; what lies past a row's length may be anything. Kernels cut
+                     other lengths to 0 or L, the reference refuses them where they are on a CPU.
         state:       [B, C, K] float: the state before x; None: zeros.
         kernel_size: K.
     Returns:

@@ -19,6 +19,39 @@ def check_channels(op: str, xBC: Tensor, state: Tensor) -> None:
         refuse(op, "C", C, f"H*P + 2*G*N with H={H}, P={P}, N={N} of the state and a divisor G of H")
 
 
+def check_inputs(
+    op: str,
+    dt_limit: tuple[float, float],
+    xBC: Tensor,
+    dt: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    tokens: str = "b L",
+) -> None:
+    check(
+        op,
+        xBC=(xBC, f"{tokens} C"),
+        dt=(dt, f"{tokens} H"),
+        weight=(weight, "C K"),
+        bias=(bias, "C"),
+        A=(A, "H"),
+        D=(D, "H"),
+        dt_bias=(dt_bias, "H"),
+        conv_state=(conv_state, "b C K"),
+        state=(state, "b H P N"),
+        lengths=(lengths, "b", int),
+    )
+    check_channels(op, xBC, state)
+    check_limit(op, dt_limit)
+
+
 def mamba_block(
     xBC: Tensor,
     dt: Tensor,
@@ -56,21 +89,8 @@ def mamba_block(
     Cost: 2 b L (L (G N + H P) + H P N + K C) flops, (b L (C + H P + H) + (b + 1) K C) itemsize + 4 b H P N bytes: bound
     by reading the state at L = 16. Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), sections 3, 6 and 8.
     """
-    check(
-        "mamba_block",
-        xBC=(xBC, "b L C"),
-        dt=(dt, "b L H"),
-        weight=(weight, "C K"),
-        bias=(bias, "C"),
-        A=(A, "H"),
-        D=(D, "H"),
-        dt_bias=(dt_bias, "H"),
-        conv_state=(conv_state, "b C K"),
-        state=(state, "b H P N"),
-    )
-    check_channels("mamba_block", xBC, state)
-    check_limit("mamba_block", dt_limit)
     tensors = (xBC, dt, weight, bias, A, D, dt_bias, conv_state, state)
+    check_inputs("mamba_block", dt_limit, *tensors)
     if not takes_kernel("mamba_block", *tensors) or wants_gradients(*tensors):
         return reference.mamba_block(*tensors, dt_limit=dt_limit)
     return mamba_block_forward(*tensors, *dt_limit)
@@ -102,6 +122,7 @@ def mamba_advance(
         conv_state: [b, C, K] float: the columns of xBC before the tokens, oldest first. It is not changed.
         state:      [b, H, P, N] float: the state before the tokens. It is not changed.
         lengths:    [b] int, 0 to L, or None for all L; what lies past a row's length may be anything, NaN included.
+                    Kernels cut other lengths to 0 or L, the reference refuses them where they are on a CPU.
         dt_limit:   (low, high), what the time step is clamped to.
     Returns:
         conv_state: [b, C, K] dtype of xBC, contiguous, in new memory.
@@ -112,21 +133,8 @@ def mamba_advance(
     Cost: 2 b L (H P N + K (H P + G N)) flops, (b L (H P + G N + H) + (2 b + 1) K C) itemsize + 8 b H P N bytes: bound
     by reading and writing the state. Source: as `mamba_block`.
     """
-    check(
-        "mamba_advance",
-        xBC=(xBC, "b L C"),
-        dt=(dt, "b L H"),
-        weight=(weight, "C K"),
-        bias=(bias, "C"),
-        A=(A, "H"),
-        dt_bias=(dt_bias, "H"),
-        conv_state=(conv_state, "b C K"),
-        state=(state, "b H P N"),
-        lengths=(lengths, "b", int),
-    )
-    check_channels("mamba_advance", xBC, state)
-    check_limit("mamba_advance", dt_limit)
     tensors = (xBC, dt, weight, bias, A, dt_bias, conv_state, state)
+    check_inputs("mamba_advance", dt_limit, xBC, dt, weight, bias, A, None, dt_bias, conv_state, state, lengths=lengths)
     if not takes_kernel("mamba_advance", *tensors) or wants_gradients(*tensors):
         return reference.mamba_advance(*tensors, lengths, dt_limit=dt_limit)
     return mamba_advance_forward(*tensors, lengths, *dt_limit)

@@ -11,13 +11,24 @@ from ..lang import silu
 
 @triton.jit
 def conv_parameters(
-    weight_ptr, bias_ptr, state_ptr, stride_sc, stride_sk, c, mask_c, K: tl.constexpr, BLOCK_K: tl.constexpr
+    weight_ptr,
+    bias_ptr,
+    state_ptr,
+    stride_sc,
+    stride_sk,
+    c,
+    mask_c,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
 ):
-    """Taps and past columns [BLOCK_C, BLOCK_K], as they lie in memory, and the bias [BLOCK_C]."""
+    """What channels c need beside their columns of x: taps and past columns, from AHEAD on, [BLOCK_C, BLOCK_K] as they
+    lie in memory, and the bias [BLOCK_C]."""
     k = tl.arange(0, BLOCK_K)[None, :]
     mask = mask_c[:, None] & (k < K)
     taps = tl.load(weight_ptr + c[:, None] * K + k, mask=mask, other=0.0)
-    past = tl.load(state_ptr + c[:, None] * stride_sc + k * stride_sk, mask=mask, other=0.0)
+    mask &= k < K - AHEAD
+    past = tl.load(state_ptr + c[:, None] * stride_sc + (k + AHEAD) * stride_sk, mask=mask, other=0.0)
     bias = tl.zeros_like(c).to(taps.dtype)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + c, mask=mask_c, other=0.0)
@@ -47,11 +58,13 @@ def column(bundle, k: tl.constexpr, dtype: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def convolved(own, taps, past, bias, x_ptr, stride_xl, t, length, c, mask_c, K: tl.constexpr, ACC: tl.constexpr):
+def convolved(own, parameters, x_ptr, stride_xl, t, length, c, mask_c, K: tl.constexpr, ACC: tl.constexpr):
     """Activated columns of tokens t < length [BLOCK_T, BLOCK_C], rounded to the dtype of x as the op by itself does.
 
-    `own`: these tokens' columns of x, read before; those to the left of them, K - 1 times the same lines, come from L1.
+    `own`: these tokens' columns of x, read before, as `parameters` by `conv_parameters`; those to the left of them, K -
+    1 times the same lines, come from L1.
     """
+    taps, past, bias = parameters
     NARROW: tl.constexpr = own.dtype
     PACKED: tl.constexpr = (
         NARROW.primitive_bitwidth == 16 and taps.dtype == NARROW and bias.dtype == NARROW and taps.shape[1] <= 4
@@ -72,3 +85,13 @@ def convolved(own, taps, past, bias, x_ptr, stride_xl, t, length, c, mask_c, K: 
             seen += column(past, early + 1 + k, NARROW, PACKED).to(ACC) * column(taps, k, NARROW, PACKED).to(ACC)
         y += tl.where((t == early)[:, None], seen, 0.0)
     return silu(y).to(NARROW)
+
+
+@triton.jit
+def convolved_token(own, parameters, K: tl.constexpr, ACC: tl.constexpr):
+    """The activated columns [BLOCK_C] of one token, rounded to the dtype of x, and the next conv state [BLOCK_C,
+    BLOCK_K]: `parameters` have the past AHEAD by one, where the next state has it, so that the last column is free."""
+    taps, past, bias = parameters
+    window = tl.where((tl.arange(0, past.shape[1]) == K - 1)[None, :], own[:, None], past.to(own.dtype))
+    y = tl.sum(window.to(ACC) * taps.to(ACC), axis=1) + bias.to(ACC)
+    return silu(y).to(own.dtype).to(ACC), window

@@ -11,10 +11,11 @@ from torch import Tensor
 from ..conv1d.causal import _causal_conv1d
 from ..conv1d.states import _conv_state, move_on
 from ..core import define
-from ..launch import Launch, architecture, run, tuned
+from ..lang import row_length
+from ..launch import Launch, run
 from ..reference.common import compute_dtype
 from ..ssd.block_kernels import _ssd_advance, _ssd_block
-from ..ssd.tile import arithmetic, block_outputs, grow, lined_up, log_decays, placed, replayed
+from ..ssd.tile import arithmetic, block_outputs, dense, grow, lined_up, log_decays, measured, placed, replayed
 from .conv import conv_parameters, convolved
 
 # ---- kernels ----
@@ -75,15 +76,9 @@ def _mamba_block_kernel(
     x = tl.load(at + c_x[None, :], mask=mask_x, other=0.0)  # [BLOCK_T, BLOCK_P]
     B = tl.load(at + c_B[None, :], mask=mask_B, other=0.0)  # [BLOCK_T, BLOCK_N]
     C = tl.load(at + c_C[None, :], mask=mask_B, other=0.0)
-    taps_x, past_x, bias_x = conv_parameters(
-        weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_x, mask_p, K, BLOCK_K
-    )
-    taps_B, past_B, bias_B = conv_parameters(
-        weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_B, mask_n, K, BLOCK_K
-    )
-    taps_C, past_C, bias_C = conv_parameters(
-        weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_C, mask_n, K, BLOCK_K
-    )
+    conv_x = conv_parameters(weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_x, mask_p, K, BLOCK_K)
+    conv_B = conv_parameters(weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_B, mask_n, K, BLOCK_K)
+    conv_C = conv_parameters(weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_C, mask_n, K, BLOCK_K)
     A, D = tl.load(A_ptr + head).to(ACC), tl.load(D_ptr + head).to(ACC)
     dt_bias = tl.load(dt_bias_ptr + head).to(ACC)
     at_dt = dt_ptr + b * stride_dtb + row * stride_dtl + head * stride_dth
@@ -91,9 +86,9 @@ def _mamba_block_kernel(
     at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
     state = tl.trans(tl.load(at_s, mask=mask_p[:, None] & mask_n[None, :], other=0.0).to(ACC))  # [BLOCK_N, BLOCK_P]
 
-    C = convolved(C, taps_C, past_C, bias_C, xBC_ptr, stride_xl, t, L, c_C, mask_n, K, ACC)
-    B = convolved(B, taps_B, past_B, bias_B, xBC_ptr, stride_xl, t, L, c_B, mask_n, K, ACC)
-    x = convolved(x, taps_x, past_x, bias_x, xBC_ptr, stride_xl, t, L, c_x, mask_p, K, ACC)
+    C = convolved(C, conv_C, xBC_ptr, stride_xl, t, L, c_C, mask_n, K, ACC)
+    B = convolved(B, conv_B, xBC_ptr, stride_xl, t, L, c_B, mask_n, K, ACC)
+    x = convolved(x, conv_x, xBC_ptr, stride_xl, t, L, c_x, mask_p, K, ACC)
     y = block_outputs(x, B, C, D, dt, a, state, SPLIT, PRECISION, ACC, BLOCK_T, BLOCK_P)
     out = y_ptr + ((b * L + row) * H + head)[:, None] * P + offs_p[None, :]
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask_x)
@@ -148,17 +143,11 @@ def _mamba_advance_kernel(
     xBC_ptr += b * stride_xb
     conv_ptr += b * stride_cb
     at_dt = dt_ptr + b * stride_dtb + head * stride_dth
-    length = L
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + b), L).to(tl.int32)
+    length = row_length(lengths_ptr, b, L)
     A = tl.load(A_ptr + head).to(ACC)
     dt_bias = tl.load(dt_bias_ptr + head).to(ACC)
-    taps_x, past_x, bias_x = conv_parameters(
-        weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_x, mask_p, K, BLOCK_K
-    )
-    taps_B, past_B, bias_B = conv_parameters(
-        weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_B, mask_n, K, BLOCK_K
-    )
+    conv_x = conv_parameters(weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_x, mask_p, K, BLOCK_K)
+    conv_B = conv_parameters(weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_B, mask_n, K, BLOCK_K)
     at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[None, :] * stride_sp + offs_n[:, None]
     state = tl.load(at_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_N, BLOCK_P]
     for start in tl.range(0, length, BLOCK_T, disable_licm=True):
@@ -167,8 +156,8 @@ def _mamba_advance_kernel(
         x = tl.load(at + c_x[None, :], mask=mask_t[:, None] & mask_p[None, :], other=0.0)  # [BLOCK_T, BLOCK_P]
         B = tl.load(at + c_B[None, :], mask=mask_t[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_T, BLOCK_N]
         left, weight = replayed(at_dt, stride_dtl, start, length, dt_bias, A, LOW, HIGH, BLOCK_T)
-        B = convolved(B, taps_B, past_B, bias_B, xBC_ptr, stride_xl, t, length, c_B, mask_n, K, ACC)
-        x = convolved(x, taps_x, past_x, bias_x, xBC_ptr, stride_xl, t, length, c_x, mask_p, K, ACC)
+        B = convolved(B, conv_B, xBC_ptr, stride_xl, t, length, c_B, mask_n, K, ACC)
+        x = convolved(x, conv_x, xBC_ptr, stride_xl, t, length, c_x, mask_p, K, ACC)
         state = grow(state * left, B, x, weight, SPLIT, PRECISION)
     out = new_ptr + ((b * H + head) * P + offs_p)[None, :] * N + offs_n[:, None]
     tl.store(out, state, mask=mask_s)
@@ -245,21 +234,12 @@ def _mamba_block(
         return _ssd_block(x, dt, A, B, C, D, dt_bias, state, low, high)
     y = xBC.new_empty(b, L, H, P)
     xBC, state = lined_up(xBC), lined_up(state)
-    launch = tuned(
-        "_mamba_block_kernel",
-        mamba_block_launch(b * H, L, P, N),
-        architecture(xBC),
-        rows=triton.next_power_of_2(b * H),
-        L=triton.next_power_of_2(L),
-        P=P,
-        N=N,
-        itemsize=xBC.element_size(),
-    )
+    default = mamba_block_launch(b * H, L, P, N)
+    launch = measured("_mamba_block_kernel", default, xBC, b * H, L, P, N)
     run(
         _mamba_block_kernel,
         (b * H if L else 0, triton.cdiv(P, launch.BLOCK_P)),
-        *(xBC, dt, weight.contiguous(), None if bias is None else bias.contiguous()),
-        *(A.contiguous(), D.contiguous(), dt_bias.contiguous(), conv_state, state, y),
+        *(xBC, dt, *dense(weight, bias, A, D, dt_bias), conv_state, state, y),
         *(*xBC.stride()[:2], *dt.stride(), *conv_state.stride(), *state.stride()[:3]),
         *(L, H, H // G, G),
         P=P,
@@ -291,22 +271,12 @@ def _mamba_advance(
         return _conv_state(xBC, lengths, conv_state, K), _ssd_advance(x, dt, A, B, dt_bias, state, lengths, low, high)
     new_conv, new = _mamba_advance_fake(xBC, dt, weight, bias, A, dt_bias, conv_state, state)
     xBC, state = lined_up(xBC), lined_up(state)
-    launch = tuned(
-        "_mamba_advance_kernel",
-        mamba_advance_launch(P, N),
-        architecture(xBC),
-        rows=triton.next_power_of_2(b * H),
-        L=triton.next_power_of_2(L),
-        P=P,
-        N=N,
-        itemsize=xBC.element_size(),
-    )
+    default = mamba_advance_launch(P, N)
+    launch = measured("_mamba_advance_kernel", default, xBC, b * H, L, P, N)
     run(
         _mamba_advance_kernel,
         (b * H, triton.cdiv(P, launch.BLOCK_P)),
-        *(xBC, dt, weight.contiguous(), None if bias is None else bias.contiguous()),
-        *(A.contiguous(), dt_bias.contiguous(), conv_state, state),
-        *(None if lengths is None else lengths.contiguous(), new_conv, new),
+        *(xBC, dt, *dense(weight, bias, A, dt_bias), conv_state, state, *dense(lengths), new_conv, new),
         *(*xBC.stride()[:2], *dt.stride(), *conv_state.stride(), *state.stride()[:3]),
         *(L, H, H // G, G),
         P=P,

@@ -8,49 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, define, takes_kernel, wants_gradients
-from ..lang import silu
+from ..core import Op, define, takes_kernel, wants_gradients
 from ..launch import Launch, architecture, run, tuned
 from ..reference.common import compute_dtype
-from ..ssd.block import check_limit
-from ..ssd.tile import arithmetic, lined_up, placed, stepped, time_steps
-from .block import check_channels, mamba_inputs
+from ..ssd.tile import arithmetic, dense, lined_up, placed, stepped, time_steps
+from .block import check_inputs, mamba_inputs
+from .conv import conv_parameters, convolved_token
 
 # ---- kernels ----
-
-
-@triton.jit
-def _conv_inputs(
-    x_ptr,  # [C]
-    weight_ptr,  # [C, K], contiguous
-    bias_ptr,  # [C]; None: zeros
-    state_ptr,  # [C, K]
-    stride_sc,
-    stride_sk,
-    c,
-    mask_c,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """What channels c need: the taps [BLOCK_C, BLOCK_K], the past columns where the next state has them, so that the
-    last is free, the token's own column [BLOCK_C], the bias."""
-    k = tl.arange(0, BLOCK_K)[None, :]
-    mask = mask_c[:, None] & (k < K)
-    taps = tl.load(weight_ptr + c[:, None] * K + k, mask=mask, other=0.0)
-    past = tl.load(state_ptr + c[:, None] * stride_sc + (k + 1) * stride_sk, mask=mask & (k < K - 1), other=0.0)
-    own = tl.load(x_ptr + c, mask=mask_c, other=0.0)
-    bias = tl.zeros_like(own)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + c, mask=mask_c, other=0.0)
-    return taps, past, own, bias
-
-
-@triton.jit
-def _convolved(taps, past, own, bias, K: tl.constexpr, ACC: tl.constexpr):
-    """The activated columns [BLOCK_C], rounded to the dtype of x, and the next conv state [BLOCK_C, BLOCK_K]."""
-    window = tl.where((tl.arange(0, past.shape[1]) == K - 1)[None, :], own[:, None], past.to(own.dtype))
-    y = tl.sum(window.to(ACC) * taps.to(ACC), axis=1) + bias.to(ACC)
-    return silu(y).to(own.dtype).to(ACC), window
 
 
 @triton.jit
@@ -101,22 +66,19 @@ def _mamba_step_kernel(
     # All is asked for before anything is waited for: one round trip to memory.
     at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
     state = tl.load(at_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_N]
-    taps_x, past_x, x, bias_x = _conv_inputs(
-        xBC_ptr, weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_x, mask_p, K, BLOCK_K
-    )
-    taps_B, past_B, B, bias_B = _conv_inputs(
-        xBC_ptr, weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_B, mask_n, K, BLOCK_K
-    )
-    taps_C, past_C, C, bias_C = _conv_inputs(
-        xBC_ptr, weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_C, mask_n, K, BLOCK_K
-    )
+    x = tl.load(xBC_ptr + c_x, mask=mask_p, other=0.0)
+    B = tl.load(xBC_ptr + c_B, mask=mask_n, other=0.0)
+    C = tl.load(xBC_ptr + c_C, mask=mask_n, other=0.0)
+    conv_x = conv_parameters(weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_x, mask_p, K, BLOCK_K, 1)
+    conv_B = conv_parameters(weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_B, mask_n, K, BLOCK_K, 1)
+    conv_C = conv_parameters(weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_C, mask_n, K, BLOCK_K, 1)
     A, D = tl.load(A_ptr + head).to(ACC), tl.load(D_ptr + head).to(ACC)
     dt_bias = tl.load(dt_bias_ptr + head).to(ACC)
     dt = time_steps(tl.load(dt_ptr + b * stride_dtb + head * stride_dth).to(ACC), dt_bias, LOW, HIGH)
 
-    x, after_x = _convolved(taps_x, past_x, x, bias_x, K, ACC)
-    B, after_B = _convolved(taps_B, past_B, B, bias_B, K, ACC)
-    C, after_C = _convolved(taps_C, past_C, C, bias_C, K, ACC)
+    x, after_x = convolved_token(x, conv_x, K, ACC)
+    B, after_B = convolved_token(B, conv_B, K, ACC)
+    C, after_C = convolved_token(C, conv_C, K, ACC)
     y, state = stepped(state, x, B, C, D, dt, A)
     out = (b * H + head) * P + offs_p
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask_p)
@@ -172,8 +134,7 @@ def _mamba_step(
     run(
         _mamba_step_kernel,
         (b * H, triton.cdiv(P, launch.BLOCK_P)),
-        *(xBC, dt, weight.contiguous(), None if bias is None else bias.contiguous()),
-        *(A.contiguous(), D.contiguous(), dt_bias.contiguous(), conv_state, state, y, new_conv, new),
+        *(xBC, dt, *dense(weight, bias, A, D, dt_bias), conv_state, state, y, new_conv, new),
         *(xBC.stride(0), *dt.stride(), *conv_state.stride(), *state.stride()[:3], H, H // G, G),
         P=P,
         N=N,
@@ -237,21 +198,8 @@ def mamba_step(
     8 b H P N + (b (C + H P + H) + (2 b + 1) K C) itemsize bytes: bound by reading and writing the state.
     Source: `causal_conv1d_update` of causal-conv1d and `selective_state_update` of mamba_ssm.
     """
-    check(
-        "mamba_step",
-        xBC=(xBC, "b C"),
-        dt=(dt, "b H"),
-        weight=(weight, "C K"),
-        bias=(bias, "C"),
-        A=(A, "H"),
-        D=(D, "H"),
-        dt_bias=(dt_bias, "H"),
-        conv_state=(conv_state, "b C K"),
-        state=(state, "b H P N"),
-    )
-    check_channels("mamba_step", xBC, state)
-    check_limit("mamba_step", dt_limit)
     tensors = (xBC, dt, weight, bias, A, D, dt_bias, conv_state, state)
+    check_inputs("mamba_step", dt_limit, *tensors, tokens="b")
     if not takes_kernel("mamba_step", *tensors) or wants_gradients(*tensors):
         return reference.mamba_step(*tensors, dt_limit=dt_limit)
     return _step(*tensors, *dt_limit)

@@ -23,6 +23,16 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([F.linear(hidden.to(acc), part.to(acc)) for part in weight.split(16384)], -1)
 
 
+def check_lengths(op: str, lengths: Tensor | None, L: int) -> None:
+    """Refuse lengths of rows that are not 0 to L. Only where they lie on the CPU: a GPU is not waited for, nor a graph
+    broken; kernels cut them."""
+    if lengths is None or lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for length in lengths.tolist():
+        if not 0 <= length <= L:
+            raise ValueError(f"{op}: lengths is {length}, expected 0 to L={L}")
+
+
 def sequence_index(cu_seqlens: Tensor, B: int, L: int) -> Tensor:
     """Which packed sequence each token belongs to: [B, L] int64. cu_seqlens counts over the flattened B*L tokens."""
     tokens = torch.arange(B * L, device=cu_seqlens.device)

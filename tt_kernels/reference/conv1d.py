@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, compute_dtype, sequence_index
+from .common import cast, check_lengths, compute_dtype, sequence_index
 
 
 def _with_history(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
@@ -46,6 +46,7 @@ def causal_conv1d(
 
 def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kernel_size: int) -> Tensor:
     B, L, C = x.shape
+    check_lengths("conv_state", lengths, L)
     if lengths is None and kernel_size <= L:
         return x[:, L - kernel_size :].transpose(1, 2).contiguous()
     if lengths is None and state is not None:
@@ -53,7 +54,7 @@ def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kerne
     columns = _with_history(x, state, kernel_size)  # [B, K + L, C]
     if lengths is None:
         return columns[:, L:].transpose(1, 2).contiguous()
-    index = lengths.long().view(B, 1, 1) + torch.arange(kernel_size, device=x.device).view(1, -1, 1)
+    index = lengths.long().clamp(0, L).view(B, 1, 1) + torch.arange(kernel_size, device=x.device).view(1, -1, 1)
     return columns.gather(1, index.expand(-1, -1, C)).transpose(1, 2).contiguous()
 
 

@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor
 
+from .common import check_lengths
 from .conv1d import causal_conv1d
 from .conv1d import conv_state as _conv_state
 from .ssd import ssd_advance, ssd_block, ssd_step
@@ -48,6 +49,7 @@ def mamba_advance(
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> tuple[Tensor, Tensor]:
     (b, L), (H, P, G, N) = xBC.shape[:2], _sizes(xBC, state)
+    check_lengths("mamba_advance", lengths, L)
     own = H * P + G * N  # C does not enter the state
     xB = causal_conv1d(xBC[..., :own], weight[:own], None if bias is None else bias[:own], conv_state[:, :own])
     x, B = xB.split_with_sizes([H * P, G * N], -1)

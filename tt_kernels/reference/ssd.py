@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, compute_dtype, sequence_index
+from .common import cast, check_lengths, compute_dtype, sequence_index
 
 CHUNK = 32  # tokens of a chunk where no size is asked for: pairs inside and states between cost about the same on a CPU
 
@@ -140,6 +140,7 @@ def ssd_advance(
     *,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
+    check_lengths("ssd_advance", lengths, x.shape[1])
     acc = compute_dtype(x.dtype, A.dtype)
     x, dt, B = _cut(lengths, cast(x, acc), _time_step(dt, dt_bias, dt_limit, acc), cast(B, acc))
     to_end, whole = _decay_to_end(dt * cast(A, acc))
@@ -162,6 +163,7 @@ def ssd_chunk(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_lengths("ssd_chunk", lengths, x.shape[1])
     acc, dtype = compute_dtype(x.dtype, A.dtype), x.dtype
     (b, L, H, P), N, Q = x.shape, B.shape[3], chunk_size or CHUNK
     n = max(1, -(-L // Q))  # chunks

@@ -56,8 +56,9 @@ def ssd_block(
         y: [b, L, H, P] dtype of x.
 
     Computes in fp32 (fp64 where x or A is fp64) and rounds once; decays below e^-64 count as 0. Gradients for all
-    tensors: where they are wanted the reference runs. Deterministic. Raises ValueError for sizes that disagree, G that
-    does not divide H, a crossed dt_limit.
+    tensors: where they are wanted the reference runs. Deterministic. A NaN stays in its row and heads, but reaches
+    earlier tokens of the block too: a product takes 0 times NaN for NaN. Raises ValueError for sizes that disagree, G
+    that does not divide H, a crossed dt_limit.
     Cost: 2 b L (L (G N + H P) + H P N) flops, (2 b L H P + 2 b L G N + b L H) itemsize + 4 b H P N bytes: bound by
     reading the state at L = 16. Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), sections 3 and 6.
     """
@@ -101,6 +102,7 @@ def ssd_advance(
         dt_bias:  [H] float.
         state:    [b, H, P, N] float: the state before the tokens; None: zeros. It is not changed.
         lengths:  [b] int, 0 to L, or None for all L; what lies past a row's length may be anything, NaN included.
+                  Kernels cut other lengths to 0 or L, the reference refuses them where they are on a CPU.
         dt_limit: (low, high), what the time step is clamped to.
     Returns:
         state: [b, H, P, N] fp32 (fp64 where x or A is fp64), contiguous, in new memory.

@@ -5,10 +5,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core import define
-from ..launch import Launch, architecture, run, tuned
+from ..lang import row_length
+from ..launch import Launch, architecture, run
 from ..reference.common import compute_dtype
 from .scan import _ssd_chunk
-from .tile import arithmetic, block_outputs, grow, lined_up, log_decays, placed, replayed
+from .tile import arithmetic, block_outputs, dense, grow, lined_up, log_decays, measured, placed, replayed
 
 # ---- kernels ----
 
@@ -120,9 +121,7 @@ def _ssd_advance_kernel(
     mask_s = mask_p[None, :] & mask_n[:, None]
     A = tl.load(A_ptr + head).to(ACC)
     bias = tl.load(bias_ptr + head).to(ACC)
-    length = L
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + b), L).to(tl.int32)
+    length = row_length(lengths_ptr, b, L)
     state = tl.zeros((BLOCK_N, BLOCK_P), dtype=ACC)
     if state_ptr is not None:
         at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[None, :] * stride_sp + offs_n[:, None]
@@ -145,9 +144,10 @@ def _ssd_advance_kernel(
 # ---- launches ----
 
 
-def longest_block(architecture: int) -> int:
-    """Tokens whose pairs a program's registers hold; longer blocks go through the chunked scan."""
-    return 64 if architecture >= 90 else 32
+def longest_block(architecture: int, itemsize: int) -> int:
+    """Tokens whose pairs a program's registers hold; longer blocks go through the chunked scan. fp32 operands take
+    twice the registers: 64 of them spill kilobytes."""
+    return 64 if architecture >= 90 and itemsize <= 2 else 32
 
 
 def ssd_block_launch(rows: int, L: int, P: int, N: int, itemsize: int, architecture: int = 90) -> Launch:
@@ -190,24 +190,16 @@ def _ssd_block(
     high: float,
 ) -> Tensor:
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
-    if longest_block(architecture(x)) < L:
+    if longest_block(architecture(x), x.element_size()) < L:
         return _ssd_chunk(x, dt, A, B, C, D, dt_bias, state, None, None, None, low, high)[0]
     y = x.new_empty(x.shape)
     x, B, C, state = (lined_up(t) for t in (x, B, C, state))
-    launch = tuned(
-        "_ssd_block_kernel",
-        ssd_block_launch(b * H, L, P, N, x.element_size(), architecture(x)),
-        architecture(x),
-        rows=triton.next_power_of_2(b * H),
-        L=triton.next_power_of_2(L),
-        P=P,
-        N=N,
-        itemsize=x.element_size(),
-    )
+    default = ssd_block_launch(b * H, L, P, N, x.element_size(), architecture(x))
+    launch = measured("_ssd_block_kernel", default, x, b * H, L, P, N)
     run(
         _ssd_block_kernel,
         (b * H if L else 0, triton.cdiv(P, launch.BLOCK_P)),
-        *(x, dt, A.contiguous(), B, C, D.contiguous(), dt_bias.contiguous(), state, y),
+        *(x, dt, *dense(A), B, C, *dense(D, dt_bias), state, y),
         *(*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3]),
         *((0, 0, 0) if state is None else state.stride()[:3]),
         *(L, H, H // G),
@@ -233,21 +225,13 @@ def _ssd_advance(
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
     new = _ssd_advance_fake(x, dt, A, B)
     x, B, state = (lined_up(t) for t in (x, B, state))
-    launch = tuned(
-        "_ssd_advance_kernel",
-        ssd_advance_launch(b * H, L, P, N, x.element_size()),
-        architecture(x),
-        rows=triton.next_power_of_2(b * H),
-        L=triton.next_power_of_2(L),
-        P=P,
-        N=N,
-        itemsize=x.element_size(),
-    )
+    default = ssd_advance_launch(b * H, L, P, N, x.element_size())
+    launch = measured("_ssd_advance_kernel", default, x, b * H, L, P, N)
     run(
         _ssd_advance_kernel,
         (b * H, triton.cdiv(P, launch.BLOCK_P)),
-        *(x, dt, A.contiguous(), B, dt_bias.contiguous(), state, None if lengths is None else lengths.contiguous()),
-        *(new, *x.stride()[:3], *dt.stride(), *B.stride()[:3]),
+        *(x, dt, *dense(A), B, *dense(dt_bias), state, *dense(lengths), new),
+        *(*x.stride()[:3], *dt.stride(), *B.stride()[:3]),
         *((0, 0, 0) if state is None else state.stride()[:3]),
         *(L, H, H // G),
         P=P,

@@ -38,20 +38,27 @@ def ssd_chunk(
         dt_bias:    [H] float.
         state:      [b, H, P, N] float: the state before the first token; None: zeros. It is not changed.
         lengths:    [b] int, 0 to L, or None for all L: the row's last state is the one after lengths[b] tokens. What
-                    lies past it in x, dt and B may be anything, NaN included, and y there means nothing.
-        chunk_size: Q, tokens between the states that are returned. None: none of those, and none in memory; on their
-                    way kernels keep at most 15 states a row, however long it is.
+                    lies past it in x, dt and B may be anything, NaN included, and y there means nothing. Kernels cut
+                    other lengths to 0 or L, the reference refuses them where they are on a CPU.
+        chunk_size: Q, tokens between the states that are returned: any number from 1 on (a tile of tokens lies in one
+                    chunk: multiples of 64 fill tiles best). None: none of those, and none in memory; on their way
+                    kernels keep at most 15 states a row, however long it is.
         dt_limit:   (low, high), what the time step is clamped to.
         cu_seqlens: [sequences + 1] int, from 0, counted over the flattened b * L tokens: sequences packed in x start
                     from zeros; not with a state. A row starts anew in any case.
     Returns:
         y:      [b, L, H, P] dtype of x.
-        state:  [b, H, P, N] fp32 (fp64 where x or A is fp64): after each row's last token.
+        state:  [b, H, P, N] fp32 (fp64 where x or A is fp64): after a row's last token (packed: of its last sequence).
         before: [b, max(1, ceil(L / Q)), H, P, N] dtype of state: before each chunk; zeros where a sequence starts.
                 [b, 0, H, P, N] without a Q.
 
+    The state after any other token, a packed sequence's last for one, is `ssd_advance` of the tokens from s on, where s
+    is the later of its chunk's and its sequence's start: from before of that chunk, or from zeros where the sequence
+    starts later.
+
     Computes in the dtype of the states and rounds y once; decays below e^-64 count as 0. Gradients for all float
     tensors: where they are wanted the reference runs. Deterministic; Q and b move results by rounding only.
+    A NaN stays in its row and heads, but reaches earlier tokens of its chunk too, and packed sequences in and after it.
     Raises ValueError as `ssd_block` does, and for a state beside cu_seqlens. Cost: 2 b L (Q (G N + H P) + 2 H P N)
     flops (Q at most 64 without one), b L (2 H P + 2 G N + H) itemsize + 8 b H P N bytes, + 4 b (L / Q) H P N of states.
     Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), section 6; `mamba_chunk_scan_combined` of mamba_ssm.
@@ -120,9 +127,11 @@ OPS = (
             dict(b=2, L=100, H=2, P=17, G=1, N=8, Q=64, ragged=1),
             dict(b=1, L=90, H=2, P=4, G=1, N=8, Q=20, seeded=0, packed=1),
             dict(b=2, L=100, H=2, P=4, G=1, N=8, Q=0, ragged=1),
+            dict(b=1, L=150, H=1, P=4, G=1, N=8, Q=70),
         ),
         shapes=(
             *(dict(b=1, L=L, H=64, P=64, G=8, N=128, Q=Q) for L in (4096, 8192) for Q in (64, 0)),
+            dict(b=1, L=2048, H=64, P=64, G=8, N=128, Q=0),
             dict(b=1, L=8192, H=64, P=64, G=8, N=128, Q=16, seeded=0),
             dict(b=1, L=8192, H=64, P=64, G=8, N=128, Q=16, seeded=0, packed=1),
             dict(b=1, L=100, H=64, P=64, G=8, N=128, Q=0),

@@ -6,7 +6,7 @@ A tile is up to 64 tokens of one chunk, a span several tiles that one program wa
 import triton
 import triton.language as tl
 
-from ..lang import decay
+from ..lang import decay, row_length
 from .tile import (
     decays_to_end,
     grow,
@@ -16,6 +16,15 @@ from .tile import (
     wide_times_narrow,
     within,
 )
+
+
+@triton.jit
+def tokens_of(tile, chunk_size, chunk_tiles, L, length, BLOCK_T: tl.constexpr):
+    """A tile's first token, how many it has, and how many of them lie within the row's length, or less than none."""
+    chunk = tile // chunk_tiles * chunk_size
+    start = chunk + tile % chunk_tiles * BLOCK_T
+    count = tl.minimum(tl.minimum(chunk + chunk_size, L) - start, BLOCK_T)
+    return start, count, tl.minimum(count, length - start)
 
 
 @triton.jit
@@ -51,18 +60,14 @@ def _chunk_steps_kernel(
     mask_h = head < H
     A = tl.load(A_ptr + head, mask=mask_h, other=0.0).to(steps_ptr.dtype.element_ty)
     bias = tl.load(bias_ptr + head, mask=mask_h, other=0.0).to(steps_ptr.dtype.element_ty)
-    length = L
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + b), L).to(tl.int32)
-    start = tile // chunk_tiles * chunk_size + tile % chunk_tiles * BLOCK_T
-    count = tl.minimum(tl.minimum(tile // chunk_tiles * chunk_size + chunk_size, L) - start, BLOCK_T)
+    length = row_length(lengths_ptr, b, L)
+    start, count, known = tokens_of(tile, chunk_size, chunk_tiles, L, length, BLOCK_T)
     at = dt_ptr + b * stride_dtb + (start + t).to(tl.int64)[:, None] * stride_dtl + head[None, :] * stride_dth
     at_r = resets_ptr
     at_next = resets_ptr
     if resets_ptr is not None:
         at_r = resets_ptr + (b * L + start + t)[:, None]
         at_next = at_r + 1
-    known = tl.minimum(count, length - start)
     is_known, inside = (t < known)[:, None] & mask_h[None, :], (t < count)[:, None]
     dt, a = log_decays(at, is_known, bias[None, :], A[None, :], at_r, inside, LOW, HIGH)  # [BLOCK_T, BLOCK_H]
     is_known, inside = (t + 1 < known)[:, None] & mask_h[None, :], (t + 1 < count)[:, None]
@@ -120,9 +125,7 @@ def _chunk_states_kernel(
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_n = tl.arange(0, BLOCK_N)
     mask_p, mask_n = within(offs_p, P, BLOCK_P), offs_n < N
-    length = L
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + b), L).to(tl.int32)
+    length = row_length(lengths_ptr, b, L)
     t = tl.arange(0, BLOCK_T)
     offs_x = t[:, None] * stride_xl + offs_p[None, :]  # [BLOCK_T, BLOCK_P], from the tile's first token
     offs_B = t[:, None] * stride_Bl + offs_n[None, :]  # [BLOCK_T, BLOCK_N]
@@ -133,9 +136,7 @@ def _chunk_states_kernel(
     total = tl.sum(tl.zeros((BLOCK_T,), dtype=ACC), axis=0)
     first = span * span_tiles
     for tile in tl.range(first, tl.minimum(first + span_tiles, tiles), num_stages=STAGES, disable_licm=True):
-        start = tile // chunk_tiles * chunk_size + tile % chunk_tiles * BLOCK_T
-        count = tl.minimum(tl.minimum(tile // chunk_tiles * chunk_size + chunk_size, L) - start, BLOCK_T)
-        known = tl.minimum(count, length - start)
+        start, _, known = tokens_of(tile, chunk_size, chunk_tiles, L, length, BLOCK_T)
         row = start.to(tl.int64)
         mask_t = (t < known)[:, None]
         x = tl.load(at_x + row * stride_xl + offs_x, mask=mask_t & mask_p[None, :], other=0.0)
@@ -209,9 +210,7 @@ def _chunk_scan_kernel(
     mask_s = mask_p[None, :] & mask_n[:, None]
     offs_s = offs_p[None, :] * N + offs_n[:, None]  # [BLOCK_N, BLOCK_P]
     D = tl.load(D_ptr + head).to(ACC)
-    length = L
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + b), L).to(tl.int32)
+    length = row_length(lengths_ptr, b, L)
     t = tl.arange(0, BLOCK_T)
     u = tl.arange(0, BLOCK_U)
     offs_y = t[:, None] * (H * P) + offs_p[None, :]  # [BLOCK_T, BLOCK_P], from the tile's first token
@@ -236,10 +235,8 @@ def _chunk_scan_kernel(
             tl.store(before_ptr + (b * (tiles // chunk_tiles) * H + head) * P * N + offs_s, state, mask=mask_s)
     first = span * span_tiles
     for tile in tl.range(first, tl.minimum(first + span_tiles, tiles), num_stages=STAGES, disable_licm=True):
-        chunk = tile // chunk_tiles
-        start = chunk * chunk_size + tile % chunk_tiles * BLOCK_T
-        count = tl.minimum(tl.minimum(chunk * chunk_size + chunk_size, L) - start, BLOCK_T)
-        known = tl.minimum(count, length - start)  # of x, dt and B, what lies past the length is not read
+        # Of x, dt and B, what lies past the length is not read.
+        start, count, known = tokens_of(tile, chunk_size, chunk_tiles, L, length, BLOCK_T)
         row = start.to(tl.int64)
         mask_y = (t < count)[:, None]
         C = tl.load(at_C + row * stride_Cl + offs_C, mask=mask_y & mask_n[None, :], other=0.0)
@@ -261,7 +258,7 @@ def _chunk_scan_kernel(
         tl.store(at_y + row * (H * P) + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask_y & mask_p[None, :])
         if before_ptr is not None:  # noqa: SIM102 (known to the compiler, what follows is not)
             if ((tile + 1) % chunk_tiles == 0) & (tile + 1 < tiles):
-                shown = state
+                chunk, shown = tile // chunk_tiles, state
                 if resets_ptr is not None:  # zeros where a sequence starts
                     following = b * L + (chunk + 1) * chunk_size
                     shown = tl.where(tl.load(resets_ptr + following) != 0, 0.0, state)

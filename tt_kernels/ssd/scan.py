@@ -8,7 +8,7 @@ from ..launch import Launch, architecture, run, tuned
 from ..packed import resets
 from ..reference.common import compute_dtype
 from .chunk_kernels import _chunk_scan_kernel, _chunk_states_kernel, _chunk_steps_kernel
-from .tile import arithmetic, lined_up
+from .tile import arithmetic, dense, lined_up
 
 # ---- launches ----
 
@@ -55,17 +55,16 @@ def _ssd_chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
     y, final, states = _ssd_chunk_fake(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size)
-    wanted, chunk_size = chunk_size is not None, chunk_size or max(L, 1)  # no chunks: the whole row is one
+    wanted, asked = chunk_size is not None, chunk_size or 0
+    chunk_size = chunk_size or max(L, 1)  # no chunks: the whole row is one
     x, B, C = (lined_up(t) for t in (x, B, C))
-    A, D, dt_bias = A.contiguous(), D.contiguous(), dt_bias.contiguous()
-    state = None if state is None else state.contiguous()
-    lengths = None if lengths is None else lengths.contiguous()
+    A, D, dt_bias, state, lengths = dense(A, D, dt_bias, state, lengths)
     launch = tuned(
         "_chunk_scan_kernel",
         ssd_chunk_launch(min(chunk_size, L), P, N, x.element_size(), architecture(x)),
         architecture(x),
         L=triton.next_power_of_2(L),
-        chunk_size=chunk_size,
+        chunk_size=asked,
         P=P,
         N=N,
         itemsize=x.element_size(),

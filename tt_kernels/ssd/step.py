@@ -12,7 +12,7 @@ from ..core import Op, check, define, refuse, takes_kernel, wants_gradients
 from ..launch import Launch, architecture, run, tuned
 from ..reference.common import compute_dtype
 from .block import check_limit, scan_inputs
-from .tile import arithmetic, lined_up, placed, stepped, time_steps
+from .tile import arithmetic, dense, lined_up, placed, stepped, time_steps
 
 # ---- kernels ----
 
@@ -102,7 +102,7 @@ def _ssd_step(
     run(
         _ssd_step_kernel,
         (b * H, triton.cdiv(P, launch.BLOCK_P)),
-        *(x, dt, A.contiguous(), B, C, D.contiguous(), dt_bias.contiguous(), state, y, new),
+        *(x, dt, *dense(A), B, C, *dense(D, dt_bias), state, y, new),
         *(*x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2], *state.stride()[:3], H, H // G),
         P=P,
         N=N,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..lang import decay, softplus
+from ..launch import Launch, architecture, tuned
 from ..reference.common import compute_dtype
 
 # ---- inside kernels ----
@@ -34,10 +35,10 @@ def within(offs, size: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def time_steps(dt, bias, LOW: tl.constexpr, HIGH: tl.constexpr):
     dt = softplus(dt + bias)
-    if LOW > 0:
-        dt = tl.maximum(dt, LOW)
+    if LOW > 0:  # not tl.maximum, which takes the number beside a NaN
+        dt = tl.where(dt < LOW, LOW, dt)
     if HIGH < 3e38:
-        dt = tl.minimum(dt, HIGH)
+        dt = tl.where(dt > HIGH, HIGH, dt)
     return dt
 
 
@@ -49,7 +50,7 @@ def log_decays(dt_ptr, known, bias, A, resets_ptr, inside, LOW: tl.constexpr, HI
     a packed sequence starts: nothing from before it reaches the token, whatever is added.
     """
     dt = tl.where(known, time_steps(tl.load(dt_ptr, mask=known, other=0.0).to(A.dtype), bias, LOW, HIGH), 0.0)
-    a = tl.maximum(dt * A, -128.0)
+    a = tl.maximum(dt * A, -128.0, propagate_nan=tl.PropagateNan.ALL)
     if resets_ptr is not None:
         a = tl.where(tl.load(resets_ptr, mask=inside, other=0) != 0, -128.0, a)
     return dt, a
@@ -211,6 +212,17 @@ def arithmetic(x: Tensor, A: Tensor, *narrow: Tensor, dt_limit: tuple[float, flo
     low, high = dt_limit
     high = high if math.isfinite(high) else 3.4e38
     return dict(ACC=acc, SPLIT=split, PRECISION=precision, LOW=float(low), HIGH=float(high))
+
+
+def measured(kernel: str, default: Launch, x: Tensor, rows: int, L: int, P: int, N: int) -> Launch:
+    """The launch of a kernel that takes `rows` (rows times heads) of L tokens in one tile or a few."""
+    near = dict(rows=triton.next_power_of_2(rows), L=triton.next_power_of_2(L))
+    return tuned(kernel, default, architecture(x), **near, P=P, N=N, itemsize=x.element_size())
+
+
+def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As kernels read small ones: contiguous."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
 def lined_up(t: Tensor | None) -> Tensor | None:
