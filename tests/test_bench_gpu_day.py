@@ -45,7 +45,7 @@ def owed() -> Iterator[tuple[str, list[str]]]:
 def reached(command: str, op: str | None, plan: Sequence[Slice]) -> bool:
     """Whether some slice does what a command says; `op` is what the command before it tunes."""
     tunes = [part for part in plan if part.name.startswith(f"tune-{op}-")]
-    if patterns := re.match(r'make test-gpu ARGS="?([\w* -]+)"?$', command):
+    if patterns := re.match(r'make (?:test-gpu|gpu-day) ARGS="?([\w* -]+)"?$', command):
         return all(fnmatch.filter([part.name for part in plan], pattern) for pattern in patterns[1].split())
     if command.startswith("make tune") or re.fullmatch(r"\w=\d+", command):
         assert op is not None
