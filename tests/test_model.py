@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tt_model import Step, TwoTower, TwoTowerConfig
 from tt_model.checkpoint import start_denoiser
@@ -134,25 +133,6 @@ def test_prefill_in_stretches(model, monkeypatch):
     for i in whole.ssm:
         torch.testing.assert_close(stretched.ssm[i], whole.ssm[i], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(stretched.conv[i], whole.conv[i], rtol=1e-9, atol=1e-9)
-
-
-def test_decay_rates_are_made_once_a_walk(model):
-    """Two operations for all layers, and the same numbers."""
-    made: list[str] = []
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            made.append(function.overloadpacket.__name__)
-            return function(*args, **(kwargs or {}))
-
-    cache = model.prefill(prompts_of([5]))
-    with Seen():
-        model.denoise(torch.tensor(prompts_of([8])), torch.ones(1), cache)
-    assert made.count("_foreach_exp") == made.count("_foreach_neg") == 1 and "neg" not in made
-    rates = model.context_tower.decay_rates()
-    layers = model.context_tower.layers
-    assert list(rates) == [i for i, kind in enumerate(CONFIG.pattern) if kind == "M"]
-    assert all(torch.equal(A, -layers[i].mixer.A_log.exp()) for i, A in rates.items())
 
 
 def test_commit_in_parts(model):

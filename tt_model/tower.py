@@ -55,41 +55,35 @@ class Tower(nn.Module):
         with trusted():
             return self._walk(ids_BL, walk, modulation)
 
-    def decay_rates(self) -> dict[int, Tensor]:
-        """A = -exp(A_log) of every Mamba layer: two small launches a walk instead of two a layer."""
-        logs = {i: layer.mixer.A_log for i, layer in enumerate(self.layers) if isinstance(layer.mixer, Mamba2)}
-        rates = torch._foreach_neg(torch._foreach_exp(list(logs.values()))) if logs else ()
-        return dict(zip(logs, rates, strict=True))
-
     def _walk(self, ids_BL: Tensor, walk: Pass, modulation: Tensor | None) -> Tensor:
         eps = self.config.layer_norm_epsilon
         x = self.embeddings(ids_BL)
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        branch, gate, rates = None, None, self.decay_rates()
+        branch = gate = None
         for i, layer in enumerate(self.layers):
             shift, scale, next_gate = (None, None, None) if modulation is None else modulation[i].unbind(0)
             h, x = modulated_rms_norm(
                 x, layer.norm.weight, shift, scale, branch=branch, gate=gate, order=layer.order, eps=eps
             )
-            branch, gate = walk.mix(i, layer.mixer, h, rates.get(i)), next_gate
+            branch, gate = walk.mix(i, layer.mixer, h), next_gate
         return modulated_rms_norm(x, self.norm_f.weight, branch=branch, gate=gate, eps=eps)[0]
 
 
 class Pass:
     """What the mixers of one walk through a tower see."""
 
-    def mix(self, i: int, mixer: nn.Module, h: Tensor, A: Tensor | None) -> Tensor:
+    def mix(self, i: int, mixer: nn.Module, h: Tensor) -> Tensor:
         if isinstance(mixer, Attention):
             return self.attention(i, mixer, h)
         if isinstance(mixer, Mamba2):
-            return self.mamba(i, mixer, h, A)
+            return self.mamba(i, mixer, h)
         return mixer(h)
 
     def attention(self, i: int, mixer: Attention, h: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def mamba(self, i: int, mixer: Mamba2, h: Tensor, A: Tensor) -> Tensor:
+    def mamba(self, i: int, mixer: Mamba2, h: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -112,9 +106,9 @@ class ContextPass(Pass):
         self.pending.kv[i] = k, v
         return mixer.out(context_attention(q, k, v, *cached, causal=True))
 
-    def mamba(self, i: int, mixer: Mamba2, h: Tensor, A: Tensor) -> Tensor:
+    def mamba(self, i: int, mixer: Mamba2, h: Tensor) -> Tensor:
         c = self.cache
-        y, projected, states = mixer(h, A, c.conv[i], c.ssm[i], self.counts, advance=self.write)
+        y, projected, states = mixer(h, c.conv[i], c.ssm[i], self.counts, advance=self.write)
         if self.write:
             c.conv[i], c.ssm[i] = states
         else:
@@ -132,8 +126,8 @@ class BlockPass(Pass):
         c = self.cache
         return mixer.out(context_attention(*mixer.qkv(h), c.keys[i], c.values[i], c.page_table, c.lengths))
 
-    def mamba(self, i: int, mixer: Mamba2, h: Tensor, A: Tensor) -> Tensor:
-        return mixer(h, A, self.cache.conv[i], self.cache.ssm[i])[0]
+    def mamba(self, i: int, mixer: Mamba2, h: Tensor) -> Tensor:
+        return mixer(h, self.cache.conv[i], self.cache.ssm[i])[0]
 
 
 class CleanPass(Pass):
@@ -150,8 +144,8 @@ class CleanPass(Pass):
             self.kv[i] = k, v
         return mixer.out(causal_attention(q, k, v, cu_seqlens=self.cu_seqlens))
 
-    def mamba(self, i: int, mixer: Mamba2, h: Tensor, A: Tensor) -> Tensor:
-        y, states = mixer.encode(h, A, self.cu_seqlens, self.block_size)
+    def mamba(self, i: int, mixer: Mamba2, h: Tensor) -> Tensor:
+        y, states = mixer.encode(h, self.cu_seqlens, self.block_size)
         if states is not None:
             self.states[i] = states
         return y
@@ -169,6 +163,6 @@ class NoisyPass(Pass):
         o = block_diffusion_attention(q, k, v, *c.kv[i], block_size=c.block_size, cu_seqlens=c.cu_seqlens)
         return mixer.out(o.reshape(*h.shape[:2], *o.shape[2:]))
 
-    def mamba(self, i: int, mixer: Mamba2, h: Tensor, A: Tensor) -> Tensor:
+    def mamba(self, i: int, mixer: Mamba2, h: Tensor) -> Tensor:
         conv, ssm = self.clean.states[i]
-        return mixer(h, A, conv.flatten(0, 1), ssm.flatten(0, 1))[0]
+        return mixer(h, conv.flatten(0, 1), ssm.flatten(0, 1))[0]

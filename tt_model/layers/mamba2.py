@@ -57,23 +57,18 @@ class Mamba2(nn.Module):
         y = gated_group_norm(y_BLHP.flatten(2), z_BLI, self.norm.weight, groups=c.n_groups, eps=c.layer_norm_epsilon)
         return self.out_proj(y)
 
-    def forward(
-        self,
-        h_BLD: Tensor,
-        A: Tensor,
-        conv: Tensor,
-        ssm: Tensor,
-        counts: Tensor | None = None,
-        *,
-        advance: bool = False,
-    ):
-        """L tokens from seeded states; A = -exp(A_log) [H], which a tower makes for all its layers at once.
+    def scan_parameters(self) -> tuple[Tensor, Tensor]:
+        return -self.A_log.exp(), self.D
+
+    def forward(self, h_BLD: Tensor, conv: Tensor, ssm: Tensor, counts: Tensor | None = None, *, advance: bool = False):
+        """L tokens from seeded states.
 
         Returns the output [B, L, D], what `advance` needs to replay them, and the states after the first counts[b]
         tokens of each row (all, if None) where `advance` is set.
         """
         z, xBC, dt = self.project(h_BLD)
-        D, limit, weights = self.D, self.config.time_step_limit, self.conv_parameters()
+        A, D = self.scan_parameters()
+        limit, weights = self.config.time_step_limit, self.conv_parameters()
         projected, states = (xBC, dt, A), None
         if h_BLD.shape[1] == 1 and advance and counts is None:  # autoregressive decoding
             token = xBC.squeeze(1), dt.squeeze(1)
@@ -94,13 +89,14 @@ class Mamba2(nn.Module):
         limit = self.config.time_step_limit
         return mamba_advance(xBC, dt, *self.conv_parameters(), A, self.dt_bias, conv, ssm, counts, dt_limit=limit)
 
-    def encode(self, h_BND: Tensor, A: Tensor, cu_seqlens: Tensor | None, block_size: int | None):
+    def encode(self, h_BND: Tensor, cu_seqlens: Tensor | None, block_size: int | None):
         """Whole sequences from zero state: the output and, with a block size, the states before each block:
         conv [B, N / S, C, K] and SSM [B, N / S, H, P, N]."""
         z, xBC, dt = self.project(h_BND)
         x, B, C = self.convolve(xBC, None, cu_seqlens)
         limit, packed = self.config.time_step_limit, dict(cu_seqlens=cu_seqlens)
-        y, _, before = ssd_chunk(x, dt, A, B, C, self.D, self.dt_bias, chunk_size=block_size, dt_limit=limit, **packed)
+        A, D = self.scan_parameters()
+        y, _, before = ssd_chunk(x, dt, A, B, C, D, self.dt_bias, chunk_size=block_size, dt_limit=limit, **packed)
         states = None
         if block_size is not None:
             kernel = self.config.conv_kernel
