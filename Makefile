@@ -47,13 +47,13 @@ aot: $(VENV)/.test $(VENV)/triton-3.6.0 ## compile every kernel without a GPU, u
 mutants: $(VENV)/.test ## plant faults in kernels: the tests must catch every one
 	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)
 
-bench: $(VENV)/.bench ## measure the ops, and against peers
+bench: $(VENV)/.test ## measure the ops, and against peers
 	$(TEST) bench/ -m "" --timeout 0 -s --benchmark-quiet $(ARGS)
 
 report: $(VENV)/.package ## render SPEED.md and its figures from bench/results
 	$(BIN)/python -m bench.report $(ARGS)
 
-tune: $(VENV)/.bench ## measure launches on a GPU, keep what wins: make tune OP=experts
+tune: $(VENV)/.test ## measure launches on a GPU, keep what wins: make tune OP=experts
 	$(BIN)/python -m bench.tune $(OP) $(ARGS)
 
 test-gpu: ## all that only a GPU can show; PYTHON names a Python that has what it takes
@@ -68,12 +68,11 @@ clean: ## remove caches and build products, not .venv
 
 # One stamp for each set of dependencies, and for those it includes: installed once, and again when pyproject.toml changes.
 $(VENV)/.package: EXTRAS :=
-$(VENV)/.test: EXTRAS := [test]
+$(VENV)/.test: EXTRAS := [test,peers]
 $(VENV)/.dev: EXTRAS := [dev]
-$(VENV)/.bench: EXTRAS := [test,peers]
-$(VENV)/.test $(VENV)/.bench: INCLUDED := $(VENV)/.package
+$(VENV)/.test: INCLUDED := $(VENV)/.package
 $(VENV)/.dev: INCLUDED := $(VENV)/.package $(VENV)/.test
-$(VENV)/.package $(VENV)/.test $(VENV)/.dev $(VENV)/.bench: pyproject.toml | $(BIN)/python
+$(VENV)/.package $(VENV)/.test $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(PIP) install --editable ".$(EXTRAS)"
 	@touch $@ $(INCLUDED)
 
