@@ -86,6 +86,7 @@ def noisy(B: int, N: int, S: int, ends: list[int] | None) -> Tensor:
         (8, 64, [0, 8, 40, 64]),
         (16, 70, None),
         (16, 80, [0, 16, 80]),
+        (16, 80, [0, 10, 37, 80]),  # blocks of two sequences
         (24, 72, None),
         (32, 65, None),
         (48, 96, [0, 48, 96]),

@@ -79,15 +79,37 @@ def test_a_gpu_refuses_fp64_wherever_it_is(gpu: SimpleNamespace, wide: str) -> N
         tt_kernels.modulated_rms_norm(**kwargs)
 
 
+@pytest.mark.parametrize(
+    "name", ["context_attention", "append_attention", "causal_attention", "block_diffusion_attention"]
+)
+def test_attention_is_in_one_dtype(name: str) -> None:
+    kwargs = make(OPS[name], OPS[name].cases[0], torch.float32)
+    for leaf in leaves(kwargs).keys() & {"k", "v", "k_pages", "v_pages", "k_clean", "v_clean"}:
+        mixed = with_leaves(kwargs, {leaf: leaves(kwargs)[leaf].half()})
+        with pytest.raises(
+            ValueError, match=f"^{name}: {leaf} is torch.float16, expected torch.float32, the dtype of q"
+        ):
+            OPS[name].fn(**mixed)
+
+
+def test_nothing_to_do_is_refused() -> None:
+    with pytest.raises(ValueError, match="causal_attention: q has Hq=0, expected 1 or more"):
+        tt_kernels.causal_attention(torch.ones(1, 3, 0, 4), *torch.ones(2, 1, 3, 1, 4))
+    with pytest.raises(ValueError, match="causal_conv1d: weight has K=0, expected 1 or more"):
+        tt_kernels.causal_conv1d(torch.ones(1, 3, 2), torch.ones(2, 0))
+    with pytest.raises(ValueError, match="conv_state: x has C=0, expected 1 or more"):
+        tt_kernels.conv_state(torch.ones(1, 3, 0), None, None, kernel_size=2)
+
+
 @pytest.mark.skipif(not INTERPRET, reason="bf16 is right elsewhere")
 @pytest.mark.parametrize("name,leaf", COMPUTED_WITH)
 def test_the_interpreter_refuses_bf16_wherever_it_is(name: str, leaf: str) -> None:
     kwargs = make(OPS[name], OPS[name].cases[0], torch.float32)
     kwargs = with_leaves(kwargs, {leaf: leaves(kwargs)[leaf].bfloat16()})
-    # The experts' matrices are of one dtype: they are named before.
+    # The experts' matrices and what attends are of one dtype: they are named before.
     with pytest.raises((NotImplementedError, ValueError), match=f"^{name}: ") as error:
         OPS[name].fn(**kwargs)
-    assert isinstance(error.value, NotImplementedError) or name == "experts"
+    assert isinstance(error.value, NotImplementedError) or name == "experts" or "attention" in name
 
 
 def test_a_cpu_takes_the_reference() -> None:

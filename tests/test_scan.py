@@ -12,7 +12,6 @@ import literal
 import pytest
 import torch
 from fp64 import fp64  # noqa: F401 (a fixture)
-from parity import KERNELS
 from there import DTYPE, close, randn, there
 from torch import Tensor
 
@@ -23,8 +22,7 @@ from tt_kernels.launch import INTERPRET
 S = 16  # block size
 NAN = math.nan
 pytestmark = pytest.mark.kernels
-# Kernels are compiled for a limit, which takes as long as all else; tests without this parameter have none.
-LIMITS = [(0.1, 0.5)] if KERNELS else [(0.0, math.inf), (0.1, 0.5)]
+LIMITS = [(0.0, math.inf), (0.1, 0.5)]
 
 causal_conv1d, conv_block_states, conv_state = map(
     there, (tt_kernels.causal_conv1d, tt_kernels.conv_block_states, tt_kernels.conv_state)

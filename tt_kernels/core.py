@@ -107,6 +107,7 @@ def trusted() -> Iterator[None]:
         _trusted = before
 
 
+NEVER_EMPTY = frozenset(("C", "H", "Hq", "Hkv", "K", "P"))  # channels, heads, taps: with none there is nothing to do
 _KINDS: dict[type, Callable[[torch.dtype], bool]] = {
     float: lambda dtype: dtype.is_floating_point,
     int: lambda dtype: dtype in (torch.int64, torch.int32),
@@ -121,7 +122,8 @@ def check(op: str, **specs: tuple[Any, ...]) -> None:
     """check("route", x=(x, "T D"), ids=(ids, "T K", int)): bind sizes by name, complain in their terms.
 
     `*` stands for any leading dimensions, the same ones for all arguments. A tensor is of floats unless its kind says
-    int (32 or 64 bit) or bool. None passes. One call an op; torch.compile leaves it out of its graphs.
+    int (32 or 64 bit) or bool. None passes. Sizes in NEVER_EMPTY are 1 or more. One call an op; torch.compile leaves it
+    out of its graphs.
     """
     if _trusted or torch.compiler.is_compiling():
         return
@@ -153,6 +155,8 @@ def _compare(op: str, specs: dict[str, tuple[Any, ...]]) -> None:
         if len(shape) != len(dims):
             refuse(op, name, list(tensor.shape), f"[{', '.join(dims)}]")
         for dim, size in zip(dims, shape, strict=True):
+            if size == 0 and dim in NEVER_EMPTY:
+                raise ValueError(f"{op}: {name} has {dim}=0, expected 1 or more")
             first, owner = sizes.setdefault(dim, (size, name))
             if first != size:
                 raise ValueError(f"{op}: {name} has {dim}={size}, but {owner} has {dim}={first}")

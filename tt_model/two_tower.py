@@ -23,8 +23,13 @@ from .tower import BlockPass, CleanPass, ContextPass, NoisyPass, Tower
 if TYPE_CHECKING:
     from .generate import Generation, Step
 
-PREFILL_CHUNK = 2048  # tokens of a prompt that go through the tower at a time: bounds memory
+PREFILL_CHUNK = 2048  # tokens of all prompts that go through the tower at a time: bounds memory
 ASSETS = Path(__file__).parent / "assets"
+
+
+def prefill_stretch(rows: int) -> int:
+    """Tokens of each prompt that go through the tower at a time: 64 at least, as each time reads the weights."""
+    return PREFILL_CHUNK // min(rows, 32)
 
 
 def token_rows(prompts: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
@@ -201,7 +206,8 @@ class TwoTower(nn.Module):
             reserve: further tokens per row to make room for at once.
         Returns:
             a Cache of all tokens; `cache.last_logits` [B, V] predicts the next one of each row.
-        Cost: one pass of the context tower in stretches of 2048 tokens; shorter rows of a ragged batch are padded.
+        Cost: one pass of the context tower in stretches of 2048 tokens of all rows together, but 64 of each at
+        least; shorter rows of a ragged batch are padded.
         """
         rows = token_rows(prompts)
         if not rows or any(len(row) == 0 for row in rows):
@@ -220,8 +226,9 @@ class TwoTower(nn.Module):
         cache.head = self.context_lm_head.weight
         cache.reserve(longest + reserve)
         ragged = min(lengths) < longest
-        for start in range(0, longest, PREFILL_CHUNK):
-            chunk = ids[:, start : start + PREFILL_CHUNK]
+        stretch = prefill_stretch(len(rows))
+        for start in range(0, longest, stretch):
+            chunk = ids[:, start : start + stretch]
             counts = None
             if ragged:
                 left = torch.tensor(lengths, dtype=torch.int32, device=self.device) - start

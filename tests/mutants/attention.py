@@ -166,5 +166,13 @@ MUTANTS = (
         "the diagonal runs unmasked",
     ),
     Mutant(ANY, BLOCKS, "head // R * stride_kch", "head % R * stride_kch", "another KV head's keys"),
+    Mutant(
+        ANY,
+        BLOCKS,
+        "(of[None, :] == begin[:, None])",
+        "(of[None, :] >= begin[:, None])",
+        "a block of two sequences sees the later one",
+        test="tests/test_attention_masks.py::test_block_diffusion",
+    ),
     Mutant(ANY, BLOCKS, "        begin = tl.load(", "        begin = 0 * tl.load(", "packed sequences see each other"),
 )

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from ..core import Op, check, refuse, takes_kernel, wants_gradients
+from ..launch import Launch
 from .block_diffusion_kernels import block_attention_forward
 from .context import check_heads
 
@@ -26,7 +27,8 @@ def causal_attention(
     Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v. Deterministic. Where gradients are wanted the
     reference runs, which on a GPU need not be. NaN and infinity in what a token sees reach it; in v they may also reach
     tokens of the same row which do not see them (a weight of 0 times NaN, as in PyTorch). Raises ValueError for sizes
-    that disagree and Hkv that does not divide Hq. Cost: 2 B Hq N^2 P flops, 2 B N (Hq + Hkv) P itemsize bytes.
+    and dtypes that disagree and Hkv that does not divide Hq. Cost: 2 B Hq N^2 P flops, 2 B N (Hq + Hkv) P itemsize
+    bytes.
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245).
     """
     check(
@@ -36,7 +38,7 @@ def causal_attention(
         v=(v, "B N Hkv P"),
         cu_seqlens=(cu_seqlens, "sequences+1", int),
     )
-    check_heads("causal_attention", q, k)
+    check_heads("causal_attention", q, k, v=v)
     if not takes_kernel("causal_attention", q, k, v) or wants_gradients(q, k, v):
         return reference.causal_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale)
     return block_attention_forward(q, None, None, k, v, cu_seqlens, 1, q.shape[-1] ** -0.5 if scale is None else scale)[
@@ -65,15 +67,16 @@ def block_diffusion_attention(
         k, v:             [B, N, Hkv, P] float: of the noisy tokens; query head h uses head h // (Hq / Hkv).
         k_clean, v_clean: [B, N, Hkv, P] float: of the same places in the clean sequence.
         block_size:       S; the last block of a row may be shorter.
-        cu_seqlens:       as in `causal_attention`, with every sequence starting at a multiple of S.
+        cu_seqlens:       as in `causal_attention`. Blocks are counted from where the row begins: sequences that start
+                          at multiples of S have blocks of their own; where two share one, neither sees the other.
         scale:            P^-1/2 if None.
     Returns:
         o: [B, N, Hq, P] dtype of q.
 
     Softmax and sums in fp32 (fp64 for fp64). Gradients for all tensors. Deterministic. Where gradients are wanted the
-    reference runs, which on a GPU need not be. NaN as in `causal_attention`. Raises ValueError for sizes that disagree,
-    Hkv that does not divide Hq, a block_size below 1. Cost: 2 B Hq N (N + S) P flops, 2 B N (Hq + 2 Hkv) P itemsize
-    bytes. Source: Arriola et al., Block Diffusion (2503.09573), section 3.
+    reference runs, which on a GPU need not be. NaN as in `causal_attention`. Raises ValueError for sizes and dtypes
+    that disagree, Hkv that does not divide Hq, a block_size below 1. Cost: 2 B Hq N (N + S) P flops,
+    2 B N (Hq + 2 Hkv) P itemsize bytes. Source: Arriola et al., Block Diffusion (2503.09573), section 3.
     """
     check(
         "block_diffusion_attention",
@@ -84,7 +87,7 @@ def block_diffusion_attention(
         v_clean=(v_clean, "B N Hkv P"),
         cu_seqlens=(cu_seqlens, "sequences+1", int),
     )
-    check_heads("block_diffusion_attention", q, k)
+    check_heads("block_diffusion_attention", q, k, v=v, k_clean=k_clean, v_clean=v_clean)
     if block_size < 1:
         refuse("block_diffusion_attention", "block_size", block_size, "1 or more")
     tensors = (q, k, v, k_clean, v_clean)
@@ -118,6 +121,15 @@ def _blocks(
 
 
 _HEADS = dict(Hq=32, Hkv=2, P=128)
+_CANDIDATES = dict(
+    _block_attention_kernel=tuple(
+        Launch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
+        for m, n, warps, stages in (
+            *((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)),
+            *((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2)),
+        )
+    )
+)
 
 OPS = (
     Op(
@@ -125,6 +137,7 @@ OPS = (
         kernels=("_block_attention_kernel",),
         forward_only=True,
         tensor_cores={"_block_attention_kernel": "BLOCK_M"},
+        candidates=_CANDIDATES,
         reference=reference.causal_attention,
         inputs=_causal,
         cases=(
@@ -146,6 +159,7 @@ OPS = (
         kernels=("_block_attention_kernel",),
         forward_only=True,
         tensor_cores={"_block_attention_kernel": "BLOCK_M"},
+        candidates=_CANDIDATES,
         reference=reference.block_diffusion_attention,
         inputs=_blocks,
         cases=(

@@ -109,7 +109,10 @@ def _block_attention_kernel(
             k = _tile(k_ptr, n + offs_n, offs_p, stride_kn, N, P)
             v = _tile(v_ptr, n + offs_n, offs_p, stride_vn, N, P)
             seen = ((n + offs_n) // S)[None, :] == (rows // S)[:, None]
-            seen = seen & ((n + offs_n) < N)[None, :] & ((n + offs_n)[None, :] >= begin[:, None])
+            seen = seen & ((n + offs_n) < N)[None, :]
+            if PACKED:  # a block may be of two sequences
+                of = tl.load(starts_ptr + b * N + n + offs_n, mask=n + offs_n < N, other=0)
+                seen = seen & (of[None, :] == begin[:, None])
             m, l, o = attend(q, k, v, m, l, o, seen, scale, MASKED=True)
 
     out = (b * N + rows) * Hq + head
@@ -161,7 +164,14 @@ def _block_attention(
     o, lse = _block_attention_fake(q, k, v, k_clean, v_clean, cu_seqlens, block_size, scale)
     default = block_attention_launch(P, q.element_size(), architecture(q), cu_seqlens is not None)
     launch = tuned(
-        "_block_attention_kernel", default, architecture(q), N=triton.next_power_of_2(N), P=P, itemsize=q.element_size()
+        "_block_attention_kernel",
+        default,
+        architecture(q),
+        N=triton.next_power_of_2(N),
+        S=0 if causal else block_size,
+        packed=int(cu_seqlens is not None),
+        P=P,
+        itemsize=q.element_size(),
     )
     run(
         _block_attention_kernel,

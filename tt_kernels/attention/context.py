@@ -9,10 +9,13 @@ from ..launch import Launch
 from .context_kernels import append_attention_forward, context_attention_forward
 
 
-def check_heads(op: str, q: Tensor, k: Tensor) -> None:
+def check_heads(op: str, q: Tensor, k: Tensor, **others: Tensor) -> None:
     Hq, Hkv = q.shape[2], k.shape[2]
-    if Hkv < 1 or Hq % Hkv:
+    if Hq % Hkv:
         raise ValueError(f"{op}: k has Hkv={Hkv} heads, expected a divisor of Hq={Hq}, the heads of q")
+    for name, t in dict(k=k, **others).items():
+        if t.dtype != q.dtype:
+            raise ValueError(f"{op}: {name} is {t.dtype}, expected {q.dtype}, the dtype of q")
 
 
 def context_attention(
@@ -47,10 +50,10 @@ def context_attention(
     a row has bits that depend on that row, on L, the heads and P, and through the split size on the number of rows B;
     not on what the other rows hold, nor on the room in their pages. NaN and infinity in what a token sees reach it; in
     what it does not see they stay away, but for the values of later tokens of its own block where `causal` (a weight of
-    0 times NaN, as in PyTorch). Raises ValueError for sizes that disagree, Hkv that does not divide Hq, and in the
-    reference for a length below 0 or beyond the row's pages, which kernels cut to 0 and to them. Cost for S cached
-    tokens a row: 4 B L Hq (S + L) P flops, (2 B (S + L) Hkv + 2 B L Hq) P itemsize bytes. Where gradients are wanted
-    the reference runs.
+    0 times NaN, as in PyTorch). Raises ValueError for sizes and dtypes that disagree, Hkv that does not divide Hq, and
+    in the reference for a length below 0 or beyond the row's pages, which kernels cut to 0 and to them. Cost for S
+    cached tokens a row: 4 B L Hq (S + L) P flops, (2 B (S + L) Hkv + 2 B L Hq) P itemsize bytes. Where gradients are
+    wanted the reference runs.
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245), pages of Kwon et al. (2309.06180).
     """
     check(
@@ -63,7 +66,7 @@ def context_attention(
         page_table=(page_table, "B row_pages", int),
         lengths=(lengths, "B", int),
     )
-    check_heads("context_attention", q, k)
+    check_heads("context_attention", q, k, v=v, k_pages=k_pages, v_pages=v_pages)
     tensors = (q, k, v, k_pages, v_pages)
     if not takes_kernel("context_attention", *tensors) or wants_gradients(*tensors):
         return reference.context_attention(q, k, v, k_pages, v_pages, page_table, lengths, causal=causal, scale=scale)
@@ -104,10 +107,10 @@ def append_attention(
         o: [B, L, Hq, P] dtype of q, of all L tokens.
 
     Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v; none flow through the cache, and where they are
-    wanted the reference runs. Deterministic, and NaN, as in `context_attention`. Raises ValueError for sizes that
-    disagree, Hkv that does not divide Hq, and in the reference for a length below 0 and for rows that outgrow their
-    pages, which kernels cut to 0 and to them. Cost for S cached tokens a row: 4 B L Hq (S + L / 2) P flops,
-    (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes. Source: as `context_attention`.
+    wanted the reference runs. Deterministic, and NaN, as in `context_attention`. Raises ValueError for sizes and
+    dtypes that disagree, Hkv that does not divide Hq, and in the reference for a length below 0 and for rows that
+    outgrow their pages, which kernels cut to 0 and to them. Cost for S cached tokens a row: 4 B L Hq (S + L / 2) P
+    flops, (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes. Source: as `context_attention`.
     """
     check(
         "append_attention",
@@ -120,7 +123,7 @@ def append_attention(
         lengths=(lengths, "B", int),
         counts=(counts, "B", int),
     )
-    check_heads("append_attention", q, k)
+    check_heads("append_attention", q, k, v=v, k_pages=k_pages, v_pages=v_pages)
     if not takes_kernel("append_attention", q, k, v, k_pages, v_pages) or wants_gradients(q, k, v):
         return reference.append_attention(q, k, v, k_pages, v_pages, page_table, lengths, counts, scale=scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

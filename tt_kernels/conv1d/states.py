@@ -117,6 +117,7 @@ def conv_block_states_launch(C: int, itemsize: int) -> Launch:
 def _conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, kernel_size: int) -> Tensor:
     new = _conv_state_fake(x, lengths, state, kernel_size)
     B, L, C = x.shape
+    x = x if C * x.stride(2) < 2**31 else x.contiguous()  # channels are 32-bit offsets, tokens 64-bit ones
     launch = conv_state_launch(B, C, kernel_size)
     run(
         _conv_state_kernel,

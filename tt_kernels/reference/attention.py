@@ -27,7 +27,8 @@ def _page_index(page_table: Tensor, lengths: Tensor, longest: int, pages: Tensor
     return page_table[:, : len(starts)].masked_fill(starts >= lengths.view(-1, 1), 0).flatten()
 
 
-def context_attention(
+def _context(
+    op: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -35,9 +36,8 @@ def context_attention(
     v_pages: Tensor,
     page_table: Tensor,
     lengths: Tensor,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
+    causal: bool,
+    scale: float | None,
 ) -> Tensor:
     B, L = q.shape[:2]
     causal = causal and L > 1
@@ -47,9 +47,9 @@ def context_attention(
         host = lengths.tolist() or [0]
         longest, shortest = max(host), min(host)
         if shortest < 0:
-            raise ValueError(f"context_attention: lengths goes down to {shortest}, expected 0 or more")
+            raise ValueError(f"{op}: lengths goes down to {shortest}, expected 0 or more")
     if longest > room:
-        raise ValueError(f"context_attention: lengths goes up to {longest}, but the page table has room for {room}")
+        raise ValueError(f"{op}: lengths goes up to {longest}, but the page table has room for {room}")
     if longest == 0:
         return _sdpa(q, k, v, None, scale, causal=causal)
     index = _page_index(page_table, lengths, longest, k_pages)
@@ -65,6 +65,21 @@ def context_attention(
         own = F.pad(own, (longest, 0), value=True)
         mask = own if mask is None else mask & own
     return _sdpa(q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), mask, scale)
+
+
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    return _context("context_attention", q, k, v, k_pages, v_pages, page_table, lengths, causal, scale)
 
 
 def _append(
@@ -112,7 +127,7 @@ def append_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    o = context_attention(q, k, v, k_pages, v_pages, page_table, lengths, causal=True, scale=scale)
+    o = _context("append_attention", q, k, v, k_pages, v_pages, page_table, lengths, True, scale)
     with torch.no_grad():
         _append(k, v, k_pages, v_pages, page_table, lengths, counts)
     return o

@@ -226,5 +226,9 @@ def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def lined_up(t: Tensor | None) -> Tensor | None:
-    """As kernels read it: the last dimension contiguous, and a tile's rows within 32-bit offsets of its first."""
-    return t if t is None or (t.stride(-1) == 1 and 64 * max(t.stride()[1:]) < 2**31) else t.contiguous()
+    """As kernels read it: the last dimension contiguous, and a tile's rows and heads within 32-bit offsets of its
+    first."""
+    if t is None:
+        return None
+    reach = 64 * t.stride(1) + sum((n - 1) * stride for n, stride in zip(t.shape[2:], t.stride()[2:], strict=True))
+    return t if t.stride(-1) == 1 and reach < 2**31 else t.contiguous()
