@@ -1,9 +1,13 @@
-"""Convolution and scan against mamba-ssm and causal-conv1d, where they are installed (extra `cuda`, on a GPU)."""
+"""Convolution and scan against mamba-ssm, causal-conv1d and fla, where they are installed (extras `cuda`, `peers`; on a
+GPU): their own calls written out, then every small case of our tests that they take, by the adapters of bench/."""
 
 import pytest
 import torch
+from parity import OPS, make
 from torch import Tensor
 
+from bench.peers import REGISTRY
+from bench.peers.base import Unavailable, difference, results
 from tt_kernels import (
     causal_conv1d,
     conv_state,
@@ -21,6 +25,43 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = dict(rtol=2e-2, atol=2e-2)
 H, P, G, N, K = 8, 64, 2, 128, 4
 C = H * P + 2 * G * N
+
+
+# Beside our own small cases, which mostly are no whole chunks of theirs: seeded, packed, of every chunk they have.
+WHOLE = dict(H=8, P=64, G=2, N=128)
+SCANS = dict(
+    causal_conv1d=[dict(B=2, L=L, C=256, K=4) for L in (1, 3, 64)],
+    ssd_step=[dict(b=3, **WHOLE)],
+    ssd_block=[dict(b=2, L=L, seeded=seeded, **WHOLE) for L in (16, 32, 64, 128) for seeded in (0, 1)],
+    ssd_chunk=[
+        *(dict(b=2, L=256, Q=Q, **WHOLE) for Q in (0, 16, 64, 128)),
+        *(dict(b=1, L=256, Q=Q, seeded=0, packed=1, **WHOLE) for Q in (0, 32)),
+    ],
+    mamba_block=[dict(b=2, L=L, K=4, **WHOLE) for L in (16, 32, 64)],
+    mamba_advance=[dict(b=2, L=L, K=4, ragged=0, **WHOLE) for L in (16, 32, 64)],
+    mamba_step=[dict(b=3, K=4, **WHOLE)],
+)
+OURS = ("eager", "compiled", "apart")
+CASES = [
+    pytest.param(op, name, dims, id=f"{op}-{name}-{'-'.join(f'{k}{v}' for k, v in dims.items())}")
+    for op, more in SCANS.items()
+    for name in REGISTRY[op]
+    if name not in OURS
+    for dims in (*OPS[op].cases, *more)
+]
+
+
+@pytest.mark.parametrize(("op", "name", "dims"), CASES)
+def test_cases_of_our_tests(op: str, name: str, dims: dict[str, int]) -> None:
+    kwargs, peer = make(OPS[op], dims, torch.float32), REGISTRY[op][name]
+    try:
+        theirs = results(peer, OPS[op].outputs, peer.adapter(**kwargs)())
+    except Unavailable as why:
+        pytest.skip(str(why))
+    ours = OPS[op].fn(**kwargs)
+    ours = dict(zip(OPS[op].outputs, ours if isinstance(ours, tuple) else (ours,), strict=True))
+    for output, want in theirs.items():
+        assert difference(ours[output], want) < TOLERANCE["rtol"], output
 
 
 def same(got: Tensor, want: Tensor) -> None:
