@@ -171,14 +171,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=positive, nargs="+", default=[64, 128, 256], help="tokens before the block")
     parser.add_argument("--record", action="store_true", help="append a JSON line to bench/results/")
     options = parser.parse_args(arguments)
-    longest, limit = max(options.prompt + options.new, *(n + 16 for n in options.context)), MIDDLE.max_position_embeddings
+    longest, limit = (
+        max(options.prompt + options.new, *(n + 16 for n in options.context)),
+        MIDDLE.max_position_embeddings,
+    )
     if longest > limit:
-        parser.error(f"--prompt and --new, or --context and a block of 16, are {longest} tokens; the model takes {limit}")
+        parser.error(
+            f"--prompt and --new, or --context and a block of 16, are {longest} tokens; the model takes {limit}"
+        )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     row = report(MIDDLE, options)
     try:
-        print(f"\n{record(row)}" if options.record else "")
+        if options.record:
+            print(f"\n{record(row)}")
     except OSError as error:
         parser.error(f"--record: {error}")
     return 0

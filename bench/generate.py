@@ -297,7 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         c = config_of(options.model)
         subject = None if options.card else subject_of(options, c, gpu)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        print(f"bench.generate: error: --model {options.model}: {next(iter(str(error).splitlines()), type(error).__name__)}", file=sys.stderr)
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        print(f"bench.generate: error: --model {options.model}: {why}", file=sys.stderr)
         return 2
     if subject is None:
         print("\n\n".join(whole.card(c, options.batch, options.context)))
@@ -315,10 +316,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"bench.generate: error: --record: {error}", file=sys.stderr)
         return 2
-    if found["pass"]:
-        print(f"\n{whole.pass_table(found['pass'])}")
-        if text := whole.regime(c, found["pass"]):
-            print(f"\nWhen diffusion beats AR:\n\n{text}")
+    if not found["pass"]:
+        print("bench.generate: error: nothing of it fits into memory", file=sys.stderr)
+        return 2
+    print(f"\n{whole.pass_table(found['pass'])}")
+    if text := whole.regime(c, found["pass"]):
+        print(f"\nWhen diffusion beats AR:\n\n{text}")
     if found["decode"]:
         print(f"\nDecoding, prefill excluded:\n\n{whole.decode_table(found['decode'])}")
     return 0
@@ -334,9 +337,7 @@ def measured(
         yield from passes(subject, batch, context, options.rounds)
         for mode in () if options.no_decoding else options.modes:
             rounds = max(5, options.rounds // 2)
-            yield decoding(
-                subject, batch, context, mode, new=options.new, threshold=options.threshold, rounds=rounds
-            )
+            yield decoding(subject, batch, context, mode, new=options.new, threshold=options.threshold, rounds=rounds)
 
     for context in options.context:
         for batch in options.batch:
@@ -345,7 +346,9 @@ def measured(
                     found[line["kind"]].append(line)
                     if options.record:
                         record(line)
-            except (torch.OutOfMemoryError, MemoryError):
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise  # a CPU has no error of its own for it
                 print(f"batch {batch}, context {context}: out of memory", flush=True)
     return found
 

@@ -67,10 +67,13 @@ def section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
 def ops_section(machine: Machine, rows: Sequence[dict[str, Any]], drawn: Mapping[str, str]) -> Iterator[str]:
     yield "### Ops"
     yield (
-        "Before a row is timed its results are held to an fp64 oracle; RED: they failed, and there is no time. The "
-        "error is relative, in the\nroot mean square, with plain PyTorch's in the same dtype behind it. Peers: their "
-        "time over ours, above 1 where ours is faster."
+        "Before a row is timed its results are held to an fp64 oracle; RED: they failed, and there is no time. The\n"
+        "error is relative, in the root mean square, with plain PyTorch's in the same dtype behind it. Peers: their\n"
+        "time over ours, above 1 where ours is faster; `-`: none, for the reason below the table."
     )
+    if missing := machine.missing():
+        count = sum(missing.values())
+        yield f"Not recorded, or of shapes that the cards no longer have: {count} rows, of {', '.join(missing)}."
     if machine.gpu:
         if measured := [row["roofs"] for row in rows if row.get("roofs")]:
             read, copy, compute = (_between(measured, name) for name in ("read", "copy", "compute"))
@@ -124,12 +127,17 @@ def ops_tables(
 
     first = [*(["op"] if named else []), "shape", "pass"]
     header = [*first, "us (p20-p80)", *(("TB/s", "TFLOP/s", "of roof", "target", "MB") if machine.gpu else ())]
-    header += [*(() if apart else peers), "error (eager's)", "what ran", *(["run"] if several else [])]
+    header += [
+        *(() if apart else (f"{name}/ours" for name in peers)),
+        "error (eager's)",
+        "what ran",
+        *(["run"] if several else []),
+    ]
     lines = []
     for row in rows:
         cells = place(row)
         if row["fault"]:
-            cells += ["RED", *[""] * (len(header) - len(cells) - 2 - several), row["fault"][:40]]
+            cells += ["RED", *[""] * (len(header) - len(cells) - 2 - several), "see below"]
         else:
             cells += [spread(row, 1e6), *(hardware(row) if machine.gpu else ())]
             cells += [] if apart else [times(row, name) for name in peers]
@@ -168,8 +176,8 @@ def peers_for(op: str) -> list[str]:
 
 
 def without(machine: Machine, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Why peers have no time, a line for each of them and its reason. On a CPU, where most cannot run, of those that
-    have a column."""
+    """Why rows have no time, and peers, a line for each of them and its reason. On a CPU, where most peers cannot run,
+    of those that have a column."""
     timed = {name for row in rows for name, peer in row["peers"].items() if "ratio" in peer}
     asked = []
     for row in (row for row in rows if not row["fault"]):
@@ -177,7 +185,7 @@ def without(machine: Machine, rows: Sequence[Mapping[str, Any]]) -> Iterator[str
         peers = {name: row["peers"].get(name, {"why": "not asked in that run"}) for name in shown}
         asked.append((f"{row['op']} {row['which']}", peers))
     every = dict(asked)
-    lines = []
+    lines = [f"- RED {row['op']} {label(row['dims'])} {row['which']}: {row['fault']}" for row in rows if row["fault"]]
     for name, why, concerned in reasons(asked):
         where = "" if len(concerned) == len(every) else f" ({', '.join(concerned)})"
         lines.append(f"- no time of `{name}`{where}: {why}")
@@ -197,7 +205,8 @@ def short(machine: Machine, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     if found:
         found.sort(key=lambda item: -item[0])
         why = {row["op"]: REASONS[row["op"]] for _, row, _ in found if row["op"] in REASONS}
-        yield f"Short of its target (`bench/targets.py`), the furthest first. {machine.caption([r for _, r, _ in found])}"
+        runs = machine.caption([row for _, row, _ in found])
+        yield f"Short of its target (`bench/targets.py`), the furthest first. {runs}"
         cells = [
             (
                 r["op"],

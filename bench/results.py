@@ -1,13 +1,16 @@
-"""What is recorded in bench/results/*.jsonl, read back: the newest line of each thing that was measured, and its run."""
+"""What is recorded in bench/results/*.jsonl, read back: the newest line of each measurement, and the run it is of."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from tt_kernels import OPS
 
 from . import measure, ops
 from .oracle import DTYPES
@@ -85,6 +88,13 @@ class Machine:
     def rows(self) -> list[dict[str, Any]]:
         """Rows of ops and shapes that the cards still list."""
         return [row for row in self.lines["row"] if listed(row)]
+
+    def missing(self) -> dict[str, int]:
+        """By op, how many rows a run on such a machine would have that these results lack."""
+        there = {_named(row["op"], row["dims"], row["dtype"], row["which"]) for row in self.rows}
+        lacking = _cases("cuda" if self.gpu else "cpu") - there
+        counts = Counter(json.loads(name)[0] for name in lacking)
+        return {op: counts[op] for op in OPS if counts[op]}
 
     @property
     def shown(self) -> list[dict[str, Any]]:

@@ -162,7 +162,9 @@ def _columns(
     cells = {name: column for name, column in cells.items() if any(cell is not None for cell in column)}
     if runs:
         cells["run"] = list(runs)
-    return table(list(cells), [["-" if cell is None else cell for cell in row] for row in zip(*cells.values())])
+    return table(
+        list(cells), [["-" if cell is None else cell for cell in row] for row in zip(*cells.values(), strict=True)]
+    )
 
 
 def pass_table(lines: Sequence[Mapping[str, Any]], runs: Sequence[str] | None = None) -> str:
