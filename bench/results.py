@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class Machine:
         """Its name, or nothing."""
         return next((x["machine"]["gpu"] for lines in self.lines.values() for x in lines if "gpu" in x["machine"]), "")
 
-    @property
+    @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """Rows of ops and shapes that the cards still list."""
         return [row for row in self.lines["row"] if listed(row)]
@@ -96,15 +96,18 @@ class Machine:
         counts = Counter(json.loads(name)[0] for name in lacking)
         return {op: counts[op] for op in OPS if counts[op]}
 
-    @property
+    @cached_property
     def shown(self) -> list[dict[str, Any]]:
         return [*self.rows, *(line for kind in KINDS[1:] for line in self.lines[kind])]
 
+    @cached_property
+    def _settings(self) -> list[str]:
+        """What tells runs apart, the oldest first."""
+        return list(dict.fromkeys(map(_setting, sorted(self.shown, key=lambda line: line["machine"]["date"]))))
+
     def runs(self, lines: Sequence[Mapping[str, Any]] | None = None) -> list[Run]:
         """The runs that lines (None: all that are shown) are of, numbered over the machine, the oldest first."""
-        found: dict[str, list[Mapping[str, Any]]] = {}
-        for line in sorted(self.shown, key=lambda line: line["machine"]["date"]):
-            found.setdefault(_setting(line), [])
+        found: dict[str, list[Mapping[str, Any]]] = {setting: [] for setting in self._settings}
         for line in self.shown if lines is None else lines:
             found[_setting(line)].append(line["machine"])
         return [
