@@ -313,3 +313,8 @@ def in_a_line(found: Mapping[str, Any]) -> str:
     if "gpu" in found:
         gpu = f"{found['gpu']}, driver {found['driver']}, CUDA {found['cuda']}, Triton {found['triton']}; "
     return f"{gpu}{describe(found)}, commit {found['commit']}"
+
+
+def here(**known: Any) -> str:
+    """What this process runs on, in a line; `known` says better than a clock does what it was, such as threads."""
+    return in_a_line(where(DeviceClock() if torch.cuda.is_available() else HostClock()) | known)

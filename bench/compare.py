@@ -56,18 +56,18 @@ def serve(tree: Path) -> None:
     watch = clock.DeviceClock() if device == "cuda" else clock.HostClock()
     checked = ops.Checked(watch)
     cases = {case.id: case for case in ops.cases(device)}
-    known, sampler, kept = "", None, None
+    known, sampler, kept = "", None, []
 
-    def ready(name: str) -> str:
-        """Make the case's sampler; why it has none."""
+    def ready(name: str, most: int | None) -> str:
+        """Make the case's sampler on so many sets of operands (None: as memory holds); why it has none."""
         nonlocal known, sampler, kept
-        known, sampler, kept = name, None, None
+        known, sampler, kept = name, None, []
         watch.release()
         case = cases[name]
         if faults := checked(case)[1].faults:
             return "; ".join(faults.values())
         with watch.scope():
-            kept = ops.bind(case, case.op.fn, ops.operands(case, watch))
+            kept = ops.bind(case, case.op.fn, ops.operands(case, watch)[:most])
             samplers, _, errors = watch.samplers({"ours": kept})
         sampler = samplers.get("ours")
         return errors.get("ours", "")
@@ -77,7 +77,9 @@ def serve(tree: Path) -> None:
         found: dict[str, Any] = {"cases": list(cases)}
         if "case" in ask:
             try:
-                found = {"fault": ready(ask["case"]) if ask["case"] != known else ""}
+                most = ask.get("sets")
+                again = ask["case"] != known or (most is not None and len(kept) > most)
+                found = {"fault": ready(ask["case"], most) if again else "", "sets": len(kept)}
                 if not found["fault"] and sampler is not None:
                     with watch.scope():
                         found["samples"] = [sampler() for _ in range(ask["samples"])]
@@ -130,10 +132,13 @@ def compare(new: Path, base: Path, pattern: str = "*", rounds: int = 10) -> list
         names = [name for name in pair[0].ask()["cases"] if name in shared[1]]
         for name in (name for name in names if fnmatch.fnmatchcase(name.partition("-")[0], pattern)):
             samples: tuple[list[float], list[float]] = ([], [])
-            faults = ["", ""]
-            for turn in range(rounds + 1):  # the first is not counted
+            # One device holds the operands of both: who came second may have room for fewer sets.
+            found_sets = [side.ask(case=name, samples=0) for side in pair]
+            faults = [answer["fault"] for answer in found_sets]
+            sets = min((answer["sets"] for answer in found_sets if not answer["fault"]), default=None)
+            for turn in range(rounds + 1 if not any(faults) else 0):  # the first is not counted
                 for i, side in enumerate(pair):
-                    answer = side.ask(case=name, samples=3)
+                    answer = side.ask(case=name, samples=3, sets=sets)
                     faults[i] = faults[i] or answer["fault"]
                     samples[i].extend(answer.get("samples", ()) if turn else ())
                 if any(faults):
@@ -164,23 +169,31 @@ def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield f"slower beyond {100 * GAIN:.0f} % and the noise: {', '.join(slower) or 'none'}"
 
 
+def git(*arguments: str) -> bytes:
+    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True)
+    if run.returncode:
+        raise ValueError((run.stderr.decode().strip().splitlines() or ["git failed"])[-1])
+    return run.stdout
+
+
 @contextmanager
-def checkout(reference: str) -> Iterator[Path]:
-    """The files of a commit in a folder of its own; the repository is only read."""
+def checkout(reference: str) -> Iterator[tuple[Path, str]]:
+    """The files of a commit in a folder of its own, and its name; the repository is only read."""
+    commit = git("rev-parse", "--verify", "--end-of-options", f"{reference}^{{commit}}").decode().strip()
     with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "archive", reference], cwd=ROOT, capture_output=True)
-        if archive.returncode:
-            raise ValueError(archive.stderr.decode().strip().splitlines()[-1])
-        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
-        yield Path(folder)
+        subprocess.run(["tar", "-x", "-C", folder], input=git("archive", commit), check=True)
+        yield Path(folder), commit[:12]
 
 
 def main(reference: str, pattern: str, rounds: int) -> int:
     """0: nothing is slower and nothing wrong here; 1 otherwise."""
+    from . import clock
+
     try:
-        with checkout(reference) as base:
+        with checkout(reference) as (base, commit):
+            print(f"{clock.here()}; base: commit {commit}\n", flush=True)
             rows = compare(ROOT, base, pattern, rounds)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
         print(f"bench.report: error: --base {reference}: {error}", file=sys.stderr)
         return 2
     if not rows:

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.layers import MoE
 
-from .measure import describe, interleaved, machine, positive, ratio, record, table
+from .clock import commit, in_a_line
+from .measure import interleaved, machine, positive, ratio, record, table
 from .models import MIDDLE, as_nemotron_h, experts_implementations, greedy_nemotron_h, random_model
 
 OURS = 'this model, mode "ar"'
@@ -121,8 +122,8 @@ def denoiser(
 
 
 def report(config: TwoTowerConfig, options: argparse.Namespace) -> dict[str, Any]:
-    where = machine()
-    print(describe(where))
+    where = machine() | {"commit": commit()}
+    print(in_a_line(where))
     model = random_model(config)
     size = sum(p.numel() for p in model.context_tower.parameters()) / 1e6
     print(f"{config.pattern}, hidden size {config.hidden_size}, {size:.0f} M parameters a tower, batch 1, fp32")
@@ -170,11 +171,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=positive, nargs="+", default=[64, 128, 256], help="tokens before the block")
     parser.add_argument("--record", action="store_true", help="append a JSON line to bench/results/")
     options = parser.parse_args(arguments)
+    longest, limit = (
+        max(options.prompt + options.new, *(n + 16 for n in options.context)),
+        MIDDLE.max_position_embeddings,
+    )
+    if longest > limit:
+        parser.error(
+            f"--prompt and --new, or --context and a block of 16, are {longest} tokens; the model takes {limit}"
+        )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     row = report(MIDDLE, options)
-    if options.record:
-        print(f"\n{record(row)}")
+    try:
+        if options.record:
+            print(f"\n{record(row)}")
+    except OSError as error:
+        parser.error(f"--record: {error}")
     return 0
 
 

@@ -6,6 +6,9 @@ with the experts that its tokens really hit; then decoding in every mode. --reco
 --model bundled (the small one in the package; default on a CPU), published (random weights of the published size, both
 towers on the same 63 GB; default on a GPU) or a folder. Random weights route evenly and commit nothing sensible: their
 passes are right to time, their tokens a pass are not to be believed; give a folder for those.
+
+--dtype runs the model in bf16, fp16 or fp32. fp8 and fp4 experts are on the static card only: no kernel reads them yet.
+Several --batch give tokens/s over batch, several --context over context.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +38,8 @@ from .models import PUBLISHED, random_on_device
 from .oracle import DTYPES
 from .whole import AR, COMMIT, DENOISER
 
+RUNS_IN = {name: dtype for dtype, name in DTYPES.items() if name != "fp64"}
+
 
 @dataclass
 class Subject:
@@ -52,12 +58,14 @@ class Subject:
         return torch.randint(4, self.model.config.vocab_size, (batch, context), generator=g)
 
 
-def load(name: str, device: str) -> Subject:
+def load(name: str, device: str, dtype: torch.dtype | None = None) -> Subject:
+    """A model in a dtype (None: its own). One from a folder goes by the folder's name."""
     if name == "published":
-        model = random_on_device(PUBLISHED, device, torch.bfloat16)
-        return Subject("published size, random weights", model, None)
+        config = replace(PUBLISHED, dtype=dtype or PUBLISHED.dtype)
+        return Subject("published size, random weights", random_on_device(config, device, config.dtype), None)
     path = None if name == "bundled" else name
-    return Subject(name, TwoTower.from_pretrained(path, device=device), None)
+    shown = name if path is None else Path(path).resolve().name
+    return Subject(shown, TwoTower.from_pretrained(path, device=device, dtype=dtype), None)
 
 
 def config_of(name: str) -> TwoTowerConfig:
@@ -177,7 +185,7 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
 
 
 def format_of(model: TwoTower) -> sizes.Format:
-    return whole.FORMATS["bf16" if model.dtype.itemsize == 2 else "fp32"]
+    return whole.format_named(DTYPES[model.dtype])
 
 
 def experts_hit(model: TwoTower, call: Callable[[], Any]) -> float | None:
@@ -212,10 +220,10 @@ def decoding(
 
     run(new)
     samples = [(run(new), run(0)[0]) for _ in range(rounds)]
-    whole_time = percentile([seconds for (seconds, _), _ in samples], 0.5)
+    times = [seconds for (seconds, _), _ in samples]
     prefill = percentile([seconds for _, seconds in samples], 0.5)
-    included = prefill >= whole_time / 2
-    seconds = whole_time if included else whole_time - prefill
+    included = prefill >= percentile(times, 0.2) / 2
+    p20, p50, p80 = (percentile(times, share) - (0 if included else prefill) for share in (0.2, 0.5, 0.8))
     out = samples[0][0][1]
     written, nfe = sum(map(len, out.tokens)), sum(out.nfe)
     return {
@@ -228,46 +236,69 @@ def decoding(
         "threshold": threshold if mode == "mask_diffusion" else None,
         "new": new,
         "prefill_included": included,
-        "tokens_per_s": written / seconds,
+        "tokens_per_s": written / p50,
+        "tokens_p20": written / p80,
+        "tokens_p80": written / p20,
         "tokens_per_pass": written / nfe if nfe else None,
         "rounds": rounds,
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
+def parser(gpu: bool) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
         prog="python -m bench.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    p.add_argument(
         "--model",
         default="published" if gpu else "bundled",
         help="published, bundled or a folder (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=measure.positive, nargs="+", default=[1, 4, 16, 32, 64, 128] if gpu else [1, 4])
-    parser.add_argument(
-        "--context", type=measure.positive, nargs="+", default=[2048] if gpu else [64], help="tokens before"
-    )
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument(
+    p.add_argument("--dtype", choices=RUNS_IN, help="of weights and activations (default: the model's own)")
+    p.add_argument("--batch", type=measure.positive, nargs="+", default=[1, 4, 16, 32, 64, 128] if gpu else [1, 4])
+    p.add_argument("--context", type=measure.positive, nargs="+", default=[2048] if gpu else [64], help="tokens before")
+    p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    p.add_argument(
         "--new", type=measure.positive, default=128 if gpu else 32, help="tokens written (default: %(default)s)"
     )
-    parser.add_argument("--threshold", type=measure.share, default=0.8, help="of mask_diffusion (default: %(default)s)")
-    parser.add_argument(
-        "--rounds", type=measure.positive, default=10 if gpu else 5, help="of each pass (default: %(default)s)"
+    p.add_argument("--threshold", type=measure.share, default=0.8, help="of mask_diffusion (default: %(default)s)")
+    p.add_argument(
+        "--rounds",
+        type=measure.positive,
+        default=10 if gpu else 5,
+        help="of each pass; of decoding half as many, at least 5 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--card", action="store_true", help="print the static card and stop: needs neither weights nor GPU"
-    )
-    parser.add_argument("--no-decoding", action="store_true", help="passes only")
-    parser.add_argument("--record", action="store_true", help="append the lines to bench/results/")
-    options = parser.parse_args(arguments)
-    device = "cuda" if gpu else "cpu"
+    p.add_argument("--card", action="store_true", help="print the static card and stop: needs neither weights nor GPU")
+    p.add_argument("--no-decoding", action="store_true", help="passes only")
+    p.add_argument("--record", action="store_true", help="append the lines to bench/results/")
+    return p
+
+
+def subject_of(options: argparse.Namespace, c: TwoTowerConfig, gpu: bool) -> Subject:
+    """The model, once what is asked of it can be.
+
+    Raises:
+        ValueError: more tokens than its context holds; a dtype that the GPU has no arithmetic for.
+    """
+    new = max(c.block_size + 1, 0 if options.no_decoding else options.new)
+    if max(options.context) + new > c.max_position_embeddings:
+        raise ValueError(
+            f"--context {max(options.context)} and {new} new tokens exceed its context of {c.max_position_embeddings}"
+        )
+    dtype = RUNS_IN.get(options.dtype)
+    if gpu and (dtype or c.dtype) == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("bf16 needs a GPU of sm_80 or later: --dtype fp16 or fp32")
+    return load(options.model, "cuda" if gpu else "cpu", dtype)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    gpu = torch.cuda.is_available()
+    options = parser(gpu).parse_args(arguments)
     try:
         c = config_of(options.model)
-        subject = None if options.card else load(options.model, device)
-    except (OSError, ValueError, KeyError, torch.OutOfMemoryError) as error:
-        print(f"bench.generate: error: --model {options.model}: {error}", file=sys.stderr)
+        subject = None if options.card else subject_of(options, c, gpu)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        print(f"bench.generate: error: --model {options.model}: {why}", file=sys.stderr)
         return 2
     if subject is None:
         print("\n\n".join(whole.card(c, options.batch, options.context)))
@@ -280,33 +311,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not gpu:
         print("CPU, references, no claim about kernels. The card's floors are an H200's.\n")
     print("\n\n".join(whole.card(c, options.batch, options.context, subject.roofs or whole.H200)), flush=True)
+    try:
+        found = measured(subject, options, lambda line: measure.record({"machine": where, **line}))
+    except OSError as error:
+        print(f"bench.generate: error: --record: {error}", file=sys.stderr)
+        return 2
+    if not found["pass"]:
+        print("bench.generate: error: nothing of it fits into memory", file=sys.stderr)
+        return 2
+    print(f"\n{whole.pass_table(found['pass'])}")
+    if text := whole.regime(c, found["pass"]):
+        print(f"\nWhen diffusion beats AR:\n\n{text}")
+    if found["decode"]:
+        print(f"\nDecoding, prefill excluded:\n\n{whole.decode_table(found['decode'])}")
+    return 0
+
+
+def measured(
+    subject: Subject, options: argparse.Namespace, record: Callable[[dict[str, Any]], Any]
+) -> dict[str, list[dict[str, Any]]]:
+    """Lines of passes and of decoding, each recorded, where that is asked for, as soon as it is there."""
     found: dict[str, list[dict[str, Any]]] = {"pass": [], "decode": []}
 
-    def keep(line: dict[str, Any]) -> None:
-        found[line["kind"]].append(line)
-        if options.record:
-            measure.record({"machine": where, **line})
+    def lines(batch: int, context: int) -> Iterator[dict[str, Any]]:
+        yield from passes(subject, batch, context, options.rounds)
+        for mode in () if options.no_decoding else options.modes:
+            rounds = max(5, options.rounds // 2)
+            yield decoding(subject, batch, context, mode, new=options.new, threshold=options.threshold, rounds=rounds)
 
     for context in options.context:
         for batch in options.batch:
             try:
-                for line in passes(subject, batch, context, options.rounds):
-                    keep(line)
-                if not options.no_decoding:
-                    for mode in options.modes:
-                        options_of = dict(
-                            new=options.new, threshold=options.threshold, rounds=max(1, options.rounds // 5)
-                        )
-                        keep(decoding(subject, batch, context, mode, **options_of))
-            except torch.OutOfMemoryError:
+                for line in lines(batch, context):
+                    found[line["kind"]].append(line)
+                    if options.record:
+                        record(line)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise  # a CPU has no error of its own for it
                 print(f"batch {batch}, context {context}: out of memory", flush=True)
-    if found["pass"]:
-        print(f"\n{whole.pass_table(found['pass'])}")
-        if text := whole.regime(c, found["pass"], subject.roofs):
-            print(f"\nWhen diffusion beats AR:\n\n{text}")
-    if found["decode"]:
-        print(f"\nDecoding, prefill excluded, {options.new} tokens:\n\n{whole.decode_table(found['decode'])}")
-    return 0
+    return found
 
 
 if __name__ == "__main__":

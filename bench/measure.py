@@ -100,7 +100,11 @@ def describe(where: Mapping[str, Any]) -> str:
 
 def spread(line: Mapping[str, Any], factor: float) -> str:
     """The median of a recorded line with its 20th and 80th percentile, in units of which a second has `factor`."""
-    p20, p50, p80 = (factor * line[name] for name in ("p20", "p50", "p80"))
+    return around(*(factor * line[name] for name in ("p20", "p50", "p80")))
+
+
+def around(p20: float, p50: float, p80: float) -> str:
+    """Three figures of a median, and of the percentiles around it as many places."""
     digits = max(0, 2 - math.floor(math.log10(p50))) if p50 > 0 else 1  # three figures, and all before the point
     return f"{p50:.{digits}f} ({p20:.{digits}f}-{p80:.{digits}f})"
 

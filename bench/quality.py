@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = measure(options)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"{p.prog}: error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(json.dumps(found) if options.json else markdown(found))
     return 0
 

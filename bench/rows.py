@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from .measure import table
 from .ops import Row
@@ -49,12 +50,18 @@ def peers_present(rows: Sequence[Row]) -> list[str]:
 
 def absent(rows: Sequence[Row]) -> Iterator[str]:
     """Peers without a time and why, a line for each reason, with the ops that it concerns."""
+    found = reasons((f"{row.op} {row.which}", row.peers) for row in rows)
+    yield from (f"no time of {name} ({', '.join(ops)}): {why}" for name, why, ops in found)
+
+
+def reasons(rows: Iterable[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Iterator[tuple[str, str, list[str]]]:
+    """Of rows, named, with their peers: a peer without a time, why, and the rows that it concerns."""
     why: dict[tuple[str, str], dict[str, None]] = {}
-    for row in rows:
-        for name, found in row.peers.items():
+    for row, peers in rows:
+        for name, found in peers.items():
             if "why" in found:
-                why.setdefault((name, found["why"]), {})[f"{row.op} {row.which}"] = None
-    yield from (f"no time of {name} ({', '.join(ops)}): {what}" for (name, what), ops in why.items())
+                why.setdefault((name, found["why"]), {})[row] = None
+    yield from ((name, what, list(named)) for (name, what), named in why.items())
 
 
 def _times(row: Row, peer: str) -> str:

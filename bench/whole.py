@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tt_model import TwoTowerConfig
 from tt_model.cli import sizes
 
-from .measure import spread, table
+from .figures import of_model
+from .measure import around, spread, table
 from .results import Machine
 
 AR, DENOISER, COMMIT = sizes.PASSES
@@ -93,86 +94,112 @@ def card(
     yield table(header, lines)
 
 
-def regime(
-    c: TwoTowerConfig, lines: Sequence[Mapping[str, Any]], roofs: Mapping[str, float] | None, tokens: float = 3.3
-) -> str | None:
-    """When diffusion beats AR, by measured passes, beside the floor's answer. 3.3 tokens a pass: the published rate."""
+def format_named(dtype: str) -> sizes.Format:
+    """What a model that runs in a dtype is stored as."""
+    return FORMATS["fp32" if dtype == "fp32" else "bf16"]
+
+
+def regime(c: TwoTowerConfig, lines: Sequence[Mapping[str, Any]], tokens: float = 3.3) -> str | None:
+    """When diffusion beats AR, by measured passes, beside the answer of their floors where roofs were measured with
+    them. 3.3 tokens a pass: the published rate."""
     places = dict.fromkeys((line["batch"], line["context"]) for line in lines)
+    floors = all(line.get("floor") for line in lines)
     rows = []
     for batch, context in places:
-        found = {x["pass"]: x["p50"] for x in lines if (x["batch"], x["context"]) == (batch, context)}
+        found = {x["pass"]: x for x in lines if (x["batch"], x["context"]) == (batch, context)}
         if not {AR, DENOISER, COMMIT} <= found.keys():
             continue
-        measured = tuple(found[kind] for kind in (AR, DENOISER, COMMIT))
-        ideal = tuple(
-            floor(c, kind, batch=batch, context=context, roofs=roofs or H200) for kind in (AR, DENOISER, COMMIT)
-        )
-        cells = [batch, context]
-        for times in (measured, ideal):
+        cells: list[Any] = [batch, context]
+        for what in ("p50", "floor") if floors else ("p50",):
+            times = tuple(found[kind][what] for kind in (AR, DENOISER, COMMIT))
             limit = even(c, *times)
             cells += ["never" if limit is None or limit > c.block_size else f"{limit:.1f}"]
             cells += [f"{times_ar(c, *times, tokens):.2f}"]
         rows.append(cells)
     if not rows:
         return None
-    x = f"times AR at {tokens}"
-    return table(("batch", "context", "even at tokens/pass", x, "floor: even at", f"floor: {x}"), rows)
+    header = ("even at tokens/pass", f"times AR at {tokens}")
+    return table(("batch", "context", *header, *(f"floor: {name}" for name in header if floors)), rows)
 
 
-def section(machine: Machine, figure: str | None) -> Iterator[str]:
-    """The whole model in SPEED.md: passes, the regime, decoding."""
+def section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
+    """The whole model in SPEED.md: passes, the regime, decoding, of each model and dtype."""
     passes, decode = machine.lines["pass"], machine.lines["decode"]
     if not passes and not decode:
         return
     yield "### Whole model"
-    for model in dict.fromkeys(line["model"] for line in (*passes, *decode)):
-        mine = [line for line in passes if line["model"] == model]
-        if mine:
-            yield f"`{model}`, {mine[-1]['dtype']}: one pass, and what its bytes and operations take at the roofs."
-            yield pass_table(mine)
-            config = TwoTowerConfig.from_dict(mine[-1]["config"])
-            if text := regime(config, mine, mine[-1].get("roofs")):
-                yield "When diffusion beats AR, by these passes and by the floors:"
+    kind = lambda line: (line["model"], line["dtype"])
+    for model, dtype in dict.fromkeys(map(kind, (*passes, *decode))):
+        name = f"`{model}`, {dtype}"
+        if mine := [line for line in passes if kind(line) == (model, dtype)]:
+            beside = ", beside what its bytes and operations take at the roofs of its run"
+            yield f"{name}: one pass{beside if any(x.get('floor') for x in mine) else ''}. {machine.caption(mine)}"
+            yield pass_table(mine, _runs(machine, mine))
+            if text := regime(TwoTowerConfig.from_dict(mine[-1]["config"]), mine):
+                yield "When diffusion beats AR, by these passes:"
                 yield text
-        if found := [line for line in decode if line["model"] == model]:
-            yield "Decoding, prefill excluded (*: included, it is half of the time or more):"
-            yield decode_table(found)
-    if figure:
-        yield f"![decoding]({figure})"
+        if found := [line for line in decode if kind(line) == (model, dtype)]:
+            yield (
+                f"{name}: decoding, prefill excluded (*: included, it is half of the time or more). "
+                f"{machine.caption(found)}"
+            )
+            yield decode_table(found, _runs(machine, found))
+            for over in ("batch", "context"):
+                if path := drawn.get(of_model(over, model, dtype)):
+                    yield f"![{model}, {dtype}: tokens/s over {over}]({path})"
 
 
-def pass_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for x in lines:
-        floor_ms = f"{1e3 * x['floor']:.3g}" if x.get("floor") else "-"
-        share = f"{100 * x['floor'] / x['p50']:.0f} %" if x.get("floor") else "-"
-        hit = "-" if x.get("experts") is None else f"{x['experts']:.1f} of {x['experts_worst']:.1f}"
-        host = "-" if not x.get("wall") else f"{1e3 * x['wall']:.3g}"
-        rows.append((x["pass"], x["batch"], x["context"], spread(x, 1e3), host, floor_ms, share, hit, x["clock"]))
-    header = (
-        "pass",
-        "batch",
-        "context",
-        "ms (p20-p80)",
-        "ms by the wall",
-        "floor ms",
-        "of floor",
-        "experts hit of uniform",
-        "clock",
+def _runs(machine: Machine, lines: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """The run of each line, where they are of several."""
+    return [machine.numbers(line) for line in lines] if len(machine.runs(lines)) > 1 else None
+
+
+def _columns(
+    lines: Sequence[Mapping[str, Any]], columns: Mapping[str, Callable[[Any], str | None]], runs: Sequence[str] | None
+) -> str:
+    """A table of the columns that some line has something for, and of the run of each line."""
+    cells = {name: [of(line) for line in lines] for name, of in columns.items()}
+    cells = {name: column for name, column in cells.items() if any(cell is not None for cell in column)}
+    if runs:
+        cells["run"] = list(runs)
+    return table(
+        list(cells), [["-" if cell is None else cell for cell in row] for row in zip(*cells.values(), strict=True)]
     )
-    return table(header, rows)
 
 
-def decode_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        (
-            x["mode"],
-            x["batch"],
-            x["context"],
-            "-" if x["threshold"] is None else x["threshold"],
-            f"{x['tokens_per_s']:.1f}" + "*" * x.get("prefill_included", False),
-            "-" if not x["tokens_per_pass"] else f"{x['tokens_per_pass']:.2f}",
-        )
-        for x in lines
-    ]
-    return table(("mode", "batch", "context", "threshold", "tokens/s", "tokens a denoiser pass"), rows)
+def pass_table(lines: Sequence[Mapping[str, Any]], runs: Sequence[str] | None = None) -> str:
+    columns: dict[str, Callable[[Any], str | None]] = {
+        "pass": lambda x: x["pass"],
+        "batch": lambda x: str(x["batch"]),
+        "context": lambda x: str(x["context"]),
+        "ms (p20-p80)": lambda x: spread(x, 1e3),
+        "ms by the wall": lambda x: f"{1e3 * x['wall']:.3g}" if x.get("wall") else None,
+        "floor ms": lambda x: f"{1e3 * x['floor']:.3g}" if x.get("floor") else None,
+        "of floor": lambda x: f"{100 * x['floor'] / x['p50']:.0f} %" if x.get("floor") else None,
+        "experts hit of uniform": lambda x: (
+            f"{x['experts']:.1f} of {x['experts_worst']:.1f}" if x.get("experts") is not None else None
+        ),
+        "clock": lambda x: x["clock"],
+    }
+    return _columns(lines, columns, runs)
+
+
+def rate(x: Mapping[str, Any]) -> str:
+    """Tokens a second with their percentiles, where several rounds were recorded."""
+    text = f"{x['tokens_per_s']:.1f} (one round)"
+    if x.get("tokens_p20"):
+        text = around(x["tokens_p20"], x["tokens_per_s"], x["tokens_p80"])
+    return text + "*" * bool(x.get("prefill_included"))
+
+
+def decode_table(lines: Sequence[Mapping[str, Any]], runs: Sequence[str] | None = None) -> str:
+    columns: dict[str, Callable[[Any], str | None]] = {
+        "mode": lambda x: x["mode"],
+        "batch": lambda x: str(x["batch"]),
+        "context": lambda x: str(x["context"]),
+        "tokens": lambda x: str(x["new"]) if "new" in x else None,
+        "threshold": lambda x: str(x["threshold"]) if x.get("threshold") is not None else None,
+        "tokens/s (p20-p80)": rate,
+        "tokens a denoiser pass": lambda x: f"{x['tokens_per_pass']:.2f}" if x.get("tokens_per_pass") else None,
+    }
+    return _columns(lines, columns, runs)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.clock import DeviceClock, percentile
+from bench.clock import DeviceClock, here, percentile
 from bench.generate import config_of, denoiser_pass, load, timed
 from bench.measure import positive, table
 from tt_kernels.launch import INTERPRET, recording
@@ -76,6 +76,7 @@ def run(o: Any) -> int:
 
     _frequencies.cache_clear()  # made on the meta device here
     p20, p50, p80 = (1e3 * percentile(samples, share) for share in (0.2, 0.5, 0.8))
+    print(here(threads=torch.get_num_threads()) + "\n")
     print(
         f"{o.model}, batch {o.batch}, {o.context} tokens before: a denoiser pass (without the head) on meta tensors\n"
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.clock import DeviceClock
+from bench.clock import DeviceClock, in_a_line, where
 from bench.measure import positive
 from bench.ops import Case, bind, low_dtype, operands
 from bench.oracle import Clock
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         proton = profiler()
         gpu("proton")
         clock = DeviceClock()
+        print(in_a_line(where(clock)) + "\n")
         session = proton.start(str(o.out), hook="triton")
         proton.deactivate(session)
         for name, dims in shapes.items():

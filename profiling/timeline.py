@@ -153,6 +153,7 @@ def run(o: Any) -> int:
         refuse(f"--model {o.model}: {error}")
     try:
         o.out.parent.mkdir(parents=True, exist_ok=True)
+        o.out.open("w").close()  # refused now rather than after the measurement
     except OSError as error:
         refuse(f"--out {o.out}: {error}")
     watch = clock.DeviceClock() if device == "cuda" else None
@@ -180,6 +181,7 @@ def run(o: Any) -> int:
     size = dict(batch=o.batch, context=o.context, format=format, roofs=roofs)
     floors = floors_of_pass(found, c, **size)
     name = torch.cuda.get_device_name() if on_device else f"CPU, {torch.get_num_threads()} threads, references"
+    print(clock.here(threads=torch.get_num_threads()) + "\n")
     print(f"{subject.name} on {name}; batch {o.batch}, {o.context} tokens before, {o.passes} passes")
     print(f"roofs here: {roofs['bandwidth'] / 1e9:.1f} GB/s, {roofs['compute'] / 1e9:.0f} GFLOP/s")
     print(

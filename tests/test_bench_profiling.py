@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cpu, generate, measure, report, whole
+from bench import clock, cpu, figures, generate, measure, report, results, whole
 from bench.clock import HostClock
 from bench.models import PUBLISHED, random_on_device
 from profiling import aot, common, host, ncu, one, proton, timeline
@@ -68,7 +68,10 @@ def test_passes_are_measured_beside_what_they_need(subject: generate.Subject) ->
         assert line["p20"] <= line["p50"] <= line["p80"] and line["clock"] == "wall" and line["rounds"] == 2
         assert 2 <= line["experts"] <= 4 and line["flops"] > 0 and line["bytes"] > 0 and line["floor"] is None
         json.dumps(line)
-    assert whole.regime(TINY, lines, None).count("\n") == 2
+    table = whole.regime(TINY, lines)
+    assert table is not None and table.count("\n") == 2 and "floor" not in table, "no roofs, no floors"
+    beside = whole.regime(TINY, [line | {"floor": line["p50"] / 2} for line in lines])
+    assert beside is not None and beside.count("floor: ") == 2
     with pytest.raises(ZeroDivisionError):
         generate.experts_hit(subject.model, lambda: 1 / 0)
     assert all(m.load is None for m in subject.model.modules() if hasattr(m, "load"))
@@ -99,8 +102,9 @@ def test_the_denoiser_pass_is_the_one_that_generation_runs(
 
 @CPU
 def test_decoding_counts_tokens_and_passes(subject: generate.Subject) -> None:
-    line = generate.decoding(subject, 2, 5, "mask_diffusion", new=8, threshold=0.0, rounds=1)
-    assert line["tokens_per_pass"] == 8 and line["tokens_per_s"] > 0  # every position is above no threshold
+    line = generate.decoding(subject, 2, 5, "mask_diffusion", new=8, threshold=0.0, rounds=3)
+    assert line["tokens_per_pass"] == 8 and line["rounds"] == 3  # every position is above no threshold
+    assert 0 < line["tokens_p20"] <= line["tokens_per_s"] <= line["tokens_p80"]
     assert generate.decoding(subject, 1, 5, "ar", new=3, threshold=0.5, rounds=1)["tokens_per_pass"] is None
 
 
@@ -111,10 +115,43 @@ def test_generate_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     out = capsys.readouterr().out
     assert "no claim about kernels" in out and "experts hit of uniform" in out and "When diffusion beats AR" in out
     (file,) = tmp_path.glob("*.jsonl")
-    kinds = [json.loads(line)["kind"] for line in file.read_text().splitlines()]
-    assert kinds == ["pass"] * 3 + ["decode"]
-    assert generate.main(["--model", "no/such/folder"]) == 2
-    assert capsys.readouterr().err.startswith("bench.generate: error: --model no/such/folder")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["pass"] * 3 + ["decode"] and lines[-1]["rounds"] >= 5
+    assert {line["dtype"] for line in lines} == {"fp32"}
+    assert generate.main([*SMALL, "--context", "8", "16", "--modes", "ar", "--dtype", "bf16", "--record"]) == 0
+    lines = [json.loads(line) for line in file.read_text().splitlines()][4:]
+    assert {line["dtype"] for line in lines} == {"bf16"}
+    assert [line["context"] for line in lines if line["kind"] == "decode"] == [8, 16]
+    found = results.read(file)
+    assert len(found.lines["decode"]) == 3, "a line for each dtype and context"
+    assert len([kind for kind in figures.expected(found) if kind.startswith("context")]) == 1
+    capsys.readouterr()
+    monkeypatch.setattr(measure, "RESULTS", Path("/dev/null/results"))
+    assert generate.main([*SMALL, "--no-decoding", "--record"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench.generate: error: --record: ") and error.count("\n") == 1
+
+
+@CPU
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "no/such/folder"], "--model no/such/folder: "),
+        (["--context", "64", "100000000"], "--context 100000000 and 32 new tokens exceed its context of 4096"),
+        (["--new", "5000"], "--context 64 and 5000 new tokens exceed its context of 4096"),
+    ],
+)
+def test_generate_refuses_in_a_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench.generate: error: ") and said in error and error.count("\n") == 1
+
+
+def test_a_model_from_a_folder_goes_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(generate.TwoTower, "from_pretrained", lambda path, **other: asked.update(other, path=path))
+    assert generate.load(str(tmp_path / "deep/mine"), "cpu", torch.float16).name == "mine"
+    assert asked == {"path": str(tmp_path / "deep/mine"), "device": "cpu", "dtype": torch.float16}
 
 
 # ---- profiling ----
@@ -189,6 +226,7 @@ def test_the_host_is_counted_without_a_gpu(capsys: pytest.CaptureFixture[str]) -
     assert host.main(["--model", "bundled", "--context", "16", "--rounds", "2"]) == 0
     out = capsys.readouterr().out
     assert "_experts_up_kernel" in out and "PyTorch operators" in out and "the host's own time" in out
+    assert f", commit {clock.commit()}\n" in out, "what it ran on"
 
 
 def test_the_offline_report_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,6 +262,7 @@ def test_ncu_looks_at_the_second_call(capsys: pytest.CaptureFixture[str]) -> Non
         ("one", ["experts"], "needs an NVIDIA GPU"),
         ("timeline", ["--model", "no/such/folder"], "--model no/such/folder"),
         ("timeline", ["--out", "/dev/null/trace.json"], "--out /dev/null/trace.json: "),
+        ("timeline", ["--out", "/"], "--out /: "),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
@@ -245,7 +284,10 @@ def test_what_cannot_be_done_is_said_in_a_line(
         (one, ["experts", "--calls", "0"], "argument --calls: is 0"),
         (generate, ["--batch", "1", "0"], "argument --batch: is 0"),
         (generate, ["--threshold", "2"], "argument --threshold: is 2, expected a number from 0 to 1"),
+        (generate, ["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
         (cpu, ["--context", "0"], "argument --context: is 0"),
+        (cpu, ["--prompt", "100000000"], "are 100000064 tokens; the model takes 4096"),
+        (cpu, ["--context", "64", "4081"], "are 4097 tokens; the model takes 4096"),
         (report, ["--base", "HEAD", "--rounds", "0"], "argument --rounds: is 0"),
     ],
 )
