@@ -29,6 +29,7 @@ def times(factor: float, samples: list[float] = BASE) -> list[float]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An empty folder of tuned launches."""
     monkeypatch.setattr(launch, "TUNED", tmp_path / "tuned")
+    monkeypatch.setattr(tune, "SAMPLES", tmp_path / "tuning")
     launch._table.cache_clear()
     yield tmp_path / "tuned"
     launch._table.cache_clear()
@@ -166,15 +167,38 @@ def test_nothing_is_tuned_on_a_wrong_op() -> None:
 def test_tuning_writes_winners_by_key(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     op, results = doubling(), tune.Table(folder / "sm_90.json", {"op": "double"})
     how = dict(shapes=op.shapes, passes=("forward", "backward"), seconds=0.0)
-    tune.tune(op, Turns(), results, **how)
+    samples = lambda: tune.Samples(tune.SAMPLES / "sm_90.jsonl", {"gpu": "Fast", "commit": "a"})
+    tune.tune(op, Turns(), results, samples(), **how)
     found = json.loads((folder / "sm_90.json").read_text())["launches"]
     assert found == {"_double_kernel": {"T=3": FAST.options, "T=6": FAST.options}}
     out = capsys.readouterr().out
     assert out.count("_double_kernel: double T=6 D=4 forward, key T=6") == 1
     assert "_other_kernel: no key was asked for" in out
     # Measured again on another day, where the winner is no better than the heuristic.
-    tune.tune(op, Turns(fast=0.99), tune.Table(folder / "sm_90.json", {}), **how)
+    again = Turns(fast=0.99)
+    tune.tune(op, again, tune.Table(folder / "sm_90.json", {}), samples(), **how, missing=True)
+    assert json.loads((folder / "sm_90.json").read_text())["launches"] == found, "all of it was there"
+    assert capsys.readouterr().out == "_other_kernel: no key was asked for at these shapes\n"
+    tune.tune(op, again, tune.Table(folder / "sm_90.json", {}), samples(), **how)
     assert json.loads((folder / "sm_90.json").read_text())["launches"] == {}
+
+
+def test_a_shared_key_is_chosen_over_all_slices(folder: Path) -> None:
+    """Each process tunes one op; the last one is not to undo what another won."""
+    path, machine = folder.parent / "tuning/sm_90.jsonl", {"gpu": "Fast", "commit": "a"}
+
+    def slice_of(what: str, heuristic: list[float], fast: list[float], **where: str) -> Launch | None:
+        samples = tune.Samples(path, machine | where)
+        samples.add(tune.Trial("_k_kernel", what, ("T=1",), heuristic, {FAST: fast}))
+        return tune.choose(samples.of("_k_kernel", "T=1"))
+
+    assert slice_of("head_sample", BASE, times(0.9)) == FAST
+    assert slice_of("unmask", BASE, times(0.98)) == FAST, "6 % over both; 2 % alone"
+    assert slice_of("unmask", BASE, times(1.2), commit="a+") is None, "measured again: its last trial counts"
+    assert slice_of("unmask", BASE, times(0.98), commit="b") is None, "another commit's kernel is another"
+    assert slice_of("unmask", BASE, times(0.98), gpu="Other") is None
+    assert len(tune.Samples(path, machine).of("_k_kernel", "T=1")) == 2
+    assert tune.Samples(path, machine).of("_k_kernel", "T=2") == []
 
 
 # ---- the command ----
