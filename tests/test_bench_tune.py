@@ -254,12 +254,20 @@ def test_slices_cover_every_op_with_kernels() -> None:
     found = {part.name: part for part in gpu_tests.slices(sanitizer="/bin/sanitizer", golden=Path("golden"))}
     assert not any(part.skip for part in found.values())
     for group, names in gpu_tests.groups().items():
+        assert all(f"[{name}-" in found[f"parity-{group}"].command[-1] for name in names)
+        assert all(f"[{name}-" in found["parity-rest"].command[-1] for name in names)
+    assert found["parity-rest"].command[-1].startswith("not (")
+    parts = gpu_tests.parts()
+    assert sorted(name for names in parts.values() for name in names) == sorted(n for n, o in OPS.items() if o.kernels)
+    assert parts["norm"] == gpu_tests.groups()["norm"] and parts["experts"] == ["experts"]
+    cases = ops.cases("cuda")
+    for part, names in parts.items():
         for name in names:
             for kind in ("real", "memcheck", "racecheck", "bench"):
-                assert f"[{name}-" in found[f"{kind}-{group}"].command[-1]
-            assert any(case.id.startswith(f"{name}-") for case in ops.cases("cuda"))
+                assert f"[{name}-" in found[f"{kind}-{part}"].command[-1]
+            assert any(case.id.startswith(f"{name}-") for case in cases)
     assert {name for names in gpu_tests.groups().values() for name in names} == {n for n, o in OPS.items() if o.kernels}
-    assert next(iter(found)) == "parity" and list(found)[-1].startswith("bench-")
+    assert list(found)[:3] == ["smoke", "parity-moe", "parity-unmask"] and list(found)[-1].startswith("bench-")
     assert found["memcheck-norm"].env == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     assert found["golden-fp32"].env == {"TWOTOWER_GOLDEN": "golden"}
 
@@ -318,7 +326,7 @@ def test_driver_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         return line
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no slice is called 'nothing'; there are: parity, device, gpu-marked, real-norm" in refused("nothing")
+    assert "no slice is called 'nothing'; there are: smoke, parity-moe, parity-unmask, " in refused("nothing")
     assert refused().endswith("these tests need an NVIDIA GPU, and there is none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_tests, "NEEDED", ("json", "no-such-module"))
