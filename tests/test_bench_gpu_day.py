@@ -79,6 +79,7 @@ def test_every_row_that_is_owed_is_reached() -> None:
                 op = found[1]
             assert reached(command, op, plan), f"{what}: no slice of the GPU day does {command}"
     assert not reached("make test-gpu ARGS=no-such", None, plan) and not reached("make all", None, plan)
+    assert not reached("make gpu-day ARGS=no-such", None, plan)
     assert not reached("make tune OP=experts ARGS='--shape T=7'", "experts", plan)
 
 
