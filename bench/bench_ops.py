@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,8 +18,30 @@ from .oracle import DTYPES
 from .peers import peers_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = [pytest.param(case, id=case.id) for case in ops.cases(DEVICE)]
+CASES = ops.cases(DEVICE)
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's times mean nothing")
+
+
+def also(wanted: Sequence[str]) -> list[ops.Case]:
+    """Forward cases that no card lists: "OP:b=4,L=32" is the op's first one with other sizes."""
+    found = []
+    for text in wanted:
+        name, _, sizes = text.partition(":")
+        first = next((case for case in CASES if case.name == name), None)
+        try:
+            given = {k: int(v) for k, _, v in (part.partition("=") for part in sizes.split(","))}
+        except ValueError:
+            given = {"": 0}
+        if first is None or not given.keys() <= first.dims.keys():
+            raise pytest.UsageError(f"--also is {text}, expected an op and sizes of its card: mamba_block:b=4,L=32")
+        found.append(replace(first, dims={**first.dims, **given}, backward=False))
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = {case.id: case for case in [*CASES, *also(metafunc.config.getoption("--also"))]}
+        metafunc.parametrize("case", list(cases.values()), ids=list(cases))
 
 
 class Playback:
@@ -69,7 +92,6 @@ def _id(line: Mapping[str, Any]) -> str:
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="on a CPU tests/ check the ops")
-@pytest.mark.parametrize("case", CASES)
 def test_parity(case: ops.Case, bench: dict[str, Any]) -> None:
     """At the published shapes."""
     _, judgement = bench["checked"](case)
@@ -77,7 +99,6 @@ def test_parity(case: ops.Case, bench: dict[str, Any]) -> None:
 
 
 @pytest.mark.benchmark(timer=PLAYBACK)
-@pytest.mark.parametrize("case", CASES)
 def test_row(case: ops.Case, bench: dict[str, Any], request: pytest.FixtureRequest) -> None:
     wanted = chosen(request.config.getoption("--peers"), DEVICE)
     if request.config.getoption("--missing"):

@@ -39,6 +39,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="skip rows that bench/results/ has already, of this machine, commit and tuned launches, with these peers",
     )
     group.addoption(
+        "--also",
+        action="append",
+        default=[],
+        metavar="OP:b=4,L=32",
+        help="a forward row with other sizes than the card's first, recorded and not in SPEED.md; more than once",
+    )
+    group.addoption(
         "--peers",
         default="all",
         help=f"whom rows are compared with: names of {', '.join(names())}; compiling takes seconds a row "

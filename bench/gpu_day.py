@@ -76,6 +76,8 @@ FIRST = {
     "context_attention": ["[context_attention-"],
     "mamba_block": ["[mamba_block-"],
 }
+# Where two launches of mamba_block may overtake one: around 4 rows of 16 tokens, 2 of 32; above 32 it takes two.
+CROSSING = ((4, 16), (5, 16), (8, 16), (2, 32), (3, 32), (1, 33), (4, 64))
 PROFILED = {"experts": "T=16", "context_attention": "L=16,S=131072"}
 
 
@@ -131,6 +133,10 @@ def plan(missing: bool = True) -> list[tuple[str, Slice]]:
     ]
     for name, words in FIRST.items():
         found.append(("first", Slice(f"first-{name}", rows_of(words, "eager", missing=missing, which="forward"))))
+    more = [part for b, L in CROSSING for part in ("--also", f"mamba_block:b={b},L={L}")]
+    words = [f"[mamba_block-b{b}-L{L}-" for b, L in CROSSING]
+    command = rows_of(words, "apart", missing=missing, which="forward")
+    found.append(("rows", Slice("crossing-mamba_block", (*command[:-2], *more, *command[-2:]))))
     python = (sys.executable, "-m")
     passes = (*python, "bench.generate", "--record", "--batch", "1", "--no-decoding")
     found.append(("first", Slice("first-passes", passes)))

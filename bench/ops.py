@@ -228,20 +228,21 @@ def agreeing(
 ) -> tuple[dict[Peer, float], dict[str, str]]:
     """The peers that return what we do, and the bytes that each needs for a set of operands; why the others do not."""
     want = written = None
+    before = _apart(case, kwargs)
     rooms: dict[Peer, float] = {}
     absent: dict[str, str] = {}
     for peer in peers_of(case.op, wanted):
         try:
             # On copies of what is written: the next one is to find it as the first did.
-            mine = _apart(case, kwargs)
+            mine = _apart(case, before)
             result = bind_peer(case, peer, [mine])[0]()
             if peer.name != "eager":  # which is the oracle itself
                 if want is None:
-                    written = _apart(case, kwargs)
+                    written = _apart(case, before)
                     call = bind(case, case.op.fn, [written])[0] if case.op.writes else ours
                     want = named(case, Peer("ours", case.op.fn), written, call())
                 found = named(case, peer, mine, result)
-                if why := disagreement(want, found) or misplaced(case, kwargs, written, mine):
+                if why := disagreement(want, found) or misplaced(case, before, written, mine):
                     absent[peer.name] = why
                     continue
                 del found

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_day, gpu_tests, ops
+from bench import bench_ops, gpu_day, gpu_tests, ops
 from bench.gpu_tests import Slice
 from profiling.common import shape_of
 from tt_kernels import OPS
@@ -104,6 +104,9 @@ def test_a_slice_has_few_rows() -> None:
 def test_what_comes_first_is_there() -> None:
     ids = [f"test_row[{case.id}]" for case in ops.cases("cuda")]
     assert all(any(word in name for name in ids) for words in gpu_day.FIRST.values() for word in words)
+    for b, L in gpu_day.CROSSING:
+        (case,) = bench_ops.also([f"mamba_block:b={b},L={L}"])
+        assert f"[mamba_block-b{b}-L{L}-" in f"test_row[{case.id}]"
     for name, shape in gpu_day.PROFILED.items():
         assert shape_of(OPS[name], shape)
     assert [part.name for _, part in gpu_day.plan()][:2] == ["smoke", "parity-moe"]

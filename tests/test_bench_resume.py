@@ -11,6 +11,7 @@ import sticky
 import torch
 
 from bench import bench_ops, ops
+from tt_kernels import OPS
 from tt_kernels.launch import INTERPRET
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,15 @@ def test_missing_rows_only(tmp_path: Path) -> None:
         assert (f"{passed} passed" in last) == bool(passed) and (f"{skipped + 3} skipped" in last), last
     (lines,) = (tmp_path / "bench/results").glob("*.jsonl")
     assert len(lines.read_text().splitlines()) == 6
+
+
+def test_rows_of_other_sizes() -> None:
+    (case,) = bench_ops.also(["rms_norm:T=3"])
+    assert case.dims["T"] == 3 and case.name == "rms_norm" and not case.backward
+    assert case.dims.keys() == OPS["rms_norm"].cases[0].keys()
+    for text in ("rms_norm", "rms_norm:T=x", "rms_norm:Z=3", "none:T=3"):
+        with pytest.raises(pytest.UsageError, match=f"--also is {text}, expected an op"):
+            bench_ops.also([text])
 
 
 # ---- a GPU that is lost ----
