@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import parity
 import pytest
 import torch
 from test_bench_ops import FakeClock, card
@@ -270,6 +271,16 @@ def test_slices_cover_every_op_with_kernels() -> None:
     assert list(found)[:3] == ["smoke", "parity-moe", "parity-unmask"] and list(found)[-1].startswith("bench-")
     assert found["memcheck-norm"].env == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     assert found["golden-fp32"].env == {"TWOTOWER_GOLDEN": "golden"}
+
+
+def test_the_smoke_test_has_every_kernel() -> None:
+    tests = {f"tests/test_kernels.py::test_matches_reference[{p.id}-torch.bfloat16]" for p in parity.WITH_KERNELS}
+    rows = {f"bench/bench_ops.py::test_parity[{case.id}]": case for case in ops.cases("cuda")}
+    found = gpu_tests.smoke()
+    assert set(found) <= tests | set(rows), "one that is not there, and pytest runs none of them"
+    assert len([name for name in found if name in tests]) == sum(bool(op.kernels) for op in OPS.values())
+    published = [rows[name] for name in found if name in rows]
+    assert len(published) > 10 and all(ops.cost(case)[1] <= gpu_tests.SMALL for case in published)
 
 
 def test_slices_say_why_they_are_skipped() -> None:
