@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if o.anew:
         done = {name: known for name, known in done.items() if name not in {part.name for _, part in chosen}}
-    for folder in (LOGS, ROOT / "profiles"):
+    for folder in (LOGS, *([ROOT / "profiles"] if any(step == "profile" for step, _ in chosen) else [])):
         folder.mkdir(exist_ok=True)
 
     def save() -> None:
