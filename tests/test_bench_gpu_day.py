@@ -160,7 +160,7 @@ class Visits:
         self.now += took
         self.ran.append((part.name, limit))
         if "--missing" in part.command:
-            self.size += int(took)
+            self.size += int(took) * (part.name != "barren")
             self.needs[part.name] -= took
             return "timed out" if self.needs[part.name] > 0 else "passed"
         return "timed out" if took < self.needs[part.name] else "passed"
@@ -197,6 +197,11 @@ def test_what_is_cut_twice_without_progress_is_left(monkeypatch: pytest.MonkeyPa
     assert visits.done["rows"]["outcome"] == "passed" and visits.done["whole"]["outcome"] == "cut"
     visits.visit(600, *parts, again=True)
     assert visits.done["whole"]["outcome"] == "passed" and visits.ran[0] == ("whole", 530)
+
+
+def test_one_that_records_nothing_is_left_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    visits, part = Visits(monkeypatch, barren=5000), Slice("barren", ("--missing",))
+    assert visits.visit(420, part) == visits.visit(420, part) == ["barren"] and visits.visit(420, part) == []
 
 
 def test_a_slice_longer_than_its_limit_does_not_end_a_visit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,6 +205,7 @@ def test_peers_of_what_writes_are_compared_too(monkeypatch: pytest.MonkeyPatch) 
         Peer("elsewhere", peer(0.0, None)),  # in memory of its own
         Peer("wrong", peer(1.0, 0.0)),
         Peer("leaves", peer(0.0, 1.0)),
+        Peer("half", lambda x, pages: lambda: (pages[2:3].copy_(x[:1]), torch.cat([pages[:3], x[1:2]]) + 1)[1]),
         Peer("right", peer(0.0, 0.0)),
     ]
 
@@ -218,8 +219,10 @@ def test_peers_of_what_writes_are_compared_too(monkeypatch: pytest.MonkeyPatch) 
     fake = FakeClock(dict.fromkeys(("ours", "writes", "elsewhere", "right"), 1.0))
     row = ops.measure(a_case(op), fake, lambda case: ("fp64", oracle.Judgement()), seconds=0.0)
     why = {name: peer["why"] for name, peer in row.peers.items() if "why" in peer}
-    assert set(why) == {"zeros", "wrong", "leaves"} and why["zeros"].startswith("other results: y is ")
-    assert why["leaves"].startswith("other results: pages, which it writes, is "), "few rows of many, and still seen"
+    assert set(why) == {"zeros", "wrong", "leaves", "half"} and why["zeros"].startswith("other results: y is ")
+    assert why["half"].startswith("other results: pages") and why["leaves"].startswith(
+        "other results: pages, which it writes, is "
+    ), "few rows of many, and still seen"
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -184,6 +184,15 @@ def test_tuning_writes_winners_by_key(folder: Path, capsys: pytest.CaptureFixtur
     assert json.loads((folder / "sm_90.json").read_text())["launches"] == {}
 
 
+def test_a_later_slice_leaves_an_earlier_win(folder: Path) -> None:
+    op = doubling()
+    for dims, fast in zip(op.shapes[:2], (0.5, 0.99), strict=True):  # of one key, each in a process of its own
+        results = tune.Table(folder / "sm_90.json", {})
+        samples = tune.Samples(tune.SAMPLES / "sm_90.jsonl", {"gpu": "Fast", "commit": "a"})
+        tune.tune(op, Turns(fast), results, samples, shapes=[dims], passes=["forward"], seconds=0.0)
+        assert results.launches == {"_double_kernel": {"T=6": FAST.options}}
+
+
 def test_a_shared_key_is_chosen_over_all_slices(folder: Path) -> None:
     """Each process tunes one op; the last one is not to undo what another won."""
     path, machine = folder.parent / "tuning/sm_90.jsonl", {"gpu": "Fast", "commit": "a"}
