@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +14,34 @@ from tt_kernels.launch import INTERPRET
 
 from . import clock, measure, ops
 from .conftest import GPU_ONLY, HEADING, ROWS, chosen
+from .oracle import DTYPES
+from .peers import peers_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = [pytest.param(case, id=case.id) for case in ops.cases(DEVICE)]
+CASES = ops.cases(DEVICE)
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's times mean nothing")
+
+
+def also(wanted: Sequence[str]) -> list[ops.Case]:
+    """Forward cases that no card lists: "OP:b=4,L=32" is the op's first one with other sizes."""
+    found = []
+    for text in wanted:
+        name, _, sizes = text.partition(":")
+        first = next((case for case in CASES if case.name == name), None)
+        try:
+            given = {k: int(v) for k, _, v in (part.partition("=") for part in sizes.split(","))}
+        except ValueError:
+            given = {"": 0}
+        if first is None or not given.keys() <= first.dims.keys():
+            raise pytest.UsageError(f"--also is {text}, expected an op and sizes of its card: mamba_block:b=4,L=32")
+        found.append(replace(first, dims={**first.dims, **given}, backward=False))
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = {case.id: case for case in [*CASES, *also(metafunc.config.getoption("--also"))]}
+        metafunc.parametrize("case", list(cases.values()), ids=list(cases))
 
 
 class Playback:
@@ -48,8 +74,24 @@ def bench(request: pytest.FixtureRequest) -> dict[str, Any]:
     return shared
 
 
+def recorded(where: Mapping[str, Any]) -> dict[str, set[str]]:
+    """The peers of each row that this machine has recorded for this commit and these tuned launches, by the row's id. A
+    red row does not count."""
+    path = measure.RESULTS / f"{measure.machine_name(where)}.jsonl"
+    same = lambda machine: [str(machine.get(name, "")).rstrip("+") for name in ("commit", "tuned")]
+    found: dict[str, set[str]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        line = json.loads(text)
+        if line.get("kind") == "row" and same(line["machine"]) == same(where) and not line["fault"]:
+            found[_id(line)] = set(line["peers"])
+    return found
+
+
+def _id(line: Mapping[str, Any]) -> str:
+    return json.dumps([line["op"], line["dims"], line["dtype"], line["which"]], sort_keys=True)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="on a CPU tests/ check the ops")
-@pytest.mark.parametrize("case", CASES)
 def test_parity(case: ops.Case, bench: dict[str, Any]) -> None:
     """At the published shapes."""
     _, judgement = bench["checked"](case)
@@ -57,9 +99,13 @@ def test_parity(case: ops.Case, bench: dict[str, Any]) -> None:
 
 
 @pytest.mark.benchmark(timer=PLAYBACK)
-@pytest.mark.parametrize("case", CASES)
 def test_row(case: ops.Case, bench: dict[str, Any], request: pytest.FixtureRequest) -> None:
     wanted = chosen(request.config.getoption("--peers"), DEVICE)
+    if request.config.getoption("--missing"):
+        line = dict(op=case.name, dims=dict(case.dims), dtype=DTYPES[case.dtype], which=case.which)
+        known = recorded(bench["where"]).get(_id(line))
+        if known is not None and {peer.name for peer in peers_of(case.op, wanted)} <= known:
+            pytest.skip("recorded already")
     seconds = 1.0 if DEVICE == "cuda" else 0.3
     row = ops.measure(case, bench["clock"], bench["checked"], bench["roofs"], wanted, seconds)
     bench["clock"].release()

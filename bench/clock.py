@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from tt_kernels import launch
 
 from .measure import describe, machine
 
@@ -104,6 +108,7 @@ class DeviceClock:
         self.stream = cuda.Stream()
         self.buffer = torch.ones(max(4 * self.l2 // 4, 1), device=device)  # fp32
         self.scratch = torch.empty((), device=device)
+        self.broken: list[Any] = []  # graphs whose capture failed: the allocator may still ask them
 
     def scope(self) -> AbstractContextManager[Any]:
         """All that is measured runs inside: backward passes run on the stream of their forward."""
@@ -141,6 +146,7 @@ class DeviceClock:
         """
         pool = self.cuda.graph_pool_handle()
         found, how, errors = {}, {}, {}
+        begun = len(self.broken)
         for name, c in calls.items():
             try:
                 waits = self._waits(c[0])
@@ -148,6 +154,8 @@ class DeviceClock:
                 how[name] = "events" if waits else "graph"
             except Exception as error:
                 errors[name] = reason(error)
+            if len(self.broken) > begun:
+                begun, pool = len(self.broken), self._renewed(pool)
         return found, how, errors
 
     def _waits(self, call: Call) -> bool:
@@ -168,13 +176,28 @@ class DeviceClock:
 
     def _graph(self, calls: Sequence[Call], pool: Any) -> Sampler:
         graph = self.cuda.CUDAGraph()
-        with self.cuda.graph(graph, pool=pool, stream=self.stream):
-            kept = [call() for call in calls]  # until the capture ends, so that no call writes where another did
+        try:
+            with self.cuda.graph(graph, pool=pool, stream=self.stream):
+                kept = [call() for call in calls]  # until the capture ends, so that no call writes where another did
+        except Exception:
+            self.broken.append(graph)
+            raise
         del kept
         begin = time.perf_counter()
         graph.replay()
         launch = time.perf_counter() - begin
         return self._sampler(graph.replay, len(calls), pause=int(2e9 * (2 * launch + 1e-4)))  # cycles at 2 GHz
+
+    def _renewed(self, pool: Any) -> Any:
+        """A pool for those that follow a failed capture. It leaves the allocator recording into the old pool, which
+        would refuse the next capture there, and a random generator that thinks it is captured until some capture ends
+        well: an empty one does."""
+        with suppress(RuntimeError):  # the capture itself ended well: nothing is recorded
+            self.cuda.memory._cuda_endAllocateToPool(self.cuda.current_device(), pool)
+        pool = self.cuda.graph_pool_handle()
+        with suppress(RuntimeError), self.cuda.graph(self.cuda.CUDAGraph(), pool=pool, stream=self.stream):
+            self.scratch.zero_()
+        return pool
 
     def _eager(self, calls: Sequence[Call]) -> Sampler:
         return self._sampler(lambda: [call() for call in calls], len(calls), pause=0)
@@ -265,10 +288,14 @@ def _rates(clock: DeviceClock, dtype: torch.dtype, steps: int) -> dict[str, floa
 
 # ---- what it ran on ----
 
+UNKNOWN = "unknown"
+RECORDED = ("bench/results", "bench/tuning", "SPEED.md", "docs/speed_*")
+
 
 @cache
 def commit() -> str:
-    """The commit of the checkout, with + for changes; a copy without git may say it in TT_COMMIT."""
+    """The commit of the checkout, with + for changes to what is measured: not for recorded results and what is rendered
+    from them, but for tuned launches, new files too. A copy without git may say it in TT_COMMIT."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -276,10 +303,25 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        others = [f":(top,exclude){path}" for path in RECORDED]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *others)
+        changed += git("status", "--porcelain", "--untracked-files=all", "--", ":(top)tt_kernels/tuned")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("TT_COMMIT", "unknown")
+        return os.environ.get("TT_COMMIT", UNKNOWN)
+
+
+def no_commit() -> str:
+    """Why nothing may be recorded here, or nothing: a figure of an unknown commit says nothing."""
+    if commit() != UNKNOWN:
+        return ""
+    return "the commit is not known here: without git, name it in TT_COMMIT"
+
+
+def tuned_hash(architecture: int) -> str:
+    """Of the measured launches that kernels run with; empty without any. Who measured them does not count."""
+    table = launch._table(architecture)
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12] if table else ""
 
 
 def _driver() -> str:
@@ -305,6 +347,7 @@ def where(clock: HostClock | DeviceClock) -> dict[str, Any]:
             "driver": _driver(),
             "cuda": torch.version.cuda,
         }
+        found["tuned"] = tuned_hash(found["architecture"])
     return found
 
 

@@ -7,9 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from .clock import no_commit
 from .ops import Row
 from .peers import names
 from .rows import report
+
+# After .ops, which brings tests/ onto the path.
+from sticky import pytest_runtest_makereport  # noqa: F401  isort:skip
 
 ROWS = pytest.StashKey[list[Row]]()
 HEADING = pytest.StashKey[dict]()
@@ -29,6 +33,18 @@ def one_thread() -> Iterator[None]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("measurements")
     group.addoption("--record", action="store_true", help="append a JSON line for each row to bench/results/")
+    group.addoption(
+        "--missing",
+        action="store_true",
+        help="skip rows that bench/results/ has already, of this machine, commit and tuned launches, with these peers",
+    )
+    group.addoption(
+        "--also",
+        action="append",
+        default=[],
+        metavar="OP:b=4,L=32",
+        help="a forward row with other sizes than the card's first, recorded and not in SPEED.md; more than once",
+    )
     group.addoption(
         "--peers",
         default="all",
@@ -50,6 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None):
         raise pytest.UsageError("measurements disturb each other: run bench/ without -n")
     chosen(getattr(config.option, "peers", ""), "cuda")  # refuses at once whom nobody knows
+    if getattr(config.option, "record", False) and (why := no_commit()):
+        raise pytest.UsageError(f"--record: {why}")
     config.addinivalue_line("markers", "benchmark: pytest-benchmark's, known without it")
     if hasattr(config.option, "benchmark_quiet") and not config.option.benchmark_compare:
         config.option.benchmark_quiet = True  # one table answers, ours; -v prints pytest-benchmark's too

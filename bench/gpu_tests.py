@@ -1,17 +1,19 @@
 """`make test-gpu`: all that only a GPU can show, in nine minutes, and from there on with the command that it prints.
 
-  parity        every op's tests on the GPU: fp32, fp16, bf16
-  device        what no card shows: neighbours, ties, NaN, streams and graphs, masks, all lengths of a cache and a block
+  smoke         each op's first case in bf16, and one published shape of each op that reads little
+  parity-GROUP  every op's tests on the GPU: fp32, fp16, bf16
+  device-TEST   what no card shows: neighbours, ties, NaN, streams and graphs, masks, all lengths of a cache and a block
   gpu-marked    tests with the mark gpu: a cold L2 and a warm one, streams and graphs, Mamba's own packages
-  real-GROUP    bf16 at the published shapes, values and gradients
-  memcheck-GROUP, racecheck-GROUP   small cases under compute-sanitizer
+  real-OP       bf16 at the published shapes, values and gradients
   golden-fp32   the golden models: logits to 1e-5, tokens exactly
   golden-bf16   the golden models, kernels beside references
-  bench-GROUP   the rows of bench/, recorded; all peers: python -m bench.gpu_day
+  memcheck-OP, racecheck-OP   small cases under compute-sanitizer
+  bench-OP      the rows of bench/, recorded; all peers: python -m bench.gpu_day
 
-GROUP is a part of tt_kernels that has kernels: norm, moe, ... Runs with the Python that starts it and installs nothing.
-Name slices, or patterns of them, to run only these; `--from SLICE` resumes. The last lines say what passed and, where
-time ran out, how to go on.
+GROUP is a part of tt_kernels that has kernels (moe, norm, ...), OP an op, or such a part where it has few rows. Every
+slice is a process of its own, and ends at the first error after which its GPU is lost to it: what one kernel breaks is
+not told of others. Runs with the Python that starts it and installs nothing. Name slices, or patterns of them, to run
+only these; `--from SLICE` resumes. The last lines say what passed and, where time ran out, how to go on.
 """
 
 from __future__ import annotations
@@ -25,18 +27,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 # Only the standard library here: what is missing is to be said in a line.
 ROOT = Path(__file__).parents[1]
 NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "rich", "pytest", "pytest-timeout", "hypothesis")
 LIMIT = 530  # seconds of a slice, and of a run
-DEVICE_TESTS = tuple(
-    f"tests/test_{name}.py"
-    for name in ("route_stress", "attention_context", "attention_masks", "scan", "scan_nan", "sampling")
+FEW_ROWS = 16  # that a group has whose ops share a slice
+SMALL = 64e6  # bytes: what a published shape moves in the smoke test
+DEVICE_TESTS = ("route_stress", "attention_context", "attention_masks", "scan", "scan_nan", "sampling")
+# What is tested, timed, tuned and compared first, by group and by op; then the others.
+WORTH = (
+    *("moe", "experts", "head_sample", "unmask", "context_attention", "mamba_block", "route", "append_attention"),
+    *("ssd_chunk", "attention", "mamba", "ssd", "norm", "conv1d"),
 )
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
@@ -65,29 +73,85 @@ def golden_folder() -> Path | None:
     return next((Path(place) for place in places if place and Path(place).is_dir()), None)
 
 
-def slices(*, golden: Path | None = None, sanitizer: str | None = None) -> list[Slice]:
-    """In the order in which they are worth running: right results before times."""
-    parts = groups()
-    # A name in brackets is a whole parameter: "rms_norm-" is also the end of "modulated_rms_norm-".
-    chosen = {group: " or ".join(f"[{name}-" for name in names) for group, names in parts.items()}
+def by_worth(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: WORTH.index(name) if name in WORTH else len(WORTH))
+
+
+def parts() -> dict[str, list[str]]:
+    """Ops with kernels by the slice that they are in: each its own, but a group together that has few rows: a process
+    takes some ten seconds to start and to measure the roofs."""
+    from tt_kernels import OPS
+
+    rows = lambda name: len(OPS[name].shapes) * (2 if OPS[name].grads else 1)
+    found = {}
+    for group, names in groups().items():
+        together = sum(map(rows, names)) <= FEW_ROWS
+        found |= {group: names} if together else {name: [name] for name in names}
+    return {name: found[name] for name in by_worth(found)}
+
+
+def named(names: Sequence[str]) -> str:
+    """For pytest's -k. In brackets it is a whole parameter: "rms_norm-" is also the end of "modulated_rms_norm-"."""
+    return " or ".join(f"[{name}{end}" for name in names for end in "-]")
+
+
+def rows_of(words: Sequence[str], peers: str, *, missing: bool, which: str = "") -> tuple[str, ...]:
+    """Rows whose id holds one of these words, recorded; `missing`: those that are not there yet."""
+    return (
+        *(*PYTEST, "bench/bench_ops.py", "--timeout", "0", "--record", *(["--missing"] if missing else [])),
+        *("--peers", peers, "-k", f"test_row and {f'{which} and ' if which else ''}({' or '.join(words)})"),
+    )
+
+
+def smoke() -> list[str]:
+    """Tests of a minute or two: whether each kernel runs at all, and right."""
+    from tt_kernels import OPS
+
+    from . import ops  # which brings tests/ onto the path
+
+    from parity import case_id  # isort:skip
+
+    kernels = {name: op for name, op in OPS.items() if op.kernels}
+    found = [
+        f"tests/test_kernels.py::test_matches_reference[{case_id(name, op.cases[0])}-torch.bfloat16]"
+        for name, op in kernels.items()
+    ]
+    for name in kernels:
+        mine = [case for case in ops.cases("cuda", {name: kernels[name]}) if not case.backward]
+        least = min(mine, key=lambda case: ops.cost(case)[1])
+        if ops.cost(least)[1] <= SMALL:
+            found.append(f"bench/bench_ops.py::test_parity[{least.id}]")
+    return found
+
+
+def slices(*, golden: Path | None = None, sanitizer: str | None = None, missing: bool = False) -> list[Slice]:
+    """In the order in which they are worth running: right results before times. `missing`: only rows that are not
+    recorded yet."""
+    grouped = groups()
+    chosen = {part: named(names) for part, names in parts().items()}
+    everything = named([name for names in grouped.values() for name in names])
     no_golden = "" if golden else "no golden files: set TWOTOWER_GOLDEN to their folder"
     no_sanitizer = "" if sanitizer else "compute-sanitizer is not on the PATH"
     at_golden = {"TWOTOWER_GOLDEN": str(golden)}
     # Each tensor in memory of its own, so that a read past its end is one past an allocation.
     checked = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     small = ("tests/test_kernels.py", "--timeout", "0")
+    all_ops = (*PYTEST, "tests/test_kernels.py", "tests/test_ops.py", "-k")
 
-    device_tests = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_launches_*.py"))
-    found = [
-        Slice("parity", (*PYTEST, "tests/test_kernels.py", "tests/test_ops.py")),
-        # What no card shows: bits that neighbours do not move, ties, NaN, tickets over streams and graphs, masks.
-        Slice("device", (*PYTEST, *device_tests, *DEVICE_TESTS)),
+    found = [Slice("smoke", (*PYTEST, *smoke()))]
+    found += [Slice(f"parity-{group}", (*all_ops, named(grouped[group]))) for group in by_worth(grouped)]
+    found += [Slice("parity-rest", (*all_ops, f"not ({everything})"))]
+    # What no card shows: bits that neighbours do not move, ties, NaN, tickets over streams and graphs, masks.
+    launches = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_launches_*.py"))
+    found += [Slice(f"device-{name}", (*PYTEST, f"tests/test_{name}.py")) for name in DEVICE_TESTS]
+    found += [
+        Slice("device-launches", (*PYTEST, *launches)),
         # The golden models have a slice of their own.
         Slice("gpu-marked", (*PYTEST, "tests", "-m", "gpu", "--ignore", "tests/test_golden.py")),
     ]
     found += [
-        Slice(f"real-{group}", (*PYTEST, "bench/bench_ops.py", "--timeout", "0", "-k", f"test_parity and ({names})"))
-        for group, names in chosen.items()
+        Slice(f"real-{part}", (*PYTEST, "bench/bench_ops.py", "--timeout", "0", "-k", f"test_parity and ({names})"))
+        for part, names in chosen.items()
     ]
     found += [
         Slice("golden-fp32", (*PYTEST, "tests/test_golden.py", "-m", "gpu"), at_golden, no_golden),
@@ -95,7 +159,7 @@ def slices(*, golden: Path | None = None, sanitizer: str | None = None) -> list[
     ]
     found += [
         Slice(
-            f"{tool}-{group}",
+            f"{tool}-{part}",
             (
                 *(str(sanitizer), "--tool", tool, "--error-exitcode", "9"),
                 *(*PYTEST, *small, "-k", f"test_matches_reference and bfloat16 and ({names})"),
@@ -104,27 +168,30 @@ def slices(*, golden: Path | None = None, sanitizer: str | None = None) -> list[
             no_sanitizer,
         )
         for tool in ("memcheck", "racecheck")
-        for group, names in chosen.items()
+        for part, names in chosen.items()
     ]
     found += [
-        Slice(
-            f"bench-{group}",
-            (
-                *(*PYTEST, "bench/bench_ops.py", "--timeout", "0", "--record"),
-                *("--peers", "eager,compiled", "-k", f"test_row and ({names})"),
-            ),
-        )
-        for group, names in chosen.items()
+        Slice(f"bench-{part}", rows_of([names], "eager,compiled", missing=missing)) for part, names in chosen.items()
     ]
     return found
 
 
-def run(part: Slice, limit: float) -> str:
-    """ "passed", "failed (status)" or "timed out"; what it prints goes through."""
+def run(part: Slice, limit: float, log: Path | None = None) -> str:
+    """ "passed", "failed (status)" or "timed out"; what it prints goes through, and to the end of `log`."""
     print(f"\n==== {part.name}: {shlex.join(part.command)}", flush=True)
     process = subprocess.Popen(
-        part.command, cwd=ROOT, env=os.environ | dict(part.env), stdin=subprocess.DEVNULL, start_new_session=True
+        part.command,
+        cwd=ROOT,
+        env=os.environ | dict(part.env) | ({"PYTHONUNBUFFERED": "1"} if log else {}),  # all of it, also when cut
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if log else None,
+        stderr=subprocess.STDOUT if log else None,
+        start_new_session=True,
     )
+    copy = None
+    if log and process.stdout:
+        copy = threading.Thread(target=tee, args=(process.stdout, log), daemon=True)
+        copy.start()
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:
@@ -133,7 +200,18 @@ def run(part: Slice, limit: float) -> str:
         if process.poll() is None:  # the slice's own processes, all in the session that began with it
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        if copy:
+            copy.join(10)
     return "passed" if status == 0 else f"failed ({status})"
+
+
+def tee(source: IO[bytes], log: Path) -> None:
+    """Hand on what comes, and keep it."""
+    with source, log.open("ab", buffering=0) as file:
+        while piece := os.read(source.fileno(), 1 << 16):
+            file.write(piece)
+            sys.stdout.write(piece.decode(errors="replace"))
+            sys.stdout.flush()
 
 
 def run_all(chosen: Sequence[Slice], limit: float, budget: float) -> dict[str, tuple[str, float]]:
@@ -152,9 +230,20 @@ def run_all(chosen: Sequence[Slice], limit: float, budget: float) -> dict[str, t
     return outcomes
 
 
-def missing() -> str:
-    """What the tests need and this Python lacks, and what to do about it; empty if nothing."""
-    lacking = [name for name in NEEDED if importlib.util.find_spec(name.replace("-", "_")) is None]
+def seconds(text: str) -> float:
+    """For argparse: more than none; "inf" is no end."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"is {text}, expected seconds, more than 0")
+    return value
+
+
+def missing(needed: Sequence[str] | None = None) -> str:
+    """What the tests need (None) and this Python lacks, and what to do about it; empty if nothing."""
+    lacking = [name for name in needed or NEEDED if importlib.util.find_spec(name.replace("-", "_")) is None]
     if not lacking:
         return ""
     return (
@@ -171,9 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("slices", nargs="*", metavar="SLICE", help='names or patterns ("real-*"); default: all')
     parser.add_argument("--from", dest="first", metavar="SLICE", help="begin with this one")
     parser.add_argument("--list", action="store_true", help="print the slices and their commands, run nothing")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds a slice (default: %(default)s)")
+    parser.add_argument("--limit", type=seconds, default=LIMIT, help="seconds a slice (default: %(default)s)")
     parser.add_argument(
-        "--budget", type=float, default=LIMIT, help="seconds in all (default: %(default)s; inf: no end)"
+        "--budget", type=seconds, default=LIMIT, help="seconds in all (default: %(default)s; inf: no end)"
     )
     options = parser.parse_args(arguments)
 

@@ -193,6 +193,29 @@ def disagreement(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:
     return f"other results: {worst} is {far[worst]:.1e} from ours, above {TOLERANCE}"
 
 
+def _apart(case: Case, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments, copies of those that the op writes."""
+    return with_leaves(kwargs, {name: t.clone() for name, t in leaves(kwargs).items() if name in case.op.writes})
+
+
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    """Where; a NaN is itself."""
+    return (a != b) & ~(a.isnan() & b.isnan())
+
+
+def misplaced(case: Case, before: Mapping[str, Any], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Why a peer left other written arguments than we did, or nothing. Only what somebody changed is compared, in pages
+    that are mostly left alone; a peer may write into memory of its own instead."""
+    for name in case.op.writes:
+        changed = _differs(theirs[name], before[name])
+        if changed.any():
+            changed |= _differs(ours[name], before[name])
+            far = difference(theirs[name][changed], ours[name][changed])
+            if not far <= TOLERANCE:
+                return f"other results: {name}, which it writes, is {far:.1e} from ours, above {TOLERANCE}"
+    return ""
+
+
 def operands(case: Case, clock: Clock) -> list[dict[str, Any]]:
     """Sets of arguments in memory of their own, random each: as many as the clock wants and memory holds."""
     build = lambda seed: make(case.op, case.dims, case.dtype, clock.device, seed)
@@ -204,20 +227,26 @@ def agreeing(
     case: Case, clock: Clock, kwargs: dict[str, Any], ours: Call, wanted: Sequence[str] | None
 ) -> tuple[dict[Peer, float], dict[str, str]]:
     """The peers that return what we do, and the bytes that each needs for a set of operands; why the others do not."""
-    want = None
+    want = written = None
+    before = _apart(case, kwargs)
     rooms: dict[Peer, float] = {}
     absent: dict[str, str] = {}
     for peer in peers_of(case.op, wanted):
         try:
-            result = bind_peer(case, peer, [kwargs])[0]()
-            # Eager PyTorch is the oracle itself; and of what is written the first call has left another state.
-            if peer.name != "eager" and not case.op.writes:
+            # On copies of what is written: the next one is to find it as the first did.
+            mine = _apart(case, before)
+            result = bind_peer(case, peer, [mine])[0]()
+            if peer.name != "eager":  # which is the oracle itself
                 if want is None:
-                    want = named(case, Peer("ours", case.op.fn), kwargs, ours())
-                if why := disagreement(want, named(case, peer, kwargs, result)):
+                    written = _apart(case, before)
+                    call = bind(case, case.op.fn, [written])[0] if case.op.writes else ours
+                    want = named(case, Peer("ours", case.op.fn), written, call())
+                found = named(case, peer, mine, result)
+                if why := disagreement(want, found) or misplaced(case, before, written, mine):
                     absent[peer.name] = why
                     continue
-            del result
+                del found
+            del result, mine
             # Of a later call: the first may compile and tune, in memory that no other needs.
             rooms[peer] = clock.peak(lambda peer=peer: [call() for call in bind_peer(case, peer, [kwargs])])
         except Unavailable as why:

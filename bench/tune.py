@@ -4,7 +4,9 @@ For every kernel with candidates, at every published shape and pass: each candid
 them and the heuristic's launch are timed in turns, the whole op each time, as bench/ops.py times a row. A candidate is
 kept if it takes 3 % off the op's time and its p80 is below the heuristic's p20. Kept rows go to
 tt_kernels/tuned/sm_<architecture>.json, which the launchers read; a key that was measured and has no winner is removed.
-The file is replaced after every shape, so an interrupted run keeps what it has.
+Ops share kernels and keys: a key's launch is chosen over all that bench/tuning/ has on it from this GPU at this commit,
+to which every shape's samples are added, so it does not matter which op comes last, or in which process.
+Both files are written after every shape: an interrupted run keeps what it has, and goes on with --missing.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ import torch
 from tt_kernels import OPS, Op, launch
 from tt_kernels.launch import Launch, overriding
 
-from .clock import DeviceClock, in_a_line, interleave, percentile, reason, where
+from .clock import DeviceClock, in_a_line, interleave, no_commit, percentile, reason, where
 from .measure import table
 from .ops import Case, bind, low_dtype, operands
 from .oracle import Clock, oracle
 
+SAMPLES = Path(__file__).parent / "tuning"
 GAIN = 0.03
 HEURISTIC = "heuristic"
 
@@ -69,6 +72,53 @@ def choose(trials: Sequence[Trial]) -> Launch | None:
     heuristic = total(t.heuristic for t in trials)
     winners = [candidate for candidate in sums if beats(sums[candidate], heuristic)]
     return min(winners, key=lambda c: (percentile(sums[c], 0.5), repr(c)), default=None)
+
+
+class Samples:
+    """tuning/sm_<architecture>.jsonl: every trial, a line each, never changed. Those of the same GPU and commit count,
+    and of a kernel at a shape and pass the last one."""
+
+    def __init__(self, path: Path, machine: Mapping[str, Any]):
+        self.path, self.machine = path, machine
+        self.trials: dict[tuple[str, str], Trial] = {}
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            line = json.loads(text)
+            if self._same(line["machine"]):
+                self._keep(
+                    Trial(
+                        line["kernel"],
+                        line["what"],
+                        tuple(line["keys"]),
+                        line["heuristic"],
+                        {Launch(**options): samples for options, samples in line["launches"]},
+                    )
+                )
+
+    def _same(self, other: Mapping[str, Any]) -> bool:
+        facts = lambda machine: (machine.get("gpu"), str(machine.get("commit")).rstrip("+"))  # a kept row is a change
+        return facts(other) == facts(self.machine)
+
+    def _keep(self, trial: Trial) -> None:
+        self.trials[trial.kernel, trial.what] = trial
+
+    def add(self, trial: Trial) -> None:
+        self._keep(trial)
+        short = lambda samples: [float(f"{s:.5g}") for s in samples]
+        line = {
+            "machine": self.machine,
+            "kernel": trial.kernel,
+            "what": trial.what,
+            "keys": trial.keys,
+            "heuristic": short(trial.heuristic),
+            "launches": [(launch.options, short(samples)) for launch, samples in trial.launches.items()],
+        }
+        self.path.parent.mkdir(exist_ok=True)
+        with self.path.open("ab", buffering=0) as file:  # in one piece: who is cut leaves no half line
+            file.write(f"{json.dumps(line)}\n".encode())
+
+    def of(self, kernel: str, key: str) -> list[Trial]:
+        """All that asked for this launch."""
+        return [trial for trial in self.trials.values() if trial.kernel == kernel and key in trial.keys]
 
 
 class Table:
@@ -122,6 +172,10 @@ def asked(kernel: str, call: Callable[[], Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(keys))
 
 
+def title(case: Case) -> str:
+    return f"{case.name} {case.shape} {case.which}"
+
+
 def trial(case: Case, kernel: str, candidates: Sequence[Launch], clock: Clock, seconds: float) -> Trial | None:
     """Measure every candidate for one kernel; None where the pass does not ask for it at this shape."""
 
@@ -143,7 +197,7 @@ def trial(case: Case, kernel: str, candidates: Sequence[Launch], clock: Clock, s
         keys = asked(kernel, bind(case, case.op.fn, sets[:1])[0])
     if not keys:
         return None
-    found = Trial(kernel, f"{case.name} {case.shape} {case.which}", keys, [], {})
+    found = Trial(kernel, title(case), keys, [], {})
     del sets
     truth, judgement = oracle(case.op, case.dims, case.dtype, clock, case.backward)
     if judgement.faults:
@@ -188,25 +242,36 @@ def lines(found: Trial) -> Iterator[str]:
 
 
 def tune(
-    op: Op, clock: Clock, results: Table, *, shapes: Sequence[Mapping[str, int]], passes: Sequence[str], seconds: float
+    op: Op,
+    clock: Clock,
+    results: Table,
+    samples: Samples,
+    *,
+    shapes: Sequence[Mapping[str, int]],
+    passes: Sequence[str],
+    seconds: float,
+    missing: bool = False,
 ) -> None:
-    """Every kernel of an op that has candidates, every shape and pass."""
-    trials: dict[tuple[str, str], list[Trial]] = {}
+    """Every kernel of an op that has candidates, every shape and pass; `missing`: but what `samples` has."""
     for kernel, candidates in op.candidates.items():
+        asked_for = False
         for dims in shapes:
             for which in passes:
                 case = Case(op, dims, low_dtype(op), which == "backward")
+                if missing and (kernel, title(case)) in samples.trials:
+                    asked_for = True
+                    continue
                 found = trial(case, kernel, candidates, clock, seconds)
                 clock.release()
                 if found is None:
                     continue
+                asked_for = True
                 print("\n".join(lines(found)), flush=True)
+                samples.add(found)
                 for key in found.keys:
-                    known = trials.setdefault((kernel, key), [])
-                    known.append(found)
-                    results.put(kernel, key, choose(known))
+                    results.put(kernel, key, choose(samples.of(kernel, key)))
                 results.save()
-        if not any(name == kernel for name, _ in trials):
+        if not asked_for:
             print(f"{kernel}: no key was asked for at these shapes", flush=True)
 
 
@@ -226,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--passes", nargs="+", choices=("forward", "backward"), default=["forward", "backward"])
     parser.add_argument("--seconds", type=float, default=1.0, help="of samples a shape (default: %(default)s)")
+    parser.add_argument("--missing", action="store_true", help="skip what bench/tuning/ has of this GPU and commit")
     options = parser.parse_args(arguments)
 
     def refuse(what: str) -> int:
@@ -244,16 +310,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refuse(f"--shape is {' '.join(options.shape)}, expected sizes of {options.op}: {op.shapes}")
     if not torch.cuda.is_available():
         return refuse("launches are measured on an NVIDIA GPU, and there is none")
+    if why := no_commit():
+        return refuse(why)
     clock = DeviceClock()
     machine = where(clock)
     print(in_a_line(machine))
     passes = [which for which in options.passes if which == "forward" or op.grads]
+    samples = Samples(SAMPLES / f"sm_{machine['architecture']}.jsonl", machine)
     results = Table(
         launch.TUNED / f"sm_{machine['architecture']}.json",
         {"op": options.op, "shapes": shapes, "passes": passes, "machine": machine},
     )
     try:
-        tune(op, clock, results, shapes=shapes, passes=passes, seconds=options.seconds)
+        how = dict(shapes=shapes, passes=passes, seconds=options.seconds, missing=options.missing)
+        tune(op, clock, results, samples, **how)
     except Untunable as error:
         print(f"bench.tune: error: {error}", file=sys.stderr)
         return 1

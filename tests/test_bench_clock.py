@@ -1,6 +1,9 @@
 """Clocks of bench/: what is timed, what is kept out of it, and what a device can do at most."""
 
+import json
+import subprocess
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 from bench import clock
+from tt_kernels import launch
 from tt_kernels.launch import INTERPRET
 
 
@@ -99,6 +103,69 @@ class FakeCuda:
     def reset_peak_memory_stats(self) -> None: ...
 
 
+class Allocator(FakeCuda):
+    """As PyTorch's: a capture that cannot be ended leaves its pool recording and its graph asked for; a generator stays
+    in capture until one ends well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording: list[Any] = []
+        self.captured: list[Any] = []
+        self.pools = 0
+        self.generator_captured = False
+        self.memory = SimpleNamespace(_cuda_endAllocateToPool=self.end)
+
+    def current_device(self) -> int:
+        return 0
+
+    def graph_pool_handle(self) -> str:
+        self.pools += 1
+        return f"pool {self.pools}"
+
+    def end(self, device: int, pool: str) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any) -> Any:
+        assert pool not in self.recording, "already recording to mempool_id"
+        self.recording.append(pool)
+        self.generator_captured = True
+        try:
+            yield
+        except LookupError:  # what ends a capture for good; its end then fails too
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+        except ValueError:  # what the device does not hear of
+            self.end(0, pool)
+            self.generator_captured = False
+            raise
+        self.end(0, pool)
+        self.generator_captured = False
+        self.captured.append(pool)
+
+
+@pytest.mark.parametrize("error", [LookupError, ValueError])
+def test_a_failed_capture_harms_nobody(error: type[Exception]) -> None:
+    cuda = Allocator()
+    device = clock.DeviceClock(cuda, "cpu")
+    calls = 0
+
+    def breaks() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 2:  # the first may compile, the second shows whether it waits: then it is captured
+            raise error("in the capture")
+
+    for after in ({"after": [lambda: None]}, {}):  # and where it is the last
+        calls = 0
+        samplers, how, errors = device.samplers({"before": [lambda: None], "breaks": [breaks], **after})
+        assert set(errors) == {"breaks"} and set(samplers) == {"before", *after} == set(how)
+        assert not cuda.recording and not cuda.generator_captured
+    # The graphs whose capture failed stay: the allocator of pinned memory may ask them yet.
+    assert len(device.broken) == 2 and len(set(cuda.captured)) == 4
+
+
 @pytest.fixture
 def device() -> clock.DeviceClock:
     return clock.DeviceClock(FakeCuda(), "cpu")
@@ -173,6 +240,76 @@ def test_where_names_commit_and_versions() -> None:
     assert found["commit"] in clock.in_a_line(found) and "GPU" not in clock.in_a_line(found)
     on_gpu = found | {"gpu": "Fast", "driver": "1.2", "cuda": "13.0"}
     assert clock.in_a_line(on_gpu).startswith("Fast, driver 1.2, CUDA 13.0, Triton ")
+
+
+def test_the_commit_says_what_changes_a_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording and rendering do not; tuned launches do, though nobody has told git of them."""
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@localhost")
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    files = ("SPEED.md", "bench/clock.py", "bench/results/gpu.jsonl", "docs/speed_roofline.svg", "docs/other.svg")
+    for name in files:
+        write(name, "old")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    monkeypatch.setattr(clock, "__file__", str(tmp_path / "bench/clock.py"))
+    clock.commit.cache_clear()
+    head = git("rev-parse", "--short=12", "HEAD").strip()
+
+    def said() -> str:
+        clock.commit.cache_clear()
+        return clock.commit()
+
+    try:
+        for name in files[:1] + files[2:4]:
+            write(name, "new")
+        write("bench/results/other.jsonl", "new")
+        write("bench/tuning/sm_90.jsonl", "new")
+        assert said() == head
+        write("tt_kernels/tuned/sm_90.json", "new")
+        assert said() == head + "+"
+        git("add", "tt_kernels")
+        git("commit", "-qm", "tuned")
+        head = git("rev-parse", "--short=12", "HEAD").strip()
+        assert said() == head
+        write("docs/other.svg", "new")
+        assert said() == head + "+" and not clock.no_commit()
+        monkeypatch.setattr(clock, "__file__", "/proc/clock.py")  # no checkout
+        monkeypatch.setenv("TT_COMMIT", "abc")
+        assert said() == "abc" and not clock.no_commit()
+        monkeypatch.delenv("TT_COMMIT")
+        assert said() == "unknown" and clock.no_commit().endswith("name it in TT_COMMIT")
+    finally:
+        clock.commit.cache_clear()
+
+
+def test_tuned_launches_have_a_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    try:
+        for name, launches in (
+            ("a", {}),
+            ("b", {"_k": {"T=1": {"num_warps": 4}}}),
+            ("c", {"_k": {"T=1": {"num_warps": 8}}}),
+        ):
+            for who in ("one", "other"):
+                (tmp_path / name / who).mkdir(parents=True)
+                monkeypatch.setattr(launch, "TUNED", tmp_path / name / who)
+                text = json.dumps({"provenance": [who], "launches": launches})
+                (tmp_path / name / who / "sm_90.json").write_text(text)
+                launch._table.cache_clear()
+                found.add(clock.tuned_hash(90))
+        assert len(found) == 3 and clock.tuned_hash(80) == "" in found
+    finally:
+        launch._table.cache_clear()
 
 
 @pytest.mark.gpu

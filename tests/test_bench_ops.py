@@ -181,6 +181,50 @@ def test_a_peer_with_other_results_is_not_timed(backward: bool, monkeypatch: pyt
     assert why.get("forward") == ("forward: forward only" if backward else None)
 
 
+def test_peers_of_what_writes_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def append(x: Tensor, pages: Tensor) -> Tensor:
+        pages[2:4] = x[:2]
+        return pages[:4] + 1
+
+    def peer(returns: float, writes: float | None) -> Any:
+        def adapter(x: Tensor, pages: Tensor) -> Any:
+            def call() -> Tensor:
+                mine = pages if writes is not None else pages.clone()
+                mine[2:4] = x[:2]
+                result = mine[:4] + 1
+                mine[2:4] += writes or 0.0
+                return result + returns
+
+            return call
+
+        return adapter
+
+    found = [
+        Peer("zeros", lambda x, pages: lambda: torch.zeros_like(pages[:4])),
+        Peer("writes", peer(0.0, 0.0)),
+        Peer("elsewhere", peer(0.0, None)),  # in memory of its own
+        Peer("wrong", peer(1.0, 0.0)),
+        Peer("leaves", peer(0.0, 1.0)),
+        Peer("half", lambda x, pages: lambda: (pages[2:3].copy_(x[:1]), torch.cat([pages[:3], x[1:2]]) + 1)[1]),
+        Peer("right", peer(0.0, 0.0)),
+    ]
+
+    def inputs(dtype: torch.dtype, T: int, D: int) -> dict[str, Tensor]:
+        pages = torch.randn(2000, D, dtype=dtype)
+        pages[1000:] = float("nan")  # never written
+        return dict(x=torch.randn(T, D, dtype=dtype), pages=pages)
+
+    op = card(append, reference=append, inputs=inputs, grads=(), writes=("pages",))
+    monkeypatch.setattr(ops, "peers_of", lambda op, wanted: found)
+    fake = FakeClock(dict.fromkeys(("ours", "writes", "elsewhere", "right"), 1.0))
+    row = ops.measure(a_case(op), fake, lambda case: ("fp64", oracle.Judgement()), seconds=0.0)
+    why = {name: peer["why"] for name, peer in row.peers.items() if "why" in peer}
+    assert set(why) == {"zeros", "wrong", "leaves", "half"} and why["zeros"].startswith("other results: y is ")
+    assert why["half"].startswith("other results: pages") and why["leaves"].startswith(
+        "other results: pages, which it writes, is "
+    ), "few rows of many, and still seen"
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_everybody_in_a_row_gets_as_many_sets(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The start of a graph is shared out over its calls: over more of them, less of it stands in a time."""

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import parity
 import pytest
 import torch
 from test_bench_ops import FakeClock, card
@@ -29,6 +30,7 @@ def times(factor: float, samples: list[float] = BASE) -> list[float]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An empty folder of tuned launches."""
     monkeypatch.setattr(launch, "TUNED", tmp_path / "tuned")
+    monkeypatch.setattr(tune, "SAMPLES", tmp_path / "tuning")
     launch._table.cache_clear()
     yield tmp_path / "tuned"
     launch._table.cache_clear()
@@ -166,15 +168,47 @@ def test_nothing_is_tuned_on_a_wrong_op() -> None:
 def test_tuning_writes_winners_by_key(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     op, results = doubling(), tune.Table(folder / "sm_90.json", {"op": "double"})
     how = dict(shapes=op.shapes, passes=("forward", "backward"), seconds=0.0)
-    tune.tune(op, Turns(), results, **how)
+    samples = lambda: tune.Samples(tune.SAMPLES / "sm_90.jsonl", {"gpu": "Fast", "commit": "a"})
+    tune.tune(op, Turns(), results, samples(), **how)
     found = json.loads((folder / "sm_90.json").read_text())["launches"]
     assert found == {"_double_kernel": {"T=3": FAST.options, "T=6": FAST.options}}
     out = capsys.readouterr().out
     assert out.count("_double_kernel: double T=6 D=4 forward, key T=6") == 1
     assert "_other_kernel: no key was asked for" in out
     # Measured again on another day, where the winner is no better than the heuristic.
-    tune.tune(op, Turns(fast=0.99), tune.Table(folder / "sm_90.json", {}), **how)
+    again = Turns(fast=0.99)
+    tune.tune(op, again, tune.Table(folder / "sm_90.json", {}), samples(), **how, missing=True)
+    assert json.loads((folder / "sm_90.json").read_text())["launches"] == found, "all of it was there"
+    assert capsys.readouterr().out == "_other_kernel: no key was asked for at these shapes\n"
+    tune.tune(op, again, tune.Table(folder / "sm_90.json", {}), samples(), **how)
     assert json.loads((folder / "sm_90.json").read_text())["launches"] == {}
+
+
+def test_a_later_slice_leaves_an_earlier_win(folder: Path) -> None:
+    op = doubling()
+    for dims, fast in zip(op.shapes[:2], (0.5, 0.99), strict=True):  # of one key, each in a process of its own
+        results = tune.Table(folder / "sm_90.json", {})
+        samples = tune.Samples(tune.SAMPLES / "sm_90.jsonl", {"gpu": "Fast", "commit": "a"})
+        tune.tune(op, Turns(fast), results, samples, shapes=[dims], passes=["forward"], seconds=0.0)
+        assert results.launches == {"_double_kernel": {"T=6": FAST.options}}
+
+
+def test_a_shared_key_is_chosen_over_all_slices(folder: Path) -> None:
+    """Each process tunes one op; the last one is not to undo what another won."""
+    path, machine = folder.parent / "tuning/sm_90.jsonl", {"gpu": "Fast", "commit": "a"}
+
+    def slice_of(what: str, heuristic: list[float], fast: list[float], **where: str) -> Launch | None:
+        samples = tune.Samples(path, machine | where)
+        samples.add(tune.Trial("_k_kernel", what, ("T=1",), heuristic, {FAST: fast}))
+        return tune.choose(samples.of("_k_kernel", "T=1"))
+
+    assert slice_of("head_sample", BASE, times(0.9)) == FAST
+    assert slice_of("unmask", BASE, times(0.98)) == FAST, "6 % over both; 2 % alone"
+    assert slice_of("unmask", BASE, times(1.2), commit="a+") is None, "measured again: its last trial counts"
+    assert slice_of("unmask", BASE, times(0.98), commit="b") is None, "another commit's kernel is another"
+    assert slice_of("unmask", BASE, times(0.98), gpu="Other") is None
+    assert len(tune.Samples(path, machine).of("_k_kernel", "T=1")) == 2
+    assert tune.Samples(path, machine).of("_k_kernel", "T=2") == []
 
 
 # ---- the command ----
@@ -230,14 +264,32 @@ def test_slices_cover_every_op_with_kernels() -> None:
     found = {part.name: part for part in gpu_tests.slices(sanitizer="/bin/sanitizer", golden=Path("golden"))}
     assert not any(part.skip for part in found.values())
     for group, names in gpu_tests.groups().items():
+        assert all(f"[{name}-" in found[f"parity-{group}"].command[-1] for name in names)
+        assert all(f"[{name}-" in found["parity-rest"].command[-1] for name in names)
+    assert found["parity-rest"].command[-1].startswith("not (")
+    parts = gpu_tests.parts()
+    assert sorted(name for names in parts.values() for name in names) == sorted(n for n, o in OPS.items() if o.kernels)
+    assert parts["norm"] == gpu_tests.groups()["norm"] and parts["experts"] == ["experts"]
+    cases = ops.cases("cuda")
+    for part, names in parts.items():
         for name in names:
             for kind in ("real", "memcheck", "racecheck", "bench"):
-                assert f"[{name}-" in found[f"{kind}-{group}"].command[-1]
-            assert any(case.id.startswith(f"{name}-") for case in ops.cases("cuda"))
+                assert f"[{name}-" in found[f"{kind}-{part}"].command[-1]
+            assert any(case.id.startswith(f"{name}-") for case in cases)
     assert {name for names in gpu_tests.groups().values() for name in names} == {n for n, o in OPS.items() if o.kernels}
-    assert next(iter(found)) == "parity" and list(found)[-1].startswith("bench-")
+    assert list(found)[:3] == ["smoke", "parity-moe", "parity-unmask"] and list(found)[-1].startswith("bench-")
     assert found["memcheck-norm"].env == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     assert found["golden-fp32"].env == {"TWOTOWER_GOLDEN": "golden"}
+
+
+def test_the_smoke_test_has_every_kernel() -> None:
+    tests = {f"tests/test_kernels.py::test_matches_reference[{p.id}-torch.bfloat16]" for p in parity.WITH_KERNELS}
+    rows = {f"bench/bench_ops.py::test_parity[{case.id}]": case for case in ops.cases("cuda")}
+    found = gpu_tests.smoke()
+    assert set(found) <= tests | set(rows), "one that is not there, and pytest runs none of them"
+    assert len([name for name in found if name in tests]) == sum(bool(op.kernels) for op in OPS.values())
+    published = [rows[name] for name in found if name in rows]
+    assert len(published) > 10 and all(ops.cost(case)[1] <= gpu_tests.SMALL for case in published)
 
 
 def test_slices_say_why_they_are_skipped() -> None:
@@ -294,7 +346,7 @@ def test_driver_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         return line
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no slice is called 'nothing'; there are: parity, device, gpu-marked, real-norm" in refused("nothing")
+    assert "no slice is called 'nothing'; there are: smoke, parity-moe, parity-unmask, " in refused("nothing")
     assert refused().endswith("these tests need an NVIDIA GPU, and there is none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_tests, "NEEDED", ("json", "no-such-module"))
