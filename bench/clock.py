@@ -308,7 +308,7 @@ def commit() -> str:
         changed += git("status", "--porcelain", "--untracked-files=all", "--", ":(top)tt_kernels/tuned")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("TT_COMMIT", UNKNOWN)
+        return os.environ.get("TT_COMMIT") or UNKNOWN
 
 
 def no_commit() -> str:

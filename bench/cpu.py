@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.layers import MoE
 
-from .clock import commit, in_a_line
+from .clock import commit, in_a_line, no_commit
 from .measure import interleaved, machine, positive, ratio, record, table
 from .models import MIDDLE, as_nemotron_h, experts_implementations, greedy_nemotron_h, random_model
 
@@ -171,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=positive, nargs="+", default=[64, 128, 256], help="tokens before the block")
     parser.add_argument("--record", action="store_true", help="append a JSON line to bench/results/")
     options = parser.parse_args(arguments)
+    if options.record and (why := no_commit()):
+        parser.error(f"--record: {why}")
     longest, limit = (
         max(options.prompt + options.new, *(n + 16 for n in options.context)),
         MIDDLE.max_position_embeddings,

@@ -292,7 +292,10 @@ def subject_of(options: argparse.Namespace, c: TwoTowerConfig, gpu: bool) -> Sub
 
 def main(arguments: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
-    options = parser(gpu).parse_args(arguments)
+    p = parser(gpu)
+    options = p.parse_args(arguments)
+    if options.record and (why := clock.no_commit()):
+        p.error(f"--record: {why}")
     try:
         c = config_of(options.model)
         subject = None if options.card else subject_of(options, c, gpu)

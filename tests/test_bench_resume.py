@@ -45,7 +45,7 @@ def test_missing_rows_only(tmp_path: Path) -> None:
     command += ["--missing", "-k", "[rms_norm- or [commit-"]
 
     def run(*more: str, **env: str) -> subprocess.CompletedProcess[str]:
-        given = os.environ | {"PYTHONPATH": str(tmp_path), "GIT_DIR": "/dev/null"} | env
+        given = os.environ | {"PYTHONPATH": str(tmp_path), "GIT_DIR": "/dev/null", "TT_COMMIT": ""} | env
         return subprocess.run([*command, *more], cwd=tmp_path, env=given, capture_output=True, text=True)
 
     refused = run("--peers", "eager")
