@@ -107,8 +107,10 @@ def test_row(case: ops.Case, bench: dict[str, Any], request: pytest.FixtureReque
         if known is not None and {peer.name for peer in peers_of(case.op, wanted)} <= known:
             pytest.skip("recorded already")
     seconds = 1.0 if DEVICE == "cuda" else 0.3
-    row = ops.measure(case, bench["clock"], bench["checked"], bench["roofs"], wanted, seconds)
-    bench["clock"].release()
+    try:
+        row = ops.measure(case, bench["clock"], bench["checked"], bench["roofs"], wanted, seconds)
+    finally:
+        bench["clock"].release()
     request.config.stash[ROWS].append(row)
     if request.config.getoption("--record"):
         measure.record({"kind": "row", "machine": bench["where"], "roofs": bench["roofs"], **row.record()})

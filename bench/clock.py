@@ -295,7 +295,9 @@ RECORDED = ("bench/results", "bench/tuning", "SPEED.md", "docs/speed_*")
 @cache
 def commit() -> str:
     """The commit of the checkout, with + for changes to what is measured: not for recorded results and what is rendered
-    from them, but for tuned launches, new files too. A copy without git may say it in TT_COMMIT."""
+    from them, but for tuned launches, new files too. TT_COMMIT says it for a copy without git."""
+    if os.environ.get("TT_COMMIT"):
+        return os.environ["TT_COMMIT"]
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -308,7 +310,7 @@ def commit() -> str:
         changed += git("status", "--porcelain", "--untracked-files=all", "--", ":(top)tt_kernels/tuned")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("TT_COMMIT") or UNKNOWN
+        return UNKNOWN
 
 
 def no_commit() -> str:

@@ -1,23 +1,24 @@
 """`make gpu-day`: all that is owed from a GPU by one command: in order of worth, in slices, resumed where it ended.
 
   smoke       whether each kernel runs at all, and right
+  first       the rows that say most, held to fp64, beside eager PyTorch, and the passes of a model at batch 1
   parity      every op's tests
-  first       the rows that say most, beside eager PyTorch, and the passes of a model at batch 1
   right       slices of make test-gpu: what no card shows, golden models
   rows        every op at the published shapes: right, then timed beside eager and compiled PyTorch (bench-OP)
-  sanitizers  memory and race checks of small cases
   model       the whole model: passes, tokens/s over batch and context; the published checkpoint, where
               TWOTOWER_CHECKPOINT names its folder
   tune        launches, kept for a 3 % win; then those ops' rows again
   peers       every op that has peers beside all that are installed
   profile     a timeline of a denoiser pass, host overhead, Nsight Compute and Proton on the two longest ops
+  sanitizers  memory and race checks of small cases
 
 A slice is cut after nine minutes. What is done stands in .gpu_day.json, for the commit that it was done with: give the
 same command again and it goes on. Rows and tuned shapes that are recorded already are skipped, so a slice that was cut
-goes on where it stopped; one that was cut twice and recorded nothing is left. SPEED.md is rendered at the end of every
-run. --budget 480 stops in time, start and report included; --collect DIR writes DIR/gpu_day.tar.gz after every slice:
-results, samples, tuned launches, traces, what each slice printed (.gpu_day/SLICE.log) and the state, for a machine that
-is given back; unpacked in a checkout it goes on there. Runs with the Python that starts it and installs nothing.
+goes on where it stopped; one that was cut twice and recorded nothing, or six times, is left. SPEED.md is rendered at the
+end of every run. --budget 480 stops in time, start and report included; --collect DIR writes DIR/gpu_day.tar.gz after
+every slice: results, samples, tuned launches, traces, what each slice printed (.gpu_day/SLICE.log) and the state, for a
+machine that is given back; unpacked in the checkout that it began from, it goes on there. Runs with the Python that
+starts it and installs nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ BEGIN = time.monotonic()  # of the process: what loads until the first slice run
 REPORT = 60  # seconds kept for SPEED.md
 STATE = ROOT / ".gpu_day.json"
 LOGS = ROOT / ".gpu_day"
-STEPS = ("smoke", "parity", "first", "right", "rows", "sanitizers", "model", "tune", "peers", "profile")
+STEPS = ("smoke", "first", "parity", "right", "rows", "model", "tune", "peers", "profile", "sanitizers")
 STEP_OF = {"bench": "rows", "memcheck": "sanitizers", "racecheck": "sanitizers", "smoke": "smoke", "parity": "parity"}
 ARCHIVE = "gpu_day.tar.gz"
 # What is kept of a visit.
@@ -68,6 +69,7 @@ KEPT = (
     ".gpu_day/*",
 )
 RECORDS = ("bench/results/*.jsonl", "bench/tuning/*.jsonl")
+TURNS = 6  # of a slice that is cut again and again
 SHAPES = 2  # that a tuning slice measures, each with some thirty launches that compile first
 FIRST = {
     "experts": [f"[experts-T{T}-" for T in (16, 64, 128, 512)],
@@ -95,8 +97,8 @@ def tuning(missing: bool) -> Iterator[Slice]:
 
 def model(python: Sequence[str]) -> Iterator[Slice]:
     generate = (*python, "bench.generate", "--record")
-    yield Slice("model-small", (*generate, "--batch", "1", "4", "16"))
-    yield Slice("model-large", (*generate, "--batch", "32", "64", "128"))
+    for batch in (1, 16, 64, 4, 32, 128):
+        yield Slice(f"model-{batch}", (*generate, "--batch", str(batch)))
     # So many tokens that the prefill before them is not most of the time.
     yield Slice("model-context", (*generate, "--batch", "1", "--context", "8192", "32768", "--new", "256"))
     yield Slice("model-long", (*generate, "--batch", "8", "--context", "32768", "--no-decoding"))
@@ -185,17 +187,18 @@ def collect(folder: Path, state: Path) -> None:
 
 
 def recorded() -> int:
-    """Bytes of all results: whether a slice that was cut has left some."""
-    return sum(path.stat().st_size for pattern in RECORDS for path in ROOT.glob(pattern))
+    """Good lines of all results: whether a slice that was cut has left some."""
+    lines = (line for pattern in RECORDS for path in ROOT.glob(pattern) for line in path.read_text().splitlines())
+    return sum(not json.loads(line).get("fault") for line in lines)
 
 
 def settled(known: dict[str, Any], again: bool) -> bool:
-    """Whether a slice has had its turns: it passed; it failed; it was cut twice and recorded nothing. A skipped one may
-    find what it needs the next time."""
+    """Whether a slice has had its turns: it passed; it failed; it was cut twice and recorded nothing, or too often. A
+    skipped one may find what it needs the next time."""
     outcome = known.get("outcome", "")
     if again or not outcome or outcome.startswith("skipped"):
         return outcome == "passed"
-    return outcome not in ("timed out", "cut") or known.get("stuck", 0) >= 2
+    return outcome not in ("timed out", "cut") or known.get("stuck", 0) >= 2 or known.get("turns", 0) >= TURNS
 
 
 def work(
@@ -221,12 +224,14 @@ def work(
         if left or (started and room < min(60, limit)):  # a process takes seconds to start, a kernel to compile
             left.append(part.name)
             continue
-        started, moment, size = True, time.monotonic(), recorded()
+        started, moment, lines = True, time.monotonic(), recorded()
         outcome = run(part, max(min(limit, room), 1), LOGS / f"{part.name}.log")
         known: dict[str, Any] = {"outcome": outcome, "seconds": round(time.monotonic() - moment)}
         if outcome == "timed out":
-            further = "--missing" in part.command and recorded() > size  # so the next turn begins where this one ended
-            known["stuck"] = 0 if further else before.get("stuck", 0) + 1
+            further = "--missing" in part.command and recorded() > lines  # so the next turn begins where this one ended
+            barren = room > 0.75 * limit  # a short turn at the end of a visit says nothing
+            known["stuck"] = 0 if further else before.get("stuck", 0) + barren
+            known["turns"] = before.get("turns", 0) + 1
             if room < limit:  # by the budget, not by its own length
                 known["outcome"] = "cut"
                 left.append(part.name)

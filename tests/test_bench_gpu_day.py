@@ -109,7 +109,7 @@ def test_what_comes_first_is_there() -> None:
         assert f"[mamba_block-b{b}-L{L}-" in f"test_row[{case.id}]"
     for name, shape in gpu_day.PROFILED.items():
         assert shape_of(OPS[name], shape)
-    assert [part.name for _, part in gpu_day.plan()][:2] == ["smoke", "parity-moe"]
+    assert [part.name for _, part in gpu_day.plan()][:2] == ["smoke", "first-experts"]
 
 
 def test_the_plan_is_in_order_of_worth() -> None:
@@ -181,7 +181,7 @@ def test_it_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [Slice(name, ("true",)) for name in ("a", "b", "slow", "d")]
     assert visits.visit(500, *parts) == ["slow", "d"] and visits.ran == [("a", 500), ("b", 300), ("slow", 100)]
     # Cut by the budget, not by its own length: kept as such at once, and it has another turn.
-    assert visits.saved == 3 and visits.done["slow"] == {"outcome": "cut", "seconds": 100, "stuck": 1}
+    assert visits.saved == 3 and visits.done["slow"] == {"outcome": "cut", "seconds": 100, "stuck": 0, "turns": 1}
     assert visits.visit(500, *parts) == [] and visits.ran == [("slow", 500), ("d", 300)]
     assert {known["outcome"] for known in visits.done.values()} == {"passed"}
 
@@ -202,6 +202,14 @@ def test_what_is_cut_twice_without_progress_is_left(monkeypatch: pytest.MonkeyPa
 def test_one_that_records_nothing_is_left_too(monkeypatch: pytest.MonkeyPatch) -> None:
     visits, part = Visits(monkeypatch, barren=5000), Slice("barren", ("--missing",))
     assert visits.visit(420, part) == visits.visit(420, part) == ["barren"] and visits.visit(420, part) == []
+
+
+def test_one_that_never_ends_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it records something every time."""
+    visits, part = Visits(monkeypatch, rows=1e6), Slice("rows", ("--missing",))
+    for _ in range(gpu_day.TURNS):
+        assert visits.visit(420, part) == ["rows"]
+    assert visits.visit(420, part) == [] and visits.done["rows"]["stuck"] == 0
 
 
 def test_a_slice_longer_than_its_limit_does_not_end_a_visit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,9 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def prefill_stretch(rows: int) -> int:
-    """Tokens of each prompt that go through the tower at a time: 64 at least, as each time reads the weights."""
-    return PREFILL_CHUNK // min(rows, 32)
+    """Tokens of each prompt that go through the tower at a time: whole tiles of 64, one at least, as the weights are
+    read each time."""
+    return max(1, PREFILL_CHUNK // rows // 64) * 64
 
 
 def token_rows(prompts: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:

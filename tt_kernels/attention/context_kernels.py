@@ -262,7 +262,7 @@ def context_splits(batch: int, rows: int, heads: int) -> tuple[int, int, int]:
     that fill the GPU, and the 8.5 MB. Beyond that a row is split where it costs an eighth (2 splits each of those 64),
     for a long one not to be waited for. From 16 least * most tokens on (128K) the batch does not matter at all.
 
-    From L = 1024 on, as in a prompt's stretches of 2048, one split and none.
+    From L = 257 on at the published heads, as in a prompt's stretches of 2048, there is one split and no workspace.
     """
     programs = triton.cdiv(rows, 128) * heads
     most = min(64, max(1, 128 // programs))
