@@ -14,11 +14,11 @@
 
 A slice is cut after nine minutes. What is done stands in .gpu_day.json, for the commit that it was done with: give the
 same command again and it goes on. Rows and tuned shapes that are recorded already are skipped, so a slice that was cut
-goes on where it stopped; one that was cut twice and recorded nothing, or six times, is left. SPEED.md is rendered at the
-end of every run. --budget 480 stops in time, start and report included; --collect DIR writes DIR/gpu_day.tar.gz after
-every slice: results, samples, tuned launches, traces, what each slice printed (.gpu_day/SLICE.log) and the state, for a
-machine that is given back; unpacked in the checkout that it began from, it goes on there. Runs with the Python that
-starts it and installs nothing.
+goes on where it stopped; one that was cut twice and recorded nothing, or six times, is left. SPEED.md is rendered at
+the end of every run. --budget 480 stops in time, start and report included; --collect DIR writes DIR/gpu_day.tar.gz
+after every slice: results, samples, tuned launches, traces, what each slice printed (.gpu_day/SLICE.log) and the state,
+for a machine that is given back; unpacked in the checkout that it began from, it goes on there. Runs with the Python
+that starts it and installs nothing.
 """
 
 from __future__ import annotations

@@ -354,3 +354,9 @@ def test_golden_model_in_bf16(golden_dir: Path, capsys: pytest.CaptureFixture[st
     for part, (ours, theirs) in golden.compare(golden_dir / "small", "cpu").items():
         assert ours == theirs < 0.03, part  # on a CPU both are references
     assert golden.main([str(ROOT / "docs")]) == 2 and "no golden models" in capsys.readouterr().err
+
+
+def test_a_peers_nan_is_no_agreement() -> None:
+    want = dict(y=torch.ones(3), state=torch.ones(3))
+    assert ops.disagreement(want, want) == ""
+    assert "state is nan" in ops.disagreement(want, want | dict(state=torch.full((3,), float("nan"))))
