@@ -129,10 +129,14 @@ def machine_name(where: Mapping[str, Any]) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", name)) or "unknown"
 
 
+def append(file: Path, line: Mapping[str, Any]) -> Path:
+    """One JSON line, written in one piece: who is cut leaves no half line, which no reader could pass."""
+    file.parent.mkdir(exist_ok=True)
+    with file.open("ab", buffering=0) as out:
+        out.write(f"{json.dumps(line)}\n".encode())
+    return file
+
+
 def record(row: Mapping[str, Any]) -> Path:
     """Append one JSON line to the results of the machine that the row names."""
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{machine_name(row['machine'])}.jsonl"
-    with file.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(row) + "\n")
-    return file
+    return append(RESULTS / f"{machine_name(row['machine'])}.jsonl", row)

@@ -28,7 +28,7 @@ from tt_kernels import OPS, Op, launch
 from tt_kernels.launch import Launch, overriding
 
 from .clock import DeviceClock, in_a_line, interleave, no_commit, percentile, reason, where
-from .measure import table
+from .measure import append, table
 from .ops import Case, bind, low_dtype, operands
 from .oracle import Clock, oracle
 
@@ -112,9 +112,7 @@ class Samples:
             "heuristic": short(trial.heuristic),
             "launches": [(launch.options, short(samples)) for launch, samples in trial.launches.items()],
         }
-        self.path.parent.mkdir(exist_ok=True)
-        with self.path.open("ab", buffering=0) as file:  # in one piece: who is cut leaves no half line
-            file.write(f"{json.dumps(line)}\n".encode())
+        append(self.path, line)
 
     def of(self, kernel: str, key: str) -> list[Trial]:
         """All that asked for this launch."""
