@@ -103,3 +103,38 @@ def test_command_teaches_itself(installed: Path, outside) -> None:
 def test_command_writes_with_the_bundled_model(installed: Path, outside) -> None:
     done = outside(sys.executable, installed / "bin" / "twotower", "generate", "def fibonacci(n):")
     assert len(done.stdout.strip()) > len("def fibonacci(n):")
+
+
+def python(code: str) -> str:
+    command = (sys.executable, "-c", code)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+
+
+def test_the_reference_needs_no_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None  # as where it is not installed
+import torch, tt_kernels.reference
+print(tt_kernels.reference.rms_norm(torch.ones(2, 4), torch.ones(4)).shape[0])
+try:
+    tt_kernels.rms_norm
+except ImportError as error:
+    print(str(error).startswith("tt_kernels.rms_norm needs Triton"))
+print(hasattr(tt_kernels, "no_such_op"))
+"""
+    assert python(code).split() == ["2", "True", "False"]
+
+
+def test_importing_the_kernels_takes_little() -> None:
+    """No Dynamo, no look for a GPU; below 0.8 s behind torch and triton: the best of three, for busy machines."""
+    code = """
+import sys, time
+import torch, triton
+torch.cuda.is_available = torch.cuda.device_count = lambda: sys.exit("a GPU was looked for")
+start = time.perf_counter()
+import tt_kernels
+print(time.perf_counter() - start, "torch._dynamo" in sys.modules)
+"""
+    tries = [python(code).split() for _ in range(3)]
+    assert {dynamo for _, dynamo in tries} == {"False"}
+    assert min(float(seconds) for seconds, _ in tries) < 0.8

@@ -2,23 +2,35 @@
 
 Every op has a twin of the same name and signature in `tt_kernels.reference`: plain PyTorch, the specification, and what
 runs on a CPU. On a GPU Triton kernels run. `OPS` holds a card for each op: cases, inputs, gradients, cost, kernels.
+Where Triton is not installed, `tt_kernels.reference` is all there is.
 """
 
-from . import attention, conv1d, mamba, moe, norm, ssd
-from . import linear_cross_entropy as _linear_cross_entropy
-from . import unmask as _unmask
-from .attention import append_attention, block_diffusion_attention, causal_attention, context_attention
-from .conv1d import causal_conv1d, conv_block_states, conv_state
-from .core import Op, trusted, use
-from .linear_cross_entropy import linear_cross_entropy
-from .mamba import mamba_advance, mamba_block, mamba_step
-from .moe import ExpertWeights, experts, route
-from .norm import gated_group_norm, modulated_rms_norm, rms_norm
-from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
-from .unmask import commit, gumbel_noise, head_sample, sample, unmask
+try:
+    import triton as _triton  # noqa: F401  asked for once, here
+except ImportError as _error:
+    _missing = str(_error)
 
-_MODULES = (norm, conv1d, ssd, mamba, moe, attention, _unmask, _linear_cross_entropy)
-OPS: dict[str, Op] = {op.fn.__name__: op for module in _MODULES for op in module.OPS}
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            raise ImportError(f"tt_kernels.{name} needs Triton ({_missing}); tt_kernels.reference does without")
+        raise AttributeError(f"module 'tt_kernels' has no attribute {name!r}")
+
+else:
+    from . import attention, conv1d, mamba, moe, norm, ssd
+    from . import linear_cross_entropy as _linear_cross_entropy
+    from . import unmask as _unmask
+    from .attention import append_attention, block_diffusion_attention, causal_attention, context_attention
+    from .conv1d import causal_conv1d, conv_block_states, conv_state
+    from .core import Op, trusted, use
+    from .linear_cross_entropy import linear_cross_entropy
+    from .mamba import mamba_advance, mamba_block, mamba_step
+    from .moe import ExpertWeights, experts, route
+    from .norm import gated_group_norm, modulated_rms_norm, rms_norm
+    from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
+    from .unmask import commit, gumbel_noise, head_sample, sample, unmask
+
+    _MODULES = (norm, conv1d, ssd, mamba, moe, attention, _unmask, _linear_cross_entropy)
+    OPS: dict[str, Op] = {op.fn.__name__: op for module in _MODULES for op in module.OPS}
 
 __all__ = [
     "OPS",

@@ -1,30 +1,75 @@
 """What every op shares: which implementation runs, operator registration, checks of shapes and dtypes, the op card."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .launch import INTERPRET, Launch, _properties, is_recording
+from .launch import INTERPRET, ON_CPU, Launch, _properties, is_recording
 
 _library = torch.library.Library("tt", "DEF")
-_implementation: str | None = None
+_implementation: ContextVar[str | None] = ContextVar("implementation", default=None)
+# torch.compile can trace neither a context variable nor what it depends on. Graphs are made for a number of open `use`
+# blocks, which they check, and while one is traced it asks for the thread's own; blocks inside a graph set the last.
+_open_blocks, _counting = 0, Lock()
+_in_graph: str | None = None
 
 
 @contextmanager
 def use(implementation: str) -> Iterator[None]:
-    """Run every op inside the `with` block by its reference, on whatever device, to compare: use("reference")."""
-    global _implementation
+    """Run every op inside the `with` block by its reference, on whatever device, to compare: use("reference").
+
+    For this thread, or task, only. A compiled graph is traced again for it.
+    """
     if implementation != "reference":
         refuse("use", "implementation", implementation, "'reference'")
-    before, _implementation = _implementation, implementation
+    if torch.compiler.is_compiling():
+        with _used_in_graph(implementation):
+            yield
+        return
+    global _open_blocks
+    before = _implementation.set(implementation)
+    with _counting:
+        _open_blocks += 1
     try:
         yield
     finally:
-        _implementation = before
+        with _counting:
+            _open_blocks -= 1
+        _implementation.reset(before)
+
+
+@contextmanager
+def _used_in_graph(implementation: str) -> Iterator[None]:
+    global _in_graph
+    before, _in_graph = _in_graph, implementation
+    try:
+        yield
+    finally:
+        _in_graph = before
+
+
+def _constant(ask: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result, which imports all of Dynamo: a graph is made with the answer of now."""
+    ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return ask
+
+
+@_constant
+def _implementation_now() -> str | None:
+    return _implementation.get()
+
+
+def _uses_reference() -> bool:
+    if torch.compiler.is_compiling():
+        return _in_graph == "reference" or (_open_blocks > 0 and _implementation_now() == "reference")
+    return _implementation.get() == "reference"
 
 
 # Compute capabilities, times ten, that launches are made for: they take up to 163 KiB of shared memory a program on 8.0
@@ -33,19 +78,19 @@ SERVED = (80, 90, 100, 103)
 _REFERENCE = 'use it in `with tt_kernels.use("reference")`'
 
 
-@torch.compiler.assume_constant_result  # torch.compile is to ask, not to trace
+@_constant
 def _capability(device: int) -> int:
     properties = _properties(device)
     return 10 * properties.major + properties.minor
 
 
 def takes_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
-    """Whether `op` runs as a kernel: where x is on a GPU, and on a CPU under TRITON_INTERPRET=1; else as its reference.
+    """Whether `op` runs as a kernel: where x is on a GPU, and on a CPU where kernels run there; else as its reference.
 
     x and others are the floats that it computes with. Raises ValueError where they are on several devices, and
     NotImplementedError for GPUs and dtypes that kernels have no form of, rather than fall back.
     """
-    if _implementation == "reference" or not (x.is_cuda or INTERPRET or is_recording()):
+    if _uses_reference() or not (x.is_cuda or ON_CPU or is_recording()):
         return False
     device, refused, why = x.device, None, ""
     if x.is_cuda:
@@ -92,19 +137,22 @@ def refuse(op: str, name: str, value: object, expected: str) -> NoReturn:
     raise ValueError(f"{op}: {name} is {value!r}, expected {expected}")
 
 
-_trusted = False
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
 @contextmanager
 def trusted() -> Iterator[None]:
     """Leave out the comparison of shapes and dtypes inside the `with` block: for a model whose shapes are right by its
-    construction and which checks what enters it. Saves 4 % of a small model's pass; an error then speaks of tensors."""
-    global _trusted
-    before, _trusted = _trusted, True
+    construction and which checks what enters it. Saves 4 % of a small model's pass; an error then speaks of tensors.
+    For this thread, or task, only."""
+    if torch.compiler.is_compiling():  # where nothing is compared
+        yield
+        return
+    before = _trusted.set(True)
     try:
         yield
     finally:
-        _trusted = before
+        _trusted.reset(before)
 
 
 NEVER_EMPTY = frozenset(("C", "H", "Hq", "Hkv", "K", "P"))  # channels, heads, taps: with none there is nothing to do
@@ -119,31 +167,34 @@ _passed: set[tuple[Any, ...]] = set()
 
 
 def check(op: str, **specs: tuple[Any, ...]) -> None:
-    """check("route", x=(x, "T D"), ids=(ids, "T K", int)): bind sizes by name, complain in their terms.
+    """check("experts", x=(x, "T D"), ids=(ids, "T K", int), order=(order, "T*K", int)): bind sizes by name, complain in
+    their terms.
 
-    `*` stands for any leading dimensions, the same ones for all arguments. A tensor is of floats unless its kind says
-    int (32 or 64 bit) or bool. None passes. Sizes in NEVER_EMPTY are 1 or more. One call an op; torch.compile leaves it
-    out of its graphs.
+    `*` stands for any leading dimensions, the same ones for all arguments. `T*K` is the product of sizes that other
+    arguments bind, `sequences+1` binds `sequences`. A tensor is of floats unless its kind says int (32 or 64 bit) or
+    bool. None passes. Sizes in NEVER_EMPTY are 1 or more. One call an op; torch.compile leaves it out of its graphs.
     """
-    if _trusted or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _trusted.get():
         return
     try:
         key = (op, *[None if spec[0] is None else (spec[0].shape, spec[0].dtype) for spec in specs.values()])
         if key in _passed:
             return
-    except (AttributeError, TypeError):  # what is no tensor is refused below
-        key = ()
+    except (AttributeError, TypeError):  # no tensor, which is refused below, or a size that is a symbol
+        key = None
     for name, (tensor, *_) in specs.items():
         if tensor is not None and not isinstance(tensor, Tensor):
             refuse(op, name, tensor, "a tensor")
     _compare(op, {name: (t, spec, *kind) for name, (t, spec, *kind) in specs.items() if t is not None})
     if len(_passed) >= 4096:  # prompts have many lengths
         _passed.clear()
-    _passed.add(key)
+    if key is not None:
+        _passed.add(key)
 
 
 def _compare(op: str, specs: dict[str, tuple[Any, ...]]) -> None:
     sizes: dict[str, tuple[Any, str]] = {}
+    products = []
     for name, (tensor, spec, *kind) in specs.items():
         wanted = kind[0] if kind else float
         if not _KINDS[wanted](tensor.dtype):
@@ -155,11 +206,22 @@ def _compare(op: str, specs: dict[str, tuple[Any, ...]]) -> None:
         if len(shape) != len(dims):
             refuse(op, name, list(tensor.shape), f"[{', '.join(dims)}]")
         for dim, size in zip(dims, shape, strict=True):
+            if "*" in dim[1:]:
+                products.append((name, dim, size))
+                continue
+            dim, _, more = dim.partition("+")
+            if more and (size := size - int(more)) < 0:
+                refuse(op, name, list(tensor.shape), f"[{', '.join(dims)}]")
             if size == 0 and dim in NEVER_EMPTY:
                 raise ValueError(f"{op}: {name} has {dim}=0, expected 1 or more")
             first, owner = sizes.setdefault(dim, (size, name))
             if first != size:
                 raise ValueError(f"{op}: {name} has {dim}={size}, but {owner} has {dim}={first}")
+    for name, dim, size in products:
+        factors = {factor: sizes[factor][0] for factor in dim.split("*")}
+        if size != (expected := math.prod(factors.values())):
+            known = ", ".join(f"{factor}={n}" for factor, n in factors.items())
+            raise ValueError(f"{op}: {name} has {size} elements, expected {dim}={expected} ({known})")
 
 
 @dataclass(frozen=True)
@@ -182,4 +244,4 @@ class Op:
     tensor_cores: dict[str, str] = field(default_factory=dict)
     candidates: dict[str, tuple[Launch, ...]] = field(default_factory=dict)  # kernel -> launches worth measuring
     rms: float = 1.25  # bound on 16-bit results: root mean square of a kernel's error over PyTorch's; above: say why
-    compiles: bool = True  # into one graph; False: sizes on the way depend on the tensors' values
+    reference_compiles: bool = True  # into one graph; False: sizes on the way depend on values of the tensors

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-INTERPRET = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU, line by line, to be tested
+INTERPRET = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: Triton's interpreter runs kernels line by line
+# Whether tensors on the CPU go to kernels, to be tested: in the interpreter, or, with TT_KERNELS_ON_CPU=1, in a tool
+# that takes Triton's launches over (ttsem).
+ON_CPU = INTERPRET or os.environ.get("TT_KERNELS_ON_CPU") == "1"
 TUNED = Path(__file__).parent / "tuned"
 
 
@@ -40,28 +45,29 @@ class Launch:
         return f"Launch({', '.join(f'{name}={value}' for name, value in self.options.items())})"
 
 
-# Set by `recording`: who is told of launches instead of a device, and for which architecture.
-_recorder: Callable[..., None] | None = None
-_architecture: int | None = None
+# Set by `recording` for its thread or task: who is told of launches instead of a device, and for which architecture.
+_recording: ContextVar[tuple[Callable[..., None], int] | None] = ContextVar("recording", default=None)
 
 
 @contextmanager
 def recording(architecture: int) -> Iterator[list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]]:
     """Collect (kernel, grid, arguments, options) of every launch in the `with` block; nothing runs.
 
-    Meant for tensors on the meta device: the offline compiler sees what the launchers really pass.
+    Meant for tensors on the meta device: the offline compiler sees what the launchers really pass. Other threads launch
+    as before; backward passes run in this one.
     """
-    global _recorder, _architecture
     launches: list[Any] = []
-    _recorder, _architecture = lambda *launch: launches.append(launch), architecture
+    before = _recording.set((lambda *launch: launches.append(launch), architecture))
     try:
-        yield launches
+        with torch.autograd.set_multithreading_enabled(False):
+            yield launches
     finally:
-        _recorder = _architecture = None
+        _recording.reset(before)
 
 
 def is_recording() -> bool:
-    return _recorder is not None
+    # torch.compile cannot trace a context variable; nothing is recorded while it traces.
+    return not torch.compiler.is_compiling() and _recording.get() is not None
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, launch: Launch, **constexprs: Any) -> None:
@@ -70,8 +76,8 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, launch: Launch, **conste
         return
     # Triton 3.10 flips the default of fp fusion; kernels here are meant with it.
     options = {**constexprs, **launch.options, "enable_fp_fusion": True}
-    if _recorder is not None:
-        _recorder(kernel, grid, args, options)
+    if (recorded := _recording.get()) is not None:
+        recorded[0](kernel, grid, args, options)
         return
     device = next(a for a in args if isinstance(a, Tensor)).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -96,8 +102,10 @@ def _properties(index: int) -> Any:
 
 def architecture(x: Tensor) -> int:
     """80, 90, 100, ...: what the launch of a kernel on x is chosen for. The interpreter counts as 90."""
-    if _architecture is not None or not x.is_cuda:
-        return _architecture or 90
+    if (recorded := _recording.get()) is not None:
+        return recorded[1]
+    if not x.is_cuda:
+        return 90
     properties = _properties(x.device.index)
     return 10 * properties.major + properties.minor
 
@@ -116,28 +124,28 @@ def _table(architecture: int) -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(path.read_text())["launches"] if path.exists() else {}
 
 
-# Set by `overriding`: a launch to try in place of tables and heuristics, and the keys that were asked for.
-_override: tuple[str, Launch | None, list[str]] | None = None
+# Set by `overriding` for its thread or task: a launch to try in place of tables and heuristics, and the keys asked for.
+_override: ContextVar[tuple[str, Launch | None, list[str]] | None] = ContextVar("override", default=None)
 
 
 @contextmanager
 def overriding(kernel: str, launch: Launch | None) -> Iterator[list[str]]:
     """Have `tuned` answer with this launch for one kernel in the `with` block (None: with the heuristic's, whatever the
-    table says); collects the keys it is asked for."""
-    global _override
+    table says); collects the keys it is asked for. Other threads are not affected; backward passes run in this one."""
     keys: list[str] = []
-    _override = (kernel, launch, keys)
+    before = _override.set((kernel, launch, keys))
     try:
-        yield keys
+        with torch.autograd.set_multithreading_enabled(False):
+            yield keys
     finally:
-        _override = None
+        _override.reset(before)
 
 
 def tuned(kernel: str, default: Launch, architecture: int, **key: int | str) -> Launch:
     """The measured launch for this key from tuned/sm_<architecture>.json, or the heuristic's."""
     name = " ".join(f"{k}={v}" for k, v in key.items())
-    if _override is not None and _override[0] == kernel:
-        _override[2].append(name)
-        return _override[1] or default
+    if (override := _override.get()) is not None and override[0] == kernel:
+        override[2].append(name)
+        return override[1] or default
     row = _table(architecture).get(kernel, {}).get(name)
     return default if row is None else Launch(**row)

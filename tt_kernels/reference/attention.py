@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import sequence_index
+from .common import full_precision, sequence_index
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool = False) -> Tensor:
@@ -67,6 +67,7 @@ def _context(
     return _sdpa(q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), mask, scale)
 
 
+@full_precision
 def context_attention(
     q: Tensor,
     k: Tensor,
@@ -115,6 +116,7 @@ def _append(
     k_pages[at], v_pages[at] = k.to(k_pages.dtype), v.to(v_pages.dtype)
 
 
+@full_precision
 def append_attention(
     q: Tensor,
     k: Tensor,
@@ -133,6 +135,7 @@ def append_attention(
     return o
 
 
+@full_precision
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
@@ -144,6 +147,7 @@ def causal_attention(
     return _sdpa(q, k, v, mask, scale)
 
 
+@full_precision
 def block_diffusion_attention(
     q: Tensor,
     k: Tensor,

@@ -1,8 +1,29 @@
 """What several references share: the dtype of sums, the head, packed sequences."""
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+
+def full_precision(reference: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The reference with autocast off: its docstring says in which dtypes it computes, and training is to compute what
+    inference does."""
+
+    @functools.wraps(reference)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        device = next((t.device.type for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), "meta")
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return reference(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return reference(*args, **kwargs)
+
+    return run
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, check_lengths, compute_dtype, sequence_index
+from .common import cast, check_lengths, compute_dtype, full_precision, sequence_index
 
 
 def _with_history(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
@@ -14,6 +14,7 @@ def _with_history(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
     return torch.cat([state[..., state.shape[-1] - taps :].transpose(1, 2).to(x.dtype), x], dim=1)
 
 
+@full_precision
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -44,6 +45,7 @@ def causal_conv1d(
     return cast(F.silu(y, inplace=not y.requires_grad) if activation == "silu" else y, x.dtype)
 
 
+@full_precision
 def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kernel_size: int) -> Tensor:
     B, L, C = x.shape
     check_lengths("conv_state", lengths, L)
@@ -58,6 +60,7 @@ def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kerne
     return columns.gather(1, index.expand(-1, -1, C)).transpose(1, 2).contiguous()
 
 
+@full_precision
 def conv_block_states(x: Tensor, *, block_size: int, kernel_size: int, cu_seqlens: Tensor | None = None) -> Tensor:
     B, N = x.shape[:2]
     starts = torch.arange(0, N, block_size, device=x.device)

@@ -3,9 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import head_logits
+from .common import full_precision, head_logits
 
 
+@full_precision
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None:
         hidden, targets = hidden[mask], targets[mask]

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from .common import check_lengths
+from .common import check_lengths, full_precision
 from .conv1d import causal_conv1d
 from .conv1d import conv_state as _conv_state
 from .ssd import ssd_advance, ssd_block, ssd_step
@@ -16,6 +16,7 @@ def _sizes(xBC: Tensor, state: Tensor) -> tuple[int, int, int, int]:
     return H, P, (xBC.shape[-1] - H * P) // (2 * N), N
 
 
+@full_precision
 def mamba_block(
     xBC: Tensor,
     dt: Tensor,
@@ -35,6 +36,7 @@ def mamba_block(
     return ssd_block(x, dt, A, B, C, D, dt_bias, state, dt_limit=dt_limit)
 
 
+@full_precision
 def mamba_advance(
     xBC: Tensor,
     dt: Tensor,
@@ -57,6 +59,7 @@ def mamba_advance(
     return _conv_state(xBC, lengths, conv_state, kernel_size=weight.shape[1]), new
 
 
+@full_precision
 def mamba_step(
     xBC: Tensor,
     dt: Tensor,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, compute_dtype
+from .common import cast, compute_dtype, full_precision
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class ExpertWeights:
     gate: Tensor | None = None
 
 
+@full_precision
 def route(
     x: Tensor,
     weight: Tensor,
@@ -71,6 +72,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat(parts or [x @ weight[0].T])  # without rows: connected to what it would come from
 
 
+@full_precision
 def experts(
     x: Tensor,
     ids: Tensor,

@@ -4,18 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, compute_dtype
+from .common import cast, compute_dtype, full_precision
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
 
 
+@full_precision
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     acc = compute_dtype(x.dtype, weight.dtype)
     return cast(_normalise(cast(x, acc), eps) * cast(weight, acc), x.dtype)
 
 
+@full_precision
 def modulated_rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -44,6 +46,7 @@ def modulated_rms_norm(
     return cast(y, weight.dtype), residual
 
 
+@full_precision
 def gated_group_norm(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, eps: float = 1e-5) -> Tensor:
     acc = compute_dtype(x.dtype, weight.dtype)
     gated = cast(x, acc) * F.silu(cast(z, acc))

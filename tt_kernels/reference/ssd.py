@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, check_lengths, compute_dtype, sequence_index
+from .common import cast, check_lengths, compute_dtype, full_precision, sequence_index
 
 CHUNK = 32  # tokens of a chunk where no size is asked for: pairs inside and states between cost about the same on a CPU
 
@@ -85,6 +85,7 @@ def _added(x: Tensor, weight: Tensor, B: Tensor) -> Tensor:
     return (weighted.permute(0, 2, 3, 1) @ B.transpose(1, 2)).unflatten(2, (-1, x.shape[3])).flatten(1, 2)
 
 
+@full_precision
 def ssd_block(
     x: Tensor,
     dt: Tensor,
@@ -104,6 +105,7 @@ def ssd_block(
     return cast(y, x.dtype)
 
 
+@full_precision
 def ssd_step(
     x: Tensor,
     dt: Tensor,
@@ -129,6 +131,7 @@ def ssd_step(
     return cast(y, x.dtype), new.view(b, H, P, N)
 
 
+@full_precision
 def ssd_advance(
     x: Tensor,
     dt: Tensor,
@@ -148,6 +151,7 @@ def ssd_advance(
     return new if state is None else new.addcmul_(cast(state, acc), whole[..., None, None])
 
 
+@full_precision
 def ssd_chunk(
     x: Tensor,
     dt: Tensor,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import compute_dtype, head_logits
+from .common import compute_dtype, full_precision, head_logits
 
 _WORD = 0xFFFFFFFF  # 32 bits
 _ROUND = ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))  # Philox4x32: multipliers, key increments
@@ -24,6 +24,7 @@ def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
+@full_precision
 def gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, *, vocab_size: int) -> Tensor:
     seed, position, step = (t.long().unsqueeze(-1) for t in (seed, position, step))
     quads = torch.arange(-(-vocab_size // 4), device=seed.device)  # four words of noise a counter
@@ -51,6 +52,7 @@ def _narrow(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     return scores
 
 
+@full_precision
 def sample(
     logits: Tensor,
     *,
@@ -75,6 +77,7 @@ def sample(
     return token, confidence
 
 
+@full_precision
 def head_sample(
     hidden: Tensor,
     weight: Tensor,
@@ -99,6 +102,7 @@ def head_sample(
     )
 
 
+@full_precision
 def commit(
     block: Tensor, token: Tensor, confidence: Tensor, *, mask_token_id: int, threshold: Tensor, steps_left: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,6 +116,7 @@ def commit(
     return torch.where(committed, token, block), committed, m - count
 
 
+@full_precision
 def unmask(
     hidden: Tensor,
     weight: Tensor,

@@ -1,0 +1,138 @@
+"""What callers do wrong is named by every public op: the argument, what it is and what was expected."""
+
+from typing import Any
+
+import pytest
+import torch
+from parity import KERNELS, make
+
+import tt_kernels
+from tt_kernels import OPS, core
+
+pytestmark = pytest.mark.kernels
+
+
+def args(name: str, **changes: Any) -> dict[str, Any]:
+    return make(OPS[name], OPS[name].cases[0], torch.float32) | changes
+
+
+BAD = [
+    ("rms_norm", dict(x=torch.ones(2, 4), weight=torch.ones(8)), "rms_norm: weight has D=8, but x has D=4"),
+    ("rms_norm", dict(x=torch.tensor(1.0)), "rms_norm: x is [], expected [*, D]"),
+    ("rms_norm", dict(x=torch.ones(2, 37).long()), "rms_norm: x is torch.int64, expected a tensor of floats"),
+    ("rms_norm", dict(x=[1.0]), "rms_norm: x is [1.0], expected a tensor"),
+    ("modulated_rms_norm", dict(order="norm"), "order is 'norm', expected 'modulate_norm' or 'norm_modulate'"),
+    ("modulated_rms_norm", dict(scale=None), "scale is None, expected shift and scale, or neither"),
+    ("modulated_rms_norm", dict(branch=None), "branch is None, expected a branch beside the gate"),
+    ("modulated_rms_norm", dict(shift=torch.ones(3, 29)), "shift has *=[3], but x has *=[2]"),
+    ("gated_group_norm", dict(groups=5), "gated_group_norm: groups is 5, expected a divisor of D=24"),
+    ("causal_conv1d", dict(bias=torch.ones(5)), "causal_conv1d: bias has C=5, but x has C=6"),
+    ("causal_conv1d", dict(activation="gelu"), "activation is 'gelu', expected 'silu' or None"),
+    ("causal_conv1d", dict(state=torch.ones(2, 6, 2)), "state is [2, 6, 2], expected at least K-1=3 columns"),
+    ("causal_conv1d", dict(cu_seqlens=torch.tensor([0, 10])), "state is [2, 6, 4], expected None beside cu_seqlens"),
+    ("conv_state", dict(kernel_size=3), "conv_state: kernel_size is 3, expected K=4"),
+    ("conv_state", dict(lengths=torch.ones(3)), "lengths is torch.float32, expected a tensor of ints"),
+    ("conv_state", dict(lengths=torch.tensor([5, -1, 0])), "conv_state: lengths is -1, expected 0 to L=5"),
+    ("conv_state", dict(lengths=torch.tensor([5, 6, 0])), "conv_state: lengths is 6, expected 0 to L=5"),
+    ("ssd_advance", dict(lengths=torch.tensor([-1, 6])), "ssd_advance: lengths is -1, expected 0 to L=5"),
+    ("ssd_chunk", dict(lengths=torch.tensor([7, 8])), "ssd_chunk: lengths is 8, expected 0 to L=7"),
+    ("mamba_advance", dict(lengths=torch.tensor([-1, 5])), "mamba_advance: lengths is -1, expected 0 to L=5"),
+    ("conv_block_states", dict(block_size=0), "conv_block_states: block_size is 0, expected 1 or more"),
+    ("ssd_block", dict(A=torch.ones(3)), "ssd_block: A has H=3, but x has H=4"),
+    ("ssd_block", dict(state=torch.ones(4, 3, 5)), "ssd_block: state is [4, 3, 5], expected [b, H, P, N]"),
+    ("ssd_block", dict(dt_limit=(1.0, 0.5)), "dt_limit is (1.0, 0.5), expected (low, high) with 0 <= low <= high"),
+    (
+        "ssd_step",
+        dict(B=torch.ones(2, 3, 5), C=torch.ones(2, 3, 5)),
+        "G is 3, expected groups of B that divide",
+    ),
+    ("ssd_advance", dict(B=torch.ones(2, 5, 3, 5)), "B has G=3 groups, expected a divisor of H=4, the heads of x"),
+    ("ssd_advance", dict(lengths=torch.tensor([1])), "ssd_advance: lengths has b=1, but x has b=2"),
+    ("ssd_chunk", dict(chunk_size=0), "ssd_chunk: chunk_size is 0, expected 1 or more"),
+    ("ssd_chunk", dict(cu_seqlens=torch.tensor([0, 14])), "state is [2, 4, 3, 5], expected None beside cu_seqlens"),
+    ("mamba_block", dict(weight=torch.ones(31, 4)), "mamba_block: weight has C=31, but xBC has C=32"),
+    (
+        "mamba_block",
+        dict(state=torch.ones(2, 4, 3, 6)),
+        "C is 32, expected H*P + 2*G*N with H=4, P=3, N=6 of the state",
+    ),
+    ("mamba_block", dict(dt_limit=(1.0, 0.5)), "dt_limit is (1.0, 0.5), expected (low, high) with 0 <= low <= high"),
+    ("mamba_advance", dict(conv_state=torch.ones(2, 32, 3)), "mamba_advance: conv_state has K=3, but weight has K=4"),
+    ("mamba_advance", dict(lengths=torch.ones(2)), "lengths is torch.float32, expected a tensor of ints"),
+    ("mamba_step", dict(dt=torch.ones(2, 5)), "mamba_step: A has H=4, but dt has H=5"),
+    ("route", dict(top_k=9), "route: top_k is 9, expected 1 to E=8"),
+    ("route", dict(n_group=3), "n_group is 3, expected a divisor of E=8 that leaves groups of at least 2"),
+    ("route", dict(n_group=2, topk_group=3), "route: topk_group is 3, expected 1 to n_group=2"),
+    ("experts", dict(activation="gelu"), "experts: activation is 'gelu', expected 'relu2' or 'silu'"),
+    ("experts", dict(x=torch.ones(5, 6).half()), "up is torch.float32, expected the dtype of x, torch.float16"),
+    ("experts", dict(ends=torch.ones(4).int()), "experts: order is None, expected order and ends, or neither"),
+    ("experts", dict(ids=torch.zeros(5, 3).long()), "experts: weights has K=2, but ids has K=3"),
+    ("context_attention", dict(q=torch.ones(2, 3, 3, 5)), "k has Hkv=2 heads, expected a divisor of Hq=3"),
+    (
+        "context_attention",
+        dict(lengths=torch.tensor([13, 1])),
+        "lengths goes up to 13, but the page table has room for 12",
+    ),
+    (
+        "append_attention",
+        dict(lengths=torch.tensor([1, 10])),
+        "lengths is 10 and 3 tokens enter, but the page table has room for 12",
+    ),
+    ("append_attention", dict(counts=torch.ones(3).int()), "append_attention: counts has B=3, but q has B=2"),
+    ("causal_attention", dict(k=torch.ones(2, 4, 2, 3)), "causal_attention: k has N=4, but q has N=5"),
+    ("block_diffusion_attention", dict(block_size=0), "block_size is 0, expected 1 or more"),
+    ("gumbel_noise", dict(vocab_size=0), "gumbel_noise: vocab_size is 0, expected 1 or more"),
+    ("sample", dict(top_k=0), "sample: top_k is 0, expected 1 or more, or None"),
+    ("sample", dict(top_p=0.0), "sample: top_p is 0.0, expected above 0 and up to 1, or None"),
+    ("sample", dict(suppress=11), "sample: suppress is 11, expected a token id below V=11"),
+    ("sample", dict(temperature=torch.ones(5)), "sample: temperature has *=[5], but logits has *=[6]"),
+    ("head_sample", dict(weight=torch.ones(37, 15)), "head_sample: weight has D=15, but hidden has D=16"),
+    ("commit", dict(threshold=torch.ones(3)), "commit: threshold has B=3, but block has B=4"),
+    ("unmask", dict(mask_token_id=37), "unmask: mask_token_id is 37, expected a token id below V=37"),
+    ("linear_cross_entropy", dict(mask=torch.ones(2, 5)), "mask is torch.float32, expected a tensor of bools"),
+    ("linear_cross_entropy", dict(targets=torch.ones(2, 4).long()), "targets has *=[2, 4], but hidden has *=[2, 5]"),
+]
+
+
+@pytest.mark.parametrize("name,changes,message", BAD, ids=[f"{n}-{'-'.join(c)}-{i}" for i, (n, c, _) in enumerate(BAD)])
+def test_bad_input_is_named(name: str, changes: dict[str, Any], message: str) -> None:
+    if KERNELS and OPS[name].kernels and list(changes) == ["lengths"] and changes["lengths"].numel() > 1:
+        pytest.skip("kernels do not read lengths on the host")
+    with pytest.raises(ValueError) as error:
+        OPS[name].fn(**args(name, **changes))
+    assert message in str(error.value) and str(error.value).startswith(f"{name}: ")
+
+
+def test_every_op_refuses_something() -> None:
+    assert {name for name, *_ in BAD} == set(OPS)
+
+
+def test_trusted_callers_are_not_checked() -> None:
+    with tt_kernels.trusted(), tt_kernels.trusted():
+        core.check("t", a=(torch.ones(2), "A B"))
+    with pytest.raises(ValueError, match="t: a is"):
+        core.check("t", a=(torch.ones(2), "A B"))
+
+
+def test_check_remembers_what_passed_and_nothing_else() -> None:
+    good, bad = torch.ones(2, 3), torch.ones(3, 3)
+    for _ in range(2):
+        core.check("t", a=(good, "A B"), b=(good, "A B"), c=(None, "A"))
+        with pytest.raises(ValueError, match=r"t: b has A=3, but a has A=2"):
+            core.check("t", a=(good, "A B"), b=(bad, "A B"), c=(None, "A"))
+    core.check("t", a=(torch.ones(2, 1, 3), "* B"), b=(torch.ones(2, 1), "*"), c=(torch.ones(2, 1, 5, 3), "* A B"))
+
+
+def test_products_are_compared() -> None:
+    """A size named by an expression is no label: T*K of what other arguments bind, and sequences+1 binds sequences."""
+    x, ids = torch.ones(5, 3), torch.ones(5, 2).long()
+    for good in (torch.ones(10), None):
+        core.check("t", x=(x, "T D"), ids=(ids, "T K", int), order=(good, "T*K"))
+    for size in (6, 20):
+        with pytest.raises(ValueError, match=rf"^t: order has {size} elements, expected T\*K=10 \(T=5, K=2\)$"):
+            core.check("t", order=(torch.ones(size), "T*K"), x=(x, "T D"), ids=(ids, "T K", int))
+    core.check("t", a=(torch.ones(4), "S+1"), b=(torch.ones(3), "S"))
+    with pytest.raises(ValueError, match=r"^t: b has S=4, but a has S=3$"):
+        core.check("t", a=(torch.ones(4), "S+1"), b=(torch.ones(4), "S"))
+    with pytest.raises(ValueError, match=r"^t: a is \[0\], expected \[S\+1\]$"):
+        core.check("t", a=(torch.ones(0), "S+1"))
