@@ -255,6 +255,10 @@ def generate(
         )
     if settings.mode != "ar" and model.denoiser_tower is None:
         raise ValueError(f'mode is {settings.mode!r}, but the model was loaded with towers="context": only "ar" works')
+    mask = model.config.mask_token_id
+    if masked := [b for b, row in enumerate(rows) if mask in row]:
+        message = f"prompt {masked[0]} holds the mask token ({mask}), which is read like any other and not filled in"
+        warnings.warn(message, stacklevel=4)
     seeds = row_seeds(seed, len(rows), model.device)
     if on_step is not None and not callable(on_step):
         raise ValueError(f"on_step is {on_step!r}, expected a function of a Step, or None")

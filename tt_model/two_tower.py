@@ -6,7 +6,6 @@ B batch, P prompt length, L block length, N tokens of a training row, S block si
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -67,7 +66,7 @@ class TwoTower(nn.Module):
     The mask token's id may stand anywhere in clean text, as in the published implementation, whose autoregressive modes
     write it: the context tower reads it as the ordinary token that its embedding makes it, in `prefill`, `commit`,
     `verify` and `encode_clean` alike, and nothing fills it in. Only in the block given to `denoise` does it mean a
-    position to be filled. In a prompt it is most likely a mistake: `generate` and `prefill` warn.
+    position to be filled. In a prompt it is most likely a mistake: `generate` warns.
 
     Cast to 16 bits (`to`, `half`, `bfloat16`), it keeps `checkpoint.FP32_PARAMETERS` in fp32, as loading does.
 
@@ -177,7 +176,7 @@ class TwoTower(nn.Module):
             `tokens`: a list of new token ids per row; `nfe`: denoiser passes per row.
         Raises:
             ValueError: a setting, prompt or token id that cannot be meant, before any work. Warns when block_size is
-            above the trained one.
+            above the trained one, and when a prompt holds the mask token.
         Cost: a prefill, then per block at most steps_per_block denoiser passes and one context pass; in the block in
             which a row ends, passes until its end and all before it are committed and what lies behind could only be
             dropped (a last pass over one such position is made all the same: the published NFE counts it).
@@ -237,12 +236,6 @@ class TwoTower(nn.Module):
             raise ValueError("prompts: expected at least one")
         if not all(rows):
             raise ValueError(f"prompts: prompt {rows.index([])} is empty: every prompt needs at least one token")
-        mask = self.config.mask_token_id
-        for b, row in enumerate(rows):
-            if mask in row:
-                message = f"prompt {b} holds the mask token ({mask}): it is read like any other token, not filled in"
-                warnings.warn(message, stacklevel=4)
-                break
         return rows
 
     def _prefill(self, rows: Sequence[Sequence[int] | Tensor], reserve: int) -> Cache:
