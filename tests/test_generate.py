@@ -105,6 +105,15 @@ def test_a_huge_temperature_draws_every_token_alike(temperature: float, mode: st
     assert temperature < 1e30 or rows == same
 
 
+@pytest.mark.kernels
+def test_kernels_draw_as_references_do_at_a_huge_temperature(model: TwoTower) -> None:
+    options = dict(max_new_tokens=8, steps_per_block=1, temperature=1e39, seed=5, eos_token_id=None)
+    out = model.generate(prompts_of([4]) * 4, **options)
+    with use("reference"):
+        assert out == model.generate(prompts_of([4]) * 4, **options)
+    assert MASK not in {t for row in out.tokens for t in row}
+
+
 # ---- seeds and NumPy's integers ----
 
 

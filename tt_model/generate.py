@@ -60,7 +60,7 @@ class Settings:
             value = getattr(self, name)
             if type(value) not in (int, float) and not (value is None and name == "top_p"):
                 raise ValueError(f"{name} is {value!r}, expected a number")
-        if self.block_size > (limit := config.max_position_embeddings):
+        if self.block_size > (limit := max(config.max_position_embeddings, config.block_size)):
             raise ValueError(f"block_size is {self.block_size}, expected at most the model's context of {limit}")
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold is {self.confidence_threshold}, expected 0 to 1")

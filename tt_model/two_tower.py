@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,11 +35,13 @@ def prefill_stretch(rows: int) -> int:
     return max(1, PREFILL_CHUNK // rows // 64) * 64
 
 
-@cache
-def _frequencies(half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _make_frequencies(half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """10000^(-j / half), made on the CPU whatever the device: an ulp of a frequency is 1e-5 of the logits."""
     with torch.inference_mode(False):  # made once, and used in training too
-        return torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype) / half).to(device)
+        return torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device="cpu") / half).to(device)
+
+
+_frequencies = lru_cache(maxsize=16)(_make_frequencies)
 
 
 class TimeEmbedder(nn.Module):
@@ -53,7 +55,10 @@ class TimeEmbedder(nn.Module):
     def forward(self, t_M: Tensor) -> Tensor:
         dtype, half = self.mlp[0].weight.dtype, self.size // 2
         acc = torch.promote_types(dtype, torch.float32)
-        angles = (t_M.to(dtype) * 1000).to(acc).unsqueeze(-1) * _frequencies(half, acc, t_M.device)  # [M, 128]
+        # A trace computes with stand-ins for tensors: what it makes must not stay behind for later calls.
+        traced = torch.compiler.is_compiling() or type(t_M) is not Tensor
+        frequencies = _make_frequencies if traced else _frequencies
+        angles = (t_M.to(dtype) * 1000).to(acc).unsqueeze(-1) * frequencies(half, acc, t_M.device)  # [M, 128]
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))
 
 
