@@ -95,6 +95,19 @@ def test_tokenizer_of_a_folder_that_is_replaced_is_never_absent(source: Path, mo
     monkeypatch.setattr(write, "_exchange", killed)
     with pytest.raises(KeyboardInterrupt):
         save(TwoTower.from_pretrained(source, device="cpu"), source)
+    (before,) = source.parent.glob(".source.*")  # what had not been moved yet is not lost
+    assert (before / "figures" / "loss.png").is_file()
+
+
+def test_an_exchange_that_fails_changes_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(one: Path, other: Path) -> None:
+        raise OSError("no exchange here")
+
+    before = contents(source)
+    monkeypatch.setattr(sys.modules["tt_model.checkpoint.write"], "_exchange", failing)
+    with pytest.raises(OSError, match="no exchange here"):
+        save(model_of(seed=1), source)
+    assert contents(source) == before and [p.name for p in source.parent.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -125,7 +125,7 @@ class Cache:
             lengths: [B] int, 0..L.
         On a GPU it waits for the device once; `commit` and `verify` do not.
         """
-        if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32):
+        if not isinstance(lengths, Tensor) or lengths.dim() != 1 or lengths.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"advance: lengths is {lengths!r}, expected a tensor of integers, one for each row")
         if pending.hidden is None or len(lengths) != self.batch:
             raise ValueError(f"advance: lengths has {len(lengths)} rows, the cache has {self.batch}")

@@ -247,8 +247,12 @@ def atomic_folder(folder: str | Path, *, anew: Collection[str] = ()) -> Iterator
             if old.is_file() and not (temporary / old.name).exists():
                 with suppress(OSError):
                     os.link(old, temporary / old.name, follow_symlinks=False)
-        _exchange(temporary, target)
     except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    try:
+        _exchange(temporary, target)
+    except OSError:  # nothing else: interrupted, it may have happened, and `temporary` hold what was there before
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in before:
