@@ -59,9 +59,13 @@ class Read(Exception):
     """The host asked for a device value."""
 
 
-def test_a_step_of_the_loop_reads_the_masked_counts_alone(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ends", [(), (2,), (2, 11)])
+def test_a_step_of_the_loop_reads_the_masked_counts_alone(
+    model: TwoTower, monkeypatch: pytest.MonkeyPatch, ends: tuple[int, ...]
+) -> None:
     """Denoise, unmask and what lies between them, up to the one read."""
-    settings = Settings(mode="mask_diffusion", max_new_tokens=32, block_size=model.config.block_size)
+    size = model.config.block_size
+    settings = Settings(mode="mask_diffusion", max_new_tokens=32, block_size=size, eos_token_ids=ends)
 
     def read(t: Tensor) -> list:
         raise Read(tuple(t.shape))
