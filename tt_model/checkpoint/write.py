@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TwoTowerConfig
+from ..files import named, partial, sync
 from .folder import DTYPES, INDEX, SINGLE, Bar, finite, some
 from .keys import parameter_dtype, published_keys
 
@@ -160,39 +160,64 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
     If the block raises, the temporary folder is removed and `folder` stays as it was. If it ends, the temporary folder
     takes the place of `folder` in one step; what was there before and was not written anew is kept, except weights,
-    which only fit each other. Files that are written are on the disk before the step. A killed process may leave a
-    hidden folder `.NAME.*` behind. OSError when `folder` is a file or cannot be written.
+    which only fit each other. Files that are written are on the disk before the step. What a killed process left beside
+    `folder` is removed first. OSError when `folder` is a file or cannot be written; it names the file in `folder`.
     """
     target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{folder}: exists and is not a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in (*(p for p in temporary.rglob("*") if p.is_file()), temporary):
-            _sync(path)
-        if not target.exists():
-            temporary.rename(target)
-            return
-        shutil.copymode(target, temporary)
-        _exchange(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for old in temporary.iterdir():  # what was there before
-        if not _WEIGHTS.fullmatch(old.name) and not (target / old.name).exists():
-            old.rename(target / old.name)
-    shutil.rmtree(temporary)
+    with partial(target, folder=True) as temporary:
+        try:
+            yield temporary
+            for path in (*(p for p in temporary.rglob("*") if p.is_file()), temporary):
+                sync(path)
+            if not _appears(temporary, target):
+                shutil.copymode(target, temporary)
+                _keep(target, temporary)
+                _exchange(temporary, target)
+                for late in _others(temporary):  # made there since `_keep` looked
+                    if not (target / late.name).exists():
+                        late.rename(target / late.name)
+            sync(target.parent)
+        except OSError as error:
+            raise named(error, temporary, target) from error
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _appears(temporary: Path, target: Path) -> bool:
+    """Whether the folder could take its target's name; False where something is there already."""
+    if target.exists():
+        return False
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():  # rather than another process that was faster
+            raise
+        return False
+    return True
+
+
+def _others(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not _WEIGHTS.fullmatch(path.name)]
+
+
+def _keep(old: Path, new: Path) -> None:
+    """Give `new` what stands in `old` alone, except weights, under a second name: `old` may go at any moment."""
+    for path in _others(old):
+        if (new / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, new / path.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name of a file; a copy on a file system that has none."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _exchange(one: Path, other: Path) -> None:
