@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import io
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -172,6 +173,32 @@ def test_watch_shows_a_block_resolving() -> None:
     assert view.passes == 3 and view.confidence[0] == pytest.approx(0.9)  # of the step that took it
     shown = console.file.getvalue()
     assert "masked" in shown and "pass 3" in shown and "\x1b[38;2;" in shown
+
+
+def test_watch_keeps_what_there_was_when_it_is_stopped() -> None:
+    vocabulary = Vocabulary(ASSETS, CONFIG)
+    ids = vocabulary.tokenizer.encode(" self.name = name").ids
+    console = terminal()
+    with pytest.raises(KeyboardInterrupt), Watch(console, "x = 1", 3, vocabulary) as view:
+        view.step(step_of(3, ids, [0.9] * len(ids), list(range(len(ids)))))
+        view.step(step_of(3 + len(ids), [CONFIG.mask_token_id] * 3, [0.1] * 3, []))
+        view.tokens.append(7)  # the signal came in the middle of a step
+        raise KeyboardInterrupt
+    last = console.file.getvalue().rpartition("\x1b[2K")[2]  # after the live view was taken away
+    assert re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last) == "x = 1 self.name = name░░░\n"
+
+    class Gone(io.StringIO):  # a terminal that was closed: SIGHUP
+        gone = False
+
+        def write(self, text: str) -> int:
+            if self.gone:
+                raise OSError(5, "Input/output error")
+            return super().write(text)
+
+    console = Console(file=Gone(), force_terminal=True, width=60, height=20, _environ={})
+    with pytest.raises(KeyboardInterrupt), Watch(console, "x", 3, vocabulary):
+        console.file.gone = True
+        raise KeyboardInterrupt
 
 
 def test_watch_shows_ids_without_a_tokenizer() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -88,11 +88,32 @@ def save_state(
     if bad := bad_names(_tensors(state)):
         raise ValueError(f"{len(bad)} tensors hold NaN or Inf ({', '.join(bad[:3])}{', ...' * (len(bad) > 3)})")
 
-    def write(path: Path) -> None:
-        with path.open("wb") as file:  # torch's own writer of paths does not say that a disk is full
-            torch.save(state, file)
+    write_atomically(out / STATE, lambda path: _write(state, path))
 
-    write_atomically(out / STATE, write)
+
+class _Telling:
+    """A file for torch.save, which answers a full disk with a RuntimeError of its own: keeps the system's error."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.flush, self.error = file, file.flush, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _write(state: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        telling = _Telling(file)
+        try:
+            torch.save(state, telling)
+        except RuntimeError:
+            if telling.error is not None:
+                raise telling.error from None
+            raise
 
 
 def read_state(out: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TwoTowerConfig
-from ..files import named, partial, sync
+from ..files import named, naming, partial, sync
 from .folder import DTYPES, INDEX, SINGLE, Bar, finite, some
 from .keys import parameter_dtype, published_keys
 
@@ -115,7 +115,7 @@ def write(
         for i, shard in enumerate(shards):
             name = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= {entry.key: name for entry in shard}
-            with (folder / name).open("wb") as file:
+            with naming(folder / name), (folder / name).open("wb") as file:
                 _write_shard(file, shard, bar)
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -125,7 +125,8 @@ def write(
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    with naming(file):
+        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_shard(file: BinaryIO, entries: Sequence[Entry], bar: Bar) -> None:

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with one_line_warnings(), handling(Raise()):
             code = _run(arguments)
-            _flush()
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         _drop_output()
@@ -71,20 +71,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         code, message = 1, describe(error)
+        if isinstance(error, OSError) and error.filename is None and not _flushes():
+            message = f"standard output: {message}"
     with suppress(OSError):  # a terminal that has gone cannot be told
         print(f"twotower: error: {message}", file=sys.stderr)
     return code
 
 
-def _flush() -> None:
-    """Write out standard output; an error of it says so."""
+def _flushes() -> bool:
+    """Whether standard output takes what is left of it; if not, nothing more is tried."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
+    except OSError:
         _drop_output()
-        raise OSError(error.errno, error.strerror, "standard output") from error
+        return False
+    return True
 
 
 def _drop_output() -> None:
