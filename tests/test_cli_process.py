@@ -155,7 +155,7 @@ def test_a_killed_output_is_swept_up(tmp_path: Path) -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_standard_output_on_a_full_disk() -> None:
     code = "import sys; from tt_model.cli import main; sys.exit(main(sys.argv[1:]))"
-    for command in (["info"], ["info", "--json"]):
+    for command in (["info", "--json"], ["generate", "--quiet", "--max-new-tokens", "1", "x"]):
         with open("/dev/full", "w") as full:
             run = subprocess.run(
                 [sys.executable, "-c", code, *command],

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from ..stops import Raise, Stopped, handling
 from . import convert, generate, info, train
-from .common import Parser, describe, one_line_warnings
+from .common import Parser, describe, one_line_warnings, put
 from .waiting import set_waiting
 
 _EPILOG = """\
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with one_line_warnings(), handling(Raise()):
             code = _run(arguments)
-            sys.stdout.flush()
+            put("")  # what print has left
         return code
     except BrokenPipeError:
         _drop_output()
@@ -71,21 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         code, message = 1, describe(error)
-        if isinstance(error, OSError) and error.filename is None and not _flushes():
-            message = f"standard output: {message}"
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
     with suppress(OSError):  # a terminal that has gone cannot be told
         print(f"twotower: error: {message}", file=sys.stderr)
     return code
-
-
-def _flushes() -> bool:
-    """Whether standard output takes what is left of it; if not, nothing more is tried."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _drop_output()
-        return False
-    return True
 
 
 def _drop_output() -> None:

@@ -84,6 +84,17 @@ def describe(error: Exception) -> str:
     return f"{one_line(f'{type(error).__name__}: {error}')} (unexpected; TWOTOWER_DEBUG=1 shows where)"
 
 
+def put(text: str) -> None:
+    """Write to standard output; an error of it, as that the disk is full, names it."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
     """Warnings as `twotower: warning: ...` on stderr, the same one once."""
@@ -182,7 +193,7 @@ class Output:
 
     def write(self, text: str) -> None:
         if self.path is None:
-            sys.stdout.write(text)
+            put(text)
             return
         try:
             (self._temporary or self._target).write_text(text, encoding="utf-8")
