@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import io
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from test_cli import ASSETS, CONFIG, folder  # noqa: F401 (a fixture)
 from tt_model import Step, TwoTower, __version__
 from tt_model.cli import main, make_parser
 from tt_model.cli.common import DTYPES
+from tt_model.cli.generate import MODES as OFFERED_MODES
 from tt_model.cli.train import SETTINGS
 from tt_model.cli.vocabulary import Vocabulary
 from tt_model.cli.watch import Watch, colour, visible
@@ -42,7 +44,7 @@ def parsers(parser: argparse.ArgumentParser | None = None) -> Iterator[argparse.
 EXAMPLES = [
     (p.prog, line.split("|")[-1].strip() if "| twotower" in line else line.split(" | ")[0].strip())
     for p in parsers()
-    for line in p.epilog.splitlines()
+    for line in p.epilog.splitlines()  # as written: --help may break it
     if line.startswith("  ") and "twotower " in line
 ]
 
@@ -55,8 +57,24 @@ def test_help_teaches_by_example(parser: argparse.ArgumentParser, capsys: pytest
     assert main([*parser.prog.split()[1:], "--help"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and parser.description.splitlines()[0][:40] in out
-    assert all(len(line) <= 120 for line in out.splitlines())
     assert 3 <= sum(prog == parser.prog for prog, _ in EXAMPLES) <= 6
+
+
+@pytest.mark.parametrize("parser", list(parsers()), ids=lambda p: p.prog)
+def test_help_fits_the_terminal(
+    parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*parser.prog.split()[1:], "--help"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if len(line) > 80] == []
+    # Paragraphs are filled, and an example is still a command when it is pasted.
+    words = parser.epilog.rsplit("\n\n", 1)[-1].split()
+    assert " ".join(words) in " ".join(out.split())
+    shown = [line for line in out.replace("\\\n", "").splitlines() if line.startswith("  ")]
+    for prog, line in EXAMPLES:
+        if prog == parser.prog:
+            assert any(" ".join(line.split()) in " ".join(text.split()) for text in shown), line
 
 
 @pytest.mark.parametrize(("prog", "line"), EXAMPLES)
@@ -69,8 +87,8 @@ def test_examples_are_commands(prog: str, line: str) -> None:
 def test_help_knows_the_library(capsys: pytest.CaptureFixture[str]) -> None:
     main(["generate", "--help"])
     out = capsys.readouterr().out
-    assert [mode for mode in MODES if f"\n  {mode} " not in out] == []
-    assert all(name in DTYPES for name in KNOWN_DTYPES)
+    assert [mode for mode in MODES if f"\n  {mode} " not in out] == [] and tuple(MODES) == OFFERED_MODES
+    assert set(DTYPES) == set(KNOWN_DTYPES)
     flags = vars(make_parser().parse_args(["generate"]))
     for name, parameter in inspect.signature(TwoTower.generate).parameters.items():
         if name in (
@@ -155,6 +173,32 @@ def test_watch_shows_a_block_resolving() -> None:
     assert view.passes == 3 and view.confidence[0] == pytest.approx(0.9)  # of the step that took it
     shown = console.file.getvalue()
     assert "masked" in shown and "pass 3" in shown and "\x1b[38;2;" in shown
+
+
+def test_watch_keeps_what_there_was_when_it_is_stopped() -> None:
+    vocabulary = Vocabulary(ASSETS, CONFIG)
+    ids = vocabulary.tokenizer.encode(" self.name = name").ids
+    console = terminal()
+    with pytest.raises(KeyboardInterrupt), Watch(console, "x = 1", 3, vocabulary) as view:
+        view.step(step_of(3, ids, [0.9] * len(ids), list(range(len(ids)))))
+        view.step(step_of(3 + len(ids), [CONFIG.mask_token_id] * 3, [0.1] * 3, []))
+        view.tokens.append(7)  # the signal came in the middle of a step
+        raise KeyboardInterrupt
+    last = console.file.getvalue().rpartition("\x1b[2K")[2]  # after the live view was taken away
+    assert re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last) == "x = 1 self.name = name░░░\n"
+
+    class Gone(io.StringIO):  # a terminal that was closed: SIGHUP
+        gone = False
+
+        def write(self, text: str) -> int:
+            if self.gone:
+                raise OSError(5, "Input/output error")
+            return super().write(text)
+
+    console = Console(file=Gone(), force_terminal=True, width=60, height=20, _environ={})
+    with pytest.raises(KeyboardInterrupt), Watch(console, "x", 3, vocabulary):
+        console.file.gone = True
+        raise KeyboardInterrupt
 
 
 def test_watch_shows_ids_without_a_tokenizer() -> None:

@@ -224,11 +224,46 @@ def test_single_file_is_split_at_a_line(tmp_path):
     assert held.startswith("line ") and 9 <= held.count("\n") <= 12
 
 
+def test_json_lines_are_documents(tmp_path):
+    """The "text" of each line, nested folders and single files alike; a line's side depends on its place alone."""
+    lines = [json.dumps({"id": i, "text": f"text\n{i} \u2028 ü"}, ensure_ascii=False) for i in range(200)]
+    path = tmp_path / "corpus" / "deep" / "a.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("\ufeff" + "\r\n".join(lines[:100]) + "\n\n" + "\n".join(lines[100:]), encoding="utf-8", newline="")
+    (tmp_path / "corpus" / "b.py").write_text("b = 1\n")
+    for source, more in ((tmp_path / "corpus", {"b = 1\n"}), (path, set())):
+        train, held = (data.load_texts(source, split, 0.2) for split in data.SPLITS)
+        assert {*train, *held} == {f"text\n{i} \u2028 ü" for i in range(200)} | more
+        assert len(train) + len(held) == 200 + len(more) and 20 < len(held) < 60
+        assert data.load_texts(source, "train", 0.0)[:100] == [f"text\n{i} \u2028 ü" for i in range(100)] or more
+    path.write_text(path.read_text(encoding="utf-8") + '\n{"text": "one more"}\n', encoding="utf-8")
+    assert set(held) <= set(data.load_texts(path, "held_out", 0.2))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ('"a"', "no object, expected an object"),
+        ('{"data": {"text": "a"}, "n": 1}', "an object with 'data', 'n', expected"),
+        ('{"text": ["a"]}', "expected an object with a string"),
+        ('{"text": null}', "expected an object with a string"),
+        ('{"text": "\\ud800"}', "half a character"),
+    ],
+)
+def test_json_lines_are_checked(tmp_path, line, message):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
+    for source in (tmp_path, tmp_path / "a" / "x.jsonl"):
+        with pytest.raises(ValueError, match=rf"x\.jsonl:3: .*{message}"):
+            data.load_texts(source, "train", 0.0)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda p: data.text_files(p / "none"), "source is '.*none', which does not exist"),
-        (lambda p: data.text_files(p), r"source is .* a folder without any \.py or \.txt file"),
+        (lambda p: data.text_files(p), r"source is .* a folder without any \.py, \.txt, \.jsonl file"),
         (lambda p: data.split_files([], p, 1.0), "held_out is 1.0"),
         (lambda p: data.load_texts("stdlib", "test"), "split is 'test': expected one of train, held_out"),
         (lambda p: data.encode_documents([], None, bos=1, eos=2, block_size=0), "block_size is 0"),

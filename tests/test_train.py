@@ -41,7 +41,7 @@ def test_schedule():
     assert rates[0] == pytest.approx(1e-4) and rates[9] == rates[69] == pytest.approx(1e-3)
     assert all(a <= b for a, b in pairwise(rates[:10]))
     assert all(a > b for a, b in pairwise(rates[70:]))
-    assert rates[-1] == pytest.approx(1e-5 + (1e-3 - 1e-5) / 30)
+    assert rates[70] == pytest.approx(1e-5 + (1e-3 - 1e-5) * 29 / 30) and rates[-1] == 1e-5
 
 
 @pytest.mark.parametrize("stage", ["ar", "denoiser"])

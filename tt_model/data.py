@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import sys
 import sysconfig
 import warnings
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,12 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from .files import read_text, refuse_pointer
+from .files import read_text, refuse_pointer, write_atomically
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")  # ids 0, 1, 2, 3
 HELD_OUT = 0.05
 SPLITS = ("train", "held_out")
+JSON_LINES = ".jsonl"  # a document a line: a JSON object with its "text"
 
 _PYTHON_CACHE = {"__pycache__"}
 _SKIPPED_FOLDERS = {  # by: is it the standard library?
@@ -60,22 +62,22 @@ def _is_table(path: Path) -> bool:
 def text_files(source: str | Path) -> list[Path]:
     """The files of a corpus, sorted by their path.
 
-    source: a file (whatever its name); a folder: every *.py and *.txt below it, hidden folders and __pycache__ left
-        out; or the word "stdlib": the running Python's standard library, *.py without tests, data tables and installed
-        packages, about 10 MB ("./stdlib" is a folder of that name).
+    source: a file (whatever its name); a folder: every *.py, *.txt and *.jsonl below it, hidden folders and __pycache__
+        left out; or the word "stdlib": the running Python's standard library, *.py without tests, data tables and
+        installed packages, about 10 MB ("./stdlib" is a folder of that name).
     Raises ValueError when the source is missing or holds no such file.
     """
     root, stdlib = _root(source), source == "stdlib"
     if root.is_file():
         return [root]
-    kinds = (".py",) if stdlib else (".py", ".txt")
+    kinds = (".py",) if stdlib else (".py", ".txt", JSON_LINES)
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [d for d in subfolders if not (d.startswith(".") or d in _SKIPPED_FOLDERS[stdlib])]
         paths = [Path(folder, name) for name in names if name.endswith(kinds)]
         found += [path for path in paths if path.is_file() and not (stdlib and _is_table(path.relative_to(root)))]
     if not found:
-        raise ValueError(f"source is {str(source)!r}, a folder without any {' or '.join(kinds)} file: expected some")
+        raise ValueError(f"source is {str(source)!r}, a folder without any {', '.join(kinds)} file: expected some")
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -89,8 +91,12 @@ def split_files(files: Iterable[Path], root: Path, held_out: float = HELD_OUT) -
         raise ValueError(f"held_out is {held_out}: expected a fraction, at least 0 and below 1")
     sides: tuple[list[Path], list[Path]] = ([], [])
     for name, path in sorted((path.relative_to(root).as_posix(), path) for path in files):
-        sides[_hash(name) < held_out * 2**63].append(path)
+        sides[_is_held(name, held_out)].append(path)
     return sides
+
+
+def _is_held(name: str, held_out: float) -> bool:
+    return _hash(name) < held_out * 2**63
 
 
 def _hash(text: str) -> int:
@@ -99,37 +105,70 @@ def _hash(text: str) -> int:
 
 
 def load_texts(source: str | Path, split: str, held_out: float = HELD_OUT) -> list[str]:
-    """The documents of one split ("train" or "held_out") of a corpus, one a file, sorted by path; blank files left out.
+    """The documents of one split ("train" or "held_out") of a corpus, one a file, sorted by path; blank ones left out.
 
-    Of a single file, the last `held_out` of its text, from the start of a line, is the held-out split.
-    Files that are not UTF-8 are skipped, with one warning that counts them. Raises ValueError when nothing is left,
-    when a single file is not UTF-8, and for what text_files and split_files refuse.
+    Of a *.jsonl file every line is a document, the "text" of a JSON object; its side follows from a hash of the file's
+    path and the line's number. Of any other single file, the last `held_out` of its text, from the start of a line, is
+    the held-out split. Files that are not UTF-8 are skipped, with one warning that counts them. Raises ValueError when
+    nothing is left, when a single file is not UTF-8, for a line of a *.jsonl file that is something else, and for what
+    text_files and split_files refuse.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
     root, files = _root(source), text_files(source)
     side = SPLITS.index(split)
-    if not root.is_file():
-        files = split_files(files, root, held_out)[side]
-    texts, skipped = [], 0
+    base = root.parent if root.is_file() else root
+    chosen = set(split_files(files, base, held_out)[side])
+    texts, read, skipped = [], 0, 0
     for path in files:
+        lines = path.suffix == JSON_LINES
+        if not lines and not root.is_file() and path not in chosen:
+            continue
+        read += 1
         try:
-            texts.append(path.read_text(encoding="utf-8-sig"))
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             if root.is_file():
                 raise ValueError(f"source is {str(source)!r}, which is not UTF-8 text ({error.reason})") from None
             skipped += 1
+            continue
+        if lines:
+            name = path.relative_to(base).as_posix()
+            texts += [t for n, t in _json_texts(path, text) if _is_held(f"{name}:{n}", held_out) == side]
+        elif root.is_file():
+            end = int(len(text) * (1 - held_out))
+            cut = text.rfind("\n", 0, end) + 1 or end
+            texts.append((text[:cut], text[cut:])[side])
+        else:
+            texts.append(text)
     if skipped:
-        warnings.warn(f"{skipped} of {len(files)} files in {str(source)!r} are not UTF-8: skipped", stacklevel=2)
-    if root.is_file():
-        split_files([], root, held_out)  # checks held_out
-        end = int(len(texts[0]) * (1 - held_out))
-        cut = texts[0].rfind("\n", 0, end) + 1 or end
-        texts = [(texts[0][:cut], texts[0][cut:])[side]]
+        warnings.warn(f"{skipped} of {read} files in {str(source)!r} are not UTF-8: skipped", stacklevel=2)
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"source is {str(source)!r}: its {split} split has no text (held_out={held_out})")
     return texts
+
+
+def _json_texts(path: Path, lines: str) -> Iterator[tuple[int, str]]:
+    """Number and "text" of every line of a *.jsonl file that is not blank."""
+    for number, line in enumerate(lines.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+        text = value.get("text") if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            found = (
+                f"an object with {', '.join(map(repr, value)) or 'nothing'}" if isinstance(value, dict) else "no object"
+            )
+            raise ValueError(f'{path}:{number}: {found}, expected an object with a string "text"')
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f'{path}:{number}: "text" holds half a character (a surrogate)') from None
+        yield number, text
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -300,10 +339,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         train, held = load_texts(options.source, "train"), load_texts(options.source, "held_out")
         tokenizer = train_tokenizer(train, options.vocab_size)
-    except ValueError as error:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out, lambda path: path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8"))
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(options.out))
     print(f"{options.out}: {tokenizer.get_vocab_size()} tokens")
     for split, texts in zip(SPLITS, (train, held), strict=True):
         size = sum(len(text.encode()) for text in texts)

@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
@@ -24,52 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from .data import Batch, Rows
+from .files import hold, write_atomically
 from .layers import MoE
 from .objective import ar_loss, denoiser_loss, mask_blocks
+from .schedule import TrainSettings, learning_rate
+from .state import STATE, Masters, load_state, save_state
+from .stops import Stopped, handling
 from .two_tower import TwoTower
 
-STATE = "training.pt"  # parameters, optimizer and history of a run that can be resumed
 BIAS_RATE = 1e-3  # of the router's load balance: DeepSeek-V3's (arXiv 2412.19437)
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What a run depends on besides its model and data. A run resumes only under the settings that it began with."""
-
-    stage: str  # "ar" or "denoiser"
-    steps: int = 1000
-    batch_size: int = 8  # rows a step
-    learning_rate: float = 1e-4
-    final_learning_rate: float = 1e-6
-    warmup: int = 100  # steps from 0 to learning_rate
-    decay: float = 0.2  # share of the steps, at the end, that fall linearly to final_learning_rate
-    weight_decay: float = 0.1  # of matrices
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0  # largest norm of the gradient
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.stage not in ("ar", "denoiser"):
-            raise ValueError(f'stage is {self.stage!r}, expected "ar" or "denoiser"')
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected above 0")
-        if not 0 <= self.seed < 2**40:
-            raise ValueError(f"seed is {self.seed}, expected 0 to 2^40 - 1")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay is {self.decay}, expected a share from 0 to 1")
-
-
-def learning_rate(step: int, s: TrainSettings) -> float:
-    """Warm-up, stable, linear decay: the rate of a step, 0-based."""
-    if step < s.warmup:
-        return s.learning_rate * (step + 1) / s.warmup
-    falling = max(1, round(s.steps * s.decay))
-    left = min(1.0, (s.steps - step) / falling)
-    return s.final_learning_rate + (s.learning_rate - s.final_learning_rate) * left
 
 
 def init_weights(model: TwoTower, seed: int = 0) -> None:
@@ -148,43 +106,6 @@ class _Balance:
             moe.gate.e_score_correction_bias += BIAS_RATE * torch.sign(moe.load.mean() - moe.load)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a temporary file beside `path`, then rename it."""
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _save_state(out: Path, model: TwoTower, optimizer: torch.optim.Optimizer, s: TrainSettings, history: list) -> None:
-    prefix = "context_" if s.stage == "ar" else ""
-    weights = {n: p.detach() for n, p in model.named_parameters() if n.startswith("context_") == bool(prefix)}
-    state = {"settings": asdict(s), "weights": weights, "optimizer": optimizer.state_dict(), "history": history}
-    write_atomically(out / STATE, lambda path: torch.save(state, path))
-
-
-def _load_state(out: Path, model: TwoTower, optimizer: torch.optim.Optimizer, s: TrainSettings) -> list[dict]:
-    """Put a stopped run back; its history, or [] when there is none."""
-    if not (out / STATE).is_file():
-        return []
-    try:
-        state = torch.load(out / STATE, map_location=model.device, weights_only=True)
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        why = f"{type(error).__name__}; delete it to begin anew"
-        raise ValueError(f"{out / STATE}: not readable ({why})") from error
-    was, now = state["settings"], asdict(s)
-    changed = [f"{k} was {was.get(k)}, now {now[k]}" for k in now if was.get(k) != now[k]]
-    if changed:
-        raise ValueError(f"{out / STATE}: this run began with other settings ({'; '.join(changed)}); use a new folder")
-    model.load_state_dict(state["weights"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["history"]
-
-
 def plot_losses(history: list[dict], path: Path) -> None:
     """Draw the loss of every step, a running mean, and the held-out losses (PNG or SVG by the file's ending)."""
     import matplotlib
@@ -209,29 +130,27 @@ def plot_losses(history: list[dict], path: Path) -> None:
         axis_format(ScalarFormatter())  # 4.5 rather than 4.5 x 10^0
     axes.legend()
     axes.grid(alpha=0.3, which="both")
-    write_atomically(path, lambda p: figure.savefig(p, dpi=120))
+    write_atomically(path, lambda p: figure.savefig(p, dpi=120, format=path.suffix.removeprefix(".")))
     plt.close(figure)
 
 
-@contextmanager
-def _whole_steps() -> Iterator[Callable[[], bool]]:
-    """Hold Ctrl-C back until a step is whole; yields a function that says whether it was pressed. A second one, or one
-    outside the main thread, acts at once."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
+class _WholeSteps:
+    """Holds Ctrl-C, SIGTERM and SIGHUP back until a step is whole: `number` is that of the first that came. A second
+    Ctrl-C, or one outside the main thread, acts at once."""
 
-    def note(number: int, frame: object) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
+    def __init__(self) -> None:
+        self.number: int | None = None
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __call__(self, number: int) -> None:
+        if self.number is None:
+            self.number = number
+        elif number == signal.SIGINT:
+            raise Stopped(number)
+
+    def leave(self) -> None:
+        """Raise what was held back."""
+        if self.number is not None:
+            raise Stopped(self.number)
 
 
 def train(
@@ -243,72 +162,123 @@ def train(
     held_out: Rows | None = None,
     save_every: int = 200,
     stop_after: int | None = None,
+    extend: bool = False,
+    note: dict | None = None,
     progress: bool = True,
 ) -> list[dict]:
     """Train a tower, writing what a stopped run needs into `out` every `save_every` steps.
 
     Args:
         model: for stage "ar" its context tower learns; for "denoiser" everything but the context tower and the router.
+            16-bit weights are learned in fp32 and rounded into the model; fp16 is refused.
         rows:  training rows (`data.load_rows`), a multiple of the block size long.
         out:   folder; a run found there with the same settings is resumed. Gets training.pt, log.jsonl and loss.png.
+            It is held against other processes meanwhile.
         held_out: rows whose loss is measured at every save.
         stop_after: end this call after so many steps, as if interrupted (the run can be resumed).
+        extend: resume a run also under other `schedule.ADJUSTABLE` settings, as more steps or another learning rate.
+            The rate warms up from where it was.
+        note:  what else is worth a line in the log, under "changed" of this call's first step.
         progress: show a bar on stderr.
     Returns:
-        one dict a step: step, loss, learning_rate, tokens_per_s, and held_out where measured.
+        one dict a step: step, loss, learning_rate, tokens_per_s, held_out where measured, and "changed", name to
+        [old, new], at the first step under other settings.
     Raises:
-        ValueError: no denoiser to train, a loss that is not finite, a run in `out` under other settings.
-        KeyboardInterrupt: Ctrl-C, after the step that it fell into is whole and saved.
+        ValueError: no denoiser to train, a model in fp16, a loss, gradient or weight that is not finite (the last state
+            that was stored stays), a run in `out` under other settings.
+        BlockingIOError: another process trains in `out`.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the step that it fell into is whole and saved; it is
+            `stops.Stopped` and has the signal's number.
     """
     s, out = settings, Path(out)
     if s.stage == "denoiser" and model.denoiser_tower is None:
         raise ValueError('stage is "denoiser", but the model was loaded with towers="context": there is no denoiser')
+    if any(p.dtype == torch.float16 for p in trainable(model, s.stage).values()):
+        raise ValueError("dtype is float16, in which small gradients are 0: expected bfloat16 or float32 to train in")
     out.mkdir(parents=True, exist_ok=True)
+    with hold(out):
+        return _train(model, rows, s, out, held_out, save_every, stop_after, extend, note or {}, progress)
+
+
+def _train(
+    model: TwoTower,
+    rows: Rows,
+    s: TrainSettings,
+    out: Path,
+    held_out: Rows | None,
+    save_every: int,
+    stop_after: int | None,
+    extend: bool,
+    note: dict,
+    progress: bool,
+) -> list[dict]:
     model.requires_grad_(False)
     learned = trainable(model, s.stage)
     for p in learned.values():
         p.requires_grad_(True)
-    matrices = [p for p in learned.values() if p.dim() >= 2]
-    vectors = [p for p in learned.values() if p.dim() < 2]
+    masters = Masters(learned)
+    matrices = [p for p in masters.values.values() if p.dim() >= 2]
+    vectors = [p for p in masters.values.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=s.betas)
-    history = _load_state(out, model, optimizer, s)
-    last = s.steps if stop_after is None else min(s.steps, len(history) + stop_after)
+    history, stretch, changed = load_state(out, model, masters, optimizer, s, extend=extend)
+    changed = note | changed
+    saved, last = len(history), s.steps if stop_after is None else min(s.steps, len(history) + stop_after)
+
+    def stop_if(found: str, step: int) -> None:
+        """Nothing that is not finite is ever stored."""
+        if found:
+            kept = f"{out / STATE} stays as it was after step {saved}" if saved else "nothing is stored"
+            advice = f"lower the learning rate ({s.learning_rate}), or compute in another type ({model.dtype})"
+            raise ValueError(f"step {step}: {found}; {kept}; {advice}")
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    stop = _WholeSteps()
     with (
         _Balance(model, on=s.stage == "ar") as balance,
-        _whole_steps() as interrupted,
         Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
+        handling(stop),
     ):
         task = bar.add_task(f"train {s.stage}", total=s.steps, completed=len(history))
         for step in range(len(history), last):
             began = time.perf_counter()
+            rate = learning_rate(step, s, stretch)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, s)
+                group["lr"] = rate
             batch = rows.batch(step, s.batch_size, seed=s.seed)
             balance.reset()
             loss = _loss(model, batch, s, step)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(learned.values(), s.clip).item()
-            entry = {"step": step, "loss": loss.item(), "learning_rate": learning_rate(step, s)}
-            if not (math.isfinite(entry["loss"]) and math.isfinite(norm)):  # before the step: no NaN is ever saved
-                found = f"the loss is {entry['loss']}, the norm of its gradient {norm}"
-                raise ValueError(f"step {step}: {found}; lower the learning rate ({s.learning_rate})")
+            masters.take_gradients()
+            norm = nn.utils.clip_grad_norm_(masters.values.values(), s.clip).item()
+            entry = {"step": step, "loss": loss.item(), "learning_rate": rate}
+            if not (math.isfinite(entry["loss"]) and math.isfinite(norm)):
+                stop_if(f"the loss is {entry['loss']}, the norm of its gradient {norm}", step)
             optimizer.step()
             optimizer.zero_grad()
+            masters.give_values()
             balance.update()
             entry["tokens_per_s"] = round(batch.ids.numel() / (time.perf_counter() - began), 1)
+            if changed:
+                entry["changed"], changed = changed, {}
             history.append(entry)
-            stop = interrupted()
-            if (step + 1) % save_every == 0 or step + 1 == last or stop:
-                if held_out is not None and not stop:
+            stopped = stop.number is not None
+            if (step + 1) % save_every == 0 or step + 1 == last or stopped:
+                if held_out is not None and not stopped:
                     entry["held_out"] = held_out_loss(model, held_out, s)
-                _save_state(out, model, optimizer, s, history)
-                log = "".join(json.dumps(h) + "\n" for h in history)
-                write_atomically(out / "log.jsonl", lambda path, log=log: path.write_text(log))
+                    if not math.isfinite(entry["held_out"]):
+                        stop_if(f"the held-out loss is {entry['held_out']}", step)
+                try:
+                    save_state(out, model, masters, optimizer, s, stretch, history)
+                except ValueError as error:
+                    stop_if(str(error), step)
+                saved = len(history)
+                log = "".join(json.dumps(h, allow_nan=False) + "\n" for h in history)
+                write_atomically(out / "log.jsonl", lambda path, log=log: path.write_text(log, encoding="utf-8"))
                 plot_losses(history, out / "loss.png")
-            if stop:
-                raise KeyboardInterrupt
+            if stopped:
+                break
             speed = f"loss {entry['loss']:.3f}  {entry['tokens_per_s']:.0f} tokens/s"
             bar.update(task, advance=1, description=f"train {s.stage}  {speed}")
+    stop.leave()
     return history

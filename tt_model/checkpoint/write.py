@@ -7,11 +7,10 @@ import dataclasses
 import json
 import os
 import re
-import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from ..arguments import dtype_of
 from ..config import TwoTowerConfig
-from ..files import refuse_pointer
+from ..files import named, naming, partial, refuse_pointer, sync
 from .folder import DTYPES, INDEX, SINGLE, Bar, finite, some
 from .keys import named_parameters, parameter_dtype, parameter_shapes, published_keys, unwrapped
 
@@ -179,7 +178,7 @@ def write(
         for i, shard in enumerate(shards):
             name = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= {entry.key: name for entry in shard}
-            with (folder / name).open("wb") as file:
+            with naming(folder / name), (folder / name).open("wb") as file:
                 _write_shard(file, shard, bar)
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -190,7 +189,8 @@ def write(
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    with naming(file):
+        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_shard(file: BinaryIO, entries: Sequence[Entry], bar: Bar) -> None:
@@ -225,56 +225,64 @@ def atomic_folder(folder: str | Path, *, anew: Collection[str] = ()) -> Iterator
 
     If the block raises, the temporary folder is removed and `folder` stays as it was. If it ends, the temporary folder
     takes the place of `folder` in one step; what was there before and was not written anew is kept, except weights and
-    the files named in `anew`, which only fit each other. Files that are written are on the disk before the step. A
-    killed process may leave a hidden folder `.NAME.*` behind. OSError when `folder` is a file or cannot be written.
+    the files named in `anew`, which only fit each other. Files that are written are on the disk before the step. What a
+    killed process left beside `folder` is removed first. OSError when `folder` is a file or cannot be written; it names
+    the file in `folder`.
     """
     target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{folder}: exists and is not a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    temporary.mkdir()
+    with partial(target, folder=True) as temporary:
+        try:
+            yield temporary
+            for path in (*(p for p in temporary.rglob("*") if p.is_file()), temporary):
+                sync(path)
+            if not _appears(temporary, target):
+                shutil.copymode(target, temporary)
+                left_out = lambda name: _WEIGHTS.fullmatch(name) or name in anew
+                _keep(target, temporary, left_out)
+                _exchange(temporary, target)
+                _keep(temporary, target, left_out)  # what was made there since
+            sync(target.parent)
+        except OSError as error:
+            raise named(error, temporary, target) from error
+
+
+def _appears(temporary: Path, target: Path) -> bool:
+    """Whether the folder could take its target's name; False where something is there already."""
+    if target.exists():
+        return False
     try:
-        yield temporary
-        for path in (*(p for p in temporary.rglob("*") if p.is_file()), temporary):
-            _sync(path)
-        if not target.exists():
-            temporary.rename(target)
-            return
-        shutil.copymode(target, temporary)
-        before = [p for p in target.iterdir() if not _WEIGHTS.fullmatch(p.name) and p.name not in anew]
-        for old in before:  # files are there in the same step; not all systems link, and none links folders
-            if old.is_file() and not (temporary / old.name).exists():
-                with suppress(OSError):
-                    os.link(old, temporary / old.name, follow_symlinks=False)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():  # rather than another process that was faster
+            raise
+        return False
+    return True
+
+
+def _keep(old: Path, new: Path, left_out: Callable[[str], object] = lambda name: False) -> None:
+    """Give `new` what stands in `old` alone, under a second name: `old` may go at any moment."""
+    for path in old.iterdir():
+        kept = new / path.name
+        if left_out(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            if not kept.exists():
+                shutil.copytree(path, kept, symlinks=True, copy_function=_link)
+            elif kept.is_dir():
+                _keep(path, kept)
+        elif not os.path.lexists(kept):
+            _link(path, kept)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name of a file; a copy on a file system that has none."""
     try:
-        _exchange(temporary, target)
-    except OSError:  # nothing else: interrupted, it may have happened, and `temporary` hold what was there before
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for old in before:
-        _keep(temporary / old.name, target / old.name)
-    shutil.rmtree(temporary)
-
-
-def _keep(old: Path, new: Path) -> None:
-    """Move what was there before to where it was, unless it was written anew."""
-    if not os.path.lexists(new):
-        old.rename(new)
-    elif old.is_dir() and new.is_dir():
-        for path in list(old.iterdir()):
-            _keep(path, new / path.name)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _exchange(one: Path, other: Path) -> None:

@@ -1,18 +1,22 @@
 """The command `twotower`: generate, info, train, convert.
 
 Nothing heavy is imported before a command has been understood. Every failure is one line on stderr and an exit code:
-2 for a command line that cannot be meant, 130 for Ctrl-C, 141 for a reader that went away, 1 for anything else.
+2 for a command line that cannot be meant, 128 + n for signal n (130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP), 141
+for a reader that went away, 1 for anything else.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
+from ..stops import Raise, Stopped, handling
 from . import convert, generate, info, train
-from .common import Interrupted, Parser, describe, one_line_warnings
+from .common import Parser, describe, one_line_warnings, put
+from .waiting import set_waiting
 
 _EPILOG = """\
 examples:
@@ -53,22 +57,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 must not lose the text
     try:
-        with one_line_warnings():
+        with one_line_warnings(), handling(Raise()):
             code = _run(arguments)
-        sys.stdout.flush()
+            put("")  # what print has left
         return code
     except BrokenPipeError:
-        with suppress(OSError):  # or else the interpreter's last flush would fail, too
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         code, message = 141, "standard output was closed before everything was written"
     except KeyboardInterrupt as error:
-        code, message = 130, str(error) if isinstance(error, Interrupted) else "interrupted"
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        code, message = 128 + number, str(error) or "interrupted"
     except Exception as error:
         if debug:
             raise
         code, message = 1, describe(error)
-    print(f"twotower: error: {message}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
+    with suppress(OSError):  # a terminal that has gone cannot be told
+        print(f"twotower: error: {message}", file=sys.stderr)
     return code
+
+
+def _drop_output() -> None:
+    """Let the interpreter's own last flush succeed."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -78,5 +93,6 @@ def _run(arguments: Sequence[str] | None) -> int:
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit as stop:  # --help, --version, or a usage error that has been reported
         return int(stop.code or 0)
+    set_waiting()
     options.run(options)
     return 0

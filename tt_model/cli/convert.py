@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import DTYPES, Parser, dtype_of
+from .common import Parser, add_dtype, dtype_of
 
 _DESCRIPTION = """\
 Make a plain Nemotron-3-Nano (or the context tower of a two-tower model) into a model of two towers: the context tower
@@ -35,7 +35,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     p.set_defaults(run=run, parser=p)
     p.add_argument("source", metavar="SOURCE", help="folder with config.json and safetensors")
     p.add_argument("target", metavar="TARGET", help="folder to write")
-    p.add_argument("--dtype", metavar="TYPE", help=f"what to store (default: as in the source): {DTYPES}")
+    add_dtype(p, "--dtype", "what to store (default: as in the source)")
     p.add_argument("--block-size", type=int, metavar="N", help="what the denoiser will be trained with (default: 16)")
     p.add_argument("--mask-token-id", type=int, metavar="ID", help="id that stands for a masked token (default: 3)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the time embedder (default: %(default)s)")

@@ -10,13 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Output, Parser, add_machine, device_of, dtype_of
+from .common import Output, Parser, add_machine, device_of, dtype_of, use_threads
 
 if TYPE_CHECKING:
     from ..config import TwoTowerConfig
     from ..generate import Settings
     from .vocabulary import Vocabulary
     from .watch import Watch
+
+MODES = ("mask_diffusion", "ar", "mock_ar")  # as in tt_model.generate, which is not imported for --help
 
 _DESCRIPTION = """\
 Continue a prompt: block by block with the denoiser, or token by token. The text goes to standard output, a line of
@@ -66,7 +68,13 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     add_machine(source, "what to compute in (default: what config.json says)")
 
     s = p.add_argument_group("settings")
-    s.add_argument("--mode", default="mask_diffusion", help="mask_diffusion, ar or mock_ar (default: %(default)s)")
+    s.add_argument(
+        "--mode",
+        choices=MODES,
+        default=MODES[0],
+        metavar="MODE",
+        help=f"{', '.join(MODES[:-1])} or {MODES[-1]} (default: %(default)s)",
+    )
     s.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     s.add_argument("--block-size", type=int, metavar="N", help="tokens denoised together (default: as trained)")
     s.add_argument(
@@ -127,6 +135,7 @@ def run(o: argparse.Namespace) -> None:
         ids = prompt if vocabulary is None else vocabulary.encode(prompt)
         _check_prompt(ids, settings, config)
         towers = _towers(folder, settings.mode)
+        use_threads(o.threads)
         device, dtype = device_of(o.device), dtype_of(o.dtype)
 
         began = time.perf_counter()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Parser
+from .common import Parser, put
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,7 +83,7 @@ def run(o: argparse.Namespace) -> None:
     config = TwoTowerConfig.from_file(path)
     facts = gather(config, bandwidth=o.bandwidth, batch=o.batch, context=o.context)
     if o.json:
-        sys.stdout.write(json.dumps({"model": str(path), **facts}) + "\n")
+        put(json.dumps({"model": str(path), **facts}) + "\n")
         return
     from rich.console import Console
 
@@ -92,7 +92,7 @@ def run(o: argparse.Namespace) -> None:
     with console.capture() as captured:
         for part in tables(config, facts, str(path)):
             console.print(part)
-    sys.stdout.write(captured.get())
+    put(captured.get())
 
 
 def gather(c: TwoTowerConfig, *, bandwidth: float, batch: int, context: int) -> dict[str, Any]:

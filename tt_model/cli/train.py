@@ -5,25 +5,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
 import random
 import shutil
+import signal
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .common import Interrupted, Parser, add_machine, device_of, dtype_of
+from ..stops import Stopped
+from . import export
+from .common import Parser, add_dtype, add_machine, device_of, dtype_of, use_threads
+from .facts import ACCEPTED, code_digest, same_run, weights_digest
 
 if TYPE_CHECKING:
     import torch
 
     from ..config import TwoTowerConfig
     from ..data import Rows
-    from ..train import TrainSettings
+    from ..schedule import TrainSettings
     from ..two_tower import TwoTower
     from .vocabulary import Vocabulary
 
-FACTS = "run.json"  # what a run depends on besides its settings
 # Fields of TrainSettings: type and help. Their defaults, which a test compares, are in the help only.
 SETTINGS = {
     "steps": (int, "N", 1000, "optimizer steps"),
@@ -43,8 +45,9 @@ examples:
   twotower train ar --config config.json --data stdlib --out run/ar
   twotower train denoiser --model run/ar/model --data stdlib --out run/denoiser
   twotower generate --model run/denoiser/model "def main():"
+  twotower train export --out run/denoiser --to snapshot
 
-See twotower train ar --help and twotower train denoiser --help."""
+Every stage has its own --help."""
 
 _AR = "Train a context tower on next tokens, from random weights (--config) or on from a model's (--model)."
 _AR_EPILOG = """\
@@ -53,9 +56,15 @@ examples:
   twotower train ar --config config.json --vocab-size 4096 --data my_texts --out run/ar --learning-rate 1e-3
   twotower train ar --model nemotron-3-nano --data my_texts --out run/more --row-length 4096 --batch-size 1
   twotower train ar --config config.json --tokenizer run/ar --data other_texts --out run/other
+  twotower train ar --config config.json --data stdlib --out run/ar --steps 4000 --accept settings
 
-The same command goes on with a run that was stopped (Ctrl-C, a crash, --stop-after), from its last save. OUT gets
-training.pt, log.jsonl and loss.png at every save, and at the end OUT/model: config.json, weights and tokenizer.json."""
+The same command goes on with a run that was stopped (Ctrl-C, SIGTERM, SIGHUP, a crash, --stop-after), from its last
+save. OUT gets training.pt, log.jsonl and loss.png at every save, and at the end OUT/model: config.json, weights and
+tokenizer.json; twotower train export writes the model at any time.
+
+A run goes on only as it began: the same settings, data, base weights and code. --accept allows what it names to be
+another, notes the change in log.jsonl and run.json, and goes on from the saved state. With other settings (more
+--steps, another --learning-rate ...) the rate warms up from where it was."""
 
 _DENOISER = """\
 Train a denoiser on masked tokens. The context tower stays as it is. A model without a denoiser gets one that starts as
@@ -67,7 +76,8 @@ examples:
   twotower train denoiser --model run/s32/model --data stdlib --out run/s16 --block-size 16 --steps 1000
   twotower train denoiser --model two-towers --data my_texts --out run/big --device cuda
 
-The same command goes on with a run that was stopped. The published recipe trains with blocks of 32 first, then 16."""
+The same command goes on with a run that was stopped; --accept and twotower train export are as for ar. The published
+recipe trains with blocks of 32 first, then 16."""
 
 
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -98,6 +108,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     denoiser.add_argument("--mask-token-id", type=int, metavar="ID", help="default: as in config.json")
     for parser in (ar, denoiser):
         _add_common(parser)
+    export.add(stages)
     ar.add_argument(
         "--vocab-size",
         type=int,
@@ -108,7 +119,9 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _add_common(p: Parser) -> None:
     p.set_defaults(run=run, parser=p)
-    p.add_argument("--data", metavar="SOURCE", required=True, help='a folder of *.py and *.txt, a file, or "stdlib"')
+    p.add_argument(
+        "--data", metavar="SOURCE", required=True, help='a folder of *.py, *.txt and *.jsonl, a file, or "stdlib"'
+    )
     p.add_argument("--out", metavar="OUT", required=True, help="folder of the run")
     p.add_argument("--tokenizer", metavar="DIR", help="folder of tokenizer.json (default: the model's)")
     p.add_argument(
@@ -129,19 +142,23 @@ def _add_common(p: Parser) -> None:
     p.add_argument(
         "--stop-after", type=int, metavar="N", help="stop after so many steps of this call, as if interrupted"
     )
-    p.add_argument("--save-dtype", metavar="TYPE", help="what OUT/model stores (default: as computed)")
+    p.add_argument(
+        "--accept",
+        nargs="+",
+        default=[],
+        choices=ACCEPTED,
+        metavar="WHAT",
+        help=f"go on although it is not what the run began with: {', '.join(ACCEPTED)}",
+    )
+    add_dtype(p, "--save-dtype", "what OUT/model stores (default: as computed)")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     add_machine(p, "what to compute in (default: float32)")
 
 
 def run(o: argparse.Namespace) -> None:
     """Begin or go on with a run; at its end write OUT/model."""
-    import torch
-
-    from ..checkpoint import save
-    from ..config import TwoTowerConfig
-    from ..train import STATE, TrainSettings, train
-    from .vocabulary import Vocabulary
+    from ..files import hold
+    from ..schedule import TrainSettings
 
     given = {name: getattr(o, name) for name in (*SETTINGS, "betas") if getattr(o, name) is not None}
     if "betas" in given:
@@ -151,27 +168,47 @@ def run(o: argparse.Namespace) -> None:
         value = getattr(o, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least {least}")
-    device, dtype = device_of(o.device), dtype_of(o.dtype) or torch.float32
-    save_dtype = dtype_of(o.save_dtype, "--save-dtype")
-    config = _config(o, TwoTowerConfig.from_file(getattr(o, "config", None) or o.model))
+    if o.dtype == "float16":
+        raise ValueError("--dtype is float16, in which small gradients are 0: expected bfloat16 or float32 to train in")
     out = Path(o.out)
     out.mkdir(parents=True, exist_ok=True)
+    with hold(out):
+        _run(o, settings, out)
+
+
+def _run(o: argparse.Namespace, settings: TrainSettings, out: Path) -> None:
+    import torch
+
+    from ..checkpoint import save
+    from ..config import TwoTowerConfig
+    from ..state import STATE
+    from ..train import train
+    from .vocabulary import Vocabulary
+
+    use_threads(o.threads)
+    device, dtype = device_of(o.device), dtype_of(o.dtype) or torch.float32
+    config = _config(o, TwoTowerConfig.from_file(getattr(o, "config", None) or o.model))
     resumed = (out / STATE).is_file()
     tokenizer = _tokenizer(o, out, config, resumed=resumed)
     facts = {
         "stage": o.stage,
         "model": str(Path(o.model).resolve()) if o.model else None,
+        "weights": weights_digest(o.model) if o.model else None,
         "config": config.to_dict(),
         "data": o.data if o.data == "stdlib" else str(Path(o.data).resolve()),
         "held_out": o.held_out,
         "row_length": o.row_length,
         "tokenizer": tokenizer,
         "dtype": str(dtype).removeprefix("torch."),
+        "code": code_digest(),
     }
-    _same_run(out, facts, resumed=resumed)
+    same_run(out, facts, resumed=resumed, accept=o.accept, store=False)
     vocabulary = Vocabulary(out, config)
     rows, held_out = _rows(o, vocabulary, config, settings)
-    _same_run(out, facts | {"tokens": rows.digest()}, resumed=resumed)
+    facts |= {"tokens": rows.digest(), "held_out_tokens": held_out.digest() if held_out else None}
+    changed = same_run(out, facts, resumed=resumed, accept=o.accept)
+    for name, (was, now) in changed.items():
+        warnings.warn(f"{out}: {name} was {was}, now {now}", stacklevel=2)
     model = _model(o, config, settings, device, dtype)
     try:
         history = train(
@@ -182,17 +219,20 @@ def run(o: argparse.Namespace) -> None:
             held_out=held_out,
             save_every=o.save_every,
             stop_after=o.stop_after,
+            extend="settings" in o.accept,
+            note=changed,
             progress=not o.quiet,
         )
-    except KeyboardInterrupt:
+        if not history:
+            raise ValueError("--stop-after is 0 and no step has been made: there is nothing to save")
+        save(model, out / "model", dtype=dtype_of(o.save_dtype), tokenizer=out, progress=not o.quiet)
+    except KeyboardInterrupt as stop:
         log = out / "log.jsonl"
-        done = len(log.read_text().splitlines()) if log.is_file() else 0
-        raise Interrupted(
-            f"interrupted: {done} of {settings.steps} steps are saved in {out}; the same command goes on from there"
+        done = len(log.read_text(encoding="utf-8").splitlines()) if log.is_file() else 0
+        raise Stopped(
+            getattr(stop, "number", signal.SIGINT),
+            f"interrupted: {done} of {settings.steps} steps are saved in {out}; the same command goes on from there",
         ) from None
-    if not history:
-        raise ValueError("--stop-after is 0 and no step has been made: there is nothing to save")
-    save(model, out / "model", dtype=save_dtype, tokenizer=out, progress=not o.quiet)
     _report(out, history, settings)
 
 
@@ -214,7 +254,7 @@ def _tokenizer(o: argparse.Namespace, out: Path, config: TwoTowerConfig, *, resu
     """
     from ..checkpoint import TOKENIZER_FILES
     from ..data import load_texts, train_tokenizer
-    from ..train import write_atomically
+    from ..files import write_atomically
 
     target = out / "tokenizer.json"
     folder = Path(o.tokenizer) if o.tokenizer else Path(o.model) if o.model else None
@@ -229,31 +269,8 @@ def _tokenizer(o: argparse.Namespace, out: Path, config: TwoTowerConfig, *, resu
                 write_atomically(out / name, lambda path, name=name: shutil.copyfile(folder / name, path))
     else:
         tokenizer = train_tokenizer(load_texts(o.data, "train", o.held_out), config.vocab_size)
-        write_atomically(target, lambda path: tokenizer.save(str(path)))
+        write_atomically(target, lambda path: path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8"))
     return hashlib.sha256(target.read_bytes()).hexdigest()
-
-
-def _same_run(out: Path, facts: dict[str, Any], *, resumed: bool) -> None:
-    """Note what a run depends on; ValueError when it began with something else."""
-    from ..train import write_atomically
-
-    file = out / FACTS
-    if resumed and file.is_file():
-        try:
-            was = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}: not what this command wrote: {error}") from error
-        changed = []
-        for name, now in json.loads(json.dumps(facts)).items():  # through JSON, as `was` went: tuples become lists
-            old = was.get(name, now)
-            if isinstance(now, dict) and isinstance(old, dict):
-                changed += [f"{name}.{k} was {old.get(k)}, now {v}" for k, v in now.items() if old.get(k) != v]
-            elif old != now:
-                changed.append(f"{name} was {old}, now {now}")
-        if changed:
-            raise ValueError(f"{out}: this run began otherwise ({'; '.join(changed)}); use a new folder")
-        facts = was | facts
-    write_atomically(file, lambda path: path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8"))
 
 
 def _rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,10 @@ class Watch:
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
-            self._live.stop()
+            with suppress(OSError) if kind else nullcontext():  # a terminal that has gone must not hide what happened
+                self._live.stop()
+                if kind:  # the live view goes; what was generated so far stays
+                    self._live.console.print(self.coloured(), soft_wrap=True)
 
     def step(self, step: Step) -> None:
         tokens, committed = step.tokens[0].tolist(), step.committed[0].tolist()
@@ -75,6 +79,8 @@ class Watch:
     def coloured(self, length: int | None = None) -> Text:
         """Prompt and tokens, up to `length` of them; masked positions are dim."""
         with self._lock:
+            # Ctrl-C may have come between the two.
+            length = min(len(self.tokens), len(self.confidence), *([] if length is None else [length]))
             tokens, confidence = self.tokens[:length], self.confidence[:length]
         out = Text().append(visible(self.prompt), style=self.PROMPT)  # not Text(style=...): that would style all of it
         begin = 0

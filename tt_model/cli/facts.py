@@ -1,0 +1,96 @@
+"""What a run depends on besides its settings, by hash: kept in its folder, and compared when it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+FACTS = "run.json"
+# What --accept names, and the facts behind it. "settings" are those of the optimizer and the schedule.
+KINDS = {"data": ("data", "held_out", "tokens", "held_out_tokens"), "model": ("model", "weights"), "code": ("code",)}
+ACCEPTED = ("settings", *KINDS)
+_OF = {fact: kind for kind, facts in KINDS.items() for fact in facts}
+
+
+def weights_digest(folder: str | Path) -> str:
+    """A hash of a model's files of weights, whole, in the order of their names."""
+    from ..checkpoint.folder import Folder
+
+    whole = hashlib.sha256()
+    files = Folder(folder)
+    for path in sorted({stored.file for stored in files.tensors.values()}):
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def code_digest() -> str:
+    """The versions of this program and of torch, and a hash of the source of both packages."""
+    import torch
+
+    from .. import __version__
+
+    whole = hashlib.sha256()
+    for package in ("tt_kernels", "tt_model"):
+        for root in find_spec(package).submodule_search_locations:
+            for path in sorted(Path(root).rglob("*.py")):
+                whole.update(f"{package}/{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return f"twotower {__version__} {whole.hexdigest()[:16]}, torch {torch.__version__}"
+
+
+def read_facts(out: Path) -> dict[str, Any] | None:
+    """What run.json says; None when there is none. ValueError for a file that is something else."""
+    file = out / FACTS
+    if not file.is_file():
+        return None
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not what this command wrote: {error}") from error
+
+
+def same_run(
+    out: Path, facts: dict[str, Any], *, resumed: bool, accept: Collection[str], store: bool = True
+) -> dict[str, list]:
+    """Compare what a run depends on with what it began with, and note it unless `store` is False.
+
+    Returns (name: [old, new]) of what has changed since the run began and `accept` allows.
+    Raises ValueError, with what changed and how to go on, for a change that it does not.
+    """
+    from ..files import write_atomically
+
+    changed: dict[str, list] = {}
+    was = read_facts(out) if resumed else None
+    if was is not None:
+        changed = _changes(was, json.loads(json.dumps(facts)))  # through JSON, as `was` went: tuples become lists
+        kinds = {_OF.get(name, "") for name in changed}
+        if refused := kinds - set(accept):
+            what = "; ".join(f"{name} was {old}, now {now}" for name, (old, now) in changed.items())
+            how = "use a new folder"
+            if "" not in refused:
+                how += f", or go on from its state with it (--accept {' '.join(k for k in KINDS if k in kinds)})"
+            raise ValueError(f"{out}: this run began otherwise ({what}); {how}")
+        log = out / "log.jsonl"
+        steps = len(log.read_text(encoding="utf-8").splitlines()) if log.is_file() else 0
+        changes = was.get("changes", []) + ([{"after_step": steps} | changed] if changed else [])
+        facts = was | facts | ({"changes": changes} if changes else {})
+    if store:
+        write_atomically(
+            out / FACTS, lambda path: path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        )
+    return changed
+
+
+def _changes(was: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, list]:
+    changed = {}
+    for name, now in facts.items():
+        old = was.get(name, now)
+        if isinstance(now, dict) and isinstance(old, dict):
+            changed |= {f"{name}.{k}": [old.get(k), v] for k, v in now.items() if old.get(k) != v}
+        elif old != now:
+            changed[name] = [old, now]
+    return changed

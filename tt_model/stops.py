@@ -1,0 +1,47 @@
+"""The signals that ask a program to end: Ctrl-C, SIGTERM and SIGHUP, all treated alike. Standard library only."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(KeyboardInterrupt):
+    """One of `SIGNALS`, raised as Ctrl-C is."""
+
+    def __init__(self, number: int = signal.SIGINT, message: str = "interrupted"):
+        super().__init__(message)
+        self.number = number
+
+
+@contextmanager
+def handling(handle: Callable[[int], None]) -> Iterator[None]:
+    """Call `handle` for each of `SIGNALS`. One that is ignored (nohup, a job in the background) stays ignored; outside
+    the main thread, which alone may do this, nothing changes."""
+    before = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    before[number] = signal.signal(number, lambda number, frame: handle(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Raise:
+    """A handler that raises `Stopped`. After the first signal only Ctrl-C does: a terminal that closes sends several,
+    and the clean-up that the first began must end."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+
+    def __call__(self, number: int) -> None:
+        again, self.first = self.first is not None, self.first or number
+        if not again or number == signal.SIGINT:
+            raise Stopped(number)
