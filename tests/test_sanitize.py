@@ -45,6 +45,11 @@ def _first_kernel(x_ptr, y_ptr):
     tl.store(y_ptr, tl.load(x_ptr + tl.program_id(0)))
 
 
+@triton.jit
+def _quotient_kernel(x_ptr, y_ptr, n):
+    tl.store(y_ptr, tl.load(x_ptr) // n)
+
+
 def total(last: str, sem: str = "acq_rel") -> Tensor:
     x, y = torch.arange(4.0), torch.empty(1)
     _total_kernel[(4,)](x, torch.empty(4), torch.zeros(1, dtype=torch.int32), y, LAST=last, SEM=sem)
@@ -75,6 +80,12 @@ def test_who_reads_what_others_wrote_needs_a_ticket() -> None:
     for last, sem in (("place", "acq_rel"), ("ticket", "relaxed")):
         with pytest.raises(Exception, match=r"_total_kernel.*test_sanitize.py:\d+: .* of `parts_ptr`.*not ordered"):
             total(last, sem)
+
+
+@TTSEM
+def test_operations_without_a_result() -> None:
+    with pytest.raises(Exception, match=r"_quotient_kernel.*test_sanitize.py:\d+: .*undefined result"):
+        _quotient_kernel[(1,)](torch.ones(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), 0)
 
 
 @TTSEM
