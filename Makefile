@@ -10,7 +10,7 @@ PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full check lint layering format aot mutants bench report tune test-gpu gpu-day clean
+.PHONY: help demo test test-full check lint layering format aot sanitize mutants bench report tune test-gpu gpu-day clean
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,7 +27,7 @@ test-full: $(VENV)/.test ## run the tests, the slow ones included
 	$(TEST) $(PARALLEL) -m "" $(ARGS)
 	TRITON_INTERPRET=1 $(TEST) $(PARALLEL) -m kernels $(ARGS)
 
-check: lint layering test aot ## all that CI runs: format, lint, layering, tests, compiled kernels
+check: lint layering test sanitize aot ## all that CI runs: format, lint, layering, tests, bf16, compiled kernels
 
 lint: $(VENV)/.dev ## check format and lint, change nothing
 	$(BIN)/ruff format --check .
@@ -44,8 +44,11 @@ aot: $(VENV)/.test $(VENV)/triton-3.6.0 ## compile every kernel without a GPU, u
 	$(BIN)/python -m tt_kernels.aot $(ARGS)
 	PYTHONPATH=$(VENV)/triton-3.6.0 $(BIN)/python -m tt_kernels.aot $(ARGS)
 
-mutants: $(VENV)/.test ## plant faults in kernels: the tests must catch every one
-	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)
+sanitize: $(VENV)/.test $(VENV)/ttsem-0.1.0 ## execute every kernel in bf16 without a GPU: values, bounds, races
+	TT_KERNELS_ON_CPU=1 PYTHONPATH=tests:$(VENV)/ttsem-0.1.0 $(TEST) $(PARALLEL) -p sanitize -m sanitize $(ARGS)
+
+mutants: $(VENV)/.test $(VENV)/ttsem-0.1.0 ## plant faults in kernels: the tests must catch every one
+	PYTHONPATH=tests:$(VENV)/ttsem-0.1.0 $(BIN)/python -m mutants $(ARGS)
 
 bench: $(VENV)/.test ## measure the ops, and against peers
 	$(TEST) bench/ -m "" --timeout 0 -s --benchmark-quiet $(ARGS)
@@ -79,6 +82,10 @@ $(VENV)/.package $(VENV)/.test $(VENV)/.dev: pyproject.toml | $(BIN)/python
 # What the oldest supported torch brings: kernels are compiled by it and by the installed one.
 $(VENV)/triton-3.6.0: | $(BIN)/python
 	$(PIP) install --target $@ --no-deps triton==3.6.0
+
+# Beside the environment, as it asks for Python 3.12 and works with 3.11.
+$(VENV)/ttsem-0.1.0: | $(BIN)/python
+	$(PIP) install --target $@ --no-deps --ignore-requires-python ttsem==0.1.0
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tt_kernels.launch import INTERPRET
+from tt_kernels.launch import ON_CPU
 
 from . import clock, measure, ops
 from .conftest import GPU_ONLY, HEADING, ROWS, chosen
@@ -19,7 +19,7 @@ from .peers import peers_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = ops.cases(DEVICE)
-pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter's times mean nothing")
+pytestmark = pytest.mark.skipif(ON_CPU, reason="the interpreter's times mean nothing")
 
 
 def also(wanted: Sequence[str]) -> list[ops.Case]:

@@ -12,7 +12,7 @@ import torch
 
 from bench import clock
 from tt_kernels import launch
-from tt_kernels.launch import INTERPRET
+from tt_kernels.launch import ON_CPU
 
 
 def test_percentile() -> None:
@@ -218,7 +218,7 @@ def test_operand_sets_outgrow_the_cache_within_memory(device: clock.DeviceClock)
 
 
 def test_roofs_are_amounts_over_medians(device: clock.DeviceClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not INTERPRET:
+    if not ON_CPU:
         monkeypatch.setattr(clock, "read_stream", lambda x, programs: lambda: x.sum())
     found = clock.roofs(device, torch.float32, steps=1)
     seconds = 6e-3 / 4  # each sample times four calls
@@ -227,9 +227,9 @@ def test_roofs_are_amounts_over_medians(device: clock.DeviceClock, monkeypatch: 
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="a kernel")
+@pytest.mark.skipif(not ON_CPU and not torch.cuda.is_available(), reason="a kernel")
 def test_read_stream_reads_everything_once() -> None:
-    x = torch.randint(-8, 9, (3 * 2 * clock.BLOCK,), device="cpu" if INTERPRET else "cuda").float()
+    x = torch.randint(-8, 9, (3 * 2 * clock.BLOCK,), device="cpu" if ON_CPU else "cuda").float()
     got = clock.read_stream(x, programs=2)()
     assert torch.equal(got, x.view(3, 2, -1).sum((0, 2)))  # whole numbers: exact in any order
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import compare, report
-from tt_kernels.launch import INTERPRET
+from tt_kernels.launch import ON_CPU
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +23,7 @@ def test_verdicts_are_beyond_three_percent_and_the_noise() -> None:
     assert ratio == pytest.approx(1.1) and word == ""
 
 
-@pytest.mark.skipif(INTERPRET, reason="times")
+@pytest.mark.skipif(ON_CPU, reason="times")
 def test_a_slower_checkout_shows_and_a_wrong_one_is_refused(tmp_path: Path) -> None:
     for name in ("slow", "wrong"):
         for package in ("tt_kernels", "tt_model"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from bench import clock, conftest, golden, ops, oracle, rows
 from bench.peers import Peer, Unavailable, peers_of
 from tt_kernels import OPS, Op
-from tt_kernels.launch import INTERPRET
+from tt_kernels.launch import ON_CPU
 
 ROOT = Path(__file__).resolve().parents[1]
 DIMS = dict(T=6, D=4)
@@ -305,7 +305,7 @@ def test_notes_name_exceptions() -> None:
     assert rows.notes(row).startswith("ABOVE THE ROOF")
 
 
-@pytest.mark.skipif(INTERPRET or torch.cuda.is_available(), reason="CPU rows")
+@pytest.mark.skipif(ON_CPU or torch.cuda.is_available(), reason="CPU rows")
 def test_pytest_bench_prints_a_table() -> None:
     command = [sys.executable, "-m", "pytest", "bench/bench_ops.py", "-q", "-k", "[rms_norm- or [commit-"]
     for plugin in ("no:cacheprovider", "no:benchmark"):  # with pytest-benchmark, and without
@@ -349,7 +349,7 @@ def test_golden_error_is_a_median_over_tokens() -> None:
     assert golden.error(got, want) == float("inf")
 
 
-@pytest.mark.skipif(INTERPRET, reason="bf16")
+@pytest.mark.skipif(ON_CPU, reason="bf16")
 def test_golden_model_in_bf16(golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part, (ours, theirs) in golden.compare(golden_dir / "small", "cpu").items():
         assert ours == theirs < 0.03, part  # on a CPU both are references

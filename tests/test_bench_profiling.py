@@ -16,11 +16,11 @@ from bench.clock import HostClock
 from bench.models import PUBLISHED, random_on_device
 from profiling import aot, common, host, ncu, one, proton, timeline
 from tt_kernels import OPS
-from tt_kernels.launch import INTERPRET
+from tt_kernels.launch import INTERPRET, ON_CPU
 from tt_model import TwoTowerConfig
 
 COMMANDS = {"timeline": timeline, "host": host, "aot": aot, "ncu": ncu, "one": one, "proton": proton}
-CPU = pytest.mark.skipif(INTERPRET or torch.cuda.is_available(), reason="what a CPU does")
+CPU = pytest.mark.skipif(ON_CPU or torch.cuda.is_available(), reason="what a CPU does")
 
 TINY = TwoTowerConfig(
     vocab_size=61,

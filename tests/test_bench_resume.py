@@ -12,7 +12,7 @@ import torch
 
 from bench import bench_ops, ops
 from tt_kernels import OPS
-from tt_kernels.launch import INTERPRET
+from tt_kernels.launch import ON_CPU
 
 ROOT = Path(__file__).resolve().parents[1]
 DIMS = dict(T=6, D=4)
@@ -33,7 +33,7 @@ def test_recorded_rows_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert bench_ops.recorded(where) == {mine: {"eager", "fa3"}}
 
 
-@pytest.mark.skipif(INTERPRET or torch.cuda.is_available(), reason="CPU rows")
+@pytest.mark.skipif(ON_CPU or torch.cuda.is_available(), reason="CPU rows")
 def test_missing_rows_only(tmp_path: Path) -> None:
     """In a copy of what it takes, so that nothing is recorded here."""
     for name in ("bench", "tt_kernels", "tt_model", "tests"):

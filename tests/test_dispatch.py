@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tt_kernels
 from tt_kernels import OPS, core
-from tt_kernels.launch import INTERPRET
+from tt_kernels.launch import INTERPRET, ON_CPU
 
 pytestmark = pytest.mark.kernels
 # Per-row settings, in fp64 on purpose: no dtype of theirs is refused.
@@ -113,4 +113,4 @@ def test_the_interpreter_refuses_bf16_wherever_it_is(name: str, leaf: str) -> No
 
 
 def test_a_cpu_takes_the_reference() -> None:
-    assert core.takes_kernel("t", torch.ones(2), torch.ones(2)) == INTERPRET
+    assert core.takes_kernel("t", torch.ones(2), torch.ones(2)) == ON_CPU

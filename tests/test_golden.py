@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tt_kernels.launch import INTERPRET
+from tt_kernels.launch import ON_CPU
 from tt_model import Cache, TwoTower
 
 # Interpreted, a pass takes seconds: one short case per mode here, all of it in `make test-full`.
-pytestmark = [pytest.mark.kernels, pytest.mark.slow] if INTERPRET else []
+pytestmark = [pytest.mark.kernels, pytest.mark.slow] if ON_CPU else []
 
 # Of a tensor's largest magnitude. The golden files were computed in fp32; a plain fp32 implementation differs by 2e-6.
 TOLERANCE = 1e-5

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from test_golden import generates
 
-from tt_kernels.launch import INTERPRET
+from tt_kernels.launch import ON_CPU
 from tt_model import TwoTower
 
-pytestmark = [pytest.mark.kernels, pytest.mark.skipif(not INTERPRET, reason="runs with TRITON_INTERPRET=1")]
+pytestmark = [pytest.mark.kernels, pytest.mark.skipif(not ON_CPU, reason="kernels on a CPU")]
 
 
 def shortened(case: dict, mode: str) -> dict:

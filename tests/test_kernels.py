@@ -1,5 +1,5 @@
 """Every kernel by its op's card, against the reference: values and gradients within the derived bound, registration,
-memory it must not read, neighbours it must not see. Runs where kernels do: TRITON_INTERPRET=1, or a GPU."""
+memory it must not read. Runs where kernels do: with TRITON_INTERPRET=1, in `make sanitize`, on a GPU."""
 
 from typing import Any
 
@@ -8,14 +8,13 @@ import torch
 from parity import (
     DEVICE,
     DTYPES,
+    HALF,
     KERNELS,
     WITH_KERNELS,
-    assert_as_good,
-    double,
-    leaves,
+    assert_op_as_good,
+    fresh_memory_filled,
     make,
     values_and_gradients,
-    with_leaves,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,27 +25,20 @@ from tt_kernels.launch import INTERPRET
 
 pytestmark = [
     pytest.mark.kernels,
-    pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU"),
+    pytest.mark.skipif(not KERNELS, reason="kernels run in the interpreter, in ttsem or on a GPU"),
 ]
 FIRST_WITH_KERNELS = [pytest.param(op, op.cases[0], id=name) for name, op in OPS.items() if op.kernels]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op,dims", WITH_KERNELS)
 def test_matches_reference(op: Op, dims: dict[str, int], dtype: torch.dtype) -> None:
-    kwargs = make(op, dims, dtype)
-    got = values_and_gradients(op, op.fn, kwargs, dtype)
-    low = values_and_gradients(op, op.reference, kwargs, dtype)
-    high = values_and_gradients(op, op.reference, double(kwargs), dtype)
-    assert set(got) == set(low) == set(high)
-    scale = max((t.abs().max().item() for t in high.values() if t.is_floating_point() and t.numel()), default=0.0)
-    for name in got:
-        # A gradient is a sum of terms as large as its largest factors, which may cancel: one rounding of those.
-        assert_as_good(name, got[name], low[name], high[name], scale if name not in op.outputs else 0.0, op.rms)
+    assert_op_as_good(op, dims, dtype)
 
 
 # Op, dtype of all other floats, and who has one of its own.
-HALF, FULL, WIDE = torch.float16, torch.float32, torch.float64
+FULL, WIDE = torch.float32, torch.float64
 MIXED = [
     ("rms_norm", HALF, dict(weight=FULL)),
     ("rms_norm", FULL, dict(weight=HALF)),
@@ -72,6 +64,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     "name,dtype,own,case",
     [
@@ -83,19 +76,7 @@ MIXED = [
 )
 def test_mixed_dtypes_match_reference(name: str, dtype: torch.dtype, own: dict[str, torch.dtype], case: int) -> None:
     """Dtypes of results and of sums are those that the reference has, also where arguments differ."""
-    op = OPS[name]
-    kwargs = make(op, op.cases[case], dtype)
-    kwargs = with_leaves(kwargs, {k: t.to(own[k]) for k, t in leaves(kwargs).items() if k in own})
-    got = values_and_gradients(op, op.fn, kwargs, HALF)
-    low = values_and_gradients(op, op.reference, kwargs, HALF)
-    high = values_and_gradients(op, op.reference, double(kwargs), HALF)
-    assert set(got) == set(low)
-    scale = max(t.abs().max().item() for t in high.values() if t.is_floating_point())
-    for key in got:
-        if dtype != WIDE and key in ("dbranch", "dweights") and got[key].dtype == low[key].dtype == WIDE:
-            # Passed through the dtype of x on its way, as that of the residual and of what experts return: held to it.
-            got[key], low[key] = got[key].to(dtype), low[key].to(dtype)
-        assert_as_good(key, got[key], low[key], high[key], scale if key not in op.outputs else 0.0, op.rms)
+    assert_op_as_good(OPS[name], OPS[name].cases[case], dtype, own)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="fp64 kernels exist only in the interpreter")
@@ -115,19 +96,11 @@ def test_two_runs_are_bitwise_equal(op: Op, dims: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("op,dims", WITH_KERNELS)
-def test_reads_nothing_it_did_not_write(op: Op, dims: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, or a wrong integer, until a kernel writes it."""
+def test_reads_nothing_it_did_not_write(op: Op, dims: dict[str, int]) -> None:
+    """Fresh memory holds NaN, or the largest integer, until a kernel writes it."""
     kwargs = make(op, dims, torch.float32)
     want = values_and_gradients(op, op.fn, kwargs)
-
-    class Dirty(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = function(*args, **(kwargs or {}))
-            if "empty" in function.overloadpacket.__name__ and isinstance(out, Tensor):
-                out.fill_(float("nan") if out.is_floating_point() else 1)
-            return out
-
-    with Dirty():
+    with fresh_memory_filled():
         got = values_and_gradients(op, op.fn, kwargs)
     assert all(torch.equal(got[name], want[name]) for name in want)
 

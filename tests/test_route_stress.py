@@ -11,7 +11,7 @@ import torch
 from parity import DEVICE, leaves, with_leaves
 
 from tt_kernels import OPS, reference, route
-from tt_kernels.launch import INTERPRET
+from tt_kernels.launch import ON_CPU
 from tt_kernels.moe.route import tickets as counters
 
 Call = tuple[dict[str, Any], tuple[torch.Tensor, ...]]
@@ -43,7 +43,7 @@ def assert_tickets_are_back() -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(not INTERPRET, reason="sequential launches, for the interpreter")
+@pytest.mark.skipif(not ON_CPU, reason="sequential launches, on a CPU")
 def test_launches_one_after_the_other() -> None:
     made = calls(SMALL, E=20, K=4)
     for turn in range(2 * len(made)):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tt_kernels
 from tt_kernels import reference
-from tt_kernels.launch import INTERPRET
+from tt_kernels.launch import INTERPRET, ON_CPU
 
 S = 16  # block size
 NAN = math.nan
@@ -88,7 +88,7 @@ def test_conv_packed_and_block_states() -> None:
 
 
 # An interpreted kernel takes 5 ms for each row and head: two heads there.
-HEADS = dict(H=2, G=1) if INTERPRET else dict(H=4, G=2)
+HEADS = dict(H=2, G=1) if ON_CPU else dict(H=4, G=2)
 
 
 def scan_inputs(
@@ -207,7 +207,7 @@ def test_scan_does_not_see_past_a_row() -> None:
     dirty = kw | {k: kw[k].clone() for k in ("x", "dt", "B", "C")}
     for k in ("x", "dt", "B", "C"):
         dirty[k][past] = NAN
-    for Q in (16,) if INTERPRET else (4, 16):
+    for Q in (16,) if ON_CPU else (4, 16):
         y, state, _ = ssd_chunk(**dirty, lengths=lengths, chunk_size=Q)
         for b, n in enumerate(lengths.tolist()):
             alone = cut(kw, slice(b, b + 1), slice(n))

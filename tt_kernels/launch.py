@@ -101,7 +101,7 @@ def _properties(index: int) -> Any:
 
 
 def architecture(x: Tensor) -> int:
-    """80, 90, 100, ...: what the launch of a kernel on x is chosen for. The interpreter counts as 90."""
+    """80, 90, 100, ...: what the launch of a kernel on x is chosen for. A CPU counts as 90."""
     if (recorded := _recording.get()) is not None:
         return recorded[1]
     if not x.is_cuda:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tt_kernels.launch import INTERPRET
+from tt_kernels.launch import ON_CPU
 
 HOW_TO = "bench/peers/README.md"
 
@@ -89,8 +89,8 @@ def on_gpu(t: Tensor, package: str) -> None:
 
 
 def kernels_run(t: Tensor, package: str) -> None:
-    """Refuse a Triton package where neither a GPU nor Triton's interpreter runs its kernels."""
-    if not t.is_cuda and not INTERPRET:
+    """Refuse a Triton package where neither a GPU runs its kernels nor a tool on the CPU."""
+    if not t.is_cuda and not ON_CPU:
         raise Unavailable(f"{package}: runs on an NVIDIA GPU only")
 
 

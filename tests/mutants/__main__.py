@@ -1,9 +1,11 @@
-"""Apply each mutant to a copy of the tree and run its op's tests in Triton's interpreter: all must make them fail."""
+"""Apply each mutant to a copy of the tree and run its op's tests, in Triton's interpreter, or in ttsem where only that
+sees it: all must make them fail."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import pkgutil
 import shutil
@@ -19,6 +21,7 @@ from mutants import Mutant
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("tt_kernels", "tests", "pyproject.toml")
 TESTS = ("tests/test_kernels.py", "tests/test_ops.py")
+TTSEM = importlib.util.find_spec("ttsem")
 
 
 def all_mutants() -> dict[str, tuple[Mutant, ...]]:
@@ -33,8 +36,9 @@ def mutated(source: str, mutant: Mutant) -> str:
     return source.replace(mutant.old, mutant.new)
 
 
-def run_tests(op: str, test: str, mutant: Mutant | None = None) -> subprocess.CompletedProcess[str]:
+def run_tests(op: str, test: str, sanitize: bool, mutant: Mutant | None = None) -> subprocess.CompletedProcess[str]:
     """An op's tests, or the one that is named, on a copy of the tree, with the mutant's fault in it or as it is."""
+    chosen = [test] if test else [*TESTS, "-k", op]
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in COPIED:
@@ -46,14 +50,15 @@ def run_tests(op: str, test: str, mutant: Mutant | None = None) -> subprocess.Co
         if mutant is not None:
             file = tree / mutant.file
             file.write_text(mutated(file.read_text(), mutant))
+        path, switch = [str(tree)], "TRITON_INTERPRET"
+        if sanitize:
+            chosen += ["-p", "sanitize", "-m", "sanitize"]
+            path, switch = [*path, str(tree / "tests"), str(Path(TTSEM.origin).parents[1])], "TT_KERNELS_ON_CPU"
         return subprocess.run(
-            [
-                *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"),
-                *([test] if test else [*TESTS, "-k", op]),
-            ],
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen],
             cwd=tree,
             env=os.environ
-            | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tree), "TRITON_CACHE_DIR": str(tree / "cache")},
+            | {switch: "1", "PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(tree / "cache")},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -62,7 +67,7 @@ def run_tests(op: str, test: str, mutant: Mutant | None = None) -> subprocess.Co
 
 def survives(mutant: Mutant) -> str | None:
     """None if the tests fail, as they should; else what happened."""
-    done = run_tests(mutant.op, mutant.test, mutant)
+    done = run_tests(mutant.op, mutant.test, mutant.sanitize, mutant)
     if done.returncode == 1 or done.returncode < 0:  # a fault that writes where it must not may kill the process
         return None
     return "survives" if done.returncode == 0 else f"pytest exits with {done.returncode}:\n{done.stdout[-2000:]}"
@@ -77,13 +82,15 @@ def main() -> int:
     if unknown := set(options.only or ()) - set(areas):
         parser.error(f"no area is called {', '.join(sorted(unknown))}; there are {', '.join(areas)}")
     chosen = [m for area in options.only or areas for m in areas[area]]
+    if TTSEM is None and any(mutant.sanitize for mutant in chosen):
+        parser.error("faults that only ttsem can see need it on PYTHONPATH, as `make mutants` puts it there")
     failed = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        wanted = sorted({(mutant.op if not mutant.test else "", mutant.test) for mutant in chosen})
+        wanted = sorted({(m.op if not m.test else "", m.test, m.sanitize) for m in chosen})
         for names, done in zip(wanted, pool.map(lambda names: run_tests(*names), wanted), strict=True):
             if done.returncode:
                 print(
-                    f"the tests of {''.join(names)!r} fail without any fault planted:\n{done.stdout[-2000:]}",
+                    f"the tests of {''.join(names[:2])!r} fail without any fault planted:\n{done.stdout[-2000:]}",
                     file=sys.stderr,
                 )
                 return 1
