@@ -71,7 +71,7 @@ def context_attention(
     if not takes_kernel("context_attention", *tensors) or wants_gradients(*tensors):
         return reference.context_attention(q, k, v, k_pages, v_pages, page_table, lengths, causal=causal, scale=scale)
     return context_attention_forward(
-        *tensors, page_table, lengths, causal and q.shape[1] > 1, q.shape[-1] ** -0.5 if scale is None else scale
+        *tensors, page_table, lengths, causal, q.shape[-1] ** -0.5 if scale is None else scale
     )
 
 
