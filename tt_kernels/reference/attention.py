@@ -96,12 +96,12 @@ def _look(
 
 def _past(pages: Tensor, page_table: Tensor, in_order: slice | None, lengths: Tensor, longest: int) -> Tensor:
     """[B, longest, Hkv, P]: the cached tokens of all rows. Table entries past a row's end do not count."""
-    B, page_size = len(page_table), pages.shape[1]
+    B, page_size = page_table.shape[0], pages.shape[1]
     if in_order is not None:
         return pages[in_order].reshape(B, page_table.shape[1] * page_size, *pages.shape[2:])[:, :longest]
     page_table = page_table[:, : -(-longest // page_size)]
     starts = torch.arange(page_table.shape[1], device=page_table.device) * page_size
-    index = page_table.masked_fill(starts >= lengths.unsqueeze(1), 0).clamp(0, len(pages) - 1)
+    index = page_table.masked_fill(starts >= lengths.unsqueeze(1), 0).clamp(0, pages.shape[0] - 1)
     past = pages.index_select(0, index.flatten()).unflatten(0, index.shape)
     return past.flatten(1, 2)[:, :longest]
 
@@ -125,7 +125,7 @@ def _context(
     in_order = None
     if can_look(lengths):
         longest, shortest, in_order = _look(op, k_pages, page_table, lengths, entering)
-    if longest == 0 or len(k_pages) == 0:
+    if longest == 0 or k_pages.shape[0] == 0:
         return _attend(q, k, v, None, scale, causal=causal)
     past = [_past(pages, page_table, in_order, lengths, longest) for pages in (k_pages, v_pages)]
     mask = None
