@@ -180,8 +180,8 @@ def ssd_chunk(
     a = dt * cast(A, acc)
     to_end, whole = _decay_to_end(a)
     same = enters = None
-    if cu_seqlens is not None:
-        check_starts("ssd_chunk", cu_seqlens, b * L)
+    check_starts("ssd_chunk", cu_seqlens, b * L)
+    if cu_seqlens is not None and L:
         seq = sequence_index(cu_seqlens, b, L)
         seq = torch.cat([seq, seq[:, -1:].expand(b, n * Q - L)], 1).view(b, n, Q)
         same = (seq.unsqueeze(-1) == seq.unsqueeze(-2)).flatten(0, 1)
