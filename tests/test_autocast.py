@@ -82,15 +82,15 @@ def model() -> TwoTower:
 
 
 def test_training_and_inference_give_the_same_logits(model: TwoTower) -> None:
-    """Without autocast to a few roundings of fp32. With it to what two results differ by that round independently: where
-    sums in another order differ in the last bit, a narrow projection may round the other way, and so on layer by layer."""
+    """Without autocast to a few roundings of fp32; with it to less than it costs: where sums in another order differ in
+    the last bit, a narrow projection may round the other way."""
     trained, inferred = logits(model, None)
     assert (trained - inferred).abs().max() <= 1e-5 * trained.abs().max()
     for autocast in NARROW:
         narrow, also = (t.float() for t in logits(model, autocast))
         cost = (narrow - trained).square().mean().sqrt()
         assert 0 < cost < 0.02 * trained.square().mean().sqrt()
-        assert (narrow - also).square().mean().sqrt() <= 2**0.5 * cost
+        assert (narrow - also).square().mean().sqrt() <= 0.8 * cost
 
 
 def test_a_model_generates_under_autocast(model: TwoTower) -> None:

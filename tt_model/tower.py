@@ -99,7 +99,7 @@ class ContextPass(Pass):
 
     def attention(self, i: int, mixer: Attention, h: Tensor) -> Tensor:
         c = self.cache
-        q, k, v = (t.to(c.keys[i].dtype) for t in mixer.qkv(h))  # which autocast may have made narrower
+        q, k, v = (t.to(c.keys[i].dtype) for t in mixer.qkv(h))  # autocast may be another than at prefill
         cached = c.keys[i], c.values[i], c.page_table, c.lengths
         if self.write:
             return mixer.out(append_attention(q, k, v, *cached, self.counts))
