@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, check_lengths, compute_dtype, full_precision, sequence_index
+from .common import cast, check_lengths, check_starts, compute_dtype, full_precision, sequence_index
 
 CHUNK = 32  # tokens of a chunk where no size is asked for: pairs inside and states between cost about the same on a CPU
 
@@ -180,7 +180,8 @@ def ssd_chunk(
     a = dt * cast(A, acc)
     to_end, whole = _decay_to_end(a)
     same = enters = None
-    if cu_seqlens is not None:
+    check_starts("ssd_chunk", cu_seqlens, b * L)
+    if cu_seqlens is not None and L:
         seq = sequence_index(cu_seqlens, b, L)
         seq = torch.cat([seq, seq[:, -1:].expand(b, n * Q - L)], 1).view(b, n, Q)
         same = (seq.unsqueeze(-1) == seq.unsqueeze(-2)).flatten(0, 1)
