@@ -13,7 +13,6 @@ from tt_kernels.launch import INTERPRET, recording
 from tt_model import TwoTower
 from tt_model.cache import Cache
 from tt_model.generate import Settings, _blocks, _Rows
-from tt_model.two_tower import _frequencies
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing is interpreted here")
 ROWS = 3
@@ -23,7 +22,6 @@ ROWS = 3
 def model() -> Iterator[TwoTower]:
     with torch.device("meta"):
         yield TwoTower(replace(CONFIG, dtype=torch.bfloat16)).to(torch.bfloat16).requires_grad_(False)
-    _frequencies.cache_clear()
 
 
 def filled(model: TwoTower, rows: int) -> Cache:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,11 +41,10 @@ def token_rows(prompts: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
     return [list(row) for row in rows]
 
 
-@cache
 def _frequencies(half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """10000^(-j / half), made on the CPU whatever the device: an ulp of a frequency is 1e-5 of the logits."""
-    with torch.inference_mode(False):  # made once, and used in training too
-        return torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype) / half).to(device)
+    """10000^(-j / half), by an exp in fp64 the same on every device: an ulp of a frequency is 1e-5 of the logits."""
+    exponents = torch.arange(half, dtype=dtype, device=device) * (-math.log(10000)) / half
+    return exponents.double().exp_().to(dtype)
 
 
 class TimeEmbedder(nn.Module):

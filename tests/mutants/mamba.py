@@ -50,7 +50,7 @@ MUTANTS = (
     Mutant("ssd_advance", TILE, "decays_to_end(after) * dt", "decays_to_end(a) * dt", "own decay counted"),
     Mutant("ssd_advance", TILE, "(t + 1 < start + BLOCK_T)", "(t + 1 < length)", "decay of the next tile twice"),
     Mutant("ssd_advance", BLOCK, "row[:, None] * stride_Bl + group * stride_Bg", "row[:, None] * stride_Bl", "group 0"),
-    Mutant("ssd_step", TILE, "state = state * decay(dt * A) + ", "state = state + ", "state does not decay"),
+    Mutant("ssd_step", TILE, "state = state * decay(log_decay(dt, A)) + ", "state = state + ", "state does not decay"),
     Mutant("ssd_step", TILE, "(x * dt)[:, None]", "x[:, None]", "step forgotten"),
     Mutant("ssd_step", TILE, "axis=1) + x * D", "axis=1)", "D forgotten"),
     Mutant("ssd_step", STEP, "C_ptr + b * stride_Cb + group * stride_Cg", "C_ptr + b * stride_Cb", "group 0's C"),

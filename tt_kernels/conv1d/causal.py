@@ -64,7 +64,8 @@ def _causal_conv1d_kernel(
         if state_ptr is not None:  # noqa: SIM102 (known to the compiler, what follows is not)
             if back > start:  # the first tokens of a row
                 mask = ((source < 0) & alive)[:, None] & mask_c[None, :]
-                at = state_ptr + b * stride_sb + c[None, :] * stride_sc + (S + source)[:, None] * stride_sk
+                at = state_ptr + b * stride_sb + c.to(tl.int64)[None, :] * stride_sc
+                at += (S + source).to(tl.int64)[:, None] * stride_sk
                 # As a column of x would be: in its dtype.
                 column = tl.load(at, mask=mask, other=0.0).to(x_ptr.dtype.element_ty)
                 y += column.to(ACC) * tap[None, :]

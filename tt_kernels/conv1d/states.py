@@ -34,10 +34,10 @@ def move_on(
     k = tl.arange(0, BLOCK_K)[None, :]
     mask = mask_c[:, None] & (k < K)  # [BLOCK_C, BLOCK_K]
     source = length - K + k  # below 0: before x
-    at = x_ptr + source.to(tl.int64) * stride_xl + c * stride_xc
+    at = x_ptr + source.to(tl.int64) * stride_xl + c.to(tl.int64) * stride_xc
     column = tl.load(at, mask=mask & (source >= 0), other=0.0)
     if state_ptr is not None:
-        at = state_ptr + c * stride_sc + (source + K) * stride_sk
+        at = state_ptr + c.to(tl.int64) * stride_sc + (source + K).to(tl.int64) * stride_sk
         before = tl.load(at, mask=mask & (source < 0), other=0.0)
         column = tl.where(source < 0, before.to(column.dtype), column)
     tl.store(new_ptr + c * K + k, column, mask=mask)
@@ -117,7 +117,6 @@ def conv_block_states_launch(C: int, itemsize: int) -> Launch:
 def _conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, kernel_size: int) -> Tensor:
     new = _conv_state_fake(x, lengths, state, kernel_size)
     B, L, C = x.shape
-    x = x if C * x.stride(2) < 2**31 else x.contiguous()  # channels are 32-bit offsets, tokens 64-bit ones
     launch = conv_state_launch(B, C, kernel_size)
     run(
         _conv_state_kernel,

@@ -65,7 +65,7 @@ def conv_block_states(x: Tensor, *, block_size: int, kernel_size: int, cu_seqlen
     B, N = x.shape[:2]
     starts = torch.arange(0, N, block_size, device=x.device)
     index = (starts[:, None] + torch.arange(kernel_size, device=x.device)).flatten()  # into the padded columns
-    windows = F.pad(x, (0, 0, kernel_size, 0))[:, index].unflatten(1, (len(starts), kernel_size))
+    windows = F.pad(x, (0, 0, kernel_size, 0))[:, index].unflatten(1, (starts.shape[0], kernel_size))
     if cu_seqlens is not None:
         seq = sequence_index(cu_seqlens, B, N)
         before = F.pad(seq, (kernel_size, 0))[:, index].view(B, -1, kernel_size)

@@ -94,7 +94,7 @@ def _ssd_step(
 ) -> tuple[Tensor, Tensor]:
     (b, H, P), (G, N) = x.shape, B.shape[1:]
     y, new = _ssd_step_fake(x, dt, A, B)
-    x, B, C, state = (lined_up(t) for t in (x, B, C, state))
+    x, B, C, state = *(lined_up(t) for t in (x, B, C)), lined_up(state, 2)
     launch = tuned(
         "_ssd_step_kernel", ssd_step_launch(b * H, P, N), architecture(x), rows=triton.next_power_of_2(b * H), P=P, N=N
     )
