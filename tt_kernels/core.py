@@ -137,6 +137,11 @@ def refuse(op: str, name: str, value: object, expected: str) -> NoReturn:
     raise ValueError(f"{op}: {name} is {value!r}, expected {expected}")
 
 
+def is_whole(value: object) -> bool:
+    """Whether a size or a count: an int, or a symbol of a graph for one, not a bool."""
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 

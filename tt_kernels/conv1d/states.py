@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, define, refuse, takes_kernel, wants_gradients
+from ..core import Op, check, define, is_whole, refuse, takes_kernel, wants_gradients
 from ..lang import row_length
 from ..launch import Launch, run
 from ..packed import resets
@@ -157,10 +157,10 @@ def _conv_block_states_fake(x, block_size, kernel_size, *_):
 
 
 _state_after = define(
-    "conv_state(Tensor x, Tensor? lengths, Tensor? state, int kernel_size) -> Tensor", _conv_state, _conv_state_fake
+    "conv_state(Tensor x, Tensor? lengths, Tensor? state, SymInt kernel_size) -> Tensor", _conv_state, _conv_state_fake
 )
 _block_states = define(
-    "conv_block_states(Tensor x, int block_size, int kernel_size, Tensor? cu_seqlens) -> Tensor",
+    "conv_block_states(Tensor x, SymInt block_size, SymInt kernel_size, Tensor? cu_seqlens) -> Tensor",
     _conv_block_states,
     _conv_block_states_fake,
 )
@@ -184,7 +184,7 @@ def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kerne
     `causal_conv1d_update`, whose oldest column the next token does not read.
     """
     check("conv_state", x=(x, "B L C"), lengths=(lengths, "B", int), state=(state, "B C K"))
-    if kernel_size < 1 or (state is not None and state.shape[-1] != kernel_size):
+    if not is_whole(kernel_size) or kernel_size < 1 or (state is not None and state.shape[-1] != kernel_size):
         refuse("conv_state", "kernel_size", kernel_size, "1 or more" if state is None else f"K={state.shape[-1]}")
     if not takes_kernel("conv_state", x, state) or wants_gradients(x, state):
         return reference.conv_state(x, lengths, state, kernel_size=kernel_size)
@@ -208,7 +208,7 @@ def conv_block_states(x: Tensor, *, block_size: int, kernel_size: int, cu_seqlen
     """
     check("conv_block_states", x=(x, "B N C"), cu_seqlens=(cu_seqlens, "sequences+1", int))
     for name, value in (("block_size", block_size), ("kernel_size", kernel_size)):
-        if value < 1:
+        if not is_whole(value) or value < 1:
             refuse("conv_block_states", name, value, "1 or more")
     if not takes_kernel("conv_block_states", x) or wants_gradients(x):
         return reference.conv_block_states(x, block_size=block_size, kernel_size=kernel_size, cu_seqlens=cu_seqlens)

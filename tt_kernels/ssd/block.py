@@ -24,9 +24,9 @@ def check_groups(op: str, x: Tensor, B: Tensor) -> None:
 
 
 def check_limit(op: str, dt_limit: tuple[float, float]) -> None:
-    low, high = dt_limit
-    if not 0 <= low <= high:
-        refuse(op, "dt_limit", dt_limit, "(low, high) with 0 <= low <= high")
+    numbers = isinstance(dt_limit, tuple | list) and [isinstance(v, int | float | torch.SymFloat) for v in dt_limit]
+    if numbers != [True, True] or not (0 <= dt_limit[0] <= dt_limit[1] and dt_limit[0] < math.inf):
+        refuse(op, "dt_limit", dt_limit, "(low, high) with 0 <= low <= high and a finite low")
 
 
 def ssd_block(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, refuse, takes_kernel, wants_gradients
+from ..core import Op, check, is_whole, refuse, takes_kernel, wants_gradients
 from ..launch import Launch
 from .block import check_groups, check_limit, scan_inputs
 from .scan import ssd_chunk_forward
@@ -78,7 +78,7 @@ def ssd_chunk(
     )
     check_groups("ssd_chunk", x, B)
     check_limit("ssd_chunk", dt_limit)
-    if chunk_size is not None and chunk_size < 1:
+    if chunk_size is not None and (not is_whole(chunk_size) or chunk_size < 1):
         refuse("ssd_chunk", "chunk_size", chunk_size, "1 or more, or None")
     if state is not None and cu_seqlens is not None:
         refuse("ssd_chunk", "state", list(state.shape), "None beside cu_seqlens")

@@ -124,7 +124,7 @@ def _ssd_chunk_fake(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chun
 
 ssd_chunk_forward = define(
     "ssd_chunk(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor? state, "
-    "Tensor? lengths, Tensor? cu_seqlens, int? chunk_size, float low, float high) -> (Tensor, Tensor, Tensor)",
+    "Tensor? lengths, Tensor? cu_seqlens, SymInt? chunk_size, float low, float high) -> (Tensor, Tensor, Tensor)",
     _ssd_chunk,
     _ssd_chunk_fake,
 )
