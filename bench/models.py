@@ -9,6 +9,7 @@ shared one do not exist there.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -188,10 +189,12 @@ def experts_implementations() -> list[str]:
 @torch.no_grad()
 def greedy_nemotron_h(peer: NemotronHForCausalLM, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """Cached greedy decoding [B, new_tokens], without transformers' `generate` around it, which takes its own time."""
+    # transformers 5.24 calls it `cache`; the name before that goes in 5.40.
+    cache = "cache" if "cache" in inspect.signature(peer.forward).parameters else "past_key_values"
     out = peer(ids, use_cache=True, logits_to_keep=1)
     tokens = []
     for i in range(new_tokens):
         tokens.append(out.logits[:, -1].argmax(-1, keepdim=True))
         if i + 1 < new_tokens:
-            out = peer(tokens[-1], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            out = peer(tokens[-1], use_cache=True, logits_to_keep=1, **{cache: out[cache]})
     return torch.cat(tokens, 1)

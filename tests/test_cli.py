@@ -108,6 +108,10 @@ def test_prompt_from_anywhere(twotower, tmp_path: Path, monkeypatch: pytest.Monk
     for arguments in ((), ("--prompt-file", "-")):
         monkeypatch.setattr(sys, "stdin", stdin_of(PROMPT.encode()))
         assert twotower("--quiet", *greedy, *arguments) == given
+    file.write_bytes(b"\xef\xbb\xbf" + PROMPT.encode())  # a byte order mark
+    assert twotower("--quiet", *greedy, "--prompt-file", file) == given
+    monkeypatch.setattr(sys, "stdin", stdin_of(file.read_bytes()))
+    assert twotower("--quiet", *greedy) == given == twotower("--quiet", *greedy, "\ufeff" + PROMPT)
     ids = " ".join(map(str, Vocabulary(ASSETS, CONFIG).encode(PROMPT)))
     code, out, _ = twotower(*SHORT, "--tokens", ids)
     assert code == 0 and out.startswith(ids + " ")
@@ -207,7 +211,7 @@ def test_how_a_text_begins(tmp_path: Path, convention: dict | None, adds: bool, 
         tokenizer.post_processor = template
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     if convention is not None:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(convention))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(convention), encoding="utf-8-sig")
     body = Tokenizer.from_file(str(ASSETS / "tokenizer.json")).encode("import os").ids
     vocabulary = Vocabulary(tmp_path, CONFIG)
     assert vocabulary.encode("import os") == [*first, *body]
@@ -289,7 +293,11 @@ def test_bad_prompts(twotower, unloaded: None, tmp_path: Path, monkeypatch: pyte
     refused(twotower("--prompt-file", tmp_path / "empty.txt"), "empty.txt: empty")
     refused(twotower("--prompt-file", tmp_path), "Is a directory")
     refused(twotower("x\udcff"), "not UTF-8")
-    for data, words in ((b"\xff", "standard input: not UTF-8"), (b"", "standard input: empty")):
+    for data, words in (
+        (b"\xff", "standard input: not UTF-8"),
+        (b"", "standard input: empty"),
+        (b"\xef\xbb\xbf", "empty"),
+    ):
         monkeypatch.setattr(sys, "stdin", stdin_of(data))
         refused(twotower(), words)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)

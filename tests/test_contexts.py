@@ -12,6 +12,7 @@ import torch
 import tt_kernels
 from tt_kernels import core
 from tt_kernels.launch import Launch, architecture, is_recording, overriding, recording, tuned
+from tt_model import TwoTower
 
 X, WEIGHT = torch.ones(2, 4), torch.ones(4)
 LAUNCH = Launch(BLOCK=64)
@@ -170,3 +171,24 @@ def test_trusted_is_traced(fresh_graphs: None) -> None:
 
     assert torch.equal(torch.compile(norm, fullgraph=True, backend="eager")(X), tt_kernels.rms_norm(X, WEIGHT))
     assert not is_trusted()
+
+
+def test_four_threads_generate_as_one() -> None:
+    """The model trusts itself inside its towers; behind them every thread's ops are checked again."""
+    model = TwoTower.from_pretrained(progress=False)
+    prompts = [[1, 5 + i, 90, 17] for i in range(4)]
+    alone = [model.generate([prompt], max_new_tokens=20, seed=3).tokens for prompt in prompts]
+    together: dict[int, list[list[int]]] = {}
+    checked: dict[int, bool] = {}
+
+    def go(i: int) -> None:
+        together[i] = model.generate([prompts[i]], max_new_tokens=20, seed=3).tokens
+        checked[i] = not is_trusted()
+
+    threads = [threading.Thread(target=go, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert [together[i] for i in range(4)] == alone
+    assert checked == dict.fromkeys(range(4), True) and not is_trusted()

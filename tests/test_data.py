@@ -57,6 +57,69 @@ def test_tokenizer_round_trip(tokenizer, text):
     assert all(4 <= i < tokenizer.get_vocab_size() for i in ids)  # never a special token
 
 
+TRUNCATION = {"direction": "Right", "max_length": 33, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": {"Fixed": 4000},
+    "direction": "Left",
+    "pad_to_multiple_of": 8,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "<pad>",
+}
+
+
+def carrying(folder, *, bom=False, dropout=None, **carried):
+    """The bundled tokenizer in a folder, its file carrying what some earlier use of it left there."""
+    values = json.loads((ASSETS / "tokenizer.json").read_text(encoding="utf-8")) | carried
+    values["model"]["dropout"] = dropout
+    text = json.dumps(values, ensure_ascii=False)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8-sig" if bom else "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "carried",
+    [
+        dict(truncation=TRUNCATION),
+        dict(padding=PADDING),
+        dict(padding=PADDING | {"strategy": "BatchLongest"}),
+        dict(dropout=0.5),
+        dict(truncation=TRUNCATION, padding=PADDING, dropout=0.1, bom=True),
+    ],
+)
+def test_what_a_tokenizer_file_carries_does_not_change_a_text(tokenizer, tmp_path, carried):
+    loaded = data.load_tokenizer(carrying(tmp_path, **carried))
+    assert len(tokenizer.encode(CODE * 40).ids) > 800
+    for text in (CODE * 40, "x", "", "a <mask> b<eos>"):
+        assert loaded.encode(text).ids == tokenizer.encode(text).ids
+    rows = [[e.ids for e in t.encode_batch_fast([CODE * 40, "x", ""])] for t in (loaded, tokenizer)]
+    assert rows[0] == rows[1]
+    documents = [data.encode_documents(["x", CODE], t, bos=1, eos=2, block_size=4) for t in (loaded, tokenizer)]
+    assert torch.equal(documents[0][0], documents[1][0])
+
+
+def test_added_tokens_that_are_not_special_stay_tokens(tokenizer, tmp_path):
+    added = json.loads((ASSETS / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    word = dict(added[0], id=2048, content="twotower", special=False)
+    loaded = data.load_tokenizer(carrying(tmp_path, added_tokens=[*added, word]))
+    assert 2048 in loaded.encode("a twotower <mask>").ids and 3 not in loaded.encode("a twotower <mask>").ids
+
+
+def test_tokenizers_that_cannot_be_read(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for text, message in (
+        (pointer, "json: a git-LFS pointer, .*`git lfs pull`"),
+        ("{}", "is not a tokenizer"),
+        ("", "is not"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            data.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is not a tokenizer that can be read"):
+        data.load_tokenizer(tmp_path)
+
+
 def test_bundled_tokenizer(tokenizer):
     assert tokenizer.get_vocab_size() == 2048
     assert [tokenizer.token_to_id(token) for token in data.SPECIAL_TOKENS] == [0, 1, 2, 3]

@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tt_model import Step, TwoTower, TwoTowerConfig
 from tt_model.checkpoint import start_denoiser
 from tt_model.objective import ar_loss, denoiser_loss, mask_blocks
 from tt_model.train import init_weights
+from tt_model.two_tower import TimeEmbedder, _frequencies
 
 CONFIG = TwoTowerConfig(
     vocab_size=50,
@@ -210,6 +212,19 @@ def test_started_denoiser_is_the_context_tower():
     conditioned = model.denoise(last, torch.tensor([0.5]), cache)
     torch.testing.assert_close(conditioned, model.denoise(last, None, cache))
     torch.testing.assert_close(conditioned[:, -1], model.context_logits(torch.tensor([prompt]))[:, -1])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_trace_leaves_nothing_behind(strict):
+    """What a trace makes in place of tensors must not come out of a later call."""
+    embedder, t = TimeEmbedder(12, 8), torch.tensor([0.25, 1.0])
+    want = embedder(t)
+    _frequencies.cache_clear()
+    exported = torch.export.export(embedder, (t,), strict=strict)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        embedder(fake.from_tensor(t))
+    for got in (embedder(t), exported.module()(t), torch.compile(embedder, backend="aot_eager")(t)):
+        assert type(got) is torch.Tensor and torch.equal(got, want)
 
 
 # ---- 16 bits ----

@@ -13,6 +13,7 @@ from tt_kernels.launch import INTERPRET, recording
 from tt_model import TwoTower
 from tt_model.cache import Cache
 from tt_model.generate import Settings, _blocks, _Rows
+from tt_model.two_tower import _frequencies
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing is interpreted here")
 ROWS = 3
@@ -22,6 +23,7 @@ ROWS = 3
 def model() -> Iterator[TwoTower]:
     with torch.device("meta"):
         yield TwoTower(replace(CONFIG, dtype=torch.bfloat16)).to(torch.bfloat16).requires_grad_(False)
+    _frequencies.cache_clear()
 
 
 def filled(model: TwoTower, rows: int) -> Cache:
@@ -57,9 +59,13 @@ class Read(Exception):
     """The host asked for a device value."""
 
 
-def test_a_step_of_the_loop_reads_the_masked_counts_alone(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ends", [(), (2,), (2, 11)])
+def test_a_step_of_the_loop_reads_the_masked_counts_alone(
+    model: TwoTower, monkeypatch: pytest.MonkeyPatch, ends: tuple[int, ...]
+) -> None:
     """Denoise, unmask and what lies between them, up to the one read."""
-    settings = Settings(mode="mask_diffusion", max_new_tokens=32, block_size=model.config.block_size)
+    size = model.config.block_size
+    settings = Settings(mode="mask_diffusion", max_new_tokens=32, block_size=size, eos_token_ids=ends)
 
     def read(t: Tensor) -> list:
         raise Read(tuple(t.shape))

@@ -85,6 +85,7 @@ def test_golden_models_agree(golden_model: Path) -> None:
         assert error(model.context_logits(ids[:, :length]), expected) < BOUND, length
 
 
+@pytest.mark.filterwarnings("error::FutureWarning:bench", "error::FutureWarning:transformers")
 def test_greedy_decoding_agrees() -> None:
     """32 tokens from the cache, against transformers' own cache; equal tokens also mean equal inputs to the end."""
     model = tower(CONFIGS["grouped routing"])

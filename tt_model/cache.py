@@ -90,8 +90,11 @@ class Cache:
 
         From then on write to one of the two only: the other's pages may change.
         """
-        if len(rows.unique()) < len(rows):
-            raise ValueError(f"select: rows is {rows.tolist()}, expected different rows: they share their pages")
+        listed = rows.tolist()
+        if len(set(listed)) < len(listed):
+            raise ValueError(f"select: rows is {listed}, expected different rows: they share their pages")
+        if not all(0 <= row < self.batch for row in listed):
+            raise ValueError(f"select: rows is {listed}, expected 0 to {self.batch - 1}")
         out = object.__new__(Cache)
         out.__dict__.update(self.__dict__)
         out.lengths, out.page_table = self.lengths[rows], self.page_table[rows]
@@ -122,6 +125,8 @@ class Cache:
             lengths: [B] int, 0..L.
         On a GPU it waits for the device once; `commit` and `verify` do not.
         """
+        if not isinstance(lengths, Tensor) or lengths.dim() != 1 or lengths.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"advance: lengths is {lengths!r}, expected a tensor of integers, one for each row")
         if pending.hidden is None or len(lengths) != self.batch:
             raise ValueError(f"advance: lengths has {len(lengths)} rows, the cache has {self.batch}")
         L = pending.hidden.shape[1]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .files import read_object
 
 LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "dense MLP"}
 ACTIVATIONS = ("relu2", "silu")
@@ -302,21 +303,23 @@ class TwoTowerConfig:
     def from_file(cls, path: str | Path) -> TwoTowerConfig:
         """`from_dict` of a config.json, given itself or by its folder.
 
-        FileNotFoundError when there is none; ValueError, naming the file, for what is not JSON or not supported.
+        The end-of-sequence ids of a generation_config.json beside it are added to its own; of the other special tokens
+        those that it lacks. FileNotFoundError when there is no config.json; ValueError, naming the file, for what is
+        not JSON or not supported.
         """
         file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file (a model is a folder with config.json and its weights)")
+        values, generation = read_object(file), file.with_name("generation_config.json")
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{file}: expected a JSON object, found {type(values).__name__}")
-        try:
-            return cls.from_dict(values)
+            config = cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+        given = read_object(generation) if file.name == "config.json" and generation.is_file() else {}
+        try:
+            return _with_generation(config, values, given)
+        except ValueError as error:
+            raise ValueError(f"{generation}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The published spelling of config.json, ready for `json.dump`; `from_dict` reads it back to an equal one.
@@ -338,6 +341,17 @@ class TwoTowerConfig:
         fixed = {"mamba_hidden_act": "silu", "tie_word_embeddings": False, "expand": 2}
         shared = int(self.moe_shared_expert_intermediate_size > 0)
         return {**values, "n_shared_experts": shared, **fixed, "torch_dtype": dtype}
+
+
+def _with_generation(config: TwoTowerConfig, values: Mapping, generation: Mapping) -> TwoTowerConfig:
+    """The config of config.json's `values` with the special tokens of generation_config.json."""
+    chosen = {n: generation[n] for n in ("bos_token_id", "pad_token_id") if n not in values and n in generation}
+    if generation.get("eos_token_id") is not None:
+        more = replace(config, eos_token_id=generation["eos_token_id"])  # checks it
+        ids = (*(config.eos_token_ids if "eos_token_id" in values else ()), *more.eos_token_ids)
+        if (ids := tuple(dict.fromkeys(ids))) != config.eos_token_ids:
+            chosen["eos_token_id"] = ids
+    return replace(config, **chosen)
 
 
 def _shared_width(given: Mapping[str, Any]) -> Any:

@@ -22,6 +22,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from .files import read_text, refuse_pointer
+
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")  # ids 0, 1, 2, 3
 HELD_OUT = 0.05
 SPLITS = ("train", "held_out")
@@ -155,17 +157,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in folder/tokenizer.json, set to read special tokens in a text as plain characters.
+    """The tokenizer in folder/tokenizer.json, whose `encode` keeps all of a text, the same way every time.
 
-    Raises ValueError when the file is missing or is not a tokenizer.
+    What the file may carry for some earlier use of it is off: truncation, padding, and BPE dropout, which draws other
+    tokens each time. Special tokens in a text are plain characters. What belongs to the vocabulary stays as in the
+    file: normaliser, pre-tokeniser, added tokens that are not special, and the special tokens that the post-processor
+    puts around a text (`add_special_tokens=False` leaves them out).
+
+    Raises ValueError when the file is missing, is not a tokenizer or is a git-LFS pointer.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"folder is {str(folder)!r}, which has no tokenizer.json")
+    refuse_pointer(path)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(read_text(path))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{str(path)!r} is not a tokenizer that can be read: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None
     tokenizer.encode_special_tokens = True  # not kept in the file
     return tokenizer
 

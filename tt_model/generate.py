@@ -6,9 +6,11 @@ B rows asked for, R rows still going, L block length, V vocabulary.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,13 +18,15 @@ from torch import Tensor
 
 from tt_kernels import head_sample, unmask
 
+from .arguments import integer, is_integer, row_seeds
 from .config import TwoTowerConfig
-from .two_tower import TwoTower, token_rows
+from .two_tower import TwoTower
 
 if TYPE_CHECKING:
     from .cache import Cache
 
 MODES = ("mask_diffusion", "ar", "mock_ar")
+HOTTEST = 1e30  # fp32 holds it, and logits divided by it are nothing beside the noise: more is the same
 
 
 @dataclass(frozen=True)
@@ -39,29 +43,38 @@ class Settings:
     top_p: float | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        """NumPy's numbers as Python's; what is no number is for `check` to refuse."""
+        for name, value in vars(self).items():
+            if isinstance(value, Real) and not isinstance(value, bool):
+                object.__setattr__(self, name, int(value) if is_integer(value) else float(value))
+        ids = tuple(int(token) if is_integer(token) else token for token in self.eos_token_ids)
+        object.__setattr__(self, "eos_token_ids", ids)
+
     def check(self, config: TwoTowerConfig) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}")
         for name, least in (("max_new_tokens", 0), ("block_size", 1), ("steps_per_block", 1)):
+            integer(name, getattr(self, name), least)
+        for name in ("confidence_threshold", "temperature", "top_p"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
-        for name in ("confidence_threshold", "temperature", "top_k", "top_p"):
-            value = getattr(self, name)
-            kinds = int if name == "top_k" else int | float
-            if not isinstance(value, kinds) and not (value is None and name.startswith("top")):
-                raise ValueError(f"{name} is {value!r}, expected {'an integer' if name == 'top_k' else 'a number'}")
+            if type(value) not in (int, float) and not (value is None and name == "top_p"):
+                raise ValueError(f"{name} is {value!r}, expected a number")
+        if self.block_size > (limit := max(config.max_position_embeddings, config.block_size)):
+            raise ValueError(f"block_size is {self.block_size}, expected at most the model's context of {limit}")
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold is {self.confidence_threshold}, expected 0 to 1")
         # Logits are divided by it in fp32, where less than about 1e-36 makes infinities of them.
-        if self.temperature != 0 and not 1e-30 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy), or 1e-30 and above")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}, expected at least 1")
+        if self.temperature != 0 and not 1e-30 <= self.temperature <= sys.float_info.max:
+            raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy), or 1e-30 and above, finite")
+        if self.top_k is not None:
+            if not is_integer(self.top_k):
+                raise ValueError(f"top_k is {self.top_k!r}, expected an integer")
+            integer("top_k", self.top_k, 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected above 0 and at most 1")
         for token in self.eos_token_ids:
-            if not isinstance(token, int) or not 0 <= token < config.vocab_size:
+            if not is_integer(token) or not 0 <= token < config.vocab_size:
                 raise ValueError(f"eos_token_id is {token!r}, expected 0 to {config.vocab_size - 1}")
         if self.mode == "mask_diffusion" and self.block_size > config.block_size:
             message = (
@@ -99,7 +112,10 @@ class _Rows:
         self.model, self.cache, self.settings, self.on_step = model, cache, s, on_step
         self.index = list(range(B))  # of the rows still going: R of B
         self.seed = seed  # [R]
-        self.temperature = torch.full((B,), s.temperature, dtype=torch.float64, device=model.device)
+        hot = min(s.temperature, HOTTEST)
+        self.temperature = torch.full((B,), hot, dtype=torch.float64, device=model.device)
+        self.top_k = None if s.top_k is None else min(s.top_k, model.config.vocab_size)
+        self.ends = torch.tensor(s.eos_token_ids, dtype=torch.int64, device=model.device)
         self.tokens: list[list[int]] = [[] for _ in range(B)]
         self.nfe = [0] * B
 
@@ -107,12 +123,26 @@ class _Rows:
         """Per-row settings of `head_sample` and `unmask`, for some of the rows still going."""
         seed, temperature = (t if rows is None else t[rows] for t in (self.seed, self.temperature))
         steps = torch.full_like(seed, step)
-        s = self.settings
-        return dict(temperature=temperature, seed=seed, position=position, step=steps, top_k=s.top_k, top_p=s.top_p)
+        narrow = dict(top_k=self.top_k, top_p=self.settings.top_p)
+        return dict(temperature=temperature, seed=seed, position=position, step=steps, **narrow)
 
     def report(self, rows: Sequence[int], position: Tensor, step: int, *results: Tensor) -> None:
-        if self.on_step is not None:
-            self.on_step(Step([self.index[r] for r in rows], position.tolist(), step, *results))
+        if self.on_step is not None:  # copies: it may keep them and write into them
+            copies = (result.clone() for result in results)
+            self.on_step(Step([self.index[r] for r in rows], position.tolist(), step, *copies))
+
+    def unfinished(self, block: Tensor, masked: Tensor) -> list[bool]:
+        """Which rows need a further pass over their block [R, L], of which masked [R] positions are left.
+
+        None once an end-of-sequence token is there and no mask token before it: what lies behind is dropped. A single
+        position behind is resolved all the same: the published NFE, which the golden files pin, counts that pass.
+        """
+        if len(self.ends):
+            open_before = (block == self.model.config.mask_token_id).cumsum(-1)  # masked up to and with each position
+            ends = (block.unsqueeze(-1) == self.ends).any(-1)
+            settled = (ends & (open_before == 0)).any(-1)
+            masked = masked.masked_fill(settled & (masked > 1), 0)
+        return [m > 0 for m in masked.tolist()]
 
     def write(self, new: list[list[int]]) -> Tensor | None:
         """Take each row's new tokens up to its end; drop rows that ended. The indices that stay, None for all."""
@@ -153,14 +183,14 @@ def _blocks(rows: _Rows) -> None:
                 now,
                 mask_token_id=mask,
                 threshold=torch.full_like(masked, s.confidence_threshold, dtype=torch.float64),
-                steps_left=torch.full_like(masked, s.steps_per_block - step),
+                steps_left=torch.full_like(masked, min(s.steps_per_block - step, s.block_size)),  # more means no more
                 **rows.options(live, position, step),
             )
             for r in running:
                 rows.nfe[rows.index[r]] += 1
             rows.report(running, position, step, now, confidence, committed)
-            block = now if live is None else block.index_copy(0, live, now)  # in new memory: on_step may keep it
-            left = [m > 0 for m in masked.tolist()]
+            block = now if live is None else block.index_copy(0, live, now)
+            left = rows.unfinished(now, masked)
             if not any(left):
                 break
             if not all(left):
@@ -206,19 +236,6 @@ def _mock_ar(rows: _Rows, last: Tensor) -> None:
             token = column
 
 
-def _seeds(seed: int | Sequence[int] | None, B: int, device: torch.device) -> Tensor:
-    """One seed a row: an int s gives row b the seed s + b; None draws from torch's default generator."""
-    if seed is None:
-        return torch.randint(2**62, (B,)).to(device)
-    if isinstance(seed, int):
-        return torch.arange(B, device=device) + seed
-    if not isinstance(seed, Sequence) or not all(isinstance(s, int) for s in seed):
-        raise ValueError(f"seed is {seed!r}, expected an int, or one for each of the {B} prompts")
-    if len(seed) != B:
-        raise ValueError(f"seed has {len(seed)} values, expected one for each of the {B} prompts, or an int")
-    return torch.tensor(list(seed), dtype=torch.int64, device=device)
-
-
 @torch.inference_mode()
 def generate(
     model: TwoTower,
@@ -230,19 +247,21 @@ def generate(
 ) -> Generation:
     """Continue prompts; `TwoTower.generate` documents it."""
     settings.check(model.config)
-    rows = token_rows(prompts)
-    if not rows:
-        raise ValueError("prompts: expected at least one")
+    rows = model._rows(prompts)
     longest, limit = max(map(len, rows)), model.config.max_position_embeddings
-    if not all(rows):
-        raise ValueError(f"prompts: prompt {rows.index([])} is empty, expected at least one token")
     if longest + settings.max_new_tokens > limit:
         raise ValueError(
             f"prompts: {longest} tokens and {settings.max_new_tokens} new ones exceed the model's context of {limit}"
         )
     if settings.mode != "ar" and model.denoiser_tower is None:
         raise ValueError(f'mode is {settings.mode!r}, but the model was loaded with towers="context": only "ar" works')
-    seeds = _seeds(seed, len(rows), model.device)
+    mask = model.config.mask_token_id
+    if masked := [b for b, row in enumerate(rows) if mask in row]:
+        message = f"prompt {masked[0]} holds the mask token ({mask}), which is read like any other and not filled in"
+        warnings.warn(message, stacklevel=4)
+    seeds = row_seeds(seed, len(rows), model.device)
+    if on_step is not None and not callable(on_step):
+        raise ValueError(f"on_step is {on_step!r}, expected a function of a Step, or None")
     mock = settings.mode == "mock_ar"
     cache = model._prefill([row[:-1] if mock else row for row in rows], settings.max_new_tokens + settings.block_size)
     state = _Rows(model, cache, settings, seeds, on_step)

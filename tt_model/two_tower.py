@@ -6,8 +6,9 @@ B batch, P prompt length, L block length, N tokens of a training row, S block si
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .arguments import device_of, dtype_of, integer, is_integer, token_rows
 from .cache import Cache, Pending
 from .config import TwoTowerConfig
 from .tower import BlockPass, CleanPass, ContextPass, NoisyPass, Tower
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 PREFILL_CHUNK = 2048  # tokens of all prompts that go through the tower at a time: bounds memory
 ASSETS = Path(__file__).parent / "assets"
+_ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def prefill_stretch(rows: int) -> int:
@@ -32,19 +35,13 @@ def prefill_stretch(rows: int) -> int:
     return max(1, PREFILL_CHUNK // rows // 64) * 64
 
 
-def token_rows(prompts: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
-    """Prompts as lists of ids; ValueError for what are no rows of integers."""
-    rows = [row.tolist() if hasattr(row, "tolist") else row for row in prompts]
-    for b, row in enumerate(rows):
-        if not isinstance(row, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in row):
-            raise ValueError(f"prompts: prompt {b} is {row!r:.40}, expected a list of token ids")
-    return [list(row) for row in rows]
+def _make_frequencies(half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """10000^(-j / half), made on the CPU whatever the device: an ulp of a frequency is 1e-5 of the logits."""
+    with torch.inference_mode(False):  # made once, and used in training too
+        return torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device="cpu") / half).to(device)
 
 
-def _frequencies(half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """10000^(-j / half), by an exp in fp64 the same on every device: an ulp of a frequency is 1e-5 of the logits."""
-    exponents = torch.arange(half, dtype=dtype, device=device) * (-math.log(10000)) / half
-    return exponents.double().exp_().to(dtype)
+_frequencies = lru_cache(maxsize=16)(_make_frequencies)
 
 
 class TimeEmbedder(nn.Module):
@@ -58,7 +55,10 @@ class TimeEmbedder(nn.Module):
     def forward(self, t_M: Tensor) -> Tensor:
         dtype, half = self.mlp[0].weight.dtype, self.size // 2
         acc = torch.promote_types(dtype, torch.float32)
-        angles = (t_M.to(dtype) * 1000).to(acc).unsqueeze(-1) * _frequencies(half, acc, t_M.device)  # [M, 128]
+        # A trace computes with stand-ins for tensors: what it makes must not stay behind for later calls.
+        traced = torch.compiler.is_compiling() or type(t_M) is not Tensor
+        frequencies = _make_frequencies if traced else _frequencies
+        angles = (t_M.to(dtype) * 1000).to(acc).unsqueeze(-1) * frequencies(half, acc, t_M.device)  # [M, 128]
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))
 
 
@@ -67,6 +67,16 @@ class TwoTower(nn.Module):
 
     Load one with `TwoTower.from_pretrained`; the constructor makes an uninitialised model of a config. With
     `towers="context"` there is no denoiser: only autoregressive use, half the memory.
+
+    The mask token's id may stand anywhere in clean text, as in the published implementation, whose autoregressive modes
+    write it: the context tower reads it as the ordinary token that its embedding makes it, in `prefill`, `commit`,
+    `verify` and `encode_clean` alike, and nothing fills it in. Only in the block given to `denoise` does it mean a
+    position to be filled. In a prompt it is most likely a mistake: `generate` warns.
+
+    Cast to 16 bits (`to`, `half`, `bfloat16`), it keeps `checkpoint.FP32_PARAMETERS` in fp32, as loading does.
+
+    Attributes:
+        source: the folder that it was loaded from, None for a model that was made; `checkpoint.save` copies from it.
     """
 
     def __init__(self, config: TwoTowerConfig, *, towers: str = "both"):
@@ -74,6 +84,7 @@ class TwoTower(nn.Module):
         if towers not in ("both", "context"):
             raise ValueError(f'towers is {towers!r}, expected "both" or "context"')
         self.config = config
+        self.source: Path | None = None
         D, V = config.hidden_size, config.vocab_size
         self.context_tower = Tower(config)
         self.context_lm_head = nn.Linear(D, V, bias=False)
@@ -113,14 +124,15 @@ class TwoTower(nn.Module):
             towers: "both", or "context" for autoregressive use only, at half the memory.
             progress: show a bar on stderr while loading takes more than a second.
         Raises:
-            FileNotFoundError: no such folder or file. ValueError: what the config or the weights lack, by name.
+            FileNotFoundError: no such folder or file. ValueError: what the config or the weights lack, by name; a
+            device that is not here.
         Cost: every shard is read once; peak memory is the model and one shard.
         """
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype is {dtype!r}, expected a torch.dtype such as torch.bfloat16")
+        target = device_of(device)
+        if dtype is not None:
+            dtype_of(dtype)
         folder = ASSETS if path is None else Path(path)
         config = TwoTowerConfig.from_file(folder)
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or config.dtype
         with torch.device("meta"):
             model = cls(replace(config, dtype=dtype), towers=towers)
@@ -155,23 +167,34 @@ class TwoTower(nn.Module):
             block_size: tokens denoised together; None: the size that the denoiser was trained with.
             steps_per_block: most denoiser passes for a block.
             confidence_threshold: masked positions whose prediction is more probable than this are committed at once.
-            temperature: 0 takes the most probable token; 1e-30 and above, a Gumbel-max sample of logits / temperature.
+            temperature: 0 takes the most probable token; 1e-30 and above, a Gumbel-max sample of logits / temperature,
+                which at 1e30 and above draws every token alike.
             top_k, top_p: narrow what may be sampled at a temperature above 0.
-            eos_token_id: one or several ids that end a row; None: nothing does; default: what config.json says.
-            seed: an int s gives row b the seed s + b; or one per row; None: from torch's default generator. A row's
-                noise depends on its seed, position, denoising step and token id, not on its neighbours.
-            on_step: called with a `Step` after every denoiser pass (every token, in the autoregressive modes).
+            eos_token_id: one or several ids that end a row; None: nothing does; default: what config.json and
+                generation_config.json say.
+            seed: an int s gives row b the seed s + b; or one per row; None: from torch's default generator. Seeds count
+                modulo 2^64. A row's noise depends on its seed, position, denoising step and token id, not on its
+                neighbours.
+            on_step: called with a `Step` after every denoiser pass (every token, in the autoregressive modes). What it
+                is given are copies.
         Returns:
             `tokens`: a list of new token ids per row; `nfe`: denoiser passes per row.
         Raises:
             ValueError: a setting, prompt or token id that cannot be meant, before any work. Warns when block_size is
-            above the trained one.
-        Cost: a prefill, then per block at most steps_per_block denoiser passes and one context pass.
+            above the trained one, and when a prompt holds the mask token.
+        Cost: a prefill, then per block at most steps_per_block denoiser passes and one context pass; in the block in
+            which a row ends, passes until its end and all before it are committed and what lies behind could only be
+            dropped (a last pass over one such position is made all the same: the published NFE counts it).
         Source: the published implementation's generation loop (arXiv 2606.26493), one row at a time there.
         """
         from .generate import Settings, generate
 
-        eos = self.config.eos_token_ids if eos_token_id == "config" else eos_token_id
+        eos = self.config.eos_token_ids if isinstance(eos_token_id, str) and eos_token_id == "config" else eos_token_id
+        eos = eos.tolist() if hasattr(eos, "tolist") else eos
+        if eos is None or is_integer(eos):
+            eos = () if eos is None else (eos,)
+        elif isinstance(eos, str | bytes) or not isinstance(eos, Iterable):
+            raise ValueError(f"eos_token_id is {eos!r}, expected one or several token ids, or None")
         settings = Settings(
             mode=mode,
             max_new_tokens=max_new_tokens,
@@ -181,7 +204,7 @@ class TwoTower(nn.Module):
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            eos_token_ids=tuple(eos),
         )
         return generate(self, prompts, settings, seed=seed, on_step=on_step)
 
@@ -208,10 +231,17 @@ class TwoTower(nn.Module):
         Cost: one pass of the context tower in stretches of 2048 tokens of all rows together, but 64 of each at
         least; shorter rows of a ragged batch are padded.
         """
-        rows = token_rows(prompts)
-        if not rows or any(len(row) == 0 for row in rows):
-            raise ValueError("prompts: every prompt needs at least one token")
-        return self._prefill(rows, reserve)
+        rows = self._rows(prompts)
+        return self._prefill(rows, integer("reserve", reserve, 0))
+
+    def _rows(self, prompts: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
+        """Prompts as lists of ids, each of at least one."""
+        rows = token_rows(prompts, self.config.vocab_size)
+        if not rows:
+            raise ValueError("prompts: expected at least one")
+        if not all(rows):
+            raise ValueError(f"prompts: prompt {rows.index([])} is empty: every prompt needs at least one token")
+        return rows
 
     def _prefill(self, rows: Sequence[Sequence[int] | Tensor], reserve: int) -> Cache:
         """`prefill`, where a row may also be empty (mock-AR starts one token early)."""
@@ -253,6 +283,9 @@ class TwoTower(nn.Module):
         """
         tower = self._denoiser()
         block = self._block("denoise", block, cache)
+        if t is not None and (not isinstance(t, Tensor) or t.shape != (cache.batch,)):
+            found = f"has shape {list(t.shape)}" if isinstance(t, Tensor) else f"is {t!r}"
+            raise ValueError(f"denoise: t {found}, expected [B] with the cache's B={cache.batch}, or None")
         h = tower(block, BlockPass(cache), None if t is None else self._modulation(t))
         return self._output(h, output)
 
@@ -289,7 +322,7 @@ class TwoTower(nn.Module):
             K/V of all attention layers [B, N, Hkv, P] and conv and SSM states before every block. No gradient.
         """
         clean = self._ids("clean", clean)
-        if block_size < 1:
+        if not is_integer(block_size) or block_size < 1:
             raise ValueError(f"encode_clean: {block_size=}, expected at least 1")
         if cu_seqlens is not None and bool((cu_seqlens % block_size).any()):
             raise ValueError(f"encode_clean: cu_seqlens is {cu_seqlens.tolist()}, expected multiples of {block_size=}")
@@ -336,7 +369,9 @@ class TwoTower(nn.Module):
         return self.lm_head(h) if output == "logits" else h
 
     def _ids(self, name: str, ids: Tensor) -> Tensor:
-        if ids.dim() != 2 or ids.is_floating_point():
+        if not isinstance(ids, Tensor):
+            raise ValueError(f"{name} is {ids!r:.40}, expected a tensor [B, L] of integers")
+        if ids.dim() != 2 or ids.dtype not in _ID_DTYPES:
             raise ValueError(f"{name} has shape {list(ids.shape)} and dtype {ids.dtype}, expected [B, L] of integers")
         # On a GPU this would wait for the device at every pass: what is already there is the caller's word.
         low, high = map(int, ids.aminmax()) if ids.numel() and ids.device.type == "cpu" else (0, 0)
@@ -346,7 +381,7 @@ class TwoTower(nn.Module):
         return ids.to(self.device, torch.int64)
 
     def _block(self, op: str, block: Tensor, cache: Cache) -> Tensor:
-        if block.dim() != 2 or len(block) != cache.batch or block.shape[1] == 0:
+        if isinstance(block, Tensor) and (block.dim() != 2 or len(block) != cache.batch or block.shape[1] == 0):
             expected = f"[B, L] with the cache's B={cache.batch}"
             raise ValueError(f"{op}: block has shape {list(block.shape)}, expected {expected}")
         return self._ids(f"{op}: block", block)

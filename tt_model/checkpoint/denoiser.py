@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..arguments import dtype_of, is_integer, wrapped
 from ..config import TwoTowerConfig
-from ..tower import Tower
+from ..files import refuse_pointer
 from .folder import DTYPES, Folder
-from .keys import CONTEXT, layout_of, match, parameter_dtype, published_keys
+from .keys import CONTEXT, layout_of, match, named_parameters, parameter_dtype, parameter_shapes, published_keys
 from .read import place
-from .write import Entry, atomic_folder, tokenizer_files, write
+from .write import COMPANIONS, TOKENIZER_FILES, Entry, atomic_folder, check_shard_bytes, companions, write
 
 
 def _time_modules(config: TwoTowerConfig, seed: int) -> dict[str, Tensor]:
@@ -23,7 +24,9 @@ def _time_modules(config: TwoTowerConfig, seed: int) -> dict[str, Tensor]:
     `t_embedder` says does not matter yet; it starts normal with deviation 0.02, biases 0, so that it can learn.
     """
     H, size = config.hidden_size, config.time_embedding_size
-    generator = torch.Generator().manual_seed(seed)
+    if not is_integer(seed):
+        raise ValueError(f"seed is {seed!r}, expected an integer")
+    generator = torch.Generator().manual_seed(wrapped(seed))
     values = {
         "t_embedder.mlp.0.weight": torch.randn(H, size, generator=generator).mul_(0.02),
         "t_embedder.mlp.0.bias": torch.zeros(H),
@@ -49,7 +52,7 @@ def start_denoiser(model: nn.Module, *, seed: int = 0) -> None:
         raise ValueError('start_denoiser: the model has no denoiser (it was made with towers="context")')
     head: Tensor = model.context_lm_head.weight
     values = _time_modules(model.config, seed)
-    for name, parameter in list(model.named_parameters()):
+    for name, parameter in named_parameters(model).items():
         if name.startswith(CONTEXT):
             if parameter.is_meta:
                 raise ValueError(f"start_denoiser: {name} has no values yet: load the context tower first")
@@ -74,8 +77,8 @@ def convert(
 ) -> TwoTowerConfig:
     """Make a folder with a Nemotron-3-Nano into one with a two-tower model that is ready to train.
 
-    The context tower is the source; the denoiser starts as `start_denoiser` says, bit for bit. Tokenizer files are
-    copied along.
+    The context tower is the source; the denoiser starts as `start_denoiser` says, bit for bit. All that the source's
+    folder holds besides weights is copied along: tokenizer, chat template, generation_config.json, licence.
 
     Args:
         source: a plain Nemotron-H, or a two-tower checkpoint without a denoiser; with its config.json.
@@ -93,6 +96,9 @@ def convert(
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
         raise ValueError(f"convert: {source} cannot be converted onto itself")
+    if dtype is not None:
+        dtype_of(dtype)
+    check_shard_bytes(max_shard_bytes)
     files = Folder(source)
     config = TwoTowerConfig.from_file(source)
     chosen = {"block_size": block_size, "mask_token_id": mask_token_id}
@@ -100,9 +106,10 @@ def convert(
     kind = layout_of(files)
     if kind == "two_tower":
         raise ValueError(f"{source}: it has a denoiser already: there is nothing to convert")
-    with torch.device("meta"):
-        shapes = {f"context_tower.{name}": tuple(p.shape) for name, p in Tower(config).named_parameters()}
-    shapes["context_lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    extras = companions(source, target)
+    for name in COMPANIONS.intersection(extras):
+        refuse_pointer(extras[name])
+    shapes = parameter_shapes(config, denoiser=False)
     found = match(files, shapes, CONTEXT, kind == "plain")
 
     context = []
@@ -120,7 +127,7 @@ def convert(
         entries.append(dataclasses.replace(entry, key=key))
     for key, value in _time_modules(config, seed).items():
         entries.append(Entry(key, tuple(value.shape), dtype or config.dtype, lambda value=value: value))
-    with atomic_folder(target) as temporary:
-        write(temporary, config, entries, max_shard_bytes, tokenizer_files(source), progress)
+    with atomic_folder(target, anew=TOKENIZER_FILES if "tokenizer.json" in extras else ()) as temporary:
+        write(temporary, config, entries, max_shard_bytes, extras, progress)
     files.close()
     return config

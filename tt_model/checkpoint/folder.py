@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ..files import read_object, refuse_pointer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -66,9 +67,10 @@ class Folder:
             if (self.path / SINGLE).is_file():
                 return None
             raise FileNotFoundError(f"{self.path}: neither {INDEX} nor {SINGLE} is there")
+        refuse_pointer(index)
         try:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            where = read_object(index)["weight_map"]
+        except (ValueError, KeyError) as error:
             raise ValueError(f"{index}: not an index of weights: {error!r}") from error
         if not isinstance(where, dict) or not all(isinstance(n, str) and Path(n).name == n for n in where.values()):
             raise ValueError(f"{index}: not an index of weights: weight_map must give a file name for every key")
@@ -88,6 +90,7 @@ class Folder:
     def _open(self, file: Path) -> Any:
         if file != self._file:
             self.close()
+            refuse_pointer(file)
             try:
                 self._handle = safe_open(file, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:

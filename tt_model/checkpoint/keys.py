@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from ..config import TwoTowerConfig
+from ..tower import Tower
 from .folder import Folder, Stored, some
 
 CONTEXT = ("context_tower.", "context_lm_head.")
@@ -24,6 +27,45 @@ def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The type in which a model of type `dtype` holds the parameter `name`: at least fp32 for `FP32_PARAMETERS`."""
     keep = name.endswith(tuple(f".mixer.{suffix}" for suffix in FP32_PARAMETERS))
     return torch.promote_types(dtype, torch.float32) if keep else dtype
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What torch.compile wrapped; any other module as it is."""
+    return getattr(module, "_orig_mod", module)
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by the name that it has without torch.compile around the model or a part of it; a parameter in
+    two places has both names."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {".".join(part for part in name.split(".") if part != "_orig_mod"): p for name, p in named}
+
+
+def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has the parameter of such a name, and what it calls it."""
+    *path, leaf = name.split(".")
+    module = unwrapped(model)
+    for part in path:
+        module = unwrapped(getattr(module, part))
+    return module, leaf
+
+
+def parameter_shapes(config: TwoTowerConfig, *, denoiser: bool) -> dict[str, tuple[int, ...]]:
+    """The parameters of a model: of the context tower and its head, and with `denoiser` all others."""
+    with torch.device("meta"):
+        tower = {name: tuple(p.shape) for name, p in Tower(config).named_parameters()}
+    H, size, head = config.hidden_size, config.time_embedding_size, (config.vocab_size, config.hidden_size)
+    shapes = {f"context_tower.{name}": shape for name, shape in tower.items()} | {"context_lm_head.weight": head}
+    if denoiser:
+        shapes |= {f"denoiser_tower.{name}": shape for name, shape in tower.items()} | {"lm_head.weight": head}
+        for layer, outputs, inputs in (
+            ("t_embedder.mlp.0", H, size),
+            ("t_embedder.mlp.2", H, H),
+            ("t_block.1", 3 * H, H),
+        ):
+            shapes |= {f"{layer}.weight": (outputs, inputs), f"{layer}.bias": (outputs,)}
+        shapes |= {f"scale_shift_tables.{i}": (3, H) for i in range(config.num_hidden_layers)}
+    return shapes
 
 
 def published_keys(name: str, shape: Sequence[int]) -> Iterable[tuple[str, int | None]]:

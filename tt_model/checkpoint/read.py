@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..arguments import device_of, dtype_of
 from .folder import Bar, Folder, Stored, finite, some
-from .keys import CONTEXT, DENOISER, layout_of, match, parameter_dtype
+from .keys import CONTEXT, DENOISER, layout_of, match, named_parameters, owner, parameter_dtype, unwrapped
 
 
 def load(
@@ -26,7 +27,8 @@ def load(
 
     Args:
         model: a `TwoTower`, best built under `torch.device("meta")`: its parameters are then made here, on demand.
-            Parameters that are already on `device` and of the right type are filled in place, others are replaced.
+            Parameters that are already on `device` and of the right type are filled in place, others are replaced. Its
+            `source` is set to the folder, for `save` to copy from.
         folder: safetensors with an index, or one model.safetensors: a two-tower checkpoint in the published layout, or
             for `towers="context"` also a plain Nemotron-H.
         device, dtype: of the loaded parameters; `FP32_PARAMETERS` are at least fp32.
@@ -34,14 +36,16 @@ def load(
         progress: show a bar on stderr if that is a terminal and loading takes over a second.
     Raises:
         FileNotFoundError: no such folder, or no weights in it, or a file of its index is missing.
-        ValueError: a shard is truncated or corrupt (it is named); keys are missing, unexpected or mis-shaped (one
-            error lists them all; nothing has been loaded); weights hold NaN or Inf, also after rounding to `dtype`
-            (their keys are named; the model is then partly loaded).
+        ValueError: a device that is not here, a type that models do not have; a shard is a git-LFS pointer, truncated
+            or corrupt (it is named); keys are missing, unexpected or mis-shaped (one error lists them all; nothing has
+            been loaded); weights hold NaN or Inf, also after rounding to `dtype` (their keys are named; the model is
+            then partly loaded).
     Cost: peak memory is the loaded parameters and the pages of one shard.
     """
     if towers not in ("both", "context"):
         raise ValueError(f'load: towers is {towers!r}, expected "both" or "context"')
-    files, device = Folder(folder), torch.device(device)
+    device, dtype = device_of(device), dtype_of(dtype)
+    files = Folder(folder)
     kind = layout_of(files)
     if towers == "both" and kind != "two_tower":
         what = "is a plain Nemotron-H" if kind == "plain" else "holds a context tower only"
@@ -49,7 +53,7 @@ def load(
             f'{files.path}: {what}: load it with towers="context", or make it a model of two towers (twotower convert)'
         )
     wanted = CONTEXT if towers == "context" else (*CONTEXT, *DENOISER)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name.startswith(wanted)}
+    shapes = {name: tuple(p.shape) for name, p in named_parameters(model).items() if name.startswith(wanted)}
     if towers == "both" and not any(name.startswith(DENOISER) for name in shapes):
         raise ValueError('load: the model has no denoiser (it was made with towers="context")')
     found = match(files, shapes, wanted, kind == "plain")
@@ -71,6 +75,7 @@ def load(
             if bad := [stored for (stored, _), flag in zip(sound, flags, strict=True) if not flag]:
                 raise _not_finite(files, bad, dtype)
     files.close()
+    unwrapped(model).source = files.path.absolute()
 
 
 def _not_finite(files: Folder, bad: Sequence[Stored], dtype: torch.dtype) -> ValueError:
@@ -83,8 +88,7 @@ def _not_finite(files: Folder, bad: Sequence[Stored], dtype: torch.dtype) -> Val
 
 def place(model: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The memory of a parameter on a device, made anew if the model has it elsewhere, as another type or on meta."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
+    module, leaf = owner(model, name)
     old = getattr(module, leaf)
     here = old.device.type == device.type and device.index in (None, old.device.index)
     if not here or old.dtype != dtype:

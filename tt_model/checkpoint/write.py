@@ -9,20 +9,29 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import dtype_of
 from ..config import TwoTowerConfig
+from ..files import refuse_pointer
 from .folder import DTYPES, INDEX, SINGLE, Bar, finite, some
-from .keys import parameter_dtype, published_keys
+from .keys import named_parameters, parameter_dtype, parameter_shapes, published_keys, unwrapped
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+# What a model's folder is read or used with, besides config.json and weights.
+COMPANIONS = frozenset((*TOKENIZER_FILES, "generation_config.json"))
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # of our own layout
+_ANY_WEIGHTS = re.compile(r".*\.(safetensors|bin|pth?|ckpt|gguf|h5|msgpack|onnx|npz|index\.json|partial)")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -58,38 +67,93 @@ def save(
         dtype: what weights are stored as; None: what they are. `FP32_PARAMETERS` are stored in at least fp32. The
             config's `torch_dtype` says what the model computes in, which is the type of its parameters.
         max_shard_bytes: files are at most this large, unless one tensor is larger. One file needs no index.
-        tokenizer: a tokenizer.json, or the folder that holds it, to be copied along.
+        tokenizer: a tokenizer.json, or the folder that holds it, to be copied along; None: the one that the folder has
+            from which the model was loaded.
         progress: as in `load`.
+    All else that the folder holds from which the model was loaded (`model.source`) is copied, too, but for weights of
+    whatever format and hidden files: generation_config.json, chat template, model card, licence. A warning if that
+    folder is gone. torch.compile around the model or a part of it leaves no trace.
     Raises:
-        ValueError: parameters without values (on meta), with NaN or Inf, or too large for `dtype`: the key is named.
+        ValueError: parameters without values (on meta), with NaN or Inf, or too large for `dtype`: the key is named;
+            parameters that are not those of the model's config; no TwoTower; a setting that cannot be meant.
         OSError: the folder or the disk does not take it.
     Cost: one pass over the weights; on top of the model, memory for its largest tensor in the stored type (of routed
     experts one matrix).
     """
-    config: TwoTowerConfig = dataclasses.replace(model.config, dtype=model.context_lm_head.weight.dtype)
-    if empty := [name for name, p in model.named_parameters() if p.is_meta]:
+    model = unwrapped(model)
+    if not isinstance(getattr(model, "config", None), TwoTowerConfig):
+        kind = type(model).__name__
+        raise ValueError(f"save: model is a {kind}, expected a TwoTower (if {kind} wraps one, the one inside)")
+    if dtype is not None:
+        dtype_of(dtype)
+    check_shard_bytes(max_shard_bytes)
+    parameters = named_parameters(model)
+    expected = parameter_shapes(model.config, denoiser=model.denoiser_tower is not None)
+    strange = [name for name, p in parameters.items() if expected.get(name) != tuple(p.shape)]
+    if strange or (strange := [name for name in expected if name not in parameters]):
+        raise ValueError(f"save: the model's parameters are not those of its config: {some(strange)}")
+    if empty := [name for name, p in parameters.items() if p.is_meta]:
         raise ValueError(f"save: {len(empty)} parameters have no values: {some(empty)}")
+    config = dataclasses.replace(model.config, dtype=model.context_lm_head.weight.dtype)
     entries = []
-    for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        stored = value.dtype if dtype is None else parameter_dtype(name, dtype)
+    for name in expected:
+        value = parameters[name].detach()
+        stored = parameter_dtype(name, value.dtype if dtype is None else dtype)
         for key, index in published_keys(name, value.shape):
             part = value if index is None else value[index]
             entries.append(Entry(key, tuple(part.shape), stored, lambda part=part: part))
-    files = {}
+    extras, anew = _extras(model, Path(folder)), ()
     if tokenizer is not None:
-        files = tokenizer_files(tokenizer)
-        if "tokenizer.json" not in files:
-            raise FileNotFoundError(f"{tokenizer}: no such tokenizer")
-    with atomic_folder(folder) as temporary:
-        write(temporary, config, entries, max_shard_bytes, files, progress)
+        chosen, anew = tokenizer_files(tokenizer), TOKENIZER_FILES
+        extras = {name: file for name, file in extras.items() if name not in anew} | chosen
+    with atomic_folder(folder, anew=anew) as temporary:
+        write(temporary, config, entries, max_shard_bytes, extras, progress)
+
+
+def check_shard_bytes(value: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"max_shard_bytes is {value!r}, expected a number above 0")
+
+
+def _extras(model: nn.Module, target: Path) -> dict[str, Path]:
+    """What to copy along from the folder that a model was loaded from; nothing when it is saved onto that folder."""
+    source: Path | None = getattr(model, "source", None)
+    if source is None or source.resolve() == target.resolve():
+        return {}
+    if not source.is_dir():
+        what = "its tokenizer, generation_config.json and the like are not copied"
+        warnings.warn(f"{source}: the folder that the model was loaded from is gone: {what}", stacklevel=3)
+        return {}
+    return companions(source, target)
+
+
+def companions(source: Path, target: Path) -> dict[str, Path]:
+    """What a model's folder holds besides config.json and weights, by its name in it.
+
+    Left out are hidden files, folders that hold weights, and `target` where it lies inside.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(source.iterdir()):
+        if path.name.startswith(".") or path.name == "config.json" or target.resolve().is_relative_to(path.resolve()):
+            continue
+        inside = [path]
+        if path.is_dir():
+            inside = [Path(where, name) for where, _, names in os.walk(path) for name in sorted(names)]
+        if not any(_ANY_WEIGHTS.fullmatch(file.name) for file in inside):
+            found |= {file.relative_to(source).as_posix(): file for file in inside if file.is_file()}
+    return found
 
 
 def tokenizer_files(path: str | Path) -> dict[str, Path]:
     """The files of a tokenizer by the name they have in a model's folder, from their folder or a tokenizer.json."""
     path = Path(path)
     files = {name: path / name for name in TOKENIZER_FILES} if path.is_dir() else {"tokenizer.json": path}
-    return {name: file for name, file in files.items() if file.is_file()}
+    files = {name: file for name, file in files.items() if file.is_file()}
+    if "tokenizer.json" not in files:
+        raise FileNotFoundError(f"{path}: no such tokenizer")
+    for file in files.values():
+        refuse_pointer(file)
+    return files
 
 
 def write(
@@ -121,6 +185,7 @@ def write(
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     _write_json(folder / "config.json", config.to_dict())
     for name, extra in extras.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(extra, folder / name)
 
 
@@ -155,13 +220,13 @@ def _write_shard(file: BinaryIO, entries: Sequence[Entry], bar: Bar) -> None:
 
 
 @contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
+def atomic_folder(folder: str | Path, *, anew: Collection[str] = ()) -> Iterator[Path]:
     """A folder that appears complete or not at all: yields a temporary one beside it, to be filled and then renamed.
 
     If the block raises, the temporary folder is removed and `folder` stays as it was. If it ends, the temporary folder
-    takes the place of `folder` in one step; what was there before and was not written anew is kept, except weights,
-    which only fit each other. Files that are written are on the disk before the step. A killed process may leave a
-    hidden folder `.NAME.*` behind. OSError when `folder` is a file or cannot be written.
+    takes the place of `folder` in one step; what was there before and was not written anew is kept, except weights and
+    the files named in `anew`, which only fit each other. Files that are written are on the disk before the step. A
+    killed process may leave a hidden folder `.NAME.*` behind. OSError when `folder` is a file or cannot be written.
     """
     target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
@@ -177,14 +242,31 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             temporary.rename(target)
             return
         shutil.copymode(target, temporary)
-        _exchange(temporary, target)
+        before = [p for p in target.iterdir() if not _WEIGHTS.fullmatch(p.name) and p.name not in anew]
+        for old in before:  # files are there in the same step; not all systems link, and none links folders
+            if old.is_file() and not (temporary / old.name).exists():
+                with suppress(OSError):
+                    os.link(old, temporary / old.name, follow_symlinks=False)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in temporary.iterdir():  # what was there before
-        if not _WEIGHTS.fullmatch(old.name) and not (target / old.name).exists():
-            old.rename(target / old.name)
+    try:
+        _exchange(temporary, target)
+    except OSError:  # nothing else: interrupted, it may have happened, and `temporary` hold what was there before
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in before:
+        _keep(temporary / old.name, target / old.name)
     shutil.rmtree(temporary)
+
+
+def _keep(old: Path, new: Path) -> None:
+    """Move what was there before to where it was, unless it was written anew."""
+    if not os.path.lexists(new):
+        old.rename(new)
+    elif old.is_dir() and new.is_dir():
+        for path in list(old.iterdir()):
+            _keep(path, new / path.name)
 
 
 def _sync(path: Path) -> None:

@@ -72,19 +72,9 @@ def add_machine(parser: argparse._ArgumentGroup | Parser, dtype: str) -> None:
 
 def device_of(name: str | None) -> torch.device:
     """The device that --device names; ValueError for one that is not here."""
-    import torch
+    from ..arguments import device_of as checked
 
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device is {name!r}, expected something like cpu, cuda or cuda:1") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}, expected cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices here")
-    return device
+    return checked(name, "--device")
 
 
 def dtype_of(name: str | None, option: str = "--dtype") -> torch.dtype | None:

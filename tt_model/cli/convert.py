@@ -9,7 +9,8 @@ from .common import DTYPES, Parser, dtype_of
 _DESCRIPTION = """\
 Make a plain Nemotron-3-Nano (or the context tower of a two-tower model) into a model of two towers: the context tower
 is the source, the denoiser starts as its copy, with time modules that change nothing yet. Weights are streamed, tensor
-by tensor: memory for the largest of them is enough. The tokenizer is copied along."""
+by tensor: memory for the largest of them is enough. All else in SOURCE is copied along: tokenizer, chat template,
+generation_config.json, licence."""
 
 _EPILOG = """\
 examples:

@@ -181,6 +181,7 @@ def _read_prompt(prompt: str | None, file: str | None) -> str:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    text = text.removeprefix("\ufeff")  # a byte order mark: training strips it, too
     if not text:
         raise ValueError(f"{where}: empty, expected some text to continue")
     return text

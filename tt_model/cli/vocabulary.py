@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer
 
 from ..config import TwoTowerConfig
 from ..data import load_tokenizer
+from ..files import read_object
 
 
 class Vocabulary:
@@ -49,10 +49,7 @@ class Vocabulary:
         stated: object = True
         convention = folder / "tokenizer_config.json"
         if convention.is_file():
-            try:
-                stated = json.loads(convention.read_text(encoding="utf-8")).get("add_bos_token")
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{convention}: not valid JSON: {error}") from error
+            stated = read_object(convention).get("add_bos_token")
         if bos is None or stated is None:
             return own
         if stated:

@@ -15,11 +15,12 @@ from tt_kernels import (
 )
 
 from ..config import TwoTowerConfig
+from .wide import Wide
 
 SHORT = 64  # tokens that the block form takes; longer stretches go through the chunked scan
 
 
-class Mamba2(nn.Module):
+class Mamba2(Wide):
     """in_proj -> causal conv + SiLU -> selective scan -> gated group norm -> out_proj."""
 
     def __init__(self, config: TwoTowerConfig):
@@ -30,9 +31,9 @@ class Mamba2(nn.Module):
         self.projected, self.convolved = [inner, C, H], [inner, GN, GN]
         self.in_proj = nn.Linear(D, inner + C + H, bias=config.use_bias)
         self.conv1d = nn.Conv1d(C, C, config.conv_kernel, groups=C, bias=config.use_conv_bias)
-        self.dt_bias = nn.Parameter(torch.empty(H))
-        self.A_log = nn.Parameter(torch.empty(H))
-        self.D = nn.Parameter(torch.empty(H))
+        self.dt_bias = self.parameter(H)
+        self.A_log = self.parameter(H)
+        self.D = self.parameter(H)
         self.norm = nn.Module()
         self.norm.weight = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, D, bias=config.use_bias)

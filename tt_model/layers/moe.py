@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from tt_kernels import ExpertWeights, experts, route
 
 from ..config import TwoTowerConfig
+from .wide import Wide
 
 
 class MLP(nn.Module):
@@ -23,13 +24,14 @@ class MLP(nn.Module):
         return self.down_proj(F.relu(h).square() if self.activation == "relu2" else F.silu(h))
 
 
-class Router(nn.Module):
+class Router(Wide):
     """Router weights, fp32 in a 16-bit model."""
 
     def __init__(self, E: int, D: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(E, D))
-        self.e_score_correction_bias = nn.Parameter(torch.zeros(E))
+        self.weight = self.parameter(E, D)
+        self.e_score_correction_bias = self.parameter(E)
+        nn.init.zeros_(self.e_score_correction_bias)
 
 
 class Experts(nn.Module):
