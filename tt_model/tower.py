@@ -99,7 +99,7 @@ class ContextPass(Pass):
 
     def attention(self, i: int, mixer: Attention, h: Tensor) -> Tensor:
         c = self.cache
-        q, k, v = mixer.qkv(h)
+        q, k, v = (t.to(c.keys[i].dtype) for t in mixer.qkv(h))  # autocast may be another than at prefill
         cached = c.keys[i], c.values[i], c.page_table, c.lengths
         if self.write:
             return mixer.out(append_attention(q, k, v, *cached, self.counts))
@@ -124,7 +124,8 @@ class BlockPass(Pass):
 
     def attention(self, i: int, mixer: Attention, h: Tensor) -> Tensor:
         c = self.cache
-        return mixer.out(context_attention(*mixer.qkv(h), c.keys[i], c.values[i], c.page_table, c.lengths))
+        q, k, v = (t.to(c.keys[i].dtype) for t in mixer.qkv(h))
+        return mixer.out(context_attention(q, k, v, c.keys[i], c.values[i], c.page_table, c.lengths))
 
     def mamba(self, i: int, mixer: Mamba2, h: Tensor) -> Tensor:
         return mixer(h, self.cache.conv[i], self.cache.ssm[i])[0]

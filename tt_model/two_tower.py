@@ -251,7 +251,10 @@ class TwoTower(nn.Module):
         for b, row in enumerate(rows):
             ids[b, : lengths[b]] = torch.as_tensor(row)
         ids = self._ids("prompts", ids)
-        cache = Cache(self.config, len(rows), device=self.device, dtype=self.dtype)
+        dtype = self.dtype
+        if dtype != torch.float64 and torch.is_autocast_enabled(self.device.type):
+            dtype = torch.get_autocast_dtype(self.device.type)  # of keys and values as they are projected
+        cache = Cache(self.config, len(rows), device=self.device, dtype=dtype)
         cache.head = self.context_lm_head.weight
         cache.reserve(longest + reserve)
         ragged = min(lengths) < longest

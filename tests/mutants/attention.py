@@ -48,7 +48,7 @@ MUTANTS = (
     ),
     Mutant(
         "context_attention",
-        CONTEXT,
+        TILE,
         "tl.load(table_ptr + tokens // page_size)",
         "tl.load(table_ptr + n // page_size)",
         "one page for a tile that spans several",
@@ -60,22 +60,24 @@ MUTANTS = (
         "(length // splits) // 64 * 64, 1)",
         "splits do not reach the end",
     ),
-    Mutant(
-        "context_attention", CONTEXT, "at = page * page_size + n % page_size", "at = page * page_size", "page's start"
-    ),
-    Mutant(
-        "context_attention", CONTEXT, "page = _page(table_ptr, n + BLOCK_N,", "page = _page(table_ptr, n,", "stale page"
-    ),
+    Mutant("context_attention", TILE, "at = page * page_size + n % page_size", "at = page * page_size", "page's start"),
     Mutant(
         "context_attention",
         CONTEXT,
-        "v = v_desc.load([at, head * P])",
+        "page = page_of(table_ptr, n + BLOCK_N,",
+        "page = page_of(table_ptr, n,",
+        "stale page",
+    ),
+    Mutant(
+        "context_attention",
+        TILE,
+        "v = v_desc.load([at, head.to(tl.int32) * P])",
         "v = v_desc.load([at, 0])",
         "KV head 0's values",
     ),
     Mutant(
         "context_attention",
-        CONTEXT,
+        TILE,
         "v = tl.where((tokens < end)[:, None], v, tl.zeros_like(v))",
         "v = v + tl.zeros_like(v)",
         "what TMA brings from behind the end is not cleared",

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, refuse, takes_kernel, wants_gradients
+from ..core import Op, check, is_whole, refuse, takes_kernel, wants_gradients
 from ..launch import Launch
 from .block_diffusion_kernels import block_attention_forward
-from .context import check_heads
+from .context import check_heads, scale_of
 
 
 def causal_attention(
@@ -18,32 +18,35 @@ def causal_attention(
     Args:
         q:          [B, N, Hq, P] float, any strides.
         k, v:       [B, N, Hkv, P] float; query head h uses head h // (Hq / Hkv).
-        cu_seqlens: [sequences + 1] int, from 0, counted over the flattened B * N tokens: sequences packed in a row do
-                    not see each other. A row starts anew in any case.
-        scale:      P^-1/2 if None.
+        cu_seqlens: [sequences + 1] int, from 0 and ascending, counted over the flattened B * N tokens: sequences packed
+                    in a row do not see each other. A row starts anew in any case, and so does what lies behind the last
+                    entry.
+        scale:      P^-1/2 if None; 0 and below are fine.
     Returns:
         o: [B, N, Hq, P] dtype of q.
 
     Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v. Deterministic. Where gradients are wanted the
     reference runs, which on a GPU need not be. NaN and infinity in what a token sees reach it; in v they may also reach
-    tokens of the same row which do not see them (a weight of 0 times NaN, as in PyTorch). Raises ValueError for sizes
-    and dtypes that disagree and Hkv that does not divide Hq. Cost: 2 B Hq N^2 P flops, 2 B N (Hq + Hkv) P itemsize
-    bytes.
+    tokens of the same row which do not see them (a weight of 0 times NaN), and in k where the reference, which adds its
+    masks there, runs on a GPU. Raises ValueError for sizes, dtypes and devices that disagree, Hkv that does not divide
+    Hq, and in the reference on a CPU for a cu_seqlens that is not from 0 and ascending up to B * N: kernels take every
+    entry for the start of a sequence, and leave out those that are no token. Cost: 2 B Hq N^2 P flops,
+    2 B N (Hq + Hkv) P itemsize bytes.
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245).
     """
     check(
         "causal_attention",
+        3,
         q=(q, "B N Hq P"),
         k=(k, "B N Hkv P"),
         v=(v, "B N Hkv P"),
         cu_seqlens=(cu_seqlens, "sequences+1", int),
     )
     check_heads("causal_attention", q, k, v=v)
+    scale = scale_of("causal_attention", q, scale)
     if not takes_kernel("causal_attention", q, k, v) or wants_gradients(q, k, v):
         return reference.causal_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale)
-    return block_attention_forward(q, None, None, k, v, cu_seqlens, 1, q.shape[-1] ** -0.5 if scale is None else scale)[
-        0
-    ]
+    return block_attention_forward(q, None, None, k, v, cu_seqlens, 1, scale)[0]
 
 
 def block_diffusion_attention(
@@ -69,17 +72,19 @@ def block_diffusion_attention(
         block_size:       S; the last block of a row may be shorter.
         cu_seqlens:       as in `causal_attention`. Blocks are counted from where the row begins: sequences that start
                           at multiples of S have blocks of their own; where two share one, neither sees the other.
-        scale:            P^-1/2 if None.
+        scale:            P^-1/2 if None; 0 and below are fine.
     Returns:
         o: [B, N, Hq, P] dtype of q.
 
     Softmax and sums in fp32 (fp64 for fp64). Gradients for all tensors. Deterministic. Where gradients are wanted the
-    reference runs, which on a GPU need not be. NaN as in `causal_attention`. Raises ValueError for sizes and dtypes
-    that disagree, Hkv that does not divide Hq, a block_size below 1. Cost: 2 B Hq N (N + S) P flops,
-    2 B N (Hq + 2 Hkv) P itemsize bytes. Source: Arriola et al., Block Diffusion (2503.09573), section 3.
+    reference runs, which on a GPU need not be. NaN as in `causal_attention`; what no token of an unpacked row sees,
+    which is the last clean block, reaches none. Raises ValueError as `causal_attention`, and for a block_size below 1.
+    Cost: 2 B Hq N (N + S) P flops, 2 B N (Hq + 2 Hkv) P itemsize bytes.
+    Source: Arriola et al., Block Diffusion (2503.09573), section 3.
     """
     check(
         "block_diffusion_attention",
+        5,
         q=(q, "B N Hq P"),
         k=(k, "B N Hkv P"),
         v=(v, "B N Hkv P"),
@@ -88,14 +93,14 @@ def block_diffusion_attention(
         cu_seqlens=(cu_seqlens, "sequences+1", int),
     )
     check_heads("block_diffusion_attention", q, k, v=v, k_clean=k_clean, v_clean=v_clean)
-    if block_size < 1:
+    scale = scale_of("block_diffusion_attention", q, scale)
+    if not is_whole(block_size) or block_size < 1:
         refuse("block_diffusion_attention", "block_size", block_size, "1 or more")
     tensors = (q, k, v, k_clean, v_clean)
     if not takes_kernel("block_diffusion_attention", *tensors) or wants_gradients(*tensors):
         return reference.block_diffusion_attention(
             q, k, v, k_clean, v_clean, block_size=block_size, cu_seqlens=cu_seqlens, scale=scale
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return block_attention_forward(q, k, v, k_clean, v_clean, cu_seqlens, block_size, scale)[0]
 
 

@@ -4,13 +4,13 @@ Rows of noisy queries see the clean keys of the blocks before theirs, then the n
 are seen whole run without a mask; only the tile at the diagonal, and the row's own blocks, are masked by arithmetic.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..core import define
 from ..launch import Launch, architecture, run, tuned
+from ..packed import begins
 from ..reference.common import compute_dtype
 from .tile import attend
 
@@ -62,7 +62,7 @@ def _block_attention_kernel(
 ):
     # The longest rows first: programs that start last are then the short ones.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # strides may carry them past 2^31, as b
     b = tl.program_id(2).to(tl.int64)
     acc = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     offs_p = tl.arange(0, BLOCK_P)
@@ -84,7 +84,9 @@ def _block_attention_kernel(
     # Row i sees clean keys below `limit`: up to itself, or up to where its block begins.
     limit = rows + 1 if CAUSAL else rows // S * S  # [BLOCK_M]
     least = first + 1 if CAUSAL else first // S * S  # of the first row: every row of the tile sees at least these
-    most = tl.minimum(first + BLOCK_M, N)
+    most = tl.minimum(first + BLOCK_M, N)  # of the last row: no row of the tile sees more, nor is more read
+    if not CAUSAL:
+        most = tl.maximum(most - 1, 0) // S * S
     whole = tl.minimum(least, N) // BLOCK_N * BLOCK_N
     inner = low
     if PACKED:  # from where every row of the tile is in its sequence
@@ -97,8 +99,8 @@ def _block_attention_kernel(
         m, l, o = attend(q, k, v, m, l, o, True, scale, MASKED=False)
     for i in tl.range(low, inner + tl.maximum(most - whole, 0), BLOCK_N):  # what is left on both sides of those
         n = i if i < inner else i - inner + whole
-        k = _tile(k_clean_ptr, n + offs_n, offs_p, stride_kcn, N, P)
-        v = _tile(v_clean_ptr, n + offs_n, offs_p, stride_vcn, N, P)
+        k = _tile(k_clean_ptr, n + offs_n, offs_p, stride_kcn, most, P)
+        v = _tile(v_clean_ptr, n + offs_n, offs_p, stride_vcn, most, P)
         seen = ((n + offs_n)[None, :] < limit[:, None]) & ((n + offs_n)[None, :] >= begin[:, None])
         m, l, o = attend(q, k, v, m, l, o, seen, scale, MASKED=True)
     if not CAUSAL:  # its own noisy block, both ways
@@ -138,15 +140,6 @@ def block_attention_launch(P: int, itemsize: int, architecture: int, packed: boo
     return Launch(BLOCK_P=block_p, BLOCK_M=128, BLOCK_N=64 if architecture > 90 else 32, num_warps=8, num_stages=2)
 
 
-def _starts(cu_seqlens: Tensor, B: int, N: int) -> Tensor:
-    """[B, N] int32: where the sequence of each token begins in its row. On the device: no length is read."""
-    tokens = torch.arange(B * N, device=cu_seqlens.device)
-    cu_seqlens = cu_seqlens.long().contiguous()
-    sequence = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
-    row = tokens // max(N, 1) * N
-    return (torch.maximum(cu_seqlens.index_select(0, sequence.clamp(min=0)), row) - row).int().view(B, N)
-
-
 def _block_attention(
     q: Tensor,
     k: Tensor | None,
@@ -176,7 +169,7 @@ def _block_attention(
     run(
         _block_attention_kernel,
         (triton.cdiv(N, launch.BLOCK_M), Hq, B),
-        *(q, k, v, k_clean, v_clean, None if cu_seqlens is None else _starts(cu_seqlens, B, N), o, lse),
+        *(q, k, v, k_clean, v_clean, None if cu_seqlens is None else begins(cu_seqlens, B, N), o, lse),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_clean.stride()[:3], *v_clean.stride()[:3]),
         *(N, Hq, P, scale * 1.4426950408889634),
         R=Hq // k.shape[2],
@@ -197,7 +190,7 @@ def _block_attention_fake(q, k, v, k_clean, v_clean, cu_seqlens, block_size, sca
 
 block_attention_forward = define(
     "block_attention(Tensor q, Tensor? k, Tensor? v, Tensor k_clean, Tensor v_clean, Tensor? cu_seqlens, "
-    "int block_size, float scale) -> (Tensor, Tensor)",
+    "SymInt block_size, float scale) -> (Tensor, Tensor)",
     _block_attention,
     _block_attention_fake,
 )

@@ -4,18 +4,29 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, takes_kernel, wants_gradients
+from ..core import Op, check, is_real, refuse, takes_kernel, wants_gradients
 from ..launch import Launch
 from .context_kernels import append_attention_forward, context_attention_forward
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, **others: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
     Hq, Hkv = q.shape[2], k.shape[2]
     if Hq % Hkv:
         raise ValueError(f"{op}: k has Hkv={Hkv} heads, expected a divisor of Hq={Hq}, the heads of q")
     for name, t in dict(k=k, **others).items():
         if t.dtype != q.dtype:
             raise ValueError(f"{op}: {name} is {t.dtype}, expected {q.dtype}, the dtype of q")
+
+
+def scale_of(op: str, q: Tensor, scale: float | None) -> float:
+    """What products are multiplied with: P^-1/2 unless the caller says."""
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if not is_real(scale):
+        refuse(op, "scale", scale, "a finite number, or None")
+    return scale if isinstance(scale, torch.SymFloat) else float(scale)
 
 
 def context_attention(
@@ -38,11 +49,11 @@ def context_attention(
     Args:
         q:                [B, L, Hq, P] float, any strides.
         k, v:             [B, L, Hkv, P] float: the block's own; query head h uses head h // (Hq / Hkv).
-        k_pages, v_pages: [pages, page_size, Hkv, P] float, page_size a multiple of 64.
+        k_pages, v_pages: [pages, page_size, Hkv, P] float, any strides; fastest with a page_size that 64 divides.
         page_table:       [B, pages of a row] int; entries past a row's length may be anything.
         lengths:          [B] int, 0 or more: cached tokens. What lies past them may be anything, NaN included.
         causal:           a token sees the tokens of its own block up to itself, instead of all of them.
-        scale:            P^-1/2 if None.
+        scale:            P^-1/2 if None; 0 and below are fine.
     Returns:
         o: [B, L, Hq, P] dtype of q.
 
@@ -50,14 +61,17 @@ def context_attention(
     a row has bits that depend on that row, on L, the heads and P, and through the split size on the number of rows B;
     not on what the other rows hold, nor on the room in their pages. NaN and infinity in what a token sees reach it; in
     what it does not see they stay away, but for the values of later tokens of its own block where `causal` (a weight of
-    0 times NaN, as in PyTorch). Raises ValueError for sizes and dtypes that disagree, Hkv that does not divide Hq, and
-    in the reference for a length below 0 or beyond the row's pages, which kernels cut to 0 and to them. Cost for S
-    cached tokens a row: 4 B L Hq (S + L) P flops, (2 B (S + L) Hkv + 2 B L Hq) P itemsize bytes. Where gradients are
-    wanted the reference runs.
+    0 times NaN). On a GPU the reference, which adds its masks, holds to that only for what lies past a row's length.
+    Raises ValueError for sizes, dtypes and devices that disagree, Hkv that does not divide Hq, and in the reference on
+    a CPU for a length below 0 or beyond the row's pages, which are cut to 0 and to them elsewhere, and for a page
+    outside the pool in a row's length: nothing is read outside the pool in any case, but that row means nothing. Cost
+    for S cached tokens a row: 4 B L Hq (S + L) P flops, (2 B (S + L) Hkv + 2 B L Hq) P itemsize bytes. Where gradients
+    are wanted the reference runs.
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245), pages of Kwon et al. (2309.06180).
     """
     check(
         "context_attention",
+        7,
         q=(q, "B L Hq P"),
         k=(k, "B L Hkv P"),
         v=(v, "B L Hkv P"),
@@ -67,12 +81,13 @@ def context_attention(
         lengths=(lengths, "B", int),
     )
     check_heads("context_attention", q, k, v=v, k_pages=k_pages, v_pages=v_pages)
+    if not isinstance(causal, bool):
+        refuse("context_attention", "causal", causal, "True or False")
+    scale = scale_of("context_attention", q, scale)
     tensors = (q, k, v, k_pages, v_pages)
     if not takes_kernel("context_attention", *tensors) or wants_gradients(*tensors):
         return reference.context_attention(q, k, v, k_pages, v_pages, page_table, lengths, causal=causal, scale=scale)
-    return context_attention_forward(
-        *tensors, page_table, lengths, causal and q.shape[1] > 1, q.shape[-1] ** -0.5 if scale is None else scale
-    )
+    return context_attention_forward(*tensors, page_table, lengths, causal, scale)
 
 
 def append_attention(
@@ -96,24 +111,26 @@ def append_attention(
     Args:
         q:                [B, L, Hq, P] float, any strides.
         k, v:             [B, L, Hkv, P] float: of the tokens; query head h uses head h // (Hq / Hkv).
-        k_pages, v_pages: [pages, page_size, Hkv, P] float, page_size a multiple of 64; written. No two rows have the
-                          page of a position that is written in common. Pages with a strided last dimension are copied
-                          there and back.
+        k_pages, v_pages: [pages, page_size, Hkv, P] float, as in `context_attention`; written. A page that is written
+                          is in the table once. Pages with a strided last dimension are copied there and back.
         page_table:       [B, pages of a row] int; entries past the last position that is written may be anything.
         lengths:          [B] int, 0 or more: cached tokens.
         counts:           [B] int: tokens that enter, cut to 0 to L; None: all L. The others are not written.
-        scale:            P^-1/2 if None.
+        scale:            P^-1/2 if None; 0 and below are fine.
     Returns:
         o: [B, L, Hq, P] dtype of q, of all L tokens.
 
     Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v; none flow through the cache, and where they are
-    wanted the reference runs. Deterministic, and NaN, as in `context_attention`. Raises ValueError for sizes and
-    dtypes that disagree, Hkv that does not divide Hq, and in the reference for a length below 0 and for rows that
-    outgrow their pages, which kernels cut to 0 and to them. Cost for S cached tokens a row: 4 B L Hq (S + L / 2) P
-    flops, (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes. Source: as `context_attention`.
+    wanted the reference runs. Deterministic, and NaN, as in `context_attention`. Raises ValueError for sizes, dtypes
+    and devices that disagree, Hkv that does not divide Hq, and in the reference on a CPU for a length below 0, for rows
+    that outgrow their pages, for a page outside the pool and for one that a row writes and the table has twice.
+    Elsewhere lengths are cut to 0 and to the pages, and tokens that no page of the pool is for do not enter. Cost for S
+    cached tokens a row: 4 B L Hq (S + L / 2) P flops, (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes. Source: as
+    `context_attention`.
     """
     check(
         "append_attention",
+        7,
         q=(q, "B L Hq P"),
         k=(k, "B L Hkv P"),
         v=(v, "B L Hkv P"),
@@ -124,9 +141,9 @@ def append_attention(
         counts=(counts, "B", int),
     )
     check_heads("append_attention", q, k, v=v, k_pages=k_pages, v_pages=v_pages)
+    scale = scale_of("append_attention", q, scale)
     if not takes_kernel("append_attention", q, k, v, k_pages, v_pages) or wants_gradients(q, k, v):
         return reference.append_attention(q, k, v, k_pages, v_pages, page_table, lengths, counts, scale=scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return append_attention_forward(q, k, v, k_pages, v_pages, page_table, lengths, counts, scale)
 
 
@@ -233,7 +250,6 @@ OPS = (
         forward_only=True,
         tensor_cores={"_context_attention_kernel": "BLOCK_M"},
         candidates=_CANDIDATES,
-        reference_compiles=False,  # how many pages are read depends on the lengths, which are read on the host
     ),
     Op(
         fn=append_attention,
@@ -266,6 +282,5 @@ OPS = (
         forward_only=True,
         tensor_cores={"_context_attention_kernel": "BLOCK_M"},
         candidates=_CANDIDATES,
-        reference_compiles=False,  # as above
     ),
 )

@@ -9,68 +9,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..core import define
 from ..launch import Launch, architecture, run, tuned
 from ..reference.common import compute_dtype
-from .tile import attend
+from .tile import attend, cached, page_of
 
 # ---- kernels ----
 
 
-@triton.jit
-def _page(table_ptr, n, end, page_size, TMA: tl.constexpr):
-    """The page of cached token n, where a tile lies in one page."""
-    page = 0
-    if TMA:
-        page = tl.load(table_ptr + n // page_size, mask=n < end, other=0).to(tl.int32)
-    return page
-
-
-@triton.jit
-def _cached(
-    k_desc,
-    v_desc,
-    k_pages_ptr,
-    v_pages_ptr,
-    table_ptr,
-    page,
-    n,
-    end,
-    head,
-    stride_kpage,
-    stride_kslot,
-    stride_khead,
-    stride_vpage,
-    stride_vslot,
-    stride_vhead,
-    page_size,
-    P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    TMA: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Keys and values of cached tokens n and on: [BLOCK_N, BLOCK_P]; MASKED: values are 0 from `end` on."""
-    tokens = n + tl.arange(0, BLOCK_N)
-    if TMA:
-        at = page * page_size + n % page_size
-        k = k_desc.load([at, head * P])
-        v = v_desc.load([at, head * P])
-        if MASKED:  # their weights are 0, but what lies there may be NaN
-            v = tl.where((tokens < end)[:, None], v, tl.zeros_like(v))
-    else:
-        offs_p = tl.arange(0, BLOCK_P)
-        mask = (offs_p < P)[None, :]
-        if MASKED:
-            mask = mask & (tokens < end)[:, None]
-            pages = tl.load(table_ptr + tokens // page_size, mask=tokens < end, other=0).to(tl.int64)
-        else:
-            pages = tl.load(table_ptr + tokens // page_size).to(tl.int64)
-        at_k = pages * stride_kpage + tokens % page_size * stride_kslot + head * stride_khead
-        at_v = pages * stride_vpage + tokens % page_size * stride_vslot + head * stride_vhead
-        k = tl.load(k_pages_ptr + at_k[:, None] + offs_p[None, :], mask=mask, other=0.0)
-        v = tl.load(v_pages_ptr + at_v[:, None] + offs_p[None, :], mask=mask, other=0.0)
-    return k, v
-
-
-@triton.jit(do_not_specialize=["fill"])
+@triton.jit(do_not_specialize=["fill", "pages"])
 def _context_attention_kernel(
     q_ptr,  # [B, L, Hq, P]
     k_ptr,  # [B, L, Hkv, P]: the block's own, as v
@@ -105,6 +49,7 @@ def _context_attention_kernel(
     B,
     L,
     Hkv,
+    pages,
     page_size,
     room,
     fill,  # splits of a row's context: as many as keep the GPU busy
@@ -125,7 +70,7 @@ def _context_attention_kernel(
     # Rows of a KV head: token after token, each with its R query heads. Programs of a KV head and split lie together,
     # so that what one row tile reads the next finds in L2.
     tile = tl.program_id(0)
-    head = tl.program_id(1) % Hkv
+    head = (tl.program_id(1) % Hkv).to(tl.int64)  # strides may carry it past 2^31, as a slot and b
     split = tl.program_id(1) // Hkv if SPLIT else 0
     b = tl.program_id(2).to(tl.int64)
     acc = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -149,13 +94,15 @@ def _context_attention_kernel(
             to = length + at
             mask = (at < (tile * BLOCK_M + BLOCK_M + R - 1) // R) & (at < count) & (to < room)
             page = tl.load(table_ptr + to // page_size, mask=mask, other=0).to(tl.int64)
+            slot = (to % page_size).to(tl.int64)
+            mask = mask & (page >= 0) & (page < pages)
             mask = mask[:, None] & (offs_p < P)[None, :]
             from_k = b * stride_kb + at.to(tl.int64) * stride_kl + head * stride_kh
             from_v = b * stride_vb + at.to(tl.int64) * stride_vl + head * stride_vh
             k = tl.load(k_ptr + from_k[:, None] + offs_p[None, :], mask=mask)  # [BLOCK_T, BLOCK_P]
             v = tl.load(v_ptr + from_v[:, None] + offs_p[None, :], mask=mask)
-            to_k = page * stride_kpage + to % page_size * stride_kslot + head * stride_khead
-            to_v = page * stride_vpage + to % page_size * stride_vslot + head * stride_vhead
+            to_k = page * stride_kpage + slot * stride_kslot + head * stride_khead
+            to_v = page * stride_vpage + slot * stride_vslot + head * stride_vhead
             tl.store(k_pages_ptr + to_k[:, None] + offs_p[None, :], k, mask=mask)
             tl.store(v_pages_ptr + to_v[:, None] + offs_p[None, :], v, mask=mask)
 
@@ -173,20 +120,20 @@ def _context_attention_kernel(
     full = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
     # The page of a tile is looked up an iteration ahead: a look-up in the same one would take a stage of the pipeline,
     # and leave the tile's own load none to run ahead in.
-    page = _page(table_ptr, start, end, page_size, TMA)
+    page = page_of(table_ptr, start, end, page_size, TMA)
     for n in tl.range(start, full, BLOCK_N):  # all of these are seen: no mask
-        k, v = _cached(
+        k, v = cached(
             *(k_desc, v_desc, k_pages_ptr, v_pages_ptr, table_ptr, page, n, end, head),
             *(stride_kpage, stride_kslot, stride_khead, stride_vpage, stride_vslot, stride_vhead),
-            *(page_size, P, BLOCK_N, BLOCK_P, TMA, False),
+            *(pages, page_size, P, BLOCK_N, BLOCK_P, TMA, False),
         )
-        page = _page(table_ptr, n + BLOCK_N, end, page_size, TMA)
+        page = page_of(table_ptr, n + BLOCK_N, end, page_size, TMA)
         m, l, o = attend(q, k, v, m, l, o, True, scale, MASKED=False)
     if full < end:
-        k, v = _cached(
+        k, v = cached(
             *(k_desc, v_desc, k_pages_ptr, v_pages_ptr, table_ptr, page, full, end, head),
             *(stride_kpage, stride_kslot, stride_khead, stride_vpage, stride_vslot, stride_vhead),
-            *(page_size, P, BLOCK_N, BLOCK_P, TMA, True),
+            *(pages, page_size, P, BLOCK_N, BLOCK_P, TMA, True),
         )
         m, l, o = attend(q, k, v, m, l, o, (full + offs_n < end)[None, :], scale, MASKED=True)
 
@@ -206,9 +153,8 @@ def _context_attention_kernel(
                 seen = seen & (own[None, :] <= token[:, None])
             m, l, o = attend(q, k, v, m, l, o, seen, scale, MASKED=True)
 
-    out = (b * L + token) * (Hkv * R) + query_head
+    out = ((split * B + b) * L + token) * (Hkv * R) + query_head
     if SPLIT:
-        out += split * B * L * (Hkv * R)
         tl.store(m_ptr + out, m, mask=token < L)
         tl.store(l_ptr + out, l, mask=token < L)
         if (split == 0) | (start < end):
@@ -231,14 +177,14 @@ def _combine_splits_kernel(
     BLOCK_P: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    offs_s = tl.arange(0, BLOCK_S)
+    offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
     offs_p = tl.arange(0, BLOCK_P)
     m = tl.load(m_ptr + offs_s * rows + row, mask=offs_s < splits, other=-float("inf"))  # [BLOCK_S]
     l = tl.load(l_ptr + offs_s * rows + row, mask=offs_s < splits, other=0.0)
     weight = tl.exp2(m - tl.max(m, axis=0))  # split 0 has seen the token itself: the maximum is finite
     # A split past the row's length has written nothing but m = -inf.
     mask = (m > -float("inf"))[:, None] & (offs_p < P)[None, :]
-    at = (offs_s.to(tl.int64)[:, None] * rows + row) * P + offs_p[None, :]
+    at = (offs_s[:, None] * rows + row) * P + offs_p[None, :]
     o = tl.load(partial_ptr + at, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_P]
     o = tl.sum(o * weight[:, None], axis=0) / tl.sum(l * weight, axis=0)
     tl.store(o_ptr + row * P + offs_p, o.to(o_ptr.dtype.element_ty), mask=offs_p < P)
@@ -298,7 +244,8 @@ def _tiles(pages: Tensor, launch: Launch) -> TensorDescriptor | None:
     # Splits begin at multiples of 64: larger tiles would cross pages.
     fits = page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64 and P == launch.BLOCK_P
     aligned = pages.is_meta or pages.data_ptr() % 16 == 0
-    plain = pages.is_contiguous() and pages.numel() and pages.element_size() == 2
+    # Coordinates of TMA are 32 bits.
+    plain = pages.is_contiguous() and 0 < n * page_size < 2**31 and pages.element_size() == 2
     if not (architecture(pages) >= 90 and fits and aligned and plain):
         return None
     return TensorDescriptor.from_tensor(pages.view(n * page_size, H * P), [launch.BLOCK_N, P])
@@ -321,7 +268,7 @@ def _attention(
     page_table, lengths = page_table.contiguous(), lengths.contiguous()
     B, L, Hq, P = q.shape
     Hkv, page_size = k.shape[2], k_pages.shape[1]
-    R, room = Hq // Hkv, page_table.shape[1] * page_size
+    R, room = Hq // Hkv, page_table.shape[1] * page_size if len(k_pages) else 0
     o = q.new_empty(q.shape)
     launch = tuned(
         "_context_attention_kernel",
@@ -348,11 +295,11 @@ def _attention(
         *(None if counts is None else counts.contiguous(), o, partial, m, l),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(*k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0)),
-        *(B, L, Hkv, page_size, room, fill, most, least, scale * 1.4426950408889634),
+        *(B, L, Hkv, len(k_pages), page_size, room, fill, most, least, scale * 1.4426950408889634),
         P=P,
         R=R,
         APPEND=append,
-        CAUSAL=causal,
+        CAUSAL=causal and L > 1,
         TMA=tma,
         SPLIT=splits > 1,
         BLOCK_T=triton.next_power_of_2(triton.cdiv(launch.BLOCK_M, R)) if append else 1,
@@ -377,7 +324,7 @@ def _context_attention(q, k, v, k_pages, v_pages, page_table, lengths, causal, s
 
 def _append_attention(q, k, v, k_pages, v_pages, page_table, lengths, counts, scale):
     pages = [t if t.stride(-1) == 1 else t.contiguous() for t in (k_pages, v_pages)]
-    o = _attention(q, k, v, *pages, page_table, lengths, counts, True, q.shape[1] > 1, scale)
+    o = _attention(q, k, v, *pages, page_table, lengths, counts, True, True, scale)
     for mine, theirs in zip(pages, (k_pages, v_pages), strict=True):
         if mine is not theirs:
             theirs.copy_(mine)

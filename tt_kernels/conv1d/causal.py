@@ -160,6 +160,7 @@ def causal_conv1d(
     """
     check(
         "causal_conv1d",
+        2,
         x=(x, "B L C"),
         weight=(weight, "C K"),
         bias=(bias, "C"),

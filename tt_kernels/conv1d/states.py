@@ -183,7 +183,7 @@ def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kerne
     Cost: 2 B C K itemsize bytes (the reference also copies x). Source: `conv_state` of causal-conv1d's
     `causal_conv1d_update`, whose oldest column the next token does not read.
     """
-    check("conv_state", x=(x, "B L C"), lengths=(lengths, "B", int), state=(state, "B C K"))
+    check("conv_state", 1, x=(x, "B L C"), lengths=(lengths, "B", int), state=(state, "B C K"))
     if not is_whole(kernel_size) or kernel_size < 1 or (state is not None and state.shape[-1] != kernel_size):
         refuse("conv_state", "kernel_size", kernel_size, "1 or more" if state is None else f"K={state.shape[-1]}")
     if not takes_kernel("conv_state", x, state) or wants_gradients(x, state):
@@ -206,7 +206,7 @@ def conv_block_states(x: Tensor, *, block_size: int, kernel_size: int, cu_seqlen
     below 1.
     Cost: 2 B ceil(N / S) C K itemsize bytes.
     """
-    check("conv_block_states", x=(x, "B N C"), cu_seqlens=(cu_seqlens, "sequences+1", int))
+    check("conv_block_states", 1, x=(x, "B N C"), cu_seqlens=(cu_seqlens, "sequences+1", int))
     for name, value in (("block_size", block_size), ("kernel_size", kernel_size)):
         if not is_whole(value) or value < 1:
             refuse("conv_block_states", name, value, "1 or more")

@@ -37,15 +37,16 @@ def check_inputs(
 ) -> None:
     check(
         op,
+        7 if op == "mamba_advance" else 8,
         xBC=(xBC, f"{tokens} C"),
         dt=(dt, f"{tokens} H"),
         weight=(weight, "C K"),
-        bias=(bias, "C"),
         A=(A, "H"),
-        D=(D, "H"),
         dt_bias=(dt_bias, "H"),
         conv_state=(conv_state, "b C K"),
         state=(state, "b H P N"),
+        D=(D, "H"),
+        bias=(bias, "C"),
         lengths=(lengths, "b", int),
     )
     check_channels(op, xBC, state)

@@ -1,30 +1,109 @@
 """Attention of a block to cached context, causal attention, and the masks of block-diffusion training."""
 
+import math
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import full_precision, sequence_index
+from .common import can_look, check_starts, compute_dtype, full_precision, sequence_index
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool = False) -> Tensor:
-    """[B, L, Hq, P] against [B, S, Hkv, P]; softmax in fp32 or better."""
+def _largest(t: Tensor) -> float:
+    """The largest magnitude; NaN where there is one."""
+    if not t.numel():
+        return 0.0
+    low, high = torch.aminmax(t.detach())
+    return max(-low.item(), high.item())
+
+
+def _is_tame(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether PyTorch's attention is right on a CPU: masks are added to scores there, which hides no NaN or infinity,
+    and a query whose scores are all NaN gets 0. Looking takes 5 % of what attention to a long context does."""
+    if not can_look(q):
+        return False
+    scores = _largest(q) * _largest(k) * q.shape[-1] * abs(scale)
+    return scores < torch.finfo(compute_dtype(q.dtype)).max and math.isfinite(_largest(v))
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    """Written out: what a query does not see is replaced among its scores, and what no query sees is cleared."""
+    acc, Hkv = compute_dtype(q.dtype), k.shape[2]
+    if seen is not None:
+        nobody = ~seen.any(1)[..., None, None]  # [B or 1, S, 1, 1]
+        k, v = k.masked_fill(nobody, 0), v.masked_fill(nobody, 0)
+    grouped = q.to(acc).unflatten(2, (Hkv, q.shape[2] // Hkv))
+    scores = torch.einsum("blgrp,bsgp->bgrls", grouped, k.to(acc)) * scale
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, None, None], -math.inf)
+    return torch.einsum("bgrls,bsgp->blgrp", scores.softmax(-1), v.to(acc)).flatten(2, 3).to(q.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None, causal: bool = False) -> Tensor:
+    """[B, L, Hq, P] against [B, S, Hkv, P], of which queries see those in `seen` [B or 1, L or 1, S], or where causal
+    those up to themselves; softmax in fp32 or better."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.device.type == "cpu" and not _is_tame(q, k, v, scale):
+        if causal:
+            seen = torch.ones(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+        return _masked(q, k, v, seen, scale)
+    if scale <= 0:  # PyTorch multiplies with the mask in place, whose infinities turn
+        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    mask = None if seen is None else seen.unsqueeze(1)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2)
 
 
-def _page_index(page_table: Tensor, lengths: Tensor, longest: int, pages: Tensor) -> slice | Tensor:
-    """The pages of all rows, row after row: a slice where they lie in order. Entries past a row's end do not count."""
-    if page_table.device.type == "cpu":  # elsewhere looking would wait for the device
-        listed = page_table.flatten().tolist()
-        first, count = listed[0], len(listed)
-        if 0 <= first <= len(pages) - count and listed == list(range(first, first + count)):
-            return slice(first, first + count)
-    starts = torch.arange(0, longest, pages.shape[1], device=page_table.device)
-    return page_table[:, : len(starts)].masked_fill(starts >= lengths.view(-1, 1), 0).flatten()
+def _look(
+    op: str, pages: Tensor, page_table: Tensor, lengths: Tensor, entering: list[int] | None
+) -> tuple[int, int, slice | None]:
+    """The longest and the shortest length, and the pages of all rows where they lie in order, row after row. Refuses
+    what rows would read or write outside the pages, or write into each other's. entering: new tokens of each row."""
+    page_size, have, table = pages.shape[1], lengths.tolist(), page_table.tolist()
+    room = page_table.shape[1] * page_size
+    longest, shortest = max(have, default=0), min(have, default=0)
+    if shortest < 0:
+        raise ValueError(f"{op}: lengths goes down to {shortest}, expected 0 or more")
+    if longest > room:
+        raise ValueError(f"{op}: lengths goes up to {longest}, but the page table has room for {room}")
+    more = entering or [0] * len(have)
+    for n, new in zip(have, more, strict=True):
+        if new and n + new > room:
+            found = f"lengths is {n} and {new} tokens enter"
+            raise ValueError(f"{op}: {found}, but the page table has room for {room}")
+    listed = [page for row in table for page in row]
+    first, last = (listed[0], listed[0] + len(listed)) if listed else (0, 0)
+    if first >= 0 and last <= len(pages) and listed == list(range(first, last)):
+        return longest, shortest, slice(first, last)
+    used = [row[: -(-(n + new) // page_size)] for row, n, new in zip(table, have, more, strict=True)]
+    for b, row in enumerate(used):
+        if row and not (min(row) >= 0 and max(row) < len(pages)):
+            page = next(page for page in row if not 0 <= page < len(pages))
+            raise ValueError(f"{op}: page_table has page {page} in row {b}, expected 0 to {len(pages) - 1}")
+    if any(more):
+        owners = Counter(page for row in used for page in row)
+        for b, (row, n, new) in enumerate(zip(used, have, more, strict=True)):
+            for page in row[n // page_size :] if new else ():
+                if owners[page] > 1:
+                    found = f"page_table has page {page} {owners[page]} times"
+                    raise ValueError(f"{op}: {found}, expected once: row {b} writes it")
+    return longest, shortest, None
+
+
+def _past(pages: Tensor, page_table: Tensor, in_order: slice | None, lengths: Tensor, longest: int) -> Tensor:
+    """[B, longest, Hkv, P]: the cached tokens of all rows. Table entries past a row's end do not count."""
+    B, page_size = page_table.shape[0], pages.shape[1]
+    if in_order is not None:
+        return pages[in_order].reshape(B, page_table.shape[1] * page_size, *pages.shape[2:])[:, :longest]
+    page_table = page_table[:, : -(-longest // page_size)]
+    starts = torch.arange(page_table.shape[1], device=page_table.device) * page_size
+    index = page_table.masked_fill(starts >= lengths.unsqueeze(1), 0).clamp(0, pages.shape[0] - 1)
+    past = pages.index_select(0, index.flatten()).unflatten(0, index.shape)
+    return past.flatten(1, 2)[:, :longest]
 
 
 def _context(
@@ -38,33 +117,27 @@ def _context(
     lengths: Tensor,
     causal: bool,
     scale: float | None,
+    entering: list[int] | None = None,
 ) -> Tensor:
-    B, L = q.shape[:2]
+    L = q.shape[1]
     causal = causal and L > 1
-    room = page_table.shape[1] * k_pages.shape[1]
-    longest, shortest = room, -1  # not known on the host: all pages, masked
-    if lengths.device.type == "cpu":
-        host = lengths.tolist() or [0]
-        longest, shortest = max(host), min(host)
-        if shortest < 0:
-            raise ValueError(f"{op}: lengths goes down to {shortest}, expected 0 or more")
-    if longest > room:
-        raise ValueError(f"{op}: lengths goes up to {longest}, but the page table has room for {room}")
-    if longest == 0:
-        return _sdpa(q, k, v, None, scale, causal=causal)
-    index = _page_index(page_table, lengths, longest, k_pages)
-    past = [t[index] if isinstance(index, slice) else t.index_select(0, index) for t in (k_pages, v_pages)]
-    past = [t.reshape(B, -1, *t.shape[2:])[:, :longest] for t in past]
+    longest, shortest = page_table.shape[1] * k_pages.shape[1], -1  # not known on the host: all pages, masked
+    in_order = None
+    if can_look(lengths):
+        longest, shortest, in_order = _look(op, k_pages, page_table, lengths, entering)
+    if longest == 0 or k_pages.shape[0] == 0:
+        return _attend(q, k, v, None, scale, causal=causal)
+    past = [_past(pages, page_table, in_order, lengths, longest) for pages in (k_pages, v_pages)]
     mask = None
     if shortest < longest:  # what lies past a row's length may be anything, NaN included
-        seen = torch.arange(longest, device=q.device) < lengths.view(B, 1)
+        seen = torch.arange(longest, device=q.device) < lengths.unsqueeze(1)
         past = [t.masked_fill(~seen[..., None, None], 0) for t in past]
-        mask = F.pad(seen, (0, L), value=True).view(B, 1, 1, longest + L)
+        mask = F.pad(seen, (0, L), value=True).unsqueeze(1)  # [B, 1, longest + L]
     if causal:
-        own = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
+        own = torch.ones(1, L, L, dtype=torch.bool, device=q.device).tril()
         own = F.pad(own, (longest, 0), value=True)
         mask = own if mask is None else mask & own
-    return _sdpa(q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), mask, scale)
+    return _attend(q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), mask, scale)
 
 
 @full_precision
@@ -83,37 +156,39 @@ def context_attention(
     return _context("context_attention", q, k, v, k_pages, v_pages, page_table, lengths, causal, scale)
 
 
+def _append_row(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, pages: list[int], n: int, new: int) -> None:
+    """One row, page by page, which takes half the time of indices."""
+    page_size, at = k_pages.shape[1], n
+    while at < n + new:
+        slot = at % page_size
+        rows = slice(at - n, min(n + new, at - slot + page_size) - n)
+        page, at = pages[at // page_size], n + rows.stop
+        k_pages[page, slot : slot + rows.stop - rows.start] = k[rows]
+        v_pages[page, slot : slot + rows.stop - rows.start] = v[rows]
+
+
 def _append(
     k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, counts: Tensor | None
 ) -> None:
-    (B, L), page_size = k.shape[:2], k_pages.shape[1]
-    if k.device.type == "cpu":  # elsewhere looking would wait for the device
-        n, entering = lengths.tolist(), [L] * B if counts is None else counts.clamp(0, L).tolist()
-        room = page_table.shape[1] * page_size
-        for have, more in zip(n, entering, strict=True):
-            if more and have + more > room:
-                found = f"lengths is {have} and {more} tokens enter"
-                raise ValueError(f"append_attention: {found}, but the page table has room for {room}")
-        if B == 1:  # page by page: half the time of indices
-            at, end = n[0], n[0] + entering[0]
-            while at < end:
-                slot = at % page_size
-                new = slice(at - n[0], min(end, at - slot + page_size) - n[0])
-                page = int(page_table[0, at // page_size])
-                at = n[0] + new.stop
-                k_pages[page, slot : slot + new.stop - new.start] = k[0, new]
-                v_pages[page, slot : slot + new.stop - new.start] = v[0, new]
-            return
+    """Tokens that no slot is for do not enter. Nothing is read on the host."""
+    (B, L), (pages, page_size), row_pages = k.shape[:2], k_pages.shape[:2], page_table.shape[1]
+    if B * L * pages * row_pages == 0:
+        return
     token = torch.arange(L, device=k.device)
-    position = lengths.unsqueeze(1) + token  # [B, L]
-    if counts is None:
-        page = page_table.gather(1, position // page_size)
-    else:
-        row, token = (token < counts.unsqueeze(1)).nonzero(as_tuple=True)
-        position, k, v = position[row, token], k[row, token], v[row, token]  # [tokens that enter]
-        page = page_table[row, position // page_size]
-    at = page, position % page_size
-    k_pages[at], v_pages[at] = k.to(k_pages.dtype), v.to(v_pages.dtype)
+    position = lengths.clamp(min=0).unsqueeze(1) + token  # [B, L]
+    enters = position < row_pages * page_size
+    if counts is not None:
+        enters = enters & (token < counts.unsqueeze(1))
+    page = page_table.gather(1, (position // page_size).clamp(max=row_pages - 1))
+    enters = (enters & (page >= 0) & (page < pages)).flatten()
+    page, slot = page.clamp(0, pages - 1).flatten(), (position % page_size).flatten()
+    # The others write once more what the first that enters writes, or, where none does, what is there.
+    first = enters.int().argmax(0, keepdim=True)
+    at = torch.where(enters, page, page[first]), torch.where(enters, slot, slot[first])
+    for new, cache in ((k, k_pages), (v, v_pages)):
+        new = new.flatten(0, 1)
+        same = torch.where(enters[first][:, None, None], new[first], cache[page[first], slot[first]])
+        cache[at] = torch.where(enters[:, None, None], new, same)
 
 
 @full_precision
@@ -129,9 +204,16 @@ def append_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    o = _context("append_attention", q, k, v, k_pages, v_pages, page_table, lengths, True, scale)
+    B, L = k.shape[:2]
+    entering = None
+    if can_look(lengths):
+        entering = [L] * B if counts is None else counts.clamp(0, L).tolist()
+    o = _context("append_attention", q, k, v, k_pages, v_pages, page_table, lengths, True, scale, entering)
     with torch.no_grad():
-        _append(k, v, k_pages, v_pages, page_table, lengths, counts)
+        if entering is not None and B == 1:
+            _append_row(k[0], v[0], k_pages, v_pages, page_table[0].tolist(), int(lengths), entering[0])
+        else:
+            _append(k, v, k_pages, v_pages, page_table, lengths, counts)
     return o
 
 
@@ -140,11 +222,11 @@ def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     B, N = q.shape[:2]
-    if cu_seqlens is None or (B == 1 and len(cu_seqlens) == 2):  # nothing but whole rows
-        return _sdpa(q, k, v, None, scale, causal=True)
+    starts = None if cu_seqlens is None else check_starts("causal_attention", cu_seqlens, B * N)
+    if cu_seqlens is None or (starts is not None and all(start % max(N, 1) == 0 for start in starts)):
+        return _attend(q, k, v, None, scale, causal=True)  # nothing but whole rows
     seq = sequence_index(cu_seqlens, B, N)
-    mask = (seq.unsqueeze(2) == seq.unsqueeze(1)).tril().unsqueeze(1)
-    return _sdpa(q, k, v, mask, scale)
+    return _attend(q, k, v, (seq.unsqueeze(2) == seq.unsqueeze(1)).tril(), scale)
 
 
 @full_precision
@@ -161,8 +243,9 @@ def block_diffusion_attention(
 ) -> Tensor:
     B, N = q.shape[:2]
     block = torch.arange(N, device=q.device) // block_size
-    mask = torch.cat([block.unsqueeze(1) > block, block.unsqueeze(1) == block], -1)  # [N, 2 N]: clean, noisy
+    mask = torch.cat([block.unsqueeze(1) > block, block.unsqueeze(1) == block], -1).unsqueeze(0)  # clean, noisy
     if cu_seqlens is not None:
+        check_starts("block_diffusion_attention", cu_seqlens, B * N)
         seq = sequence_index(cu_seqlens, B, N)
-        mask = (mask & (seq.unsqueeze(2) == seq.unsqueeze(1)).repeat(1, 1, 2)).unsqueeze(1)
-    return _sdpa(q, torch.cat([k_clean, k], 1), torch.cat([v_clean, v], 1), mask, scale)
+        mask = mask & (seq.unsqueeze(2) == seq.unsqueeze(1)).repeat(1, 1, 2)
+    return _attend(q, torch.cat([k_clean, k], 1), torch.cat([v_clean, v], 1), mask, scale)

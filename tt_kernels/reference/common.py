@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from itertools import pairwise
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -44,17 +45,40 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([F.linear(hidden.to(acc), part.to(acc)) for part in weight.split(16384)], -1)
 
 
+def can_look(t: Tensor) -> bool:
+    """Whether the values of t may be read on the host: a GPU is not waited for, nor a graph broken, and a fake tensor
+    has none."""
+    return t.device.type == "cpu" and type(t) is Tensor and not torch.compiler.is_compiling()
+
+
 def check_lengths(op: str, lengths: Tensor | None, L: int) -> None:
-    """Refuse lengths of rows that are not 0 to L. Only where they lie on the CPU: a GPU is not waited for, nor a graph
-    broken; kernels cut them."""
-    if lengths is None or lengths.device.type != "cpu" or torch.compiler.is_compiling() or type(lengths) is not Tensor:
-        return  # other types are fake tensors and their like, which hold no numbers
+    """Refuse lengths of rows that are not 0 to L, where one can look; kernels cut them."""
+    if lengths is None or not can_look(lengths):
+        return
     for length in lengths.tolist():
         if not 0 <= length <= L:
             raise ValueError(f"{op}: lengths is {length}, expected 0 to L={L}")
 
 
+def check_starts(op: str, cu_seqlens: Tensor | None, tokens: int) -> list[int] | None:
+    """Where packed sequences begin, and where the last ends: from 0, ascending, up to `tokens`; refuses all else. None
+    where one cannot look; `sequence_starts` then takes every entry for a start, wherever it lies."""
+    if cu_seqlens is None or not can_look(cu_seqlens):
+        return None
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] > tokens or any(a > b for a, b in pairwise(starts)):
+        shown = starts if len(starts) <= 8 else f"[{', '.join(map(str, starts[:8]))}, ...]"
+        raise ValueError(f"{op}: cu_seqlens is {shown}, expected 0 first, ascending, up to the {tokens} tokens")
+    return starts
+
+
+def sequence_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """[tokens + 1] int8: 1 where a packed sequence begins. What lies behind the last entry is one of its own; entries
+    outside 0 to `tokens` mean nothing."""
+    starts = torch.zeros(tokens + 1, dtype=torch.int8, device=cu_seqlens.device)
+    return starts.index_fill_(0, cu_seqlens.long().clamp(0, tokens), 1)
+
+
 def sequence_index(cu_seqlens: Tensor, B: int, L: int) -> Tensor:
-    """Which packed sequence each token belongs to: [B, L] int64. cu_seqlens counts over the flattened B*L tokens."""
-    tokens = torch.arange(B * L, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens.long().contiguous(), tokens, right=True).view(B, L)
+    """Which packed sequence each token belongs to: [B, L] int64, counted over the flattened B*L tokens from 1."""
+    return sequence_starts(cu_seqlens, B * L)[:-1].cumsum(0).view(B, L)

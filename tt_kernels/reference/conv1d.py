@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, check_lengths, compute_dtype, full_precision, sequence_index
+from .common import cast, check_lengths, check_starts, compute_dtype, full_precision, sequence_index
 
 
 def _with_history(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
@@ -34,6 +34,7 @@ def causal_conv1d(
     padded = cast(_with_history(x, state, K - 1), acc)
     taps = cast(weight, acc).T.contiguous()  # [K, C]: a tap multiplies whole rows
     if cu_seqlens is not None:
+        check_starts("causal_conv1d", cu_seqlens, B * L)
         seq = F.pad(sequence_index(cu_seqlens, B, L), (K - 1, 0))  # 0: nothing before the row
     own = padded[:, K - 1 :]
     y = own * taps[K - 1] if bias is None else torch.addcmul(cast(bias, acc), own, taps[K - 1])
@@ -68,6 +69,7 @@ def conv_block_states(x: Tensor, *, block_size: int, kernel_size: int, cu_seqlen
     index = (starts[:, None] + torch.arange(kernel_size, device=x.device)).flatten()  # into the padded columns
     windows = F.pad(x, (0, 0, kernel_size, 0))[:, index].unflatten(1, (starts.shape[0], kernel_size))
     if cu_seqlens is not None:
+        check_starts("conv_block_states", cu_seqlens, B * N)
         seq = sequence_index(cu_seqlens, B, N)
         before = F.pad(seq, (kernel_size, 0))[:, index].view(B, -1, kernel_size)
         windows = windows.masked_fill((before != seq[:, starts, None]).unsqueeze(-1), 0)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, check_lengths, compute_dtype, full_precision, sequence_index
+from .common import cast, check_lengths, check_starts, compute_dtype, full_precision, sequence_index
 
 CHUNK = 32  # tokens of a chunk where no size is asked for: pairs inside and states between cost about the same on a CPU
 
@@ -179,6 +179,7 @@ def ssd_chunk(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_lengths("ssd_chunk", lengths, x.shape[1])
+    check_starts("ssd_chunk", cu_seqlens, x.shape[0] * x.shape[1])
     tensors = (x, dt, A, B, C, D, dt_bias, state)
     run = _chunked_in_graph if torch.compiler.is_compiling() else _chunked
     return run(*tensors, lengths, cu_seqlens, chunk_size, *dt_limit)
@@ -211,7 +212,7 @@ def _chunked(
     a = _log_decay(dt, A, acc)
     to_end, whole = _decay_to_end(a)
     same = enters = None
-    if cu_seqlens is not None:
+    if cu_seqlens is not None and L:
         seq = sequence_index(cu_seqlens, b, L)
         seq = torch.cat([seq, seq[:, -1:].expand(b, n * Q - L)], 1).view(b, n, Q)
         same = (seq.unsqueeze(-1) == seq.unsqueeze(-2)).flatten(0, 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, refuse, takes_kernel, wants_gradients
+from ..core import Op, check, is_real, refuse, takes_kernel, wants_gradients
 from ..launch import Launch
 from .block_kernels import ssd_advance_forward, ssd_block_forward
 
@@ -24,9 +24,10 @@ def check_groups(op: str, x: Tensor, B: Tensor) -> None:
 
 
 def check_limit(op: str, dt_limit: tuple[float, float]) -> None:
-    numbers = isinstance(dt_limit, tuple | list) and [isinstance(v, int | float | torch.SymFloat) for v in dt_limit]
-    if numbers != [True, True] or not (0 <= dt_limit[0] <= dt_limit[1] and dt_limit[0] < math.inf):
-        refuse(op, "dt_limit", dt_limit, "(low, high) with 0 <= low <= high and a finite low")
+    pair = isinstance(dt_limit, tuple | list) and len(dt_limit) == 2
+    low, high = dt_limit if pair else (None, None)
+    if not (is_real(low) and (high == math.inf or is_real(high)) and 0 <= low <= high):
+        refuse(op, "dt_limit", dt_limit, "(low, high) with 0 <= low <= high, low finite")
 
 
 def ssd_block(
@@ -64,6 +65,7 @@ def ssd_block(
     """
     check(
         "ssd_block",
+        7,
         x=(x, "b L H P"),
         dt=(dt, "b L H"),
         A=(A, "H"),
@@ -113,6 +115,7 @@ def ssd_advance(
     """
     check(
         "ssd_advance",
+        5,
         x=(x, "b L H P"),
         dt=(dt, "b L H"),
         A=(A, "H"),

@@ -65,6 +65,7 @@ def ssd_chunk(
     """
     check(
         "ssd_chunk",
+        7,
         x=(x, "b L H P"),
         dt=(dt, "b L H"),
         A=(A, "H"),

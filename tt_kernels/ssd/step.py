@@ -162,6 +162,7 @@ def ssd_step(
     """
     check(
         "ssd_step",
+        8,
         x=(x, "b H P"),
         dt=(dt, "b H"),
         A=(A, "H"),
