@@ -16,7 +16,6 @@ from torch.export import Dim, export
 
 import tt_kernels
 from tt_kernels import reference
-from tt_model.two_tower import TimeEmbedder
 
 pytestmark = pytest.mark.kernels
 SCAN = dict(H=2, P=3, G=1, N=4)
@@ -109,24 +108,6 @@ def test_nothing_of_a_trace_is_kept(name: str) -> None:
         op.fn(**kwargs)
     found = values_and_gradients(op, op.reference, kwargs, torch.float32) | outputs(op, op.fn(**kwargs))
     assert not any(isinstance(t, FakeTensor) or t.is_inference() for t in found.values())
-
-
-def test_times_of_a_trace_are_not_kept() -> None:
-    embedder = TimeEmbedder(8, 6)
-    export(embedder, (torch.rand(3),))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        embedder(torch.rand(3))
-    y = embedder(torch.rand(3))
-    assert not isinstance(y, FakeTensor) and y.isfinite().all()
-
-
-def test_frequencies_are_those_of_fp32() -> None:
-    """An ulp beside PyTorch's own exp at most."""
-    from tt_model.two_tower import _frequencies
-
-    want = torch.exp(-torch.tensor(10000.0).log() * torch.arange(128) / 128)
-    torch.testing.assert_close(_frequencies(128, torch.float32, torch.device("cpu")), want, rtol=2e-6, atol=0)
 
 
 def held() -> int:

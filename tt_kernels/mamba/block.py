@@ -15,7 +15,7 @@ from .kernels import mamba_advance_forward, mamba_block_forward
 def check_channels(op: str, xBC: Tensor, state: Tensor) -> None:
     C, (H, P, N) = xBC.shape[-1], state.shape[1:]
     G, rest = divmod(C - H * P, max(1, 2 * N))
-    if rest or G < 1 or H % G:
+    if N < 1 or rest or G < 1 or H % G:
         refuse(op, "C", C, f"H*P + 2*G*N with H={H}, P={P}, N={N} of the state and a divisor G of H")
 
 

@@ -201,8 +201,9 @@ def _chunked(
     high: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc, dtype = compute_dtype(x.dtype, A.dtype), x.dtype
-    (b, L, H, P), N, Q = x.shape, B.shape[3], chunk_size or CHUNK
-    n = -(-L // Q) if L else 1  # chunks
+    (b, L, H, P), N = x.shape, B.shape[3]
+    Q = min(chunk_size or CHUNK, max(L, 1))
+    n = max(1, -(-L // Q))  # chunks
     x, dt, B = _cut(lengths, cast(x, acc), _time_step(dt, dt_bias, (low, high), acc), cast(B, acc))
 
     def chunks(t: Tensor) -> Tensor:  # [b, L, ...] -> [b * n, Q, ...], dt = 0 in the padding
