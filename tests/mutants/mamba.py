@@ -12,8 +12,7 @@ FAR = "tests/test_strides_mamba.py::test_any_dimension_may_be_far_apart"
 CORNERS = "tests/test_scan_corners.py::test_a_decay_of_nothing_and_of_all[-inf]"
 # Strides multiplied in 32 bits: the operation and its argument whose dimension lies far apart then.
 FAR_APART = (
-    ("causal_conv1d", CONV, "c.to(tl.int64)[None, :] * stride_sc", "c[None, :] * stride_sc", "state-1"),
-    ("causal_conv1d", CONV, "(S + source).to(tl.int64)", "(S + source)", "state-2"),
+    ("causal_conv1d", CONV, "x.contiguous(), near(state)", "x.contiguous(), state", "state-1"),
     ("conv_state", STATES, "c.to(tl.int64) * stride_xc", "c * stride_xc", "x-2"),
     ("conv_state", STATES, "c.to(tl.int64) * stride_sc", "c * stride_sc", "state-1"),
     ("conv_state", STATES, "(source + K).to(tl.int64)", "(source + K)", "state-2"),
@@ -29,7 +28,7 @@ MUTANTS = (
     *(Mutant(op, file, old, new, f"far {case}", f"{FAR}[{op}-{case}]") for op, file, old, new, case in FAR_APART),
     Mutant("ssd_advance", TILE, "tl.maximum(A, -3e38, propagate_nan=tl.PropagateNan.ALL)", "A", "0 * -inf", CORNERS),
     Mutant("causal_conv1d", CONV, "(k == K - 1 - back)", "(k == back)", "taps in reverse"),
-    Mutant("causal_conv1d", CONV, "(S + source).to", "(S + source - 1).to", "state one column early"),
+    Mutant("causal_conv1d", CONV, "(S + source)[:, None]", "(S + source - 1)[:, None]", "state one column early"),
     Mutant("causal_conv1d", CONV, "if back > start:", "if back > start + 1:", "last tap into the state missed"),
     Mutant("causal_conv1d", CONV, "alive = alive & (after == 0)", "alive = alive", "packed sequences see each other"),
     Mutant("causal_conv1d", CONV, "b * L + source + 1, mask", "b * L + source, mask", "sequences start one late"),

@@ -75,12 +75,12 @@ def mamba_block(
         dt:         [b, L, H] float, before bias and softplus.
         weight:     [C, K] float; the last tap belongs to the token itself.
         bias:       [C] float or None.
-        A:          [H] float, 0 or below.
+        A:          [H] float, 0 or below, -inf too.
         D:          [H] float.
         dt_bias:    [H] float.
         conv_state: [b, C, K] float: the columns of xBC before the block, oldest first; the last K - 1 count.
         state:      [b, H, P, N] float, fp32 in 16-bit models: the state before the block.
-        dt_limit:   (low, high), what the time step is clamped to.
+        dt_limit:   (low, high), what the time step is clamped to; low is finite.
     Returns:
         y: [b, L, H, P] dtype of xBC.
 
@@ -118,13 +118,13 @@ def mamba_advance(
         dt:         [b, L, H] float, before bias and softplus.
         weight:     [C, K] float; the last tap belongs to the token itself.
         bias:       [C] float or None.
-        A:          [H] float, 0 or below.
+        A:          [H] float, 0 or below, -inf too.
         dt_bias:    [H] float.
         conv_state: [b, C, K] float: the columns of xBC before the tokens, oldest first. It is not changed.
         state:      [b, H, P, N] float: the state before the tokens. It is not changed.
         lengths:    [b] int, 0 to L, or None for all L; what lies past a row's length may be anything, NaN included.
                     Kernels cut other lengths to 0 or L, the reference refuses them where they are on a CPU.
-        dt_limit:   (low, high), what the time step is clamped to.
+        dt_limit:   (low, high), what the time step is clamped to; low is finite.
     Returns:
         conv_state: [b, C, K] dtype of xBC, contiguous, in new memory.
         state:      [b, H, P, N] fp32 (fp64 where xBC or A is fp64), contiguous, in new memory.

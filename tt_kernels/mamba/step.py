@@ -182,12 +182,12 @@ def mamba_step(
         dt:         [b, H] float, before bias and softplus.
         weight:     [C, K] float; the last tap belongs to the token itself.
         bias:       [C] float or None.
-        A:          [H] float, 0 or below.
+        A:          [H] float, 0 or below, -inf too.
         D:          [H] float.
         dt_bias:    [H] float.
         conv_state: [b, C, K] float: the columns of xBC before the token, oldest first. It is not changed.
         state:      [b, H, P, N] float, fp32 in 16-bit models. It is not changed.
-        dt_limit:   (low, high), what the time step is clamped to.
+        dt_limit:   (low, high), what the time step is clamped to; low is finite.
     Returns:
         y:          [b, H, P] dtype of xBC.
         conv_state: [b, C, K] dtype of xBC, contiguous, in new memory.

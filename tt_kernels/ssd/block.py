@@ -47,12 +47,12 @@ def ssd_block(
     Args:
         x:        [b, L, H, P] float, any strides.
         dt:       [b, L, H] float, before bias and softplus.
-        A:        [H] float, 0 or below.
+        A:        [H] float, 0 or below, -inf too.
         B, C:     [b, L, G, N] float; head h belongs to group h // (H / G).
         D:        [H] float.
         dt_bias:  [H] float.
         state:    [b, H, P, N] float, fp32 in 16-bit models: the state before the block; None: zeros.
-        dt_limit: (low, high), what the time step is clamped to.
+        dt_limit: (low, high), what the time step is clamped to; low is finite.
     Returns:
         y: [b, L, H, P] dtype of x.
 
@@ -99,13 +99,13 @@ def ssd_advance(
     Args:
         x:        [b, L, H, P] float, any strides.
         dt:       [b, L, H] float, before bias and softplus.
-        A:        [H] float, 0 or below.
+        A:        [H] float, 0 or below, -inf too.
         B:        [b, L, G, N] float.
         dt_bias:  [H] float.
         state:    [b, H, P, N] float: the state before the tokens; None: zeros. It is not changed.
         lengths:  [b] int, 0 to L, or None for all L; what lies past a row's length may be anything, NaN included.
                   Kernels cut other lengths to 0 or L, the reference refuses them where they are on a CPU.
-        dt_limit: (low, high), what the time step is clamped to.
+        dt_limit: (low, high), what the time step is clamped to; low is finite.
     Returns:
         state: [b, H, P, N] fp32 (fp64 where x or A is fp64), contiguous, in new memory.
 

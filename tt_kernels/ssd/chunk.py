@@ -32,7 +32,7 @@ def ssd_chunk(
     Args:
         x:          [b, L, H, P] float, any strides.
         dt:         [b, L, H] float, before bias and softplus.
-        A:          [H] float, 0 or below.
+        A:          [H] float, 0 or below, -inf too.
         B, C:       [b, L, G, N] float; head h belongs to group h // (H / G).
         D:          [H] float.
         dt_bias:    [H] float.
@@ -43,9 +43,10 @@ def ssd_chunk(
         chunk_size: Q, tokens between the states that are returned: any number from 1 on (a tile of tokens lies in one
                     chunk: multiples of 64 fill tiles best). None: none of those, and none in memory; on their way
                     kernels keep at most 15 states a row, however long it is.
-        dt_limit:   (low, high), what the time step is clamped to.
-        cu_seqlens: [sequences + 1] int, from 0, counted over the flattened b * L tokens: sequences packed in x start
-                    from zeros; not with a state. A row starts anew in any case.
+        dt_limit:   (low, high), what the time step is clamped to; low is finite.
+        cu_seqlens: [sequences + 1] int, from 0, ascending, counted over the flattened b * L tokens: sequences packed in
+                    x start from zeros, what lies behind the last entry is one more; not with a state. A row starts anew
+                    in any case.
     Returns:
         y:      [b, L, H, P] dtype of x.
         state:  [b, H, P, N] fp32 (fp64 where x or A is fp64): after a row's last token (packed: of its last sequence).

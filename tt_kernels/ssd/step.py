@@ -144,12 +144,12 @@ def ssd_step(
     Args:
         x:        [b, H, P] float, any strides.
         dt:       [b, H] float, before bias and softplus.
-        A:        [H] float, 0 or below.
+        A:        [H] float, 0 or below, -inf too.
         B, C:     [b, G, N] float; head h belongs to group h // (H / G).
         D:        [H] float.
         dt_bias:  [H] float.
         state:    [b, H, P, N] float, fp32 in 16-bit models; it is not changed.
-        dt_limit: (low, high), what the time step is clamped to.
+        dt_limit: (low, high), what the time step is clamped to; low is finite.
     Returns:
         y:     [b, H, P] dtype of x.
         state: [b, H, P, N] fp32 (fp64 where x or A is fp64), in new memory.
