@@ -17,6 +17,7 @@ def args(name: str, **changes: Any) -> dict[str, Any]:
     return make(OPS[name], OPS[name].cases[0], torch.float32) | changes
 
 
+NAN, INF = float("nan"), float("inf")
 BAD = [
     ("rms_norm", dict(x=torch.ones(2, 4), weight=torch.ones(8)), "rms_norm: weight has D=8, but x has D=4"),
     ("rms_norm", dict(x=torch.tensor(1.0)), "rms_norm: x is [], expected [*, D]"),
@@ -35,10 +36,39 @@ BAD = [
     ("conv_state", dict(lengths=torch.ones(3)), "lengths is torch.float32, expected a tensor of ints"),
     ("conv_state", dict(lengths=torch.tensor([5, -1, 0])), "conv_state: lengths is -1, expected 0 to L=5"),
     ("conv_state", dict(lengths=torch.tensor([5, 6, 0])), "conv_state: lengths is 6, expected 0 to L=5"),
+    ("causal_conv1d", dict(x=None), "causal_conv1d: x is None, expected a tensor"),
+    ("causal_conv1d", dict(weight=torch.ones(6, 4, device="meta")), "causal_conv1d: weight is on meta, but x is on"),
+    ("causal_conv1d", dict(weight=torch.ones(6, 0)), "causal_conv1d: weight has K=0, expected 1 or more"),
+    ("conv_state", dict(kernel_size=4.0), "conv_state: kernel_size is 4.0, expected K=4"),
+    ("conv_state", dict(kernel_size="4"), "conv_state: kernel_size is '4', expected K=4"),
+    ("conv_state", dict(x=None), "conv_state: x is None, expected a tensor"),
     ("ssd_advance", dict(lengths=torch.tensor([-1, 6])), "ssd_advance: lengths is -1, expected 0 to L=5"),
     ("ssd_chunk", dict(lengths=torch.tensor([7, 8])), "ssd_chunk: lengths is 8, expected 0 to L=7"),
     ("mamba_advance", dict(lengths=torch.tensor([-1, 5])), "mamba_advance: lengths is -1, expected 0 to L=5"),
     ("conv_block_states", dict(block_size=0), "conv_block_states: block_size is 0, expected 1 or more"),
+    ("conv_block_states", dict(block_size=2.5), "conv_block_states: block_size is 2.5, expected 1 or more"),
+    ("conv_block_states", dict(block_size=True), "conv_block_states: block_size is True, expected 1 or more"),
+    ("conv_block_states", dict(kernel_size=None), "conv_block_states: kernel_size is None, expected 1 or more"),
+    *(
+        ("ssd_block", dict(dt_limit=limit), f"ssd_block: dt_limit is {limit!r}, expected (low, high) with 0 <= low <= ")
+        for limit in (None, 1.0, "ab", (0.0,), (0, 1, 2), (-1.0, 1.0), (True, 2.0), (0.0, NAN), (INF, INF), ("0", "1"))
+    ),
+    ("ssd_block", dict(D=None), "ssd_block: D is None, expected a tensor"),
+    ("ssd_block", dict(state=torch.ones(2, 4, 3, 5, device="meta")), "ssd_block: state is on meta, but x is on"),
+    ("ssd_step", dict(state=None), "ssd_step: state is None, expected a tensor"),
+    ("ssd_advance", dict(dt_bias=None), "ssd_advance: dt_bias is None, expected a tensor"),
+    ("ssd_chunk", dict(chunk_size=2.5), "ssd_chunk: chunk_size is 2.5, expected 1 or more, or None"),
+    ("ssd_chunk", dict(chunk_size="64"), "ssd_chunk: chunk_size is '64', expected 1 or more, or None"),
+    ("ssd_chunk", dict(chunk_size=True), "ssd_chunk: chunk_size is True, expected 1 or more, or None"),
+    (
+        "mamba_block",
+        dict(state=torch.ones(2, 4, 3, 0)),
+        "C is 32, expected H*P + 2*G*N with H=4, P=3, N=0 of the state",
+    ),
+    ("mamba_block", dict(D=None), "mamba_block: D is None, expected a tensor"),
+    ("mamba_advance", dict(dt_limit=[1, 0]), "mamba_advance: dt_limit is [1, 0], expected (low, high)"),
+    ("mamba_step", dict(conv_state=None), "mamba_step: conv_state is None, expected a tensor"),
+    ("mamba_step", dict(bias=torch.ones(32).int()), "mamba_step: bias is torch.int32, expected a tensor of floats"),
     ("ssd_block", dict(A=torch.ones(3)), "ssd_block: A has H=3, but x has H=4"),
     ("ssd_block", dict(state=torch.ones(4, 3, 5)), "ssd_block: state is [4, 3, 5], expected [b, H, P, N]"),
     ("ssd_block", dict(dt_limit=(1.0, 0.5)), "dt_limit is (1.0, 0.5), expected (low, high) with 0 <= low <= high"),

@@ -156,7 +156,8 @@ _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 def looks_at(t: Tensor) -> bool:
     """Whether an op is to look at what a tensor of indices holds, to refuse what is wrong: on a CPU, where nothing is
     waited for, outside of graphs and of `trusted`. Kernels stay within their tensors whatever it is."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not _trusted.get()
+    real = t.device.type == "cpu" and type(t) is Tensor  # a fake tensor has no values
+    return real and not torch.compiler.is_compiling() and not _trusted.get()
 
 
 @contextmanager

@@ -8,7 +8,25 @@ LANG = "tt_kernels/lang.py"
 CHUNK, SCAN = "tt_kernels/ssd/chunk_kernels.py", "tt_kernels/ssd/scan.py"
 FUSED, KERNELS, TOKEN = "tt_kernels/mamba/conv.py", "tt_kernels/mamba/kernels.py", "tt_kernels/mamba/step.py"
 
+FAR = "tests/test_strides_mamba.py::test_any_dimension_may_be_far_apart"
+CORNERS = "tests/test_scan_corners.py::test_a_decay_of_nothing_and_of_all[-inf]"
+# Strides multiplied in 32 bits: the operation and its argument whose dimension lies far apart then.
+FAR_APART = (
+    ("causal_conv1d", CONV, "x.contiguous(), near(state)", "x.contiguous(), state", "state-1"),
+    ("conv_state", STATES, "c.to(tl.int64) * stride_xc", "c * stride_xc", "x-2"),
+    ("conv_state", STATES, "c.to(tl.int64) * stride_sc", "c * stride_sc", "state-1"),
+    ("conv_state", STATES, "(source + K).to(tl.int64)", "(source + K)", "state-2"),
+    ("ssd_block", TILE, "row, head.to(tl.int64), ", "row, head, ", "dt-2"),
+    ("ssd_step", TILE, "(head // R).to(tl.int64), offs_p", "head // R, offs_p", "B-1"),
+    ("ssd_chunk", CHUNK, "head.to(tl.int64)[None, :] * stride_dth", "head[None, :] * stride_dth", "dt-2"),
+    ("ssd_chunk", CHUNK, "group = (head // R).to(tl.int64)", "group = head // R", "B-2"),
+    ("mamba_block", FUSED, "c.to(tl.int64)[:, None] * stride_sc", "c[:, None] * stride_sc", "conv_state-1"),
+    ("mamba_step", FUSED, "(k + AHEAD).to(tl.int64)", "(k + AHEAD)", "conv_state-2"),
+)
+
 MUTANTS = (
+    *(Mutant(op, file, old, new, f"far {case}", f"{FAR}[{op}-{case}]") for op, file, old, new, case in FAR_APART),
+    Mutant("ssd_advance", TILE, "tl.maximum(A, -3e38, propagate_nan=tl.PropagateNan.ALL)", "A", "0 * -inf", CORNERS),
     Mutant("causal_conv1d", CONV, "(k == K - 1 - back)", "(k == back)", "taps in reverse"),
     Mutant("causal_conv1d", CONV, "(S + source)[:, None]", "(S + source - 1)[:, None]", "state one column early"),
     Mutant("causal_conv1d", CONV, "if back > start:", "if back > start + 1:", "last tap into the state missed"),
@@ -18,7 +36,7 @@ MUTANTS = (
     Mutant("causal_conv1d", CONV, "    if bias_ptr is not None:", "    if bias_ptr is None:", "bias forgotten"),
     Mutant("causal_conv1d", CONV, "b * stride_sb + c", "c", "the first row's state for all"),
     Mutant("conv_state", STATES, "source = length - K + k", "source = length - K + k - 1", "one column early"),
-    Mutant("conv_state", STATES, "(source + K) * stride_sk", "k * stride_sk", "state does not move on"),
+    Mutant("conv_state", STATES, "(source + K).to", "k.to", "state does not move on"),
     Mutant("conv_state", LANG, "tl.load(lengths_ptr + b), 0)", "tl.load(lengths_ptr), 0)", "one length for all"),
     Mutant("conv_state", LANG, "tl.maximum(tl.load(lengths_ptr + b), 0)", "tl.load(lengths_ptr + b)", "below 0"),
     Mutant("conv_state", LANG, "0), L).to(tl.int32)", "0), L + 2).to(tl.int32)", "above L"),
@@ -50,12 +68,12 @@ MUTANTS = (
     Mutant("ssd_advance", TILE, "decays_to_end(after) * dt", "decays_to_end(a) * dt", "own decay counted"),
     Mutant("ssd_advance", TILE, "(t + 1 < start + BLOCK_T)", "(t + 1 < length)", "decay of the next tile twice"),
     Mutant("ssd_advance", BLOCK, "row[:, None] * stride_Bl + group * stride_Bg", "row[:, None] * stride_Bl", "group 0"),
-    Mutant("ssd_step", TILE, "state = state * decay(dt * A) + ", "state = state + ", "state does not decay"),
+    Mutant("ssd_step", TILE, "state = state * decay(log_decay(dt, A)) + ", "state = state + ", "state does not decay"),
     Mutant("ssd_step", TILE, "(x * dt)[:, None]", "x[:, None]", "step forgotten"),
     Mutant("ssd_step", TILE, "axis=1) + x * D", "axis=1)", "D forgotten"),
     Mutant("ssd_step", STEP, "C_ptr + b * stride_Cb + group * stride_Cg", "C_ptr + b * stride_Cb", "group 0's C"),
     Mutant("ssd_step", TILE, "softplus(dt + bias)", "softplus(dt)", "bias forgotten"),
-    Mutant("ssd_step", TILE, "head, head // R", "head, head % R", "wrong group"),
+    Mutant("ssd_step", TILE, "(head // R).to(tl.int64), offs_p", "(head % R).to(tl.int64), offs_p", "wrong group"),
     Mutant(
         "ssd_chunk", CHUNK, "tl.store(kept_ptr + out, decays_to_end(after) * dt", "tl.store(kept_ptr + out, dt", "kept"
     ),
@@ -75,7 +93,7 @@ MUTANTS = (
     Mutant("ssd_chunk", CHUNK, "    if span == spans - 1:\n", "    if span == 0:\n", "the first span's last state"),
     Mutant("ssd_chunk", CHUNK, "count, tl.minimum(count, length - start)", "count, count", "lengths forgotten"),
     Mutant("ssd_chunk", CHUNK, "tl.minimum(chunk + chunk_size, L) - start", "L - start", "tiles reach over chunks"),
-    Mutant("ssd_chunk", TILE, ", propagate_nan=tl.PropagateNan.ALL", "", "NaN becomes a number"),
+    Mutant("ssd_chunk", TILE, "-128.0, propagate_nan=tl.PropagateNan.ALL", "-128.0", "NaN becomes a number"),
     Mutant("ssd_chunk", TILE, "tl.where(dt > HIGH, HIGH, dt)", "tl.where(dt <= HIGH, dt, HIGH)", "NaN is limited"),
     Mutant(
         "ssd_step",
@@ -103,7 +121,7 @@ MUTANTS = (
         "mamba_advance", STATES, "mask=mask & (source < 0), other", "mask=mask & (source < -1), other", "column lost"
     ),
     Mutant("mamba_advance", KERNELS, "_conv_state(xBC, lengths,", "_conv_state(xBC, None,", "long: lengths forgotten"),
-    Mutant("mamba_step", FUSED, "(k + AHEAD) * stride_sk", "k * stride_sk", "state does not move on"),
+    Mutant("mamba_step", FUSED, "(k + AHEAD).to", "k.to", "state does not move on"),
     Mutant("mamba_step", FUSED, "own[:, None], past", "own[:, None] * 0, past", "own column forgotten"),
     Mutant("mamba_step", FUSED, "axis=1) + bias.to(ACC)", "axis=1)", "bias forgotten"),
     Mutant("mamba_step", FUSED, "return silu(y).to(own.dtype)", "return y.to(own.dtype)", "no activation"),

@@ -88,12 +88,21 @@ def causal_conv1d_launch(B: int, L: int, C: int, itemsize: int) -> Launch:
     return Launch(BLOCK_L=block_l, BLOCK_C=block_c, num_warps=warps, num_stages=1)
 
 
+def near(state: Tensor | None) -> Tensor | None:
+    """A state whose rows lie within 32-bit offsets: with 64 bits a tile takes up to 16 registers more. Others, which
+    are small and rare, are copied."""
+    if state is None:
+        return None
+    reach = sum((n - 1) * stride for n, stride in zip(state.shape[1:], state.stride()[1:], strict=True))
+    return state if reach < 2**31 else state.contiguous()
+
+
 def _causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, activate: bool, cu_seqlens: Tensor | None
 ) -> Tensor:
     (B, L, C), K = x.shape, weight.shape[1]
     y = x.new_empty(x.shape)
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x, state = x if x.stride(-1) == 1 else x.contiguous(), near(state)
     wide = compute_dtype(x.dtype, weight.dtype) == torch.float64
     launch = tuned(
         "_causal_conv1d_kernel",
@@ -146,8 +155,9 @@ def causal_conv1d(
         bias:       [C] float or None.
         state:      [B, C, S] float, S >= K - 1: the columns before x, oldest first (the last K - 1 count); None: zeros.
         activation: "silu" or None.
-        cu_seqlens: [sequences + 1] int, from 0, counted over the flattened B * L tokens: sequences packed in x start
-                    from zeros and do not see each other; not with a state. A row starts anew in any case.
+        cu_seqlens: [sequences + 1] int, from 0, ascending, counted over the flattened B * L tokens: sequences packed in
+                    x start from zeros and do not see each other, what lies behind the last entry is one more; not with
+                    a state. A row starts anew in any case.
     Returns:
         y: [B, L, C] dtype of x.
 
@@ -159,6 +169,7 @@ def causal_conv1d(
     """
     check(
         "causal_conv1d",
+        2,
         x=(x, "B L C"),
         weight=(weight, "C K"),
         bias=(bias, "C"),

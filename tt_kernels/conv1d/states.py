@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, define, refuse, takes_kernel, wants_gradients
+from ..core import Op, check, define, is_whole, refuse, takes_kernel, wants_gradients
 from ..lang import row_length
 from ..launch import Launch, run
 from ..packed import resets
@@ -34,10 +34,10 @@ def move_on(
     k = tl.arange(0, BLOCK_K)[None, :]
     mask = mask_c[:, None] & (k < K)  # [BLOCK_C, BLOCK_K]
     source = length - K + k  # below 0: before x
-    at = x_ptr + source.to(tl.int64) * stride_xl + c * stride_xc
+    at = x_ptr + source.to(tl.int64) * stride_xl + c.to(tl.int64) * stride_xc
     column = tl.load(at, mask=mask & (source >= 0), other=0.0)
     if state_ptr is not None:
-        at = state_ptr + c * stride_sc + (source + K) * stride_sk
+        at = state_ptr + c.to(tl.int64) * stride_sc + (source + K).to(tl.int64) * stride_sk
         before = tl.load(at, mask=mask & (source < 0), other=0.0)
         column = tl.where(source < 0, before.to(column.dtype), column)
     tl.store(new_ptr + c * K + k, column, mask=mask)
@@ -117,7 +117,6 @@ def conv_block_states_launch(C: int, itemsize: int) -> Launch:
 def _conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, kernel_size: int) -> Tensor:
     new = _conv_state_fake(x, lengths, state, kernel_size)
     B, L, C = x.shape
-    x = x if C * x.stride(2) < 2**31 else x.contiguous()  # channels are 32-bit offsets, tokens 64-bit ones
     launch = conv_state_launch(B, C, kernel_size)
     run(
         _conv_state_kernel,
@@ -158,10 +157,10 @@ def _conv_block_states_fake(x, block_size, kernel_size, *_):
 
 
 _state_after = define(
-    "conv_state(Tensor x, Tensor? lengths, Tensor? state, int kernel_size) -> Tensor", _conv_state, _conv_state_fake
+    "conv_state(Tensor x, Tensor? lengths, Tensor? state, SymInt kernel_size) -> Tensor", _conv_state, _conv_state_fake
 )
 _block_states = define(
-    "conv_block_states(Tensor x, int block_size, int kernel_size, Tensor? cu_seqlens) -> Tensor",
+    "conv_block_states(Tensor x, SymInt block_size, SymInt kernel_size, Tensor? cu_seqlens) -> Tensor",
     _conv_block_states,
     _conv_block_states_fake,
 )
@@ -184,8 +183,8 @@ def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kerne
     Cost: 2 B C K itemsize bytes (the reference also copies x). Source: `conv_state` of causal-conv1d's
     `causal_conv1d_update`, whose oldest column the next token does not read.
     """
-    check("conv_state", x=(x, "B L C"), lengths=(lengths, "B", int), state=(state, "B C K"))
-    if kernel_size < 1 or (state is not None and state.shape[-1] != kernel_size):
+    check("conv_state", 1, x=(x, "B L C"), lengths=(lengths, "B", int), state=(state, "B C K"))
+    if not is_whole(kernel_size) or kernel_size < 1 or (state is not None and state.shape[-1] != kernel_size):
         refuse("conv_state", "kernel_size", kernel_size, "1 or more" if state is None else f"K={state.shape[-1]}")
     if not takes_kernel("conv_state", x, state) or wants_gradients(x, state):
         return reference.conv_state(x, lengths, state, kernel_size=kernel_size)
@@ -207,9 +206,9 @@ def conv_block_states(x: Tensor, *, block_size: int, kernel_size: int, cu_seqlen
     below 1.
     Cost: 2 B ceil(N / S) C K itemsize bytes.
     """
-    check("conv_block_states", x=(x, "B N C"), cu_seqlens=(cu_seqlens, "sequences+1", int))
+    check("conv_block_states", 1, x=(x, "B N C"), cu_seqlens=(cu_seqlens, "sequences+1", int))
     for name, value in (("block_size", block_size), ("kernel_size", kernel_size)):
-        if value < 1:
+        if not is_whole(value) or value < 1:
             refuse("conv_block_states", name, value, "1 or more")
     if not takes_kernel("conv_block_states", x) or wants_gradients(x):
         return reference.conv_block_states(x, block_size=block_size, kernel_size=kernel_size, cu_seqlens=cu_seqlens)

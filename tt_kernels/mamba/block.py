@@ -15,7 +15,7 @@ from .kernels import mamba_advance_forward, mamba_block_forward
 def check_channels(op: str, xBC: Tensor, state: Tensor) -> None:
     C, (H, P, N) = xBC.shape[-1], state.shape[1:]
     G, rest = divmod(C - H * P, max(1, 2 * N))
-    if rest or G < 1 or H % G:
+    if N < 1 or rest or G < 1 or H % G:
         refuse(op, "C", C, f"H*P + 2*G*N with H={H}, P={P}, N={N} of the state and a divisor G of H")
 
 
@@ -37,15 +37,16 @@ def check_inputs(
 ) -> None:
     check(
         op,
+        7 if op == "mamba_advance" else 8,
         xBC=(xBC, f"{tokens} C"),
         dt=(dt, f"{tokens} H"),
         weight=(weight, "C K"),
-        bias=(bias, "C"),
         A=(A, "H"),
-        D=(D, "H"),
         dt_bias=(dt_bias, "H"),
         conv_state=(conv_state, "b C K"),
         state=(state, "b H P N"),
+        D=(D, "H"),
+        bias=(bias, "C"),
         lengths=(lengths, "b", int),
     )
     check_channels(op, xBC, state)
@@ -74,12 +75,12 @@ def mamba_block(
         dt:         [b, L, H] float, before bias and softplus.
         weight:     [C, K] float; the last tap belongs to the token itself.
         bias:       [C] float or None.
-        A:          [H] float, 0 or below.
+        A:          [H] float, 0 or below, -inf too.
         D:          [H] float.
         dt_bias:    [H] float.
         conv_state: [b, C, K] float: the columns of xBC before the block, oldest first; the last K - 1 count.
         state:      [b, H, P, N] float, fp32 in 16-bit models: the state before the block.
-        dt_limit:   (low, high), what the time step is clamped to.
+        dt_limit:   (low, high), what the time step is clamped to; low is finite.
     Returns:
         y: [b, L, H, P] dtype of xBC.
 
@@ -117,13 +118,13 @@ def mamba_advance(
         dt:         [b, L, H] float, before bias and softplus.
         weight:     [C, K] float; the last tap belongs to the token itself.
         bias:       [C] float or None.
-        A:          [H] float, 0 or below.
+        A:          [H] float, 0 or below, -inf too.
         dt_bias:    [H] float.
         conv_state: [b, C, K] float: the columns of xBC before the tokens, oldest first. It is not changed.
         state:      [b, H, P, N] float: the state before the tokens. It is not changed.
         lengths:    [b] int, 0 to L, or None for all L; what lies past a row's length may be anything, NaN included.
                     Kernels cut other lengths to 0 or L, the reference refuses them where they are on a CPU.
-        dt_limit:   (low, high), what the time step is clamped to.
+        dt_limit:   (low, high), what the time step is clamped to; low is finite.
     Returns:
         conv_state: [b, C, K] dtype of xBC, contiguous, in new memory.
         state:      [b, H, P, N] fp32 (fp64 where xBC or A is fp64), contiguous, in new memory.

@@ -28,7 +28,8 @@ def conv_parameters(
     mask = mask_c[:, None] & (k < K)
     taps = tl.load(weight_ptr + c[:, None] * K + k, mask=mask, other=0.0)
     mask &= k < K - AHEAD
-    past = tl.load(state_ptr + c[:, None] * stride_sc + (k + AHEAD) * stride_sk, mask=mask, other=0.0)
+    at = state_ptr + c.to(tl.int64)[:, None] * stride_sc + (k + AHEAD).to(tl.int64) * stride_sk
+    past = tl.load(at, mask=mask, other=0.0)
     bias = tl.zeros_like(c).to(taps.dtype)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + c, mask=mask_c, other=0.0)

@@ -65,7 +65,7 @@ def _mamba_block_kernel(
     t = tl.arange(0, BLOCK_T)
     mask_t, mask_p, mask_n = t < L, offs_p < P, offs_n < N
     row = t.to(tl.int64)
-    c_x, c_B = head * P + offs_p, H * P + group * N + offs_n
+    c_x, c_B = head.to(tl.int32) * P + offs_p, H * P + group.to(tl.int32) * N + offs_n
     c_C = c_B + G * N
     xBC_ptr += b * stride_xb
     conv_ptr += b * stride_cb
@@ -138,7 +138,7 @@ def _mamba_advance_kernel(
     b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
     mask_p, mask_n = offs_p < P, offs_n < N
     mask_s = mask_p[None, :] & mask_n[:, None]
-    c_x, c_B = head * P + offs_p, H * P + group * N + offs_n
+    c_x, c_B = head.to(tl.int32) * P + offs_p, H * P + group.to(tl.int32) * N + offs_n
     c_C = c_B + G * N
     xBC_ptr += b * stride_xb
     conv_ptr += b * stride_cb
@@ -233,7 +233,7 @@ def _mamba_block(
         x, B, C = _convolved(xBC, weight, bias, conv_state, state)
         return _ssd_block(x, dt, A, B, C, D, dt_bias, state, low, high)
     y = xBC.new_empty(b, L, H, P)
-    xBC, state = lined_up(xBC), lined_up(state)
+    xBC, state = lined_up(xBC), lined_up(state, 2)
     default = mamba_block_launch(b * H, L, P, N)
     launch = measured("_mamba_block_kernel", default, xBC, b * H, L, P, N)
     run(
@@ -270,7 +270,7 @@ def _mamba_advance(
         x, B, _ = _convolved(xBC, weight, bias, conv_state, state)
         return _conv_state(xBC, lengths, conv_state, K), _ssd_advance(x, dt, A, B, dt_bias, state, lengths, low, high)
     new_conv, new = _mamba_advance_fake(xBC, dt, weight, bias, A, dt_bias, conv_state, state)
-    xBC, state = lined_up(xBC), lined_up(state)
+    xBC, state = lined_up(xBC), lined_up(state, 2)
     default = mamba_advance_launch(P, N)
     launch = measured("_mamba_advance_kernel", default, xBC, b * H, L, P, N)
     run(

@@ -57,7 +57,7 @@ def _mamba_step_kernel(
     b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
     mask_p, mask_n = offs_p < P, offs_n < N
     mask_s = mask_p[:, None] & mask_n[None, :]
-    c_x, c_B = head * P + offs_p, H * P + group * N + offs_n
+    c_x, c_B = head.to(tl.int32) * P + offs_p, H * P + group.to(tl.int32) * N + offs_n
     c_C = c_B + G * N
     xBC_ptr += b * stride_xb
     conv_ptr += b * stride_cb
@@ -121,7 +121,7 @@ def _mamba_step(
     (b, C), (H, P, N), K = xBC.shape, state.shape[1:], weight.shape[1]
     G = (C - H * P) // (2 * N)
     y, new_conv, new = _mamba_step_fake(xBC, dt, weight, bias, A, D, dt_bias, conv_state, state)
-    xBC, state = lined_up(xBC), lined_up(state)
+    xBC, state = lined_up(xBC), lined_up(state, 2)
     launch = tuned(
         "_mamba_step_kernel",
         mamba_step_launch(b * H, P, N),
@@ -182,12 +182,12 @@ def mamba_step(
         dt:         [b, H] float, before bias and softplus.
         weight:     [C, K] float; the last tap belongs to the token itself.
         bias:       [C] float or None.
-        A:          [H] float, 0 or below.
+        A:          [H] float, 0 or below, -inf too.
         D:          [H] float.
         dt_bias:    [H] float.
         conv_state: [b, C, K] float: the columns of xBC before the token, oldest first. It is not changed.
         state:      [b, H, P, N] float, fp32 in 16-bit models. It is not changed.
-        dt_limit:   (low, high), what the time step is clamped to.
+        dt_limit:   (low, high), what the time step is clamped to; low is finite.
     Returns:
         y:          [b, H, P] dtype of xBC.
         conv_state: [b, C, K] dtype of xBC, contiguous, in new memory.

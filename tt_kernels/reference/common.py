@@ -46,8 +46,9 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def can_look(t: Tensor) -> bool:
-    """Whether the values of t may be read on the host: a GPU is not waited for, nor a graph broken."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether the values of t may be read on the host: a GPU is not waited for, nor a graph broken, and a fake tensor
+    has none."""
+    return t.device.type == "cpu" and type(t) is Tensor and not torch.compiler.is_compiling()
 
 
 def check_lengths(op: str, lengths: Tensor | None, L: int) -> None:

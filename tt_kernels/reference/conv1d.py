@@ -50,9 +50,10 @@ def causal_conv1d(
 def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kernel_size: int) -> Tensor:
     B, L, C = x.shape
     check_lengths("conv_state", lengths, L)
-    if lengths is None and kernel_size <= L:
+    traced = torch.compiler.is_compiling()  # a graph takes the way that serves every length
+    if lengths is None and not traced and kernel_size <= L:
         return x[:, L - kernel_size :].transpose(1, 2).contiguous()
-    if lengths is None and state is not None:
+    if lengths is None and not traced and state is not None:
         return torch.cat([cast(state[..., state.shape[-1] - kernel_size + L :], x.dtype), x.transpose(1, 2)], -1)
     columns = _with_history(x, state, kernel_size)  # [B, K + L, C]
     if lengths is None:
@@ -66,7 +67,7 @@ def conv_block_states(x: Tensor, *, block_size: int, kernel_size: int, cu_seqlen
     B, N = x.shape[:2]
     starts = torch.arange(0, N, block_size, device=x.device)
     index = (starts[:, None] + torch.arange(kernel_size, device=x.device)).flatten()  # into the padded columns
-    windows = F.pad(x, (0, 0, kernel_size, 0))[:, index].unflatten(1, (len(starts), kernel_size))
+    windows = F.pad(x, (0, 0, kernel_size, 0))[:, index].unflatten(1, (starts.shape[0], kernel_size))
     if cu_seqlens is not None:
         check_starts("conv_block_states", cu_seqlens, B * N)
         seq = sequence_index(cu_seqlens, B, N)

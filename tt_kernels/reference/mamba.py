@@ -73,7 +73,7 @@ def mamba_step(
     *,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    b, (H, P, G, N) = len(xBC), _sizes(xBC, state)
+    b, (H, P, G, N) = xBC.shape[0], _sizes(xBC, state)
     xBC = xBC.unsqueeze(1)
     convolved = causal_conv1d(xBC, weight, bias, conv_state).squeeze(1)
     x, B, C = convolved.split_with_sizes([H * P, G * N, G * N], -1)

@@ -5,7 +5,6 @@ above 0.
 """
 
 import math
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -35,19 +34,16 @@ def _exp(log_decay: Tensor) -> Tensor:
     return torch.threshold(log_decay, -64.0, -math.inf).exp()
 
 
-@cache
-def _lower_triangle(L: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ones on and below the diagonal; only below it."""
-    with torch.inference_mode(False):  # made once, and used in training too
-        lower = torch.ones(L, L, dtype=dtype, device=device).tril()
-        return lower, lower.tril(-1)
+def _log_decay(dt: Tensor, A: Tensor, acc: torch.dtype) -> Tensor:
+    """dt A, finite even where A is -inf: 0 times that is 0, for a step of 0 or in a product of masks."""
+    return dt * cast(A, acc).clamp_min(-1e30)
 
 
 def _decay_between(a: Tensor) -> Tensor:
-    """exp(a[j+1] + ... + a[i]) for i >= j, else 0: [..., L] -> [..., L, L]. Summed directly: a difference of
+    """exp(a[j+1] + ... + a[i]) for i >= j, else 1: [..., L] -> [..., L, L]. Summed directly: a difference of
     cumulative sums would cancel."""
-    lower, below = _lower_triangle(a.shape[-1], a.dtype, a.device)
-    return _exp((a.unsqueeze(-1) * below).cumsum(-2)) * lower
+    below = a.new_ones(a.shape[-1], a.shape[-1]).tril(-1)
+    return _exp((a.unsqueeze(-1) * below).cumsum(-2))
 
 
 def _decay_to_end(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,25 +60,40 @@ def _outputs(x, dt, a, B, C, D, state, same=None, enters=None) -> Tensor:
     """
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
     R = H // G
-    x, B, C, dt, a = (t.transpose(1, 2) for t in (x, B, C, dt, a))  # heads and groups first
+    # Heads and groups first, and one behind the other: the product of two stacks of matrices starts sooner than `@`.
+    xs, C = x.transpose(1, 2), C.transpose(1, 2).reshape(b * G, L, N)
+    dt, a = dt.mT, a.mT
     weights = _decay_between(a) * dt.unsqueeze(-2)  # [b, H, L, L]
     if same is not None:
         weights = weights * same.unsqueeze(1)
-    weights = (C @ B.mT).unsqueeze(2) * weights.view(b, G, R, L, L)
-    y = weights.flatten(1, 2) @ x  # [b, H, L, P]
+    pairs = torch.bmm(C, B.permute(0, 2, 3, 1).reshape(b * G, N, L)).tril()
+    weights = pairs.view(b, G, 1, L, L) * weights.view(b, G, R, L, L)
+    y = torch.bmm(weights.view(b * H, L, L), xs.reshape(b * H, L, P)).view(b, H, L, P)
     if state is not None:
         decay = _exp(a.cumsum(-1))
         if enters is not None:
             decay = decay * enters.unsqueeze(1)
-        seen = (C @ state.reshape(b, G, R * P, N).mT).view(b, G, L, R, P).transpose(2, 3)
-        y.view(seen.shape).addcmul_(seen, decay.reshape(b, G, R, L, 1))
-    return y.addcmul_(x, D.view(-1, 1, 1)).transpose(1, 2)
+        seen = torch.bmm(C, state.reshape(b * G, R * P, N).mT).view(b, G, L, R, P).transpose(2, 3)
+        y.view(b, G, R, L, P).addcmul_(seen, decay.reshape(b, G, R, L, 1))
+    return y.addcmul_(xs, D.view(-1, 1, 1)).transpose(1, 2)
 
 
 def _added(x: Tensor, weight: Tensor, B: Tensor) -> Tensor:
     """The sum over tokens of weight * x B^T: x [b, L, H, P], weight [b, L, H], B [b, L, G, N] -> [b, H, P, N]."""
-    weighted = (x * weight.unsqueeze(-1)).unflatten(2, (B.shape[2], -1)).flatten(3)  # [b, L, G, R * P]
-    return (weighted.permute(0, 2, 3, 1) @ B.transpose(1, 2)).unflatten(2, (-1, x.shape[3])).flatten(1, 2)
+    (b, L, H, P), (G, N) = x.shape, B.shape[2:]
+    weighted = (x * weight.unsqueeze(-1)).reshape(b, L, G, H // G * P).permute(0, 2, 3, 1)
+    added = torch.bmm(weighted.reshape(b * G, H // G * P, L), B.transpose(1, 2).reshape(b * G, L, N))
+    return added.view(b, H, P, N)
+
+
+def _carry(state: Tensor, added: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """The states before each of n chunks [b, n, H, P, N] and after the last, from what chunks add [b, n, H, P, N] and
+    leave [b, n, H, 1, 1]."""
+    before = []
+    for i in range(added.shape[1]):
+        before.append(state)
+        state = torch.addcmul(added[:, i], state, whole[:, i])
+    return torch.stack(before, 1), state
 
 
 @full_precision
@@ -101,7 +112,7 @@ def ssd_block(
     acc = compute_dtype(x.dtype, A.dtype)
     dt = _time_step(dt, dt_bias, dt_limit, acc)
     state = None if state is None else cast(state, acc)
-    y = _outputs(cast(x, acc), dt, dt * cast(A, acc), cast(B, acc), cast(C, acc), cast(D, acc), state)
+    y = _outputs(cast(x, acc), dt, _log_decay(dt, A, acc), cast(B, acc), cast(C, acc), cast(D, acc), state)
     return cast(y, x.dtype)
 
 
@@ -123,7 +134,7 @@ def ssd_step(
     RP = H // G * P
     xs, dt = cast(x, acc), _time_step(dt, dt_bias, dt_limit, acc)
     # By groups: [b * G, R * P, N], so that no head needs a copy of B and C; rows times rows is the faster product.
-    carried = cast(state, acc) * _exp(dt * cast(A, acc)).reshape(b, H, 1, 1)
+    carried = cast(state, acc) * _exp(_log_decay(dt, A, acc)).reshape(b, H, 1, 1)
     grown = (xs * dt.unsqueeze(-1)).reshape(b * G, RP, 1)
     new = torch.addcmul(carried.reshape(b * G, RP, N), grown, cast(B, acc).reshape(b * G, 1, N))
     y = torch.bmm(cast(C, acc).reshape(b * G, 1, N), new.mT).view(b, H, P)
@@ -146,7 +157,7 @@ def ssd_advance(
     check_lengths("ssd_advance", lengths, x.shape[1])
     acc = compute_dtype(x.dtype, A.dtype)
     x, dt, B = _cut(lengths, cast(x, acc), _time_step(dt, dt_bias, dt_limit, acc), cast(B, acc))
-    to_end, whole = _decay_to_end(dt * cast(A, acc))
+    to_end, whole = _decay_to_end(_log_decay(dt, A, acc))
     new = _added(x, to_end * dt, B)
     return new if state is None else new.addcmul_(cast(state, acc), whole[..., None, None])
 
@@ -168,19 +179,40 @@ def ssd_chunk(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_lengths("ssd_chunk", lengths, x.shape[1])
+    check_starts("ssd_chunk", cu_seqlens, x.shape[0] * x.shape[1])
+    tensors = (x, dt, A, B, C, D, dt_bias, state)
+    run = _chunked_in_graph if torch.compiler.is_compiling() else _chunked
+    return run(*tensors, lengths, cu_seqlens, chunk_size, *dt_limit)
+
+
+def _chunked(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    state: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     acc, dtype = compute_dtype(x.dtype, A.dtype), x.dtype
-    (b, L, H, P), N, Q = x.shape, B.shape[3], chunk_size or CHUNK
+    (b, L, H, P), N = x.shape, B.shape[3]
+    Q = min(chunk_size or CHUNK, max(L, 1))
     n = max(1, -(-L // Q))  # chunks
-    x, dt, B = _cut(lengths, cast(x, acc), _time_step(dt, dt_bias, dt_limit, acc), cast(B, acc))
+    x, dt, B = _cut(lengths, cast(x, acc), _time_step(dt, dt_bias, (low, high), acc), cast(B, acc))
 
     def chunks(t: Tensor) -> Tensor:  # [b, L, ...] -> [b * n, Q, ...], dt = 0 in the padding
         return F.pad(t, (0, 0) * (t.dim() - 2) + (0, n * Q - L)).reshape(b * n, Q, *t.shape[2:])
 
     x, dt, B, C = chunks(x), chunks(dt), chunks(B), chunks(cast(C, acc))
-    a = dt * cast(A, acc)
+    a = _log_decay(dt, A, acc)
     to_end, whole = _decay_to_end(a)
     same = enters = None
-    check_starts("ssd_chunk", cu_seqlens, b * L)
     if cu_seqlens is not None and L:
         seq = sequence_index(cu_seqlens, b, L)
         seq = torch.cat([seq, seq[:, -1:].expand(b, n * Q - L)], 1).view(b, n, Q)
@@ -192,12 +224,76 @@ def ssd_chunk(
     added = _added(x, to_end * dt, B).view(b, n, H, P, N)
     whole = whole.view(b, n, H, 1, 1)
     carried = x.new_zeros(b, H, P, N) if state is None else cast(state, acc)
-    before = []
-    for i in range(n):
-        before.append(carried)
-        carried = torch.addcmul(added[:, i], carried, whole[:, i])
-    states = torch.stack(before, 1)  # [b, n, H, P, N]
+    states, carried = _carry(carried, added, whole)
     y = _outputs(x, dt, a, B, C, cast(D, acc), states.flatten(0, 1), same, enters)
     if enters is not None:
         states = states * enters[:, 0].view(b, n, 1, 1, 1)
     return y.reshape(b, n * Q, H, P)[:, :L].to(dtype), carried, states if chunk_size is not None else states[:, :0]
+
+
+# As one node of a graph, with a backward that runs it again: the chunks' number may be a symbol there, and an unrolled
+# loop would grow with it.
+
+
+def _node(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    state: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, last, before = _chunked(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size, low, high)
+    return y.contiguous(), last.contiguous(), before.contiguous()
+
+
+def _node_fake(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size, low, high):
+    (b, L, H, P), N = x.shape, B.shape[3]
+    last = x.new_empty((b, H, P, N), dtype=compute_dtype(x.dtype, A.dtype))
+    chunks = 0 if chunk_size is None else max(1, -(-L // chunk_size))
+    return x.new_empty(x.shape), last, last.new_empty(b, chunks, H, P, N)
+
+
+def _node_backward(
+    gradients: list[Tensor],
+    tensors: list[Tensor],
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    low: float,
+    high: float,
+) -> list[Tensor]:
+    def again(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state = tensors[7] if len(tensors) > 7 else None
+        return _chunked(*tensors[:7], state, lengths, cu_seqlens, chunk_size, low, high)
+
+    return [t.contiguous() for t in torch.func.vjp(again, *tensors)[1](tuple(gradients))]
+
+
+_chunked_in_graph = torch.library.custom_op("tt_reference::ssd_chunk", _node, mutates_args=())
+_chunked_in_graph.register_fake(_node_fake)
+_chunked_backward = torch.library.custom_op("tt_reference::ssd_chunk_backward", _node_backward, mutates_args=())
+_chunked_backward.register_fake(lambda gradients, tensors, *_: [t.new_empty(t.shape) for t in tensors])
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.given, ctx.rest = [t is not None for t in inputs[:10]], inputs[10:]
+    ctx.save_for_backward(*(t for t in inputs[:10] if t is not None))
+
+
+def _backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    saved = iter(ctx.saved_tensors)
+    tensors = [next(saved) if given else None for given in ctx.given]
+    free = [t for t in tensors[:8] if t is not None]
+    found = iter(_chunked_backward(list(gradients), free, *tensors[8:], *ctx.rest))
+    return *(None if t is None else next(found) for t in tensors[:8]), *[None] * 5
+
+
+_chunked_in_graph.register_autograd(_backward, setup_context=_save)

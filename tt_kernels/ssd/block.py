@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, refuse, takes_kernel, wants_gradients
+from ..core import Op, check, is_real, refuse, takes_kernel, wants_gradients
 from ..launch import Launch
 from .block_kernels import ssd_advance_forward, ssd_block_forward
 
@@ -24,9 +24,10 @@ def check_groups(op: str, x: Tensor, B: Tensor) -> None:
 
 
 def check_limit(op: str, dt_limit: tuple[float, float]) -> None:
-    low, high = dt_limit
-    if not 0 <= low <= high:
-        refuse(op, "dt_limit", dt_limit, "(low, high) with 0 <= low <= high")
+    pair = isinstance(dt_limit, tuple | list) and len(dt_limit) == 2
+    low, high = dt_limit if pair else (None, None)
+    if not (is_real(low) and (high == math.inf or is_real(high)) and 0 <= low <= high):
+        refuse(op, "dt_limit", dt_limit, "(low, high) with 0 <= low <= high, low finite")
 
 
 def ssd_block(
@@ -46,12 +47,12 @@ def ssd_block(
     Args:
         x:        [b, L, H, P] float, any strides.
         dt:       [b, L, H] float, before bias and softplus.
-        A:        [H] float, 0 or below.
+        A:        [H] float, 0 or below, -inf too.
         B, C:     [b, L, G, N] float; head h belongs to group h // (H / G).
         D:        [H] float.
         dt_bias:  [H] float.
         state:    [b, H, P, N] float, fp32 in 16-bit models: the state before the block; None: zeros.
-        dt_limit: (low, high), what the time step is clamped to.
+        dt_limit: (low, high), what the time step is clamped to; low is finite.
     Returns:
         y: [b, L, H, P] dtype of x.
 
@@ -64,6 +65,7 @@ def ssd_block(
     """
     check(
         "ssd_block",
+        7,
         x=(x, "b L H P"),
         dt=(dt, "b L H"),
         A=(A, "H"),
@@ -97,13 +99,13 @@ def ssd_advance(
     Args:
         x:        [b, L, H, P] float, any strides.
         dt:       [b, L, H] float, before bias and softplus.
-        A:        [H] float, 0 or below.
+        A:        [H] float, 0 or below, -inf too.
         B:        [b, L, G, N] float.
         dt_bias:  [H] float.
         state:    [b, H, P, N] float: the state before the tokens; None: zeros. It is not changed.
         lengths:  [b] int, 0 to L, or None for all L; what lies past a row's length may be anything, NaN included.
                   Kernels cut other lengths to 0 or L, the reference refuses them where they are on a CPU.
-        dt_limit: (low, high), what the time step is clamped to.
+        dt_limit: (low, high), what the time step is clamped to; low is finite.
     Returns:
         state: [b, H, P, N] fp32 (fp64 where x or A is fp64), contiguous, in new memory.
 
@@ -113,6 +115,7 @@ def ssd_advance(
     """
     check(
         "ssd_advance",
+        5,
         x=(x, "b L H P"),
         dt=(dt, "b L H"),
         A=(A, "H"),

@@ -193,7 +193,7 @@ def _ssd_block(
     if longest_block(architecture(x), x.element_size()) < L:
         return _ssd_chunk(x, dt, A, B, C, D, dt_bias, state, None, None, None, low, high)[0]
     y = x.new_empty(x.shape)
-    x, B, C, state = (lined_up(t) for t in (x, B, C, state))
+    x, B, C, state = *(lined_up(t) for t in (x, B, C)), lined_up(state, 2)
     default = ssd_block_launch(b * H, L, P, N, x.element_size(), architecture(x))
     launch = measured("_ssd_block_kernel", default, x, b * H, L, P, N)
     run(
@@ -224,7 +224,7 @@ def _ssd_advance(
 ) -> Tensor:
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
     new = _ssd_advance_fake(x, dt, A, B)
-    x, B, state = (lined_up(t) for t in (x, B, state))
+    x, B, state = lined_up(x), lined_up(B), lined_up(state, 2)
     default = ssd_advance_launch(b * H, L, P, N, x.element_size())
     launch = measured("_ssd_advance_kernel", default, x, b * H, L, P, N)
     run(

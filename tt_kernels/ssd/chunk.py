@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, refuse, takes_kernel, wants_gradients
+from ..core import Op, check, is_whole, refuse, takes_kernel, wants_gradients
 from ..launch import Launch
 from .block import check_groups, check_limit, scan_inputs
 from .scan import ssd_chunk_forward
@@ -32,7 +32,7 @@ def ssd_chunk(
     Args:
         x:          [b, L, H, P] float, any strides.
         dt:         [b, L, H] float, before bias and softplus.
-        A:          [H] float, 0 or below.
+        A:          [H] float, 0 or below, -inf too.
         B, C:       [b, L, G, N] float; head h belongs to group h // (H / G).
         D:          [H] float.
         dt_bias:    [H] float.
@@ -43,9 +43,10 @@ def ssd_chunk(
         chunk_size: Q, tokens between the states that are returned: any number from 1 on (a tile of tokens lies in one
                     chunk: multiples of 64 fill tiles best). None: none of those, and none in memory; on their way
                     kernels keep at most 15 states a row, however long it is.
-        dt_limit:   (low, high), what the time step is clamped to.
-        cu_seqlens: [sequences + 1] int, from 0, counted over the flattened b * L tokens: sequences packed in x start
-                    from zeros; not with a state. A row starts anew in any case.
+        dt_limit:   (low, high), what the time step is clamped to; low is finite.
+        cu_seqlens: [sequences + 1] int, from 0, ascending, counted over the flattened b * L tokens: sequences packed in
+                    x start from zeros, what lies behind the last entry is one more; not with a state. A row starts anew
+                    in any case.
     Returns:
         y:      [b, L, H, P] dtype of x.
         state:  [b, H, P, N] fp32 (fp64 where x or A is fp64): after a row's last token (packed: of its last sequence).
@@ -65,6 +66,7 @@ def ssd_chunk(
     """
     check(
         "ssd_chunk",
+        7,
         x=(x, "b L H P"),
         dt=(dt, "b L H"),
         A=(A, "H"),
@@ -78,7 +80,7 @@ def ssd_chunk(
     )
     check_groups("ssd_chunk", x, B)
     check_limit("ssd_chunk", dt_limit)
-    if chunk_size is not None and chunk_size < 1:
+    if chunk_size is not None and (not is_whole(chunk_size) or chunk_size < 1):
         refuse("ssd_chunk", "chunk_size", chunk_size, "1 or more, or None")
     if state is not None and cu_seqlens is not None:
         refuse("ssd_chunk", "state", list(state.shape), "None beside cu_seqlens")

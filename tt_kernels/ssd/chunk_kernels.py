@@ -62,7 +62,8 @@ def _chunk_steps_kernel(
     bias = tl.load(bias_ptr + head, mask=mask_h, other=0.0).to(steps_ptr.dtype.element_ty)
     length = row_length(lengths_ptr, b, L)
     start, count, known = tokens_of(tile, chunk_size, chunk_tiles, L, length, BLOCK_T)
-    at = dt_ptr + b * stride_dtb + (start + t).to(tl.int64)[:, None] * stride_dtl + head[None, :] * stride_dth
+    at = dt_ptr + b * stride_dtb + head.to(tl.int64)[None, :] * stride_dth
+    at += (start + t).to(tl.int64)[:, None] * stride_dtl
     at_r = resets_ptr
     at_next = resets_ptr
     if resets_ptr is not None:
@@ -129,8 +130,8 @@ def _chunk_states_kernel(
     t = tl.arange(0, BLOCK_T)
     offs_x = t[:, None] * stride_xl + offs_p[None, :]  # [BLOCK_T, BLOCK_P], from the tile's first token
     offs_B = t[:, None] * stride_Bl + offs_n[None, :]  # [BLOCK_T, BLOCK_N]
-    at_x = x_ptr + b * stride_xb + head * stride_xh
-    at_B = B_ptr + b * stride_Bb + head // R * stride_Bg
+    at_x = x_ptr + b * stride_xb + head.to(tl.int64) * stride_xh
+    at_B = B_ptr + b * stride_Bb + (head // R).to(tl.int64) * stride_Bg
     row_tiles = (b * H + head) * tiles
     state = tl.zeros((BLOCK_N, BLOCK_P), dtype=ACC)
     total = tl.sum(tl.zeros((BLOCK_T,), dtype=ACC), axis=0)
@@ -203,7 +204,7 @@ def _chunk_scan_kernel(
     head = tl.program_id(0) % H
     span = tl.program_id(0) // H % spans
     b = (tl.program_id(0) // H // spans).to(tl.int64)
-    group = head // R
+    group = (head // R).to(tl.int64)
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_n = tl.arange(0, BLOCK_N)
     mask_p, mask_n = within(offs_p, P, BLOCK_P), offs_n < N
@@ -217,7 +218,7 @@ def _chunk_scan_kernel(
     offs_C = t[:, None] * stride_Cl + offs_n[None, :]  # [BLOCK_T, BLOCK_N]
     offs_x = u[:, None] * stride_xl + offs_p[None, :]  # [BLOCK_U, BLOCK_P]
     offs_B = u[:, None] * stride_Bl + offs_n[None, :]  # [BLOCK_U, BLOCK_N]
-    at_x = x_ptr + b * stride_xb + head * stride_xh
+    at_x = x_ptr + b * stride_xb + head.to(tl.int64) * stride_xh
     at_y = y_ptr + (b * L * H + head) * P
     at_B = B_ptr + b * stride_Bb + group * stride_Bg
     at_C = C_ptr + b * stride_Cb + group * stride_Cg

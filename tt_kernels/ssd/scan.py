@@ -57,7 +57,7 @@ def _ssd_chunk(
     y, final, states = _ssd_chunk_fake(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size)
     wanted, asked = chunk_size is not None, chunk_size or 0
     chunk_size = chunk_size or max(L, 1)  # no chunks: the whole row is one
-    x, B, C = (lined_up(t) for t in (x, B, C))
+    x, B, C = (lined_up(t, 1) for t in (x, B, C))
     A, D, dt_bias, state, lengths = dense(A, D, dt_bias, state, lengths)
     launch = tuned(
         "_chunk_scan_kernel",
@@ -124,7 +124,7 @@ def _ssd_chunk_fake(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chun
 
 ssd_chunk_forward = define(
     "ssd_chunk(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor? state, "
-    "Tensor? lengths, Tensor? cu_seqlens, int? chunk_size, float low, float high) -> (Tensor, Tensor, Tensor)",
+    "Tensor? lengths, Tensor? cu_seqlens, SymInt? chunk_size, float low, float high) -> (Tensor, Tensor, Tensor)",
     _ssd_chunk,
     _ssd_chunk_fake,
 )

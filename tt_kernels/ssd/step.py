@@ -94,7 +94,7 @@ def _ssd_step(
 ) -> tuple[Tensor, Tensor]:
     (b, H, P), (G, N) = x.shape, B.shape[1:]
     y, new = _ssd_step_fake(x, dt, A, B)
-    x, B, C, state = (lined_up(t) for t in (x, B, C, state))
+    x, B, C, state = *(lined_up(t) for t in (x, B, C)), lined_up(state, 2)
     launch = tuned(
         "_ssd_step_kernel", ssd_step_launch(b * H, P, N), architecture(x), rows=triton.next_power_of_2(b * H), P=P, N=N
     )
@@ -144,12 +144,12 @@ def ssd_step(
     Args:
         x:        [b, H, P] float, any strides.
         dt:       [b, H] float, before bias and softplus.
-        A:        [H] float, 0 or below.
+        A:        [H] float, 0 or below, -inf too.
         B, C:     [b, G, N] float; head h belongs to group h // (H / G).
         D:        [H] float.
         dt_bias:  [H] float.
         state:    [b, H, P, N] float, fp32 in 16-bit models; it is not changed.
-        dt_limit: (low, high), what the time step is clamped to.
+        dt_limit: (low, high), what the time step is clamped to; low is finite.
     Returns:
         y:     [b, H, P] dtype of x.
         state: [b, H, P, N] fp32 (fp64 where x or A is fp64), in new memory.
@@ -162,6 +162,7 @@ def ssd_step(
     """
     check(
         "ssd_step",
+        8,
         x=(x, "b H P"),
         dt=(dt, "b H"),
         A=(A, "H"),

@@ -16,11 +16,11 @@ from ..reference.common import compute_dtype
 
 @triton.jit
 def placed(H, R, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Row, head, group, offsets into P and N of a program of a grid (rows times heads, slices of P); R: heads of a
-    group, which lie side by side and find its B and C in L2."""
-    head = tl.program_id(0) % H
+    """Row, head, group (64-bit: their strides may be anything), offsets into P and N of a program of a grid (rows times
+    heads, slices of P); R: heads of a group, which lie side by side and find its B and C in L2."""
+    row, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    return (tl.program_id(0) // H).to(tl.int64), head, head // R, offs_p, tl.arange(0, BLOCK_N)
+    return row, head.to(tl.int64), (head // R).to(tl.int64), offs_p, tl.arange(0, BLOCK_N)
 
 
 @triton.jit
@@ -43,6 +43,12 @@ def time_steps(dt, bias, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
+def log_decay(dt, A):
+    """dt A, and 0 where dt is 0 even if A is -inf."""
+    return dt * tl.maximum(A, -3e38, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def log_decays(dt_ptr, known, bias, A, resets_ptr, inside, LOW: tl.constexpr, HIGH: tl.constexpr):
     """Time steps dt and log-decays dt A of tokens: 0 but for `known` ones, which neither decay a state nor add to it.
 
@@ -50,7 +56,7 @@ def log_decays(dt_ptr, known, bias, A, resets_ptr, inside, LOW: tl.constexpr, HI
     a packed sequence starts: nothing from before it reaches the token, whatever is added.
     """
     dt = tl.where(known, time_steps(tl.load(dt_ptr, mask=known, other=0.0).to(A.dtype), bias, LOW, HIGH), 0.0)
-    a = tl.maximum(dt * A, -128.0, propagate_nan=tl.PropagateNan.ALL)
+    a = tl.maximum(log_decay(dt, A), -128.0, propagate_nan=tl.PropagateNan.ALL)
     if resets_ptr is not None:
         a = tl.where(tl.load(resets_ptr, mask=inside, other=0) != 0, -128.0, a)
     return dt, a
@@ -77,7 +83,7 @@ def replayed(dt_ptr, stride_dtl, start, length, bias, A, LOW: tl.constexpr, HIGH
 @triton.jit
 def stepped(state, x, B, C, D, dt, A):
     """y of one token and the state after it: state [BLOCK_P, BLOCK_N], x [BLOCK_P], B and C [BLOCK_N], all as state."""
-    state = state * decay(dt * A) + (x * dt)[:, None] * B[None, :]
+    state = state * decay(log_decay(dt, A)) + (x * dt)[:, None] * B[None, :]
     return tl.sum(state * C[None, :], axis=1) + x * D, state
 
 
@@ -225,10 +231,10 @@ def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-def lined_up(t: Tensor | None) -> Tensor | None:
-    """As kernels read it: the last dimension contiguous, and a tile's rows and heads within 32-bit offsets of its
-    first."""
+def lined_up(t: Tensor | None, dim: int | None = None) -> Tensor | None:
+    """As kernels read it: the last dimension contiguous, and what a program takes of `dim` (64 tokens, or all P) within
+    32-bit offsets of its first: those of a tile are vectors, where 64 bits would take twice the registers."""
     if t is None:
         return None
-    reach = 64 * t.stride(1) + sum((n - 1) * stride for n, stride in zip(t.shape[2:], t.stride()[2:], strict=True))
+    reach = 0 if dim is None else (64 if dim == 1 else t.shape[dim]) * t.stride(dim) + t.shape[-1]
     return t if t.stride(-1) == 1 and reach < 2**31 else t.contiguous()
