@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from threading import Lock
 from typing import Any, NoReturn
 
@@ -134,10 +135,28 @@ def define(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) 
 
 def refuse(op: str, name: str, value: object, expected: str) -> NoReturn:
     """Name the argument, its value and what was expected."""
-    raise ValueError(f"{op}: {name} is {value!r}, expected {expected}")
+    shown = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise ValueError(f"{op}: {name} is {shown}, expected {expected}")
+
+
+def is_whole(value: object) -> bool:
+    """Whether an option is a whole number, numpy's too; no bool, and no tensor, which would have to be waited for."""
+    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Whether an option is a finite number."""
+    number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real)) and not isinstance(value, bool)
+    return number and -math.inf < value < math.inf
 
 
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+
+
+def looks_at(t: Tensor) -> bool:
+    """Whether an op is to look at what a tensor of indices holds, to refuse what is wrong: on a CPU, where nothing is
+    waited for, outside of graphs and of `trusted`. Kernels stay within their tensors whatever it is."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not _trusted.get()
 
 
 @contextmanager
@@ -155,9 +174,10 @@ def trusted() -> Iterator[None]:
         _trusted.reset(before)
 
 
-NEVER_EMPTY = frozenset(("C", "H", "Hq", "Hkv", "K", "P"))  # channels, heads, taps: with none there is nothing to do
+# Channels, experts, heads, taps: with none there is nothing to do.
+NEVER_EMPTY = frozenset(("C", "E", "H", "Hq", "Hkv", "K", "P"))
 _KINDS: dict[type, Callable[[torch.dtype], bool]] = {
-    float: lambda dtype: dtype.is_floating_point,
+    float: lambda dtype: dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     int: lambda dtype: dtype in (torch.int64, torch.int32),
     bool: lambda dtype: dtype == torch.bool,
 }
@@ -166,30 +186,40 @@ _KINDS: dict[type, Callable[[torch.dtype], bool]] = {
 _passed: set[tuple[Any, ...]] = set()
 
 
-def check(op: str, **specs: tuple[Any, ...]) -> None:
+def check(op: str, needed: int = 0, /, **specs: tuple[Any, ...]) -> None:
     """check("experts", x=(x, "T D"), ids=(ids, "T K", int), order=(order, "T*K", int)): bind sizes by name, complain in
     their terms.
 
     `*` stands for any leading dimensions, the same ones for all arguments. `T*K` is the product of sizes that other
     arguments bind, `sequences+1` binds `sequences`. A tensor is of floats unless its kind says int (32 or 64 bit) or
-    bool. None passes. Sizes in NEVER_EMPTY are 1 or more. One call an op; torch.compile leaves it out of its graphs.
+    bool. None passes, but for the first `needed` arguments, and then all are to be on one device. Sizes in NEVER_EMPTY
+    are 1 or more. One call an op; torch.compile leaves it out of its graphs.
     """
     if torch.compiler.is_compiling() or _trusted.get():
         return
     try:
-        key = (op, *[None if spec[0] is None else (spec[0].shape, spec[0].dtype) for spec in specs.values()])
+        key = (op, *[None if (t := spec[0]) is None else (t.shape, t.dtype, t.device) for spec in specs.values()])
         if key in _passed:
             return
     except (AttributeError, TypeError):  # no tensor, which is refused below, or a size that is a symbol
         key = None
-    for name, (tensor, *_) in specs.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
+    for i, (name, (tensor, *_)) in enumerate(specs.items()):
+        if not isinstance(tensor, Tensor) and (tensor is not None or i < needed):
             refuse(op, name, tensor, "a tensor")
+    if needed:
+        _compare_devices(op, {name: spec[0].device for name, spec in specs.items() if spec[0] is not None})
     _compare(op, {name: (t, spec, *kind) for name, (t, spec, *kind) in specs.items() if t is not None})
     if len(_passed) >= 4096:  # prompts have many lengths
         _passed.clear()
     if key is not None:
         _passed.add(key)
+
+
+def _compare_devices(op: str, devices: dict[str, torch.device]) -> None:
+    owner, first = next(iter(devices.items()))
+    for name, device in devices.items():
+        if device != first:
+            raise ValueError(f"{op}: {name} is on {device}, but {owner} is on {first}")
 
 
 def _compare(op: str, specs: dict[str, tuple[Any, ...]]) -> None:
