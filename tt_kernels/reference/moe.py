@@ -39,7 +39,7 @@ def route(
         rank = grouped.topk(2, dim=-1).values.sum(-1)  # [T, n_group]
         kept = torch.zeros_like(rank, dtype=torch.bool)
         kept.scatter_(1, rank.sort(dim=1, descending=True, stable=True).indices[:, :topk_group], True)
-        biased = torch.where(kept.unsqueeze(-1), grouped, 0).flatten(1)
+        biased = torch.where(kept.unsqueeze(-1) | (grouped == -torch.inf), grouped, 0).flatten(1)
     ids = biased.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()  # ties: the lower expert
     weights = scores.gather(1, ids)
     if norm_topk_prob:

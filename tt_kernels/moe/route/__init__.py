@@ -87,12 +87,13 @@ def route(
     """Choose each token's experts by s + bias, s = sigmoid(x weight^T), and weigh them by s.
 
     With more than one group: a group's score is the sum of its two best biased scores; outside the topk_group best
-    groups the biased scores count as 0 (not -inf). Of equal scores the lower index wins, and NaN is above all.
+    groups the biased scores count as 0, but for an expert's that is switched off: whose bias is -inf is chosen last. Of
+    equal scores the lower index wins, and NaN is above all.
 
     Args:
         x:              [T, D] float.
         weight:         [E, D] float, fp32 in a 16-bit model.
-        bias:           [E] float: shifts the choice and nothing else; -inf: chosen last.
+        bias:           [E] float: shifts the choice and nothing else.
         top_k:          K, experts of a token, 1 to E.
         n_group:        divides E, each group of at least 2 experts; 1: no groups.
         topk_group:     groups that stay, 1 to n_group.

@@ -74,7 +74,8 @@ def best(keys, NUMBER: tl.constexpr):
 
 @triton.jit
 def within_groups(biased, GROUPS: tl.constexpr, TOPK_GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Biased scores [R, H, C], -inf where there is no expert, with 0 outside the groups whose two best sum highest."""
+    """Biased scores [R, H, C], -inf where there is no expert, with 0 outside the groups whose two best sum highest, but
+    for what is -inf."""
     R: tl.constexpr = biased.shape[0]
     H: tl.constexpr = biased.shape[1]
     C: tl.constexpr = biased.shape[2]
@@ -88,7 +89,8 @@ def within_groups(biased, GROUPS: tl.constexpr, TOPK_GROUP: tl.constexpr, BLOCK_
     keys = tl.where(tl.max(broken.to(tl.int32), axis=2) > 0, _NAN, ordered(first + second))
     keys = tl.where(tl.arange(0, BLOCK_G)[None, :] < GROUPS, keys, _TAKEN)
     kept = best(keys[:, None, :], TOPK_GROUP) >= 0
-    return tl.reshape(tl.where(tl.reshape(kept, (R, BLOCK_G, 1)), grouped, 0.0), (R, H, C))
+    stays = tl.reshape(kept, (R, BLOCK_G, 1)) | (grouped == -float("inf"))
+    return tl.reshape(tl.where(stays, grouped, 0.0), (R, H, C))
 
 
 @triton.jit
