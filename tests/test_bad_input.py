@@ -8,7 +8,7 @@ from parity import KERNELS, make
 from torch import Tensor
 
 import tt_kernels
-from tt_kernels import OPS, core
+from tt_kernels import OPS, ExpertWeights, core
 
 pytestmark = pytest.mark.kernels
 
@@ -23,11 +23,24 @@ BAD = [
     ("rms_norm", dict(x=torch.tensor(1.0)), "rms_norm: x is [], expected [*, D]"),
     ("rms_norm", dict(x=torch.ones(2, 37).long()), "rms_norm: x is torch.int64, expected a tensor of floats"),
     ("rms_norm", dict(x=[1.0]), "rms_norm: x is [1.0], expected a tensor"),
+    ("rms_norm", dict(x=None), "rms_norm: x is None, expected a tensor"),
+    ("rms_norm", dict(weight=torch.ones(37, device="meta")), "rms_norm: weight is on meta, but x is on"),
+    ("rms_norm", dict(x=torch.ones(2, 37).to(torch.float8_e4m3fn)), "x is torch.float8_e4m3fn, expected a tensor of"),
+    ("rms_norm", dict(eps=-1e-5), "rms_norm: eps is -1e-05, expected a number, 0 or more"),
+    ("rms_norm", dict(eps="1e-5"), "rms_norm: eps is '1e-5', expected a number, 0 or more"),
     ("modulated_rms_norm", dict(order="norm"), "order is 'norm', expected 'modulate_norm' or 'norm_modulate'"),
     ("modulated_rms_norm", dict(scale=None), "scale is None, expected shift and scale, or neither"),
     ("modulated_rms_norm", dict(branch=None), "branch is None, expected a branch beside the gate"),
     ("modulated_rms_norm", dict(shift=torch.ones(3, 29)), "shift has *=[3], but x has *=[2]"),
+    ("modulated_rms_norm", dict(weight=None), "modulated_rms_norm: weight is None, expected a tensor"),
+    ("modulated_rms_norm", dict(eps=float("nan")), "modulated_rms_norm: eps is nan, expected a number, 0 or more"),
     ("gated_group_norm", dict(groups=5), "gated_group_norm: groups is 5, expected a divisor of D=24"),
+    ("gated_group_norm", dict(groups="4"), "gated_group_norm: groups is '4', expected a divisor of D=24"),
+    ("gated_group_norm", dict(groups=4.0), "gated_group_norm: groups is 4.0, expected a divisor of D=24"),
+    ("gated_group_norm", dict(groups=True), "gated_group_norm: groups is True, expected a divisor of D=24"),
+    ("gated_group_norm", dict(groups=torch.ones(2, 2)), "groups is a tensor [2, 2], expected a divisor of D=24"),
+    ("gated_group_norm", dict(z=None), "gated_group_norm: z is None, expected a tensor"),
+    ("gated_group_norm", dict(eps=None), "gated_group_norm: eps is None, expected a number, 0 or more"),
     ("causal_conv1d", dict(bias=torch.ones(5)), "causal_conv1d: bias has C=5, but x has C=6"),
     ("causal_conv1d", dict(activation="gelu"), "activation is 'gelu', expected 'silu' or None"),
     ("causal_conv1d", dict(state=torch.ones(2, 6, 2)), "state is [2, 6, 2], expected at least K-1=3 columns"),
@@ -94,10 +107,41 @@ BAD = [
     ("route", dict(top_k=9), "route: top_k is 9, expected 1 to E=8"),
     ("route", dict(n_group=3), "n_group is 3, expected a divisor of E=8 that leaves groups of at least 2"),
     ("route", dict(n_group=2, topk_group=3), "route: topk_group is 3, expected 1 to n_group=2"),
+    ("route", dict(bias=None), "route: bias is None, expected a tensor"),
+    ("route", dict(weight=torch.ones(0, 5), bias=torch.ones(0)), "route: weight has E=0, expected 1 or more"),
+    ("route", dict(weight=torch.ones(8, 5, device="meta")), "route: weight is on meta, but x is on"),
+    ("route", dict(top_k="3"), "route: top_k is '3', expected 1 to E=8"),
+    ("route", dict(top_k=2.5), "route: top_k is 2.5, expected 1 to E=8"),
+    ("route", dict(top_k=True), "route: top_k is True, expected 1 to E=8"),
+    ("route", dict(n_group=1.0), "n_group is 1.0, expected a divisor of E=8 that leaves groups of at least 2"),
+    ("route", dict(topk_group=None), "route: topk_group is None, expected 1 to n_group=1"),
+    ("route", dict(norm_topk_prob="no"), "route: norm_topk_prob is 'no', expected True or False"),
+    ("route", dict(scale=float("inf")), "route: scale is inf, expected a finite number"),
+    ("route", dict(scale=None), "route: scale is None, expected a finite number"),
     ("experts", dict(activation="gelu"), "experts: activation is 'gelu', expected 'relu2' or 'silu'"),
     ("experts", dict(x=torch.ones(5, 6).half()), "up is torch.float32, expected the dtype of x, torch.float16"),
     ("experts", dict(ends=torch.ones(4).int()), "experts: order is None, expected order and ends, or neither"),
     ("experts", dict(ids=torch.zeros(5, 3).long()), "experts: weights has K=2, but ids has K=3"),
+    ("experts", dict(ids=None), "experts: ids is None, expected a tensor"),
+    ("experts", dict(ids=torch.zeros(5, 2)), "experts: ids is torch.float32, expected a tensor of ints"),
+    ("experts", dict(ids=torch.zeros(5, 2, device="meta").long()), "experts: ids is on meta, but x is on"),
+    ("experts", dict(expert_weights=None), "experts: expert_weights is None, expected ExpertWeights"),
+    ("experts", dict(shared=torch.ones(2)), "experts: shared is a tensor [2], expected ExpertWeights"),
+    (
+        "experts",
+        dict(expert_weights=ExpertWeights(torch.ones(4, 11, 6), None)),
+        "experts: down is None, expected a tensor",
+    ),
+    (
+        "experts",
+        dict(shared=ExpertWeights(torch.ones(9, 6), None)),
+        "experts: shared_down is None, expected a tensor",
+    ),
+    (
+        "experts",
+        dict(shared=ExpertWeights(torch.ones(9, 6), torch.ones(6, 9), torch.ones(9, 6))),
+        "experts: shared_gate is a tensor [9, 6], expected None, as gate is",
+    ),
     ("context_attention", dict(q=torch.ones(2, 3, 3, 5)), "k has Hkv=2 heads, expected a divisor of Hq=3"),
     (
         "context_attention",

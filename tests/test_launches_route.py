@@ -1,10 +1,12 @@
 """The router's launches and tickets, and choices that its card's random inputs do not come to."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from parity import DEVICE, KERNELS, assert_as_good, double, leaves, make, values_and_gradients, with_leaves
 
-from tt_kernels import OPS, reference, route
+from tt_kernels import OPS, ExpertWeights, experts, reference, route
 from tt_kernels.launch import ON_CPU, Launch, overriding, recording
 from tt_kernels.moe.route import tickets as counters
 from tt_kernels.moe.route.few import is_few, route_few_launch, tile_rows
@@ -128,6 +130,52 @@ def test_what_is_no_number_still_gets_experts_of_its_own(T: int, bad: float, gro
     assert ids.min() >= 0 and ids.max() < 12 and all(len(set(row)) == 5 for row in ids.tolist())
     assert torch.equal(order.sort().values, torch.arange(T * 5, device=DEVICE)) and ends[-1] == T * 5
     assert torch.equal(ids.flatten()[order], ids.flatten().sort(stable=True).values)
+
+
+@RUNS
+@pytest.mark.parametrize("T", [5, 600])
+@pytest.mark.parametrize("bias", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("groups", [dict(), dict(groups=4, kept=2)], ids=["flat", "groups"])
+def test_any_bias_chooses_as_the_reference(T: int, bias: float, groups: dict) -> None:
+    """NaN is above all, in groups too; of a whole group, of experts of several, and with one that is switched off."""
+    for some in ([3], [0, 1, 2], [1, 5, 7, 10], list(range(12))):
+        kwargs = inputs(T, 8, 12, 5, **groups)
+        kwargs["bias"][some] = bias
+        kwargs["bias"][4] = -float("inf")
+        for value, want in zip(route(**kwargs), reference.route(**kwargs), strict=True):
+            torch.testing.assert_close(value, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("fn", [route, reference.route], ids=["op", "reference"])
+@pytest.mark.parametrize("T", [1, 5, 600])
+def test_an_expert_that_is_switched_off_is_chosen_last(T: int, fn: Callable) -> None:
+    """By a bias of -inf: after those that count as 0, for they are in no kept group."""
+    for groups in (dict(), dict(groups=4, kept=2), dict(groups=2, kept=1)):
+        kwargs = inputs(T, 8, 12, 5, **groups)
+        off = [0, 4, 7]
+        kwargs["bias"][off] = -float("inf")
+        ids = fn(**kwargs)[0]
+        kept = (kwargs["bias"].isfinite()).nonzero().flatten()
+        assert torch.isin(ids, kept.to(ids.device)).all() and ids.shape == (T, 5)
+        # The choice as it is described, group by group.
+        biased = (kwargs["x"].double() @ kwargs["weight"].double().T).sigmoid() + kwargs["bias"]
+        for row, chosen in zip(biased.tolist(), ids.tolist(), strict=True):
+            count = kwargs["n_group"]
+            parts = [row[g * 12 // count : (g + 1) * 12 // count] for g in range(count)]
+            score = [sum(sorted(part)[-2:]) for part in parts]
+            best = sorted(range(count), key=lambda g: -score[g])[: kwargs["topk_group"]]
+            seen = [s if e * count // 12 in best or s == -float("inf") else 0.0 for e, s in enumerate(row)]
+            assert chosen == sorted(range(12), key=lambda e: -seen[e])[:5]
+
+
+def test_sizes_beyond_32_bits_are_refused() -> None:
+    """Lists of pairs hold 32-bit ends. Expanded tensors: nothing is allocated."""
+    x, weight = torch.ones(1, 1).expand(2**30, 2), torch.ones(4, 2)
+    with pytest.raises(ValueError, match=r"^route: x is \[1073741824, 2\], expected fewer than 2\^31 pairs"):
+        route(x, weight, torch.ones(4), top_k=2)
+    ids = torch.zeros(1, 1, dtype=torch.int64).expand(2**30, 2)
+    with pytest.raises(ValueError, match=r"^experts: ids is \[1073741824, 2\], expected fewer than 2\^31 pairs"):
+        experts(x, ids, x, ExpertWeights(*torch.ones(2, 4, 2, 2)))
 
 
 @RUNS

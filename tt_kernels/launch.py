@@ -91,7 +91,7 @@ def by_row(t: Tensor | None) -> Tensor | None:
     """[*, D] as rows whose elements lie side by side; a view where that is possible."""
     if t is None:
         return None
-    t = t.reshape(-1, t.shape[-1])
+    t = t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, define, refuse, takes_kernel
+from ..core import Op, check, define, is_real, is_whole, refuse, takes_kernel
 from ..lang import sigmoid
 from ..launch import Launch, by_row, multiprocessors, run
 from ..reference.common import compute_dtype
@@ -38,7 +38,7 @@ def _gated_group_norm_fwd_kernel(
     x = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0).to(acc)
     z = tl.load(z_ptr + row * stride_z + cols, mask=mask, other=0.0).to(acc)
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
-    u = x * z * sigmoid(z)
+    u = x * (z * sigmoid(z))  # x z alone may overflow
     rstd = 1 / tl.sqrt(tl.sum(u * u, axis=1) / N + EPS)  # [BLOCK_G]
     tl.store(rstd_ptr + row * groups + group, rstd, mask=group < groups)
     y = u * rstd[:, None] * weight
@@ -79,12 +79,12 @@ def _gated_group_norm_bwd_kernel(
         dy = tl.load(dy_ptr + row * stride_dy + cols, mask=mask, other=0.0).to(acc)
         rstd = tl.load(rstd_ptr + row * groups + group, mask=group < groups, other=0.0)[:, None]
         s = sigmoid(z)
-        n = x * z * s * rstd  # normed, before the weight
+        n = x * (z * s) * rstd  # normed, before the weight
         dweight += dy * n
         dn = dy * weight
         du = rstd * (dn - n * (tl.sum(dn * n, axis=1) / N)[:, None])
-        tl.store(dx_ptr + row * groups * N + cols, (du * z * s).to(dx_ptr.dtype.element_ty), mask=mask)
-        dz = du * x * s * (1 + z * (1 - s))
+        tl.store(dx_ptr + row * groups * N + cols, (du * (z * s)).to(dx_ptr.dtype.element_ty), mask=mask)
+        dz = du * x * (s * (1 + z * (1 - s)))
         tl.store(dz_ptr + row * groups * N + cols, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     tl.store(dweight_ptr + program * groups * N + cols, dweight, mask=mask)
 
@@ -146,7 +146,7 @@ def _gated_group_norm_bwd_fake(dy, x, z, weight, rstd):
 
 
 _fwd = define(
-    "gated_group_norm_fwd(Tensor x, Tensor z, Tensor weight, int groups, float eps) -> (Tensor, Tensor)",
+    "gated_group_norm_fwd(Tensor x, Tensor z, Tensor weight, SymInt groups, float eps) -> (Tensor, Tensor)",
     _gated_group_norm_fwd,
     _gated_group_norm_fwd_fake,
 )
@@ -183,15 +183,17 @@ def gated_group_norm(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, e
         y: [*, D] dtype of z.
 
     Computes in fp32 (fp64 where x or weight is fp64) and rounds once. Gradients for all tensors. Deterministic.
-    Raises ValueError for sizes that disagree and groups that do not divide D. Cost for T rows: 9 T D flops,
-    3 T D itemsize bytes, so bound by memory. Source: `rmsnorm_fn` of mamba_ssm with norm_before_gate=False.
+    Raises ValueError for sizes that disagree, groups that do not divide D, an eps below 0. Cost for T rows: 9 T D
+    flops, 3 T D itemsize bytes, so bound by memory. Source: `rmsnorm_fn` of mamba_ssm with norm_before_gate=False.
     """
-    check("gated_group_norm", x=(x, "* D"), z=(z, "* D"), weight=(weight, "D"))
-    if groups < 1 or x.shape[-1] % groups:
+    check("gated_group_norm", 3, x=(x, "* D"), z=(z, "* D"), weight=(weight, "D"))
+    if not is_whole(groups) or groups < 1 or x.shape[-1] % groups:
         refuse("gated_group_norm", "groups", groups, f"a divisor of D={x.shape[-1]}")
+    if not (is_real(eps) and eps >= 0):
+        refuse("gated_group_norm", "eps", eps, "a number, 0 or more")
     if not takes_kernel("gated_group_norm", x, z, weight):
         return reference.gated_group_norm(x, z, weight, groups=groups, eps=eps)
-    return _GatedGroupNorm.apply(x, z, weight, groups, eps)
+    return _GatedGroupNorm.apply(x, z, weight, int(groups), float(eps))
 
 
 # ---- card ----

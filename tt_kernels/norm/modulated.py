@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, define, refuse, takes_kernel
+from ..core import Op, check, define, is_real, refuse, takes_kernel
 from ..launch import Launch, by_row, multiprocessors, run
 from ..reference.common import compute_dtype
 
@@ -346,6 +346,7 @@ def modulated_rms_norm(
     """
     check(
         "modulated_rms_norm",
+        2,
         x=(x, "* L D"),
         weight=(weight, "D"),
         shift=(shift, "* D"),
@@ -359,10 +360,12 @@ def modulated_rms_norm(
         refuse("modulated_rms_norm", "shift" if shift is None else "scale", None, "shift and scale, or neither")
     if gate is not None and branch is None:
         refuse("modulated_rms_norm", "branch", None, "a branch beside the gate")
+    if not (is_real(eps) and eps >= 0):
+        refuse("modulated_rms_norm", "eps", eps, "a number, 0 or more")
     if not takes_kernel("modulated_rms_norm", x, weight, shift, scale, branch, gate):
         return reference.modulated_rms_norm(x, weight, shift, scale, branch=branch, gate=gate, order=order, eps=eps)
     norm_first = order == "norm_modulate"
-    y, residual = ModulatedRMSNorm.apply(x, weight, shift, scale, branch, gate, norm_first, eps, weight.dtype)
+    y, residual = ModulatedRMSNorm.apply(x, weight, shift, scale, branch, gate, norm_first, float(eps), weight.dtype)
     return y, x if branch is None else residual
 
 

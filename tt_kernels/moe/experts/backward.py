@@ -7,9 +7,9 @@ from torch import Tensor
 from ...lang import sigmoid
 from ...launch import run
 from ...reference.common import compute_dtype
-from .forward import rows_down
+from .forward import gathered, rows_down
 from .launches import Sizes, hidden_launch, weights_launch
-from .tiles import Tiles, by_tma, combine, find_tile, operand, product, stacked
+from .tiles import Tiles, by_tma, combine, end_of, find_tile, operand, pairs_of, product, stacked
 
 # ---- kernels ----
 
@@ -54,7 +54,7 @@ def _experts_bwd_hidden_kernel(
         mask_t = rows < end
         pairs = rows
         if not DENSE:
-            pairs = tl.load(order_ptr + rows, mask=mask_t, other=0).to(tl.int64)
+            pairs = pairs_of(order_ptr, rows, mask_t, R)
         at = rows
         if not (SORTED or DENSE):
             at = (pairs.to(tl.int32) // top_k).to(tl.int64)
@@ -97,7 +97,7 @@ def _experts_bwd_weights_kernel(
     b_ptr,  # [R, Q], or [T, Q]
     out_ptr,  # [E, P, Q]
     order_ptr,  # [R] int64
-    ends_ptr,  # [E] int32
+    ends_ptr,  # [E]
     T,
     top_k,
     P,
@@ -117,8 +117,8 @@ def _experts_bwd_weights_kernel(
     mask_p, mask_q = offs_p < P, offs_q < Q
     start, end = expert * 0, expert * 0 + T
     if not DENSE:
-        end = tl.load(ends_ptr + expert)
-        start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        end = end_of(ends_ptr, expert, expert >= 0, T * top_k)
+        start = end_of(ends_ptr, expert - 1, expert > 0, T * top_k)
     acc = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     out = tl.zeros((BLOCK_P, BLOCK_Q), dtype=acc)
     for r in range(start, end, BLOCK_R):
@@ -127,9 +127,9 @@ def _experts_bwd_weights_kernel(
         at_a = rows
         at_b = rows
         if GATHER_A:
-            at_a = (tl.load(order_ptr + rows, mask=mask_r, other=0).to(tl.int32) // top_k).to(tl.int64)
+            at_a = (pairs_of(order_ptr, rows, mask_r, T * top_k).to(tl.int32) // top_k).to(tl.int64)
         if GATHER_B:
-            at_b = (tl.load(order_ptr + rows, mask=mask_r, other=0).to(tl.int32) // top_k).to(tl.int64)
+            at_b = (pairs_of(order_ptr, rows, mask_r, T * top_k).to(tl.int32) // top_k).to(tl.int64)
         a = tl.load(a_ptr + at_a[:, None] * P + offs_p[None, :], mask=mask_r[:, None] & mask_p[None, :], other=0.0)
         b = tl.load(b_ptr + at_b[:, None] * Q + offs_q[None, :], mask=mask_r[:, None] & mask_q[None, :], other=0.0)
         out = tl.dot(tl.trans(a), b, out, input_precision="ieee")
@@ -162,10 +162,11 @@ def hidden_bwd(
     du, wh = x.new_empty(2, R, N)
     dg = None if gate is None else x.new_empty(R, N)
     n_tiles = triton.cdiv(N, launch.BLOCK_N)
-    parts = None if dense else x.new_empty(n_tiles, R, dtype=compute_dtype(x.dtype, weights.dtype))
+    # 0 for pairs without an expert, which no tile writes.
+    parts = None if dense else x.new_zeros(n_tiles, R, dtype=compute_dtype(x.dtype, weights.dtype))
     listed, most = (None, triton.cdiv(T, launch.BLOCK_T)) if dense else tiles(launch.BLOCK_T)
     if launch.SORTED and not dense:
-        x, dy = (t.index_select(0, order // top_k) for t in (x, dy))
+        x, dy = (gathered(t, order, top_k) for t in (x, dy))
     up, gate, down = stacked(up), stacked(gate), stacked(down)
     arch = sizes.architecture
     up_tma = by_tma(up, arch) and (gate is None or by_tma(gate, arch))
@@ -215,6 +216,7 @@ def weights_bwd(
 def experts_bwd(
     dy: Tensor,
     x: Tensor,
+    ids: Tensor,
     weights: Tensor,
     up: Tensor,
     down: Tensor,
@@ -229,7 +231,7 @@ def experts_bwd(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weights and, where `needed`, of up, down, gate, shared_up, shared_down, shared_gate."""
     dy, x, order, ends = (t.contiguous() for t in (dy, x, order, ends))
-    top_k, D = weights.shape[1], x.shape[1]
+    D = x.shape[1]
     tiles = Tiles(ends, len(order))
     du, dg, wh, dweights = hidden_bwd(x, dy, order, tiles, up, gate, down, weights.contiguous(), activation)
     shared_du = shared_dg = shared_h = None
@@ -255,5 +257,5 @@ def experts_bwd(
     pairs, shared_dx = rows_down(
         du, dg, order, tiles, up, gate, shared_du, shared_dg, shared_up, shared_gate, D, transposed=True
     )
-    dx = combine(pairs, None, shared_dx, x.new_empty(x.shape), top_k)
+    dx = combine(pairs, ids.contiguous(), None, shared_dx, x.new_empty(x.shape), len(up))
     return dx, dweights.to(weights.dtype), *grads

@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...core import refuse
 from ...launch import run
 from .launches import Sizes, down_launch, launch_programs, up_launch
-from .tiles import Tiles, activate, by_tma, combine, find_tile, operand, product, stacked
+from .tiles import Tiles, activate, by_tma, combine, find_tile, operand, pairs_of, product, stacked
 
 # ---- kernels ----
 
@@ -55,7 +56,7 @@ def _up_tile(
     MODE: tl.constexpr,
 ):
     shared, expert, first, end, n = tile
-    top_k, D, N, M = sizes
+    R, top_k, D, N, M = sizes
     SWAP: tl.constexpr = MODE[3]
     BLOCK_T: tl.constexpr = MODE[4]
     BLOCK_N: tl.constexpr = MODE[5]
@@ -63,8 +64,8 @@ def _up_tile(
     mask_t = rows < end
     at = rows
     if not SORTED:  # the pairs' tokens
-        pair = tl.load(order_ptr + rows, mask=mask_t if not SHARED else mask_t & (not shared), other=0).to(tl.int32)
-        at = (pair // top_k).to(tl.int64)
+        pair = pairs_of(order_ptr, rows, mask_t & (not shared) if SHARED else mask_t, R)
+        at = (pair.to(tl.int32) // top_k).to(tl.int64)
     if SHARED:
         if not SORTED:
             at = tl.where(shared, rows, at)
@@ -123,7 +124,7 @@ def _experts_up_kernel(
     MODE: tl.constexpr = (A_TMA, W_TMA, False, SWAP, BLOCK_T, BLOCK_N, BLOCK_K)
     n_tiles = tl.cdiv(N, BLOCK_N)
     m_tiles = tl.cdiv(M, BLOCK_N)
-    sizes = (top_k, D, N, M)
+    sizes = (T * top_k, top_k, D, N, M)
     if PERSISTENT:
         count = shared_tiles + tl.load(tiles_ptr).to(tl.int32) * n_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
@@ -161,7 +162,7 @@ def _down_tile(
     MODE: tl.constexpr,
 ):
     shared, expert, first, end, d = tile
-    N, D, M = sizes
+    R, N, D, M = sizes
     TRANSPOSED: tl.constexpr = MODE[2]
     SWAP: tl.constexpr = MODE[3]
     BLOCK_T: tl.constexpr = MODE[4]
@@ -186,7 +187,7 @@ def _down_tile(
         y, _ = product(y, y, h2, down2, down2, rows, mask_t, first, row, d0, D, N, False, MODE)
     if SWAP:
         y = tl.trans(y)
-    at = tl.load(order_ptr + rows, mask=mask_t & (not shared) if SHARED else mask_t, other=0).to(tl.int64)
+    at = pairs_of(order_ptr, rows, mask_t & (not shared) if SHARED else mask_t, R)
     if SHARED:
         at = tl.where(shared, rows, at)
     offs_d = d0 + tl.arange(0, BLOCK_D)
@@ -209,6 +210,7 @@ def _experts_down_kernel(
     order_ptr,
     tiles_ptr,
     T,
+    R,
     N,
     D,
     M,
@@ -226,7 +228,7 @@ def _experts_down_kernel(
 ):
     MODE: tl.constexpr = (A_TMA, W_TMA, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K)
     d_tiles = tl.cdiv(D, BLOCK_N)
-    sizes = (N, D, M)
+    sizes = (R, N, D, M)
     if PERSISTENT:
         count = shared_tiles + tl.load(tiles_ptr).to(tl.int32) * d_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
@@ -245,6 +247,11 @@ def _experts_down_kernel(
 
 
 # ---- launches ----
+
+
+def gathered(x: Tensor, order: Tensor, top_k: int) -> Tensor:
+    """The tokens of the pairs, a row each, in sorted order."""
+    return x.index_select(0, (order // top_k).clamp(0, len(x) - 1))
 
 
 def rows_up(
@@ -272,7 +279,7 @@ def rows_up(
     listed, most = tiles(launch.BLOCK_T)
     n_tiles, m_tiles = triton.cdiv(N, launch.BLOCK_N), triton.cdiv(M, launch.BLOCK_N)
     shared_tiles = triton.cdiv(T, launch.BLOCK_T) * m_tiles
-    rows = x.index_select(0, order // top_k) if launch.SORTED else x
+    rows = gathered(x, order, top_k) if launch.SORTED else x
     matrices = [stacked(w) for w in (up, gate, shared_up, shared_gate)]
     w_tma = all(by_tma(w, sizes.architecture) for w in matrices if w is not None)
     a_tma = bool(launch.SORTED) and by_tma(rows, sizes.architecture) and by_tma(x, sizes.architecture)
@@ -346,7 +353,7 @@ def rows_down(
         _experts_down_kernel,
         (launch_programs(launch, shared_tiles + most * d_tiles, sizes),),
         *(h, h2, down, down2, y, shared_h, shared_h2, shared_down, shared_down2, shared_y, order, listed),
-        *(T, N, D, M, shared_tiles),
+        *(T, R, N, D, M, shared_tiles),
         SHARED=M > 0,
         TWO=h2 is not None,
         TRANSPOSED=transposed,
@@ -359,6 +366,7 @@ def rows_down(
 
 def experts_fwd(
     x: Tensor,
+    ids: Tensor,
     weights: Tensor,
     up: Tensor,
     down: Tensor,
@@ -370,8 +378,12 @@ def experts_fwd(
     ends: Tensor,
     activation: str,
 ) -> Tensor:
+    if len(order) != ids.numel():  # callers that are trusted, and graphs, have not been checked
+        refuse("experts", "order", list(order.shape), f"T*K={ids.numel()} pairs")
+    if len(ends) != len(up):
+        refuse("experts", "ends", list(ends.shape), f"E={len(up)} of them")
     x, order, top_k, D = x.contiguous(), order.contiguous(), weights.shape[1], x.shape[1]
     tiles = Tiles(ends.contiguous(), len(order))
     h, shared_h = rows_up(x, order, tiles, up, gate, shared_up, shared_gate, top_k, activation)
     pairs, shared_y = rows_down(h, None, order, tiles, down, None, shared_h, None, shared_down, None, D)
-    return combine(pairs, weights.contiguous(), shared_y, x.new_empty(x.shape), top_k)
+    return combine(pairs, ids.contiguous(), weights.contiguous(), shared_y, x.new_empty(x.shape), len(up))

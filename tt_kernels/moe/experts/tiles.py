@@ -11,11 +11,32 @@ from ...launch import Launch, run
 
 # ---- kernels ----
 
+# What callers list (order, ends) is not looked at by the host, which would wait for it. Places are cut to the rows and
+# pairs that there are where they are read, so that a list that is wrong gives wrong numbers and nothing else.
+
+
+@triton.jit
+def end_of(ends_ptr, expert, mask, R):
+    """Where an expert's rows end, as listed, within 0 to R."""
+    return tl.minimum(tl.maximum(tl.load(ends_ptr + expert, mask=mask, other=0), 0), R).to(tl.int32)
+
+
+@triton.jit
+def pairs_of(order_ptr, rows, mask, R):
+    """The pairs t * K + k of sorted rows, as listed, within 0 to R - 1."""
+    return tl.minimum(tl.maximum(tl.load(order_ptr + rows, mask=mask, other=0), 0), R - 1).to(tl.int64)
+
+
+@triton.jit
+def _larger(start, end, other_start, other_end):
+    return tl.maximum(start, other_start), tl.maximum(end, other_end)
+
 
 @triton.jit
 def _experts_schedule_kernel(
-    ends_ptr,  # [E] int32: where each expert's rows end
+    ends_ptr,  # [E]: where each expert's rows end
     tiles_ptr,  # [1 + tiles] int64: the count, then expert << 41 | rows << 32 | first row, or -1
+    R,
     E,
     tiles,
     BLOCK_T: tl.constexpr,
@@ -25,8 +46,8 @@ def _experts_schedule_kernel(
     """Cut every expert's rows into tiles of BLOCK_T; tiles of one expert follow each other."""
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
-    end = tl.load(ends_ptr + offs_e, mask=mask_e, other=0)
-    start = tl.load(ends_ptr + offs_e - 1, mask=mask_e & (offs_e > 0), other=0)
+    start, end = end_of(ends_ptr, offs_e - 1, mask_e & (offs_e > 0), R), end_of(ends_ptr, offs_e, mask_e, R)
+    start, end = tl.associative_scan((start, end), 0, _larger)  # ends never fall, so there are at most `tiles` tiles
     count = tl.where(mask_e, (end - start + BLOCK_T - 1) // BLOCK_T, 0)
     last = tl.cumsum(count, 0)  # [BLOCK_E] tiles up to and with this expert
     tile = tl.program_id(0) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
@@ -132,9 +153,11 @@ def activate(h, RELU2: tl.constexpr):
 @triton.jit
 def _experts_combine_kernel(
     pairs_ptr,  # [T * K, D]
+    ids_ptr,  # [T, K]: pairs of ids that are not 0 to E - 1 have not been written
     weights_ptr,  # [T, K], or None: 1
     shared_ptr,  # [T, D] or None
     y_ptr,  # [T, D]
+    E,
     D,
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -151,9 +174,11 @@ def _experts_combine_kernel(
         acc = tl.float64 if weights_ptr.dtype.element_ty == tl.float64 else acc
     y = tl.zeros((BLOCK_D,), dtype=acc)
     for k in tl.static_range(K):  # unrolled: all K rows are on their way at once
-        pair = tl.load(pairs_ptr + (t * K + k) * D + offs_d, mask=mask, other=0.0).to(acc)
+        expert = tl.load(ids_ptr + t * K + k)
+        columns = tl.where(tl.where(expert < 0, E, expert) < E, D, 0)  # that this pair has
+        pair = tl.load(pairs_ptr + (t * K + k) * D + offs_d, mask=offs_d < columns, other=0.0).to(acc)
         if WEIGHTED:
-            pair *= tl.load(weights_ptr + t * K + k).to(acc)
+            pair *= tl.load(weights_ptr + t * K + k, mask=columns > 0, other=0.0).to(acc)
         y += pair
     if SHARED:
         y += tl.load(shared_ptr + t * D + offs_d, mask=mask, other=0.0).to(acc)
@@ -184,12 +209,12 @@ class Tiles:
             listed = self.ends.new_empty(1 + tiles, dtype=torch.int64)
             launch = Launch(BLOCK_T=block, BLOCK_E=triton.next_power_of_2(E), BLOCK_TILES=32, num_warps=4, num_stages=1)
             grid = (triton.cdiv(tiles, launch.BLOCK_TILES),)
-            run(_experts_schedule_kernel, grid, self.ends, listed, E, tiles, launch=launch)
+            run(_experts_schedule_kernel, grid, self.ends, listed, self.rows, E, tiles, launch=launch)
             self.lists[block] = listed
         return self.lists[block], tiles
 
 
-def combine(pairs: Tensor, weights: Tensor | None, shared: Tensor | None, y: Tensor, top_k: int) -> Tensor:
+def combine(pairs: Tensor, ids: Tensor, weights: Tensor | None, shared: Tensor | None, y: Tensor, E: int) -> Tensor:
     """(K + 1) T D itemsize bytes read, T D written: at 16 tokens 0.7 MB."""
     T, D = y.shape
     # Eight elements a thread: 16-byte loads; several programs a token while tokens are few.
@@ -198,8 +223,8 @@ def combine(pairs: Tensor, weights: Tensor | None, shared: Tensor | None, y: Ten
     run(
         _experts_combine_kernel,
         (T, triton.cdiv(D, block)),
-        *(pairs, weights, shared, y, D),
-        K=top_k,
+        *(pairs, ids, weights, shared, y, E, D),
+        K=ids.shape[1],
         WEIGHTED=weights is not None,
         SHARED=shared is not None,
         launch=launch,
@@ -219,7 +244,7 @@ def operand(t: Tensor | None, tma: bool, *block: int) -> Tensor | TensorDescript
 
 def stacked(weights: Tensor | None) -> Tensor | None:
     """[E, N, D] or [N, D] as the rows of one matrix."""
-    return None if weights is None else weights.contiguous().view(-1, weights.shape[-1])
+    return None if weights is None else weights.contiguous().flatten(0, -2)
 
 
 def power(size: int, least: int, most: int) -> int:

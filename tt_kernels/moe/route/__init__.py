@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from ... import reference
-from ...core import Op, check, define, refuse, takes_kernel
+from ...core import Op, check, define, is_real, is_whole, refuse, takes_kernel
 from ...launch import Launch, by_row
 from ...reference.common import compute_dtype
 from .backward import route_bwd
@@ -43,7 +43,7 @@ def _route_bwd_fake(dweights, x, weight, ids, chosen, norm, scale, for_x, for_we
 
 
 _fwd = define(
-    "route_fwd(Tensor x, Tensor weight, Tensor bias, int K, int groups, int kept, bool norm, float scale)"
+    "route_fwd(Tensor x, Tensor weight, Tensor bias, SymInt K, int groups, int kept, bool norm, float scale)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _route_fwd,
     _route_fwd_fake,
@@ -87,7 +87,8 @@ def route(
     """Choose each token's experts by s + bias, s = sigmoid(x weight^T), and weigh them by s.
 
     With more than one group: a group's score is the sum of its two best biased scores; outside the topk_group best
-    groups the biased scores count as 0 (not -inf). Of equal scores the lower index wins.
+    groups the biased scores count as 0, but for an expert's that is switched off: whose bias is -inf is chosen last. Of
+    equal scores the lower index wins, and NaN is above all.
 
     Args:
         x:              [T, D] float.
@@ -109,14 +110,20 @@ def route(
     flops, T D itemsize + 4 E D + 20 T K bytes: bound by reading x and weight.
     Source: DeepSeek-V3 (2412.19437), section 2.1.2.
     """
-    check("route", x=(x, "T D"), weight=(weight, "E D"), bias=(bias, "E"))
+    check("route", 3, x=(x, "T D"), weight=(weight, "E D"), bias=(bias, "E"))
     E = weight.shape[0]
-    if not 1 <= top_k <= E:
+    if not (is_whole(top_k) and 1 <= top_k <= E):
         refuse("route", "top_k", top_k, f"1 to E={E}")
-    if n_group < 1 or E % n_group or (n_group > 1 and 2 * n_group > E):
+    if not is_whole(n_group) or n_group < 1 or E % n_group or (n_group > 1 and 2 * n_group > E):
         refuse("route", "n_group", n_group, f"a divisor of E={E} that leaves groups of at least 2")
-    if not 1 <= topk_group <= n_group:
+    if not (is_whole(topk_group) and 1 <= topk_group <= n_group):
         refuse("route", "topk_group", topk_group, f"1 to n_group={n_group}")
+    if not isinstance(norm_topk_prob, bool):
+        refuse("route", "norm_topk_prob", norm_topk_prob, "True or False")
+    if not is_real(scale):
+        refuse("route", "scale", scale, "a finite number")
+    if not torch.compiler.is_compiling() and x.shape[0] * top_k >= 2**31:
+        refuse("route", "x", list(x.shape), "fewer than 2^31 pairs of a token and an expert")
     if not takes_kernel("route", x, weight, bias):
         return reference.route(
             x,
@@ -128,7 +135,7 @@ def route(
             norm_topk_prob=norm_topk_prob,
             scale=scale,
         )
-    return _Route.apply(x, weight, bias, top_k, n_group, topk_group, norm_topk_prob, float(scale))
+    return _Route.apply(x, weight, bias, int(top_k), int(n_group), int(topk_group), norm_topk_prob, float(scale))
 
 
 # ---- card ----

@@ -13,6 +13,7 @@ from ...launch import INTERPRET
 
 _INTERPRET = tl.constexpr(INTERPRET)
 _TAKEN = tl.constexpr(-(2**63))  # below the key of any number
+_NAN = tl.constexpr(2**63 - 1)  # above it
 _NONE = tl.constexpr(2**31 - 1)
 
 
@@ -46,7 +47,7 @@ def ordered(x):
     """fp64 as int64 of the same order, NaN above all: what is taken can then be told from every number."""
     bits = x.to(tl.int64, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
-    return tl.where(x != x, 0x7FFFFFFFFFFFFFFF, bits)
+    return tl.where(x != x, _NAN, bits)
 
 
 @triton.jit
@@ -73,18 +74,23 @@ def best(keys, NUMBER: tl.constexpr):
 
 @triton.jit
 def within_groups(biased, GROUPS: tl.constexpr, TOPK_GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Biased scores [R, H, C], -inf where there is no expert, with 0 outside the groups whose two best sum highest."""
+    """Biased scores [R, H, C], -inf where there is no expert, with 0 outside the groups whose two best sum highest, but
+    for what is -inf."""
     R: tl.constexpr = biased.shape[0]
     H: tl.constexpr = biased.shape[1]
     C: tl.constexpr = biased.shape[2]
     BLOCK_G: tl.constexpr = H * C // BLOCK_N
     grouped = tl.reshape(biased, (R, BLOCK_G, BLOCK_N))
     n = tl.arange(0, BLOCK_N)[None, None, :]
-    first, at = tl.max(grouped, axis=2, return_indices=True, return_indices_tie_break_left=True)  # [R, BLOCK_G]
-    second = tl.max(tl.where(n == at[:, :, None], -float("inf"), grouped), axis=2)
-    keys = tl.where(tl.arange(0, BLOCK_G)[None, :] < GROUPS, ordered(first + second), _TAKEN)
+    broken = grouped != grouped  # a maximum would lose it
+    numbers = tl.where(broken, -float("inf"), grouped)
+    first, at = tl.max(numbers, axis=2, return_indices=True, return_indices_tie_break_left=True)  # [R, BLOCK_G]
+    second = tl.max(tl.where(n == at[:, :, None], -float("inf"), numbers), axis=2)
+    keys = tl.where(tl.max(broken.to(tl.int32), axis=2) > 0, _NAN, ordered(first + second))
+    keys = tl.where(tl.arange(0, BLOCK_G)[None, :] < GROUPS, keys, _TAKEN)
     kept = best(keys[:, None, :], TOPK_GROUP) >= 0
-    return tl.reshape(tl.where(tl.reshape(kept, (R, BLOCK_G, 1)), grouped, 0.0), (R, H, C))
+    stays = tl.reshape(kept, (R, BLOCK_G, 1)) | (grouped == -float("inf"))
+    return tl.reshape(tl.where(stays, grouped, 0.0), (R, H, C))
 
 
 @triton.jit
