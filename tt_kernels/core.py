@@ -155,7 +155,7 @@ def trusted() -> Iterator[None]:
         _trusted.reset(before)
 
 
-NEVER_EMPTY = frozenset(("C", "H", "Hq", "Hkv", "K", "P"))  # channels, heads, taps: with none there is nothing to do
+NEVER_EMPTY = frozenset(("C", "H", "Hq", "Hkv", "K", "P", "V"))  # of channels, heads, taps, tokens one must be there
 _KINDS: dict[type, Callable[[torch.dtype], bool]] = {
     float: lambda dtype: dtype.is_floating_point,
     int: lambda dtype: dtype in (torch.int64, torch.int32),

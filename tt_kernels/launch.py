@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def by_row(t: Tensor | None) -> Tensor | None:
     """[*, D] as rows whose elements lie side by side; a view where that is possible."""
     if t is None:
         return None
-    t = t.reshape(-1, t.shape[-1])
+    t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])  # -1 is refused where the last dimension is 0
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 

@@ -18,9 +18,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
     targets = targets.flatten()
     if targets.device.type == "cpu":  # a GPU is not waited for
         _check_targets(targets, len(weight))
-    loss = F.cross_entropy(
-        head_logits(hidden, weight).flatten(0, -2), targets.long(), reduction="sum", ignore_index=_NONE
-    )
+    logits = head_logits(hidden, weight).reshape(-1, len(weight))
+    loss = F.cross_entropy(logits, targets.long(), reduction="sum", ignore_index=_NONE)
     return loss / max(len(targets), 1)
 
 
@@ -31,7 +30,8 @@ def _in_a_graph(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | 
     # Zeros for what is not to be read: NaN times a gradient of 0 is NaN.
     hidden, targets = torch.where(mask.unsqueeze(-1), hidden, 0), torch.where(mask, targets.long(), 0)
     logits = head_logits(hidden, weight)
-    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=_NONE)
+    logits = logits.reshape(-1, weight.shape[0])
+    losses = F.cross_entropy(logits, targets.flatten(), reduction="none", ignore_index=_NONE)
     return torch.where(mask.flatten(), losses, 0).sum() / mask.sum().clamp(min=1)
 
 

@@ -27,10 +27,16 @@ def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
 @full_precision
 def gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, *, vocab_size: int) -> Tensor:
     seed, position, step = (t.long().unsqueeze(-1) for t in (seed, position, step))
-    quads = torch.arange(-(-vocab_size // 4), device=seed.device)  # four words of noise a counter
+    in_graph = torch.compiler.is_compiling()
+    # Four words of noise a counter. Two counters too many in a graph, where sizes that may be 1 are another graph's.
+    quads = torch.arange(vocab_size // 4 + 2 if in_graph else -(-vocab_size // 4), device=seed.device)
     counter = [quads, position & _WORD, step & _WORD, torch.zeros_like(seed)]
     words = _philox(counter, [seed & _WORD, seed >> 32 & _WORD])
-    bits = torch.stack(words, -1).flatten(-2)[..., :vocab_size]
+    if in_graph:  # without a size that is compared with another
+        ids = torch.arange(vocab_size, device=seed.device)
+        bits = torch.stack(words, -1)[..., ids // 4, ids % 4]
+    else:
+        bits = torch.stack(words, -1).flatten(-2)[..., :vocab_size]
     uniform = bits.double().add_(0.5).mul_(2.0**-32)  # in (0, 1)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
@@ -60,8 +66,12 @@ def split_temperature(temperature: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
 def _narrow(scaled: Tensor, unit: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Scaled logits outside the top k, or outside the smallest set that holds top_p of the probability, to -inf."""
     V = scaled.shape[-1]
-    if top_k is not None and (torch.compiler.is_compiling() or top_k < V):  # a graph is for every V
-        least = scaled.topk(torch.sym_min(top_k, V), dim=-1).values[..., -1:]
+    if top_k is not None and torch.compiler.is_compiling():  # a graph is for every V
+        worse = torch.arange(V, device=scaled.device) >= top_k
+        least = scaled.sort(dim=-1, descending=True).values.masked_fill(worse, math.inf).amin(-1, keepdim=True)
+        scaled = scaled.masked_fill(scaled < least, -math.inf)
+    elif top_k is not None and top_k < V:
+        least = scaled.topk(top_k, dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < least, -math.inf)
     if top_p is not None and top_p < 1:
         ordered, index = scaled.sort(dim=-1, descending=True, stable=True)
