@@ -15,7 +15,8 @@ from .options import check_whole
 
 @triton.jit
 def before(confidence_j, j, confidence_i, i):
-    """Whether masked position j comes before i: the more confident first, NaN last, of equals the lower position."""
+    """Whether position j comes before i: the more confident first, NaN last, of equals the lower position. One that is
+    not masked goes as NaN at a j beyond every i, which is before none."""
     nan_j, nan_i = confidence_j != confidence_j, confidence_i != confidence_i
     more = (confidence_j > confidence_i) | (nan_i & (confidence_j == confidence_j))
     return more | (((confidence_j == confidence_i) | (nan_j & nan_i)) & (j < i))
@@ -78,8 +79,9 @@ def _commit_kernel(
         j = start + tl.arange(0, BLOCK_J)
         other = tl.load(block_ptr + b * L + j, mask=j < L, other=0)
         theirs = (j < L) & (other == mask_token_id)
-        sure = tl.load(confidence_ptr + b * L + j, mask=theirs, other=0.0)
-        earlier = theirs[None, :] & before(sure[None, :], j[None, :], confidence[:, None], offs_l[:, None])
+        sure = tl.load(confidence_ptr + b * L + j, mask=theirs, other=float("nan"))
+        j = tl.where(theirs, j, BLOCK_L)
+        earlier = before(sure[None, :], j[None, :], confidence[:, None], offs_l[:, None])
         rank += tl.sum(earlier.to(tl.int32), axis=1)
     settle(
         *(b, offs_l, mask_l, block, token, masked, confidence, rank, threshold_ptr, steps_left_ptr),

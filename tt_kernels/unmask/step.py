@@ -67,8 +67,8 @@ def _finish_kernel(
     token, confidence = combine(stats_ptr, tokens_ptr, slot, masked, parts, 1, parts, plane, BLOCK_S)
     confidence = confidence.to(confidence_ptr.dtype.element_ty)
     tl.store(confidence_ptr + b * L + offs_l, tl.where(masked, confidence, 0.0), mask=mask_l)
-    earlier = before(confidence[None, :], offs_l[None, :], confidence[:, None], offs_l[:, None])  # [BLOCK_L, BLOCK_L]
-    earlier = masked[None, :] & earlier
+    sure, j = tl.where(masked, confidence, float("nan")), tl.where(masked, offs_l, BLOCK_L)
+    earlier = before(sure[None, :], j[None, :], confidence[:, None], offs_l[:, None])  # [BLOCK_L, BLOCK_L]
     rank = tl.sum(earlier.to(tl.float32), axis=1).to(tl.int32)  # as integers bits are counted through local memory
     settle(
         *(b, offs_l, mask_l, block, token.to(block.dtype), masked, confidence, rank, threshold_ptr, steps_left_ptr),
