@@ -1,5 +1,6 @@
 """What callers do wrong is named by every public op: the argument, what it is and what was expected."""
 
+import math
 from typing import Any
 
 import pytest
@@ -202,10 +203,65 @@ BAD = [
     ("sample", dict(top_k=0), "sample: top_k is 0, expected 1 or more, or None"),
     ("sample", dict(top_p=0.0), "sample: top_p is 0.0, expected above 0 and up to 1, or None"),
     ("sample", dict(suppress=11), "sample: suppress is 11, expected a token id below V=11"),
+    ("gumbel_noise", dict(vocab_size=4.0), "gumbel_noise: vocab_size is 4.0, expected 1 or more"),
+    ("gumbel_noise", dict(seed=torch.ones(3)), "gumbel_noise: seed is torch.float32, expected a tensor of ints"),
+    ("gumbel_noise", dict(step=5), "gumbel_noise: step is 5, expected a tensor"),
+    ("sample", dict(top_k="3"), "sample: top_k is '3', expected 1 or more, or None"),
+    ("sample", dict(top_k=2.0), "sample: top_k is 2.0, expected 1 or more, or None"),
+    ("sample", dict(top_k=True), "sample: top_k is True, expected 1 or more, or None"),
+    ("sample", dict(top_k=2**63), f"sample: top_k is {2**63}, expected 1 or more, or None"),
+    ("sample", dict(top_p=math.nan), "sample: top_p is nan, expected above 0 and up to 1, or None"),
+    ("sample", dict(top_p="0.9"), "sample: top_p is '0.9', expected above 0 and up to 1, or None"),
+    ("sample", dict(top_p=True), "sample: top_p is True, expected above 0 and up to 1, or None"),
+    ("sample", dict(suppress=-1), "sample: suppress is -1, expected a token id below V=11"),
+    ("sample", dict(suppress=False), "sample: suppress is False, expected a token id below V=11"),
+    ("sample", dict(suppress=1.0), "sample: suppress is 1.0, expected a token id below V=11"),
+    (
+        "sample",
+        dict(logits=torch.ones(6, 1), suppress=0),
+        "sample: suppress is 0, expected tokens beside it, but V is 1",
+    ),
+    ("sample", dict(logits=torch.ones(6, 0)), "sample: logits has V=0, expected 1 or more"),
     ("sample", dict(temperature=torch.ones(5)), "sample: temperature has *=[5], but logits has *=[6]"),
+    ("sample", dict(temperature=1.0), "sample: temperature is 1.0, expected a tensor"),
+    ("sample", dict(temperature=torch.ones(6).long()), "temperature is torch.int64, expected a tensor of floats"),
+    ("sample", dict(temperature=-torch.ones(6)), "sample: temperature is -1.0, expected 0 or more"),
+    (
+        "head_sample",
+        dict(temperature=torch.tensor([0, 1, 1, math.nan, 1, 1])),
+        "temperature is nan, expected 0 or more",
+    ),
+    ("head_sample", dict(weight=torch.ones(0, 16)), "head_sample: weight has V=0, expected 1 or more"),
+    ("head_sample", dict(top_p=2), "head_sample: top_p is 2, expected above 0 and up to 1, or None"),
     ("head_sample", dict(weight=torch.ones(37, 15)), "head_sample: weight has D=15, but hidden has D=16"),
     ("commit", dict(threshold=torch.ones(3)), "commit: threshold has B=3, but block has B=4"),
+    ("commit", dict(token=torch.ones(4, 7).int()), "token is torch.int32, expected the dtype of block, torch.int64"),
+    ("commit", dict(mask_token_id=None), "commit: mask_token_id is None, expected an id of the block's torch.int64"),
+    (
+        "commit",
+        dict(mask_token_id=2**63),
+        f"commit: mask_token_id is {2**63}, expected an id of the block's torch.int64",
+    ),
+    (
+        "commit",
+        dict(block=torch.ones(4, 7).int(), token=torch.ones(4, 7).int(), mask_token_id=2**31),
+        f"commit: mask_token_id is {2**31}, expected an id of the block's torch.int32",
+    ),
+    ("commit", dict(steps_left=torch.ones(4)), "commit: steps_left is torch.float32, expected a tensor of ints"),
+    ("unmask", dict(mask_token_id=True), "unmask: mask_token_id is True, expected a token id below V=37"),
+    (
+        "unmask",
+        dict(temperature=torch.tensor([0.0, 1.0, -0.5, 1.0])),
+        "unmask: temperature is -0.5, expected 0 or more",
+    ),
+    ("unmask", dict(block=torch.ones(4, 5)), "unmask: block is torch.float32, expected a tensor of ints"),
+    ("unmask", dict(position=torch.ones(4, 5).long()), "unmask: position is [4, 5], expected [B]"),
     ("unmask", dict(mask_token_id=37), "unmask: mask_token_id is 37, expected a token id below V=37"),
+    ("linear_cross_entropy", dict(targets=torch.ones(2, 5)), "targets is torch.float32, expected a tensor of ints"),
+    ("linear_cross_entropy", dict(targets=torch.full((2, 5), 11)), "targets has 11, expected token ids below V=11"),
+    ("linear_cross_entropy", dict(targets=torch.full((2, 5), -100)), "targets has -100, expected token ids below V=11"),
+    ("linear_cross_entropy", dict(weight=torch.ones(0, 6)), "linear_cross_entropy: weight has V=0, expected 1 or more"),
+    ("linear_cross_entropy", dict(hidden=torch.tensor(1.0)), "linear_cross_entropy: hidden is [], expected [*, D]"),
     ("linear_cross_entropy", dict(mask=torch.ones(2, 5)), "mask is torch.float32, expected a tensor of bools"),
     ("linear_cross_entropy", dict(targets=torch.ones(2, 4).long()), "targets has *=[2, 4], but hidden has *=[2, 5]"),
 ]

@@ -175,8 +175,8 @@ def trusted() -> Iterator[None]:
         _trusted.reset(before)
 
 
-# Channels, experts, heads, taps, slots of a page: with none there is nothing to do.
-NEVER_EMPTY = frozenset(("C", "E", "H", "Hq", "Hkv", "K", "P", "page_size"))
+# Channels, experts, heads, taps, vocabulary, slots of a page: with none there is nothing to do.
+NEVER_EMPTY = frozenset(("C", "E", "H", "Hq", "Hkv", "K", "P", "V", "page_size"))
 _KINDS: dict[type, Callable[[torch.dtype], bool]] = {
     float: lambda dtype: dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     int: lambda dtype: dtype in (torch.int64, torch.int32),

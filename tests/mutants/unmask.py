@@ -10,6 +10,7 @@ HEAD = "tt_kernels/unmask/head.py"
 COMMIT = "tt_kernels/unmask/commit.py"
 STEP = "tt_kernels/unmask/step.py"
 ONLY_SAMPLE = "sample and not head_sample"
+CORNERS = "tests/test_sampling_corners.py::"
 
 MUTANTS = (
     Mutant("gumbel_noise", LANG, "n_rounds=10", "n_rounds=9", "a round of Philox left out"),
@@ -31,7 +32,7 @@ MUTANTS = (
         "1.0",
         "the sum below the lesser maximum not rescaled",
     ),
-    Mutant(ONLY_SAMPLE, RECORDS, "best, start + at, raw", "best, at, raw", "a token counted from its tile"),
+    Mutant(ONLY_SAMPLE, RECORDS, "token = start + at", "token = at", "a token counted from its tile"),
     Mutant(ONLY_SAMPLE, RECORDS, "kept = next_best <= best", "kept = next_best >= best", "the worse of two tiles"),
     Mutant(
         ONLY_SAMPLE,
@@ -101,4 +102,69 @@ MUTANTS = (
         "unmask", HEAD, "tl.load(count_ptr) - first", "tl.load(count_ptr) - first - 1", "the last masked row missed"
     ),
     Mutant("unmask", HEAD, "temperature[rows.index // rows.L]", "temperature[rows.index % 3]", "another row's top-k"),
+    Mutant("sample", RECORDS, "unit[None, :] * gumbel_tile", "gumbel_tile", "noise in another unit than its logits"),
+    Mutant(
+        "sample",
+        RECORDS,
+        'tl.where(power == float("inf"), 18446744073709551616.0, unit)',
+        "unit",
+        "an infinite temperature as the largest number",
+        test=CORNERS + "test_logits_of_any_size_at_any_temperature",
+    ),
+    Mutant(
+        "sample",
+        RECORDS,
+        "tl.maximum(temperature.to(tl.float32), 1.1754943508222875e-38)",
+        "temperature.to(tl.float32)",
+        "a temperature of 0 once narrowed",
+        test=CORNERS + "test_tiny_temperatures_take_the_best",
+    ),
+    Mutant(
+        "sample",
+        RECORDS,
+        "tl.minimum(tl.div_rn(t, unit), LARGEST32)",
+        "tl.div_rn(t, unit)",
+        "-inf over inf",
+        test=CORNERS + "test_infinite_temperatures_draw_evenly_from_what_may_be_drawn",
+    ),
+    Mutant(
+        "sample",
+        RECORDS,
+        "tl.where(token == suppress, token + 1, token)",
+        "token",
+        "the suppressed token where all are -inf",
+        test=CORNERS + "test_rows_of_infinities_and_nan",
+    ),
+    Mutant(
+        "sample",
+        RECORDS,
+        'tl.where(total < float("inf"), confidence, float("nan"))',
+        "confidence",
+        "a confidence in an infinite logit",
+        test=CORNERS + "test_rows_of_infinities_and_nan",
+    ),
+    Mutant(
+        "commit",
+        COMMIT,
+        "(nan_i & (confidence_j == confidence_j))",
+        "(nan_j & (confidence_i == confidence_i))",
+        "NaN first",
+        test=CORNERS + "test_commit_orders_any_floats",
+    ),
+    Mutant(
+        "commit",
+        COMMIT,
+        "tl.where(theirs, j, BLOCK_L)",
+        "j",
+        "positions that are not masked have a rank",
+        test=CORNERS + "test_commit_beside_positions_that_are_not_masked",
+    ),
+    Mutant(
+        "unmask",
+        STEP,
+        "tl.where(masked, offs_l, BLOCK_L)",
+        "offs_l",
+        "positions that are not masked have a rank in one program too",
+        test=CORNERS + "test_a_spoiled_position_is_committed_last_and_not_as_a_mask",
+    ),
 )

@@ -40,8 +40,8 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden weight^T, not rounded to 16 bits. A 16-bit head is widened a slice at a time: it can be gigabytes."""
     acc = compute_dtype(hidden.dtype, weight.dtype)
-    if weight.dtype == acc:
-        return F.linear(hidden.to(acc), weight)
+    if weight.dtype == acc or torch.compiler.is_compiling():  # the number of slices would depend on a size
+        return F.linear(hidden.to(acc), weight.to(acc))
     return torch.cat([F.linear(hidden.to(acc), part.to(acc)) for part in weight.split(16384)], -1)
 
 

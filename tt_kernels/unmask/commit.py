@@ -6,17 +6,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, define, takes_kernel
+from ..core import Op, check, define, refuse, takes_kernel
 from ..launch import Launch, run
+from .options import check_whole
 
 # ---- kernels ----
 
 
 @triton.jit
 def before(confidence_j, j, confidence_i, i):
-    """Whether position j comes before i: the more confident first, NaN before all, of equals the lower position."""
+    """Whether position j comes before i: the more confident first, NaN last, of equals the lower position. One that is
+    not masked goes as NaN at a j beyond every i, which is before none."""
     nan_j, nan_i = confidence_j != confidence_j, confidence_i != confidence_i
-    more = (confidence_j > confidence_i) | (nan_j & (confidence_i == confidence_i))
+    more = (confidence_j > confidence_i) | (nan_i & (confidence_j == confidence_j))
     return more | (((confidence_j == confidence_i) | (nan_j & nan_i)) & (j < i))
 
 
@@ -29,7 +31,7 @@ def settle(
     token,
     masked,
     confidence,
-    rank,  # in the order of `before`
+    rank,  # among the masked ones, in the order of `before`
     threshold_ptr,
     steps_left_ptr,
     out_ptr,
@@ -71,14 +73,16 @@ def _commit_kernel(
     block = tl.load(block_ptr + b * L + offs_l, mask=mask_l, other=0)
     masked = mask_l & (block == mask_token_id)
     token = tl.load(token_ptr + b * L + offs_l, mask=masked, other=0)
-    confidence = tl.load(confidence_ptr + b * L + offs_l, mask=masked, other=float("-inf"))
+    confidence = tl.load(confidence_ptr + b * L + offs_l, mask=masked, other=0.0)
     rank = tl.zeros((BLOCK_L,), dtype=tl.int32)
     for start in range(0, L, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         other = tl.load(block_ptr + b * L + j, mask=j < L, other=0)
         theirs = (j < L) & (other == mask_token_id)
-        sure = tl.load(confidence_ptr + b * L + j, mask=theirs, other=float("-inf"))
-        rank += tl.sum(before(sure[None, :], j[None, :], confidence[:, None], offs_l[:, None]).to(tl.int32), axis=1)
+        sure = tl.load(confidence_ptr + b * L + j, mask=theirs, other=float("nan"))
+        j = tl.where(theirs, j, BLOCK_L)
+        earlier = before(sure[None, :], j[None, :], confidence[:, None], offs_l[:, None])
+        rank += tl.sum(earlier.to(tl.int32), axis=1)
     settle(
         *(b, offs_l, mask_l, block, token, masked, confidence, rank, threshold_ptr, steps_left_ptr),
         *(out_ptr, committed_ptr, left_ptr, L),
@@ -128,7 +132,7 @@ def _commit(
 
 def _commit_fake(block, token, confidence, threshold, steps_left, mask_token_id):
     out, committed = block.new_empty(block.shape), block.new_empty(block.shape, dtype=torch.bool)
-    return out, committed, block.new_empty(len(block), dtype=torch.int64)
+    return out, committed, block.new_empty(block.shape[0], dtype=torch.int64)
 
 
 _op = define(
@@ -145,7 +149,8 @@ def commit(
     """Let the most confident masked positions of each row take their prediction.
 
     With m masked positions: min(m, max(1, how many have confidence > threshold, ceil(m / steps_left))) of them commit,
-    the most confident first, of equals the lower position. The rest stay masked; what is not masked never changes.
+    the most confident first, infinities included and NaN last, of equals the lower position. The rest stay masked; what
+    is not masked never changes.
 
     Args:
         block:         [B, L] int.
@@ -159,7 +164,7 @@ def commit(
         committed: [B, L] bool: what changed now.
         masked:    [B] int64: how many are masked still.
 
-    No gradients. Deterministic. Raises ValueError for sizes that disagree. Cost: a sort of L numbers a row.
+    No gradients. Deterministic. Raises ValueError for sizes and dtypes that disagree. Cost: a sort of L numbers a row.
     Source: TwoTower (2606.26493).
     """
     check(
@@ -170,11 +175,15 @@ def commit(
         threshold=(threshold, "B"),
         steps_left=(steps_left, "B", int),
     )
+    ids = torch.iinfo(block.dtype)
+    check_whole("commit", "mask_token_id", mask_token_id, ids.min, ids.max, f"an id of the block's {block.dtype}")
+    if token.dtype != block.dtype:
+        refuse("commit", "token", token.dtype, f"the dtype of block, {block.dtype}")
     if not takes_kernel("commit", confidence):
         return reference.commit(
             block, token, confidence, mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left
         )
-    return _op(block, token, confidence, threshold, steps_left, mask_token_id)
+    return _op(block, token, confidence.detach(), threshold.detach(), steps_left, mask_token_id)
 
 
 # ---- card ----

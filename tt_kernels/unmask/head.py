@@ -10,8 +10,9 @@ from .. import reference
 from ..core import Op, check, define, takes_kernel
 from ..launch import Launch, architecture, by_row, multiprocessors, run, tuned
 from ..reference.common import compute_dtype
+from .options import check_sampling
 from .records import Records, Rows, combine_records, empty_record, is_any_hot, merge, tile_record, write_record
-from .sample import ROWS, bounds, check_sampling, narrows, record_logits, sample_parts, sampling, scale
+from .sample import ROWS, bounds, narrows, record_logits, sample_parts, sampling, scale
 
 # ---- kernels ----
 
@@ -236,7 +237,7 @@ def head_records(
         some = logits[: rows.N - first]
         _run_head(hidden, weight, rows, suppress, launch, logits=some, first=first)
         scaled = scale(some, temperature[first : first + ROWS], suppress)
-        record_logits(some, rows, records, suppress, bounds(scaled, top_k, top_p), first)
+        record_logits(some, rows, records, suppress, bounds(*scaled, top_k, top_p), first)
     return records
 
 
@@ -315,7 +316,7 @@ def head_sample(
         position=(position, "*", int),
         step=(step, "*", int),
     )
-    check_sampling("head_sample", weight.shape[0], top_k, top_p, suppress=suppress)
+    check_sampling("head_sample", weight.shape[0], temperature, top_k, top_p, suppress=suppress)
     if not takes_kernel("head_sample", hidden, weight):
         return reference.head_sample(
             hidden,
@@ -328,6 +329,7 @@ def head_sample(
             top_p=top_p,
             suppress=suppress,
         )
+    hidden, weight, temperature = (t.detach() for t in (hidden, weight, temperature))
     return _op(hidden, weight, temperature, seed, position, step, top_k, top_p, suppress)
 
 
@@ -383,6 +385,5 @@ OPS = (
         tensor_cores={"_head_kernel": "BLOCK_V"},
         candidates=dict(_head_kernel=CANDIDATES),
         cost=lambda itemsize, R, D, V, hot=1, narrow=0: (2 * R * V * D, (V * D + R * D) * itemsize),
-        reference_compiles=False,  # as sample
     ),
 )

@@ -6,9 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, define, refuse, takes_kernel
+from ..core import Op, check, define, takes_kernel
 from ..lang import gumbel, philox
 from ..launch import Launch, run
+from .options import check_whole
 
 # ---- kernels ----
 
@@ -63,7 +64,7 @@ def _gumbel_noise_fake(seed, position, step, vocab_size):
 
 
 _noise = define(
-    "gumbel_noise(Tensor seed, Tensor position, Tensor step, int vocab_size) -> Tensor",
+    "gumbel_noise(Tensor seed, Tensor position, Tensor step, SymInt vocab_size) -> Tensor",
     _gumbel_noise,
     _gumbel_noise_fake,
 )
@@ -76,17 +77,17 @@ def gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, *, vocab_size: in
     u = (word + 1/2) / 2^32, gives -log(-log(1 - u)), from -3.13 to 22.87.
 
     Args:
-        seed, position, step: [*] int; position and step from 0 to 2^32 - 1.
-        vocab_size:           V.
+        seed, position, step: [*] int: 64 bits of seed, of position and step the lower 32.
+        vocab_size:           V, 1 or more.
     Returns:
         noise: [*, V] fp64.
 
-    Exact in fp64. No gradients. Raises ValueError for sizes that disagree. Cost: about 40 integer operations and two
-    logarithms a number. Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011); Random123.
+    Exact in fp64. No gradients. Raises ValueError for sizes that disagree and a vocab_size below 1. Cost: about 40
+    integer operations and two logarithms a number. Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3
+    (2011); Random123.
     """
     check("gumbel_noise", seed=(seed, "*", int), position=(position, "*", int), step=(step, "*", int))
-    if vocab_size < 1:
-        refuse("gumbel_noise", "vocab_size", vocab_size, "1 or more")
+    check_whole("gumbel_noise", "vocab_size", vocab_size, 1, 2**31 - 1, "1 or more")
     if not takes_kernel("gumbel_noise", seed):
         return reference.gumbel_noise(seed, position, step, vocab_size=vocab_size)
     return _noise(seed, position, step, vocab_size)

@@ -43,6 +43,22 @@ def order(score, WIDE: tl.constexpr):
 
 
 @triton.jit
+def split_temperature(temperature, WIDE: tl.constexpr):
+    """Divisor and unit of the reference's `split_temperature`, of temperatures above 0."""
+    if WIDE:
+        t = tl.maximum(temperature.to(tl.float64), 2.2250738585072014e-308)
+        power = (t.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+        unit = tl.minimum(power, 1.0)
+        divisor = tl.minimum(t / unit, LARGEST64)
+    else:
+        t = tl.maximum(temperature.to(tl.float32), 1.1754943508222875e-38)
+        power = (t.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        unit = tl.minimum(power, 1.0)
+        divisor = tl.minimum(tl.div_rn(t, unit), LARGEST32)
+    return divisor, tl.where(power == float("inf"), 18446744073709551616.0, unit)  # 2^64
+
+
+@triton.jit
 def sum_pairs(x):
     """Sum over axis 0 of [BLOCK, N], neighbours first. Written out, for the order of tl.sum is the layout's, which
     changes with warps and tiles, and a sum of two has but one order."""
@@ -85,9 +101,10 @@ def tile_record(
         position = tl.load(position_ptr + b, mask=mask, other=0) + row % L
         step = tl.load(step_ptr + b, mask=mask, other=0)
         hot = temperature > 0  # in its own dtype: narrowed, a temperature may become 0
-        divisor = tl.where(hot, temperature, 1.0).to(x.dtype)[None, :] + tl.zeros_like(x)
+        divisor, unit = split_temperature(tl.where(hot, temperature, 1.0), WIDE)
+        divisor = divisor[None, :] + tl.zeros_like(x)
         scaled = x / divisor if WIDE else tl.div_rn(x, divisor)
-        score = scaled + gumbel_tile(seed, position, step, start, BLOCK_V, WIDE)
+        score = scaled + unit[None, :] * gumbel_tile(seed, position, step, start, BLOCK_V, WIDE)
         if NARROW:
             least = tl.load(least_ptr, mask=mask, other=0.0)
             last = tl.load(last_ptr, mask=mask, other=0)
@@ -98,13 +115,14 @@ def tile_record(
         m = tl.max(x, axis=0)
     else:
         best, at = tl.max(order(x, WIDE), axis=0, return_indices=True)
-        raw = tl.where(best >= LARGEST64 if WIDE else best >= LARGEST32, float("inf"), best)
-        m = raw
+        raw = tl.minimum(best, LARGEST64 if WIDE else LARGEST32)
+        m = raw  # below an infinite or missing number, which makes s infinite or NaN
     shift = tl.where(m == float("-inf"), 0.0, m)  # -inf - -inf is no number
     # The difference first: what is rounded then is as small as the term is.
     terms = tl.exp2((x - shift[None, :]) * 1.4426950408889634)
     s = sum_pairs(terms) if PAIRS else tl.sum(terms, axis=0)
-    return m, s, best, start + at, raw
+    token = start + at
+    return m, s, best, tl.where(token == suppress, token + 1, token), raw  # where all are -inf: not the suppressed one
 
 
 @triton.jit
@@ -170,7 +188,8 @@ def combine(stats_ptr, token_ptr, row, mask, tiles, depth, parts, plane, BLOCK_S
     won = offs_s == winner[:, None]
     token = tl.sum(tl.where(won, token, 0), axis=1)
     raw = tl.sum(tl.where(won, raw, 0.0), axis=1)
-    return token, tl.exp2((raw - top) * 1.4426950408889634) / total
+    confidence = tl.exp2((raw - top) * 1.4426950408889634) / total
+    return token, tl.where(total < float("inf"), confidence, float("nan"))
 
 
 @triton.jit

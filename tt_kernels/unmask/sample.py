@@ -9,10 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..core import Op, check, define, refuse, takes_kernel
+from ..core import Op, check, define, takes_kernel
 from ..launch import Launch, architecture, by_row, run, tuned
 from ..reference.common import compute_dtype
+from ..reference.unmask import probabilities, split_temperature
 from .noise import keys
+from .options import check_sampling
 from .records import Records, Rows, combine_records, empty_record, is_any_hot, merge, tile_record, write_record
 
 # ---- kernels ----
@@ -105,7 +107,7 @@ def sample_parts(logits: Tensor) -> int:
     return triton.cdiv(logits.shape[-1], launch.BLOCK_V * launch.TILES)
 
 
-def bounds(scaled: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
+def bounds(scaled: Tensor, unit: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
     """What of scaled logits [R, V] may be sampled: the least of them, and the last token of those equal to it."""
     R, V = scaled.shape
     least, last = scaled.new_full((R,), -math.inf), torch.full((R,), V, device=scaled.device)
@@ -114,7 +116,7 @@ def bounds(scaled: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tens
         scaled = scaled.masked_fill(scaled < least.unsqueeze(-1), -math.inf)
     if top_p is not None and top_p < 1:
         ordered, index = scaled.sort(dim=-1, descending=True, stable=True)
-        late = F.pad(ordered.softmax(-1).cumsum(-1), (1, -1)) > top_p  # the probability of all better ones
+        late = F.pad(probabilities(ordered, unit).cumsum(-1), (1, -1)) > top_p  # the probability of all better ones
         end = (V - 1 - late.sum(-1, keepdim=True)).clamp(min=0)
         lowest, end = ordered.gather(-1, end).squeeze(-1), index.gather(-1, end).squeeze(-1)
         looser = lowest < least  # than top-k
@@ -126,12 +128,13 @@ def narrows(V: int, top_k: int | None, top_p: float | None) -> bool:
     return (top_k is not None and top_k < V) or (top_p is not None and top_p < 1)
 
 
-def scale(logits: Tensor, temperature: Tensor, suppress: int | None) -> Tensor:
-    """What rows above temperature 0 are sampled from; division rounds as it does in the kernel."""
-    scaled = logits / torch.where(temperature > 0, temperature, 1).to(logits).unsqueeze(-1)
+def scale(logits: Tensor, temperature: Tensor, suppress: int | None) -> tuple[Tensor, Tensor]:
+    """What rows above temperature 0 are sampled from, and its unit; division rounds as it does in the kernel."""
+    divisor, unit = split_temperature(temperature, logits.dtype)
+    scaled = logits / divisor.unsqueeze(-1)
     if suppress is not None:
         scaled[:, suppress] = -math.inf
-    return scaled
+    return scaled, unit
 
 
 def record_logits(
@@ -183,7 +186,7 @@ def _sample(
         for first in range(0, R, ROWS):
             some = logits[first : first + ROWS]
             scaled = scale(some.to(confidence.dtype), rows.settings[0][first : first + ROWS], suppress)
-            record_logits(some, rows, records, suppress, bounds(scaled, top_k, top_p), first)
+            record_logits(some, rows, records, suppress, bounds(*scaled, top_k, top_p), first)
     combine_records(records, rows, token, confidence)
     return token, confidence
 
@@ -204,16 +207,6 @@ _op = define(
 )
 
 
-def check_sampling(op: str, vocab_size: int, top_k: int | None, top_p: float | None, **tokens: int | None) -> None:
-    if top_k is not None and top_k < 1:
-        refuse(op, "top_k", top_k, "1 or more, or None")
-    if top_p is not None and not 0 < top_p <= 1:
-        refuse(op, "top_p", top_p, "above 0 and up to 1, or None")
-    for name, token in tokens.items():
-        if token is not None and not 0 <= token < vocab_size:
-            refuse(op, name, token, f"a token id below V={vocab_size}")
-
-
 def sample(
     logits: Tensor,
     *,
@@ -231,24 +224,29 @@ def sample(
     softmax(logits / temperature). Of equal scores the lowest id wins. The confidence is the token's probability at
     temperature 1, under all tokens but the suppressed one.
 
+    Tokens of logit -inf, suppressed ones and those outside top-k and top-p are never drawn, at no temperature; an
+    infinite one draws evenly among the rest. NaN counts as larger than inf and both as above all temperatures: the
+    first NaN of a row, else its first inf, is the token. Where all are -inf it is the lowest id that is not suppressed.
+    The confidence of all three is NaN. Ids are always below V.
+
     Args:
         logits:      [*, V] float.
-        temperature: [*] float, 0 or more, one for each row of logits, as are the next three.
+        temperature: [*] float, 0 or more and inf, one for each row of logits, as are the next three. Below 0 and NaN:
+                     refused on a CPU; as 0 on a GPU, which is not waited for, and in graphs.
         seed:        [*] int, any 64 bits.
-        position:    [*] int, the token's position in its sequence.
-        step:        [*] int, the denoising step.
+        position:    [*] int, the token's position in its sequence, of which the lower 32 bits count.
+        step:        [*] int, the denoising step, as position.
         top_k:       sample among the k best (and all that equal the k-th), or None.
         top_p:       sample among the best whose probabilities at this temperature, summed from the best down and after
                      top_k, first exceed p, or None. Neither touches rows of temperature 0.
-        suppress:    a token id that counts as -inf, or None.
+        suppress:    a token id that counts as -inf, or None; not the only one.
     Returns:
         token:      [*] int64.
         confidence: [*] fp32 (fp64 for fp64 logits).
 
-    Computes in the dtype of the confidence, and decides in its own whether a temperature is above 0: one that is 0 only
-    once narrowed divides as 0 does, so that all logits above 0 are equals and one of exactly 0 is above them. No
-    gradients. Deterministic. Raises ValueError for sizes that disagree and options out of their range.
-    Cost for R rows: R V itemsize bytes; with noise 40 R V operations.
+    Computes in the dtype of the confidence, where a temperature above 0 counts as at least its least normal number
+    (1e-38 in fp32). No gradients. Deterministic. Raises ValueError for sizes that disagree and options out of
+    their range. Cost for R rows: R V itemsize bytes; with noise 40 R V operations.
     Source: TwoTower (2606.26493); Gumbel-max as in Maddison et al. (1411.0030).
     """
     check(
@@ -259,7 +257,7 @@ def sample(
         position=(position, "*", int),
         step=(step, "*", int),
     )
-    check_sampling("sample", logits.shape[-1], top_k, top_p, suppress=suppress)
+    check_sampling("sample", logits.shape[-1], temperature, top_k, top_p, suppress=suppress)
     if not takes_kernel("sample", logits):
         return reference.sample(
             logits,
@@ -271,7 +269,7 @@ def sample(
             top_p=top_p,
             suppress=suppress,
         )
-    return _op(logits, temperature, seed, position, step, top_k, top_p, suppress)
+    return _op(logits.detach(), temperature.detach(), seed, position, step, top_k, top_p, suppress)
 
 
 # ---- card ----
@@ -321,6 +319,5 @@ OPS = (
             )
         ),
         cost=lambda itemsize, R, V, hot=1, narrow=0: (40 * R * V, R * V * itemsize),
-        reference_compiles=False,  # the reference reads on the host whether any row has noise
     ),
 )

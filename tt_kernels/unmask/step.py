@@ -11,8 +11,8 @@ from ..launch import Launch, by_row, run
 from ..reference.common import compute_dtype
 from .commit import before, commit_inputs, settle, write_commit
 from .head import CANDIDATES, head_inputs, head_records
+from .options import check_sampling
 from .records import Rows, combine, combine_records, row_vectors
-from .sample import check_sampling
 
 # ---- kernels ----
 
@@ -67,8 +67,8 @@ def _finish_kernel(
     token, confidence = combine(stats_ptr, tokens_ptr, slot, masked, parts, 1, parts, plane, BLOCK_S)
     confidence = confidence.to(confidence_ptr.dtype.element_ty)
     tl.store(confidence_ptr + b * L + offs_l, tl.where(masked, confidence, 0.0), mask=mask_l)
-    confidence = tl.where(masked, confidence, float("-inf"))
-    earlier = before(confidence[None, :], offs_l[None, :], confidence[:, None], offs_l[:, None])  # [BLOCK_L, BLOCK_L]
+    sure, j = tl.where(masked, confidence, float("nan")), tl.where(masked, offs_l, BLOCK_L)
+    earlier = before(sure[None, :], j[None, :], confidence[:, None], offs_l[:, None])  # [BLOCK_L, BLOCK_L]
     rank = tl.sum(earlier.to(tl.float32), axis=1).to(tl.int32)  # as integers bits are counted through local memory
     settle(
         *(b, offs_l, mask_l, block, token.to(block.dtype), masked, confidence, rank, threshold_ptr, steps_left_ptr),
@@ -150,8 +150,8 @@ def _unmask(
 
 def _unmask_fake(hidden, weight, block, *settings):
     committed = block.new_empty(block.shape, dtype=torch.bool)
-    confidence = hidden.new_empty(block.shape, dtype=compute_dtype(hidden.dtype))
-    return block.new_empty(block.shape), committed, confidence, block.new_empty(len(block), dtype=torch.int64)
+    confidence = hidden.new_empty(block.shape, dtype=compute_dtype(hidden.dtype, weight.dtype))
+    return block.new_empty(block.shape), committed, confidence, block.new_empty(block.shape[0], dtype=torch.int64)
 
 
 _op = define(
@@ -183,19 +183,19 @@ def unmask(
     Args:
         hidden:        [B, L, D] float, after the final norm.
         weight:        [V, D] float: the head.
-        block:         [B, L] int64.
-        mask_token_id: the mask.
+        block:         [B, L] int.
+        mask_token_id: the mask, which is never predicted.
         threshold:     [B] float: confidence above which a position commits.
-        temperature:   [B] float, 0 or more.
+        temperature:   [B] float, as in `sample`.
         seed:          [B] int, any 64 bits.
         position:      [B] int: of the block's first token in its sequence.
         step:          [B] int: the denoising step, from 0.
         steps_left:    [B] int: steps that remain, this one included.
         top_k, top_p:  as in `sample`.
     Returns:
-        block:      [B, L] int64, in new memory.
+        block:      [B, L] dtype of block, in new memory.
         committed:  [B, L] bool: what changed now.
-        confidence: [B, L] fp32 (fp64 where hidden is fp64): of the prediction; 0 where the block was not masked.
+        confidence: [B, L] fp32 (fp64 where hidden or weight is): of the prediction; 0 where nothing was masked.
         masked:     [B] int64: how many are masked still.
 
     Computes as `head_sample` does. No gradients. Deterministic. Raises ValueError as `sample` does. Cost for M masked
@@ -213,7 +213,7 @@ def unmask(
         step=(step, "B", int),
         steps_left=(steps_left, "B", int),
     )
-    check_sampling("unmask", weight.shape[0], top_k, top_p, mask_token_id=mask_token_id)
+    check_sampling("unmask", weight.shape[0], temperature, top_k, top_p, mask_token_id=mask_token_id)
     if not takes_kernel("unmask", hidden, weight):
         return reference.unmask(
             hidden,
@@ -229,6 +229,7 @@ def unmask(
             top_k=top_k,
             top_p=top_p,
         )
+    hidden, weight, threshold, temperature = (t.detach() for t in (hidden, weight, threshold, temperature))
     return _op(
         hidden, weight, block, threshold, temperature, seed, position, step, steps_left, mask_token_id, top_k, top_p
     )
@@ -280,6 +281,5 @@ OPS = (
         tensor_cores={"_head_kernel": "BLOCK_V"},
         candidates=dict(_head_kernel=CANDIDATES),
         cost=lambda itemsize, B, L, D, V, hot=1, narrow=0: (2 * B * L * V * D, (V * D + B * L * D) * itemsize),
-        reference_compiles=False,  # to the reference the number of masked positions is a size
     ),
 )
