@@ -1,4 +1,4 @@
-"""Attention in graphs: torch.compile and torch.export, strict and not, with batch, block, pages, and tokens dynamic: one
+"""Attention in graphs: torch.compile and torch.export, strict and not, with dynamic batch, block, pages and tokens: one
 graph, which serves other sizes. References without TRITON_INTERPRET, kernels with it or on a GPU."""
 
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def paged(B: int, L: int, row_pages: int, pages: int) -> list[Tensor]:
 
 def clean(B: int, N: int) -> list[Tensor]:
     """q, k, v, k_clean, v_clean, cu_seqlens."""
-    starts = torch.tensor(sorted({0, N // 2, N + 1, B * N}))
+    starts = torch.tensor(sorted({0, N // 2, min(N + 1, B * N), B * N}))
     return [torch.randn(B, N, 4, 8), *torch.randn(4, B, N, 2, 8), starts]
 
 

@@ -186,7 +186,7 @@ def test_gradients(op: Op, dims: dict[str, int]) -> None:
         assert all(t.grad is None or t.grad.isfinite().all() for t in free.values())
 
 
-@pytest.mark.parametrize("op,dims", [p for p in FIRST if KERNELS or p.values[0].reference_compiles])
+@pytest.mark.parametrize("op,dims", FIRST)
 def test_compiles_into_one_graph(op: Op, dims: dict[str, int]) -> None:
     """Traced forward and backward without generated code: whether the graph is whole shows there, and takes a tenth of
     the time. Sizes are static, as in training."""

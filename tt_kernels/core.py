@@ -275,4 +275,3 @@ class Op:
     tensor_cores: dict[str, str] = field(default_factory=dict)
     candidates: dict[str, tuple[Launch, ...]] = field(default_factory=dict)  # kernel -> launches worth measuring
     rms: float = 1.25  # bound on 16-bit results: root mean square of a kernel's error over PyTorch's; above: say why
-    reference_compiles: bool = True  # into one graph; False: sizes on the way depend on values of the tensors

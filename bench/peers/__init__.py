@@ -33,8 +33,6 @@ def peers_of(op: Op, wanted: Sequence[str] | None = None) -> list[Peer]:
         return lambda: op.reference(**kwargs)
 
     def inductor(**kwargs):
-        if not op.reference_compiles:
-            raise Unavailable("the reference does not compile into one graph")
         fn = compiled(op.reference)
         return lambda: fn(**kwargs)
 

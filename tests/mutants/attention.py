@@ -129,8 +129,8 @@ MUTANTS = (
     Mutant(
         "append_attention",
         CONTEXT,
-        "to % page_size * stride_kslot",
-        "to * stride_kslot",
+        "slot = (to % page_size).to(tl.int64)",
+        "slot = to.to(tl.int64)",
         "another page's keys overwritten",
     ),
     Mutant(

@@ -30,7 +30,7 @@ MUTANTS = (
         "sums in 16 bits",
     ),
     Mutant("experts", FORWARD, "first, expert * N, n0", "first, 0 * N, n0", "everybody takes the first expert"),
-    Mutant("experts", FORWARD, "pair // top_k", "pair // (top_k + 1)", "wrong token"),
+    Mutant("experts", FORWARD, "(pair.to(tl.int32) // top_k)", "(pair.to(tl.int32) // (top_k + 1))", "wrong token"),
     Mutant("experts", FORWARD, "h *= activate(g, RELU2)", "h = activate(g, RELU2)", "up forgotten beside the gate"),
     Mutant(
         "experts", FORWARD, "product(y, y, h2, down2, down2,", "product(y, y, h, down, down,", "dx without the gate"
@@ -47,8 +47,20 @@ MUTANTS = (
     Mutant("experts", BACKWARD, "s * (1 + v * (1 - s))", "s * (1 - s)", "derivative of sigmoid, not silu"),
     Mutant("experts", BACKWARD, "dh = d * w\n", "dh = d\n", "routing weight forgotten in dh"),
     Mutant("experts", BACKWARD, "parts.sum(0)", "parts[0]", "dweights of the first tile of N"),
-    Mutant("experts", BACKWARD, "mask=expert > 0", "mask=expert > 1", "the second expert takes the first's rows too"),
+    Mutant(
+        "experts",
+        BACKWARD,
+        "expert - 1, expert > 0",
+        "expert - 1, expert > 1",
+        "the second expert takes the first's rows too",
+    ),
     Mutant("experts", BACKWARD, "mask_r = rows < end", "mask_r = rows < end - 1", "last row of an expert missed"),
     Mutant("experts", BACKWARD, 'ends, up, "b"),', 'ends, up, ""),', "rows of x by pair, not by token"),
-    Mutant("experts", OP, "right=True", "right=False", "where experts begin for where they end"),
+    Mutant(
+        "experts",
+        OP,
+        "order, ends = index_lists(ids, len(up))",
+        "order, ends = index_lists(ids - 1, len(up))",
+        "pairs listed for the expert before theirs",
+    ),
 )

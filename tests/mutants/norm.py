@@ -103,7 +103,7 @@ MUTANTS = (
         "    acc = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32\n    x = tl.load(x_ptr",
         "an fp64 weight forgotten in the dtype of sums",
     ),
-    Mutant("gated_group_norm", GATED, "    u = x * z * sigmoid(z)\n", "    u = x * sigmoid(z)\n", "sigmoid for SiLU"),
+    Mutant("gated_group_norm", GATED, "u = x * (z * sigmoid(z))", "u = x * sigmoid(z)", "sigmoid for SiLU"),
     Mutant(
         "gated_group_norm",
         GATED,

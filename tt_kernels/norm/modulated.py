@@ -344,16 +344,8 @@ def modulated_rms_norm(
     without a scale, a gate without a branch. Cost for T tokens: 9 T D flops, 4 T D itemsize bytes, so bound by memory.
     Source: TwoTower (2606.26493) and its published implementation; adaLN-single of PixArt-alpha.
     """
-    check(
-        "modulated_rms_norm",
-        2,
-        x=(x, "* L D"),
-        weight=(weight, "D"),
-        shift=(shift, "* D"),
-        scale=(scale, "* D"),
-        branch=(branch, "* L D"),
-        gate=(gate, "* D"),
-    )
+    rows = dict(shift=(shift, "* D"), scale=(scale, "* D"), gate=(gate, "* D"))
+    check("modulated_rms_norm", 2, x=(x, "* L D"), weight=(weight, "D"), branch=(branch, "* L D"), **rows)
     if order not in ("modulate_norm", "norm_modulate"):
         refuse("modulated_rms_norm", "order", order, "'modulate_norm' or 'norm_modulate'")
     if (shift is None) != (scale is None):
