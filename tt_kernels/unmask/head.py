@@ -129,6 +129,11 @@ def _head_kernel(
 SUB = 16  # the fewest rows that tensor cores take; more would not fit registers beside the products
 
 
+def rows_sampled(launch: Launch, architecture: int) -> int:
+    """Rows sampled at a time. On sm_100, where all products of 128 rows come into registers at once, 16 would spill."""
+    return SUB // 2 if launch.BLOCK_T == 128 and architecture >= 100 else SUB
+
+
 def head_launch(R: int, V: int, D: int, itemsize: int, architecture: int) -> Launch:
     """Up to some 180 rows the head's bytes are all that counts. Up to 64 two programs share a multiprocessor, 100 KB of
     stages each: one loads while the other samples. More rows make wider tiles, so that the head goes from the cache to
@@ -208,7 +213,7 @@ def _run_head(
         COMPACT=rows.index is not None,
         STORE=logits is not None,
         TMA=tma,
-        SUB=SUB,
+        SUB=rows_sampled(launch, architecture(weight)),
         WIDE=torch.float64 in (hidden.dtype, weight.dtype),
         launch=launch,
     )

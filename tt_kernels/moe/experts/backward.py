@@ -54,10 +54,10 @@ def _experts_bwd_hidden_kernel(
         mask_t = rows < end
         pairs = rows
         if not DENSE:
-            pairs = pairs_of(order_ptr, rows, mask_t, R)
+            pairs = pairs_of(order_ptr, rows, mask_t, R).to(tl.int32)
         at = rows
         if not (SORTED or DENSE):
-            at = (pairs.to(tl.int32) // top_k).to(tl.int64)
+            at = (pairs // top_k).to(tl.int64)
         n0 = n * BLOCK_N
         acc = tl.float64 if du_ptr.dtype.element_ty == tl.float64 else tl.float32
         zeros = tl.zeros((BLOCK_T, BLOCK_N), dtype=acc)

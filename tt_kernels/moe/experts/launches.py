@@ -101,7 +101,7 @@ def hidden_launch(s: Sizes) -> Launch:
     expert take the smallest tile whose rows, the M operand, are wgmma: 64. Two loops a tile, so no persistent form;
     three stages leave room for two programs. Rows are gathered once: two tensors by pointer would take 70 registers
     more. sm_80 has no TMA, and takes 8 warps and 64 of N for what it holds in registers; with a gate half of
-    them each way, and two stages. Elements of 4 bytes as in `product_launch`."""
+    them each way, two stages, and 32 of K, as 64 spill under Triton 3.6. Elements of 4 bytes as in `product_launch`."""
     few, old = s.rows / s.experts < 96, s.architecture < 90
     if s.itemsize > 2:
         launch = Launch(
@@ -116,7 +116,7 @@ def hidden_launch(s: Sizes) -> Launch:
     launch = Launch(
         BLOCK_T=(64 if s.N >= 64 else tile(s.rows, 64)) if few or (s.two and old) else 128,
         BLOCK_N=tile(s.N, 32 if s.two and old else 64 if s.two or old else 128),
-        BLOCK_K=tile(s.K, 64),
+        BLOCK_K=tile(s.K, 32 if s.two and old else 64),
         SORTED=int(s.N >= 64 and not old),
         num_warps=4 if few and not old else 8,
         num_stages=2 if s.two and old else 3,
