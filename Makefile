@@ -1,6 +1,8 @@
 # Needs Python 3.11+, make and git. Everything is installed into $(VENV); nothing else on the machine is touched.
 PYTHON ?= python3
 VENV   ?= .venv
+# Of the releases that pyproject.toml allows, the one that a new $(VENV) gets.
+TORCH  ?= 2.13.0
 ARGS   ?=
 
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ PARALLEL := -n auto --dist worksteal
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo '  PYTHON=python3.12 picks the interpreter for $(VENV); ARGS="-k golden" goes to pytest.'
+	@echo '  PYTHON=python3.12 and TORCH=2.15.0 pick what a new $(VENV) gets; ARGS="-k golden" goes to pytest.'
 
 demo: $(VENV)/.package ## write Python with the bundled model
 	$(BIN)/twotower generate "def fibonacci(n):"
@@ -76,6 +78,7 @@ $(VENV)/.dev: EXTRAS := [dev]
 $(VENV)/.test: INCLUDED := $(VENV)/.package
 $(VENV)/.dev: INCLUDED := $(VENV)/.package $(VENV)/.test
 $(VENV)/.package $(VENV)/.test $(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install torch==$(TORCH)
 	$(PIP) install --editable ".$(EXTRAS)"
 	@touch $@ $(INCLUDED)
 

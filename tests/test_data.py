@@ -371,3 +371,10 @@ def test_load_rows_needs_bos_and_eos(corpus):
     plain = data.Tokenizer(data.models.BPE())
     with pytest.raises(ValueError, match="no <bos> or no <eos>"):
         data.load_rows(corpus, plain, row_length=32, block_size=16)
+
+
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "b.py").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(ValueError, match=r"b\.py: a git-LFS pointer, .* install git-lfs"):
+        data.load_texts(tmp_path, "train", 0.0)

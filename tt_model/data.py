@@ -110,8 +110,8 @@ def load_texts(source: str | Path, split: str, held_out: float = HELD_OUT) -> li
     Of a *.jsonl file every line is a document, the "text" of a JSON object; its side follows from a hash of the file's
     path and the line's number. Of any other single file, the last `held_out` of its text, from the start of a line, is
     the held-out split. Files that are not UTF-8 are skipped, with one warning that counts them. Raises ValueError when
-    nothing is left, when a single file is not UTF-8, for a line of a *.jsonl file that is something else, and for what
-    text_files and split_files refuse.
+    nothing is left, when a single file is not UTF-8, for a git-LFS pointer in place of a file, for a line of a *.jsonl
+    file that is something else, and for what text_files and split_files refuse.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
@@ -125,6 +125,7 @@ def load_texts(source: str | Path, split: str, held_out: float = HELD_OUT) -> li
         if not lines and not root.is_file() and path not in chosen:
             continue
         read += 1
+        refuse_pointer(path)
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
