@@ -1,6 +1,7 @@
 """What every test shares: exact arithmetic, reproducible Hypothesis, and the golden files."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ torch.set_num_threads(1)
 # TF32 keeps 10 bits of mantissa; parity with the golden files is stated for full fp32.
 torch.set_float32_matmul_precision("highest")
 torch.backends.cudnn.allow_tf32 = False
+
+# Under nohup it is ignored, in the processes that tests start as well; tests of signals want what a shell gives.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # No deadline: the first call of a shape pays for allocation and thread pools.
 settings.register_profile("local", deadline=None)
