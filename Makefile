@@ -43,8 +43,8 @@ format: $(VENV)/.dev ## format, and mend what lint can mend
 	$(BIN)/ruff format .
 
 aot: $(VENV)/.test $(VENV)/triton-3.6.0 ## compile every kernel without a GPU, under two Tritons, against the lock
-	$(BIN)/python -m tt_kernels.aot $(ARGS)
-	PYTHONPATH=$(VENV)/triton-3.6.0 $(BIN)/python -m tt_kernels.aot $(ARGS)
+	$(BIN)/python -m tools.aot $(ARGS)
+	PYTHONPATH=$(VENV)/triton-3.6.0 $(BIN)/python -m tools.aot $(ARGS)
 
 sanitize: $(VENV)/.test $(VENV)/ttsem-0.1.0 ## execute every kernel in bf16 without a GPU: values, bounds, races
 	TT_KERNELS_ON_CPU=1 PYTHONPATH=tests:$(VENV)/ttsem-0.1.0 $(TEST) $(PARALLEL) -p sanitize -m sanitize $(ARGS)
@@ -59,7 +59,7 @@ report: $(VENV)/.package ## render SPEED.md and its figures from bench/results
 	$(BIN)/python -m bench.report $(ARGS)
 
 tune: $(VENV)/.test ## measure launches on a GPU, keep what wins: make tune OP=experts
-	$(BIN)/python -m bench.tune $(OP) $(ARGS)
+	$(BIN)/python -m tools.tune $(OP) $(ARGS)
 
 test-gpu: ## all that only a GPU can show; PYTHON names a Python that has what it takes
 	$(PYTHON) -m bench.gpu_tests $(ARGS)

@@ -1,6 +1,6 @@
 """`make bench`: the CPU comparison among the benchmarks that pytest collects; nothing is asserted about its figures."""
 
-from . import cpu
+from bench import cpu
 
 
 def test_cpu_comparison() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tt_kernels.launch import ON_CPU
+from bench import clock, measure, ops
+from tt_kernels.runtime.launch import ON_CPU
 
-from . import clock, measure, ops
 from .conftest import GPU_ONLY, HEADING, ROWS, chosen
 from .oracle import DTYPES
 from .peers import peers_of

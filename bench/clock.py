@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tt_kernels import launch
+from tt_kernels.runtime import launch
 
 from .measure import describe, machine
 

@@ -50,7 +50,7 @@ def serve(tree: Path) -> None:
 
     import torch
 
-    from . import clock, ops
+    from bench import clock, ops
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     watch = clock.DeviceClock() if device == "cuda" else clock.HostClock()
@@ -187,7 +187,7 @@ def checkout(reference: str) -> Iterator[tuple[Path, str]]:
 
 def main(reference: str, pattern: str, rounds: int) -> int:
     """0: nothing is slower and nothing wrong here; 1 otherwise."""
-    from . import clock
+    from bench import clock
 
     try:
         with checkout(reference) as (base, commit):

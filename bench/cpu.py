@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tt_model import TwoTower, TwoTowerConfig
-from tt_model.layers import MoE
+from tt_model.modeling.moe import MoE
 
 from .clock import commit, in_a_line, no_commit
 from .measure import interleaved, machine, positive, ratio, record, table

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tt_kernels import OPS
+from cards import OPS
 
 from .results import Machine
 

@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 
+from bench import clock, measure, whole
 from tt_kernels import head_sample
 from tt_model import TwoTower, TwoTowerConfig
-from tt_model import generate as decoder
-from tt_model.cache import Cache
 from tt_model.cli import sizes
-from tt_model.generate import MODES
-from tt_model.layers import MoE
-from tt_model.two_tower import ASSETS
+from tt_model.engine import generate as decoder
+from tt_model.engine.generate import MODES
+from tt_model.modeling.moe import MoE
+from tt_model.modeling.state import Cache
+from tt_model.modeling.two_tower import ASSETS
 
-from . import clock, measure, whole
 from .clock import percentile
 from .models import PUBLISHED, random_on_device
 from .oracle import DTYPES

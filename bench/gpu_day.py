@@ -84,14 +84,14 @@ PROFILED = {"experts": "T=16", "context_attention": "L=16,S=131072"}
 
 
 def tuning(missing: bool) -> Iterator[Slice]:
-    from tt_kernels import OPS
+    from cards import OPS
 
     more = ["--missing"] if missing else []
     for name in by_worth(name for name, op in OPS.items() if op.candidates):
         shapes = [",".join(f"{k}={v}" for k, v in dims.items()) for dims in OPS[name].shapes]
         for i in range(0, len(shapes), SHAPES):
             wanted = [part for shape in shapes[i : i + SHAPES] for part in ("--shape", shape)]
-            yield Slice(f"tune-{name}-{i // SHAPES + 1}", (sys.executable, "-m", "bench.tune", name, *more, *wanted))
+            yield Slice(f"tune-{name}-{i // SHAPES + 1}", (sys.executable, "-m", "tools.tune", name, *more, *wanted))
         yield Slice(f"again-{name}", rows_of([named([name])], "eager,compiled", missing=missing))
 
 
@@ -123,7 +123,7 @@ def profiles(python: Sequence[str]) -> Iterator[Slice]:
 
 def plan(missing: bool = True) -> list[tuple[str, Slice]]:
     """(step, slice) in order of worth; `missing`: rows and shapes that are recorded already are skipped."""
-    from tt_kernels import OPS
+    from cards import OPS
 
     from .peers import REGISTRY
 

@@ -59,7 +59,7 @@ class Slice:
 
 def groups() -> dict[str, list[str]]:
     """Ops with kernels by the part of tt_kernels that they are in."""
-    from tt_kernels import OPS
+    from cards import OPS
 
     found: dict[str, list[str]] = {}
     for name, op in OPS.items():
@@ -80,7 +80,7 @@ def by_worth(names: Iterable[str]) -> list[str]:
 def parts() -> dict[str, list[str]]:
     """Ops with kernels by the slice that they are in: each its own, but a group together that has few rows: a process
     takes some ten seconds to start and to measure the roofs."""
-    from tt_kernels import OPS
+    from cards import OPS
 
     rows = lambda name: len(OPS[name].shapes) * (2 if OPS[name].grads else 1)
     found = {}
@@ -105,15 +105,14 @@ def rows_of(words: Sequence[str], peers: str, *, missing: bool, which: str = "")
 
 def smoke() -> list[str]:
     """Tests of a minute or two: whether each kernel runs at all, and right."""
-    from tt_kernels import OPS
-
-    from . import ops  # which brings tests/ onto the path
+    from bench import ops
+    from cards import OPS
 
     from parity import case_id  # isort:skip
 
     kernels = {name: op for name, op in OPS.items() if op.kernels}
     found = [
-        f"tests/test_kernels.py::test_matches_reference[{case_id(name, op.cases[0])}-torch.bfloat16]"
+        f"tests/kernels/test_kernels.py::test_matches_reference[{case_id(name, op.cases[0])}-torch.bfloat16]"
         for name, op in kernels.items()
     ]
     for name in kernels:
@@ -135,26 +134,26 @@ def slices(*, golden: Path | None = None, sanitizer: str | None = None, missing:
     at_golden = {"TWOTOWER_GOLDEN": str(golden)}
     # Each tensor in memory of its own, so that a read past its end is one past an allocation.
     checked = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    small = ("tests/test_kernels.py", "--timeout", "0")
-    all_ops = (*PYTEST, "tests/test_kernels.py", "tests/test_ops.py", "-k")
+    small = ("tests/kernels/test_kernels.py", "--timeout", "0")
+    all_ops = (*PYTEST, "tests/kernels/test_kernels.py", "tests/kernels/test_ops.py", "-k")
 
     found = [Slice("smoke", (*PYTEST, *smoke()))]
     found += [Slice(f"parity-{group}", (*all_ops, named(grouped[group]))) for group in by_worth(grouped)]
     found += [Slice("parity-rest", (*all_ops, f"not ({everything})"))]
     # What no card shows: bits that neighbours do not move, ties, NaN, tickets over streams and graphs, masks.
     launches = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_launches_*.py"))
-    found += [Slice(f"device-{name}", (*PYTEST, f"tests/test_{name}.py")) for name in DEVICE_TESTS]
+    found += [Slice(f"device-{name}", (*PYTEST, f"tests/kernels/test_{name}.py")) for name in DEVICE_TESTS]
     found += [
         Slice("device-launches", (*PYTEST, *launches)),
         # The golden models have a slice of their own.
-        Slice("gpu-marked", (*PYTEST, "tests", "-m", "gpu", "--ignore", "tests/test_golden.py")),
+        Slice("gpu-marked", (*PYTEST, "tests", "-m", "gpu", "--ignore", "tests/model/test_golden.py")),
     ]
     found += [
         Slice(f"real-{part}", (*PYTEST, "bench/bench_ops.py", "--timeout", "0", "-k", f"test_parity and ({names})"))
         for part, names in chosen.items()
     ]
     found += [
-        Slice("golden-fp32", (*PYTEST, "tests/test_golden.py", "-m", "gpu"), at_golden, no_golden),
+        Slice("golden-fp32", (*PYTEST, "tests/model/test_golden.py", "-m", "gpu"), at_golden, no_golden),
         Slice("golden-bf16", (sys.executable, "-m", "bench.golden", str(golden)), skip=no_golden),
     ]
     found += [

@@ -16,7 +16,7 @@ import torch
 
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.checkpoint.keys import parameter_dtype
-from tt_model.layers import MoE
+from tt_model.modeling.moe import MoE
 
 if TYPE_CHECKING:
     from transformers import NemotronHForCausalLM

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tt_kernels import OPS, Op
+from cards import OPS, Op
 
 from .clock import Call, interleave, percentile, reason
 from .measure import ratio

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tt_kernels import Op
+from cards import Op
 
 from .clock import DeviceClock, HostClock
 

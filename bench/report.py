@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tt_kernels import OPS
+from bench import figures, measure, results, whole
+from cards import OPS
 
-from . import figures, measure, results, whole
 from .figures import constant, label, part_of
 from .measure import spread, table
 from .peers import GENERAL, REGISTRY, names
@@ -275,7 +275,7 @@ def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = arguments_of(arguments)
     if options.base is not None:
-        from . import compare
+        from bench import compare
 
         return compare.main(options.base, options.pattern, options.rounds)
 

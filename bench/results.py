@@ -10,9 +10,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from tt_kernels import OPS
+from bench import measure, ops
+from cards import OPS
 
-from . import measure, ops
 from .oracle import DTYPES
 
 KINDS = ("row", "pass", "decode", "cpu")

@@ -1,6 +1,6 @@
 """`python -m profiling.aot OP ...`: what the compiler made of an op's kernels, and how many fit on a multiprocessor.
 
-From the lock (tt_kernels/aot.lock.json), so without a GPU and without compiling; `python -m tt_kernels.aot OP` compiles
+From the lock (tools/aot.lock.json), so without a GPU and without compiling; `python -m tools.aot OP` compiles
 anew. Programs a multiprocessor: the fewest that registers, shared memory and threads allow. Beside it what limits, and
 the shared memory of all of them together: loads in flight live there, and bandwidth wants about 100 KB of them on each
 of an H200's 132 multiprocessors.
@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tt_kernels import OPS
-from tt_kernels.aot import LOCK
+from cards import OPS
+from tools.aot import LOCK
 
 from .common import command, op_named, parser, refuse
 

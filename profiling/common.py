@@ -13,8 +13,8 @@ import torch
 
 from bench.ops import low_dtype
 from bench.oracle import make
-from tt_kernels import OPS, Op
-from tt_kernels.launch import INTERPRET, recording
+from cards import OPS, Op
+from tt_kernels.runtime.launch import INTERPRET, recording
 
 RANGE = "op "  # what the name of a range in a profile begins with
 

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.clock import DeviceClock, here, percentile
 from bench.generate import config_of, denoiser_pass, load, timed
 from bench.measure import positive, table
-from tt_kernels.launch import INTERPRET, recording
+from tt_kernels.runtime.launch import INTERPRET, recording
 from tt_model import TwoTower, TwoTowerConfig
-from tt_model.cache import Cache
+from tt_model.modeling.state import Cache
 
 from .common import command, parser, refuse
 
@@ -72,7 +72,7 @@ def run(o: Any) -> int:
             begin = time.perf_counter()
             call()
             samples.append(time.perf_counter() - begin)
-    from tt_model.two_tower import _frequencies
+    from tt_model.modeling.two_tower import _frequencies
 
     _frequencies.cache_clear()  # made on the meta device here
     p20, p50, p80 = (1e3 * percentile(samples, share) for share in (0.2, 0.5, 0.8))

@@ -22,7 +22,7 @@ from bench.clock import DeviceClock, in_a_line, where
 from bench.measure import positive
 from bench.ops import Case, bind, low_dtype, operands
 from bench.oracle import Clock
-from tt_kernels import OPS
+from cards import OPS
 
 from .common import Refused, command, gpu, launched, op_named, parser, refuse, shape_of
 

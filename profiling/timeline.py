@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import clock, whole
 from bench.generate import denoiser_pass, format_of, load
 from bench.measure import positive, table
-from tt_kernels import OPS
+from cards import OPS
 from tt_model import TwoTowerConfig
 from tt_model.cli import sizes
 

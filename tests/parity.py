@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tt_kernels import OPS, ExpertWeights, Op
-from tt_kernels.launch import INTERPRET, ON_CPU
+from cards import OPS, Op
+from tt_kernels import ExpertWeights
+from tt_kernels.runtime.launch import INTERPRET, ON_CPU
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU and not ON_CPU else "cpu"

@@ -4,19 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .cache import Cache
     from .config import TwoTowerConfig
-    from .generate import Generation, Step
-    from .two_tower import TwoTower
+    from .engine.generate import Generation, Step
+    from .modeling.state import Cache
+    from .modeling.two_tower import TwoTower
 
 __version__ = "0.1.0"
 __all__ = ["Cache", "Generation", "Step", "TwoTower", "TwoTowerConfig"]
 
 _HOMES = {
-    "Cache": "cache",
-    "Generation": "generate",
-    "Step": "generate",
-    "TwoTower": "two_tower",
+    "Cache": "modeling.state",
+    "Generation": "engine.generate",
+    "Step": "engine.generate",
+    "TwoTower": "modeling.two_tower",
     "TwoTowerConfig": "config",
 }
 

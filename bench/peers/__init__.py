@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tt_kernels import Op
+from cards import Op
 
 from . import attention, experts, head, mamba, norm, paged, router
 from .base import TOLERANCE, Adapter, Peer, Unavailable, compiled, difference, fresh, results

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tt_kernels.launch import ON_CPU
+from tt_kernels.runtime.launch import ON_CPU
 
 HOW_TO = "bench/peers/README.md"
 

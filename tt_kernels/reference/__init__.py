@@ -7,12 +7,12 @@ H heads (G groups of them), P head size, N state size, C channels, K taps or cho
 
 from .attention import append_attention, block_diffusion_attention, causal_attention, context_attention
 from .conv1d import causal_conv1d, conv_block_states, conv_state
-from .linear_cross_entropy import linear_cross_entropy
+from .loss import linear_cross_entropy
 from .mamba import mamba_advance, mamba_block, mamba_step
 from .moe import ExpertWeights, experts, route
 from .norm import gated_group_norm, modulated_rms_norm, rms_norm
 from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
-from .unmask import commit, gumbel_noise, head_sample, sample, unmask
+from .sampling import commit, gumbel_noise, head_sample, sample, unmask
 
 __all__ = [
     "ExpertWeights",

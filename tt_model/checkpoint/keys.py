@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import TwoTowerConfig
-from ..tower import Tower
+from ..modeling.tower import Tower
 from .folder import Folder, Stored, some
 
 CONTEXT = ("context_tower.", "context_lm_head.")

@@ -14,7 +14,7 @@ from .common import Output, Parser, add_machine, device_of, dtype_of, use_thread
 
 if TYPE_CHECKING:
     from ..config import TwoTowerConfig
-    from ..generate import Settings
+    from ..engine.generate import Settings
     from .vocabulary import Vocabulary
     from .watch import Watch
 
@@ -118,7 +118,7 @@ def run(o: argparse.Namespace) -> None:
         prompt = _parse_ids(o.tokens) if o.tokens is not None else _read_prompt(o.prompt, o.prompt_file)
 
         from ..config import TwoTowerConfig
-        from ..two_tower import ASSETS, TwoTower
+        from ..modeling.two_tower import ASSETS, TwoTower
         from .vocabulary import Vocabulary
 
         folder = ASSETS if o.model is None else Path(o.model)
@@ -204,7 +204,7 @@ def _parse_ids(text: str) -> list[int]:
 
 
 def _settings(o: argparse.Namespace, config: TwoTowerConfig) -> Settings:
-    from ..generate import Settings
+    from ..engine.generate import Settings
 
     settings = Settings(
         mode=o.mode,
@@ -251,7 +251,7 @@ def _generate(
     model: Any, ids: list[int], settings: Settings, seed: int, view: Watch | None
 ) -> tuple[list[int], int, float]:
     """New tokens, denoiser passes and seconds."""
-    from ..generate import generate
+    from ..engine.generate import generate
 
     began = time.perf_counter()
     if view is None:

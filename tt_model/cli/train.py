@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from ..config import TwoTowerConfig
-    from ..data import Rows
-    from ..schedule import TrainSettings
-    from ..two_tower import TwoTower
+    from ..modeling.two_tower import TwoTower
+    from ..training.data import Rows
+    from ..training.schedule import TrainSettings
     from .vocabulary import Vocabulary
 
 # Fields of TrainSettings: type and help. Their defaults, which a test compares, are in the help only.
@@ -158,7 +158,7 @@ def _add_common(p: Parser) -> None:
 def run(o: argparse.Namespace) -> None:
     """Begin or go on with a run; at its end write OUT/model."""
     from ..files import hold
-    from ..schedule import TrainSettings
+    from ..training.schedule import TrainSettings
 
     given = {name: getattr(o, name) for name in (*SETTINGS, "betas") if getattr(o, name) is not None}
     if "betas" in given:
@@ -181,8 +181,8 @@ def _run(o: argparse.Namespace, settings: TrainSettings, out: Path) -> None:
 
     from ..checkpoint import save
     from ..config import TwoTowerConfig
-    from ..state import STATE
-    from ..train import train
+    from ..training.loop import train
+    from ..training.state import STATE
     from .vocabulary import Vocabulary
 
     use_threads(o.threads)
@@ -253,8 +253,8 @@ def _tokenizer(o: argparse.Namespace, out: Path, config: TwoTowerConfig, *, resu
     A resumed run keeps its own; ValueError when another one is asked for. Its hash.
     """
     from ..checkpoint import TOKENIZER_FILES
-    from ..data import load_texts, train_tokenizer
     from ..files import write_atomically
+    from ..training.data import load_texts, train_tokenizer
 
     target = out / "tokenizer.json"
     folder = Path(o.tokenizer) if o.tokenizer else Path(o.model) if o.model else None
@@ -277,7 +277,7 @@ def _rows(
     o: argparse.Namespace, vocabulary: Vocabulary, config: TwoTowerConfig, settings: TrainSettings
 ) -> tuple[Rows, Rows | None]:
     """Training rows, and held-out rows if there are enough for one."""
-    from ..data import Rows, encode_documents, load_texts
+    from ..training.data import Rows, encode_documents, load_texts
 
     if o.row_length % config.block_size:
         raise ValueError(f"--row-length is {o.row_length}, expected a multiple of the block size {config.block_size}")
@@ -310,8 +310,8 @@ def _model(
     import torch
 
     from ..checkpoint import layout, load, parameter_dtype, start_denoiser
-    from ..train import init_weights
-    from ..two_tower import TwoTower
+    from ..modeling.two_tower import TwoTower
+    from ..training.loop import init_weights
 
     config = dataclasses.replace(config, dtype=dtype)
     progress = not o.quiet

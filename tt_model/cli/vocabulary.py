@@ -9,8 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ..config import TwoTowerConfig
-from ..data import load_tokenizer
 from ..files import read_object
+from ..training.data import load_tokenizer
 
 
 class Vocabulary:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ..generate import Step
+    from ..engine.generate import Step
     from .vocabulary import Vocabulary
 
 _RED, _YELLOW, _GREEN = (230, 60, 60), (220, 190, 40), (60, 200, 80)  # also distinct where only 16 colours are

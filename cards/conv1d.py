@@ -1,0 +1,113 @@
+"""The convolution: every channel with its own taps, then SiLU."""
+
+import torch
+from torch import Tensor
+
+from tt_kernels import reference
+from tt_kernels.conv1d.causal_conv1d import causal_conv1d
+from tt_kernels.conv1d.conv_states import conv_block_states, conv_state
+from tt_kernels.runtime.launch import Launch
+
+from .op import Op
+
+
+def _conv(
+    dtype: torch.dtype, B: int, L: int, C: int, K: int, seeded: int = 1, packed: int = 0
+) -> dict[str, Tensor | None]:
+    return dict(
+        x=torch.randn(B, L, C, dtype=dtype),
+        weight=torch.randn(C, K, dtype=dtype),
+        bias=torch.randn(C, dtype=dtype) if seeded else None,
+        state=torch.randn(B, C, K, dtype=dtype) if seeded else None,
+        cu_seqlens=torch.tensor([0, L // 3, B * L]) if packed else None,
+    )
+
+
+def _state_inputs(dtype: torch.dtype, B: int, L: int, C: int, K: int, ragged: int = 1) -> dict[str, object]:
+    lengths = torch.randint(0, L + 1, (B,)) if ragged else None
+    state = torch.randn(B, C, K, dtype=dtype) if ragged else None
+    return dict(x=torch.randn(B, L, C, dtype=dtype), lengths=lengths, state=state, kernel_size=K)
+
+
+def _block_states_inputs(
+    dtype: torch.dtype, B: int, N: int, C: int, K: int, S: int, packed: int = 0
+) -> dict[str, object]:
+    cu_seqlens = torch.tensor([0, S, B * N]) if packed else None
+    return dict(x=torch.randn(B, N, C, dtype=dtype), block_size=S, kernel_size=K, cu_seqlens=cu_seqlens)
+
+
+OPS = (
+    Op(
+        fn=causal_conv1d,
+        reference=reference.causal_conv1d,
+        inputs=_conv,
+        cases=(
+            dict(B=2, L=5, C=6, K=4),
+            dict(B=1, L=1, C=29, K=4),
+            dict(B=2, L=7, C=3, K=2, seeded=0),
+            dict(B=1, L=12, C=3, K=4, seeded=0, packed=1),
+            dict(B=2, L=0, C=3, K=4),
+            dict(B=2, L=40, C=70, K=3),
+            dict(B=2, L=36, C=5, K=4, seeded=0, packed=1),
+            dict(B=0, L=2, C=3, K=4),
+        ),
+        shapes=(
+            *(dict(B=B, L=L, C=6144, K=4) for B, L in ((1, 1), (64, 1), (1, 16), (64, 16), (1, 64), (1, 8192))),
+            dict(B=1, L=4096, C=6144, K=4, seeded=0),
+            dict(B=1, L=8192, C=6144, K=4, seeded=0, packed=1),
+        ),
+        grows=dict(B=1024, L=64),
+        outputs=("y",),
+        grads=("x", "weight", "bias", "state"),
+        kernels=("_causal_conv1d_kernel",),
+        forward_only=True,
+        candidates=dict(
+            _causal_conv1d_kernel=tuple(
+                Launch(BLOCK_L=rows, BLOCK_C=channels, num_warps=warps, num_stages=1)
+                for rows, channels, warps in (
+                    (1, 256, 1),
+                    (4, 256, 2),
+                    (16, 64, 2),
+                    (16, 128, 4),
+                    (32, 128, 4),
+                    (64, 128, 8),
+                )
+            )
+        ),
+        cost=lambda itemsize, B, L, C, K, seeded=1, packed=0: (2 * K * B * L * C, (2 * B * L * C + C * K) * itemsize),
+    ),
+    Op(
+        fn=conv_state,
+        reference=reference.conv_state,
+        inputs=_state_inputs,
+        cases=(dict(B=3, L=5, C=6, K=4), dict(B=2, L=2, C=29, K=4, ragged=0), dict(B=2, L=0, C=3, K=4)),
+        shapes=(
+            dict(B=1, L=16, C=6144, K=4),
+            dict(B=1, L=1, C=6144, K=4, ragged=0),
+            dict(B=64, L=16, C=6144, K=4),
+            dict(B=1, L=4096, C=6144, K=4, ragged=0),
+        ),
+        outputs=("state",),
+        grads=("x", "state"),
+        kernels=("_conv_state_kernel",),
+        forward_only=True,
+        cost=lambda itemsize, B, L, C, K, ragged=1: (0, 2 * B * C * K * itemsize),
+    ),
+    Op(
+        fn=conv_block_states,
+        reference=reference.conv_block_states,
+        inputs=_block_states_inputs,
+        cases=(
+            dict(B=2, N=12, C=5, K=4, S=4),
+            dict(B=1, N=7, C=3, K=4, S=2),
+            dict(B=1, N=16, C=3, K=4, S=4, packed=1),
+            dict(B=1, N=0, C=3, K=4, S=4),
+        ),
+        shapes=(dict(B=1, N=4096, C=6144, K=4, S=16), dict(B=1, N=8192, C=6144, K=4, S=16, packed=1)),
+        outputs=("states",),
+        grads=("x",),
+        kernels=("_conv_block_states_kernel",),
+        forward_only=True,
+        cost=lambda itemsize, B, N, C, K, S, packed=0: (0, 2 * B * -(-N // S) * C * K * itemsize),
+    ),
+)

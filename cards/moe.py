@@ -1,0 +1,159 @@
+"""The experts: every token through its own few, weighted and summed."""
+
+import torch
+
+from tt_kernels import reference
+from tt_kernels.moe.experts import experts
+from tt_kernels.moe.experts_launch import product_candidates
+from tt_kernels.moe.route import route
+from tt_kernels.reference.moe import ExpertWeights
+from tt_kernels.runtime.launch import Launch
+
+from .op import Op
+
+
+def _experts_inputs(
+    dtype: torch.dtype, T: int, D: int, N: int, E: int, K: int, gated: int = 0, M: int = 0
+) -> dict[str, object]:
+    up, gate = torch.randn(2, E, N, D, dtype=dtype) * D**-0.5
+    down = torch.randn(E, D, N, dtype=dtype) * N**-0.5
+    shared = None
+    if M:
+        up_gate, shared_down = torch.randn(2, M, D, dtype=dtype) * D**-0.5, torch.randn(D, M, dtype=dtype) * M**-0.5
+        shared = ExpertWeights(up_gate[0], shared_down, up_gate[1] if gated else None)
+    return dict(
+        x=torch.randn(T, D, dtype=dtype),
+        ids=torch.stack([torch.randperm(E)[:K] for _ in range(T)]) if T else torch.empty(0, K, dtype=torch.long),
+        weights=torch.rand(T, K, dtype=torch.promote_types(dtype, torch.float32)),
+        expert_weights=ExpertWeights(up, down, gate if gated else None),
+        shared=shared,
+        activation="silu" if gated else "relu2",
+    )
+
+
+def _experts_cost(itemsize: int, T: int, D: int, N: int, E: int, K: int, gated: int = 0, M: int = 0) -> tuple[int, int]:
+    hit = round(E * (1 - (1 - K / E) ** T))  # expected, with even choices
+    matrices = 2 + gated
+    return 2 * matrices * T * D * (K * N + M), (matrices * D * (hit * N + M) + 2 * T * D) * itemsize
+
+
+CANDIDATES = {
+    "_experts_up_kernel": product_candidates(up=True),
+    "_experts_down_kernel": product_candidates(up=False),
+    "_experts_bwd_hidden_kernel": tuple(
+        Launch(BLOCK_T=t, BLOCK_N=n, BLOCK_K=64, SORTED=1, num_warps=t // 16 if n == 128 else 8, num_stages=stages)
+        for t, n, stages in ((64, 128, 3), (64, 128, 4), (64, 256, 3), (128, 128, 3), (128, 128, 4))
+    ),
+    "_experts_bwd_weights_kernel": tuple(
+        Launch(BLOCK_P=p, BLOCK_Q=q, BLOCK_R=r, num_warps=8, num_stages=stages)
+        for p, q, r, stages in ((128, 128, 64, 3), (128, 128, 64, 4), (128, 128, 32, 4), (128, 256, 64, 3))
+    ),
+}
+
+
+def _route_inputs(
+    dtype: torch.dtype, T: int, D: int, E: int, K: int, groups: int = 1, kept: int = 1
+) -> dict[str, object]:
+    wide = torch.promote_types(dtype, torch.float32)
+    return dict(
+        x=torch.randn(T, D, dtype=dtype),
+        weight=torch.randn(E, D, dtype=wide) * D**-0.5,
+        bias=torch.rand(E, dtype=wide) / 4,
+        top_k=K,
+        n_group=groups,
+        topk_group=kept,
+        scale=2.5,
+    )
+
+
+def _route_cost(itemsize: int, T: int, D: int, E: int, K: int, groups: int = 1, kept: int = 1) -> tuple[int, int]:
+    return 2 * T * E * D, T * D * itemsize + 4 * E * D + 20 * T * K + 4 * E
+
+
+def _few(splits: int, block_e: int, rows: int = 16) -> Launch:
+    return Launch(BLOCK_T=rows, BLOCK_E=block_e, BLOCK_D=32, SLICES=8, SPLITS=splits, num_warps=8, num_stages=3)
+
+
+def _scores(block_t: int, block_e: int, block_d: int, warps: int) -> Launch:
+    return Launch(BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=block_d, num_warps=warps, num_stages=3)
+
+
+OPS = (
+    Op(
+        fn=experts,
+        reference=reference.experts,
+        inputs=_experts_inputs,
+        cases=(
+            dict(T=5, D=6, N=11, E=4, K=2, M=9),
+            dict(T=9, D=16, N=24, E=6, K=3, gated=1, M=16),
+            dict(T=9, D=29, N=23, E=6, K=3),
+            dict(T=1, D=8, N=64, E=4, K=3),
+            dict(T=6, D=136, N=140, E=3, K=2, M=136),  # more than one tile of every dimension
+            dict(T=45, D=20, N=36, E=3, K=2, M=12),  # and of an expert's rows
+            dict(T=245, D=16, N=16, E=2, K=1, M=32),  # enough rows for the form for many tokens
+            dict(T=140, D=16, N=40, E=1, K=1, gated=1, M=8),
+            dict(T=0, D=8, N=16, E=4, K=2),
+        ),
+        shapes=(
+            *(dict(T=T, D=2688, N=1856, E=128, K=6, M=3712) for T in (1, 16, 64, 128, 512, 1024, 4096)),
+            # The gated form, few tokens and many: DeepSeek-V2-Lite's.
+            *(dict(T=T, D=2048, N=1408, E=64, K=6, gated=1, M=2816) for T in (16, 4096)),
+        ),
+        grows=dict(T=16384),
+        outputs=("y",),
+        grads=(
+            *("x", "weights", "expert_weights.up", "expert_weights.down", "expert_weights.gate"),
+            *("shared.up", "shared.down", "shared.gate"),
+        ),
+        kernels=(
+            *("_experts_schedule_kernel", "_experts_up_kernel", "_experts_down_kernel", "_experts_combine_kernel"),
+            *("_experts_bwd_hidden_kernel", "_experts_bwd_weights_kernel"),
+        ),
+        tensor_cores={
+            "_experts_up_kernel": "BLOCK_N",  # where it is not the products' M, 128 tokens are
+            "_experts_down_kernel": "BLOCK_N",
+            "_experts_bwd_hidden_kernel": "BLOCK_T",
+            "_experts_bwd_weights_kernel": "BLOCK_P",
+        },
+        candidates=CANDIDATES,
+        cost=_experts_cost,
+    ),
+    Op(
+        fn=route,
+        reference=reference.route,
+        inputs=_route_inputs,
+        cases=(
+            dict(T=3, D=5, E=8, K=3),
+            dict(T=21, D=29, E=12, K=3, groups=4, kept=2),
+            dict(T=1, D=8, E=4, K=4),
+            dict(T=0, D=8, E=4, K=2),
+            dict(T=37, D=300, E=13, K=3),  # three tiles, the last one ragged, and two parts of D
+            dict(T=19, D=31, E=30, K=14, groups=5, kept=2),  # two choices among zeros
+            dict(T=530, D=8, E=6, K=2),  # many
+        ),
+        shapes=(
+            *(dict(T=T, D=2688, E=128, K=6) for T in (1, 16, 64, 256, 512, 1024, 4096)),
+            *(dict(T=T, D=7168, E=256, K=8, groups=8, kept=4) for T in (16, 4096)),  # in groups: DeepSeek-V3's
+        ),
+        grows=dict(T=16384),
+        outputs=("ids", "weights", "order", "ends"),
+        grads=("x", "weight"),
+        kernels=(
+            *("_route_few_kernel", "_route_scores_kernel", "_route_choose_kernel", "_route_scan_kernel"),
+            *("_route_scatter_kernel", "_route_bwd_kernel"),
+        ),
+        candidates={
+            "_route_few_kernel": (
+                *(_few(splits, 16) for splits in (1, 2, 4, 8)),
+                _few(1, 32),
+                _few(2, 32),
+                _few(4, 16, 8),
+            ),
+            "_route_scores_kernel": (
+                *(_scores(32, 32, 32, 4), _scores(64, 32, 32, 4), _scores(64, 64, 32, 8)),
+                *(_scores(32, 64, 32, 8), _scores(64, 64, 64, 8)),
+            ),
+        },
+        cost=_route_cost,
+    ),
+)

@@ -1,0 +1,361 @@
+"""Clocks of bench/: what is timed, what is kept out of it, and what a device can do at most."""
+
+import json
+import subprocess
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import clock
+from tt_kernels.runtime import launch
+from tt_kernels.runtime.launch import ON_CPU
+
+
+def test_percentile() -> None:
+    assert [clock.percentile([3.0, 1.0, 2.0], share) for share in (0, 0.5, 0.75, 1)] == [1, 2, 2.5, 3]
+    assert clock.percentile([7.0], 0.2) == 7
+
+
+def test_interleaved_samples() -> None:
+    calls: list[str] = []
+    samplers = {name: lambda name=name: float(len(calls) + bool(calls.append(name))) for name in "ab"}
+    times = clock.interleave(samplers, seconds=0.0, least=3)
+    assert calls == ["a", "b"] * 4
+    assert times == {"a": [2.0, 4.0, 6.0], "b": [3.0, 5.0, 7.0]}  # the first round is not timed
+    assert len(clock.interleave({"a": lambda: 0.0}, seconds=1.0, most=5)["a"]) == 5
+
+
+def test_host_clock_repeats_short_calls() -> None:
+    calls: list[int] = []
+    host = clock.HostClock()
+    before = torch.get_num_threads()
+    with host.scope():
+        assert torch.get_num_threads() == 1
+        samplers, how, errors = host.samplers({"a": [lambda: calls.append(1)]})
+        seconds = samplers["a"]()
+    assert torch.get_num_threads() == before and how == {"a": "wall"} and errors == {}
+    assert 0 < seconds < 1e-4 and len(calls) > 50
+
+
+class FakeCuda:
+    """torch.cuda as far as a clock uses it, noting what happens in which order."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.mode: Any = "default"
+        self.free = 2**30
+
+    def get_device_properties(self) -> Any:
+        return SimpleNamespace(L2_cache_size=4096, multi_processor_count=1)
+
+    def CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any) -> Any:
+        assert pool == "pool" and stream == "stream"
+        self.log.append("capture")
+        yield
+        self.log.append("captured")
+
+    def Event(self, enable_timing: bool) -> Any:
+        event = SimpleNamespace(synchronize=lambda: None, elapsed_time=lambda end: 6.0)
+        event.record = lambda: self.log.append("event")
+        return event
+
+    def Stream(self) -> str:
+        return "stream"
+
+    def stream(self, stream: str) -> Any:
+        return nullcontext()
+
+    def graph_pool_handle(self) -> str:
+        return "pool"
+
+    def set_sync_debug_mode(self, mode: Any) -> None:
+        self.mode = mode
+
+    def get_sync_debug_mode(self) -> Any:
+        return self.mode
+
+    def _sleep(self, cycles: int) -> None:
+        assert cycles >= 200_000
+        self.log.append("sleep")
+
+    def mem_get_info(self) -> tuple[int, int]:
+        return self.free, 2**31
+
+    def memory_reserved(self) -> int:
+        return 50
+
+    def memory_allocated(self) -> int:
+        return 50
+
+    def max_memory_allocated(self) -> int:
+        return 1074
+
+    def synchronize(self) -> None: ...
+    def empty_cache(self) -> None: ...
+    def reset_peak_memory_stats(self) -> None: ...
+
+
+class Allocator(FakeCuda):
+    """As PyTorch's: a capture that cannot be ended leaves its pool recording and its graph asked for; a generator stays
+    in capture until one ends well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording: list[Any] = []
+        self.captured: list[Any] = []
+        self.pools = 0
+        self.generator_captured = False
+        self.memory = SimpleNamespace(_cuda_endAllocateToPool=self.end)
+
+    def current_device(self) -> int:
+        return 0
+
+    def graph_pool_handle(self) -> str:
+        self.pools += 1
+        return f"pool {self.pools}"
+
+    def end(self, device: int, pool: str) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any) -> Any:
+        assert pool not in self.recording, "already recording to mempool_id"
+        self.recording.append(pool)
+        self.generator_captured = True
+        try:
+            yield
+        except LookupError:  # what ends a capture for good; its end then fails too
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+        except ValueError:  # what the device does not hear of
+            self.end(0, pool)
+            self.generator_captured = False
+            raise
+        self.end(0, pool)
+        self.generator_captured = False
+        self.captured.append(pool)
+
+
+@pytest.mark.parametrize("error", [LookupError, ValueError])
+def test_a_failed_capture_harms_nobody(error: type[Exception]) -> None:
+    cuda = Allocator()
+    device = clock.DeviceClock(cuda, "cpu")
+    calls = 0
+
+    def breaks() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 2:  # the first may compile, the second shows whether it waits: then it is captured
+            raise error("in the capture")
+
+    for after in ({"after": [lambda: None]}, {}):  # and where it is the last
+        calls = 0
+        samplers, how, errors = device.samplers({"before": [lambda: None], "breaks": [breaks], **after})
+        assert set(errors) == {"breaks"} and set(samplers) == {"before", *after} == set(how)
+        assert not cuda.recording and not cuda.generator_captured
+    # The graphs whose capture failed stay: the allocator of pinned memory may ask them yet.
+    assert len(device.broken) == 2 and len(set(cuda.captured)) == 4
+
+
+@pytest.fixture
+def device() -> clock.DeviceClock:
+    return clock.DeviceClock(FakeCuda(), "cpu")
+
+
+def test_device_clock_flushes_before_the_timed_region(
+    device: clock.DeviceClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = device.cuda.log
+    summed: list[int] = []
+    monkeypatch.setattr(clock.torch, "sum", lambda buffer, *a, **k: (summed.append(buffer.nbytes), log.append("flush")))
+    calls = [lambda i=i: log.append(f"call {i}") for i in range(3)]
+    samplers, how, errors = device.samplers({"a": calls})
+    # Twice outside of a capture: the first may compile, the second shows whether it waits.
+    assert log == ["call 0", "call 0", "capture", "call 0", "call 1", "call 2", "captured", "replay"]
+    assert how == {"a": "graph"} and errors == {} and device.cuda.mode == "default"
+    log.clear()
+    assert samplers["a"]() == pytest.approx(6e-3 / 3)
+    assert log == ["sleep", "flush", "event", "replay", "event"]
+    assert summed == [4 * 4096]
+
+
+def test_device_clock_times_what_waits_by_events(device: clock.DeviceClock) -> None:
+    def waits() -> None:
+        device.cuda.log.append("call")
+        if device.cuda.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def fails() -> None:
+        raise ValueError("no such\nthing")
+
+    def breaks() -> None:
+        if device.cuda.mode == "error":
+            raise RuntimeError("broken")
+
+    samplers, how, errors = device.samplers({"waits": [waits, waits], "fails": [fails], "breaks": [breaks]})
+    assert how == {"waits": "events"} and device.cuda.mode == "default"
+    assert errors == {"fails": "ValueError: no such", "breaks": "RuntimeError: broken"}
+    device.cuda.log.clear()
+    assert samplers["waits"]() == pytest.approx(6e-3 / 2)
+    assert device.cuda.log == ["event", "call", "call", "event"]
+
+
+def test_operand_sets_outgrow_the_cache_within_memory(device: clock.DeviceClock) -> None:
+    assert device.sets(moved=4096, room=1) == 8
+    assert device.sets(moved=10**9, room=1) == 4
+    assert device.sets(moved=0, room=1) == 256
+    assert device.sets(moved=10**9, room=0.3 * 2**30) == device.sets(moved=1, room=2**31) == 1
+    assert device.peak(lambda: None) == 1024
+
+
+def test_roofs_are_amounts_over_medians(device: clock.DeviceClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_CPU:
+        monkeypatch.setattr(clock, "read_stream", lambda x, programs: lambda: x.sum())
+    found = clock.roofs(device, torch.float32, steps=1)
+    seconds = 6e-3 / 4  # each sample times four calls
+    assert found["read"] == found["copy"] == found["bandwidth"] == pytest.approx(4 * 4 * clock.BLOCK / seconds)
+    assert found["compute"] == pytest.approx(2 * 16**3 / seconds)
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not ON_CPU and not torch.cuda.is_available(), reason="a kernel")
+def test_read_stream_reads_everything_once() -> None:
+    x = torch.randint(-8, 9, (3 * 2 * clock.BLOCK,), device="cpu" if ON_CPU else "cuda").float()
+    got = clock.read_stream(x, programs=2)()
+    assert torch.equal(got, x.view(3, 2, -1).sum((0, 2)))  # whole numbers: exact in any order
+
+
+def test_where_names_commit_and_versions() -> None:
+    found = clock.where(clock.HostClock())
+    assert {"commit", "triton", "torch", "date", "cpu"} <= set(found) and found["threads"] == 1
+    assert found["commit"] in clock.in_a_line(found) and "GPU" not in clock.in_a_line(found)
+    on_gpu = found | {"gpu": "Fast", "driver": "1.2", "cuda": "13.0"}
+    assert clock.in_a_line(on_gpu).startswith("Fast, driver 1.2, CUDA 13.0, Triton ")
+
+
+def test_the_commit_says_what_changes_a_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording and rendering do not; tuned launches do, though nobody has told git of them."""
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@localhost")
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    files = ("SPEED.md", "bench/clock.py", "bench/results/gpu.jsonl", "docs/speed_roofline.svg", "docs/other.svg")
+    for name in files:
+        write(name, "old")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    monkeypatch.setattr(clock, "__file__", str(tmp_path / "bench/clock.py"))
+    clock.commit.cache_clear()
+    head = git("rev-parse", "--short=12", "HEAD").strip()
+
+    def said() -> str:
+        clock.commit.cache_clear()
+        return clock.commit()
+
+    try:
+        for name in files[:1] + files[2:4]:
+            write(name, "new")
+        write("bench/results/other.jsonl", "new")
+        write("bench/tuning/sm_90.jsonl", "new")
+        assert said() == head
+        write("tt_kernels/tuned/sm_90.json", "new")
+        assert said() == head + "+"
+        git("add", "tt_kernels")
+        git("commit", "-qm", "tuned")
+        head = git("rev-parse", "--short=12", "HEAD").strip()
+        assert said() == head
+        write("docs/other.svg", "new")
+        assert said() == head + "+" and not clock.no_commit()
+        monkeypatch.setattr(clock, "__file__", "/proc/clock.py")  # no checkout
+        monkeypatch.setenv("TT_COMMIT", "abc")
+        assert said() == "abc" and not clock.no_commit()
+        monkeypatch.delenv("TT_COMMIT")
+        assert said() == "unknown" and clock.no_commit().endswith("name it in TT_COMMIT")
+    finally:
+        clock.commit.cache_clear()
+
+
+def test_tuned_launches_have_a_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    try:
+        for name, launches in (
+            ("a", {}),
+            ("b", {"_k": {"T=1": {"num_warps": 4}}}),
+            ("c", {"_k": {"T=1": {"num_warps": 8}}}),
+        ):
+            for who in ("one", "other"):
+                (tmp_path / name / who).mkdir(parents=True)
+                monkeypatch.setattr(launch, "TUNED", tmp_path / name / who)
+                text = json.dumps({"provenance": [who], "launches": launches})
+                (tmp_path / name / who / "sm_90.json").write_text(text)
+                launch._table.cache_clear()
+                found.add(clock.tuned_hash(90))
+        assert len(found) == 3 and clock.tuned_hash(80) == "" in found
+    finally:
+        launch._table.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="an L2 to be cold or warm")
+def test_a_cold_cache_takes_longer_than_a_warm_one() -> None:
+    """16 MB from the L2 of a large GPU take less time than from memory."""
+    device = clock.DeviceClock()
+    with device.scope():
+        sets = [torch.randn(4 << 20, device="cuda") for _ in range(8)]
+        calls = {
+            "cold": [lambda x=x: x.sum() for x in sets],
+            "warm": [lambda: sets[0].sum()] * 8,
+        }
+        samplers, how, errors = device.samplers(calls)
+        assert not errors and set(how.values()) == {"graph"}
+        times = clock.interleave(samplers, seconds=0.2)
+    cold, warm = (clock.percentile(times[name], 0.5) for name in ("cold", "warm"))
+    assert cold > 1.15 * warm, f"cold {cold:.2e} s, warm {warm:.2e} s"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a device to be timed")
+def test_more_work_takes_longer_on_a_device() -> None:
+    """Through the whole of a row: a kernel that does its work four times is timed so, and PyTorch's ratio says it."""
+    from bench import ops
+    from cards import Op
+
+    def row(times: int) -> ops.Row:
+        def fn(x: torch.Tensor) -> torch.Tensor:
+            for _ in range(times):
+                y = 2 * x
+            return y
+
+        op = Op(
+            fn=fn,
+            reference=lambda x: 2 * x,
+            inputs=lambda dtype, T, D: dict(x=torch.randn(T, D, dtype=dtype)),
+            cases=(dict(T=4096, D=4096),),
+            shapes=(dict(T=4096, D=4096),),
+            outputs=("y",),
+            cost=lambda itemsize, T, D: (T * D, 2 * T * D * itemsize),
+        )
+        device = clock.DeviceClock()
+        return ops.measure(ops.Case(op, op.shapes[0], torch.bfloat16, False), device, ops.Checked(device), seconds=0.2)
+
+    honest, slow = row(1), row(4)
+    assert not honest.fault and not slow.fault and honest.clock == "graph" and honest.sets >= 4
+    assert 1.5 < slow.p50 / honest.p50 < 6  # the last three find what fits of x in the L2
+    assert 0.8 < honest.peers["eager"]["ratio"] < 1.25 and slow.peers["eager"]["ratio"] < 0.67

@@ -1,0 +1,362 @@
+"""The measuring of ops: clocks, judgements, rows and their table. What they count, not how fast anything is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import clock, conftest, golden, ops, oracle, rows
+from bench.peers import Peer, Unavailable, peers_of
+from cards import OPS, Op
+from tt_kernels.runtime.launch import ON_CPU
+
+ROOT = Path(__file__).resolve().parents[2]
+DIMS = dict(T=6, D=4)
+
+
+def card(fn: Any = None, *, reference: Any = None, **fields: Any) -> Op:
+    """An op that doubles: what it returns and what it should are up to the test."""
+
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    given = dict(
+        fn=fn or double,
+        reference=reference or double,
+        inputs=lambda dtype, T, D: dict(x=torch.randn(T, D, dtype=dtype)),
+        cases=(DIMS,),
+        shapes=(DIMS,),
+        outputs=("y",),
+        grads=("x",),
+        cost=lambda itemsize, T, D: (T * D, 2 * T * D * itemsize),
+    )
+    return Op(**given | fields)
+
+
+def a_case(op: Op, *, backward: bool = False, dtype: torch.dtype = torch.float32) -> ops.Case:
+    return ops.Case(op, DIMS, dtype, backward)
+
+
+class FakeClock(clock.HostClock):
+    """Calls everything once and answers with the seconds it was given."""
+
+    def __init__(self, seconds: dict[str, float], errors: dict[str, str] | None = None, how: str = "graph"):
+        self.seconds, self.errors, self.how, self.device = seconds, errors or {}, how, "cpu"
+
+    def samplers(self, calls: Any) -> Any:
+        for c in calls.values():
+            c[0]()
+        timed = [name for name in calls if name not in self.errors]
+        return {n: lambda n=n: self.seconds[n] for n in timed}, dict.fromkeys(timed, self.how), self.errors
+
+
+# ---- judgements ----
+
+
+def test_right_results_pass_with_their_errors() -> None:
+    checked = ops.Checked(clock.HostClock())
+    op = OPS["rms_norm"]
+    for backward, names in ((False, {"y"}), (True, {"dx", "dweight"})):
+        note, judgement = checked(ops.Case(op, op.cases[0], torch.float32, backward))
+        assert note == "fp64" and judgement.faults == {} and set(judgement.errors) == names
+        assert all(0 < ours < 1e-6 and 0 < theirs < 1e-6 for ours, theirs in judgement.errors.values())
+    assert len(checked.known) == 1, "one run of the op showed both"
+
+
+def test_wrong_results_are_red_in_their_pass() -> None:
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Tensor:
+            return 2.001 * dy
+
+    checked = ops.Checked(clock.HostClock())
+    assert "y: error" in checked(a_case(card(lambda x: 2.001 * x)))[1].faults["y"]
+    op = card(Wrong.apply)
+    assert checked(a_case(op))[1].faults == {} and set(checked(a_case(op, backward=True))[1].faults) == {"dx"}
+    nothing = ops.Checked(clock.HostClock())(a_case(card(lambda x: 2 * x.detach()), backward=True))[1]
+    assert nothing.faults == {"dx": "there on one side only"}
+
+
+def test_kernels_without_a_backward_are_judged_where_they_run() -> None:
+    """With gradients such an op runs as its reference: that would hide a wrong forward."""
+    fn = lambda x: 2 * x if torch.is_grad_enabled() and x.requires_grad else 3 * x
+    op = card(fn, forward_only=True, kernels=("_k_kernel",))
+    checked = ops.Checked(clock.HostClock())
+    assert checked(a_case(op))[1].faults and not checked(a_case(op, backward=True))[1].faults
+
+
+def test_oracles_shrink_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle, "FEW", 2)
+    limit = 0
+
+    def reference(x: Tensor) -> Tensor:
+        if x.nbytes > limit:
+            raise torch.OutOfMemoryError
+        return 2 * x
+
+    notes = []
+    for limit in (8 * 24, 8 * 8, 4 * 8):  # noqa: B007
+        checked = ops.Checked(clock.HostClock())
+        note, judgement = checked(a_case(card(reference=reference), dtype=torch.float16))
+        notes.append(note)
+        assert not judgement.faults
+    assert notes == ["fp64", "fp64 T=2", "fp32 T=2"]
+    limit = 0
+    with pytest.raises(MemoryError, match="no oracle fits"):
+        ops.Checked(clock.HostClock())(a_case(card(reference=reference)))
+
+
+# ---- rows ----
+
+
+def test_every_card_makes_rows() -> None:
+    for device, shapes in (("cuda", lambda op: op.shapes), ("cpu", lambda op: op.cases[:1])):
+        found = ops.cases(device)
+        assert len({case.id for case in found}) == len(found)
+        for name, op in OPS.items():
+            mine = [case for case in found if case.name == name]
+            assert len(mine) == len(shapes(op)) * (2 if op.grads else 1)
+            assert all(flops >= 0 and moved > 0 for flops, moved in map(ops.cost, mine))
+    wide = {case.name for case in ops.cases("cuda") if case.dtype == torch.float32}
+    assert wide == {"commit", "gumbel_noise"}  # confidences and keys have no bf16 form
+
+
+def test_a_backward_moves_its_gradients_too() -> None:
+    op = card()
+    assert ops.cost(a_case(op, dtype=torch.bfloat16)) == (24, 96)
+    assert ops.cost(a_case(op, backward=True, dtype=torch.bfloat16)) == (48, 96 + 48)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_row_has_times_shares_and_ratios(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = Peer("compiled", lambda **kwargs: lambda: 2 * kwargs["x"], backward=True)
+    monkeypatch.setattr(ops, "peers_of", lambda op, wanted: [*peers_of(op, ["eager"]), peer])
+    fake = FakeClock({"ours": 2e-6, "eager": 5e-6}, errors={"compiled": "does not compile"})
+    roofs = {"bandwidth": 96e6, "compute": 1e12, "read": 96e6, "copy": 90e6}
+    case = a_case(card(kernels=("_k_kernel",)), backward=backward, dtype=torch.bfloat16)
+    row = ops.measure(case, fake, ops.Checked(fake), roofs, peers=("eager", "compiled"), seconds=0.0)
+    assert (row.p20, row.p50, row.p80, row.rounds, row.sets) == (2e-6, 2e-6, 2e-6, 10, 1)
+    assert row.roof == pytest.approx((1.5 if backward else 1) * 1e-6) and row.share == pytest.approx(row.roof / 2e-6)
+    assert row.peers["eager"] == {"seconds": 5e-6, "ratio": pytest.approx(2.5), "clock": "graph"}
+    assert row.peers["compiled"] == {"why": "does not compile"}
+    assert json.loads(json.dumps(row.record()))["share"] == row.share
+    text = " ".join("\n".join(rows.report([row], roofs)).split())
+    assert f"| {75 if backward else 50} % |" in text and "| 2.50 |" in text
+    assert f"no time of compiled (double {case.which}): does not compile" in text
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_peer_with_other_results_is_not_timed(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(**kwargs: Any) -> Any:
+        raise Unavailable("not installed")
+
+    def square(x: Tensor) -> Tensor:  # right in the first row only
+        return torch.cat([2 * x[:1], 2.2 * x[1:]])
+
+    found = [
+        Peer("wrong", lambda x: lambda: square(x), backward=True),
+        Peer("absent", absent, backward=True),
+        Peer("breaks", lambda x: lambda: x.view(-1, 5), backward=True),
+        Peer("forward", lambda x: lambda: 2 * x),
+        Peer("right", lambda x: lambda: x + x, backward=True),
+    ]
+    monkeypatch.setattr(ops, "peers_of", lambda op, wanted: found)
+    fake = FakeClock({"ours": 1.0, "right": 1.5, "forward": 3.0})
+    row = ops.measure(a_case(card(), backward=backward), fake, ops.Checked(fake), seconds=0.0)
+    why = {name: peer["why"] for name, peer in row.peers.items() if "why" in peer}
+    assert (
+        why["wrong"].startswith(f"other results: {'dx' if backward else 'y'} is ") and why["absent"] == "not installed"
+    )
+    assert why["breaks"].startswith("RuntimeError: ") and row.peers["right"]["ratio"] == 1.5
+    assert why.get("forward") == ("forward: forward only" if backward else None)
+
+
+def test_peers_of_what_writes_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def append(x: Tensor, pages: Tensor) -> Tensor:
+        pages[2:4] = x[:2]
+        return pages[:4] + 1
+
+    def peer(returns: float, writes: float | None) -> Any:
+        def adapter(x: Tensor, pages: Tensor) -> Any:
+            def call() -> Tensor:
+                mine = pages if writes is not None else pages.clone()
+                mine[2:4] = x[:2]
+                result = mine[:4] + 1
+                mine[2:4] += writes or 0.0
+                return result + returns
+
+            return call
+
+        return adapter
+
+    found = [
+        Peer("zeros", lambda x, pages: lambda: torch.zeros_like(pages[:4])),
+        Peer("writes", peer(0.0, 0.0)),
+        Peer("elsewhere", peer(0.0, None)),  # in memory of its own
+        Peer("wrong", peer(1.0, 0.0)),
+        Peer("leaves", peer(0.0, 1.0)),
+        Peer("half", lambda x, pages: lambda: (pages[2:3].copy_(x[:1]), torch.cat([pages[:3], x[1:2]]) + 1)[1]),
+        Peer("right", peer(0.0, 0.0)),
+    ]
+
+    def inputs(dtype: torch.dtype, T: int, D: int) -> dict[str, Tensor]:
+        pages = torch.randn(2000, D, dtype=dtype)
+        pages[1000:] = float("nan")  # never written
+        return dict(x=torch.randn(T, D, dtype=dtype), pages=pages)
+
+    op = card(append, reference=append, inputs=inputs, grads=(), writes=("pages",))
+    monkeypatch.setattr(ops, "peers_of", lambda op, wanted: found)
+    fake = FakeClock(dict.fromkeys(("ours", "writes", "elsewhere", "right"), 1.0))
+    row = ops.measure(a_case(op), fake, lambda case: ("fp64", oracle.Judgement()), seconds=0.0)
+    why = {name: peer["why"] for name, peer in row.peers.items() if "why" in peer}
+    assert set(why) == {"zeros", "wrong", "leaves", "half"} and why["zeros"].startswith("other results: y is ")
+    assert why["half"].startswith("other results: pages") and why["leaves"].startswith(
+        "other results: pages, which it writes, is "
+    ), "few rows of many, and still seen"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_everybody_in_a_row_gets_as_many_sets(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start of a graph is shared out over its calls: over more of them, less of it stands in a time."""
+
+    class Small(FakeClock):
+        """Room for 60 calls that take 10 bytes each, whoever makes them."""
+
+        bound: dict[str, int]
+
+        def sets(self, moved: int, room: float) -> int:
+            return max(1, int(600 / max(room, 10)))
+
+        def peak(self, work: Any) -> float:
+            work()
+            return 10.0
+
+        def samplers(self, calls: Any) -> Any:
+            self.bound = {name: len(c) for name, c in calls.items()}
+            return super().samplers(calls)
+
+    found = [
+        Peer("eager", lambda x: lambda: 2 * x, backward=True),
+        Peer("frugal", lambda x: lambda: x + x, backward=True),
+        Peer("wrong", lambda x: lambda: 3 * x, backward=True),
+    ]
+    monkeypatch.setattr(ops, "peers_of", lambda op, wanted: found)
+    small = Small(dict.fromkeys(("ours", "eager", "frugal"), 1.0))
+    row = ops.measure(a_case(card(), backward=backward), small, ops.Checked(small), seconds=0.0)
+    assert small.bound == dict.fromkeys(("ours", "eager", "frugal"), 20) and row.sets == 20
+    assert "why" in row.peers["wrong"], "and who is not timed takes none of the room"
+
+
+def test_a_slower_kernel_shows() -> None:
+    """Real clock, real work: twice the work takes longer, and the ratio to the same peer says so."""
+    x = torch.randn(256, 256)
+
+    def rows_of(times: int) -> ops.Row:
+        def fn(x: Tensor) -> Tensor:
+            for _ in range(times):
+                y = x @ x
+            return y
+
+        op = card(fn, reference=lambda x: x @ x, inputs=lambda dtype, T, D: dict(x=x.to(dtype)), grads=())
+        host = clock.HostClock()
+        return ops.measure(a_case(op), host, ops.Checked(host), seconds=0.0)
+
+    honest, slow = rows_of(1), rows_of(4)
+    assert not honest.fault and not slow.fault and slow.p50 > 2 * honest.p50
+    assert honest.peers["eager"]["ratio"] > 0.6 and slow.peers["eager"]["ratio"] < 0.45
+
+
+def test_wrong_rows_are_not_timed() -> None:
+    fake = FakeClock({})  # would fail if asked
+    row = ops.measure(a_case(card(lambda x: 3 * x)), fake, ops.Checked(fake))
+    assert row.fault and not row.p50
+    text = "\n".join(rows.report([row], None))
+    assert " RED | " in text and f"RED {row.op} {DIMS} fp32 forward: y: error" in text
+
+
+def test_a_kernel_that_waits_for_the_host_is_red() -> None:
+    fake = FakeClock({"ours": 1.0, "eager": 1.0}, how="events")
+    assert not ops.measure(a_case(card()), fake, ops.Checked(fake)).fault  # a reference may
+    on_device = FakeClock({"ours": 1.0, "eager": 1.0}, how="events")
+    checked = ops.Checked(clock.HostClock())
+    case = a_case(card(kernels=("_k_kernel",)))
+    checked(case)
+    on_device.device = "meta"
+    row = ops.measure(case, on_device, checked)
+    assert row.fault == "waits for the host: not fit for a CUDA graph"
+
+
+def test_notes_name_exceptions() -> None:
+    row = ops.Row("f", DIMS, "fp32", "forward", False, 1, 1, oracle="fp64 T=2", clock="events", sets=2)
+    assert rows.notes(row) == "reference, fp32, host's share in it, 2 sets, oracle fp64 T=2"
+    row = ops.Row("f", DIMS, "bf16", "forward", True, 1, 1, oracle="fp64", clock="graph", sets=4)
+    assert rows.notes(row) == ""
+    row.p50, row.roof = 1.0, 1.01
+    assert rows.notes(row).startswith("ABOVE THE ROOF")
+
+
+@pytest.mark.skipif(ON_CPU or torch.cuda.is_available(), reason="CPU rows")
+def test_pytest_bench_prints_a_table() -> None:
+    command = [sys.executable, "-m", "pytest", "bench/bench_ops.py", "-q", "-k", "[rms_norm- or [commit-"]
+    for plugin in ("no:cacheprovider", "no:benchmark"):  # with pytest-benchmark, and without
+        done = subprocess.run([*command, "-p", plugin], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("CPU, reference") == 3 and "| rms_norm |" in done.stdout
+        assert "Legend:" not in done.stdout, "one table answers"
+
+
+def test_peers_are_chosen_by_name() -> None:
+    assert conftest.chosen("all", "cuda")[:2] == ["eager", "compiled"] and "flex" in conftest.chosen("all", "cuda")
+    assert "eager" in conftest.chosen("all", "cpu") and not {"compiled", "flex"} & set(conftest.chosen("all", "cpu"))
+    assert conftest.chosen("", "cuda") == [] and conftest.chosen("liger,fla", "cuda") == ["liger", "fla"]
+    with pytest.raises(pytest.UsageError, match="nobody is called sonic"):
+        conftest.chosen("eager,sonic", "cuda")
+
+
+def test_bench_refuses_to_run_side_by_side() -> None:
+    config: Any = SimpleNamespace(option=SimpleNamespace(numprocesses=2), stash={}, addinivalue_line=lambda *a: None)
+    with pytest.raises(pytest.UsageError, match="without -n"):
+        conftest.pytest_configure(config)
+    config.option.numprocesses = None
+    config.option.peers = "eager,sonic"
+    with pytest.raises(pytest.UsageError, match="nobody is called sonic"):
+        conftest.pytest_configure(config)
+    config.option.peers = "all"
+    conftest.pytest_configure(config)
+    assert config.stash[conftest.ROWS] == []
+
+
+# ---- golden models in 16 bits ----
+
+
+def test_golden_error_is_a_median_over_tokens() -> None:
+    want = [torch.ones(2, 3), torch.ones(3, 3)]
+    got = [want[0] * 1.1, want[1].clone()]
+    assert golden.error(got, want) == 0
+    got[1][:2] *= 5
+    assert golden.error(got, want) == pytest.approx(0.1)
+    got[1][2, 2] = float("nan")
+    assert golden.error(got, want) == float("inf")
+
+
+@pytest.mark.skipif(ON_CPU, reason="bf16")
+def test_golden_model_in_bf16(golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part, (ours, theirs) in golden.compare(golden_dir / "small", "cpu").items():
+        assert ours == theirs < 0.03, part  # on a CPU both are references
+    assert golden.main([str(ROOT / "docs")]) == 2 and "no golden models" in capsys.readouterr().err
+
+
+def test_a_peers_nan_is_no_agreement() -> None:
+    want = dict(y=torch.ones(3), state=torch.ones(3))
+    assert ops.disagreement(want, want) == ""
+    assert "state is nan" in ops.disagreement(want, want | dict(state=torch.full((3,), float("nan"))))

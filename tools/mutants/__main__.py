@@ -1,0 +1,107 @@
+"""Apply each mutant to a copy of the tree and run its op's tests, in Triton's interpreter, or in ttsem where only that
+sees it: all must make them fail."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tools import mutants
+from tools.mutants import Mutant
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("tt_kernels", "tests", "pyproject.toml")
+TESTS = ("tests/kernels/test_kernels.py", "tests/kernels/test_ops.py")
+TTSEM = importlib.util.find_spec("ttsem")
+
+
+def all_mutants() -> dict[str, tuple[Mutant, ...]]:
+    """By area: the file of this folder that lists them."""
+    areas = [m.name for m in pkgutil.iter_modules(mutants.__path__) if m.name != "__main__"]
+    return {area: importlib.import_module(f"tools.mutants.{area}").MUTANTS for area in areas}
+
+
+def mutated(source: str, mutant: Mutant) -> str:
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.file}: {mutant.old!r} occurs {source.count(mutant.old)} times, expected once")
+    return source.replace(mutant.old, mutant.new)
+
+
+def run_tests(op: str, test: str, sanitize: bool, mutant: Mutant | None = None) -> subprocess.CompletedProcess[str]:
+    """An op's tests, or the one that is named, on a copy of the tree, with the mutant's fault in it or as it is."""
+    chosen = [test] if test else [*TESTS, "-k", op]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, tree / name)
+        if mutant is not None:
+            file = tree / mutant.file
+            file.write_text(mutated(file.read_text(), mutant))
+        path, switch = [str(tree)], "TRITON_INTERPRET"
+        if sanitize:
+            chosen += ["-p", "tools.sanitize", "-m", "sanitize"]
+            path, switch = [*path, str(tree / "tests"), str(Path(TTSEM.origin).parents[1])], "TT_KERNELS_ON_CPU"
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen],
+            cwd=tree,
+            env=os.environ
+            | {switch: "1", "PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(tree / "cache")},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+
+
+def survives(mutant: Mutant) -> str | None:
+    """None if the tests fail, as they should; else what happened."""
+    done = run_tests(mutant.op, mutant.test, mutant.sanitize, mutant)
+    if done.returncode == 1 or done.returncode < 0:  # a fault that writes where it must not may kill the process
+        return None
+    return "survives" if done.returncode == 0 else f"pytest exits with {done.returncode}:\n{done.stdout[-2000:]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m mutants", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="AREA", help="files of tools/mutants (default: all)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    areas = all_mutants()
+    if unknown := set(options.only or ()) - set(areas):
+        parser.error(f"no area is called {', '.join(sorted(unknown))}; there are {', '.join(areas)}")
+    chosen = [m for area in options.only or areas for m in areas[area]]
+    if TTSEM is None and any(mutant.sanitize for mutant in chosen):
+        parser.error("faults that only ttsem can see need it on PYTHONPATH, as `make mutants` puts it there")
+    failed = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        wanted = sorted({(m.op if not m.test else "", m.test, m.sanitize) for m in chosen})
+        for names, done in zip(wanted, pool.map(lambda names: run_tests(*names), wanted), strict=True):
+            if done.returncode:
+                print(
+                    f"the tests of {''.join(names[:2])!r} fail without any fault planted:\n{done.stdout[-2000:]}",
+                    file=sys.stderr,
+                )
+                return 1
+        for mutant, outcome in zip(chosen, pool.map(survives, chosen), strict=True):
+            failed += outcome is not None
+            print(f"{'caught' if outcome is None else 'MISSED'}  {mutant.op:22s} {mutant.fault}", flush=True)
+            if outcome not in (None, "survives"):
+                print(outcome)
+    print(f"{len(chosen) - failed} of {len(chosen)} caught")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""The loss of masked tokens, head included."""
+
+from torch import Tensor
+
+from .. import reference
+from ..runtime.checks import check
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean negative log-likelihood of targets under softmax(hidden weight^T), over the tokens where mask is set.
+
+    Args:
+        hidden:  [*, D] float.
+        weight:  [V, D] float: the head.
+        targets: [*] int: token ids from 0 to V-1. Others are refused on a CPU, and stop a GPU or a graph with an error
+                 of PyTorch's; none is ignored.
+        mask:    [*] bool, or None for all tokens. Elsewhere hidden and targets are not read.
+    Returns:
+        loss: a scalar, fp32 (fp64 where hidden or weight is fp64); 0 without any token.
+
+    Logits, softmax and sum in the dtype of the loss. Gradients for hidden and weight. Deterministic on a CPU.
+    Raises ValueError for sizes that disagree and targets that are no ids. Cost for M masked tokens: 2 M V D flops, V D
+    itemsize bytes; the reference holds the M V logits in memory, in a graph of torch.compile those of all tokens.
+    Source: TwoTower (2606.26493); without logits in memory: Wijmans et al. (2411.09009).
+    """
+    check(
+        "linear_cross_entropy",
+        hidden=(hidden, "* D"),
+        weight=(weight, "V D"),
+        targets=(targets, "*", int),
+        mask=(mask, "*", bool),
+    )
+    return reference.linear_cross_entropy(hidden, weight, targets, mask)

@@ -1,0 +1,173 @@
+"""The router: which experts each token goes to, and with what weight."""
+
+import torch
+import triton
+from torch import Tensor
+
+from ..reference.common import compute_dtype
+from ..runtime.launch import Launch, architecture, by_row, run, tuned
+from .route_kernels import (
+    _route_choose_kernel,
+    _route_few_kernel,
+    _route_scan_kernel,
+    _route_scatter_kernel,
+    _route_scores_kernel,
+)
+from .tickets import SLOT, tickets
+
+
+def _route_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, K: int, groups: int, kept: int, norm: bool, scale: float
+) -> tuple[Tensor, ...]:
+    outputs = _route_fwd_fake(x, weight, bias, K, groups, kept, norm, scale)
+    T, E = len(x), len(weight)
+    if not T:
+        outputs[3].zero_()
+        return outputs
+    columns = triton.next_power_of_2(E // groups) * triton.next_power_of_2(groups)
+    launcher = route_few if is_few(T, K, columns) else route_many
+    launcher(by_row(x), by_row(weight), bias.contiguous(), K, groups, kept, norm, scale, outputs)
+    return outputs
+
+
+def _route_fwd_fake(x, weight, bias, K, groups, kept, norm, scale):
+    T, E = x.shape[0], weight.shape[0]
+    return (
+        x.new_empty(T, K, dtype=torch.int64),
+        x.new_empty(T, K, dtype=compute_dtype(x.dtype)),
+        x.new_empty(T * K, dtype=torch.int64),
+        x.new_empty(E, dtype=torch.int32),
+        x.new_empty(T, K, dtype=torch.float64),  # the chosen experts' scores
+    )
+
+
+def tile_rows(T: int, columns: int) -> int:
+    """Tokens whose experts one program chooses: 2048 scores, their keys and rounds fit the registers of 8 warps."""
+    return min(triton.next_power_of_2(max(T, 1)), 16, max(2048 // columns, 1))
+
+
+def is_few(T: int, K: int, columns: int) -> bool:
+    """One program can sort 3072 pairs, and the product of 512 tokens is worth some 10 us of the whole GPU, beside which
+    one program's sorting is cheaper than two more launches. It keeps where the pairs of each tile and expert begin in
+    shared memory, 128 KiB of them at most."""
+    tiles = triton.cdiv(T, tile_rows(T, columns))
+    fits = 4 * triton.next_power_of_2(tiles) * columns <= 128 * 1024
+    return T <= 512 and T * K <= 3072 and tiles < SLOT and fits
+
+
+def route_few_launch(T: int, E: int, D: int, *, columns: int) -> Launch:
+    """Tiles of 16 experts, as many as a tensor core takes: wider ones read and widen x less often, but leave half of a
+    GPU idle up to 256 tokens. D is split until there is a program for each multiprocessor of a large GPU, about 128,
+    in 4 parts at most: who adds them reads 8 bytes for each score of each part, and beyond 4 that takes longer than the
+    product saves."""
+    rows = tile_rows(T, columns)
+    programs = triton.cdiv(T, rows) * triton.cdiv(E, 16)
+    splits = max(1, min(128 // programs, 4 if rows > 8 else 8, triton.cdiv(D, 256)))
+    # A warp takes 32 columns at a time, eight warps 256: each reads whole 64-byte lines of 16-bit rows. Of more than
+    # 128 experts eight warps spill a register or two of the choice, whatever its tile; four do not.
+    warps = 8 if columns <= 128 else 4
+    return Launch(BLOCK_T=rows, BLOCK_E=16, BLOCK_D=32, SLICES=8, SPLITS=splits, num_warps=warps, num_stages=3)
+
+
+def route_few(
+    x: Tensor, weight: Tensor, bias: Tensor, K: int, groups: int, kept: int, norm: bool, scale: float,
+    outputs: tuple[Tensor, ...],
+) -> None:  # fmt: skip
+    """64 tokens, E=128, D=2688: 1.7 MB read, 8.3 MB from the L2 cache, 45 MFLOP of fp64: 0.4, 1.5 and 0.7 us, the last
+    two at once. Launch and first reads (2 us), two tickets and K rounds of a maximum (1 us each): 7 us expected."""
+    (T, D), E = x.shape, len(weight)
+    ids, weights, order, ends, chosen = outputs
+    block_n = triton.next_power_of_2(E // groups)
+    block_p = block_n * triton.next_power_of_2(groups)
+    launch = tuned(
+        "_route_few_kernel",
+        route_few_launch(T, E, D, columns=block_p),
+        architecture(x),
+        T=triton.next_power_of_2(T),
+        E=E,
+        D=D,
+    )
+    tiles = triton.cdiv(T, launch.BLOCK_T)
+    partial = x.new_empty(launch.SPLITS, T, E, dtype=torch.float64)
+    counts = x.new_empty(tiles, E, dtype=torch.int32)
+    rank = x.new_empty(T, K, dtype=torch.int32)
+    run(
+        _route_few_kernel,
+        (tiles, triton.cdiv(E, launch.BLOCK_E), launch.SPLITS),
+        *(x, weight, bias, tickets(x), partial, counts, rank, ids, weights, chosen, order, ends),
+        *(x.stride(0), weight.stride(0), T, E, D),
+        **dict(TOP_K=K, GROUPS=groups, TOPK_GROUP=kept, NORM=norm, SCALE=scale, ONE_TILE=tiles == 1),
+        **dict(BLOCK_N=block_n, BLOCK_P=block_p),
+        BLOCK_TILES=triton.next_power_of_2(tiles),
+        BLOCK_PAIRS=triton.next_power_of_2(T * K),
+        launch=launch,
+    )
+
+
+def route_scores_launch(T: int, E: int, D: int, architecture: int) -> Launch:
+    """Bound by fp64 products, so first that every multiprocessor has a tile, about 128 in all; then large tiles, for x
+    is read from the L2 cache once for each tile of experts and weight once for each tile of tokens: at 32 x 32 that
+    takes as long as the products, at 64 x 64 half of it. From sm_100 on 32 rows: at 64, Triton 3.6 tries tensor-core
+    instructions that have no fp64 form."""
+    for block_t, block_e, warps in ((64, 64, 8), (32, 64, 4)) if architecture < 100 else ((32, 64, 4),):
+        if triton.cdiv(T, block_t) * triton.cdiv(E, block_e) >= 128:
+            return Launch(BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=32, num_warps=warps, num_stages=3)
+    return Launch(BLOCK_T=32, BLOCK_E=32, BLOCK_D=32, num_warps=4, num_stages=3)
+
+
+def route_choose_launch(columns: int) -> Launch:
+    """A tile as in the launch of few tokens."""
+    return Launch(BLOCK_T=tile_rows(16, columns), num_warps=8, num_stages=1)
+
+
+def route_many(
+    x: Tensor, weight: Tensor, bias: Tensor, K: int, groups: int, kept: int, norm: bool, scale: float,
+    outputs: tuple[Tensor, ...],
+) -> None:  # fmt: skip
+    """4096 tokens, E=128, D=2688: 23 MB read and 4 MB of scores written and read again, 2.8 GFLOP of fp64: 7 us and, at
+    the 67 TFLOP/s of fp64 tensor cores, 42 us. Choice and lists are three launches, some 8 us: 50 to 60 us expected."""
+    (T, D), E = x.shape, len(weight)
+    ids, weights, order, ends, chosen = outputs
+    block_n = triton.next_power_of_2(E // groups)
+    block_p = block_n * triton.next_power_of_2(groups)
+    launch = tuned(
+        "_route_scores_kernel",
+        route_scores_launch(T, E, D, architecture(x)),
+        architecture(x),
+        T=triton.next_power_of_2(T),
+        E=E,
+        D=D,
+    )
+    scores = x.new_empty(T, E, dtype=torch.float64)
+    run(
+        _route_scores_kernel,
+        (triton.cdiv(T, launch.BLOCK_T), triton.cdiv(E, launch.BLOCK_E)),
+        *(x, weight, scores, x.stride(0), weight.stride(0), T, E, D),
+        launch=launch,
+    )
+    launch = route_choose_launch(block_p)
+    tiles = triton.cdiv(T, launch.BLOCK_T)
+    counts = x.new_empty(tiles, E, dtype=torch.int32)
+    total = x.new_empty(E, dtype=torch.int32)
+    rank = x.new_empty(T, K, dtype=torch.int32)
+    run(
+        _route_choose_kernel,
+        (tiles,),
+        *(scores, bias, ids, weights, chosen, rank, counts, T, E),
+        **dict(TOP_K=K, GROUPS=groups, TOPK_GROUP=kept, NORM=norm, SCALE=scale, BLOCK_N=block_n, BLOCK_P=block_p),
+        launch=launch,
+    )
+    # 256 tiles are 4096 tokens: one pass for most prompts.
+    run(
+        _route_scan_kernel,
+        (triton.cdiv(E, 16),),
+        *(counts, total, tiles, E),
+        launch=Launch(BLOCK_TILES=min(triton.next_power_of_2(tiles), 256), BLOCK_E=16, num_warps=4, num_stages=1),
+    )
+    run(
+        _route_scatter_kernel,
+        (triton.cdiv(T * K, 512),),
+        *(ids, rank, counts, total, order, ends, T * K, launch.BLOCK_T * K, E),
+        BLOCK_E=triton.next_power_of_2(E),
+        launch=Launch(BLOCK_PAIRS=512, num_warps=4, num_stages=1),
+    )

@@ -1,0 +1,135 @@
+"""What every op shares: which implementation runs, operator registration, checks of shapes and dtypes, the op card."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from numbers import Integral, Real
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+def refuse(op: str, name: str, value: object, expected: str) -> NoReturn:
+    """Name the argument, its value and what was expected."""
+    shown = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise ValueError(f"{op}: {name} is {shown}, expected {expected}")
+
+
+def is_whole(value: object) -> bool:
+    """Whether an option is a whole number, numpy's too; no bool, and no tensor, which would have to be waited for."""
+    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Whether an option is a finite number."""
+    number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real)) and not isinstance(value, bool)
+    return number and -math.inf < value < math.inf
+
+
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+
+
+def looks_at(t: Tensor) -> bool:
+    """Whether an op is to look at what a tensor of indices holds, to refuse what is wrong: on a CPU, where nothing is
+    waited for, outside of graphs and of `trusted`. Kernels stay within their tensors whatever it is."""
+    real = t.device.type == "cpu" and type(t) is Tensor  # a fake tensor has no values
+    return real and not torch.compiler.is_compiling() and not _trusted.get()
+
+
+@contextmanager
+def trusted() -> Iterator[None]:
+    """Leave out the comparison of shapes and dtypes inside the `with` block: for a model whose shapes are right by its
+    construction and which checks what enters it. Saves 4 % of a small model's pass; an error then speaks of tensors.
+    For this thread, or task, only."""
+    if torch.compiler.is_compiling():  # where nothing is compared
+        yield
+        return
+    before = _trusted.set(True)
+    try:
+        yield
+    finally:
+        _trusted.reset(before)
+
+
+# Channels, experts, heads, taps, vocabulary, slots of a page: with none there is nothing to do.
+NEVER_EMPTY = frozenset(("C", "E", "H", "Hq", "Hkv", "K", "P", "V", "page_size"))
+
+_KINDS: dict[type, Callable[[torch.dtype], bool]] = {
+    float: lambda dtype: dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    int: lambda dtype: dtype in (torch.int64, torch.int32),
+    bool: lambda dtype: dtype == torch.bool,
+}
+
+# Shapes and dtypes that `check` has let pass. Ops are called hundreds of times a pass: a look-up takes 1 to 4 us where
+# comparing takes 10.
+_passed: set[tuple[Any, ...]] = set()
+
+
+def check(op: str, needed: int = 0, /, **specs: tuple[Any, ...]) -> None:
+    """check("experts", x=(x, "T D"), ids=(ids, "T K", int), order=(order, "T*K", int)): bind sizes by name, complain in
+    their terms.
+
+    `*` stands for any leading dimensions, the same ones for all arguments. `T*K` is the product of sizes that other
+    arguments bind, `sequences+1` binds `sequences`. A tensor is of floats unless its kind says int (32 or 64 bit) or
+    bool. None passes, but for the first `needed` arguments, and then all are to be on one device. Sizes in NEVER_EMPTY
+    are 1 or more. One call an op; torch.compile leaves it out of its graphs.
+    """
+    if torch.compiler.is_compiling() or _trusted.get():
+        return
+    try:
+        key = (op, *[None if (t := spec[0]) is None else (t.shape, t.dtype, t.device) for spec in specs.values()])
+        if key in _passed:
+            return
+    except (AttributeError, TypeError):  # no tensor, which is refused below, or a size that is a symbol
+        key = None
+    for i, (name, (tensor, *_)) in enumerate(specs.items()):
+        if not isinstance(tensor, Tensor) and (tensor is not None or i < needed):
+            refuse(op, name, tensor, "a tensor")
+    if needed:
+        _compare_devices(op, {name: spec[0].device for name, spec in specs.items() if spec[0] is not None})
+    _compare(op, {name: (t, spec, *kind) for name, (t, spec, *kind) in specs.items() if t is not None})
+    if len(_passed) >= 4096:  # prompts have many lengths
+        _passed.clear()
+    if key is not None:
+        _passed.add(key)
+
+
+def _compare_devices(op: str, devices: dict[str, torch.device]) -> None:
+    owner, first = next(iter(devices.items()))
+    for name, device in devices.items():
+        if device != first:
+            raise ValueError(f"{op}: {name} is on {device}, but {owner} is on {first}")
+
+
+def _compare(op: str, specs: dict[str, tuple[Any, ...]]) -> None:
+    sizes: dict[str, tuple[Any, str]] = {}
+    products = []
+    for name, (tensor, spec, *kind) in specs.items():
+        wanted = kind[0] if kind else float
+        if not _KINDS[wanted](tensor.dtype):
+            refuse(op, name, tensor.dtype, f"a tensor of {wanted.__name__}s")
+        shape, dims = list(tensor.shape), spec.split()
+        lead = len(shape) - len(dims) + 1
+        if dims[0] == "*" and lead >= 0:
+            shape = [shape[:lead], *shape[lead:]]
+        if len(shape) != len(dims):
+            refuse(op, name, list(tensor.shape), f"[{', '.join(dims)}]")
+        for dim, size in zip(dims, shape, strict=True):
+            if "*" in dim[1:]:
+                products.append((name, dim, size))
+                continue
+            dim, _, more = dim.partition("+")
+            if more and (size := size - int(more)) < 0:
+                refuse(op, name, list(tensor.shape), f"[{', '.join(dims)}]")
+            if size == 0 and dim in NEVER_EMPTY:
+                raise ValueError(f"{op}: {name} has {dim}=0, expected 1 or more")
+            first, owner = sizes.setdefault(dim, (size, name))
+            if first != size:
+                raise ValueError(f"{op}: {name} has {dim}={size}, but {owner} has {dim}={first}")
+    for name, dim, size in products:
+        factors = {factor: sizes[factor][0] for factor in dim.split("*")}
+        if size != (expected := math.prod(factors.values())):
+            known = ", ".join(f"{factor}={n}" for factor, n in factors.items())
+            raise ValueError(f"{op}: {name} has {size} elements, expected {dim}={expected} ({known})")

@@ -1,0 +1,151 @@
+"""How kernels are launched, with which compile-time parameters, and how to see their launches without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+INTERPRET = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: Triton's interpreter runs kernels line by line
+# Whether tensors on the CPU go to kernels, to be tested: in the interpreter, or, with TT_KERNELS_ON_CPU=1, in a tool
+# that takes Triton's launches over (ttsem).
+ON_CPU = INTERPRET or os.environ.get("TT_KERNELS_ON_CPU") == "1"
+TUNED = Path(__file__).parents[1] / "tuned"
+
+
+class Launch:
+    """Compile-time parameters of a kernel: its tile sizes by name, warps, pipeline stages. Equal by value."""
+
+    def __init__(self, *, num_warps: int = 4, num_stages: int = 3, **tiles: int):
+        self.tiles = tiles
+        self.options = {**tiles, "num_warps": num_warps, "num_stages": num_stages}
+
+    def __getattr__(self, name: str) -> int:
+        try:
+            return self.__dict__["options"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Launch) and self.options == other.options
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.options.items())))
+
+    def __repr__(self) -> str:
+        return f"Launch({', '.join(f'{name}={value}' for name, value in self.options.items())})"
+
+
+# Set by `recording` for its thread or task: who is told of launches instead of a device, and for which architecture.
+_recording: ContextVar[tuple[Callable[..., None], int] | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recording(architecture: int) -> Iterator[list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]]:
+    """Collect (kernel, grid, arguments, options) of every launch in the `with` block; nothing runs.
+
+    Meant for tensors on the meta device: the offline compiler sees what the launchers really pass. Other threads launch
+    as before; backward passes run in this one.
+    """
+    launches: list[Any] = []
+    before = _recording.set((lambda *launch: launches.append(launch), architecture))
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield launches
+    finally:
+        _recording.reset(before)
+
+
+def is_recording() -> bool:
+    # torch.compile cannot trace a context variable; nothing is recorded while it traces.
+    return not torch.compiler.is_compiling() and _recording.get() is not None
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, launch: Launch, **constexprs: Any) -> None:
+    """Launch a kernel on the device of its first tensor. An empty grid is no launch."""
+    if 0 in grid:
+        return
+    # Triton 3.10 flips the default of fp fusion; kernels here are meant with it.
+    options = {**constexprs, **launch.options, "enable_fp_fusion": True}
+    if (recorded := _recording.get()) is not None:
+        recorded[0](kernel, grid, args, options)
+        return
+    device = next(a for a in args if isinstance(a, Tensor)).device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+def by_row(t: Tensor | None) -> Tensor | None:
+    """[*, D] as rows whose elements lie side by side; a view where that is possible."""
+    if t is None:
+        return None
+    t = t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+@cache
+def _properties(index: int) -> Any:
+    return torch.cuda.get_device_properties(index)
+
+
+def architecture(x: Tensor) -> int:
+    """80, 90, 100, ...: what the launch of a kernel on x is chosen for. A CPU counts as 90."""
+    if (recorded := _recording.get()) is not None:
+        return recorded[1]
+    if not x.is_cuda:
+        return 90
+    properties = _properties(x.device.index)
+    return 10 * properties.major + properties.minor
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Streaming multiprocessors of the device of x: how many programs a persistent kernel takes. 132 on an H200; off a
+    GPU 4, so that a persistent program has more than one tile to walk."""
+    if is_recording():
+        return 132
+    return _properties(x.device.index).multi_processor_count if x.is_cuda else 4
+
+
+@cache
+def _table(architecture: int) -> dict[str, dict[str, dict[str, int]]]:
+    path = TUNED / f"sm_{architecture}.json"
+    return json.loads(path.read_text())["launches"] if path.exists() else {}
+
+
+# Set by `overriding` for its thread or task: a launch to try in place of tables and heuristics, and the keys asked for.
+_override: ContextVar[tuple[str, Launch | None, list[str]] | None] = ContextVar("override", default=None)
+
+
+@contextmanager
+def overriding(kernel: str, launch: Launch | None) -> Iterator[list[str]]:
+    """Have `tuned` answer with this launch for one kernel in the `with` block (None: with the heuristic's, whatever the
+    table says); collects the keys it is asked for. Other threads are not affected; backward passes run in this one."""
+    keys: list[str] = []
+    before = _override.set((kernel, launch, keys))
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield keys
+    finally:
+        _override.reset(before)
+
+
+def tuned(kernel: str, default: Launch, architecture: int, **key: int | str) -> Launch:
+    """The measured launch for this key from tuned/sm_<architecture>.json, or the heuristic's."""
+    name = " ".join(f"{k}={v}" for k, v in key.items())
+    if (override := _override.get()) is not None and override[0] == kernel:
+        override[2].append(name)
+        return override[1] or default
+    row = _table(architecture).get(kernel, {}).get(name)
+    return default if row is None else Launch(**row)

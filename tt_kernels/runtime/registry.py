@@ -1,0 +1,135 @@
+"""What every op shares: which implementation runs, operator registration, checks of shapes and dtypes, the op card."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import refuse
+from .launch import INTERPRET, ON_CPU, _properties, is_recording
+
+_library = torch.library.Library("tt", "DEF")
+
+_implementation: ContextVar[str | None] = ContextVar("implementation", default=None)
+
+# torch.compile can trace neither a context variable nor what it depends on. Graphs are made for a number of open `use`
+# blocks, which they check, and while one is traced it asks for the thread's own; blocks inside a graph set the last.
+_open_blocks, _counting = 0, Lock()
+
+_in_graph: str | None = None
+
+
+@contextmanager
+def use(implementation: str) -> Iterator[None]:
+    """Run every op inside the `with` block by its reference, on whatever device, to compare: use("reference").
+
+    For this thread, or task, only. A compiled graph is traced again for it.
+    """
+    if implementation != "reference":
+        refuse("use", "implementation", implementation, "'reference'")
+    if torch.compiler.is_compiling():
+        with _used_in_graph(implementation):
+            yield
+        return
+    global _open_blocks
+    before = _implementation.set(implementation)
+    with _counting:
+        _open_blocks += 1
+    try:
+        yield
+    finally:
+        with _counting:
+            _open_blocks -= 1
+        _implementation.reset(before)
+
+
+@contextmanager
+def _used_in_graph(implementation: str) -> Iterator[None]:
+    global _in_graph
+    before, _in_graph = _in_graph, implementation
+    try:
+        yield
+    finally:
+        _in_graph = before
+
+
+def _constant(ask: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result, which imports all of Dynamo: a graph is made with the answer of now."""
+    ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return ask
+
+
+@_constant
+def _implementation_now() -> str | None:
+    return _implementation.get()
+
+
+def _uses_reference() -> bool:
+    if torch.compiler.is_compiling():
+        return _in_graph == "reference" or (_open_blocks > 0 and _implementation_now() == "reference")
+    return _implementation.get() == "reference"
+
+
+# Compute capabilities, times ten, that launches are made for: they take up to 163 KiB of shared memory a program on 8.0
+# and 227 on the others, where consumer GPUs of the same generations have 99.
+SERVED = (80, 90, 100, 103)
+
+_REFERENCE = 'use it in `with tt_kernels.use("reference")`'
+
+
+@_constant
+def _capability(device: int) -> int:
+    properties = _properties(device)
+    return 10 * properties.major + properties.minor
+
+
+def takes_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether `op` runs as a kernel: where x is on a GPU, and on a CPU where kernels run there; else as its reference.
+
+    x and others are the floats that it computes with. Raises ValueError where they are on several devices, and
+    NotImplementedError for GPUs and dtypes that kernels have no form of, rather than fall back.
+    """
+    if _uses_reference() or not (x.is_cuda or ON_CPU or is_recording()):
+        return False
+    device, refused, why = x.device, None, ""
+    if x.is_cuda:
+        if (capability := _capability(device.index)) not in SERVED:
+            raise NotImplementedError(
+                f"{op}: {device} has compute capability {capability / 10}, kernels are made for "
+                f"{', '.join(str(served / 10) for served in SERVED)}; {_REFERENCE}"
+            )
+        refused, why = torch.float64, f"no fp64 kernel on a GPU; {_REFERENCE}"
+    elif INTERPRET:
+        refused, why = torch.bfloat16, "Triton's interpreter computes bf16 wrongly; use fp16, fp32 or fp64 there"
+    for t in (x, *others):
+        if t is None:
+            continue
+        if t.device != device:
+            raise ValueError(f"{op}: tensors are on {device} and {t.device}, expected one device")
+        if t.dtype == refused:
+            raise NotImplementedError(f"{op}: {why}")
+    return True
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to see an op of these: its forward-only kernels leave such calls to the reference."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def define(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register tt::<name> with one schema, one launcher and its shape rule; returns what calls it."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, launcher, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tt::{name}", fake, lib=_library)
+    registered = getattr(torch.ops.tt, name).default
+
+    def call(*args: Any) -> Any:
+        # On meta tensors the registered op runs its shape rule; whoever records wants the launches.
+        return launcher(*args) if is_recording() else registered(*args)
+
+    return call

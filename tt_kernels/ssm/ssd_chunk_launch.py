@@ -1,0 +1,121 @@
+"""The chunked scan: how its kernels are launched, and the op."""
+
+import triton
+from torch import Tensor
+
+from ..reference.common import compute_dtype
+from ..runtime.launch import Launch, architecture, run, tuned
+from ..runtime.varlen import resets
+from .launch import arithmetic, dense, lined_up
+from .ssd_chunk_kernels import _chunk_scan_kernel, _chunk_states_kernel, _chunk_steps_kernel
+
+# ---- launches ----
+
+
+def ssd_chunk_launch(chunk_size: int, P: int, N: int, itemsize: int, architecture: int) -> Launch:
+    """64 tokens a tile, what wgmma takes, and a head whole, so that products of B and C are made once. Tokens are seen
+    32 at a time: registers hold no more; on sm_100 results lie elsewhere and eight warps take all. Chunks below 32
+    tokens are bound by writing the states before them: 16 tokens a tile. sm_80 and fp32 have room for half of that."""
+    wide = itemsize > 2
+    block_t = 16 if wide or chunk_size < 32 else 64 if architecture >= 90 else 32
+    large = block_t == 64 and architecture >= 100
+    tiles = dict(
+        BLOCK_T=block_t,
+        BLOCK_U=block_t if large else min(block_t, 32),
+        BLOCK_P=min(max(16, triton.next_power_of_2(P)), 64 if block_t == 64 else 32),
+        BLOCK_N=max(16, triton.next_power_of_2(N)),
+    )
+    return Launch(**tiles, STAGES=1, num_warps=8 if large else 4, num_stages=1)
+
+
+def span_tiles(rows: int, tiles: int) -> int:
+    """Tiles that one program walks, for `rows` programs side by side. Some 512 programs keep an H200's 132
+    multiprocessors even. The last of n spans reads what n - 1 add, so there are at most 16; and four tiles are walked
+    as soon as a second kernel is launched."""
+    if tiles <= 4 or rows >= 256:
+        return tiles
+    return max(2, triton.cdiv(tiles, min(16, 512 // max(rows, 1))))
+
+
+def _ssd_chunk(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    state: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (b, L, H, P), (G, N) = x.shape, B.shape[2:]
+    y, final, states = _ssd_chunk_fake(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size)
+    wanted, asked = chunk_size is not None, chunk_size or 0
+    chunk_size = chunk_size or max(L, 1)  # no chunks: the whole row is one
+    x, B, C = (lined_up(t, 1) for t in (x, B, C))
+    A, D, dt_bias, state, lengths = dense(A, D, dt_bias, state, lengths)
+    launch = tuned(
+        "_chunk_scan_kernel",
+        ssd_chunk_launch(min(chunk_size, L), P, N, x.element_size(), architecture(x)),
+        architecture(x),
+        L=triton.next_power_of_2(L),
+        chunk_size=asked,
+        P=P,
+        N=N,
+        itemsize=x.element_size(),
+    )
+    slices = triton.cdiv(P, launch.BLOCK_P)
+    chunk_tiles = max(1, triton.cdiv(min(chunk_size, L), launch.BLOCK_T))
+    tiles = max(1, triton.cdiv(L, chunk_size)) * chunk_tiles
+    span = span_tiles(b * H * slices, tiles)
+    spans = triton.cdiv(tiles, span)
+    starts = resets(cu_seqlens, b, L)
+    shape = (L, H, H // G, chunk_size, chunk_tiles, tiles)
+    constants = dict(P=P, N=N, **arithmetic(x, A, B, C, dt_limit=(low, high)))
+    steps, high_sums, low_sums, seen, kept = final.new_empty(5, b, H, tiles, launch.BLOCK_T)
+    whole = final.new_empty(b, H, tiles)
+    block_h = min(triton.next_power_of_2(H), 16)
+    run(
+        _chunk_steps_kernel,
+        (b * tiles, triton.cdiv(H, block_h)),
+        *(dt, A, dt_bias, lengths, starts, steps, high_sums, low_sums, seen, kept, whole),
+        *(*dt.stride(), L, H, chunk_size, chunk_tiles, tiles),
+        **{name: constants.pop(name) for name in ("LOW", "HIGH")},
+        launch=Launch(BLOCK_T=launch.BLOCK_T, BLOCK_H=block_h, num_warps=4, num_stages=1),
+    )
+    added = passed = None
+    if spans > 1:
+        added = final.new_empty(b, spans - 1, H, P, N)
+        passed = final.new_empty(b, spans - 1, H)
+        run(
+            _chunk_states_kernel,
+            (b * (spans - 1) * H, slices),
+            *(x, B, kept, whole, lengths, added, passed),
+            *(*x.stride()[:3], *B.stride()[:3], *shape, spans - 1, span),
+            **constants,
+            launch=Launch(**{k: v for k, v in launch.options.items() if k != "BLOCK_U"}),
+        )
+    run(
+        _chunk_scan_kernel,
+        (b * spans * H, slices),
+        *(x, B, C, D, steps, high_sums, low_sums, seen, kept, whole, state, added, passed, lengths, starts),
+        *(y, states if wanted else None, final),
+        *(*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *shape, spans, span),
+        **constants,
+        launch=launch,
+    )
+    return y, final, states
+
+
+# ---- op ----
+
+
+def _ssd_chunk_fake(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size, *_):
+    (b, L, H, P), N = x.shape, B.shape[3]
+    final = x.new_empty((b, H, P, N), dtype=compute_dtype(x.dtype, A.dtype))
+    chunks = 0 if chunk_size is None else max(1, -(-L // chunk_size))
+    return x.new_empty(x.shape), final, final.new_empty(b, chunks, H, P, N)
