@@ -47,10 +47,10 @@ aot: $(VENV)/.test $(VENV)/triton-3.6.0 ## compile every kernel without a GPU, u
 	PYTHONPATH=$(VENV)/triton-3.6.0 $(BIN)/python -m tools.aot $(ARGS)
 
 sanitize: $(VENV)/.test $(VENV)/ttsem-0.1.0 ## execute every kernel in bf16 without a GPU: values, bounds, races
-	TT_KERNELS_ON_CPU=1 PYTHONPATH=tests:$(VENV)/ttsem-0.1.0 $(TEST) $(PARALLEL) -p sanitize -m sanitize $(ARGS)
+	TT_KERNELS_ON_CPU=1 PYTHONPATH=.:tests:$(VENV)/ttsem-0.1.0 $(TEST) $(PARALLEL) -p tools.sanitize -m sanitize $(ARGS)
 
 mutants: $(VENV)/.test $(VENV)/ttsem-0.1.0 ## plant faults in kernels: the tests must catch every one
-	PYTHONPATH=tests:$(VENV)/ttsem-0.1.0 $(BIN)/python -m mutants $(ARGS)
+	PYTHONPATH=tests:$(VENV)/ttsem-0.1.0 $(BIN)/python -m tools.mutants $(ARGS)
 
 bench: $(VENV)/.test ## measure the ops, and against peers
 	$(TEST) bench/ -m "" --timeout 0 -s --benchmark-quiet $(ARGS)

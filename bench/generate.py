@@ -31,7 +31,7 @@ from tt_model.engine import generate as decoder
 from tt_model.engine.generate import MODES
 from tt_model.modeling.moe import MoE
 from tt_model.modeling.state import Cache
-from tt_model.modeling.two_tower import ASSETS
+from tt_model.two_tower import ASSETS
 
 from .clock import percentile
 from .models import PUBLISHED, random_on_device

@@ -37,8 +37,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 from tt_model import TwoTower, checkpoint
-from tt_model.modeling.two_tower import ASSETS
 from tt_model.training.data import load_texts, load_tokenizer
+from tt_model.two_tower import ASSETS
 
 from .measure import table
 from .syntax import statement_starts, verdict

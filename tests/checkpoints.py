@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tt_model.checkpoint import load, parameter_dtype
 from tt_model.config import TwoTowerConfig
-from tt_model.modeling.two_tower import TwoTower
+from tt_model.two_tower import TwoTower
 
 CONFIG = TwoTowerConfig(
     vocab_size=29,

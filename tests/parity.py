@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cards import OPS, Op
-from tt_kernels import ExpertWeights
 from tt_kernels.runtime.launch import INTERPRET, ON_CPU
 
 GPU = torch.cuda.is_available()
@@ -46,22 +45,35 @@ def make(op: Op, dims: dict[str, int], dtype: torch.dtype, seed: int = 2) -> dic
     return with_leaves(kwargs, {name: t.to(DEVICE) for name, t in leaves(kwargs).items()})
 
 
+def is_structure(value: Any) -> bool:
+    return is_dataclass(value) or hasattr(value, "_fields")
+
+
+def parts_of(structure: Any) -> dict[str, Any]:
+    names = getattr(structure, "_fields", None) or [f.name for f in fields(structure)]
+    return {name: getattr(structure, name) for name in names}
+
+
 def leaves(kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors among the arguments; field b of argument a is "a.b"."""
-    flat = {}
+    flat: dict[str, Tensor] = {}
     for name, value in kwargs.items():
-        if isinstance(value, ExpertWeights):
-            flat |= {f"{name}.{f.name}": getattr(value, f.name) for f in fields(value)}
-        else:
+        if is_structure(value):
+            flat |= {f"{name}.{part}": t for part, t in leaves(parts_of(value)).items()}
+        elif isinstance(value, Tensor):
             flat[name] = value
-    return {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    return flat
 
 
 def with_leaves(kwargs: dict[str, Any], new: dict[str, Tensor]) -> dict[str, Any]:
     kwargs = dict(kwargs)
     for name, tensor in new.items():
-        argument, _, field = name.partition(".")
-        kwargs[argument] = replace(kwargs[argument], **{field: tensor}) if field else tensor
+        argument, _, rest = name.partition(".")
+        if rest:
+            parts = with_leaves(parts_of(kwargs[argument]), {rest: tensor})
+            kwargs[argument] = type(kwargs[argument])(**parts)
+        else:
+            kwargs[argument] = tensor
     return kwargs
 
 

@@ -92,9 +92,9 @@ def _on_meta(value: Any, grads: Sequence[str], name: str) -> Any:
     if isinstance(value, Tensor):
         value = value.to("meta")
         return value.requires_grad_() if name in grads else value
-    if is_dataclass(value):
-        parts = {f.name: _on_meta(getattr(value, f.name), grads, f"{name}.{f.name}") for f in fields(value)}
-        return type(value)(**parts)
+    if is_dataclass(value) or hasattr(value, "_fields"):
+        names = getattr(value, "_fields", None) or [f.name for f in fields(value)]
+        return type(value)(**{part: _on_meta(getattr(value, part), grads, f"{name}.{part}") for part in names})
     return value
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.parity import SANITIZE
+from parity import SANITIZE
 from ttsem import _fakedriver, ops, pidraces, sanitize
 
 # Loads that may meet another program's store, by their IR. A descriptor takes whole tiles of the cache: in the last one

@@ -24,16 +24,15 @@ from typing import Any
 
 import torch
 
+from bench.clock import DeviceClock, in_a_line, interleave, no_commit, percentile, reason, where
+from bench.measure import append, table
+from bench.ops import Case, bind, low_dtype, operands
+from bench.oracle import Clock, oracle
 from cards import OPS, Op
 from tt_kernels.runtime import launch
 from tt_kernels.runtime.launch import Launch, overriding
 
-from .clock import DeviceClock, in_a_line, interleave, no_commit, percentile, reason, where
-from .measure import append, table
-from .ops import Case, bind, low_dtype, operands
-from .oracle import Clock, oracle
-
-SAMPLES = Path(__file__).parent / "tuning"
+SAMPLES = Path(__file__).parents[1] / "bench/tuning"
 GAIN = 0.03
 HEURISTIC = "heuristic"
 

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from .config import TwoTowerConfig
     from .engine.generate import Generation, Step
     from .modeling.state import Cache
-    from .modeling.two_tower import TwoTower
+    from .two_tower import TwoTower
 
 __version__ = "0.1.0"
 __all__ = ["Cache", "Generation", "Step", "TwoTower", "TwoTowerConfig"]
@@ -16,7 +16,7 @@ _HOMES = {
     "Cache": "modeling.state",
     "Generation": "engine.generate",
     "Step": "engine.generate",
-    "TwoTower": "modeling.two_tower",
+    "TwoTower": "two_tower",
     "TwoTowerConfig": "config",
 }
 

@@ -169,7 +169,7 @@ def test_standard_output_on_a_full_disk() -> None:
 
 
 def test_output_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from test_files import files_of_at_most
+    from disks import files_of_at_most
 
     with files_of_at_most(3):
         code = main(["generate", "--output", str(tmp_path / "out.txt"), "--quiet", "--max-new-tokens", "1", "def f"])

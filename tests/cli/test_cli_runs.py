@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import rewritten, tensors_of
+from conftest import ROOT
+from disks import files_of_at_most
 from test_cli_train import FAST, call, config, data, no_plot, refused  # noqa: F401 (fixtures)
-from test_files import ROOT, files_of_at_most
 
 from tt_model import TwoTower
 from tt_model.checkpoint import save

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_model import CONFIG, prompts_of, random_model
+from models import CONFIG, prompts_of, random_model
 
 from tt_kernels import use
 from tt_model import Step, TwoTower

@@ -7,8 +7,8 @@ import torch
 from parity import KERNELS, make
 
 from cards import OPS
-from tt_kernels.moe.experts.op import index_lists
 from tt_kernels.moe.experts_launch import Sizes, down_launch, hidden_launch, most_tiles, up_launch, weights_launch
+from tt_kernels.reference.moe import index_lists
 from tt_kernels.runtime.launch import recording
 
 UP = Sizes(rows=96, experts=128, N=1856, K=2688)

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from test_model import CONFIG, random_model
+from models import CONFIG, random_model
 
 from tt_model import TwoTower
 from tt_model.arguments import device_of, integer, is_integer, row_seeds, token_rows, wrapped

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tt_model import checkpoint
 from tt_model.checkpoint import convert, layout, load, save, start_denoiser
 from tt_model.config import TwoTowerConfig
-from tt_model.modeling.two_tower import TwoTower
+from tt_model.two_tower import TwoTower
 
 
 @pytest.fixture

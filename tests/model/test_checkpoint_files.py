@@ -11,7 +11,7 @@ import torch
 from checkpoints import CONFIG, SHARD, contents, loaded, meta_model, model_of, same
 
 from tt_model.checkpoint import atomic_folder, load, save
-from tt_model.modeling.two_tower import TwoTower
+from tt_model.two_tower import TwoTower
 
 
 @pytest.fixture

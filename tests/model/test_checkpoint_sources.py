@@ -13,7 +13,7 @@ from checkpoints import CONFIG, SHARD, contents, loaded, model_of, plain, same
 from tt_model import TwoTower
 from tt_model.checkpoint import convert, save
 from tt_model.config import TwoTowerConfig
-from tt_model.modeling.two_tower import ASSETS
+from tt_model.two_tower import ASSETS
 
 EXTRAS = {
     "tokenizer.json": (ASSETS / "tokenizer.json").read_bytes(),

@@ -285,7 +285,9 @@ def test_slices_cover_every_op_with_kernels() -> None:
 
 
 def test_the_smoke_test_has_every_kernel() -> None:
-    tests = {f"tests/kernels/test_kernels.py::test_matches_reference[{p.id}-torch.bfloat16]" for p in parity.WITH_KERNELS}
+    tests = {
+        f"tests/kernels/test_kernels.py::test_matches_reference[{p.id}-torch.bfloat16]" for p in parity.WITH_KERNELS
+    }
     rows = {f"bench/bench_ops.py::test_parity[{case.id}]": case for case in ops.cases("cuda")}
     found = gpu_tests.smoke()
     assert set(found) <= tests | set(rows), "one that is not there, and pytest runs none of them"

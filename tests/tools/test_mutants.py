@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 from _pytest.mark.expression import Expression
-from tools.mutants.__main__ import ROOT, all_mutants, mutated
 
 from cards import OPS
+from tools.mutants.__main__ import ROOT, all_mutants, mutated
 
 MUTANTS = [mutant for listed in all_mutants().values() for mutant in listed]
 

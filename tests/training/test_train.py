@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_model import CONFIG, random_model
+from models import CONFIG, random_model
 
 from tt_model import TwoTower
 from tt_model.checkpoint import start_denoiser

@@ -19,7 +19,7 @@ from tools import mutants
 from tools.mutants import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("tt_kernels", "tests", "pyproject.toml")
+COPIED = ("tt_kernels", "tests", "cards", "tools", "pyproject.toml")
 TESTS = ("tests/kernels/test_kernels.py", "tests/kernels/test_ops.py")
 TTSEM = importlib.util.find_spec("ttsem")
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,30 +19,42 @@ INTERPRET = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: Triton's interp
 # Whether tensors on the CPU go to kernels, to be tested: in the interpreter, or, with TT_KERNELS_ON_CPU=1, in a tool
 # that takes Triton's launches over (ttsem).
 ON_CPU = INTERPRET or os.environ.get("TT_KERNELS_ON_CPU") == "1"
+L = TypeVar("L", bound="Launch")
 TUNED = Path(__file__).parents[1] / "tuned"
 
 
 class Launch:
-    """Compile-time parameters of a kernel: its tile sizes by name, warps, pipeline stages. Equal by value."""
+    """Compile-time parameters of a kernel: tile sizes in capitals, warps, pipeline stages. Equal by value.
+
+    Each kernel's are a frozen dataclass of their own that derives from this one.
+    """
+
+    num_warps: int
+    num_stages: int
 
     def __init__(self, *, num_warps: int = 4, num_stages: int = 3, **tiles: int):
-        self.tiles = tiles
-        self.options = {**tiles, "num_warps": num_warps, "num_stages": num_stages}
+        self.__dict__.update(tiles, num_warps=num_warps, num_stages=num_stages)
 
-    def __getattr__(self, name: str) -> int:
-        try:
-            return self.__dict__["options"][name]
-        except KeyError:
-            raise AttributeError(name) from None
+    @property
+    def options(self) -> dict[str, int]:
+        """All of them, as a launch takes them."""
+        return dict(vars(self))
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("num_")}
+
+    def __getattr__(self, name: str) -> int:  # for type checkers: tiles of launches that have no class of their own
+        raise AttributeError(name)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Launch) and self.options == other.options
+        return isinstance(other, Launch) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
-        return hash(tuple(sorted(self.options.items())))
+        return hash(tuple(sorted(vars(self).items())))
 
     def __repr__(self) -> str:
-        return f"Launch({', '.join(f'{name}={value}' for name, value in self.options.items())})"
+        return f"Launch({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
 
 
 # Set by `recording` for its thread or task: who is told of launches instead of a device, and for which architecture.
@@ -141,11 +153,11 @@ def overriding(kernel: str, launch: Launch | None) -> Iterator[list[str]]:
         _override.reset(before)
 
 
-def tuned(kernel: str, default: Launch, architecture: int, **key: int | str) -> Launch:
+def tuned(kernel: str, default: L, architecture: int, **key: int | str) -> L:
     """The measured launch for this key from tuned/sm_<architecture>.json, or the heuristic's."""
     name = " ".join(f"{k}={v}" for k, v in key.items())
     if (override := _override.get()) is not None and override[0] == kernel:
         override[2].append(name)
-        return override[1] or default
+        return cast(L, override[1] or default)
     row = _table(architecture).get(kernel, {}).get(name)
-    return default if row is None else Launch(**row)
+    return default if row is None else type(default)(**row)

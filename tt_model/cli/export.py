@@ -44,8 +44,8 @@ def run(o: argparse.Namespace) -> None:
 
     from ..checkpoint import load, parameter_dtype, save
     from ..config import TwoTowerConfig
-    from ..modeling.two_tower import TwoTower
     from ..training.state import STATE, read_state
+    from ..two_tower import TwoTower
 
     out, to = Path(o.out), Path(o.to or Path(o.out) / "model")
     facts, state = read_facts(out), read_state(out)

@@ -118,7 +118,7 @@ def run(o: argparse.Namespace) -> None:
         prompt = _parse_ids(o.tokens) if o.tokens is not None else _read_prompt(o.prompt, o.prompt_file)
 
         from ..config import TwoTowerConfig
-        from ..modeling.two_tower import ASSETS, TwoTower
+        from ..two_tower import ASSETS, TwoTower
         from .vocabulary import Vocabulary
 
         folder = ASSETS if o.model is None else Path(o.model)

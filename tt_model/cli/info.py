@@ -77,7 +77,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
 def run(o: argparse.Namespace) -> None:
     """Read the config, compute, print."""
     from ..config import TwoTowerConfig
-    from ..modeling.two_tower import ASSETS
+    from ..two_tower import ASSETS
 
     path = ASSETS if o.model is None else Path(o.model)
     config = TwoTowerConfig.from_file(path)

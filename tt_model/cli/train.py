@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from ..config import TwoTowerConfig
-    from ..modeling.two_tower import TwoTower
     from ..training.data import Rows
     from ..training.schedule import TrainSettings
+    from ..two_tower import TwoTower
     from .vocabulary import Vocabulary
 
 # Fields of TrainSettings: type and help. Their defaults, which a test compares, are in the help only.
@@ -310,8 +310,8 @@ def _model(
     import torch
 
     from ..checkpoint import layout, load, parameter_dtype, start_denoiser
-    from ..modeling.two_tower import TwoTower
     from ..training.loop import init_weights
+    from ..two_tower import TwoTower
 
     config = dataclasses.replace(config, dtype=dtype)
     progress = not o.quiet

@@ -20,7 +20,7 @@ from tt_kernels import head_sample, unmask
 
 from ..arguments import integer, is_integer, row_seeds
 from ..config import TwoTowerConfig
-from ..modeling.two_tower import TwoTower
+from ..modeling.two_tower import TwoTowerModel
 
 if TYPE_CHECKING:
     from ..modeling.state import Cache
@@ -107,7 +107,7 @@ class Generation:
 class _Rows:
     """The rows of a batch that are still going, and what has been written so far."""
 
-    def __init__(self, model: TwoTower, cache: Cache, s: Settings, seed: Tensor, on_step: Callable | None):
+    def __init__(self, model: TwoTowerModel, cache: Cache, s: Settings, seed: Tensor, on_step: Callable | None):
         B = cache.batch
         self.model, self.cache, self.settings, self.on_step = model, cache, s, on_step
         self.index = list(range(B))  # of the rows still going: R of B
@@ -238,7 +238,7 @@ def _mock_ar(rows: _Rows, last: Tensor) -> None:
 
 @torch.inference_mode()
 def generate(
-    model: TwoTower,
+    model: TwoTowerModel,
     prompts: Tensor | Sequence[Sequence[int]],
     settings: Settings,
     *,

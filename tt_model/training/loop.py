@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..files import hold, write_atomically
 from ..modeling.moe import MoE
-from ..modeling.two_tower import TwoTower
+from ..modeling.two_tower import TwoTowerModel
 from ..stops import Stopped, handling
 from .data import Batch, Rows
 from .objective import ar_loss, denoiser_loss, mask_blocks
@@ -30,7 +30,7 @@ from .state import STATE, Masters, load_state, save_state
 BIAS_RATE = 1e-3  # of the router's load balance: DeepSeek-V3's (arXiv 2412.19437)
 
 
-def init_weights(model: TwoTower, seed: int = 0) -> None:
+def init_weights(model: TwoTowerModel, seed: int = 0) -> None:
     """Random weights for a context tower to be trained from scratch: normal(0.02), the projections that write the
     residual stream scaled by 1 / sqrt(layers); Mamba's A in [1, 16] and time steps in [1e-3, 1e-1] (Mamba-2)."""
     g = torch.Generator().manual_seed(seed)
@@ -53,7 +53,7 @@ def init_weights(model: TwoTower, seed: int = 0) -> None:
                 p.copy_(torch.randn(p.shape, generator=g) * 0.02 / (math.sqrt(layers) if out else 1))
 
 
-def trainable(model: TwoTower, stage: str) -> dict[str, nn.Parameter]:
+def trainable(model: TwoTowerModel, stage: str) -> dict[str, nn.Parameter]:
     """The parameters that a stage trains, by name. The denoiser's router stays as it is."""
     if stage == "ar":
         return {n: p for n, p in model.named_parameters() if n.startswith("context_") and "e_score" not in n}
@@ -61,7 +61,7 @@ def trainable(model: TwoTower, stage: str) -> dict[str, nn.Parameter]:
     return {n: p for n, p in named.items() if ".mixer.gate." not in n}
 
 
-def _loss(model: TwoTower, batch: Batch, s: TrainSettings, step: int) -> Tensor:
+def _loss(model: TwoTowerModel, batch: Batch, s: TrainSettings, step: int) -> Tensor:
     ids, cu_seqlens = batch.ids.to(model.device), batch.cu_seqlens.to(model.device)
     if s.stage == "ar":
         return ar_loss(model, ids, cu_seqlens)
@@ -72,7 +72,7 @@ def _loss(model: TwoTower, batch: Batch, s: TrainSettings, step: int) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: TwoTower, rows: Rows, s: TrainSettings, batches: int = 8) -> float:
+def held_out_loss(model: TwoTowerModel, rows: Rows, s: TrainSettings, batches: int = 8) -> float:
     """Mean loss over fixed batches with fixed noise, in nats per token."""
     count = min(batches, -(-len(rows) // s.batch_size))
     losses = [_loss(model, rows.batch(i, s.batch_size, seed=0), s, step=-1 - i).item() for i in range(count)]
@@ -83,7 +83,7 @@ class _Balance:
     """Keeps experts equally busy without an auxiliary loss: the correction bias of an expert that gets less than its
     share rises, of one that gets more falls (arXiv 2408.15664)."""
 
-    def __init__(self, model: TwoTower, on: bool):
+    def __init__(self, model: TwoTowerModel, on: bool):
         self.layers = [m for m in model.context_tower.modules() if isinstance(m, MoE)] if on else []
         self.device = model.device
 
@@ -154,7 +154,7 @@ class _WholeSteps:
 
 
 def train(
-    model: TwoTower,
+    model: TwoTowerModel,
     rows: Rows,
     settings: TrainSettings,
     out: str | Path,
@@ -201,7 +201,7 @@ def train(
 
 
 def _train(
-    model: TwoTower,
+    model: TwoTowerModel,
     rows: Rows,
     s: TrainSettings,
     out: Path,

@@ -1,6 +1,6 @@
 """The two training losses: next token for a context tower, masked tokens for a denoiser.
 
-B rows, N tokens of a row, S block size. Formulas: TwoTower (arXiv 2606.26493), the paper's recipe.
+B rows, N tokens of a row, S block size. Formulas: TwoTowerModel (arXiv 2606.26493), the paper's recipe.
 """
 
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor
 from tt_kernels import linear_cross_entropy
 
 from ..modeling.tower import CleanPass
-from ..modeling.two_tower import TwoTower
+from ..modeling.two_tower import TwoTowerModel
 
 
-def ar_loss(model: TwoTower, ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+def ar_loss(model: TwoTowerModel, ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Mean negative log-likelihood (nats) of every next token that lies in the same packed sequence.
 
     Args:
@@ -50,7 +50,7 @@ def mask_blocks(
 
 
 def denoiser_loss(
-    model: TwoTower, clean: Tensor, noisy: Tensor, masked: Tensor, t: Tensor, cu_seqlens: Tensor | None = None
+    model: TwoTowerModel, clean: Tensor, noisy: Tensor, masked: Tensor, t: Tensor, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """Mean negative log-likelihood (nats) over the masked positions; no 1 / t weight.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.folder import finite
 from ..files import write_atomically
-from ..modeling.two_tower import TwoTower
+from ..modeling.two_tower import TwoTowerModel
 from .schedule import ADJUSTABLE, Stretch, TrainSettings, changed_settings
 
 STATE = "training.pt"  # parameters, optimizer and history of a run that can be resumed
@@ -61,14 +61,14 @@ def _tensors(state: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
         yield from ((f"optimizer.{i}.{name}", v) for name, v in values.items() if isinstance(v, Tensor))
 
 
-def stage_weights(model: TwoTower, stage: str) -> dict[str, Tensor]:
+def stage_weights(model: TwoTowerModel, stage: str) -> dict[str, Tensor]:
     """The weights that a run of a stage stores: of its tower, its head and, for the denoiser, the time modules."""
     return {n: p.detach() for n, p in model.named_parameters() if n.startswith("context_") == (stage == "ar")}
 
 
 def save_state(
     out: Path,
-    model: TwoTower,
+    model: TwoTowerModel,
     masters: Masters,
     optimizer: torch.optim.Optimizer,
     settings: TrainSettings,
@@ -135,7 +135,7 @@ def read_state(out: Path, device: torch.device | str = "cpu") -> dict[str, Any] 
 
 def load_state(
     out: Path,
-    model: TwoTower,
+    model: TwoTowerModel,
     masters: Masters,
     optimizer: torch.optim.Optimizer,
     settings: TrainSettings,

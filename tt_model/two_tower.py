@@ -1,0 +1,121 @@
+"""The model with its two conveniences: loading by a path, and generating by a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import checkpoint
+from .arguments import device_of, dtype_of, is_integer
+from .config import TwoTowerConfig
+from .engine.generate import Generation, Settings, Step, generate
+from .modeling.two_tower import TwoTowerModel
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+class TwoTower(TwoTowerModel):
+    __doc__ = TwoTowerModel.__doc__
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        towers: str = "both",
+        progress: bool = True,
+    ) -> TwoTower:
+        """Load a checkpoint folder: the published layout, or with `towers="context"` a plain Nemotron-3-Nano.
+
+        Args:
+            path:   folder with config.json and safetensors; None: the small model that comes with the package.
+            device: None: the current CUDA device if there is one, else the CPU.
+            dtype:  of the parameters; None: the one that config.json names. Router and scan parameters stay fp32.
+            towers: "both", or "context" for autoregressive use only, at half the memory.
+            progress: show a bar on stderr while loading takes more than a second.
+        Raises:
+            FileNotFoundError: no such folder or file. ValueError: what the config or the weights lack, by name; a
+            device that is not here.
+        Cost: every shard is read once; peak memory is the model and one shard.
+        """
+        target = device_of(device)
+        if dtype is not None:
+            dtype_of(dtype)
+        folder = ASSETS if path is None else Path(path)
+        config = TwoTowerConfig.from_file(folder)
+        dtype = dtype or config.dtype
+        with torch.device("meta"):
+            model = cls(replace(config, dtype=dtype), towers=towers)
+        checkpoint.load(model, folder, device=target, dtype=dtype, towers=towers, progress=progress)
+        return model.requires_grad_(False)
+
+    def generate(
+        self,
+        prompts: Tensor | Sequence[Sequence[int]],
+        *,
+        mode: str = "mask_diffusion",
+        max_new_tokens: int = 128,
+        block_size: int | None = None,
+        steps_per_block: int = 16,
+        confidence_threshold: float = 0.8,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | str | None = "config",
+        seed: int | Sequence[int] | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Generation:
+        """Continue prompts.
+
+        Args:
+            prompts: [B, P] int64, or B lists of token ids of any lengths from 1.
+            mode: "mask_diffusion" (denoiser, block by block), "ar" (context tower alone) or "mock_ar" (denoiser, one
+                token at a time).
+            max_new_tokens: need not divide by the block size: the last block keeps its size, the output is cut.
+            block_size: tokens denoised together; None: the size that the denoiser was trained with.
+            steps_per_block: most denoiser passes for a block.
+            confidence_threshold: masked positions whose prediction is more probable than this are committed at once.
+            temperature: 0 takes the most probable token; 1e-30 and above, a Gumbel-max sample of logits / temperature,
+                which at 1e30 and above draws every token alike.
+            top_k, top_p: narrow what may be sampled at a temperature above 0.
+            eos_token_id: one or several ids that end a row; None: nothing does; default: what config.json and
+                generation_config.json say.
+            seed: an int s gives row b the seed s + b; or one per row; None: from torch's default generator. Seeds count
+                modulo 2^64. A row's noise depends on its seed, position, denoising step and token id, not on its
+                neighbours.
+            on_step: called with a `Step` after every denoiser pass (every token, in the autoregressive modes). What it
+                is given are copies.
+        Returns:
+            `tokens`: a list of new token ids per row; `nfe`: denoiser passes per row.
+        Raises:
+            ValueError: a setting, prompt or token id that cannot be meant, before any work. Warns when block_size is
+            above the trained one, and when a prompt holds the mask token.
+        Cost: a prefill, then per block at most steps_per_block denoiser passes and one context pass; in the block in
+            which a row ends, passes until its end and all before it are committed and what lies behind could only be
+            dropped (a last pass over one such position is made all the same: the published NFE counts it).
+        Source: the published implementation's generation loop (arXiv 2606.26493), one row at a time there.
+        """
+        eos = self.config.eos_token_ids if isinstance(eos_token_id, str) and eos_token_id == "config" else eos_token_id
+        eos = eos.tolist() if hasattr(eos, "tolist") else eos
+        if eos is None or is_integer(eos):
+            eos = () if eos is None else (eos,)
+        elif isinstance(eos, str | bytes) or not isinstance(eos, Iterable):
+            raise ValueError(f"eos_token_id is {eos!r}, expected one or several token ids, or None")
+        settings = Settings(
+            mode=mode,
+            max_new_tokens=max_new_tokens,
+            block_size=self.config.block_size if block_size is None else block_size,
+            steps_per_block=steps_per_block,
+            confidence_threshold=confidence_threshold,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_ids=tuple(eos),
+        )
+        return generate(self, prompts, settings, seed=seed, on_step=on_step)
