@@ -17,8 +17,10 @@ torch.set_num_threads(1)
 torch.set_float32_matmul_precision("highest")
 torch.backends.cudnn.allow_tf32 = False
 
-# Under nohup it is ignored, in the processes that tests start as well; tests of signals want what a shell gives.
+# Under nohup or behind `&` they are ignored, in the processes that tests start as well; tests of signals want what a
+# shell gives.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the first call of a shape pays for allocation and thread pools.
 settings.register_profile("local", deadline=None)

@@ -258,6 +258,7 @@ BAD = [
     ),
     ("unmask", dict(block=torch.ones(4, 5)), "unmask: block is torch.float32, expected a tensor of ints"),
     ("unmask", dict(position=torch.ones(4, 5).long()), "unmask: position is [4, 5], expected [B]"),
+    ("unmask", dict(mask_token_id=None), "unmask: mask_token_id is None, expected a token id below V=37"),
     ("unmask", dict(mask_token_id=37), "unmask: mask_token_id is 37, expected a token id below V=37"),
     ("linear_cross_entropy", dict(targets=torch.ones(2, 5)), "targets is torch.float32, expected a tensor of ints"),
     ("linear_cross_entropy", dict(targets=torch.full((2, 5), 11)), "targets has 11, expected token ids below V=11"),
@@ -277,6 +278,37 @@ def test_bad_input_is_named(name: str, changes: dict[str, Any], message: str) ->
     with pytest.raises(ValueError) as error:
         OPS[name].fn(**args(name, **changes))
     assert message in str(error.value) and str(error.value).startswith(f"{name}: ")
+
+
+NEEDED = [
+    (name, argument)
+    for name in ("gumbel_noise", "sample", "head_sample", "commit", "unmask", "linear_cross_entropy")
+    for argument, value in args(name).items()
+    if isinstance(value, Tensor)
+]
+
+
+@pytest.mark.parametrize("name,argument", NEEDED, ids=[f"{n}-{a}" for n, a in NEEDED])
+def test_missing_and_distant_tensors_are_named(name: str, argument: str) -> None:
+    """The unmasking ops and the loss: every tensor, also those of integers and temperatures."""
+    if argument != "mask":
+        with pytest.raises(ValueError, match=f"^{name}: {argument} is None, expected a tensor$"):
+            OPS[name].fn(**args(name, **{argument: None}))
+    distant = torch.empty_like(args(name)[argument], device="meta")
+    with pytest.raises(ValueError, match=rf"^{name}: \w+ is on \w+, but \w+ is on \w+$") as error:
+        OPS[name].fn(**args(name, **{argument: distant}))
+    assert f" {argument} is on" in str(error.value)
+
+
+def test_messages_are_one_line() -> None:
+    """Whatever the value: of an array its beginning, and of a number more than 64 bits."""
+    array = torch.rand(40, 37).numpy()
+    with pytest.raises(ValueError, match=r"^rms_norm: x is array\(.{1,80}\.\.\., expected a tensor$") as error:
+        OPS["rms_norm"].fn(**args("rms_norm", x=array))
+    assert "\n" not in str(error.value)
+    for name, option in (("conv_block_states", "block_size"), ("conv_state", "kernel_size")):
+        with pytest.raises(ValueError, match=f"^{name}: {option} is {2**70}, expected"):
+            OPS[name].fn(**args(name, **{option: 2**70}))
 
 
 def test_every_op_refuses_something() -> None:

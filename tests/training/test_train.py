@@ -62,6 +62,41 @@ def test_resumes_to_the_same_losses(stage, tmp_path):
     assert (tmp_path / "b" / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("stage", ["ar", "denoiser"])
+def test_a_compiled_model_trains_as_it_would_otherwise(stage, tmp_path):
+    """The same losses, the same names in what is stored: either goes on from the other's state."""
+    compiled = lambda module: torch.compile(module, backend="eager")
+
+    def parts() -> TwoTower:
+        model = fresh(stage)
+        model.context_lm_head, model.context_tower.norm_f = map(
+            compiled, (model.context_lm_head, model.context_tower.norm_f)
+        )
+        return model
+
+    s = TrainSettings(stage, steps=4, batch_size=2, learning_rate=3e-3, warmup=2)
+    straight = train(fresh(stage), text(), s, tmp_path / "straight", progress=False)
+    for way, make in {"whole": lambda: compiled(fresh(stage)), "parts": parts}.items():
+        train(make(), text(), s, tmp_path / way, stop_after=2, progress=False)
+        states = [torch.load(tmp_path / run / "training.pt") for run in ("straight", way)]
+        assert list(states[0]["weights"]) == list(states[1]["weights"])
+        for model in (make(), fresh(stage)):
+            resumed = train(model, text(), s, tmp_path / way, progress=False)
+            assert [h["loss"] for h in resumed] == [h["loss"] for h in straight]
+    model = parts()
+    init_weights(model, 3)
+    assert all(map(torch.equal, trainable(model, "ar").values(), trainable(fresh("ar"), "ar").values()))
+
+
+def test_the_state_of_another_model_is_refused(tmp_path):
+    s = TrainSettings("ar", steps=4, batch_size=2)
+    train(fresh("ar"), text(), s, tmp_path, stop_after=1, progress=False)
+    wide = TwoTower(dataclasses.replace(CONFIG32, vocab_size=2 * CONFIG32.vocab_size), towers="context")
+    init_weights(wide, 3)
+    with pytest.raises(ValueError, match=r"training.pt: this run is of another model: .*context_lm_head.weight"):
+        train(wide, text(), s, tmp_path, progress=False)
+
+
 def test_other_settings_do_not_resume(tmp_path):
     s = TrainSettings("ar", steps=4, batch_size=2)
     train(fresh("ar"), text(), s, tmp_path, stop_after=1, progress=False)

@@ -25,6 +25,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
     """
     check(
         "linear_cross_entropy",
+        3,
         hidden=(hidden, "* D"),
         weight=(weight, "V D"),
         targets=(targets, "*", int),

@@ -13,13 +13,16 @@ from torch import Tensor
 
 def refuse(op: str, name: str, value: object, expected: str) -> NoReturn:
     """Name the argument, its value and what was expected."""
-    shown = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    shown = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else " ".join(repr(value).split())
+    if len(shown) > 80:  # as an array's
+        shown = f"{shown[:77]}..."
     raise ValueError(f"{op}: {name} is {shown}, expected {expected}")
 
 
 def is_whole(value: object) -> bool:
-    """Whether an option is a whole number, numpy's too; no bool, and no tensor, which would have to be waited for."""
-    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
+    """Whether an option is a whole number of 64 bits, numpy's too; no bool, and no tensor: one would wait for it."""
+    whole = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
+    return whole and -(2**63) <= value < 2**63
 
 
 def is_real(value: Any) -> bool:

@@ -170,6 +170,7 @@ def commit(
     """
     check(
         "commit",
+        5,
         block=(block, "B L", int),
         token=(token, "B L", int),
         confidence=(confidence, "B L"),

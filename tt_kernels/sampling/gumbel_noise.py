@@ -87,7 +87,7 @@ def gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, *, vocab_size: in
     integer operations and two logarithms a number. Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3
     (2011); Random123.
     """
-    check("gumbel_noise", seed=(seed, "*", int), position=(position, "*", int), step=(step, "*", int))
+    check("gumbel_noise", 3, seed=(seed, "*", int), position=(position, "*", int), step=(step, "*", int))
     check_whole("gumbel_noise", "vocab_size", vocab_size, 1, 2**31 - 1, "1 or more")
     if not takes_kernel("gumbel_noise", seed):
         return reference.gumbel_noise(seed, position, step, vocab_size=vocab_size)

@@ -50,6 +50,7 @@ def head_sample(
     """
     check(
         "head_sample",
+        6,
         hidden=(hidden, "* D"),
         weight=(weight, "V D"),
         temperature=(temperature, "*"),

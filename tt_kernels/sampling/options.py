@@ -30,7 +30,7 @@ def check_sampling(
     if top_p is not None and (not isinstance(top_p, Real) or isinstance(top_p, bool) or not 0 < top_p <= 1):
         refuse(op, "top_p", top_p, "above 0 and up to 1, or None")
     for name, token in tokens.items():
-        if token is None:
+        if token is None and name == "suppress":
             continue
         check_whole(op, name, token, 0, vocab_size - 1, f"a token id below V={vocab_size}")
         if vocab_size == 1:

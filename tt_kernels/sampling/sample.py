@@ -252,6 +252,7 @@ def sample(
     """
     check(
         "sample",
+        5,
         logits=(logits, "* V"),
         temperature=(temperature, "*"),
         seed=(seed, "*", int),

@@ -205,6 +205,7 @@ def unmask(
     """
     check(
         "unmask",
+        9,
         hidden=(hidden, "B L D"),
         weight=(weight, "V D"),
         block=(block, "B L", int),

@@ -34,10 +34,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def named_parameters(model: nn.Module, *, once: bool = False) -> dict[str, nn.Parameter]:
     """Every parameter by the name that it has without torch.compile around the model or a part of it; a parameter in
-    two places has both names."""
-    named = model.named_parameters(remove_duplicate=False)
+    two places has both names, or the first where it is to come once."""
+    named = model.named_parameters(remove_duplicate=once)
     return {".".join(part for part in name.split(".") if part != "_orig_mod"): p for name, p in named}
 
 

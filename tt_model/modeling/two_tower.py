@@ -268,8 +268,9 @@ class TwoTowerModel(nn.Module):
             raise ValueError(f"{name} is {ids!r:.40}, expected a tensor [B, L] of integers")
         if ids.dim() != 2 or ids.dtype not in _ID_DTYPES:
             raise ValueError(f"{name} has shape {list(ids.shape)} and dtype {ids.dtype}, expected [B, L] of integers")
-        # On a GPU this would wait for the device at every pass: what is already there is the caller's word.
-        low, high = map(int, ids.aminmax()) if ids.numel() and ids.device.type == "cpu" else (0, 0)
+        # On a GPU this would wait for the device at every pass: what is there, or in a graph, is the caller's word.
+        seen = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        low, high = map(int, ids.aminmax()) if seen and ids.numel() else (0, 0)
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"{name} holds token id {bad}, expected 0 to {self.config.vocab_size - 1}")

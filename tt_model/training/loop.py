@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from ..checkpoint.keys import CONTEXT, named_parameters, unwrapped
 from ..files import hold, write_atomically
 from ..modeling.moe import MoE
 from ..modeling.two_tower import TwoTowerModel
@@ -25,7 +26,7 @@ from ..stops import Stopped, handling
 from .data import Batch, Rows
 from .objective import ar_loss, denoiser_loss, mask_blocks
 from .schedule import TrainSettings, learning_rate
-from .state import STATE, Masters, load_state, save_state
+from .state import STATE, Masters, load_state, save_state, stage_parameters
 
 BIAS_RATE = 1e-3  # of the router's load balance: DeepSeek-V3's (arXiv 2412.19437)
 
@@ -35,7 +36,9 @@ def init_weights(model: TwoTowerModel, seed: int = 0) -> None:
     residual stream scaled by 1 / sqrt(layers); Mamba's A in [1, 16] and time steps in [1e-3, 1e-1] (Mamba-2)."""
     g = torch.Generator().manual_seed(seed)
     layers = model.config.num_hidden_layers
-    for name, p in [*model.context_tower.named_parameters(), *model.context_lm_head.named_parameters()]:
+    for name, p in named_parameters(model, once=True).items():
+        if not name.startswith(CONTEXT):
+            continue
         with torch.no_grad():
             if name.endswith("A_log"):
                 p.copy_(torch.rand(p.shape, generator=g).mul(15).add(1).log())
@@ -55,10 +58,8 @@ def init_weights(model: TwoTowerModel, seed: int = 0) -> None:
 
 def trainable(model: TwoTowerModel, stage: str) -> dict[str, nn.Parameter]:
     """The parameters that a stage trains, by name. The denoiser's router stays as it is."""
-    if stage == "ar":
-        return {n: p for n, p in model.named_parameters() if n.startswith("context_") and "e_score" not in n}
-    named = {n: p for n, p in model.named_parameters() if not n.startswith("context_")}
-    return {n: p for n, p in named.items() if ".mixer.gate." not in n}
+    left_out = "e_score" if stage == "ar" else ".mixer.gate."
+    return {n: p for n, p in stage_parameters(model, stage).items() if left_out not in n}
 
 
 def _loss(model: TwoTowerModel, batch: Batch, s: TrainSettings, step: int) -> Tensor:
@@ -170,7 +171,8 @@ def train(
 
     Args:
         model: for stage "ar" its context tower learns; for "denoiser" everything but the context tower and the router.
-            16-bit weights are learned in fp32 and rounded into the model; fp16 is refused.
+            16-bit weights are learned in fp32 and rounded into the model; fp16 is refused. torch.compile around the
+            model or a part of it leaves no trace in what is stored.
         rows:  training rows (`data.load_rows`), a multiple of the block size long.
         out:   folder; a run found there with the same settings is resumed. Gets training.pt, log.jsonl and loss.png.
             It is held against other processes meanwhile.
@@ -190,7 +192,7 @@ def train(
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the step that it fell into is whole and saved; it is
             `stops.Stopped` and has the signal's number.
     """
-    s, out = settings, Path(out)
+    s, out, model = settings, Path(out), unwrapped(model)
     if s.stage == "denoiser" and model.denoiser_tower is None:
         raise ValueError('stage is "denoiser", but the model was loaded with towers="context": there is no denoiser')
     if any(p.dtype == torch.float16 for p in trainable(model, s.stage).values()):

@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.folder import finite
+from ..checkpoint.folder import finite, some
+from ..checkpoint.keys import CONTEXT, named_parameters
 from ..files import write_atomically
 from ..modeling.two_tower import TwoTowerModel
 from .schedule import ADJUSTABLE, Stretch, TrainSettings, changed_settings
@@ -61,9 +62,9 @@ def _tensors(state: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
         yield from ((f"optimizer.{i}.{name}", v) for name, v in values.items() if isinstance(v, Tensor))
 
 
-def stage_weights(model: TwoTowerModel, stage: str) -> dict[str, Tensor]:
-    """The weights that a run of a stage stores: of its tower, its head and, for the denoiser, the time modules."""
-    return {n: p.detach() for n, p in model.named_parameters() if n.startswith("context_") == (stage == "ar")}
+def stage_parameters(model: TwoTowerModel, stage: str) -> dict[str, nn.Parameter]:
+    """What a run of a stage stores: the parameters of its tower, its head and, for the denoiser, the time modules."""
+    return {n: p for n, p in named_parameters(model, once=True).items() if n.startswith(CONTEXT) == (stage == "ar")}
 
 
 def save_state(
@@ -76,8 +77,8 @@ def save_state(
     history: list[dict],
 ) -> None:
     """Write training.pt. ValueError, and the file stays as it was, when a weight or a moment is NaN or Inf."""
-    weights = stage_weights(model, settings.stage)
-    weights |= {name: value.detach() for name, value in masters.values.items()}
+    stored = stage_parameters(model, settings.stage) | masters.values
+    weights = {name: value.detach() for name, value in stored.items()}
     state = {
         "settings": asdict(settings),
         "stretch": asdict(stretch),
@@ -162,10 +163,12 @@ def load_state(
         if settings.steps < len(history):
             raise ValueError(f"steps is {settings.steps}, but {len(history)} are made: expected at least as many")
         stretch = Stretch(len(history), history[-1]["learning_rate"])
-    model.load_state_dict(state["weights"], strict=False)
+    weights, parameters = state["weights"], stage_parameters(model, settings.stage)
+    if strange := [name for name, p in parameters.items() if name not in weights or weights[name].shape != p.shape]:
+        raise ValueError(f"{out / STATE}: this run is of another model: {some(strange)}; use a new folder")
     with torch.no_grad():
-        for name, value in masters.values.items():
-            value.copy_(state["weights"][name])
+        for name, value in (*parameters.items(), *masters.values.items()):
+            value.copy_(weights[name])
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     for group, ours in zip(optimizer.param_groups, groups, strict=True):
