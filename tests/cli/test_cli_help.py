@@ -26,7 +26,7 @@ from tt_model.cli.vocabulary import Vocabulary
 from tt_model.cli.watch import Watch, colour, visible
 from tt_model.config import DTYPES as KNOWN_DTYPES
 from tt_model.engine.generate import MODES
-from tt_model.train import TrainSettings
+from tt_model.training.schedule import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -105,11 +105,11 @@ def test_threads_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 OUTPUT = """
 import sys, time
-import tt_model.generate
+import tt_model.engine.generate
 def generate(*_, **__):
     print("ready", flush=True)
     time.sleep(100)
-tt_model.generate.generate = generate
+tt_model.engine.generate.generate = generate
 from tt_model.cli import main
 sys.exit(main(["generate", "--output", sys.argv[1], "--quiet", "x"]))
 """

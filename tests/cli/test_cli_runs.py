@@ -77,7 +77,7 @@ def test_changed_code_does_not_resume(call, config: Path, tmp_path: Path, monkey
     assert facts.code_digest() != before
     refused(call("ar", out, "--config", config), "code was twotower", "or go on from its state", "--accept code)")
     monkeypatch.undo()
-    monkeypatch.setattr("tt_model.train.plot_losses", lambda history, path: path.touch())
+    monkeypatch.setattr("tt_model.training.loop.plot_losses", lambda history, path: path.touch())
     assert call("ar", out, "--config", config)[0] == 0
 
 
@@ -147,7 +147,7 @@ def test_a_second_run_in_a_folder_is_refused(call, config: Path, data: Path, tmp
     out = tmp_path / "run"
     command = ["train", "ar", "--data", str(data), "--out", str(out), *FAST, "--config", str(config)]
     command += ["--steps", "100000", "--save-every", "5", "--held-out", "0"]
-    code = "import sys, tt_model.train as t; t.plot_losses = lambda h, p: None\n"
+    code = "import sys, tt_model.training.loop as t; t.plot_losses = lambda h, p: None\n"
     code += "from tt_model.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     lines = lambda: len((out / "log.jsonl").read_text().splitlines()) if (out / "log.jsonl").is_file() else 0

@@ -11,7 +11,7 @@ from torch import Tensor
 import tt_kernels
 from cards import OPS
 from tt_kernels import ExpertWeights
-from tt_kernels.runtime import registry as core
+from tt_kernels.runtime import checks
 
 pytestmark = pytest.mark.kernels
 
@@ -317,30 +317,30 @@ def test_every_op_refuses_something() -> None:
 
 def test_trusted_callers_are_not_checked() -> None:
     with tt_kernels.trusted(), tt_kernels.trusted():
-        core.check("t", a=(torch.ones(2), "A B"))
+        checks.check("t", a=(torch.ones(2), "A B"))
     with pytest.raises(ValueError, match="t: a is"):
-        core.check("t", a=(torch.ones(2), "A B"))
+        checks.check("t", a=(torch.ones(2), "A B"))
 
 
 def test_check_remembers_what_passed_and_nothing_else() -> None:
     good, bad = torch.ones(2, 3), torch.ones(3, 3)
     for _ in range(2):
-        core.check("t", a=(good, "A B"), b=(good, "A B"), c=(None, "A"))
+        checks.check("t", a=(good, "A B"), b=(good, "A B"), c=(None, "A"))
         with pytest.raises(ValueError, match=r"t: b has A=3, but a has A=2"):
-            core.check("t", a=(good, "A B"), b=(bad, "A B"), c=(None, "A"))
-    core.check("t", a=(torch.ones(2, 1, 3), "* B"), b=(torch.ones(2, 1), "*"), c=(torch.ones(2, 1, 5, 3), "* A B"))
+            checks.check("t", a=(good, "A B"), b=(bad, "A B"), c=(None, "A"))
+    checks.check("t", a=(torch.ones(2, 1, 3), "* B"), b=(torch.ones(2, 1), "*"), c=(torch.ones(2, 1, 5, 3), "* A B"))
 
 
 def test_products_are_compared() -> None:
     """A size named by an expression is no label: T*K of what other arguments bind, and sequences+1 binds sequences."""
     x, ids = torch.ones(5, 3), torch.ones(5, 2).long()
     for good in (torch.ones(10), None):
-        core.check("t", x=(x, "T D"), ids=(ids, "T K", int), order=(good, "T*K"))
+        checks.check("t", x=(x, "T D"), ids=(ids, "T K", int), order=(good, "T*K"))
     for size in (6, 20):
         with pytest.raises(ValueError, match=rf"^t: order has {size} elements, expected T\*K=10 \(T=5, K=2\)$"):
-            core.check("t", order=(torch.ones(size), "T*K"), x=(x, "T D"), ids=(ids, "T K", int))
-    core.check("t", a=(torch.ones(4), "S+1"), b=(torch.ones(3), "S"))
+            checks.check("t", order=(torch.ones(size), "T*K"), x=(x, "T D"), ids=(ids, "T K", int))
+    checks.check("t", a=(torch.ones(4), "S+1"), b=(torch.ones(3), "S"))
     with pytest.raises(ValueError, match=r"^t: b has S=4, but a has S=3$"):
-        core.check("t", a=(torch.ones(4), "S+1"), b=(torch.ones(4), "S"))
+        checks.check("t", a=(torch.ones(4), "S+1"), b=(torch.ones(4), "S"))
     with pytest.raises(ValueError, match=r"^t: a is \[0\], expected \[S\+1\]$"):
-        core.check("t", a=(torch.ones(0), "S+1"))
+        checks.check("t", a=(torch.ones(0), "S+1"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tt_kernels
-from tt_kernels.runtime import registry as core
+from tt_kernels.runtime import checks, registry
 from tt_kernels.runtime.launch import Launch, architecture, is_recording, overriding, recording, tuned
 from tt_model import TwoTower
 
@@ -20,14 +20,14 @@ LAUNCH = Launch(BLOCK=64)
 
 def is_trusted() -> bool:
     try:
-        core.check("t", x=(X, "D"))
+        checks.check("t", x=(X, "D"))
     except ValueError:
         return False
     return True
 
 
 CONTEXTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[], bool]]] = {
-    "use": (lambda: tt_kernels.use("reference"), core._uses_reference),
+    "use": (lambda: tt_kernels.use("reference"), registry._uses_reference),
     "trusted": (tt_kernels.trusted, is_trusted),
     "recording": (lambda: recording(80), lambda: is_recording() and architecture(X) == 80),
     "overriding": (lambda: overriding("k", LAUNCH), lambda: tuned("k", Launch(), 90) == LAUNCH),
@@ -147,7 +147,7 @@ def test_use_reaches_compiled_graphs(fresh_graphs: None, monkeypatch: pytest.Mon
     """Outside a graph, entered and left again; inside; and not from the thread beside."""
 
     def which(x: torch.Tensor) -> torch.Tensor:
-        return x + (1 if core._uses_reference() else 2)
+        return x + (1 if registry._uses_reference() else 2)
 
     def inside(x: torch.Tensor) -> torch.Tensor:
         with tt_kernels.use("reference"):
@@ -161,7 +161,7 @@ def test_use_reaches_compiled_graphs(fresh_graphs: None, monkeypatch: pytest.Mon
         assert compiled(zero) == 1
     assert compiled(zero) == 2
     assert torch.compile(inside, fullgraph=True, backend="eager")(zero) == 21
-    assert not core._uses_reference()
+    assert not registry._uses_reference()
 
 
 def test_trusted_is_traced(fresh_graphs: None) -> None:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tt_kernels
 from cards import OPS
-from tt_kernels.runtime import registry as core
+from tt_kernels.runtime import registry
 from tt_kernels.runtime.launch import INTERPRET, ON_CPU
 
 pytestmark = pytest.mark.kernels
@@ -32,7 +32,7 @@ COMPUTED_WITH = [
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Its properties, to be changed; tensors made meanwhile hold nothing, and may be on device "cuda"."""
     properties = SimpleNamespace(major=9, minor=0)
-    monkeypatch.setattr(core, "_properties", lambda device: properties)
+    monkeypatch.setattr(registry, "_properties", lambda device: properties)
     with FakeTensorMode():
         yield properties
 
@@ -40,7 +40,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (10, 3)])
 def test_gpus_that_launches_are_made_for(gpu: SimpleNamespace, capability: tuple[int, int]) -> None:
     gpu.major, gpu.minor = capability
-    assert core.takes_kernel("t", torch.ones(2, device="cuda"), None)
+    assert registry.takes_kernel("t", torch.ones(2, device="cuda"), None)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 6), (8, 9), (12, 0)])
@@ -52,13 +52,13 @@ def test_other_gpus_are_refused_by_name(gpu: SimpleNamespace, capability: tuple[
         tt_kernels.rms_norm(x, weight)
     assert str(error.value).startswith(f"rms_norm: {named}; ") and 'tt_kernels.use("reference")' in str(error.value)
     with tt_kernels.use("reference"):
-        assert not core.takes_kernel("rms_norm", x, weight)
+        assert not registry.takes_kernel("rms_norm", x, weight)
 
 
 def test_what_a_gpu_is_does_not_break_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "_properties", lambda device: SimpleNamespace(major=8, minor=9))
+    monkeypatch.setattr(registry, "_properties", lambda device: SimpleNamespace(major=8, minor=9))
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: x + core._capability(0), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x: x + registry._capability(0), fullgraph=True, backend="eager")
     assert compiled(torch.ones(1)) == 90
     torch._dynamo.reset()
 
@@ -68,7 +68,7 @@ def test_devices_must_be_one(gpu: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="rms_norm: weight is on cpu, but x is on cuda:0"):
         tt_kernels.rms_norm(x, weight)
     with pytest.raises(ValueError, match="t: tensors are on cuda:0 and cuda:1, expected one device"):
-        core.takes_kernel("t", x, None, torch.ones(4, device="cuda:1"))
+        registry.takes_kernel("t", x, None, torch.ones(4, device="cuda:1"))
 
 
 @pytest.mark.parametrize("wide", ["x", "weight", "shift", "branch"])
@@ -114,4 +114,4 @@ def test_the_interpreter_refuses_bf16_wherever_it_is(name: str, leaf: str) -> No
 
 
 def test_a_cpu_takes_the_reference() -> None:
-    assert core.takes_kernel("t", torch.ones(2), torch.ones(2)) == ON_CPU
+    assert registry.takes_kernel("t", torch.ones(2), torch.ones(2)) == ON_CPU

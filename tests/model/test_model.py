@@ -86,7 +86,7 @@ def test_on_step_tells_all(model):
 
 
 def test_prefill_in_stretches(model, monkeypatch):
-    monkeypatch.setattr("tt_model.two_tower.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("tt_model.modeling.two_tower.PREFILL_CHUNK", 16)
     prompts = prompts_of([70, 5, 33, 16])
     stretched = model.prefill(prompts)
     monkeypatch.undo()

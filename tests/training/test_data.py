@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tt_model.training import data
 
-ASSETS = Path(data.__file__).parent / "assets"
+ASSETS = Path(data.__file__).parents[1] / "assets"
 CODE = 'def f(x):\n    """Doc."""\n    if x:\n        return self._f(x, a=[1, 2])\n\n\nclass A:\n    pass\n'
 
 

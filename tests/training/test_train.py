@@ -12,9 +12,9 @@ from models import CONFIG, random_model
 from tt_model import TwoTower
 from tt_model.checkpoint import start_denoiser
 from tt_model.modeling.moe import MoE
-from tt_model.train import TrainSettings, learning_rate
 from tt_model.training.data import Rows
 from tt_model.training.loop import init_weights, train, trainable
+from tt_model.training.schedule import TrainSettings, learning_rate
 
 CONFIG32 = dataclasses.replace(CONFIG, dtype=torch.float32)
 

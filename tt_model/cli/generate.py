@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .vocabulary import Vocabulary
     from .watch import Watch
 
-MODES = ("mask_diffusion", "ar", "mock_ar")  # as in tt_model.generate, which is not imported for --help
+MODES = ("mask_diffusion", "ar", "mock_ar")  # as in tt_model.engine.generate, which is not imported for --help
 
 _DESCRIPTION = """\
 Continue a prompt: block by block with the denoiser, or token by token. The text goes to standard output, a line of

@@ -1,6 +1,6 @@
 """From text files to batches of tokens for training: corpus, tokenizer, rows.
 
-`python -m tt_model.data --source stdlib --out FOLDER/tokenizer.json` trains a tokenizer; the bundled one was made so.
+`python -m tt_model.training.data --source stdlib --out FOLDER/tokenizer.json` trains a tokenizer.
 Everything here runs on the CPU and depends only on its arguments: the same files and seeds give the same batches.
 """
 
@@ -332,7 +332,7 @@ def load_rows(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train a tokenizer on the train split of a corpus, write it, say how it does on the held-out split."""
-    parser = argparse.ArgumentParser(prog="python -m tt_model.data", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tt_model.training.data", description=main.__doc__)
     parser.add_argument("--source", default="stdlib", help='a file, a folder or "stdlib" (default: %(default)s)')
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens, at least 260 (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write")
