@@ -135,7 +135,7 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
     S = c.block_size
     cache = model.prefill(subject.prompts(batch, context), reserve=S + 1)
     block = subject.prompts(batch, S).to(model.device)
-    everyone, denoise = torch.arange(batch, device=model.device), denoiser_pass(subject, cache, batch)
+    denoise = denoiser_pass(subject, cache, batch)
     keys = {name: torch.zeros(batch, dtype=torch.int64, device=model.device) for name in ("seed", "position", "step")}
     cold = torch.zeros(batch, dtype=torch.float64, device=model.device)
 
@@ -143,11 +143,11 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
         return denoise
 
     def commit() -> Callable[[], Any]:
-        mine = cache.select(everyone)  # states of its own; the pages past the context are written again and again
+        mine = cache.fork()  # states of its own; the pages past the context are written again and again
         return lambda: model.commit(block, mine)
 
     def ar() -> Callable[[], Any]:
-        mine = cache.select(everyone)
+        mine = cache.fork()
 
         def step() -> None:
             token, _ = head_sample(mine.last_hidden, mine.head, temperature=cold, **keys)

@@ -23,7 +23,8 @@ else:
     from .runtime.checks import trusted
     from .runtime.registry import use
     from .sampling import commit, gumbel_noise, head_sample, sample, unmask
-    from .ssm import mamba_advance, mamba_block, mamba_step, ssd_advance, ssd_block, ssd_chunk, ssd_step
+    from ._shim import MambaState, MambaWeights, mamba_extend, mamba_block, mamba_advance
+    from .ssm import mamba_step, ssd_advance, ssd_block, ssd_chunk, ssd_step
 
 __all__ = [
     "ExpertWeights",

@@ -27,9 +27,7 @@ def model() -> Iterator[TwoTower]:
 
 
 def filled(model: TwoTower, rows: int) -> Cache:
-    cache = Cache(model.config, rows, device=torch.device("meta"), dtype=torch.bfloat16)
-    cache.reserve(100)
-    return cache
+    return Cache.empty(model.config, rows, device=torch.device("meta"), dtype=torch.bfloat16, reserve=100)
 
 
 @pytest.mark.parametrize("rows", [1, ROWS])

@@ -158,49 +158,54 @@ class _Rows:
             return None
         kept = torch.tensor(stay, dtype=torch.int64, device=self.model.device)
         self.index = [self.index[r] for r in stay]
-        self.seed, self.temperature, self.cache = self.seed[kept], self.temperature[kept], self.cache.select(kept)
+        self.seed, self.temperature, self.cache = self.seed[kept], self.temperature[kept], self.cache.fork(stay)
         return kept
 
 
 def _blocks(rows: _Rows) -> None:
     """Mask diffusion: denoise a block of mask tokens until none is left, then let the context tower read it."""
-    model, s = rows.model, rows.settings
-    mask = model.config.mask_token_id
     while rows.index:
-        R = len(rows.index)
-        block = torch.full((R, s.block_size), mask, device=model.device)
-        start = rows.cache.lengths.long()
-        live, cache = None, rows.cache  # rows of this block that still have mask tokens, on the device; None: all
-        running = list(range(R))  # the same, on the host
-        masked = torch.full((R,), s.block_size, device=model.device)
-        for step in range(s.steps_per_block):
-            now = block if live is None else block[live]
-            position = start if live is None else start[live]
-            hidden = model.denoise(now, masked / s.block_size, cache, output="hidden")
-            now, committed, confidence, masked = unmask(
-                hidden,
-                model.lm_head.weight,
-                now,
-                mask_token_id=mask,
-                threshold=torch.full_like(masked, s.confidence_threshold, dtype=torch.float64),
-                steps_left=torch.full_like(masked, min(s.steps_per_block - step, s.block_size)),  # more means no more
-                **rows.options(live, position, step),
-            )
-            for r in running:
-                rows.nfe[rows.index[r]] += 1
-            rows.report(running, position, step, now, confidence, committed)
-            block = now if live is None else block.index_copy(0, live, now)
-            left = rows.unfinished(now, masked)
-            if not any(left):
-                break
-            if not all(left):
-                keep = torch.tensor([i for i, m in enumerate(left) if m], device=model.device)
-                live = keep if live is None else live[keep]
-                running = [r for r, m in zip(running, left, strict=True) if m]
-                masked, cache = masked[keep], rows.cache.select(live)
+        block = _denoised(rows)
         stay = rows.write(block.tolist())
         if rows.index:
-            model.commit(block if stay is None else block[stay], rows.cache)
+            rows.model.commit(block if stay is None else block[stay], rows.cache)
+
+
+def _denoised(rows: _Rows) -> Tensor:
+    """The next block [R, L] of every row."""
+    model, s = rows.model, rows.settings
+    mask, R = model.config.mask_token_id, len(rows.index)
+    block = torch.full((R, s.block_size), mask, device=model.device)
+    start = rows.cache.lengths.long()
+    live, cache = None, rows.cache  # rows that still have mask tokens, on the device; None: all
+    running = list(range(R))  # the same, on the host
+    masked = torch.full((R,), s.block_size, device=model.device)
+    for step in range(s.steps_per_block):
+        now = block if live is None else block[live]
+        position = start if live is None else start[live]
+        hidden = model.denoise(now, masked / s.block_size, cache, output="hidden")
+        now, committed, confidence, masked = unmask(
+            hidden,
+            model.lm_head.weight,
+            now,
+            mask_token_id=mask,
+            threshold=torch.full_like(masked, s.confidence_threshold, dtype=torch.float64),
+            steps_left=torch.full_like(masked, min(s.steps_per_block - step, s.block_size)),  # more means no more
+            **rows.options(live, position, step),
+        )
+        for r in running:
+            rows.nfe[rows.index[r]] += 1
+        rows.report(running, position, step, now, confidence, committed)
+        block = now if live is None else block.index_copy(0, live, now)
+        left = rows.unfinished(now, masked)
+        if not any(left):
+            break
+        if not all(left):
+            keep = torch.tensor([i for i, m in enumerate(left) if m], device=model.device)
+            live = keep if live is None else live[keep]
+            running = [r for r, m in zip(running, left, strict=True) if m]
+            masked, cache = masked[keep], rows.cache.fork(running)
+    return block
 
 
 def _ar(rows: _Rows) -> None:
