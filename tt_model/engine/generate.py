@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Settings:
         """NumPy's numbers as Python's; what is no number is for `check` to refuse."""
         for name, value in vars(self).items():
             if isinstance(value, Real) and not isinstance(value, bool):
-                object.__setattr__(self, name, int(value) if is_integer(value) else float(value))
+                object.__setattr__(self, name, int(cast(Any, value)) if is_integer(value) else float(value))
         ids = tuple(int(token) if is_integer(token) else token for token in self.eos_token_ids)
         object.__setattr__(self, "eos_token_ids", ids)
 

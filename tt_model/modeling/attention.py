@@ -36,15 +36,14 @@ class Attention(nn.Module):
                 o = context_attention(q, k, v, *cached, causal=ctx.kind == "verify")
             if ctx.pending is not None:
                 ctx.pending.kv[self.layer] = k, v
-        elif ctx.kind == "clean":
-            o = causal_attention(q, k, v, cu_seqlens=ctx.cu_seqlens)
-            if ctx.clean is not None:
-                ctx.clean.kv[self.layer] = k, v
-        else:  # noisy: blocks [B * N / S, S] as rows [B, N] beside the clean ones
-            clean = ctx.clean
+        elif (clean := ctx.clean) is not None:  # noisy blocks [B * N / S, S] as rows [B, N] beside the clean ones
             k_clean, v_clean = clean.kv[self.layer]
             q, k, v = (t.reshape(*k_clean.shape[:2], *t.shape[2:]) for t in (q, k, v))
             o = block_diffusion_attention(
                 q, k, v, k_clean, v_clean, block_size=clean.block_size, cu_seqlens=clean.cu_seqlens
             )
+        else:
+            o = causal_attention(q, k, v, cu_seqlens=ctx.cu_seqlens)
+            if ctx.keep is not None:
+                ctx.keep.kv[self.layer] = k, v
         return self.o_proj(o.reshape(*h_BLD.shape[:2], -1))

@@ -64,16 +64,17 @@ class ForwardContext:
         "extend":  L clean tokens that follow the cache, causally; the first counts[b] of row b enter it.
         "verify":  the same, but nothing is written: `pending` keeps what `Cache.advance` needs.
         "denoise": a noisy block on the cache, which is only read; attention both ways inside the block.
-        "clean":   whole sequences from nothing; with `clean`, what noisy blocks need is kept there.
-        "noisy":   all noisy blocks of those sequences at once, as a batch [B * N / S, S].
+        "clean":   whole sequences from nothing; what noisy blocks will need is kept in `keep`, where there is one.
+        "noisy":   all noisy blocks of the sequences in `clean` at once, as a batch [B * N / S, S].
     """
 
     kind: Literal["extend", "verify", "denoise", "clean", "noisy"]
     cache: Cache | None = None
     counts: Tensor | None = None  # [B] int32: tokens of each row that enter; None: all
     pending: Pending | None = None
+    keep: CleanStates | None = None
     clean: CleanStates | None = None
-    cu_seqlens: Tensor | None = None
+    cu_seqlens: Tensor | None = None  # [n + 1] int32: where packed clean sequences begin and end
 
 
 class Places:

@@ -1,5 +1,8 @@
 """One tower: embedding, pre-norm residual layers with one mixer each, final norm. B batch, L tokens, D hidden."""
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,7 @@ from ..config import TwoTowerConfig
 from .attention import Attention
 from .mamba2 import Mamba2
 from .moe import MLP, MoE
+from .norm import Norm
 from .state import ForwardContext
 
 
@@ -18,14 +22,6 @@ def make_mixer(config: TwoTowerConfig, layer: int) -> nn.Module:
     if kind == "-":
         return MLP(config.hidden_size, config.intermediate_size, config.mlp_hidden_act, bias=config.mlp_bias)
     return MoE(config) if kind == "E" else (Mamba2 if kind == "M" else Attention)(config, layer)
-
-
-class Norm(nn.Module):
-    """The weight of an RMSNorm; the op that uses it also adds the previous branch."""
-
-    def __init__(self, D: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(D))
 
 
 class Layer(nn.Module):
@@ -58,7 +54,7 @@ class Tower(nn.Module):
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         branch = gate = None
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(cast(Iterable[Layer], self.layers)):
             shift, scale, next_gate = (None, None, None) if modulation is None else modulation[i].unbind(0)
             h, x = modulated_rms_norm(
                 x, layer.norm.weight, shift, scale, branch=branch, gate=gate, order=layer.order, eps=eps

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(size, D), nn.SiLU(), nn.Linear(D, D))
 
     def forward(self, t_M: Tensor) -> Tensor:
-        dtype, half = self.mlp[0].weight.dtype, self.size // 2
+        dtype, half = cast(nn.Linear, self.mlp[0]).weight.dtype, self.size // 2
         acc = torch.promote_types(dtype, torch.float32)
         # A trace computes with stand-ins for tensors: what it makes must not stay behind for later calls.
         traced = torch.compiler.is_compiling() or type(t_M) is not Tensor
@@ -223,7 +224,7 @@ class TwoTowerModel(nn.Module):
         if clean.shape[1] % block_size:
             raise ValueError(f"encode_clean: clean has N={clean.shape[1]}, expected a multiple of {block_size=}")
         states = CleanStates(block_size, cu_seqlens)
-        self.context_tower(clean, ForwardContext("clean", clean=states, cu_seqlens=cu_seqlens))
+        self.context_tower(clean, ForwardContext("clean", keep=states, cu_seqlens=cu_seqlens))
         return states
 
     def denoise_all(self, ctx: CleanStates, noisy: Tensor, t: Tensor, output: str = "logits") -> Tensor:
