@@ -82,8 +82,23 @@ def double(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def outputs(op: Op, result: Any) -> dict[str, Tensor]:
-    result = result if isinstance(result, tuple) else (result,)
-    return dict(zip(op.outputs, result, strict=True))
+    result = result if isinstance(result, tuple) else () if result is None else (result,)
+    return {name: t for name, t in zip(op.outputs, result, strict=True) if t is not None}
+
+
+def copies_of_written(op: Op, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Of every argument that the op writes a copy with the same strides."""
+    tensors = {name: t for name, t in leaves(kwargs).items() if name in op.writes}
+    return {
+        name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+        for name, t in tensors.items()
+    }
+
+
+def results(op: Op, fn: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Every output, and what the op made of a copy of every argument that it writes."""
+    written = copies_of_written(op, kwargs)
+    return outputs(op, fn(**with_leaves(kwargs, written))) | written
 
 
 def differentiated(op: Op, kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -96,7 +111,7 @@ def values_and_gradients(
     """Every output, what it made of a copy of every argument that it writes, and as d<name> the gradient of every
     differentiable argument for one random cotangent, which holds numbers of `dtype`: runs in other dtypes then start
     from the same ones."""
-    written = {name: t.clone() for name, t in leaves(kwargs).items() if name in op.writes}
+    written = copies_of_written(op, kwargs)
     kwargs = with_leaves(kwargs, written)
     free = {} if op.kernels and op.forward_only else differentiated(op, kwargs)
     result = outputs(op, fn(**with_leaves(kwargs, free)))
@@ -130,7 +145,9 @@ def assert_op_as_good(
                 # Passed through the dtype of x on its way, as that of the residual and of what experts return.
                 got[name], low[name] = got[name].to(dtype), low[name].to(dtype)
             # A gradient is a sum of terms as large as its largest factors, which may cancel: one rounding of those.
-            assert_as_good(name, got[name], low[name], high[name], scale if name not in op.outputs else 0.0, op.rms)
+            assert_as_good(
+                name, got[name], low[name], high[name], 0.0 if name in (*op.outputs, *op.writes) else scale, op.rms
+            )
             if is_half(got[name]) and POOL <= got[name].numel() * SEEDS < POOL * SEEDS:
                 pools.setdefault(name, []).append([t.double().flatten() for t in (got[name], low[name], high[name])])
         if all(sum(len(run[0]) for run in runs) >= POOL for runs in pools.values()):

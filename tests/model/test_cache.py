@@ -1,6 +1,7 @@
 """The state of generation: buffers with fixed addresses, and caches that share them and see their own tokens only."""
 
 import gc
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIG, prompts_of, random_model
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tt_kernels.runtime.launch import recording
 from tt_model import Cache, TwoTower
@@ -47,6 +49,17 @@ def buffers(cache: Cache) -> dict[str, int]:
     return {name: t.data_ptr() for name, t in found.items()}
 
 
+def pointers(arguments: Iterable) -> Iterator[int]:
+    """Of all tensors among a launch's arguments, inside operands and descriptors too."""
+    for a in arguments:
+        if isinstance(a, Tensor):
+            yield a.data_ptr()
+        elif isinstance(a, tuple):
+            yield from pointers(a)
+        elif isinstance(a, TensorDescriptor):
+            yield a.base.data_ptr()
+
+
 # ---- addresses ----
 
 
@@ -60,8 +73,7 @@ def test_passes_leave_every_address(model: TwoTower) -> None:
             model.commit(block_of(2, 2), cache)
             _, pending = model.verify(block_of(2, 3), cache)
         known = set(before.values())
-        pointers = [[a.data_ptr() if isinstance(a, Tensor) else None for a in args] for _, _, args, _ in launches]
-        rounds.append([[p if p in known else None for p in row] for row in pointers])
+        rounds.append([[p if p in known else None for p in pointers(args)] for _, _, args, _ in launches])
         with recording(90):  # on the device the lengths would have grown
             cache.advance(pending, torch.tensor([3, 3]))
     assert rounds[0] == rounds[1] and len(rounds[0]) > len(CONFIG.pattern)

@@ -129,8 +129,8 @@ def _extras(model: nn.Module, target: Path) -> dict[str, Path]:
 def companions(source: Path, target: Path) -> dict[str, Path]:
     """What a model's folder holds besides config.json and weights, by its name in it.
 
-    Left out are hidden files, folders that hold weights, and `target` where it lies inside. A git-LFS pointer is refused
-    in place of a file that models are run with.
+    Left out are hidden files, folders that hold weights, and `target` where it lies inside. Refused is a
+    git-LFS pointer in place of a file that models are run with.
     """
     found: dict[str, Path] = {}
     for path in sorted(source.iterdir()):

@@ -264,13 +264,14 @@ class Cache:
 
         What other caches read too is left to them: the page that goes on is copied, states are written elsewhere.
         """
-        pool, taken, copied, moved = self.pool, [], [], []
+        pool, taken, copied = self.pool, [], []
+        # Rows of this cache may share a slot too: all of them move, as none may write what another one reads.
+        sharing = [b for b, row in enumerate(self._rows) if pool.slots.is_shared(row.slot)]
+        moved = list(zip(sharing, pool.take_slots(len(sharing)), strict=True))
+        for b, own in moved:
+            pool.slots.leave(self._rows[b].slot)
+            self._rows[b].slot = own
         for b, (row, count) in enumerate(zip(self._rows, counts, strict=True)):
-            if pool.slots.is_shared(row.slot):
-                (own,) = pool.take_slots(1)
-                pool.slots.leave(row.slot)
-                row.slot = own
-                moved.append((b, own))
             first, last = row.length // PAGE_SIZE, (row.length + count - 1) // PAGE_SIZE
             for place in range(first, last + 1):
                 if place < len(row.pages) and not pool.pages.is_shared(row.pages[place]):
