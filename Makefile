@@ -53,7 +53,7 @@ mutants: $(VENV)/.test $(VENV)/ttsem-0.1.0 ## plant faults in kernels: the tests
 	PYTHONPATH=tests:$(VENV)/ttsem-0.1.0 $(BIN)/python -m tools.mutants $(ARGS)
 
 bench: $(VENV)/.test ## measure the ops, and against peers
-	$(TEST) bench/ -m "" --timeout 0 -s --benchmark-quiet $(ARGS)
+	$(TEST) bench/ -m "" --timeout 0 -s $(ARGS)
 
 report: $(VENV)/.package ## render SPEED.md and its figures from bench/results
 	$(BIN)/python -m bench.report $(ARGS)

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from bench import clock, measure, whole
 from tt_kernels import head_sample
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.cli import sizes
@@ -33,7 +32,8 @@ from tt_model.modeling.moe import MoE
 from tt_model.modeling.state import Cache
 from tt_model.two_tower import ASSETS
 
-from .clock import percentile
+from . import clock, measure, whole
+from .measure import percentile, percentiles
 from .models import PUBLISHED, random_on_device
 from .oracle import DTYPES
 from .whole import AR, COMMIT, DENOISER
@@ -169,9 +169,7 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
             "context": context,
             "clock": how,
             "rounds": len(seconds),
-            "p20": percentile(seconds, 0.2),
-            "p50": percentile(seconds, 0.5),
-            "p80": percentile(seconds, 0.8),
+            **percentiles(seconds),
             "wall": percentile(walls, 0.5) if walls else None,
             "flops": whole.pass_flops(c, kind, batch=batch, context=context),
             "bytes": sum(sizes.pass_bytes(c, format_of(model), kind, batch=batch, context=context).values()),
@@ -294,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
     p = parser(gpu)
     options = p.parse_args(arguments)
-    if options.record and (why := clock.no_commit()):
+    if options.record and (why := measure.no_commit()):
         p.error(f"--record: {why}")
     try:
         c = config_of(options.model)
@@ -306,11 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if subject is None:
         print("\n\n".join(whole.card(c, options.batch, options.context)))
         return 0
-    watch = clock.DeviceClock() if gpu else clock.HostClock()
-    where = clock.where(watch) | {"threads": torch.get_num_threads()}
+    where = measure.where()
     if gpu:
-        subject.roofs = clock.roofs(watch)
-    print(clock.in_a_line(where) + "\n")
+        subject.roofs = clock.roofs(clock.DeviceClock())
+    print(measure.in_a_line(where) + "\n")
     if not gpu:
         print("CPU, references, no claim about kernels. The card's floors are an H200's.\n")
     print("\n\n".join(whole.card(c, options.batch, options.context, subject.roofs or whole.H200)), flush=True)
