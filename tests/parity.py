@@ -13,18 +13,20 @@ from tt_kernels.testing import (
     POOL,
     assert_as_good,
     assert_rms,
+    copies_of_written,
     differentiated,
     fresh_memory_filled,
     is_half,
     leaves,
     outputs,
+    results,
     values_and_gradients,
     with_leaves,
 )
 from tt_kernels.testing import widened as double
 
 __all__ = ["assert_as_good", "differentiated", "double", "fresh_memory_filled", "leaves", "make", "outputs"]
-__all__ += ["values_and_gradients", "with_leaves"]
+__all__ += ["copies_of_written", "results", "values_and_gradients", "with_leaves"]
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU and not ON_CPU else "cpu"
@@ -68,7 +70,8 @@ def assert_op_as_good(
                 # Passed through the dtype of x on its way, as that of the residual and of what experts return.
                 got[name], low[name] = got[name].to(dtype), low[name].to(dtype)
             # A gradient is a sum of terms as large as its largest factors, which may cancel: one rounding of those.
-            assert_as_good(name, got[name], low[name], high[name], scale if name not in op.outputs else 0.0, op.rms)
+            of_terms = 0.0 if name in (*op.outputs, *op.writes) else scale
+            assert_as_good(name, got[name], low[name], high[name], of_terms, op.rms)
             if is_half(got[name]) and POOL <= got[name].numel() * SEEDS < POOL * SEEDS:
                 pools.setdefault(name, []).append([t.double().flatten() for t in (got[name], low[name], high[name])])
         if all(sum(len(run[0]) for run in runs) >= POOL for runs in pools.values()):

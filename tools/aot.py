@@ -109,7 +109,7 @@ def launches(op: Op, dtype: torch.dtype, architecture: int, dims: Mapping[str, i
     inputs = {name: _on_meta(value, grads, name) for name, value in inputs.items()}
     with recording(architecture) as seen:
         result = op.fn(**inputs)
-        results = [t for t in (result if isinstance(result, tuple) else (result,)) if t.requires_grad]
+        results = [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None and t.requires_grad]
         if results:
             torch.autograd.backward(results, [torch.empty_like(t) for t in results])
     return [(kernel, args, options) for kernel, _, args, options in seen]

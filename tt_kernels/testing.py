@@ -86,8 +86,24 @@ def widened(kwargs: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> di
 
 
 def outputs(op: Card, result: Any) -> dict[str, Tensor]:
-    result = result if isinstance(result, tuple) else (result,)
-    return dict(zip(op.outputs, result, strict=True))
+    """What the op returned, by name; without what it returned None for."""
+    result = result if isinstance(result, tuple) else () if result is None else (result,)
+    return {name: t for name, t in zip(op.outputs, result, strict=True) if t is not None}
+
+
+def copies_of_written(op: Card, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of every argument that the op writes a copy with the same strides."""
+    tensors = {name: t for name, t in leaves(kwargs).items() if name in op.writes}
+    return {
+        name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+        for name, t in tensors.items()
+    }
+
+
+def results(op: Card, fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Every output, and what the op made of a copy of every argument that it writes."""
+    written = copies_of_written(op, kwargs)
+    return outputs(op, fn(**with_leaves(kwargs, written))) | written
 
 
 def differentiated(op: Card, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -113,7 +129,7 @@ def values_and_gradients(
         Every output, the copy of every argument that the op writes, and as d<name> the gradient of every
         differentiable argument for one random cotangent.
     """
-    written = {name: t.clone() for name, t in leaves(kwargs).items() if name in op.writes}
+    written = copies_of_written(op, kwargs)
     kwargs = with_leaves(kwargs, written)
     grads = not (op.kernels and op.forward_only) if grads is None else grads
     free = differentiated(op, kwargs) if grads else {}
