@@ -15,40 +15,22 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import measure
 from bench.clock import DeviceClock, interleave, reason
-from bench.measure import (
-    ROOT,
-    append,
-    around,
-    faster,
-    in_a_line,
-    label,
-    no_commit,
-    percentile,
-    percentiles,
-    recorded,
-    sizes,
-    table,
-    where,
-)
+from bench.measure import around, faster, percentile, percentiles
 from bench.ops import Case, bind, low_dtype, operands
 from bench.oracle import Clock, oracle
 from cards import OPS, Op
 from tt_kernels.runtime import launch
 from tt_kernels.runtime.launch import Launch, overriding
 
-SAMPLES = ROOT / "bench/tuning"
+SAMPLES = measure.ROOT / "bench/tuning"
 HEURISTIC = "heuristic"
 Line = dict[str, Any]  # of the samples: machine, kernel, what, keys, heuristic's seconds, [options, seconds] of others
-
-
-class Untunable(Exception):
-    """The op is wrong or waits for the host: nothing to tune yet."""
 
 
 def within(kernel: str, candidate: Launch | None, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -61,54 +43,47 @@ def within(kernel: str, candidate: Launch | None, call: Callable[[], Any]) -> Ca
 
 def trial(case: Case, kernel: str, candidates: Sequence[Launch], clock: Clock, seconds: float) -> Line | None:
     """Measure every candidate for one kernel; None where the pass does not ask for it at this shape."""
-    what = f"{case.name} {label(case.dims)} {case.which}"
     with clock.scope():
         call = bind(case, case.op.fn, operands(case, clock)[:1])[0]
-        with overriding(kernel, None) as keys:
+        with overriding(kernel, None) as asked:
             call()
         del call
-    if not keys:
+    if not asked:
         return None
     truth, judgement = oracle(case.op, case.dims, case.dtype, clock, case.backward)
     if judgement.faults:
-        raise Untunable(f"{what} is wrong before anything is tuned: {'; '.join(judgement.faults.values())}")
+        raise ValueError(f"{case.id} is wrong before anything is tuned: {'; '.join(judgement.faults.values())}")
     right: dict[str, Launch | None] = {HEURISTIC: None}
     dropped: dict[str, str] = {}
     for candidate in dict.fromkeys(candidates):
         name = json.dumps(candidate.options)
         try:
             with clock.scope():
-                faults = truth.judge(lambda candidate=candidate: overriding(kernel, candidate)).faults
-            if faults:
-                dropped[name] = "wrong: " + "; ".join(faults.values())
-            else:
-                right[name] = candidate
+                wrong = truth.judge(lambda candidate=candidate: overriding(kernel, candidate)).faults
+            dropped |= {name: f"wrong: {'; '.join(wrong.values())}"} if wrong else {}
+            right |= {} if wrong else {name: candidate}
         except Exception as error:  # more shared memory than there is, registers, ...
             dropped[name] = f"does not run: {reason(error)}"
     del truth
     clock.release()
     with clock.scope():
         sets = operands(case, clock)
-        calls = {
-            name: [within(kernel, candidate, call) for call in bind(case, case.op.fn, sets)]
-            for name, candidate in right.items()
-        }
+        calls = {n: [within(kernel, c, call) for call in bind(case, case.op.fn, sets)] for n, c in right.items()}
         samplers, how, errors = clock.samplers(calls)
         if HEURISTIC in errors or how[HEURISTIC] == "events":
-            raise Untunable(f"{what}: {errors.get(HEURISTIC, 'waits for the host')}")
-        times = interleave(samplers, seconds)
-    base = times.pop(HEURISTIC)
-    rows = [(HEURISTIC, around(*(1e6 * s for s in percentiles(base).values())), "", "")]
+            raise ValueError(f"{case.id}: {errors.get(HEURISTIC, 'waits for the host')}")
+        times = {name: [float(f"{s:.5g}") for s in found] for name, found in interleave(samplers, seconds).items()}
+    base, rows = times[HEURISTIC], []
     for name, samples in times.items():
         gain = 100 * (1 - percentile(samples, 0.5) / percentile(base, 0.5))
         spread = around(*(1e6 * s for s in percentiles(samples).values()))
         rows.append((name, spread, f"{gain:+.1f} %", "wins" * faster(samples, base)))
-    print(f"\n{kernel}: {what}, key {', '.join(dict.fromkeys(keys))}\n")
-    print(table(("launch", "us (p20-p80)", "gain", ""), rows))
+    keys = list(dict.fromkeys(asked))
+    print(f"\n{kernel}: {case.id}, key {', '.join(keys)}\n")
+    print(measure.table(("launch", "us (p20-p80)", "gain", ""), rows))
     print("".join(f"{name}: {why}\n" for name, why in (dropped | errors).items()), flush=True)
-    short = lambda samples: [float(f"{s:.5g}") for s in samples]
-    launches = [(json.loads(name), short(samples)) for name, samples in times.items()]
-    return dict(kernel=kernel, what=what, keys=list(dict.fromkeys(keys)), heuristic=short(base), launches=launches)
+    launches = [(json.loads(name), samples) for name, samples in times.items() if name != HEURISTIC]
+    return dict(kernel=kernel, what=case.id, keys=keys, heuristic=base, launches=launches)
 
 
 def choose(trials: Sequence[Line]) -> dict[str, int] | None:
@@ -124,21 +99,22 @@ def choose(trials: Sequence[Line]) -> dict[str, int] | None:
     return None if best is None else json.loads(best)
 
 
-def known(file: Path, machine: Mapping[str, Any]) -> dict[tuple[str, str], Line]:
+def known(machine: Mapping[str, Any]) -> dict[tuple[str, str], Line]:
     """The last trial of each kernel, shape and pass that counts: of the same GPU and commit. A kept row is a change."""
     facts = lambda where: (where.get("gpu"), str(where.get("commit")).rstrip("+"))
-    return {(t["kernel"], t["what"]): t for t in recorded(file) if facts(t["machine"]) == facts(machine)}
+    lines = measure.recorded(SAMPLES / f"sm_{machine['architecture']}.jsonl")
+    return {(t["kernel"], t["what"]): t for t in lines if facts(t["machine"]) == facts(machine)}
 
 
-def keep(file: Path, kernel: str, key: str, chosen: Mapping[str, int] | None, provenance: Mapping[str, Any]) -> None:
-    """Put a key's launch into a table of tuned ones, or take it out: a reader sees all of the file or nothing."""
+def keep(kernel: str, key: str, chosen: Mapping[str, int] | None, machine: Mapping[str, Any]) -> None:
+    """Put a key's launch into the table of tuned ones, or take it out: a reader sees all of the file or nothing."""
+    file = launch.TUNED / f"sm_{machine['architecture']}.json"
     found = json.loads(file.read_text()) if file.exists() else {"provenance": [], "launches": {}}
     rows = found["launches"].setdefault(kernel, {})
     rows.pop(key, None)
     rows.update({key: dict(chosen)} if chosen else {})
     found["launches"] = {name: dict(sorted(rows.items())) for name, rows in sorted(found["launches"].items()) if rows}
-    if provenance not in found["provenance"]:
-        found["provenance"].append(provenance)
+    found["provenance"] += [machine] * (machine not in found["provenance"])
     file.parent.mkdir(exist_ok=True)
     new = file.with_name(file.name + ".new")
     new.write_text(json.dumps(found, indent=1) + "\n")
@@ -146,48 +122,42 @@ def keep(file: Path, kernel: str, key: str, chosen: Mapping[str, int] | None, pr
     launch._table.cache_clear()  # what is tuned next runs beside what has been
 
 
-def tune(op: Op, clock: Clock, machine: Mapping[str, Any], o: argparse.Namespace) -> int:
-    """Every kernel of an op that has candidates, every shape and pass; how many keys have a launch of their own now."""
-    samples = SAMPLES / f"sm_{machine['architecture']}.jsonl"
-    tuned = launch.TUNED / f"sm_{machine['architecture']}.json"
+def tune(op: Op, clock: Clock, machine: Mapping[str, Any], o: argparse.Namespace) -> None:
+    """Every kernel of an op that has candidates, every shape and pass."""
     shapes = [dims for dims in op.shapes if not o.shape or any(wanted.items() <= dims.items() for wanted in o.shape)]
-    cases = [Case(op, dims, low_dtype(op), which == "backward") for dims in shapes for which in o.passes]
-    for kernel, candidates in op.candidates.items():
-        for case in (case for case in cases if op.grads or not case.backward):
-            if o.missing and (kernel, f"{case.name} {label(case.dims)} {case.which}") in known(samples, machine):
-                continue
-            found = trial(case, kernel, candidates, clock, o.seconds)
-            clock.release()
-            if found is None:
-                continue
-            append(samples, {"machine": machine, **found})
+    cases = [
+        Case(op, dims, low_dtype(op), backward) for dims in shapes for backward in (False, True)[: 1 + bool(op.grads)]
+    ]
+    for kernel, case in ((kernel, case) for kernel in op.candidates for case in cases):
+        if o.missing and (kernel, case.id) in known(machine):
+            continue
+        found = trial(case, kernel, op.candidates[kernel], clock, o.seconds)
+        clock.release()
+        if found is not None:
+            measure.append(SAMPLES / f"sm_{machine['architecture']}.jsonl", {"machine": machine, **found})
             for key in found["keys"]:
-                trials = [t for (name, _), t in known(samples, machine).items() if name == kernel and key in t["keys"]]
-                keep(tuned, kernel, key, choose(trials), {"op": case.name, "machine": machine})
-    return sum(map(len, json.loads(tuned.read_text())["launches"].values())) if tuned.exists() else 0
+                trials = [t for t in known(machine).values() if t["kernel"] == kernel and key in t["keys"]]
+                keep(kernel, key, choose(trials), machine)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.tune", description=__doc__)
     parser.add_argument("op", choices=[name for name, op in OPS.items() if op.candidates], metavar="OP")
     parser.add_argument(
-        "--shape", action="append", type=sizes, metavar="T=16,..", help="of the card's shapes only these"
+        "--shape", action="append", type=measure.sizes, metavar="T=16,..", help="only these of the card's"
     )
-    parser.add_argument("--passes", nargs="+", choices=("forward", "backward"), default=["forward", "backward"])
     parser.add_argument("--seconds", type=float, default=1.0, help="of samples a shape (default: %(default)s)")
     parser.add_argument("--missing", action="store_true", help="skip what bench/tuning/ has of this GPU and commit")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("launches are measured on an NVIDIA GPU, and there is none")
-    if why := no_commit():
+    if why := measure.no_commit():
         parser.error(why)
-    machine = where()
-    print(in_a_line(machine))
+    machine = measure.where()
+    print(measure.in_a_line(machine))
     try:
-        print(f"\n{tune(OPS[options.op], DeviceClock(), machine, options)} launches in all")
-    except Untunable as error:
+        tune(OPS[options.op], DeviceClock(), machine, options)
+    except ValueError as error:
         parser.exit(1, f"tools.tune: error: {error}\n")
     return 0
 
