@@ -12,7 +12,7 @@ PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full check lint layering types format aot sanitize mutants bench report tune test-gpu gpu-day clean
+.PHONY: help demo test test-full check lint layering types format aot sanitize mutants bench report tune gpu clean
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,7 +56,7 @@ mutants: $(VENV)/.test $(VENV)/ttsem-0.1.0 ## plant faults in kernels: the tests
 	PYTHONPATH=tests:$(VENV)/ttsem-0.1.0 $(BIN)/python -m tools.mutants $(ARGS)
 
 bench: $(VENV)/.test ## measure the ops, and against peers
-	$(TEST) bench/ -m "" --timeout 0 -s --benchmark-quiet $(ARGS)
+	$(TEST) bench/ -m "" --timeout 0 -s $(ARGS)
 
 report: $(VENV)/.package ## render SPEED.md and its figures from bench/results
 	$(BIN)/python -m bench.report $(ARGS)
@@ -64,11 +64,8 @@ report: $(VENV)/.package ## render SPEED.md and its figures from bench/results
 tune: $(VENV)/.test ## measure launches on a GPU, keep what wins: make tune OP=experts
 	$(BIN)/python -m tools.tune $(OP) $(ARGS)
 
-test-gpu: ## all that only a GPU can show; PYTHON names a Python that has what it takes
-	$(PYTHON) -m bench.gpu_tests $(ARGS)
-
-gpu-day: ## work through all that is owed from a GPU, in slices, resumed; PYTHON as for test-gpu
-	$(PYTHON) -m bench.gpu_day $(ARGS)
+gpu: ## all that is owed from a GPU, in slices, resumed, one archive: PYTHON names a Python that has what it takes
+	$(PYTHON) -m tools.gpu $(ARGS)
 
 clean: ## remove caches and build products, not .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from tt_kernels.runtime import launch
-
-from .measure import describe, machine
+from .measure import percentile
 
 Call = Callable[[], Any]  # the measured work on one set of operands; returns what it wrote
 Sampler = Callable[[], float]  # measures once: seconds a call
-
-
-def percentile(samples: Sequence[float], share: float) -> float:
-    """The value below which that share of the samples lies, between two samples in proportion."""
-    ordered, place = sorted(samples), share * (len(samples) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def interleave(
@@ -284,82 +268,3 @@ def _rates(clock: DeviceClock, dtype: torch.dtype, steps: int) -> dict[str, floa
         raise RuntimeError(f"no roof to measure against: {errors}")
     times = interleave(samplers, seconds=1.0)
     return {name: amount / percentile(times[name], 0.5) for name, (_, amount) in work.items()}
-
-
-# ---- what it ran on ----
-
-UNKNOWN = "unknown"
-RECORDED = ("bench/results", "bench/tuning", "SPEED.md", "docs/speed_*")
-
-
-@cache
-def commit() -> str:
-    """The commit of the checkout, with + for changes to what is measured: not for recorded results and what is rendered
-    from them, but for tuned launches, new files too. TT_COMMIT says it for a copy without git."""
-    if os.environ.get("TT_COMMIT"):
-        return os.environ["TT_COMMIT"]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-
-    try:
-        others = [f":(top,exclude){path}" for path in RECORDED]
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *others)
-        changed += git("status", "--porcelain", "--untracked-files=all", "--", ":(top)tt_kernels/tuned")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return UNKNOWN
-
-
-def no_commit() -> str:
-    """Why nothing may be recorded here, or nothing: a figure of an unknown commit says nothing."""
-    if commit() != UNKNOWN:
-        return ""
-    return "the commit is not known here: without git, name it in TT_COMMIT"
-
-
-def tuned_hash(architecture: int) -> str:
-    """Of the measured launches that kernels run with; empty without any. Who measured them does not count."""
-    table = launch._table(architecture)
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12] if table else ""
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return lines[0] if lines else "unknown"
-
-
-def where(clock: HostClock | DeviceClock) -> dict[str, Any]:
-    """What a figure of an op depends on besides the code: `measure.machine`, the commit, Triton, and the GPU."""
-    with clock.scope():
-        found = machine() | {"triton": triton.__version__, "commit": commit()}
-    if clock.device != "cpu":
-        properties = torch.cuda.get_device_properties()
-        found |= {
-            "gpu": properties.name,
-            "architecture": 10 * properties.major + properties.minor,
-            "multiprocessors": properties.multi_processor_count,
-            "l2": properties.L2_cache_size,
-            "driver": _driver(),
-            "cuda": torch.version.cuda,
-        }
-        found["tuned"] = tuned_hash(found["architecture"])
-    return found
-
-
-def in_a_line(found: Mapping[str, Any]) -> str:
-    gpu = ""
-    if "gpu" in found:
-        gpu = f"{found['gpu']}, driver {found['driver']}, CUDA {found['cuda']}, Triton {found['triton']}; "
-    return f"{gpu}{describe(found)}, commit {found['commit']}"
-
-
-def here(**known: Any) -> str:
-    """What this process runs on, in a line; `known` says better than a clock does what it was, such as threads."""
-    return in_a_line(where(DeviceClock() if torch.cuda.is_available() else HostClock()) | known)

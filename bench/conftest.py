@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import pytest
 import torch
 
-from .clock import no_commit
+from tools.sticky import pytest_runtest_makereport  # noqa: F401  a hook
+
+from .measure import in_a_line, no_commit
 from .ops import Row
 from .peers import names
-from .rows import report
-
-# After .ops, which brings tests/ onto the path.
-from sticky import pytest_runtest_makereport  # noqa: F401  isort:skip
+from .report import roofs_of, row_table
 
 ROWS = pytest.StashKey[list[Row]]()
-HEADING = pytest.StashKey[dict]()
+SHARED = pytest.StashKey[dict]()  # what rows share: the clock, judgements, the roofs of this run, where it runs
 GPU_ONLY = ("compiled", "flex")  # they would run: compiled for half a minute a row, flex_attention unfused
 
 
@@ -68,19 +68,14 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen(getattr(config.option, "peers", ""), "cuda")  # refuses at once whom nobody knows
     if getattr(config.option, "record", False) and (why := no_commit()):
         raise pytest.UsageError(f"--record: {why}")
-    config.addinivalue_line("markers", "benchmark: pytest-benchmark's, known without it")
-    if hasattr(config.option, "benchmark_quiet") and not config.option.benchmark_compare:
-        config.option.benchmark_quiet = True  # one table answers, ours; -v prints pytest-benchmark's too
-    config.stash[ROWS], config.stash[HEADING] = [], {}
+    config.stash[ROWS], config.stash[SHARED] = [], {}
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if rows := config.stash[ROWS]:
+        shared = config.stash[SHARED]
+        lines = [asdict(row) | {"share": row.share, "roofs": shared["roofs"]} for row in rows]
+        first = roofs_of(lines) or "CPU: references at small shapes, no claim about kernels."
         terminalreporter.section("ops", sep="=")
-        terminalreporter.write_line(config.stash[HEADING]["where"] + "\n")
-        if (skipped := config.stash[HEADING].get("skipped")) is not None:
-            terminalreporter.write_line(
-                f"CPU: references at small shapes, no claim about kernels. Not run here: {skipped}\n"
-            )
-        for text in report(rows, config.stash[HEADING]["roofs"]):
-            terminalreporter.write_line(text)
+        for text in (in_a_line(shared["where"]), first, *row_table(lines)):
+            terminalreporter.write_line(f"{text}\n")

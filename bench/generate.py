@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from bench import clock, measure, whole
 from tt_kernels import head_sample
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.cli import sizes
@@ -33,7 +32,8 @@ from tt_model.modeling.moe import MoE
 from tt_model.modeling.state import Cache
 from tt_model.two_tower import ASSETS
 
-from .clock import percentile
+from . import clock, measure, whole
+from .measure import percentile, percentiles, positive
 from .models import PUBLISHED, random_on_device
 from .oracle import DTYPES
 from .whole import AR, COMMIT, DENOISER
@@ -169,9 +169,7 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
             "context": context,
             "clock": how,
             "rounds": len(seconds),
-            "p20": percentile(seconds, 0.2),
-            "p50": percentile(seconds, 0.5),
-            "p80": percentile(seconds, 0.8),
+            **percentiles(seconds),
             "wall": percentile(walls, 0.5) if walls else None,
             "flops": whole.pass_flops(c, kind, batch=batch, context=context),
             "bytes": sum(sizes.pass_bytes(c, format_of(model), kind, batch=batch, context=context).values()),
@@ -244,84 +242,42 @@ def decoding(
     }
 
 
-def parser(gpu: bool) -> argparse.ArgumentParser:
+def main(arguments: Sequence[str] | None = None) -> int:
+    gpu = torch.cuda.is_available()
     p = argparse.ArgumentParser(
         prog="python -m bench.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--model",
-        default="published" if gpu else "bundled",
-        help="published, bundled or a folder (default: %(default)s)",
-    )
+    many = lambda name, default, of: p.add_argument(name, type=positive, nargs="+", default=default, help=of)
+    p.add_argument("--model", default="published" if gpu else "bundled", help="published, bundled or a folder")
     p.add_argument("--dtype", choices=RUNS_IN, help="of weights and activations (default: the model's own)")
-    p.add_argument("--batch", type=measure.positive, nargs="+", default=[1, 4, 16, 32, 64, 128] if gpu else [1, 4])
-    p.add_argument("--context", type=measure.positive, nargs="+", default=[2048] if gpu else [64], help="tokens before")
+    many("--batch", [1, 4, 16, 32, 64, 128] if gpu else [1, 4], "default: %(default)s")
+    many("--context", [2048] if gpu else [64], "tokens before (default: %(default)s)")
     p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    p.add_argument(
-        "--new", type=measure.positive, default=128 if gpu else 32, help="tokens written (default: %(default)s)"
-    )
-    p.add_argument("--threshold", type=measure.share, default=0.8, help="of mask_diffusion (default: %(default)s)")
-    p.add_argument(
-        "--rounds",
-        type=measure.positive,
-        default=10 if gpu else 5,
-        help="of each pass; of decoding half as many, at least 5 (default: %(default)s)",
-    )
+    p.add_argument("--new", type=positive, default=128 if gpu else 32, help="tokens written (default: %(default)s)")
+    p.add_argument("--threshold", type=float, default=0.8, help="of mask_diffusion (default: %(default)s)")
+    rounds = "of each pass; of decoding half as many, at least 5 (default: %(default)s)"
+    p.add_argument("--rounds", type=positive, default=10 if gpu else 5, help=rounds)
     p.add_argument("--card", action="store_true", help="print the static card and stop: needs neither weights nor GPU")
     p.add_argument("--no-decoding", action="store_true", help="passes only")
     p.add_argument("--record", action="store_true", help="append the lines to bench/results/")
-    return p
-
-
-def subject_of(options: argparse.Namespace, c: TwoTowerConfig, gpu: bool) -> Subject:
-    """The model, once what is asked of it can be.
-
-    Raises:
-        ValueError: more tokens than its context holds; a dtype that the GPU has no arithmetic for.
-    """
-    new = max(c.block_size + 1, 0 if options.no_decoding else options.new)
-    if max(options.context) + new > c.max_position_embeddings:
-        raise ValueError(
-            f"--context {max(options.context)} and {new} new tokens exceed its context of {c.max_position_embeddings}"
-        )
-    dtype = RUNS_IN.get(options.dtype)
-    if gpu and (dtype or c.dtype) == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError("bf16 needs a GPU of sm_80 or later: --dtype fp16 or fp32")
-    return load(options.model, "cuda" if gpu else "cpu", dtype)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    gpu = torch.cuda.is_available()
-    p = parser(gpu)
-    options = p.parse_args(arguments)
-    if options.record and (why := clock.no_commit()):
+    o = p.parse_args(arguments)
+    if o.record and (why := measure.no_commit()):
         p.error(f"--record: {why}")
     try:
-        c = config_of(options.model)
-        subject = None if options.card else subject_of(options, c, gpu)
+        c = config_of(o.model)
+        if o.card:
+            print("\n\n".join(whole.card(c, o.batch, o.context)))
+            return 0
+        subject = load(o.model, "cuda" if gpu else "cpu", RUNS_IN.get(o.dtype))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        print(f"bench.generate: error: --model {options.model}: {why}", file=sys.stderr)
-        return 2
-    if subject is None:
-        print("\n\n".join(whole.card(c, options.batch, options.context)))
-        return 0
-    watch = clock.DeviceClock() if gpu else clock.HostClock()
-    where = clock.where(watch) | {"threads": torch.get_num_threads()}
-    if gpu:
-        subject.roofs = clock.roofs(watch)
-    print(clock.in_a_line(where) + "\n")
-    if not gpu:
-        print("CPU, references, no claim about kernels. The card's floors are an H200's.\n")
-    print("\n\n".join(whole.card(c, options.batch, options.context, subject.roofs or whole.H200)), flush=True)
-    try:
-        found = measured(subject, options, lambda line: measure.record({"machine": where, **line}))
-    except OSError as error:
-        print(f"bench.generate: error: --record: {error}", file=sys.stderr)
-        return 2
+        p.error(f"--model {o.model}: {error}")
+    where = measure.where()
+    subject.roofs = clock.roofs(clock.DeviceClock()) if gpu else None
+    print(measure.in_a_line(where) + "\n")
+    print("\n\n".join(whole.card(c, o.batch, o.context, subject.roofs or whole.H200)), flush=True)
+    found = measured(subject, o, lambda line: measure.record({"machine": where, **line}))
     if not found["pass"]:
-        print("bench.generate: error: nothing of it fits into memory", file=sys.stderr)
-        return 2
+        p.error("nothing of it fits into memory")
     print(f"\n{whole.pass_table(found['pass'])}")
     if text := whole.regime(c, found["pass"]):
         print(f"\nWhen diffusion beats AR:\n\n{text}")

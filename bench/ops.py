@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from cards import OPS, Op
+from tt_kernels.testing import leaves, with_leaves
 
-from .clock import Call, interleave, percentile, reason
-from .measure import ratio
-from .oracle import DTYPES, Clock, Judgement, leaves, make, oracle, with_leaves
+from .clock import Call, interleave, reason
+from .measure import percentile, percentiles, ratio
+from .oracle import DTYPES, Clock, Judgement, make, oracle
 from .peers import TOLERANCE, Peer, Unavailable, difference, peers_of, results
 
 
@@ -33,10 +34,6 @@ class Case:
     @property
     def which(self) -> str:
         return "backward" if self.backward else "forward"
-
-    @property
-    def shape(self) -> str:
-        return " ".join(f"{k}={v}" for k, v in self.dims.items())
 
     @property
     def id(self) -> str:
@@ -298,7 +295,7 @@ def measure(
             return row
         times = interleave(samplers, seconds)
     row.samples, row.clock, row.sets, row.rounds = times["ours"], how["ours"], len(sets), len(times["ours"])
-    row.p20, row.p50, row.p80 = (percentile(row.samples, share) for share in (0.2, 0.5, 0.8))
+    vars(row).update(percentiles(row.samples))
     for name in times.keys() - {"ours"}:
         row.peers[name] = {
             "seconds": percentile(times[name], 0.5),

@@ -10,8 +10,8 @@ from tt_model.cli import sizes
 
 from .figures import of_model
 from .measure import around, spread, table
-from .results import Machine
 
+Line = Mapping[str, Any]
 AR, DENOISER, COMMIT = sizes.PASSES
 BF16 = next(f for f in sizes.FORMATS if f.name == "bf16")
 FORMATS = {f.name: f for f in sizes.FORMATS}
@@ -99,7 +99,7 @@ def format_named(dtype: str) -> sizes.Format:
     return FORMATS["fp32" if dtype == "fp32" else "bf16"]
 
 
-def regime(c: TwoTowerConfig, lines: Sequence[Mapping[str, Any]], tokens: float = 3.3) -> str | None:
+def regime(c: TwoTowerConfig, lines: Sequence[Line], tokens: float = 3.3) -> str | None:
     """When diffusion beats AR, by measured passes, beside the answer of their floors where roofs were measured with
     them. 3.3 tokens a pass: the published rate."""
     places = dict.fromkeys((line["batch"], line["context"]) for line in lines)
@@ -122,56 +122,39 @@ def regime(c: TwoTowerConfig, lines: Sequence[Mapping[str, Any]], tokens: float 
     return table(("batch", "context", *header, *(f"floor: {name}" for name in header if floors)), rows)
 
 
-def section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
+def section(
+    passes: Sequence[Line], decode: Sequence[Line], run: Callable[[Line], object], drawn: Mapping[str, str]
+) -> Iterator[str]:
     """The whole model in SPEED.md: passes, the regime, decoding, of each model and dtype."""
-    passes, decode = machine.lines["pass"], machine.lines["decode"]
-    if not passes and not decode:
-        return
-    yield "### Whole model"
     kind = lambda line: (line["model"], line["dtype"])
     for model, dtype in dict.fromkeys(map(kind, (*passes, *decode))):
-        name = f"`{model}`, {dtype}"
+        yield f"### Whole model: `{model}`, {dtype}"
         if mine := [line for line in passes if kind(line) == (model, dtype)]:
-            beside = ", beside what its bytes and operations take at the roofs of its run"
-            yield f"{name}: one pass{beside if any(x.get('floor') for x in mine) else ''}. {machine.caption(mine)}"
-            yield pass_table(mine, _runs(machine, mine))
+            yield pass_table(mine, run)
             if text := regime(TwoTowerConfig.from_dict(mine[-1]["config"]), mine):
                 yield "When diffusion beats AR, by these passes:"
                 yield text
         if found := [line for line in decode if kind(line) == (model, dtype)]:
-            yield (
-                f"{name}: decoding, prefill excluded (*: included, it is half of the time or more). "
-                f"{machine.caption(found)}"
-            )
-            yield decode_table(found, _runs(machine, found))
+            yield "Decoding, prefill excluded (*: included, it is half of the time or more):"
+            yield decode_table(found, run)
             for over in ("batch", "context"):
                 if path := drawn.get(of_model(over, model, dtype)):
                     yield f"![{model}, {dtype}: tokens/s over {over}]({path})"
 
 
-def _runs(machine: Machine, lines: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """The run of each line, where they are of several."""
-    return [machine.numbers(line) for line in lines] if len(machine.runs(lines)) > 1 else None
-
-
-def _columns(
-    lines: Sequence[Mapping[str, Any]], columns: Mapping[str, Callable[[Any], str | None]], runs: Sequence[str] | None
-) -> str:
-    """A table of the columns that some line has something for, and of the run of each line."""
+def _columns(lines: Sequence[Line], columns: Mapping[str, Callable[[Any], object]]) -> str:
+    """A table of the columns that some line has something for."""
     cells = {name: [of(line) for line in lines] for name, of in columns.items()}
     cells = {name: column for name, column in cells.items() if any(cell is not None for cell in column)}
-    if runs:
-        cells["run"] = list(runs)
-    return table(
-        list(cells), [["-" if cell is None else cell for cell in row] for row in zip(*cells.values(), strict=True)]
-    )
+    rows = [["-" if cell is None else cell for cell in row] for row in zip(*cells.values(), strict=True)]
+    return table(list(cells), rows)
 
 
-def pass_table(lines: Sequence[Mapping[str, Any]], runs: Sequence[str] | None = None) -> str:
-    columns: dict[str, Callable[[Any], str | None]] = {
+def pass_table(lines: Sequence[Line], run: Callable[[Line], object] = lambda line: None) -> str:
+    columns: dict[str, Callable[[Any], object]] = {
         "pass": lambda x: x["pass"],
-        "batch": lambda x: str(x["batch"]),
-        "context": lambda x: str(x["context"]),
+        "batch": lambda x: x["batch"],
+        "context": lambda x: x["context"],
         "ms (p20-p80)": lambda x: spread(x, 1e3),
         "ms by the wall": lambda x: f"{1e3 * x['wall']:.3g}" if x.get("wall") else None,
         "floor ms": lambda x: f"{1e3 * x['floor']:.3g}" if x.get("floor") else None,
@@ -180,11 +163,12 @@ def pass_table(lines: Sequence[Mapping[str, Any]], runs: Sequence[str] | None = 
             f"{x['experts']:.1f} of {x['experts_worst']:.1f}" if x.get("experts") is not None else None
         ),
         "clock": lambda x: x["clock"],
+        "run": run,
     }
-    return _columns(lines, columns, runs)
+    return _columns(lines, columns)
 
 
-def rate(x: Mapping[str, Any]) -> str:
+def rate(x: Line) -> str:
     """Tokens a second with their percentiles, where several rounds were recorded."""
     text = f"{x['tokens_per_s']:.1f} (one round)"
     if x.get("tokens_p20"):
@@ -192,14 +176,15 @@ def rate(x: Mapping[str, Any]) -> str:
     return text + "*" * bool(x.get("prefill_included"))
 
 
-def decode_table(lines: Sequence[Mapping[str, Any]], runs: Sequence[str] | None = None) -> str:
-    columns: dict[str, Callable[[Any], str | None]] = {
+def decode_table(lines: Sequence[Line], run: Callable[[Line], object] = lambda line: None) -> str:
+    columns: dict[str, Callable[[Any], object]] = {
         "mode": lambda x: x["mode"],
-        "batch": lambda x: str(x["batch"]),
-        "context": lambda x: str(x["context"]),
-        "tokens": lambda x: str(x["new"]) if "new" in x else None,
-        "threshold": lambda x: str(x["threshold"]) if x.get("threshold") is not None else None,
+        "batch": lambda x: x["batch"],
+        "context": lambda x: x["context"],
+        "tokens": lambda x: x.get("new"),
+        "threshold": lambda x: x.get("threshold"),
         "tokens/s (p20-p80)": rate,
         "tokens a denoiser pass": lambda x: f"{x['tokens_per_pass']:.2f}" if x.get("tokens_per_pass") else None,
+        "run": run,
     }
-    return _columns(lines, columns, runs)
+    return _columns(lines, columns)

@@ -1,4 +1,4 @@
-"""What the commands share: arguments, errors in a line, the op at a shape, names of ops around their work."""
+"""What the commands share: the op at a shape, and names of ops around their work."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from bench.measure import label, sizes
 from bench.ops import low_dtype
 from bench.oracle import make
 from cards import OPS, Op
-from tt_kernels.runtime.launch import INTERPRET, recording
+from tt_kernels.runtime.launch import recording
 
 RANGE = "op "  # what the name of a range in a profile begins with
 
@@ -25,63 +26,29 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     )
 
 
-class Refused(Exception):
-    """Something that cannot be done here, in a line."""
-
-
-def command(name: str, run: Callable[[], int]) -> int:
-    """Run a command; what it refuses is one line on stderr and exit status 2."""
-    try:
-        return run()
-    except Refused as error:
-        print(f"profiling.{name}: error: {error}", file=sys.stderr)
-        return 2
-
-
-def refuse(what: str) -> NoReturn:
-    raise Refused(what)
-
-
-def op_named(name: str) -> Op:
-    if name not in OPS:
-        refuse(f"no op is called {name!r}; there are: {', '.join(OPS)}")
-    return OPS[name]
-
-
-def shape_of(op: Op, wanted: str | None) -> dict[str, int]:
-    """The card's shape that has all of "T=16,D=2688"; the first for None."""
-    if wanted is None:
-        return op.shapes[0]
-    try:
-        sizes = {k: int(v) for k, _, v in (part.partition("=") for part in wanted.split(","))}
-    except ValueError:
-        refuse(f"--shape is {wanted}, expected sizes by name: T=16,D=2688")
-    found = next((dims for dims in op.shapes if sizes.items() <= dims.items()), None)
+def shape_of(p: argparse.ArgumentParser, name: str, wanted: dict[str, int] | None) -> dict[str, int]:
+    """The card's shape that has all of the sizes wanted; the first for None. Ends the command if there is none."""
+    if name not in OPS or not OPS[name].kernels:
+        p.error(
+            f"no op with kernels is called {name!r}; there are: {', '.join(n for n, op in OPS.items() if op.kernels)}"
+        )
+    found = next((dims for dims in OPS[name].shapes if (wanted or {}).items() <= dims.items()), None)
     if found is None:
-        shapes = "; ".join(",".join(f"{k}={v}" for k, v in dims.items()) for dims in op.shapes)
-        refuse(f"--shape is {wanted}, the card of {op.fn.__name__} has {shapes}")
+        p.error(f"--shape is {label(wanted or {})}, the card of {name} has {'; '.join(map(label, OPS[name].shapes))}")
     return found
 
 
-def gpu(what: str) -> None:
-    if not torch.cuda.is_available():
-        refuse(f"{what} needs an NVIDIA GPU, and there is none")
+def shape_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--shape", type=sizes, metavar="T=16,..", help="one of the card's (default: its first)")
 
 
 def call_of(op: Op, dims: Mapping[str, int], device: str) -> Callable[[], Any]:
     kwargs = make(op, dims, low_dtype(op) if device == "cuda" else torch.float32, device, seed=0)
-
-    def call() -> Any:
-        with torch.no_grad():
-            return op.fn(**kwargs)
-
-    return call
+    return torch.no_grad()(lambda: op.fn(**kwargs))
 
 
 def launched(op: Op, dims: Mapping[str, int]) -> list[Any]:
     """The kernels that one forward call launches, in their order: its launchers run on meta tensors, nothing else."""
-    if INTERPRET:
-        refuse("TRITON_INTERPRET is set: nothing is launched")
     with torch.device("meta"):
         kwargs = op.inputs(low_dtype(op), **dims)
     with torch.no_grad(), recording(90) as seen:

@@ -2,9 +2,9 @@
 
 Runs the pass on meta tensors, which hold nothing: all that is left is the host's work, so this needs neither weights
 nor a GPU. Launches are counted where the launchers make them. The time is Python's and PyTorch's on meta tensors, whose
-shape rules are slower than a CUDA operator's dispatch, without Triton's own work for a launch (about 10 us each): good
-to compare commits, not to predict a GPU's. On a GPU the pass, its head included, is then timed by the wall, on the
-device, and replayed from a CUDA graph, where none of this is left.
+shape rules are slower than a CUDA operator's dispatch, without Triton's own work for a launch (about 10 us each). It
+serves to compare commits (`python -m bench.compare REF -- profiling.host`) and predicts no GPU. On a GPU the pass, its
+head included, is then timed by the wall, on the device, and replayed from a CUDA graph, where none of this is left.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.clock import DeviceClock, here, percentile
+from bench.clock import DeviceClock
 from bench.generate import config_of, denoiser_pass, load, timed
-from bench.measure import positive, table
-from tt_kernels.runtime.launch import INTERPRET, recording
+from bench.measure import in_a_line, percentile, positive, table, where
+from tt_kernels.runtime.launch import recording
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.modeling.state import Cache
 
-from .common import command, parser, refuse
+from .common import parser
 
 
 class Operators(TorchDispatchMode):
@@ -58,8 +58,6 @@ def meta_pass(config: TwoTowerConfig, batch: int, context: int) -> Any:
 
 
 def run(o: Any) -> int:
-    if INTERPRET:
-        refuse("TRITON_INTERPRET is set: nothing is launched")
     call = meta_pass(config_of(o.model), o.batch, o.context)
     with recording(90) as launches:
         call()
@@ -76,10 +74,8 @@ def run(o: Any) -> int:
 
     _frequencies.cache_clear()  # made on the meta device here
     p20, p50, p80 = (1e3 * percentile(samples, share) for share in (0.2, 0.5, 0.8))
-    print(here(threads=torch.get_num_threads()) + "\n")
-    print(
-        f"{o.model}, batch {o.batch}, {o.context} tokens before: a denoiser pass (without the head) on meta tensors\n"
-    )
+    print(in_a_line(where()) + "\n")
+    print(f"{o.model}, batch {o.batch}, {o.context} tokens before: a denoiser pass without its head, on meta tensors\n")
     print(f"kernels of ours launched  {sum(kernels.values())}")
     print(f"PyTorch operators         {sum(operators.seen.values())}")
     print(f"the host's own time       {p50:.2f} ms ({p20:.2f}-{p80:.2f}), {o.rounds} passes\n")
@@ -116,8 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--context", type=positive, default=2048)
     p.add_argument("--rounds", type=positive, default=10, help="default: %(default)s")
     p.add_argument("--rows", type=positive, default=10, help="PyTorch operators listed (default: %(default)s)")
-    o = p.parse_args(arguments)
-    return command("host", lambda: run(o))
+    return run(p.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import clock, whole
 from bench.generate import denoiser_pass, format_of, load
-from bench.measure import positive, table
+from bench.measure import in_a_line, percentile, positive, table, where
 from cards import OPS
 from tt_model import TwoTowerConfig
 from tt_model.cli import sizes
 
-from .common import RANGE, command, labelled, parser, refuse
+from .common import RANGE, labelled, parser
 
 
 def dims_of_pass(c: TwoTowerConfig, batch: int, context: int) -> dict[str, dict[str, int]]:
@@ -81,7 +81,7 @@ def cpu_roofs() -> dict[str, float]:
             begin = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - begin)
-        return amount / clock.percentile(seconds, 0.5)
+        return amount / percentile(seconds, 0.5)
 
     return {"bandwidth": rate(x.sum, x.nbytes), "compute": rate(lambda: a @ a, 2.0 * 768**3)}
 
@@ -147,15 +147,8 @@ def kernel_table(
 
 def run(o: Any) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        subject = load(o.model, device)
-    except (OSError, ValueError, KeyError) as error:
-        refuse(f"--model {o.model}: {error}")
-    try:
-        o.out.parent.mkdir(parents=True, exist_ok=True)
-        o.out.open("w").close()  # refused now rather than after the measurement
-    except OSError as error:
-        refuse(f"--out {o.out}: {error}")
+    subject = load(o.model, device)
+    o.out.parent.mkdir(parents=True, exist_ok=True)
     watch = clock.DeviceClock() if device == "cuda" else None
     roofs = clock.roofs(watch) if watch else cpu_roofs()
     cache = subject.model.prefill(subject.prompts(o.batch, o.context))
@@ -181,7 +174,7 @@ def run(o: Any) -> int:
     size = dict(batch=o.batch, context=o.context, format=format, roofs=roofs)
     floors = floors_of_pass(found, c, **size)
     name = torch.cuda.get_device_name() if on_device else f"CPU, {torch.get_num_threads()} threads, references"
-    print(clock.here(threads=torch.get_num_threads()) + "\n")
+    print(in_a_line(where()) + "\n")
     print(f"{subject.name} on {name}; batch {o.batch}, {o.context} tokens before, {o.passes} passes")
     print(f"roofs here: {roofs['bandwidth'] / 1e9:.1f} GB/s, {roofs['compute'] / 1e9:.0f} GFLOP/s")
     print(
@@ -210,8 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--passes", type=positive, default=5, help="recorded passes (default: %(default)s)")
     p.add_argument("--rows", type=positive, default=15, help="kernels listed (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("denoiser_pass.json"), help="the trace (default: %(default)s)")
-    o = p.parse_args(arguments)
-    return command("timeline", lambda: run(o))
+    return run(p.parse_args(arguments))
 
 
 if __name__ == "__main__":

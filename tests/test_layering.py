@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("tt_kernels", "tt_model")
-TOOLS = ("bench", "cards", "profiling", "tests", "tools")
+TOOLS = ("bench", "cards", "eval", "profiling", "tests", "tools")
 
 # From first to last; a module may import what stands above it, and what shares its unit (a file, or a folder of parts).
 # "tt_kernels.*" is every other folder of tt_kernels: a family of ops. A package's own name is its __init__.
@@ -22,6 +22,7 @@ LADDER = (
     ("tt_kernels.runtime",),
     ("tt_kernels.*",),
     ("tt_kernels",),
+    ("tt_kernels.testing",),
     ("tt_model.files", "tt_model.stops"),
     ("tt_model.config",),
     ("tt_model.arguments",),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.models import as_nemotron_h, greedy_nemotron_h, raise_biases, random_model
+from eval.models import as_nemotron_h, greedy_nemotron_h, raise_biases, random_model
 from tt_model import TwoTower, TwoTowerConfig
 
 pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""`python -m bench.quality`: what a model writes, measured on held-out Python: bits per byte, speed, syntax, agreement.
+"""`python -m eval.quality`: what a model writes, measured on held-out Python: bits per byte, speed, syntax, agreement.
 
 What the table's rows are:
 
@@ -10,7 +10,7 @@ What the table's rows are:
   Files take turns, so that long ones do not fill the sample. Completions are greedy: AR, diffusion at temperature 0.
 - Tokens a pass: new tokens over denoiser passes. AR needs a pass of the context tower for each token.
 - Finishes a statement: prompt + completion is cut after its last complete top-level statement, which is where the next
-  one begins (bench/syntax.py), or not at all if it ended by itself; something of the completion, more than blanks and
+  one begins (eval/syntax.py), or not at all if it ended by itself; something of the completion, more than blanks and
   comments, stands before the cut.
 - Parses: of these, the texts that `ast.parse` takes, so cut. As a ceiling, the same for the file's own next tokens.
 - Agreement of diffusion with AR: positions with the same token up to the shorter length; mean length of the common
@@ -36,11 +36,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from bench.measure import table
 from tt_model import TwoTower, checkpoint
 from tt_model.training.data import load_texts, load_tokenizer
 from tt_model.two_tower import ASSETS
 
-from .measure import table
 from .syntax import statement_starts, verdict
 
 
@@ -260,7 +260,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m eval.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--model", help="a checkpoint folder with tokenizer.json (default: the bundled model)")
     p.add_argument("--data", default="stdlib", help='a file, a folder or "stdlib" (default: %(default)s)')

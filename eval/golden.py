@@ -1,4 +1,4 @@
-"""`python -m bench.golden DIR`: the golden models in bf16 on a GPU, kernels beside references.
+"""`python -m eval.golden DIR`: the golden models in bf16 on a GPU, kernels beside references.
 
 Both run the same rounded weights and are compared with the published implementation's fp32 logits, token by token over
 all prompts of a model. Fails where a logit is not finite, or where the median error over the tokens is more than 1.5
@@ -18,9 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 import tt_kernels
+from bench.measure import table
 from tt_model import TwoTower
-
-from .measure import table
 
 ALLOWED = 1.5
 PARTS = ("context logits", "denoiser logits")
@@ -75,14 +74,14 @@ def compare(folder: Path, device: str, dtype: torch.dtype = torch.bfloat16) -> d
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.golden", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m eval.golden", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="the golden files: a folder for each model")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
     folders = sorted(path.parent for path in options.folder.glob("*/forward.safetensors"))
     if not folders:
-        print(f"bench.golden: error: no golden models in {options.folder}", file=sys.stderr)
+        print(f"eval.golden: error: no golden models in {options.folder}", file=sys.stderr)
         return 2
     rows, red = [], False
     for folder in folders:

@@ -1,4 +1,4 @@
-"""The measuring helpers of bench/: what they count, not how fast anything is."""
+"""What eval/ counts: a model's texts, matrix products of a pass, where Python text is cut, golden logits."""
 
 import json
 import math
@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import cpu, measure, quality, syntax
-from bench.models import random_model
+from eval import cpu, golden, quality, syntax
+from eval.models import random_model
+from tt_kernels.runtime.launch import ON_CPU
 from tt_model import TwoTower, TwoTowerConfig, checkpoint
 from tt_model.training.data import train_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = TwoTowerConfig(
     vocab_size=300,
     hidden_size=32,
@@ -53,41 +55,6 @@ class Class{0}:
         else:
             return None
 '''
-
-
-# ---- timing ----
-
-
-def test_runs_alternate_after_an_untimed_round() -> None:
-    calls: list[str] = []
-    times = measure.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, repeats=2)
-    assert calls == ["a", "a", "b", "b"] * 4
-    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
-
-
-def test_ratio_compares_runs_of_the_same_round() -> None:
-    # A machine that slows down tenfold between rounds: the ratio of medians would depend on the round.
-    assert measure.ratio({"a": [2.0, 20.0, 200.0], "b": [1.0, 10.0, 100.0]}, "a", "b") == 2
-
-
-def test_table_is_markdown() -> None:
-    assert measure.table(("", "ms"), [("one", 1.5), ("eleven", "12")]) == (
-        "|        |  ms |\n| ------ | --: |\n| one    | 1.5 |\n| eleven |  12 |"
-    )
-
-
-def test_results_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
-    for i in range(2):
-        file = measure.record({"run": i, "machine": measure.machine() | {"cpu": "Some(R) Fast CPU 9 @ 2.40GHz (AVX2)"}})
-    assert file.name == "some-fast-9-avx2.jsonl"
-    assert [json.loads(line)["run"] for line in file.read_text().splitlines()] == [0, 1]
-
-
-def test_results_are_filed_by_machine() -> None:
-    assert measure.machine_name({"cpu": "Intel(R) Xeon(R) Processor (AVX512)"}) == "intel-xeon-avx512"
-    assert measure.machine_name({"cpu": "whatever", "gpu": "NVIDIA H200"}) == "nvidia-h200"
-    assert measure.machine_name({"cpu": "()"}) == "unknown"
 
 
 # ---- the CPU comparison ----
@@ -289,3 +256,23 @@ def test_random_models_use_all_their_parts() -> None:
         changed = (model.context_logits(ids) - logits).abs().max()
         parameter.copy_(old)
         assert changed > 1e-4, name
+
+
+# ---- golden models in 16 bits ----
+
+
+def test_golden_error_is_a_median_over_tokens() -> None:
+    want = [torch.ones(2, 3), torch.ones(3, 3)]
+    got = [want[0] * 1.1, want[1].clone()]
+    assert golden.error(got, want) == 0
+    got[1][:2] *= 5
+    assert golden.error(got, want) == pytest.approx(0.1)
+    got[1][2, 2] = float("nan")
+    assert golden.error(got, want) == float("inf")
+
+
+@pytest.mark.skipif(ON_CPU, reason="bf16")
+def test_golden_model_in_bf16(golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part, (ours, theirs) in golden.compare(golden_dir / "small", "cpu").items():
+        assert ours == theirs < 0.03, part  # on a CPU both are references
+    assert golden.main([str(ROOT / "docs")]) == 2 and "no golden models" in capsys.readouterr().err

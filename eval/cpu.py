@@ -1,6 +1,6 @@
-"""`python -m bench.cpu`: how fast the plain-PyTorch model is on a CPU, against transformers and its own products.
+"""`python -m eval.cpu`: how fast the plain-PyTorch model is on a CPU, against transformers and its own products.
 
-Two questions, on the same random mid-size model (`bench.models.MIDDLE`), batch 1, fp32:
+Two questions, on the same random mid-size model (`eval.models.MIDDLE`), batch 1, fp32:
 1. AR decoding, prefill included: tokens/s of `generate(mode="ar")` and of transformers on the same weights, with each
    experts implementation that runs here. Goal: twice the best.
 2. One denoiser pass over a block of 16: its time over the time of its own matrix products, recorded as it runs and run
@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.measure import in_a_line, interleaved, no_commit, positive, ratio, record, table, where
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.modeling.moe import MoE
 
-from .clock import commit, in_a_line, no_commit
-from .measure import interleaved, machine, positive, ratio, record, table
 from .models import MIDDLE, as_nemotron_h, experts_implementations, greedy_nemotron_h, random_model
 
 OURS = 'this model, mode "ar"'
@@ -122,8 +121,8 @@ def denoiser(
 
 
 def report(config: TwoTowerConfig, options: argparse.Namespace) -> dict[str, Any]:
-    where = machine() | {"commit": commit()}
-    print(in_a_line(where))
+    ran_on = where()
+    print(in_a_line(ran_on))
     model = random_model(config)
     size = sum(p.numel() for p in model.context_tower.parameters()) / 1e6
     print(f"{config.pattern}, hidden size {config.hidden_size}, {size:.0f} M parameters a tower, batch 1, fp32")
@@ -157,12 +156,12 @@ def report(config: TwoTowerConfig, options: argparse.Namespace) -> dict[str, Any
     header = ("tokens before", "pass ms", "products ms", "ratio (goal: 1.5)", "products", "flops / needed")
     print(table(header, rows))
     decode = {name: options.new / median(t) for name, t in times.items()}
-    return {"kind": "cpu", "machine": where, "tokens_per_s": decode, "speedup": speedup, "denoiser": passes}
+    return {"kind": "cpu", "machine": ran_on, "tokens_per_s": decode, "speedup": speedup, "denoiser": passes}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m eval.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=positive, default=9, help="of alternating runs (default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="default: what torch takes")
