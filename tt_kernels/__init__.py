@@ -22,11 +22,15 @@ else:
     from .norm import gated_group_norm, modulated_rms_norm, rms_norm
     from .runtime.checks import trusted
     from .runtime.registry import use
-    from .sampling import commit, gumbel_noise, head_sample, sample, unmask
+    from .sampling import Committed, Sampled, Sampling, Unmasked, commit, gumbel_noise, head_sample, sample, unmask
     from .ssm import mamba_advance, mamba_block, mamba_step, ssd_advance, ssd_block, ssd_chunk, ssd_step
 
 __all__ = [
+    "Committed",
     "ExpertWeights",
+    "Sampled",
+    "Sampling",
+    "Unmasked",
     "append_attention",
     "block_diffusion_attention",
     "causal_attention",
