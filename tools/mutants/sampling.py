@@ -12,6 +12,7 @@ RUNTIME_LANG = "tt_kernels/runtime/lang.py"
 SAMPLE = "tt_kernels/sampling/sample.py"
 UNMASK = "tt_kernels/sampling/unmask.py"
 ONLY_SAMPLE = "sample and not head_sample"
+LITERAL = "tests/kernels/test_sampling.py::"
 CORNERS = "tests/kernels/test_sampling_corners.py::"
 
 MUTANTS = (
@@ -77,7 +78,30 @@ MUTANTS = (
         "programs of several rows overlap",
     ),
     Mutant(ONLY_SAMPLE, SAMPLE, "part = tl.program_id(0)", "part = 0", "the first part for all"),
-    Mutant(ONLY_SAMPLE, REFERENCE, "descending=True, stable", "descending=False, stable", "top-p keeps the worst"),
+    Mutant(
+        "sample",
+        REFERENCE,
+        "descending=True, stable",
+        "descending=False, stable",
+        "top-p keeps the worst",
+        test=LITERAL + "test_top_k_keeps_what_equals_the_kth_and_top_p_what_crosses",
+    ),
+    Mutant(
+        "sample",
+        REFERENCE,
+        "(top_k > 0) & (top_k < V)",
+        "top_k > 0",
+        "a top_k beyond the vocabulary",
+        test=CORNERS + "test_limits_of_one_row_are_no_others",
+    ),
+    Mutant(
+        "sample",
+        REFERENCE,
+        "torch.where(limited, top_p, math.inf)",
+        "top_p",
+        "a top_p of 1 that rounding takes for a limit",
+        test=LITERAL + "test_a_top_p_of_1_is_no_limit",
+    ),
     Mutant(
         "head_sample",
         HEAD_SAMPLE_KERNELS,
