@@ -22,7 +22,7 @@ else:
     from .norm import gated_group_norm, modulated_rms_norm, rms_norm
     from .runtime.checks import trusted
     from .runtime.registry import use
-    from .sampling import commit, gumbel_noise, head_sample, sample, unmask
+    from .sampling import Committed, Sampled, Sampling, Unmasked, commit, gumbel_noise, head_sample, sample, unmask
     from .ssm import (
         MambaState,
         MambaWeights,
@@ -38,10 +38,14 @@ else:
     )
 
 __all__ = [
+    "Committed",
     "ExpertWeights",
     "MambaState",
     "MambaWeights",
     "SSDChunk",
+    "Sampled",
+    "Sampling",
+    "Unmasked",
     "append_attention",
     "block_diffusion_attention",
     "causal_attention",

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from parity import KERNELS, make
+from parity import KERNELS, leaves, make, with_leaves
 from torch import Tensor
 
 import tt_kernels
 from cards import OPS
-from tt_kernels import ExpertWeights
+from tt_kernels import ExpertWeights, Sampling
 from tt_kernels.runtime import checks
 
 pytestmark = pytest.mark.kernels
@@ -20,7 +20,11 @@ def args(name: str, **changes: Any) -> dict[str, Any]:
     return make(OPS[name], OPS[name].cases[0], torch.float32) | changes
 
 
-NAN, INF = float("nan"), float("inf")
+def sampled(**changes: Any) -> dict[str, Sampling]:
+    return dict(sampling=Sampling.of(6)._replace(**changes))
+
+
+NAN, INF, ROWS = float("nan"), float("inf"), torch.arange(6)
 BAD = [
     ("rms_norm", dict(x=torch.ones(2, 4), weight=torch.ones(8)), "rms_norm: weight has D=8, but x has D=4"),
     ("rms_norm", dict(x=torch.tensor(1.0)), "rms_norm: x is [], expected [*, D]"),
@@ -202,19 +206,25 @@ BAD = [
     ("block_diffusion_attention", dict(v_clean=torch.ones(2, 6, 2, 3).double()), "v_clean is torch.float64, expected"),
     ("block_diffusion_attention", dict(scale=True), "scale is True, expected a finite number, or None"),
     ("gumbel_noise", dict(vocab_size=0), "gumbel_noise: vocab_size is 0, expected 1 or more"),
-    ("sample", dict(top_k=0), "sample: top_k is 0, expected 1 or more, or None"),
-    ("sample", dict(top_p=0.0), "sample: top_p is 0.0, expected above 0 and up to 1, or None"),
-    ("sample", dict(suppress=11), "sample: suppress is 11, expected a token id below V=11"),
     ("gumbel_noise", dict(vocab_size=4.0), "gumbel_noise: vocab_size is 4.0, expected 1 or more"),
     ("gumbel_noise", dict(seed=torch.ones(3)), "gumbel_noise: seed is torch.float32, expected a tensor of ints"),
     ("gumbel_noise", dict(step=5), "gumbel_noise: step is 5, expected a tensor"),
-    ("sample", dict(top_k="3"), "sample: top_k is '3', expected 1 or more, or None"),
-    ("sample", dict(top_k=2.0), "sample: top_k is 2.0, expected 1 or more, or None"),
-    ("sample", dict(top_k=True), "sample: top_k is True, expected 1 or more, or None"),
-    ("sample", dict(top_k=2**63), f"sample: top_k is {2**63}, expected 1 or more, or None"),
-    ("sample", dict(top_p=math.nan), "sample: top_p is nan, expected above 0 and up to 1, or None"),
-    ("sample", dict(top_p="0.9"), "sample: top_p is '0.9', expected above 0 and up to 1, or None"),
-    ("sample", dict(top_p=True), "sample: top_p is True, expected above 0 and up to 1, or None"),
+    ("sample", dict(sampling=None), "sample: sampling is None, expected a Sampling"),
+    ("sample", dict(sampling=dict(temperature=1)), "sample: sampling is {'temperature': 1}, expected a Sampling"),
+    ("sample", sampled(top_k=-ROWS), "sample: top_k is -5, expected 0 or more"),
+    ("sample", sampled(top_k=ROWS[:5]), "sample: top_k has *=[5], but logits has *=[6]"),
+    ("sample", sampled(top_k=3), "sample: top_k is 3, expected a tensor"),
+    ("sample", sampled(top_k=torch.ones(6)), "sample: top_k is torch.float32, expected a tensor of ints"),
+    ("sample", sampled(top_p=ROWS / 5), "sample: top_p is 0.0, expected above 0 and up to 1"),
+    ("sample", sampled(top_p=torch.full((6,), 1.5)), "sample: top_p is 1.5, expected above 0 and up to 1"),
+    ("sample", sampled(top_p=torch.full((6,), math.nan)), "sample: top_p is nan, expected above 0 and up to 1"),
+    ("sample", sampled(top_p=0.9), "sample: top_p is 0.9, expected a tensor"),
+    ("sample", sampled(top_p=ROWS), "sample: top_p is torch.int64, expected a tensor of floats"),
+    ("sample", sampled(temperature=torch.ones(5)), "sample: temperature has *=[5], but logits has *=[6]"),
+    ("sample", sampled(temperature=1.0), "sample: temperature is 1.0, expected a tensor"),
+    ("sample", sampled(temperature=ROWS), "temperature is torch.int64, expected a tensor of floats"),
+    ("sample", sampled(temperature=-torch.ones(6)), "sample: temperature is -1.0, expected 0 or more"),
+    ("sample", dict(suppress=11), "sample: suppress is 11, expected a token id below V=11"),
     ("sample", dict(suppress=-1), "sample: suppress is -1, expected a token id below V=11"),
     ("sample", dict(suppress=False), "sample: suppress is False, expected a token id below V=11"),
     ("sample", dict(suppress=1.0), "sample: suppress is 1.0, expected a token id below V=11"),
@@ -224,17 +234,13 @@ BAD = [
         "sample: suppress is 0, expected tokens beside it, but V is 1",
     ),
     ("sample", dict(logits=torch.ones(6, 0)), "sample: logits has V=0, expected 1 or more"),
-    ("sample", dict(temperature=torch.ones(5)), "sample: temperature has *=[5], but logits has *=[6]"),
-    ("sample", dict(temperature=1.0), "sample: temperature is 1.0, expected a tensor"),
-    ("sample", dict(temperature=torch.ones(6).long()), "temperature is torch.int64, expected a tensor of floats"),
-    ("sample", dict(temperature=-torch.ones(6)), "sample: temperature is -1.0, expected 0 or more"),
     (
         "head_sample",
-        dict(temperature=torch.tensor([0, 1, 1, math.nan, 1, 1])),
+        sampled(temperature=torch.tensor([0, 1, 1, math.nan, 1, 1])),
         "temperature is nan, expected 0 or more",
     ),
     ("head_sample", dict(weight=torch.ones(0, 16)), "head_sample: weight has V=0, expected 1 or more"),
-    ("head_sample", dict(top_p=2), "head_sample: top_p is 2, expected above 0 and up to 1, or None"),
+    ("head_sample", sampled(top_p=torch.full((6,), 2.0)), "head_sample: top_p is 2.0, expected above 0 and up to 1"),
     ("head_sample", dict(weight=torch.ones(37, 15)), "head_sample: weight has D=15, but hidden has D=16"),
     ("commit", dict(threshold=torch.ones(3)), "commit: threshold has B=3, but block has B=4"),
     ("commit", dict(token=torch.ones(4, 7).int()), "token is torch.int32, expected the dtype of block, torch.int64"),
@@ -253,11 +259,15 @@ BAD = [
     ("unmask", dict(mask_token_id=True), "unmask: mask_token_id is True, expected a token id below V=37"),
     (
         "unmask",
-        dict(temperature=torch.tensor([0.0, 1.0, -0.5, 1.0])),
+        dict(sampling=Sampling.of(4, temperature=torch.tensor([0.0, 1.0, -0.5, 1.0]))),
         "unmask: temperature is -0.5, expected 0 or more",
     ),
     ("unmask", dict(block=torch.ones(4, 5)), "unmask: block is torch.float32, expected a tensor of ints"),
-    ("unmask", dict(position=torch.ones(4, 5).long()), "unmask: position is [4, 5], expected [B]"),
+    (
+        "unmask",
+        dict(sampling=Sampling.of(4, position=torch.ones(4, 5).long())),
+        "unmask: position is [4, 5], expected [B]",
+    ),
     ("unmask", dict(mask_token_id=None), "unmask: mask_token_id is None, expected a token id below V=37"),
     ("unmask", dict(mask_token_id=37), "unmask: mask_token_id is 37, expected a token id below V=37"),
     ("linear_cross_entropy", dict(targets=torch.ones(2, 5)), "targets is torch.float32, expected a tensor of ints"),
@@ -283,21 +293,21 @@ def test_bad_input_is_named(name: str, changes: dict[str, Any], message: str) ->
 NEEDED = [
     (name, argument)
     for name in ("gumbel_noise", "sample", "head_sample", "commit", "unmask", "linear_cross_entropy")
-    for argument, value in args(name).items()
-    if isinstance(value, Tensor)
+    for argument in leaves(args(name))
 ]
 
 
 @pytest.mark.parametrize("name,argument", NEEDED, ids=[f"{n}-{a}" for n, a in NEEDED])
 def test_missing_and_distant_tensors_are_named(name: str, argument: str) -> None:
     """The unmasking ops and the loss: every tensor, also those of integers and temperatures."""
+    shown = argument.removeprefix("sampling.")
     if argument != "mask":
-        with pytest.raises(ValueError, match=f"^{name}: {argument} is None, expected a tensor$"):
-            OPS[name].fn(**args(name, **{argument: None}))
-    distant = torch.empty_like(args(name)[argument], device="meta")
+        with pytest.raises(ValueError, match=f"^{name}: {shown} is None, expected a tensor$"):
+            OPS[name].fn(**with_leaves(args(name), {argument: None}))
+    distant = with_leaves(args(name), {argument: torch.empty_like(leaves(args(name))[argument], device="meta")})
     with pytest.raises(ValueError, match=rf"^{name}: \w+ is on \w+, but \w+ is on \w+$") as error:
-        OPS[name].fn(**args(name, **{argument: distant}))
-    assert f" {argument} is on" in str(error.value)
+        OPS[name].fn(**distant)
+    assert f" {shown} is on" in str(error.value)
 
 
 def test_messages_are_one_line() -> None:

@@ -11,14 +11,18 @@ from .loss import linear_cross_entropy
 from .mamba import MambaState, MambaWeights, mamba_advance, mamba_block, mamba_extend, mamba_step
 from .moe import ExpertWeights, experts, route
 from .norm import gated_group_norm, modulated_rms_norm, rms_norm
-from .sampling import commit, gumbel_noise, head_sample, sample, unmask
+from .sampling import Committed, Sampled, Sampling, Unmasked, commit, gumbel_noise, head_sample, sample, unmask
 from .ssd import SSDChunk, ssd_advance, ssd_block, ssd_chunk, ssd_step
 
 __all__ = [
+    "Committed",
     "ExpertWeights",
     "MambaState",
     "MambaWeights",
     "SSDChunk",
+    "Sampled",
+    "Sampling",
+    "Unmasked",
     "append_attention",
     "block_diffusion_attention",
     "causal_attention",
