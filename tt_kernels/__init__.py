@@ -19,14 +19,15 @@ else:
     from .conv1d import causal_conv1d, conv_block_states, conv_state
     from .loss import linear_cross_entropy
     from .moe import ExpertWeights, experts, route
-    from .norm import gated_group_norm, modulated_rms_norm, rms_norm
-    from .runtime.checks import trusted
+    from .norm import Modulated, gated_group_norm, modulated_rms_norm, rms_norm
+    from .runtime.checks import skip_checks, trusted
     from .runtime.registry import use
     from .sampling import commit, gumbel_noise, head_sample, sample, unmask
     from .ssm import mamba_advance, mamba_block, mamba_step, ssd_advance, ssd_block, ssd_chunk, ssd_step
 
 __all__ = [
     "ExpertWeights",
+    "Modulated",
     "append_attention",
     "block_diffusion_attention",
     "causal_attention",
@@ -47,6 +48,7 @@ __all__ = [
     "rms_norm",
     "route",
     "sample",
+    "skip_checks",
     "ssd_advance",
     "ssd_block",
     "ssd_chunk",

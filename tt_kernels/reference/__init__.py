@@ -10,12 +10,13 @@ from .conv1d import causal_conv1d, conv_block_states, conv_state
 from .loss import linear_cross_entropy
 from .mamba import mamba_advance, mamba_block, mamba_step
 from .moe import ExpertWeights, experts, route
-from .norm import gated_group_norm, modulated_rms_norm, rms_norm
+from .norm import Modulated, gated_group_norm, modulated_rms_norm, rms_norm
 from .sampling import commit, gumbel_noise, head_sample, sample, unmask
 from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
 
 __all__ = [
     "ExpertWeights",
+    "Modulated",
     "append_attention",
     "block_diffusion_attention",
     "causal_attention",

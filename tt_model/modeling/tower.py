@@ -16,7 +16,7 @@ from tt_kernels import (
     causal_attention,
     context_attention,
     modulated_rms_norm,
-    trusted,
+    skip_checks,
 )
 
 from ..config import TwoTowerConfig
@@ -61,7 +61,7 @@ class Tower(nn.Module):
 
     def forward(self, ids_BL: Tensor, walk: Pass, modulation: Tensor | None = None) -> Tensor:
         """Hidden states [B, L, D] after the final norm. modulation: [layers, 3, B, D] (shift, scale, gate) or None."""
-        with trusted():
+        with skip_checks():
             return self._walk(ids_BL, walk, modulation)
 
     def _walk(self, ids_BL: Tensor, walk: Pass, modulation: Tensor | None) -> Tensor:
