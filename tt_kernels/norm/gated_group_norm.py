@@ -109,10 +109,10 @@ class GatedGroupNormLaunch(Launch):
 def gated_group_norm_launch(T: int, groups: int, N: int, *, per_warp: int = 512) -> GatedGroupNormLaunch:
     """Groups are independent.
 
-    | rows     | a program takes           | reason                                          |
-    |----------|---------------------------|-------------------------------------------------|
-    | below 512 | one group                | programs of a group each fill the GPU           |
-    | 512 on   | groups of 4096 channels   | enough programs are left, and each keeps more bytes in flight |
+    | rows      | a program takes         | reason                                                        |
+    |-----------|-------------------------|---------------------------------------------------------------|
+    | below 512 | one group               | a program for each group fills the GPU                        |
+    | 512 on    | groups of 4096 channels | enough programs are left, and each keeps more bytes in flight |
     """
     block_n = triton.next_power_of_2(N)
     together = max(1, min(triton.next_power_of_2(groups), 4096 // block_n)) if T >= 512 else 1
