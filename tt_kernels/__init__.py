@@ -19,8 +19,8 @@ else:
     from .conv1d import causal_conv1d, conv_advance, conv_block_states
     from .loss import linear_cross_entropy
     from .moe import ExpertWeights, experts, route
-    from .norm import gated_group_norm, modulated_rms_norm, rms_norm
-    from .runtime.checks import trusted
+    from .norm import Modulated, gated_group_norm, modulated_rms_norm, rms_norm
+    from .runtime.checks import skip_checks, trusted
     from .runtime.registry import use
     from .sampling import Committed, Sampled, Sampling, Unmasked, commit, gumbel_noise, head_sample, sample, unmask
     from .ssm import (
@@ -42,6 +42,7 @@ __all__ = [
     "ExpertWeights",
     "MambaState",
     "MambaWeights",
+    "Modulated",
     "SSDChunk",
     "Sampled",
     "Sampling",
@@ -67,6 +68,7 @@ __all__ = [
     "rms_norm",
     "route",
     "sample",
+    "skip_checks",
     "ssd_advance",
     "ssd_block",
     "ssd_chunk",

@@ -178,7 +178,7 @@ def test_a_length_below_zero_is_none(below: int, wide: torch.dtype) -> None:
     rows.lengths, table = torch.tensor([below, 70], device=DEVICE, dtype=wide), rows.table.to(wide)
     if not KERNELS:
         for op in (context_attention, append_attention):
-            with pytest.raises(ValueError, match=f"lengths goes down to {below}, expected 0 or more"):
+            with pytest.raises(ValueError, match=f"cache_lengths goes down to {below}, expected 0 or more"):
                 op(q, k, v, *rows.pages, table, rows.lengths)
         return
     none = Rows([0, 70], 3)

@@ -1,6 +1,7 @@
 """What callers do wrong is named by every public op: the argument, what it is and what was expected."""
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -35,6 +36,14 @@ BAD = [
     ("rms_norm", dict(x=torch.ones(2, 37).to(torch.float8_e4m3fn)), "x is torch.float8_e4m3fn, expected a tensor of"),
     ("rms_norm", dict(eps=-1e-5), "rms_norm: eps is -1e-05, expected a number, 0 or more"),
     ("rms_norm", dict(eps="1e-5"), "rms_norm: eps is '1e-5', expected a number, 0 or more"),
+    *(
+        (name, {option: value}, f"{name}: {option} is {value!r}, expected a")
+        for name, option in (
+            *(("rms_norm", "eps"), ("modulated_rms_norm", "eps"), ("gated_group_norm", "eps")),
+            *(("route", "scale"), ("context_attention", "scale"), ("causal_attention", "scale")),
+        )
+        for value in (2**70, 10**400, Fraction(10**400))
+    ),
     ("modulated_rms_norm", dict(order="norm"), "order is 'norm', expected 'modulate_norm' or 'norm_modulate'"),
     ("modulated_rms_norm", dict(scale=None), "scale is None, expected shift and scale, or neither"),
     ("modulated_rms_norm", dict(branch=None), "branch is None, expected a branch beside the gate"),
@@ -152,17 +161,21 @@ BAD = [
     ("context_attention", dict(q=torch.ones(2, 3, 3, 5)), "k has Hkv=2 heads, expected a divisor of Hq=3"),
     (
         "context_attention",
-        dict(lengths=torch.tensor([13, 1])),
-        "lengths goes up to 13, but the page table has room for 12",
+        dict(cache_lengths=torch.tensor([13, 1])),
+        "cache_lengths goes up to 13, but the page table has room for 12",
     ),
     (
         "append_attention",
-        dict(lengths=torch.tensor([1, 10])),
-        "lengths is 10 and 3 tokens enter, but the page table has room for 12",
+        dict(cache_lengths=torch.tensor([1, 10])),
+        "cache_lengths is 10 and 3 tokens enter, but the page table has room for 12",
     ),
-    ("context_attention", dict(lengths=torch.tensor([-1, 1])), "lengths goes down to -1, expected 0 or more"),
-    ("context_attention", dict(lengths=3), "context_attention: lengths is 3, expected a tensor"),
-    ("context_attention", dict(lengths=None), "context_attention: lengths is None, expected a tensor"),
+    (
+        "context_attention",
+        dict(cache_lengths=torch.tensor([-1, 1])),
+        "cache_lengths goes down to -1, expected 0 or more",
+    ),
+    ("context_attention", dict(cache_lengths=3), "context_attention: cache_lengths is 3, expected a tensor"),
+    ("context_attention", dict(cache_lengths=None), "context_attention: cache_lengths is None, expected a tensor"),
     ("context_attention", dict(page_table=torch.zeros(2, 3)), "page_table is torch.float32, expected a tensor of ints"),
     (
         "context_attention",
@@ -170,7 +183,11 @@ BAD = [
         "page_table is torch.int16, expected a tensor of",
     ),
     ("context_attention", dict(page_table=torch.zeros(6).int()), "page_table is [6], expected [B, row_pages]"),
-    ("context_attention", dict(lengths=torch.zeros(2, device="meta").int()), "lengths is on meta, but q is on cpu"),
+    (
+        "context_attention",
+        dict(cache_lengths=torch.zeros(2, device="meta").int()),
+        "cache_lengths is on meta, but q is on cpu",
+    ),
     (
         "context_attention",
         dict(v_pages=torch.zeros(6, 5, 2, 5)),
@@ -282,7 +299,7 @@ BAD = [
 
 @pytest.mark.parametrize("name,changes,message", BAD, ids=[f"{n}-{'-'.join(c)}-{i}" for i, (n, c, _) in enumerate(BAD)])
 def test_bad_input_is_named(name: str, changes: dict[str, Any], message: str) -> None:
-    lengths = changes.get("lengths")
+    lengths = changes.get("lengths", changes.get("cache_lengths"))
     if KERNELS and OPS[name].kernels and isinstance(lengths, Tensor) and lengths.numel() > 1 and not lengths.is_meta:
         pytest.skip("kernels do not read lengths on the host")
     with pytest.raises(ValueError) as error:
@@ -325,8 +342,16 @@ def test_every_op_refuses_something() -> None:
     assert {name for name, *_ in BAD} == set(OPS)
 
 
-def test_trusted_callers_are_not_checked() -> None:
-    with tt_kernels.trusted(), tt_kernels.trusted():
+@pytest.mark.parametrize("name", ["rms_norm", "gated_group_norm"])
+def test_whole_numbers_are_numbers(name: str) -> None:
+    for eps in (2**62, 1, Fraction(1, 2)):
+        assert OPS[name].fn(**args(name, eps=eps)).isfinite().all()
+
+
+def test_skip_checks_skips_them() -> None:
+    with pytest.warns(DeprecationWarning, match="skip_checks"), tt_kernels.trusted():
+        checks.check("t", a=(torch.ones(2), "A B"))
+    with tt_kernels.skip_checks(), tt_kernels.skip_checks():
         checks.check("t", a=(torch.ones(2), "A B"))
     with pytest.raises(ValueError, match="t: a is"):
         checks.check("t", a=(torch.ones(2), "A B"))

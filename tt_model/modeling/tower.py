@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tt_kernels import modulated_rms_norm, trusted
+from tt_kernels import modulated_rms_norm, skip_checks
 
 from ..config import TwoTowerConfig
 from .attention import Attention
@@ -45,7 +45,7 @@ class Tower(nn.Module):
 
     def forward(self, ids_BL: Tensor, ctx: ForwardContext, modulation: Tensor | None = None) -> Tensor:
         """Hidden states [B, L, D] after the final norm. modulation: [layers, 3, B, D] (shift, scale, gate) or None."""
-        with trusted():
+        with skip_checks():
             return self._walk(ids_BL, ctx, modulation)
 
     def _walk(self, ids_BL: Tensor, ctx: ForwardContext, modulation: Tensor | None) -> Tensor:
