@@ -4,9 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from tt_kernels import (
+    MambaState,
+    MambaWeights,
     causal_conv1d,
+    conv_advance,
     conv_block_states,
-    conv_state,
     gated_group_norm,
     mamba_advance,
     mamba_block,
@@ -69,26 +71,28 @@ class Mamba2(Wide):
         """
         z, xBC, dt = self.project(h_BLD)
         A, D = self.scan_parameters()
-        limit, weights = self.config.time_step_limit, self.conv_parameters()
+        limit, weights = self.config.time_step_limit, MambaWeights(*self.conv_parameters(), A, D, self.dt_bias)
         projected, states = (xBC, dt, A), None
         if h_BLD.shape[1] == 1 and advance and counts is None:  # autoregressive decoding
-            token = xBC.squeeze(1), dt.squeeze(1)
-            y, *states = mamba_step(*token, *weights, A, D, self.dt_bias, conv, ssm, dt_limit=limit)
-            y = y.unsqueeze(1)
+            states = conv.clone(), ssm.clone()
+            y = mamba_step(xBC.squeeze(1), dt.squeeze(1), weights, MambaState(*states), dt_limit=limit).unsqueeze(1)
         elif h_BLD.shape[1] <= SHORT:
-            y = mamba_block(xBC, dt, *weights, A, D, self.dt_bias, conv, ssm, dt_limit=limit)
+            y = mamba_block(xBC, dt, weights, MambaState(conv, ssm), dt_limit=limit)
             if advance:
                 states = self.advance(*projected, conv, ssm, counts)
         else:
             x, B, C = self.convolve(xBC, conv)
-            y, final, _ = ssd_chunk(x, dt, A, B, C, D, self.dt_bias, ssm, counts, chunk_size=None, dt_limit=limit)
-            states = conv_state(xBC, counts, conv, kernel_size=self.config.conv_kernel), final
+            states = conv.clone(), ssm.clone()
+            seeds = (self.dt_bias, states[1])
+            y = ssd_chunk(x, dt, A, B, C, D, *seeds, counts=counts, chunk_size=None, dt_limit=limit).y
+            conv_advance(xBC, states[0], counts)
         return self.out(y, z), projected, states
 
     def advance(self, xBC, dt, A, conv: Tensor, ssm: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Conv and SSM state after the first counts[b] of the tokens that `forward` was given."""
-        limit = self.config.time_step_limit
-        return mamba_advance(xBC, dt, *self.conv_parameters(), A, self.dt_bias, conv, ssm, counts, dt_limit=limit)
+        weights, states = MambaWeights(*self.conv_parameters(), A, None, self.dt_bias), (conv.clone(), ssm.clone())
+        mamba_advance(xBC, dt, weights, MambaState(*states), counts, dt_limit=self.config.time_step_limit)
+        return states
 
     def encode(self, h_BND: Tensor, cu_seqlens: Tensor | None, block_size: int | None):
         """Whole sequences from zero state: the output and, with a block size, the states before each block:
