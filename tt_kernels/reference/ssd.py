@@ -302,8 +302,9 @@ def _node_backward(
     high: float,
 ) -> list[Tensor]:
     def again(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        state = tensors[7] if len(tensors) > 7 else None
-        return _chunked(*tensors[:7], state, counts, cu_seqlens, chunk_size, low, high)
+        x, dt, A, B, C, D, dt_bias, *state = tensors
+        seed = state[0] if state else None
+        return _chunked(x, dt, A, B, C, D, dt_bias, seed, counts, cu_seqlens, chunk_size, low, high)
 
     return [t.contiguous() for t in torch.func.vjp(again, *tensors)[1](tuple(gradients))]
 
