@@ -18,7 +18,7 @@ from .clock import DeviceClock, HostClock
 
 # The bound that tests hold kernels to. Not as tests.parity: a package named tests may be somebody else's.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from parity import assert_as_good, leaves, outputs, with_leaves
+from parity import assert_as_good, copies_of_written, leaves, outputs, with_leaves
 
 Clock = HostClock | DeviceClock
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -36,11 +36,13 @@ def make(op: Op, dims: Mapping[str, int], dtype: torch.dtype, device: str, seed:
 def run(op: Op, fn: Callable[..., Any], kwargs: dict[str, Any], grads: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every output, and as d<name> the gradient of every differentiable argument for one random cotangent, which was
     rounded to `dtype`, so that all compute from the same one."""
+    written = copies_of_written(op, kwargs)
+    kwargs = with_leaves(kwargs, written)
     if not grads:
         with torch.no_grad():
-            return outputs(op, fn(**kwargs))
+            return outputs(op, fn(**kwargs)) | written
     free, grown, result = differentiable(op, fn, kwargs)
-    found = {name: t.detach() for name, t in result.items()}
+    found = {name: t.detach() for name, t in (result | written).items()}
     if not grown:
         return found
     g = torch.Generator().manual_seed(1)
@@ -67,7 +69,7 @@ class Judgement:
 
     def of(self, op: Op, backward: bool) -> Judgement:
         """The part of it that a pass is held to."""
-        mine = lambda name: (name not in op.outputs) == backward
+        mine = lambda name: (name not in (*op.outputs, *op.writes)) == backward
         return Judgement(*({k: v for k, v in part.items() if mine(k)} for part in (self.errors, self.faults)))
 
     @property
@@ -105,7 +107,7 @@ class Oracle:
         for name in got.keys() & self.high.keys():
             low, high = self.low[name], self.high[name]
             try:  # a gradient is a sum of terms that may cancel: one rounding of the largest number about
-                scale = 0.0 if name in self.op.outputs else max(largest, default=0.0)
+                scale = 0.0 if name in (*self.op.outputs, *self.op.writes) else max(largest, default=0.0)
                 assert_as_good(name, got[name], low, high, scale, self.op.rms)
             except AssertionError as error:
                 judgement.faults[name] = next(iter(str(error).splitlines()), name)
