@@ -18,7 +18,7 @@ pytestmark = pytest.mark.kernels
 
 
 def args(name: str, **changes: Any) -> dict[str, Any]:
-    return make(OPS[name], OPS[name].cases[0], torch.float32) | changes
+    return with_leaves(make(OPS[name], OPS[name].cases[0], torch.float32), changes)
 
 
 def sampled(**changes: Any) -> dict[str, Sampling]:
@@ -59,21 +59,31 @@ BAD = [
     ("gated_group_norm", dict(eps=None), "gated_group_norm: eps is None, expected a number, 0 or more"),
     ("causal_conv1d", dict(bias=torch.ones(5)), "causal_conv1d: bias has C=5, but x has C=6"),
     ("causal_conv1d", dict(activation="gelu"), "activation is 'gelu', expected 'silu' or None"),
-    ("causal_conv1d", dict(state=torch.ones(2, 6, 2)), "state is [2, 6, 2], expected at least K-1=3 columns"),
-    ("causal_conv1d", dict(cu_seqlens=torch.tensor([0, 10])), "state is [2, 6, 4], expected None beside cu_seqlens"),
-    ("conv_state", dict(kernel_size=3), "conv_state: kernel_size is 3, expected K=4"),
-    ("conv_state", dict(lengths=torch.ones(3)), "lengths is torch.float32, expected a tensor of ints"),
-    ("conv_state", dict(lengths=torch.tensor([5, -1, 0])), "conv_state: lengths is -1, expected 0 to L=5"),
-    ("conv_state", dict(lengths=torch.tensor([5, 6, 0])), "conv_state: lengths is 6, expected 0 to L=5"),
+    ("causal_conv1d", dict(conv_state=torch.ones(2, 6, 2)), "conv_state is [2, 6, 2], expected at least K-1=3 columns"),
+    (
+        "causal_conv1d",
+        dict(cu_seqlens=torch.tensor([0, 10])),
+        "conv_state is [2, 6, 4], expected None beside cu_seqlens",
+    ),
+    (
+        "conv_advance",
+        dict(conv_state=torch.ones(2, 6, 4)),
+        "conv_state is [2, 6, 4], expected a slot for each of 3 rows",
+    ),
+    ("conv_advance", dict(state_indices=torch.tensor([0, 3, 1])), "conv_advance: state_indices is 3, expected 0 to 2"),
+    ("conv_advance", dict(out_indices=torch.tensor([-1, 0, 1])), "conv_advance: out_indices is -1, expected 0 to 2"),
+    ("conv_advance", dict(state_indices=torch.ones(3)), "state_indices is torch.float32, expected a tensor of ints"),
+    ("conv_advance", dict(counts=torch.ones(3)), "counts is torch.float32, expected a tensor of ints"),
+    ("conv_advance", dict(counts=torch.tensor([5, -1, 0])), "conv_advance: counts is -1, expected 0 to L=5"),
+    ("conv_advance", dict(counts=torch.tensor([5, 6, 0])), "conv_advance: counts is 6, expected 0 to L=5"),
     ("causal_conv1d", dict(x=None), "causal_conv1d: x is None, expected a tensor"),
     ("causal_conv1d", dict(weight=torch.ones(6, 4, device="meta")), "causal_conv1d: weight is on meta, but x is on"),
     ("causal_conv1d", dict(weight=torch.ones(6, 0)), "causal_conv1d: weight has K=0, expected 1 or more"),
-    ("conv_state", dict(kernel_size=4.0), "conv_state: kernel_size is 4.0, expected K=4"),
-    ("conv_state", dict(kernel_size="4"), "conv_state: kernel_size is '4', expected K=4"),
-    ("conv_state", dict(x=None), "conv_state: x is None, expected a tensor"),
-    ("ssd_advance", dict(lengths=torch.tensor([-1, 6])), "ssd_advance: lengths is -1, expected 0 to L=5"),
-    ("ssd_chunk", dict(lengths=torch.tensor([7, 8])), "ssd_chunk: lengths is 8, expected 0 to L=7"),
-    ("mamba_advance", dict(lengths=torch.tensor([-1, 5])), "mamba_advance: lengths is -1, expected 0 to L=5"),
+    ("conv_advance", dict(conv_state=None), "conv_advance: conv_state is None, expected a tensor"),
+    ("conv_advance", dict(x=None), "conv_advance: x is None, expected a tensor"),
+    ("ssd_advance", dict(counts=torch.tensor([-1, 6])), "ssd_advance: counts is -1, expected 0 to L=5"),
+    ("ssd_chunk", dict(counts=torch.tensor([7, 8])), "ssd_chunk: counts is 8, expected 0 to L=7"),
+    ("mamba_advance", dict(counts=torch.tensor([-1, 5])), "mamba_advance: counts is -1, expected 0 to L=5"),
     ("conv_block_states", dict(block_size=0), "conv_block_states: block_size is 0, expected 1 or more"),
     ("conv_block_states", dict(block_size=2.5), "conv_block_states: block_size is 2.5, expected 1 or more"),
     ("conv_block_states", dict(block_size=True), "conv_block_states: block_size is True, expected 1 or more"),
@@ -83,42 +93,50 @@ BAD = [
         for limit in (None, 1.0, "ab", (0.0,), (0, 1, 2), (-1.0, 1.0), (True, 2.0), (0.0, NAN), (INF, INF), ("0", "1"))
     ),
     ("ssd_block", dict(D=None), "ssd_block: D is None, expected a tensor"),
-    ("ssd_block", dict(state=torch.ones(2, 4, 3, 5, device="meta")), "ssd_block: state is on meta, but x is on"),
-    ("ssd_step", dict(state=None), "ssd_step: state is None, expected a tensor"),
+    (
+        "ssd_block",
+        dict(ssm_state=torch.ones(2, 4, 3, 5, device="meta")),
+        "ssd_block: ssm_state is on meta, but x is on",
+    ),
+    ("ssd_step", dict(ssm_state=None), "ssd_step: ssm_state is None, expected a tensor"),
     ("ssd_advance", dict(dt_bias=None), "ssd_advance: dt_bias is None, expected a tensor"),
     ("ssd_chunk", dict(chunk_size=2.5), "ssd_chunk: chunk_size is 2.5, expected 1 or more, or None"),
     ("ssd_chunk", dict(chunk_size="64"), "ssd_chunk: chunk_size is '64', expected 1 or more, or None"),
     ("ssd_chunk", dict(chunk_size=True), "ssd_chunk: chunk_size is True, expected 1 or more, or None"),
     (
         "mamba_block",
-        dict(state=torch.ones(2, 4, 3, 0)),
+        {"state.ssm": torch.ones(2, 4, 3, 0)},
         "C is 32, expected H*P + 2*G*N with H=4, P=3, N=0 of the state",
     ),
-    ("mamba_block", dict(D=None), "mamba_block: D is None, expected a tensor"),
+    ("mamba_block", {"weights.D": None}, "mamba_block: D is None, expected a tensor"),
     ("mamba_advance", dict(dt_limit=[1, 0]), "mamba_advance: dt_limit is [1, 0], expected (low, high)"),
-    ("mamba_step", dict(conv_state=None), "mamba_step: conv_state is None, expected a tensor"),
-    ("mamba_step", dict(bias=torch.ones(32).int()), "mamba_step: bias is torch.int32, expected a tensor of floats"),
+    ("mamba_step", {"state.conv": None}, "mamba_step: conv is None, expected a tensor"),
+    (
+        "mamba_step",
+        {"weights.conv_bias": torch.ones(32).int()},
+        "mamba_step: conv_bias is torch.int32, expected a tensor of floats",
+    ),
     ("ssd_block", dict(A=torch.ones(3)), "ssd_block: A has H=3, but x has H=4"),
-    ("ssd_block", dict(state=torch.ones(4, 3, 5)), "ssd_block: state is [4, 3, 5], expected [b, H, P, N]"),
+    ("ssd_block", dict(ssm_state=torch.ones(4, 3, 5)), "ssd_block: ssm_state is [4, 3, 5], expected [slots, H, P, N]"),
     ("ssd_block", dict(dt_limit=(1.0, 0.5)), "dt_limit is (1.0, 0.5), expected (low, high) with 0 <= low <= high"),
     (
         "ssd_step",
         dict(B=torch.ones(2, 3, 5), C=torch.ones(2, 3, 5)),
-        "G is 3, expected groups of B that divide",
+        "B has G=3 groups, expected a divisor of H=4",
     ),
     ("ssd_advance", dict(B=torch.ones(2, 5, 3, 5)), "B has G=3 groups, expected a divisor of H=4, the heads of x"),
-    ("ssd_advance", dict(lengths=torch.tensor([1])), "ssd_advance: lengths has b=1, but x has b=2"),
+    ("ssd_advance", dict(counts=torch.tensor([1])), "ssd_advance: counts has b=1, but x has b=2"),
     ("ssd_chunk", dict(chunk_size=0), "ssd_chunk: chunk_size is 0, expected 1 or more"),
-    ("ssd_chunk", dict(cu_seqlens=torch.tensor([0, 14])), "state is [2, 4, 3, 5], expected None beside cu_seqlens"),
-    ("mamba_block", dict(weight=torch.ones(31, 4)), "mamba_block: weight has C=31, but xBC has C=32"),
+    ("ssd_chunk", dict(cu_seqlens=torch.tensor([0, 14])), "ssm_state is [2, 4, 3, 5], expected None beside cu_seqlens"),
+    ("mamba_block", {"weights.conv_weight": torch.ones(31, 4)}, "mamba_block: conv_weight has C=31, but xBC has C=32"),
     (
         "mamba_block",
-        dict(state=torch.ones(2, 4, 3, 6)),
+        {"state.ssm": torch.ones(2, 4, 3, 6)},
         "C is 32, expected H*P + 2*G*N with H=4, P=3, N=6 of the state",
     ),
     ("mamba_block", dict(dt_limit=(1.0, 0.5)), "dt_limit is (1.0, 0.5), expected (low, high) with 0 <= low <= high"),
-    ("mamba_advance", dict(conv_state=torch.ones(2, 32, 3)), "mamba_advance: conv_state has K=3, but weight has K=4"),
-    ("mamba_advance", dict(lengths=torch.ones(2)), "lengths is torch.float32, expected a tensor of ints"),
+    ("mamba_advance", {"state.conv": torch.ones(2, 32, 3)}, "mamba_advance: conv has K=3, but conv_weight has K=4"),
+    ("mamba_advance", dict(counts=torch.ones(2)), "counts is torch.float32, expected a tensor of ints"),
     ("mamba_step", dict(dt=torch.ones(2, 5)), "mamba_step: A has H=4, but dt has H=5"),
     ("route", dict(top_k=9), "route: top_k is 9, expected 1 to E=8"),
     ("route", dict(n_group=3), "n_group is 3, expected a divisor of E=8 that leaves groups of at least 2"),
@@ -299,8 +317,9 @@ BAD = [
 
 @pytest.mark.parametrize("name,changes,message", BAD, ids=[f"{n}-{'-'.join(c)}-{i}" for i, (n, c, _) in enumerate(BAD)])
 def test_bad_input_is_named(name: str, changes: dict[str, Any], message: str) -> None:
-    lengths = changes.get("lengths", changes.get("cache_lengths"))
-    if KERNELS and OPS[name].kernels and isinstance(lengths, Tensor) and lengths.numel() > 1 and not lengths.is_meta:
+    looked_at = [changes.get(name) for name in ("cache_lengths", "counts", "state_indices", "out_indices")]
+    values = any(isinstance(t, Tensor) and t.numel() > 1 and not t.is_meta for t in looked_at)
+    if KERNELS and OPS[name].kernels and values:
         pytest.skip("kernels do not read lengths on the host")
     with pytest.raises(ValueError) as error:
         OPS[name].fn(**args(name, **changes))
@@ -333,7 +352,7 @@ def test_messages_are_one_line() -> None:
     with pytest.raises(ValueError, match=r"^rms_norm: x is array\(.{1,80}\.\.\., expected a tensor$") as error:
         OPS["rms_norm"].fn(**args("rms_norm", x=array))
     assert "\n" not in str(error.value)
-    for name, option in (("conv_block_states", "block_size"), ("conv_state", "kernel_size")):
+    for name, option in (("conv_block_states", "block_size"), ("conv_block_states", "kernel_size")):
         with pytest.raises(ValueError, match=f"^{name}: {option} is {2**70}, expected"):
             OPS[name].fn(**args(name, **{option: 2**70}))
 

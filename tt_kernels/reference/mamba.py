@@ -89,6 +89,7 @@ def mamba_advance(
     conv_advance(xBC, s.conv, counts, state_indices=s.conv_indices, out_indices=s.conv_out_indices)
 
 
+@torch.no_grad()
 @full_precision
 def mamba_step(
     xBC: Tensor,

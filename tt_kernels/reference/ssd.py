@@ -128,6 +128,7 @@ def ssd_block(
     return cast(y, x.dtype)
 
 
+@torch.no_grad()
 @full_precision
 def ssd_step(
     x: Tensor,
@@ -147,7 +148,7 @@ def ssd_step(
     acc = compute_dtype(x.dtype, A.dtype)
     (b, H, P), (G, N) = x.shape, B.shape[1:]
     RP = H // G * P
-    state = cast(read_slots(ssm_state, state_indices, b, own=torch.is_grad_enabled()), acc)
+    state = cast(read_slots(ssm_state, state_indices, b), acc)
     xs, dt = cast(x, acc), _time_step(dt, dt_bias, dt_limit, acc)
     # By groups: [b * G, R * P, N], so that no head needs a copy of B and C; rows times rows is the faster product.
     carried = state * _exp(_log_decay(dt, A, acc)).reshape(b, H, 1, 1)
@@ -301,8 +302,9 @@ def _node_backward(
     high: float,
 ) -> list[Tensor]:
     def again(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        state = tensors[7] if len(tensors) > 7 else None
-        return _chunked(*tensors[:7], state, counts, cu_seqlens, chunk_size, low, high)
+        x, dt, A, B, C, D, dt_bias, *state = tensors
+        seed = state[0] if state else None
+        return _chunked(x, dt, A, B, C, D, dt_bias, seed, counts, cu_seqlens, chunk_size, low, high)
 
     return [t.contiguous() for t in torch.func.vjp(again, *tensors)[1](tuple(gradients))]
 

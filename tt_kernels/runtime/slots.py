@@ -1,5 +1,7 @@
 """States in slots of a buffer, as kernels take them."""
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 
@@ -10,15 +12,15 @@ from .checks import refuse
 
 
 class Slots(NamedTuple):
-    """An operand of kernels: a buffer of states [count, ...] and the slot of it that each row takes."""
+    """An operand of kernels: a buffer of states [number, ...] and the slot of it that each row takes."""
 
     ptr: Tensor
     indices: Tensor | None  # [rows]; None: row b has slot b
-    count: int
+    number: int  # of slots
     stride: int  # from slot to slot
 
     @staticmethod
-    def of(pool: Tensor, indices: Tensor | None = None) -> "Slots":
+    def of(pool: Tensor, indices: Tensor | None = None) -> Slots:
         return Slots(pool, None if indices is None else indices.contiguous(), pool.shape[0], pool.stride(0))
 
 

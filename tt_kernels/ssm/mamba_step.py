@@ -11,7 +11,7 @@ from ..conv1d.conv_states import conv_slots
 from ..reference.mamba import MambaState, MambaWeights
 from ..runtime.lang import at_slot
 from ..runtime.launch import architecture, run, tuned
-from ..runtime.registry import define, takes_kernel, wants_gradients
+from ..runtime.registry import define, takes_kernel
 from .conv_lang import conv_parameters, convolved_token
 from .lang import placed, stepped, time_steps
 from .launch import StepLaunch, arithmetic, dense, lined_up, ssm_slots
@@ -189,8 +189,7 @@ def mamba_step(
     Numerics: computes in fp32 (fp64 where xBC or A is fp64), rounds y once and the states to their dtypes; decays below
         e^-64 count as 0; deterministic. Kernels cut indices to the slots that exist; the reference refuses others where
         they are on a CPU.
-    Gradients: of y, for all float tensors, the states read among them; where they are wanted the reference runs. What
-        is written carries none.
+    Gradients: none, neither of y nor of what is written: a decoding step. `mamba_block` has them.
     Raises: ValueError as `mamba_block` does.
     Cost: b (6 H P N + 2 K C) flops, 8 b H P N + (b (C + H P + H) + (2 b + 1) K C) itemsize bytes: bound by reading and
         writing the state.
@@ -203,6 +202,6 @@ def mamba_step(
     w, s = weights, state
     check_inputs("mamba_step", xBC, dt, w, s, dt_limit, tokens="b")
     tensors = (xBC, dt, *w, s.conv, s.ssm)
-    if not takes_kernel("mamba_step", *tensors) or wants_gradients(*tensors):
+    if not takes_kernel("mamba_step", *tensors):
         return reference.mamba_step(xBC, dt, w, s, dt_limit=dt_limit)
     return _step(*tensors, *s[2:], *dt_limit)

@@ -25,7 +25,7 @@ def check_groups(op: str, x: Tensor, B: Tensor) -> None:
 
 def check_limit(op: str, dt_limit: tuple[float, float]) -> None:
     pair = isinstance(dt_limit, tuple | list) and len(dt_limit) == 2
-    low, high = dt_limit if pair else (None, None)
+    low, high = dt_limit if pair else (math.nan, math.nan)
     if not (is_real(low) and (high == math.inf or is_real(high)) and 0 <= low <= high):
         refuse(op, "dt_limit", dt_limit, "(low, high) with 0 <= low <= high, low finite")
 

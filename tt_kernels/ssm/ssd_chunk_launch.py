@@ -1,6 +1,7 @@
 """The chunked scan: how its kernels are launched."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 from torch import Tensor
@@ -87,7 +88,7 @@ def chunked(
     wanted, asked = chunk_size is not None, chunk_size or 0
     chunk_size = chunk_size or max(L, 1)  # no chunks: the whole row is one
     x, B, C = (lined_up(t, 1) for t in (x, B, C))
-    A, D, dt_bias, counts = dense(A, D, dt_bias, counts)
+    A, D, dt_bias = A.contiguous(), D.contiguous(), dt_bias.contiguous()
     launch = tuned(
         "_chunk_scan_kernel",
         ssd_chunk_launch(min(chunk_size, L), P, N, x.element_size(), architecture(x)),
@@ -112,7 +113,7 @@ def chunked(
     run(
         _chunk_steps_kernel,
         (b * tiles, triton.cdiv(H, block_h)),
-        *(dt, A, dt_bias, counts, starts, steps, high_sums, low_sums, seen, kept, whole),
+        *(dt, A, dt_bias, *dense(counts), starts, steps, high_sums, low_sums, seen, kept, whole),
         *(*dt.stride(), L, H, chunk_size, chunk_tiles, tiles),
         **{name: constants.pop(name) for name in ("LOW", "HIGH")},
         launch=ChunkStepsLaunch(BLOCK_T=launch.BLOCK_T, BLOCK_H=block_h),
@@ -126,7 +127,7 @@ def chunked(
         run(
             _chunk_states_kernel,
             (b * (spans - 1) * H, slices),
-            *(x, B, kept, whole, counts, added, passed),
+            *(x, B, kept, whole, *dense(counts), added, passed),
             *(*x.stride()[:3], *B.stride()[:3], *shape, spans - 1, span),
             **constants,
             launch=ChunkStatesLaunch(**{k: v for k, v in launch.options.items() if k != "BLOCK_U"}),
@@ -134,8 +135,8 @@ def chunked(
     run(
         _chunk_scan_kernel,
         (b * spans * H, slices),
-        *(x, B, C, D, steps, high_sums, low_sums, seen, kept, whole, initial, added, passed, counts, starts),
-        *(y, states if wanted else None, final),
+        *(x, B, C, D, steps, high_sums, low_sums, seen, kept, whole, initial, added, passed),
+        *(*dense(counts), starts, y, states if wanted else None, final),
         *(*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *shape, spans, span),
         **constants,
         launch=launch,
@@ -162,14 +163,15 @@ def _ssd_chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.shape[0] if ssm_state is None else 0
     new = x.new_empty((rows, *x.shape[2:], B.shape[3]), dtype=compute_dtype(x.dtype, A.dtype))
-    used, initial, final = ssm_state, None, Slots.of(new)
-    if ssm_state is not None:
-        used = contiguous_slots(ssm_state)
-        initial = Slots.of(used, state_indices)
-        final = initial if out_indices is None else Slots.of(used, out_indices)
-    options = dict(counts=counts, cu_seqlens=cu_seqlens, chunk_size=chunk_size, dt_limit=(low, high))
+    options: Any = dict(counts=counts, cu_seqlens=cu_seqlens, chunk_size=chunk_size, dt_limit=(low, high))
+    if ssm_state is None:
+        y, states = chunked(x, dt, A, B, C, D, dt_bias, None, Slots.of(new), **options)
+        return y, new, states
+    used = contiguous_slots(ssm_state)
+    initial = Slots.of(used, state_indices)
+    final = initial if out_indices is None else Slots.of(used, out_indices)
     y, states = chunked(x, dt, A, B, C, D, dt_bias, initial, final, **options)
-    if ssm_state is not None and used is not ssm_state:
+    if used is not ssm_state:
         ssm_state.copy_(used)
     return y, new, states
 

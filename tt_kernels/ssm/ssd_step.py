@@ -10,7 +10,7 @@ from .. import reference
 from ..runtime.checks import check
 from ..runtime.lang import at_slot
 from ..runtime.launch import architecture, run, tuned
-from ..runtime.registry import define, takes_kernel, wants_gradients
+from ..runtime.registry import define, takes_kernel
 from ..runtime.slots import check_room
 from .lang import placed, stepped, time_steps
 from .launch import StepLaunch, arithmetic, dense, lined_up, ssm_slots
@@ -162,8 +162,7 @@ def ssd_step(
     Numerics: computes in fp32 (fp64 where x or A is fp64), rounds y once and the state to the dtype of ssm_state;
         decays below e^-64 count as 0; deterministic. Kernels cut indices to the slots that exist; the reference refuses
         others where they are on a CPU.
-    Gradients: of y, for all float tensors, the states read among them; where they are wanted the reference runs. What
-        is written carries none.
+    Gradients: none, neither of y nor of what is written: a decoding step. `ssd_block` has them.
     Raises: ValueError for sizes that disagree, G that does not divide H, fewer slots than rows without indices, a
         crossed dt_limit.
     Cost: 6 b H P N flops, 8 b H P N + (2 H P + 2 G N + H) b itemsize bytes: bound by reading and writing the state.
@@ -191,7 +190,7 @@ def ssd_step(
     check_groups("ssd_step", x, B)
     check_limit("ssd_step", dt_limit)
     tensors = (x, dt, A, B, C, D, dt_bias, ssm_state)
-    if not takes_kernel("ssd_step", *tensors) or wants_gradients(*tensors):
+    if not takes_kernel("ssd_step", *tensors):
         places = dict(state_indices=state_indices, out_indices=out_indices)
         return reference.ssd_step(*tensors, **places, dt_limit=dt_limit)
     return _step(*tensors, state_indices, out_indices, *dt_limit)
