@@ -37,7 +37,7 @@ BAD = [
     ("rms_norm", dict(eps=-1e-5), "rms_norm: eps is -1e-05, expected a number, 0 or more"),
     ("rms_norm", dict(eps="1e-5"), "rms_norm: eps is '1e-5', expected a number, 0 or more"),
     *(
-        (name, {option: value}, f"{name}: {option} is {value!r}, expected a")
+        (name, {option: value}, f"{name}: {option} is {repr(value)[:60]}")
         for name, option in (
             *(("rms_norm", "eps"), ("modulated_rms_norm", "eps"), ("gated_group_norm", "eps")),
             *(("route", "scale"), ("context_attention", "scale"), ("causal_attention", "scale")),

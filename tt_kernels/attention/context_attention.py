@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..runtime.checks import check, is_real, refuse
+from ..runtime.checks import as_float, check, is_real, refuse
 from ..runtime.registry import define, takes_kernel, wants_gradients
 from .context_attention_launch import _append_attention_fwd, _context_attention_fwd
 
@@ -26,7 +26,7 @@ def scale_of(op: str, q: Tensor, scale: float | None) -> float:
         return q.shape[-1] ** -0.5
     if not is_real(scale):
         refuse(op, "scale", scale, "a finite number, or None")
-    return scale if isinstance(scale, torch.SymFloat) else float(scale)
+    return as_float(scale)
 
 
 def context_attention(

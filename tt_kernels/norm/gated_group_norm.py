@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.common import compute_dtype
-from ..runtime.checks import check, check_eps, is_whole, refuse
+from ..runtime.checks import check, eps_of, is_whole, refuse
 from ..runtime.lang import sigmoid
 from ..runtime.launch import Launch, multiprocessors, run
 from ..runtime.registry import define, takes_kernel
@@ -226,8 +226,8 @@ def gated_group_norm(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, e
     check("gated_group_norm", 3, x=(x, "* D"), z=(z, "* D"), weight=(weight, "D"))
     if not is_whole(groups) or groups < 1 or x.shape[-1] % groups:
         refuse("gated_group_norm", "groups", groups, f"a divisor of D={x.shape[-1]}")
-    check_eps("gated_group_norm", eps)
+    eps = eps_of("gated_group_norm", eps)
     if not takes_kernel("gated_group_norm", x, z, weight):
         return reference.gated_group_norm(x, z, weight, groups=groups, eps=eps)
-    y: Tensor = _GatedGroupNorm.apply(x, z, weight, int(groups), float(eps))
+    y: Tensor = _GatedGroupNorm.apply(x, z, weight, int(groups), eps)
     return y

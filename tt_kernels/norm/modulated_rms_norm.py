@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import Modulated
-from ..runtime.checks import check, check_eps, refuse
+from ..runtime.checks import check, eps_of, refuse
 from ..runtime.registry import define, takes_kernel
 from .modulated_rms_norm_launch import (
     _modulated_rms_norm_bwd,
@@ -104,9 +104,9 @@ def modulated_rms_norm(
         refuse("modulated_rms_norm", "shift" if shift is None else "scale", None, "shift and scale, or neither")
     if gate is not None and branch is None:
         refuse("modulated_rms_norm", "branch", None, "a branch beside the gate")
-    check_eps("modulated_rms_norm", eps)
+    eps = eps_of("modulated_rms_norm", eps)
     if not takes_kernel("modulated_rms_norm", x, weight, shift, scale, branch, gate):
         return reference.modulated_rms_norm(x, weight, shift, scale, branch=branch, gate=gate, order=order, eps=eps)
     optional = shift, scale, branch, gate
-    y, residual = ModulatedRMSNorm.apply(x, weight, float(eps), weight.dtype, order == "norm_modulate", *optional)
+    y, residual = ModulatedRMSNorm.apply(x, weight, eps, weight.dtype, order == "norm_modulate", *optional)
     return Modulated(y, x if branch is None else residual)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import reference
-from ..runtime.checks import check, check_eps
+from ..runtime.checks import check, eps_of
 from ..runtime.registry import takes_kernel
 from .modulated_rms_norm import ModulatedRMSNorm
 
@@ -29,8 +29,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
         y = rms_norm(x, torch.ones(2688))
     """
     check("rms_norm", 2, x=(x, "* D"), weight=(weight, "D"))
-    check_eps("rms_norm", eps)
+    eps = eps_of("rms_norm", eps)
     if not takes_kernel("rms_norm", x, weight):
         return reference.rms_norm(x, weight, eps=eps)
-    y: Tensor = ModulatedRMSNorm.apply(x, weight, float(eps), x.dtype)[0]
+    y: Tensor = ModulatedRMSNorm.apply(x, weight, eps, x.dtype)[0]
     return y

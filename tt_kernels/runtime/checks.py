@@ -35,9 +35,15 @@ def is_real(value: Any) -> bool:
     return number and -sys.float_info.max <= value <= sys.float_info.max
 
 
-def check_eps(op: str, eps: object) -> None:
-    if not (is_real(eps) and eps >= 0):  # type: ignore[operator]  # is_real has said that it is a number
+def as_float(value: Any) -> float:
+    """A number that `is_real` let pass, for PyTorch: a symbol stays one."""
+    return value if isinstance(value, torch.SymFloat) else float(value)
+
+
+def eps_of(op: str, eps: Any) -> float:
+    if not (is_real(eps) and eps >= 0):
         refuse(op, "eps", eps, "a number, 0 or more")
+    return as_float(eps)
 
 
 _skipping: ContextVar[bool] = ContextVar("skipping", default=False)
