@@ -31,14 +31,13 @@ from tt_kernels.runtime import registry
 
 DIFFERENTIABLE = [p for p in CASES if p.values[0].grads]
 NAMES = list(OPS)
-STRUCTURES = ("ExpertWeights", "MambaState", "MambaWeights", "SSDChunk")
-FROM_ROUNDED = (tt_kernels.mamba_advance, tt_kernels.mamba_step)
+FROM_ROUNDED = (tt_kernels.mamba_advance, tt_kernels.mamba_extend, tt_kernels.mamba_step)
 pytestmark = pytest.mark.kernels
 NEEDS_FP64 = pytest.mark.skipif(DEVICE == "cuda", reason="fp64 kernels exist only in the interpreter")
 
 
 def gained(op: Op, kwargs: dict[str, Any]) -> Tensor:
-    """Of `mamba_advance` or `mamba_step`: the sum over tokens of |w x B^T|, what a state gains if nothing cancels.
+    """Of what advances states: the sum over tokens of |w x B^T|, what a state gains if nothing cancels.
     In the slots that are written."""
     weights, state = kwargs["weights"], kwargs["state"]
     (H, P, N), one = state.ssm.shape[1:], kwargs["xBC"].dim() == 2

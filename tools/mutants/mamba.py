@@ -7,6 +7,7 @@ CONV_LANG = "tt_kernels/ssm/conv_lang.py"
 CONV_STATES = "tt_kernels/conv1d/conv_states.py"
 LANG = "tt_kernels/ssm/lang.py"
 MAMBA_BLOCK_KERNELS = "tt_kernels/ssm/mamba_block_kernels.py"
+MAMBA_EXTEND = "tt_kernels/ssm/mamba_extend.py"
 MAMBA_BLOCK_LAUNCH = "tt_kernels/ssm/mamba_block_launch.py"
 MAMBA_STEP = "tt_kernels/ssm/mamba_step.py"
 RUNTIME_LANG = "tt_kernels/runtime/lang.py"
@@ -43,6 +44,31 @@ MUTANTS = (
     *(Mutant(op, file, old, new, f"far {case}", test=f"{FAR}[{op}-{case}]") for op, file, old, new, case in FAR_APART),
     Mutant(
         "ssd_advance", LANG, "tl.maximum(A, -3e38, propagate_nan=tl.PropagateNan.ALL)", "A", "0 * -inf", test=CORNERS
+    ),
+    Mutant(
+        "mamba_extend", MAMBA_EXTEND, "if L == 1 and counts is None:", "if L == 1:", "a token enters whatever counts"
+    ),
+    Mutant(
+        "mamba_extend",
+        MAMBA_EXTEND,
+        "        mamba_advance(xBC, dt, w, s, counts, dt_limit=dt_limit)\n",
+        "",
+        "a block's states stay where they were",
+    ),
+    Mutant(
+        "mamba_extend",
+        MAMBA_EXTEND,
+        "mamba_advance(xBC, dt, w, s, counts,",
+        "mamba_advance(xBC, dt, w, s, None,",
+        "all",
+    ),
+    Mutant("mamba_extend", MAMBA_EXTEND, "counts=counts, chunk_size", "chunk_size", "all of a long stretch"),
+    Mutant(
+        "mamba_extend",
+        MAMBA_EXTEND,
+        "conv_advance(xBC, s.conv, counts, state_indices=s.conv_indices, out_indices=s.conv_out_indices)",
+        "conv_advance(xBC, s.conv, counts, state_indices=s.conv_indices)",
+        "written to the plane that was read",
     ),
     Mutant("causal_conv1d", CAUSAL_CONV1D, "(k == K - 1 - back)", "(k == back)", "taps in reverse"),
     Mutant(

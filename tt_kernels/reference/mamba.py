@@ -109,6 +109,7 @@ def mamba_step(
     return y
 
 
+@torch.no_grad()
 @full_precision
 def mamba_extend(
     xBC: Tensor,

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -14,6 +15,7 @@ from .mamba_step import mamba_step
 from .ssd_chunk import ssd_chunk
 
 
+@torch.no_grad()
 def mamba_extend(
     xBC: Tensor,
     dt: Tensor,
@@ -43,7 +45,7 @@ def mamba_extend(
         y: [b, L, H, P] dtype of xBC.
 
     Numerics: those of the form; forms agree to rounding.
-    Gradients: of y, those of the form; what is written carries none.
+    Gradients: none; `mamba_block` and `ssd_chunk` have them.
     Raises: ValueError as `mamba_block` does.
     Cost: that of the form; at L = 1 and 16 bound by reading and writing the state.
     Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), sections 3, 6 and 8.
@@ -65,6 +67,7 @@ def mamba_extend(
         return y
     columns = causal_conv1d(xBC, w.conv_weight, w.conv_bias, s.conv, state_indices=s.conv_indices)
     x, B, C = split_columns(columns, s.ssm)
+    assert w.D is not None
     places = dict(state_indices=s.ssm_indices, out_indices=s.ssm_out_indices)
     y = ssd_chunk(
         x, dt, w.A, B, C, w.D, w.dt_bias, s.ssm, counts=counts, chunk_size=None, dt_limit=dt_limit, **places

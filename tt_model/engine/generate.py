@@ -216,6 +216,7 @@ def _ar(rows: _Rows) -> None:
     while rows.index:
         cache = rows.cache
         position = cache.lengths.long()
+        assert cache.last_hidden is not None and cache.head is not None  # prompts have tokens
         token, confidence = head_sample(cache.last_hidden, cache.head, rows.sampling_at(None, position, 0))
         column = token.unsqueeze(1)
         done = torch.ones_like(column, dtype=torch.bool)
