@@ -45,9 +45,7 @@ MUTANTS = (
     Mutant(
         "ssd_advance", LANG, "tl.maximum(A, -3e38, propagate_nan=tl.PropagateNan.ALL)", "A", "0 * -inf", test=CORNERS
     ),
-    Mutant(
-        "mamba_extend", MAMBA_EXTEND, "if L == 1 and counts is None:", "if L == 1:", "a token enters whatever counts"
-    ),
+    Mutant("mamba_extend", MAMBA_EXTEND, "if L == 1 and counts is None:", "if L == 1:", "one token enters"),
     Mutant(
         "mamba_extend",
         MAMBA_EXTEND,
