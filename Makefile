@@ -12,7 +12,7 @@ PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full check lint layering format aot sanitize mutants bench report tune gpu clean
+.PHONY: help demo test test-full check lint layering types format aot sanitize mutants bench report tune gpu clean
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,7 +29,7 @@ test-full: $(VENV)/.test ## run the tests, the slow ones included
 	$(TEST) $(PARALLEL) -m "" $(ARGS)
 	TRITON_INTERPRET=1 $(TEST) $(PARALLEL) -m kernels $(ARGS)
 
-check: lint layering test sanitize aot ## all that CI runs: format, lint, layering, tests, bf16, compiled kernels
+check: lint layering types test sanitize aot ## all that CI runs: format, lint, layering, types, tests, bf16, compiled kernels
 
 lint: $(VENV)/.dev ## check format and lint, change nothing
 	$(BIN)/ruff format --check .
@@ -37,6 +37,9 @@ lint: $(VENV)/.dev ## check format and lint, change nothing
 
 layering: $(VENV)/.test ## check that no import points back
 	$(TEST) -q tests/test_layering.py
+
+types: $(VENV)/.dev ## check types with mypy
+	$(BIN)/mypy
 
 format: $(VENV)/.dev ## format, and mend what lint can mend
 	$(BIN)/ruff check --fix-only .

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tt_kernels import head_sample
+from tt_kernels import Sampling, head_sample
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.cli import sizes
 from tt_model.engine import generate as decoder
@@ -113,17 +113,14 @@ def denoiser_pass(subject: Subject, cache: Cache, batch: int) -> Callable[[], An
     block = subject.prompts(batch, c.block_size).to(device)
     block[:, ::2] = c.mask_token_id
     row = lambda value, dtype: torch.full((batch,), value, dtype=dtype, device=device)
-    keys = {name: row(0, torch.int64) for name in ("seed", "position", "step")}
-    keys |= {name: row(value, torch.float64) for name, value in (("threshold", 0.8), ("temperature", 0.0))}
-    t, left = row(0.5, torch.float32), row(8, torch.int64)
+    t, sampling = row(0.5, torch.float32), Sampling.of(batch, device=device)
+    rule = dict(mask_token_id=c.mask_token_id, threshold=row(0.8, torch.float64), steps_left=row(8, torch.int64))
 
     def call() -> Any:
         with torch.inference_mode():
             hidden = model.denoise(block, t, cache, output="hidden")
             # By its module's name, so that a profile can put a label around it.
-            return decoder.unmask(
-                hidden, model.lm_head.weight, block, mask_token_id=c.mask_token_id, steps_left=left, **keys
-            )
+            return decoder.unmask(hidden, model.lm_head.weight, block, sampling, **rule)
 
     return call
 
@@ -135,22 +132,21 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
     S = c.block_size
     cache = model.prefill(subject.prompts(batch, context), reserve=S + 1)
     block = subject.prompts(batch, S).to(model.device)
-    everyone, denoise = torch.arange(batch, device=model.device), denoiser_pass(subject, cache, batch)
-    keys = {name: torch.zeros(batch, dtype=torch.int64, device=model.device) for name in ("seed", "position", "step")}
-    cold = torch.zeros(batch, dtype=torch.float64, device=model.device)
+    denoise = denoiser_pass(subject, cache, batch)
+    cold = Sampling.of(batch, device=model.device)
 
     def denoiser() -> Callable[[], Any]:
         return denoise
 
     def commit() -> Callable[[], Any]:
-        mine = cache.select(everyone)  # states of its own; the pages past the context are written again and again
+        mine = cache.fork()  # states of its own; the pages past the context are written again and again
         return lambda: model.commit(block, mine)
 
     def ar() -> Callable[[], Any]:
-        mine = cache.select(everyone)
+        mine = cache.fork()
 
         def step() -> None:
-            token, _ = head_sample(mine.last_hidden, mine.head, temperature=cold, **keys)
+            token, _ = head_sample(mine.last_hidden, mine.head, cold)
             model.commit(token.unsqueeze(1), mine)
 
         return step

@@ -1,12 +1,15 @@
-"""Attention of a block to a paged cache and to itself, and the same with the block entering the cache."""
+"""Cards of attention: against a paged cache, and with the masks of training."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tt_kernels import reference
 from tt_kernels.attention.block_attention import block_diffusion_attention, causal_attention
+from tt_kernels.attention.block_attention_launch import BlockAttentionLaunch
 from tt_kernels.attention.context_attention import append_attention, context_attention
-from tt_kernels.runtime.launch import Launch
+from tt_kernels.attention.context_attention_launch import ContextAttentionLaunch
 
 from .op import Op
 
@@ -23,9 +26,9 @@ def _context_attention_inputs(
     causal: int = 0,
     shuffled: int = 1,
     wide: int = 0,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Rows of S tokens in pages in order; shuffled=1: of S and fewer, in shuffled pages; 2: of S, in shuffled pages; 3:
-    as 1, with lengths around the ends of pages. wide: table and lengths in 64 bits."""
+    as 1, with cache_lengths around the ends of pages. wide: table and lengths in 64 bits."""
     row = max(1, -(-S // page_size))
     pages = torch.randn(2, B * row, page_size, Hkv, P, dtype=dtype)
     table = torch.randperm(B * row) if shuffled else torch.arange(B * row)
@@ -42,7 +45,7 @@ def _context_attention_inputs(
         k_pages=pages[0],
         v_pages=pages[1],
         page_table=table.view(B, row).to(ints),
-        lengths=lengths.to(ints),
+        cache_lengths=lengths.to(ints),
         causal=bool(causal),
     )
 
@@ -54,12 +57,12 @@ def _context_attention_cost(
     return int(4 * B * L * Hq * (S + own) * P), (2 * B * (S + L) * Hkv + 2 * B * L * Hq) * P * itemsize
 
 
-def _append_inputs(dtype: torch.dtype, *, B: int, L: int, S: int, counted: int = 0, **dims: int) -> dict[str, object]:
+def _append_inputs(dtype: torch.dtype, *, B: int, L: int, S: int, counted: int = 0, **dims: int) -> dict[str, Any]:
     """Room for S tokens a row and L more. counted: the rows take none, one, ... of them in turn."""
     inputs = _context_attention_inputs(dtype, B=B, L=L, S=S + L, **dims)
     del inputs["causal"]
-    inputs["lengths"] = (inputs["lengths"] - L).clamp(min=0)
-    return inputs | dict(counts=(torch.arange(B) % (L + 1)).to(inputs["lengths"].dtype) if counted else None)
+    inputs["cache_lengths"] = (inputs["cache_lengths"] - L).clamp(min=0)
+    return inputs | dict(counts=(torch.arange(B) % (L + 1)).to(inputs["cache_lengths"].dtype) if counted else None)
 
 
 def _append_cost(itemsize: int, **dims: int) -> tuple[int, int]:
@@ -67,9 +70,9 @@ def _append_cost(itemsize: int, **dims: int) -> tuple[int, int]:
     return flops, moved + 2 * dims["B"] * dims["L"] * dims["Hkv"] * dims["P"] * itemsize
 
 
-_context_attention_CANDIDATES = dict(
-    _context_attention_kernel=tuple(
-        Launch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=64, num_warps=warps, num_stages=stages)
+_CONTEXT_CANDIDATES = dict(
+    _context_attention_fwd_kernel=tuple(
+        ContextAttentionLaunch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=64, num_warps=warps, num_stages=stages)
         for m, warps, stages in ((16, 4, 4), (64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 8, 3), (128, 8, 4))
     )
 )
@@ -100,9 +103,9 @@ def _blocks(
 
 _HEADS = dict(Hq=32, Hkv=2, P=128)
 
-_block_attention_CANDIDATES = dict(
-    _block_attention_kernel=tuple(
-        Launch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
+_BLOCK_CANDIDATES = dict(
+    _block_attention_fwd_kernel=tuple(
+        BlockAttentionLaunch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
         for m, n, warps, stages in (
             *((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)),
             *((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2)),
@@ -143,10 +146,10 @@ OPS = (
         outputs=("o",),
         grads=("q", "k", "v", "k_pages", "v_pages"),
         cost=_context_attention_cost,
-        kernels=("_context_attention_kernel", "_combine_splits_kernel"),
+        kernels=("_context_attention_fwd_kernel", "_combine_splits_kernel"),
         forward_only=True,
-        tensor_cores={"_context_attention_kernel": "BLOCK_M"},
-        candidates=_context_attention_CANDIDATES,
+        tensor_cores={"_context_attention_fwd_kernel": "BLOCK_M"},
+        candidates=_CONTEXT_CANDIDATES,
     ),
     Op(
         fn=append_attention,
@@ -175,17 +178,17 @@ OPS = (
         grads=("q", "k", "v"),
         writes=("k_pages", "v_pages"),
         cost=_append_cost,
-        kernels=("_context_attention_kernel", "_combine_splits_kernel"),
+        kernels=("_context_attention_fwd_kernel", "_combine_splits_kernel"),
         forward_only=True,
-        tensor_cores={"_context_attention_kernel": "BLOCK_M"},
-        candidates=_context_attention_CANDIDATES,
+        tensor_cores={"_context_attention_fwd_kernel": "BLOCK_M"},
+        candidates=_CONTEXT_CANDIDATES,
     ),
     Op(
         fn=causal_attention,
-        kernels=("_block_attention_kernel",),
+        kernels=("_block_attention_fwd_kernel",),
         forward_only=True,
-        tensor_cores={"_block_attention_kernel": "BLOCK_M"},
-        candidates=_block_attention_CANDIDATES,
+        tensor_cores={"_block_attention_fwd_kernel": "BLOCK_M"},
+        candidates=_BLOCK_CANDIDATES,
         reference=reference.causal_attention,
         inputs=_causal,
         cases=(
@@ -204,10 +207,10 @@ OPS = (
     ),
     Op(
         fn=block_diffusion_attention,
-        kernels=("_block_attention_kernel",),
+        kernels=("_block_attention_fwd_kernel",),
         forward_only=True,
-        tensor_cores={"_block_attention_kernel": "BLOCK_M"},
-        candidates=_block_attention_CANDIDATES,
+        tensor_cores={"_block_attention_fwd_kernel": "BLOCK_M"},
+        candidates=_BLOCK_CANDIDATES,
         reference=reference.block_diffusion_attention,
         inputs=_blocks,
         cases=(

@@ -4,29 +4,33 @@ import torch
 from torch import Tensor
 
 from tt_kernels import reference
-from tt_kernels.conv1d.causal_conv1d import causal_conv1d
-from tt_kernels.conv1d.conv_states import conv_block_states, conv_state
-from tt_kernels.runtime.launch import Launch
+from tt_kernels.conv1d.causal_conv1d import CausalConv1dLaunch, causal_conv1d
+from tt_kernels.conv1d.conv_states import conv_advance, conv_block_states
 
 from .op import Op
 
 
 def _conv(
-    dtype: torch.dtype, B: int, L: int, C: int, K: int, seeded: int = 1, packed: int = 0
+    dtype: torch.dtype, B: int, L: int, C: int, K: int, seeded: int = 1, packed: int = 0, placed: int = 0
 ) -> dict[str, Tensor | None]:
     return dict(
         x=torch.randn(B, L, C, dtype=dtype),
         weight=torch.randn(C, K, dtype=dtype),
         bias=torch.randn(C, dtype=dtype) if seeded else None,
-        state=torch.randn(B, C, K, dtype=dtype) if seeded else None,
+        conv_state=torch.randn(B + 2 * placed, C, K, dtype=dtype) if seeded else None,
+        state_indices=torch.randperm(B + 2, dtype=torch.int32)[:B] if placed else None,
         cu_seqlens=torch.tensor([0, L // 3, B * L]) if packed else None,
     )
 
 
-def _state_inputs(dtype: torch.dtype, B: int, L: int, C: int, K: int, ragged: int = 1) -> dict[str, object]:
-    lengths = torch.randint(0, L + 1, (B,)) if ragged else None
-    state = torch.randn(B, C, K, dtype=dtype) if ragged else None
-    return dict(x=torch.randn(B, L, C, dtype=dtype), lengths=lengths, state=state, kernel_size=K)
+def _advance_inputs(
+    dtype: torch.dtype, B: int, L: int, C: int, K: int, ragged: int = 1, placed: int = 0
+) -> dict[str, Tensor | None]:
+    counts = torch.randint(0, L + 1, (B,)) if ragged else None
+    state = torch.randn(2 * B if placed else B, C, K, dtype=dtype)
+    slots = torch.randperm(2 * B, dtype=torch.int32).split(B) if placed else (None, None)
+    x = torch.randn(B, L, C, dtype=dtype)
+    return dict(x=x, conv_state=state, counts=counts, state_indices=slots[0], out_indices=slots[1])
 
 
 def _block_states_inputs(
@@ -50,6 +54,7 @@ OPS = (
             dict(B=2, L=40, C=70, K=3),
             dict(B=2, L=36, C=5, K=4, seeded=0, packed=1),
             dict(B=0, L=2, C=3, K=4),
+            dict(B=2, L=5, C=6, K=4, placed=1),
         ),
         shapes=(
             *(dict(B=B, L=L, C=6144, K=4) for B, L in ((1, 1), (64, 1), (1, 16), (64, 16), (1, 64), (1, 8192))),
@@ -58,12 +63,12 @@ OPS = (
         ),
         grows=dict(B=1024, L=64),
         outputs=("y",),
-        grads=("x", "weight", "bias", "state"),
+        grads=("x", "weight", "bias", "conv_state"),
         kernels=("_causal_conv1d_kernel",),
         forward_only=True,
         candidates=dict(
             _causal_conv1d_kernel=tuple(
-                Launch(BLOCK_L=rows, BLOCK_C=channels, num_warps=warps, num_stages=1)
+                CausalConv1dLaunch(BLOCK_L=rows, BLOCK_C=channels, num_warps=warps)
                 for rows, channels, warps in (
                     (1, 256, 1),
                     (4, 256, 2),
@@ -74,24 +79,33 @@ OPS = (
                 )
             )
         ),
-        cost=lambda itemsize, B, L, C, K, seeded=1, packed=0: (2 * K * B * L * C, (2 * B * L * C + C * K) * itemsize),
+        cost=lambda itemsize, B, L, C, K, seeded=1, packed=0, placed=0: (
+            2 * K * B * L * C,
+            (2 * B * L * C + C * K) * itemsize,
+        ),
     ),
     Op(
-        fn=conv_state,
-        reference=reference.conv_state,
-        inputs=_state_inputs,
-        cases=(dict(B=3, L=5, C=6, K=4), dict(B=2, L=2, C=29, K=4, ragged=0), dict(B=2, L=0, C=3, K=4)),
+        fn=conv_advance,
+        reference=reference.conv_advance,
+        inputs=_advance_inputs,
+        cases=(
+            dict(B=3, L=5, C=6, K=4),
+            dict(B=2, L=2, C=29, K=4, ragged=0),
+            dict(B=2, L=0, C=3, K=4),
+            dict(B=2, L=3, C=5, K=4, placed=1),
+        ),
         shapes=(
             dict(B=1, L=16, C=6144, K=4),
             dict(B=1, L=1, C=6144, K=4, ragged=0),
             dict(B=64, L=16, C=6144, K=4),
             dict(B=1, L=4096, C=6144, K=4, ragged=0),
+            dict(B=64, L=16, C=6144, K=4, placed=1),
         ),
-        outputs=("state",),
-        grads=("x", "state"),
-        kernels=("_conv_state_kernel",),
+        outputs=(),
+        writes=("conv_state",),
+        kernels=("_conv_advance_kernel",),
         forward_only=True,
-        cost=lambda itemsize, B, L, C, K, ragged=1: (0, 2 * B * C * K * itemsize),
+        cost=lambda itemsize, B, L, C, K, ragged=1, placed=0: (0, 2 * B * C * K * itemsize),
     ),
     Op(
         fn=conv_block_states,

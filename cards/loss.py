@@ -1,4 +1,4 @@
-"""The loss of masked tokens, head included."""
+"""The card of the loss."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The norm behind a Mamba-2 scan: gate by silu(z), then RMS-normalise by groups of channels."""
+"""Cards of the RMS norms."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What every op shares: which implementation runs, operator registration, checks of shapes and dtypes, the op card."""
+"""What a card says of an op; tests, compiler report and bench rows are made from it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

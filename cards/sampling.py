@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from tt_kernels import reference
-from tt_kernels.runtime.launch import Launch
+from tt_kernels import Sampling, reference
 from tt_kernels.sampling.commit import commit
 from tt_kernels.sampling.gumbel_noise import gumbel_noise
 from tt_kernels.sampling.head_sample import head_sample
-from tt_kernels.sampling.sample import sample
+from tt_kernels.sampling.head_sample_launch import HeadLaunch
+from tt_kernels.sampling.sample import SampleLaunch, sample
 from tt_kernels.sampling.unmask import unmask
 
 from .op import Op
@@ -28,23 +28,30 @@ def temperatures(R: int, hot: int) -> Tensor:
     return hot * torch.linspace(0.1, 1, R, dtype=torch.float64) * (torch.arange(R) % 2)
 
 
-def sampling(R: int, V: int, hot: int = 1, narrow: int = 0) -> dict[str, object]:
-    """Arguments of `sample` but for the logits. narrow: 1 top-k and top-p, 2 top-k, 3 top-p."""
-    narrowed = ({}, dict(top_k=max(1, V // 2), top_p=0.9), dict(top_k=max(1, V // 4)), dict(top_p=0.7))[narrow]
-    return dict(temperature=temperatures(R, hot), suppress=V // 2, **keys(R), **narrowed)
+def sampling(R: int, V: int, hot: int = 1, narrow: int = 0) -> Sampling:
+    """narrow: 1 top_k and top_p, 2 top_k, 3 top_p; of each row its own, and of every fourth and fifth row no limit."""
+    row = torch.arange(R)
+    top_k, top_p = (row % 4 < 3) * (1 + V // (2 + row % 3)), torch.where(row % 5 < 4, 0.5 + 0.1 * (row % 5), 1.0)
+    return Sampling(
+        temperatures(R, hot),
+        **keys(R),
+        top_k=top_k if narrow in (1, 2) else None,
+        top_p=top_p if narrow in (1, 3) else None,
+    )
 
 
 def _sample_inputs(dtype: torch.dtype, R: int, V: int, hot: int = 1, narrow: int = 0) -> dict[str, object]:
-    return dict(logits=3 * torch.randn(R, V, dtype=dtype), **sampling(R, V, hot, narrow))
+    return dict(logits=3 * torch.randn(R, V, dtype=dtype), sampling=sampling(R, V, hot, narrow), suppress=V // 2)
 
 
 def head_inputs(dtype: torch.dtype, R: int, D: int, V: int, hot: int = 1, narrow: int = 0) -> dict[str, object]:
     weight = 3 * D**-0.5 * torch.randn(V, D, dtype=dtype)
-    return dict(hidden=torch.randn(R, D, dtype=dtype), weight=weight, **sampling(R, V, hot, narrow))
+    hidden = torch.randn(R, D, dtype=dtype)
+    return dict(hidden=hidden, weight=weight, sampling=sampling(R, V, hot, narrow), suppress=V // 2)
 
 
 CANDIDATES = tuple(  # all of one BLOCK_V: it orders a row's sums, whichever launch its number of rows is given
-    Launch(BLOCK_V=128, BLOCK_T=t, BLOCK_K=k, num_warps=warps, num_stages=stages)
+    HeadLaunch(BLOCK_V=128, BLOCK_T=t, BLOCK_K=k, num_warps=warps, num_stages=stages)
     for t, k, warps, stages in (
         (16, 128, 4, 4),
         (16, 64, 4, 6),
@@ -115,7 +122,7 @@ OPS = (
         kernels=("_sample_kernel", "_combine_kernel"),
         candidates=dict(
             _sample_kernel=tuple(
-                Launch(BLOCK_V=block, BLOCK_T=1, TILES=tiles, num_warps=warps, num_stages=2)
+                SampleLaunch(BLOCK_V=block, BLOCK_T=1, TILES=tiles, num_warps=warps)
                 for block, tiles, warps in ((1024, 4, 4), (2048, 1, 4), (2048, 2, 4), (2048, 4, 8), (4096, 1, 8))
             )
         ),

@@ -1,35 +1,29 @@
-"""The scan of one token: its output and the new state together, as autoregressive decoding needs them."""
+"""Scan and convolution from carried states: of a token, of blocks, of long sequences."""
 
 import torch
 from torch import Tensor
 
 from tt_kernels import reference
-from tt_kernels.runtime.launch import Launch
+from tt_kernels.reference import MambaState, MambaWeights
+from tt_kernels.ssm.launch import StepLaunch, TileLaunch
 from tt_kernels.ssm.mamba_block import mamba_advance, mamba_block
 from tt_kernels.ssm.mamba_step import mamba_step
 from tt_kernels.ssm.ssd_block import ssd_advance, ssd_block
 from tt_kernels.ssm.ssd_chunk import ssd_chunk
+from tt_kernels.ssm.ssd_chunk_launch import ChunkScanLaunch
 from tt_kernels.ssm.ssd_step import ssd_step
 
 from .op import Op
 
 
-def _ssd_step_inputs(dtype: torch.dtype, b: int, H: int, P: int, G: int, N: int) -> dict[str, Tensor | None]:
-    inputs = scan_inputs(dtype, b=b, L=1, H=H, P=P, G=G, N=N)
-    return inputs | {name: inputs[name].squeeze(1) for name in ("x", "dt", "B", "C")}
-
-
-def _ssd_step_cost(itemsize: int, b: int, H: int, P: int, G: int, N: int) -> tuple[int, int]:
-    return 6 * b * H * P * N, 8 * b * H * P * N + b * (2 * H * P + 2 * G * N + H) * itemsize
-
-
 def scan_inputs(
-    dtype: torch.dtype, b: int, L: int, H: int, P: int, G: int, N: int, seeded: int = 1
+    dtype: torch.dtype, b: int, L: int, H: int, P: int, G: int, N: int, seeded: int = 1, placed: int = 0
 ) -> dict[str, Tensor | None]:
-    """Time steps from 1e-3 to 0.1 and A from -1 to -16, as Mamba-2 is initialised; a state far above the tokens."""
+    """Time steps from 1e-3 to 0.1 and A from -1 to -16, as Mamba-2 is initialised; a state far above the tokens.
+    `placed`: rows read slots of a larger buffer."""
     wide = torch.promote_types(dtype, torch.float32)  # what a 16-bit model keeps in fp32
     step = torch.logspace(-3, -1, H, dtype=wide)
-    return dict(
+    inputs = dict(
         x=torch.randn(b, L, H, P, dtype=dtype),
         dt=torch.randn(b, L, H, dtype=dtype),
         A=-torch.linspace(1, 16, H, dtype=wide),
@@ -37,30 +31,51 @@ def scan_inputs(
         C=torch.randn(b, L, G, N, dtype=dtype),
         D=torch.randn(H, dtype=wide),
         dt_bias=step.expm1().log(),
-        state=10 * torch.randn(b, H, P, N, dtype=wide) if seeded else None,
+        ssm_state=10 * torch.randn(2 * b + 1 if placed else b, H, P, N, dtype=wide) if seeded else None,
     )
+    return inputs | (dict(state_indices=_places(b)[0]) if placed else {})
 
 
-def _ssd_block_advance_inputs(dtype: torch.dtype, ragged: int = 1, **dims: int) -> dict[str, Tensor | None]:
-    inputs = scan_inputs(dtype, **dims)
-    lengths = torch.randint(0, dims["L"] + 1, (dims["b"],)) if ragged else None
-    return {k: v for k, v in inputs.items() if k not in ("C", "D")} | dict(lengths=lengths)
+def _places(b: int) -> tuple[Tensor, Tensor]:
+    """Of 2 b + 1 slots those that rows read and those that they write: none of both."""
+    slots = torch.randperm(2 * b + 1, dtype=torch.int32)
+    return slots[:b], slots[b : 2 * b]
 
 
-def _ssd_block_block_cost(
-    itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, seeded: int = 1
+def _out(inputs: dict[str, Tensor | None], b: int, placed: int) -> dict[str, Tensor | None]:
+    return inputs | dict(zip(("state_indices", "out_indices"), _places(b), strict=True)) if placed else inputs
+
+
+def _ssd_step_inputs(dtype: torch.dtype, placed: int = 0, **dims: int) -> dict[str, Tensor | None]:
+    inputs = _out(scan_inputs(dtype, L=1, placed=placed, **dims), dims["b"], placed)
+    token = {name: t.squeeze(1) for name, t in inputs.items() if t is not None and name in ("x", "dt", "B", "C")}
+    return inputs | token
+
+
+def _ssd_step_cost(itemsize: int, b: int, H: int, P: int, G: int, N: int, placed: int = 0) -> tuple[int, int]:
+    return 6 * b * H * P * N, 8 * b * H * P * N + b * (2 * H * P + 2 * G * N + H) * itemsize
+
+
+def _ssd_advance_inputs(dtype: torch.dtype, ragged: int = 1, placed: int = 0, **dims: int) -> dict[str, Tensor | None]:
+    inputs = _out(scan_inputs(dtype, placed=placed, **dims), dims["b"], placed)
+    counts = torch.randint(0, dims["L"] + 1, (dims["b"],)) if ragged else None
+    return {k: v for k, v in inputs.items() if k not in ("C", "D")} | dict(counts=counts)
+
+
+def _ssd_block_cost(
+    itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, seeded: int = 1, placed: int = 0
 ) -> tuple[int, int]:
     flops = 2 * b * L * (L * (G * N + H * P) + seeded * H * P * N)
     return flops, b * L * (2 * H * P + 2 * G * N + H) * itemsize + 4 * seeded * b * H * P * N
 
 
-def _ssd_block_advance_cost(
-    itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, seeded: int = 1, ragged: int = 1
+def _ssd_advance_cost(
+    itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, ragged: int = 1, placed: int = 0
 ) -> tuple[int, int]:
-    return 2 * b * L * H * P * N, b * L * (H * P + G * N + H) * itemsize + 4 * (1 + seeded) * b * H * P * N
+    return 2 * b * L * H * P * N, b * L * (H * P + G * N + H) * itemsize + 8 * b * H * P * N
 
 
-_ssd_block_CASES = (
+_SSD_BLOCK_CASES = (
     dict(b=2, L=5, H=4, P=3, G=2, N=5),
     dict(b=1, L=1, H=4, P=8, G=1, N=4),
     dict(b=1, L=16, H=3, P=4, G=3, N=8, seeded=0),
@@ -68,14 +83,20 @@ _ssd_block_CASES = (
     dict(b=0, L=3, H=2, P=3, G=1, N=4),
     dict(b=1, L=37, H=2, P=19, G=1, N=17),
     dict(b=1, L=70, H=1, P=4, G=1, N=8),
+    dict(b=2, L=6, H=2, P=4, G=1, N=8, placed=1),
+    dict(b=1, L=70, H=1, P=4, G=1, N=8, placed=1),
 )
+_SSD_ADVANCE_CASES = tuple({k: v for k, v in dims.items() if k != "seeded"} for dims in _SSD_BLOCK_CASES)
 
 
-def _ssd_chunk_inputs(dtype: torch.dtype, Q: int, packed: int = 0, ragged: int = 0, **dims: int) -> dict[str, object]:
+def _ssd_chunk_inputs(
+    dtype: torch.dtype, Q: int, packed: int = 0, ragged: int = 0, placed: int = 0, **dims: int
+) -> dict[str, object]:
     b, L = dims["b"], dims["L"]
     cu_seqlens = torch.tensor([0, L // 3, L // 2, b * L]) if packed else None
-    lengths = torch.randint(0, L + 1, (b,)) if ragged else None
-    return dict(**scan_inputs(dtype, **dims), lengths=lengths, chunk_size=Q or None, cu_seqlens=cu_seqlens)
+    counts = torch.randint(0, L + 1, (b,)) if ragged else None
+    inputs = _out(scan_inputs(dtype, placed=placed, **dims), b, placed)
+    return dict(**inputs, counts=counts, chunk_size=Q or None, cu_seqlens=cu_seqlens)
 
 
 def _ssd_chunk_cost(
@@ -90,6 +111,7 @@ def _ssd_chunk_cost(
     seeded: int = 1,
     packed: int = 0,
     ragged: int = 0,
+    placed: int = 0,
 ) -> tuple[int, int]:
     flops = 2 * b * L * ((Q or 64) * (G * N + H * P) + 2 * H * P * N)
     states = 2 + -(-L // Q) if Q else 2
@@ -97,45 +119,64 @@ def _ssd_chunk_cost(
 
 
 def mamba_inputs(
-    dtype: torch.dtype, b: int, L: int, H: int, P: int, G: int, N: int, K: int, biased: int = 1
-) -> dict[str, Tensor | None]:
+    dtype: torch.dtype,
+    b: int,
+    L: int,
+    H: int,
+    P: int,
+    G: int,
+    N: int,
+    K: int,
+    biased: int = 1,
+    placed: int = 0,
+    writes: bool = False,
+) -> dict[str, object]:
     """Time steps, A and states as of `scan_inputs`; xBC and dt are views of one projection, behind a gate of H P."""
-    scan, C = scan_inputs(dtype, b, L, H, P, G, N), H * P + 2 * G * N
+    scan, C = scan_inputs(dtype, b, L, H, P, G, N, placed=placed), H * P + 2 * G * N
     _, xBC, dt = torch.randn(b, L, H * P + C + H, dtype=dtype).split_with_sizes([H * P, C, H], -1)
-    return dict(
-        xBC=xBC,
-        dt=dt,
-        weight=torch.randn(C, K, dtype=dtype) / K**0.5,
-        bias=torch.randn(C, dtype=dtype) if biased else None,
-        **{name: scan[name] for name in ("A", "D", "dt_bias")},
-        conv_state=torch.randn(b, C, K, dtype=dtype),
-        state=scan["state"],
-    )
+    weight = torch.randn(C, K, dtype=dtype) / K**0.5
+    bias = torch.randn(C, dtype=dtype) if biased else None
+    state = MambaState(torch.randn(2 * b + 1 if placed else b, C, K, dtype=dtype), scan["ssm_state"])
+    if placed:
+        (conv, conv_out), (ssm, ssm_out) = _places(b), _places(b)
+        state = state._replace(conv_indices=conv, ssm_indices=ssm)
+        state = state._replace(conv_out_indices=conv_out, ssm_out_indices=ssm_out) if writes else state
+    return dict(xBC=xBC, dt=dt, weights=MambaWeights(weight, bias, scan["A"], scan["D"], scan["dt_bias"]), state=state)
 
 
-def _mamba_block_block_cost(
-    itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, K: int, biased: int = 1
+def _mamba_block_cost(
+    itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, K: int, biased: int = 1, placed: int = 0
 ) -> tuple[int, int]:
     C = H * P + 2 * G * N
     flops = 2 * b * L * (L * (G * N + H * P) + H * P * N + K * C)
     return flops, (b * L * (C + H * P + H) + (b + 1) * K * C) * itemsize + 4 * b * H * P * N
 
 
-def _mamba_block_advance_inputs(dtype: torch.dtype, ragged: int = 1, **dims: int) -> dict[str, Tensor | None]:
-    inputs = mamba_inputs(dtype, **dims)
-    lengths = torch.randint(0, dims["L"] + 1, (dims["b"],)) if ragged else None
-    return {k: v for k, v in inputs.items() if k != "D"} | dict(lengths=lengths)
+def _mamba_advance_inputs(dtype: torch.dtype, ragged: int = 1, **dims: int) -> dict[str, object]:
+    inputs = mamba_inputs(dtype, writes=True, **dims)
+    counts = torch.randint(0, dims["L"] + 1, (dims["b"],)) if ragged else None
+    return inputs | dict(weights=inputs["weights"]._replace(D=None), counts=counts)
 
 
-def _mamba_block_advance_cost(
-    itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, K: int, biased: int = 1, ragged: int = 1
+def _mamba_advance_cost(
+    itemsize: int,
+    b: int,
+    L: int,
+    H: int,
+    P: int,
+    G: int,
+    N: int,
+    K: int,
+    biased: int = 1,
+    ragged: int = 1,
+    placed: int = 0,
 ) -> tuple[int, int]:
     C, own = H * P + 2 * G * N, H * P + G * N
     moved = (b * L * (own + H) + (2 * b + 1) * K * C) * itemsize + 8 * b * H * P * N
     return 2 * b * L * (H * P * N + K * own), moved
 
 
-_mamba_block_CASES = (
+_MAMBA_BLOCK_CASES = (
     dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4),
     dict(b=1, L=1, H=4, P=8, G=1, N=4, K=4, biased=0),
     dict(b=1, L=16, H=3, P=4, G=3, N=8, K=3),
@@ -143,36 +184,53 @@ _mamba_block_CASES = (
     dict(b=0, L=3, H=2, P=3, G=1, N=4, K=4),
     dict(b=1, L=29, H=2, P=35, G=1, N=17, K=2),
     dict(b=1, L=37, H=2, P=4, G=1, N=8, K=4),
+    dict(b=2, L=6, H=2, P=4, G=1, N=8, K=4, placed=1),
+    dict(b=2, L=35, H=2, P=4, G=1, N=8, K=4, placed=1),
 )
 
 
-def _mamba_step_inputs(dtype: torch.dtype, **dims: int) -> dict[str, Tensor | None]:
-    inputs = mamba_inputs(dtype, L=1, **dims)
+def _mamba_step_inputs(dtype: torch.dtype, **dims: int) -> dict[str, object]:
+    inputs = mamba_inputs(dtype, L=1, writes=True, **dims)
     return inputs | {name: inputs[name].squeeze(1) for name in ("xBC", "dt")}
 
 
-def _mamba_step_cost(itemsize: int, b: int, H: int, P: int, G: int, N: int, K: int, biased: int = 1) -> tuple[int, int]:
+def _mamba_step_cost(
+    itemsize: int, b: int, H: int, P: int, G: int, N: int, K: int, biased: int = 1, placed: int = 0
+) -> tuple[int, int]:
     C = H * P + 2 * G * N
     moved = 8 * b * H * P * N + (b * (C + H * P + H) + (2 * b + 1) * K * C) * itemsize
     return b * (6 * H * P * N + 2 * K * C), moved
 
 
+_MAMBA_GRADS = (
+    *("xBC", "dt", "weights.conv_weight", "weights.conv_bias", "weights.A", "weights.D", "weights.dt_bias"),
+    *("state.conv", "state.ssm"),
+)
+_SCAN_GRADS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "ssm_state")
+
+
+_PLACED = dict(placed=1)
 OPS = (
     Op(
         fn=ssd_step,
         reference=reference.ssd_step,
         inputs=_ssd_step_inputs,
-        cases=(dict(b=2, H=4, P=3, G=2, N=5), dict(b=1, H=3, P=8, G=1, N=4), dict(b=0, H=2, P=3, G=1, N=4)),
-        shapes=(dict(b=1, H=64, P=64, G=8, N=128), dict(b=64, H=64, P=64, G=8, N=128)),
+        cases=(
+            dict(b=2, H=4, P=3, G=2, N=5),
+            dict(b=1, H=3, P=8, G=1, N=4),
+            dict(b=0, H=2, P=3, G=1, N=4),
+            dict(b=2, H=2, P=4, G=1, N=8, placed=1),
+        ),
+        shapes=tuple(dict(b=b, H=64, P=64, G=8, N=128, **extra) for b, extra in ((1, {}), (64, {}), (64, _PLACED))),
         grows=dict(b=64),
-        outputs=("y", "state"),
-        grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
+        outputs=("y",),
+        writes=("ssm_state",),
         cost=_ssd_step_cost,
         kernels=("_ssd_step_kernel",),
         forward_only=True,
         candidates=dict(
             _ssd_step_kernel=tuple(
-                Launch(BLOCK_P=p, BLOCK_N=128, num_warps=warps, num_stages=1)
+                StepLaunch(BLOCK_P=p, BLOCK_N=128, num_warps=warps)
                 for p, warps in ((4, 1), (8, 2), (16, 4), (32, 4), (64, 8))
             )
         ),
@@ -181,44 +239,40 @@ OPS = (
         fn=ssd_block,
         reference=reference.ssd_block,
         inputs=scan_inputs,
-        cases=_ssd_block_CASES,
+        cases=_SSD_BLOCK_CASES,
         shapes=tuple(
             dict(b=b, L=L, H=64, P=64, G=8, N=128) for b, L in ((1, 16), (1, 1), (1, 64), (64, 16), (1, 32), (64, 64))
         ),
         grows=dict(b=64, L=64),
         outputs=("y",),
-        grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
-        cost=_ssd_block_block_cost,
+        grads=_SCAN_GRADS,
+        cost=_ssd_block_cost,
         kernels=("_ssd_block_kernel",),
         forward_only=True,
         candidates=dict(  # those with fewer tokens than the block give wrong results and drop out
             _ssd_block_kernel=tuple(
-                Launch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128, num_warps=4, num_stages=1)
-                for t in (16, 32)
-                for p in (16, 32, 64)
+                TileLaunch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128) for t in (16, 32) for p in (16, 32, 64)
             )
         ),
     ),
     Op(
         fn=ssd_advance,
         reference=reference.ssd_advance,
-        inputs=_ssd_block_advance_inputs,
-        cases=(*_ssd_block_CASES, dict(b=2, L=5, H=4, P=3, G=2, N=5, ragged=0)),
+        inputs=_ssd_advance_inputs,
+        cases=(*_SSD_ADVANCE_CASES, dict(b=2, L=5, H=4, P=3, G=2, N=5, ragged=0)),
         shapes=tuple(
             dict(b=b, L=L, H=64, P=64, G=8, N=128, ragged=ragged)
             for b, L, ragged in ((1, 16, 0), (1, 1, 0), (1, 64, 1), (64, 16, 1), (1, 32, 1), (64, 64, 1))
         ),
         grows=dict(b=64, L=64),
-        outputs=("state",),
-        grads=("x", "dt", "A", "B", "dt_bias", "state"),
-        cost=_ssd_block_advance_cost,
+        outputs=(),
+        writes=("ssm_state",),
+        cost=_ssd_advance_cost,
         kernels=("_ssd_advance_kernel",),
         forward_only=True,
         candidates=dict(
             _ssd_advance_kernel=tuple(
-                Launch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128, num_warps=4, num_stages=1)
-                for t in (16, 32)
-                for p in (16, 32, 64)
+                TileLaunch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128) for t in (16, 32) for p in (16, 32, 64)
             )
         ),
     ),
@@ -236,24 +290,28 @@ OPS = (
             dict(b=1, L=90, H=2, P=4, G=1, N=8, Q=20, seeded=0, packed=1),
             dict(b=2, L=100, H=2, P=4, G=1, N=8, Q=0, ragged=1),
             dict(b=1, L=150, H=1, P=4, G=1, N=8, Q=70),
+            dict(b=2, L=20, H=1, P=4, G=1, N=8, Q=8, placed=1),
+            dict(b=1, L=400, H=1, P=4, G=1, N=8, Q=0, placed=1),
         ),
         shapes=(
             *(dict(b=1, L=L, H=64, P=64, G=8, N=128, Q=Q) for L in (4096, 8192) for Q in (64, 0)),
             dict(b=1, L=2048, H=64, P=64, G=8, N=128, Q=0),
+            dict(b=1, L=2048, H=64, P=64, G=8, N=128, Q=0, placed=1),
             dict(b=1, L=8192, H=64, P=64, G=8, N=128, Q=16, seeded=0),
             dict(b=1, L=8192, H=64, P=64, G=8, N=128, Q=16, seeded=0, packed=1),
             dict(b=1, L=100, H=64, P=64, G=8, N=128, Q=0),
             dict(b=64, L=128, H=64, P=64, G=8, N=128, Q=0, ragged=1),
         ),
         grows=dict(b=64, L=1024),
-        outputs=("y", "state", "before"),
-        grads=("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
+        outputs=("y", "final_state", "chunk_states"),
+        writes=("ssm_state",),
+        grads=_SCAN_GRADS,
         cost=_ssd_chunk_cost,
         kernels=("_chunk_steps_kernel", "_chunk_states_kernel", "_chunk_scan_kernel"),
         forward_only=True,
         candidates=dict(
             _chunk_scan_kernel=tuple(
-                Launch(BLOCK_T=t, BLOCK_U=u, BLOCK_P=p, BLOCK_N=128, STAGES=stages, num_warps=4, num_stages=1)
+                ChunkScanLaunch(BLOCK_T=t, BLOCK_U=u, BLOCK_P=p, BLOCK_N=128, STAGES=stages)
                 for t, u, p, stages in (
                     (64, 32, 64, 1),
                     (64, 16, 64, 2),
@@ -269,20 +327,23 @@ OPS = (
         fn=mamba_block,
         reference=reference.mamba_block,
         inputs=mamba_inputs,
-        cases=_mamba_block_CASES,
-        shapes=tuple(
-            dict(b=b, L=L, H=64, P=64, G=8, N=128, K=4)
-            for b, L in ((1, 16), (1, 1), (1, 32), (1, 64), (64, 1), (64, 16), (64, 32), (64, 64))
+        cases=_MAMBA_BLOCK_CASES,
+        shapes=(
+            *(
+                dict(b=b, L=L, H=64, P=64, G=8, N=128, K=4)
+                for b, L in ((1, 16), (1, 1), (1, 32), (1, 64), (64, 1), (64, 16), (64, 32), (64, 64))
+            ),
+            dict(b=1, L=16, H=64, P=64, G=8, N=128, K=4, placed=1),
         ),
         grows=dict(b=64, L=64),
         outputs=("y",),
-        grads=("xBC", "dt", "weight", "bias", "A", "D", "dt_bias", "conv_state", "state"),
-        cost=_mamba_block_block_cost,
+        grads=_MAMBA_GRADS,
+        cost=_mamba_block_cost,
         kernels=("_mamba_block_kernel", "_causal_conv1d_kernel", "_ssd_block_kernel"),
         forward_only=True,
         candidates=dict(  # those with fewer tokens than the block give wrong results and drop out
             _mamba_block_kernel=tuple(
-                Launch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128, num_warps=warps, num_stages=1)
+                TileLaunch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128, num_warps=warps)
                 for t, warps in ((16, 4), (16, 8), (32, 8))
                 for p in (16, 32, 64)
             )
@@ -291,21 +352,32 @@ OPS = (
     Op(
         fn=mamba_advance,
         reference=reference.mamba_advance,
-        inputs=_mamba_block_advance_inputs,
-        cases=(*_mamba_block_CASES, dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4, ragged=0)),
-        shapes=tuple(
-            dict(b=b, L=L, H=64, P=64, G=8, N=128, K=4, ragged=ragged)
-            for b, L, ragged in ((1, 16, 0), (1, 16, 1), (1, 1, 0), (1, 32, 1), (1, 64, 1), (64, 16, 1), (64, 64, 1))
+        inputs=_mamba_advance_inputs,
+        cases=(*_MAMBA_BLOCK_CASES, dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4, ragged=0)),
+        shapes=(
+            *(
+                dict(b=b, L=L, H=64, P=64, G=8, N=128, K=4, ragged=ragged)
+                for b, L, ragged in (
+                    (1, 16, 0),
+                    (1, 16, 1),
+                    (1, 1, 0),
+                    (1, 32, 1),
+                    (1, 64, 1),
+                    (64, 16, 1),
+                    (64, 64, 1),
+                )
+            ),
+            dict(b=1, L=16, H=64, P=64, G=8, N=128, K=4, placed=1),
         ),
         grows=dict(b=64, L=64),
-        outputs=("conv_state", "state"),
-        grads=("xBC", "dt", "weight", "bias", "A", "dt_bias", "conv_state", "state"),
-        cost=_mamba_block_advance_cost,
-        kernels=("_mamba_advance_kernel", "_causal_conv1d_kernel", "_ssd_advance_kernel", "_conv_state_kernel"),
+        outputs=(),
+        writes=("state.conv", "state.ssm"),
+        cost=_mamba_advance_cost,
+        kernels=("_mamba_advance_kernel", "_causal_conv1d_kernel", "_ssd_advance_kernel", "_conv_advance_kernel"),
         forward_only=True,
         candidates=dict(
             _mamba_advance_kernel=tuple(
-                Launch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128, num_warps=warps, num_stages=1)
+                TileLaunch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128, num_warps=warps)
                 for t, warps in ((16, 4), (16, 8), (32, 8))
                 for p in (16, 32)
             )
@@ -319,17 +391,20 @@ OPS = (
             dict(b=2, H=4, P=3, G=2, N=5, K=4),
             dict(b=1, H=3, P=8, G=3, N=4, K=3, biased=0),
             dict(b=0, H=2, P=3, G=1, N=4, K=4),
+            dict(b=2, H=2, P=4, G=1, N=8, K=4, placed=1),
         ),
-        shapes=(dict(b=1, H=64, P=64, G=8, N=128, K=4), dict(b=64, H=64, P=64, G=8, N=128, K=4)),
+        shapes=tuple(
+            dict(b=b, H=64, P=64, G=8, N=128, K=4, **extra) for b, extra in ((1, {}), (64, {}), (64, _PLACED))
+        ),
         grows=dict(b=64),
-        outputs=("y", "conv_state", "state"),
-        grads=("xBC", "dt", "weight", "bias", "A", "D", "dt_bias", "conv_state", "state"),
+        outputs=("y",),
+        writes=("state.conv", "state.ssm"),
         cost=_mamba_step_cost,
         kernels=("_mamba_step_kernel",),
         forward_only=True,
         candidates=dict(
             _mamba_step_kernel=tuple(
-                Launch(BLOCK_P=p, BLOCK_N=128, num_warps=warps, num_stages=1)
+                StepLaunch(BLOCK_P=p, BLOCK_N=128, num_warps=warps)
                 for p, warps in ((8, 2), (8, 4), (16, 4), (32, 4), (64, 8))
             )
         ),

@@ -46,8 +46,8 @@ def meta_pass(config: TwoTowerConfig, batch: int, context: int) -> Any:
     config = replace(config, dtype=torch.bfloat16)
     with torch.device("meta"):
         model = TwoTower(config).to(torch.bfloat16)
-        cache = Cache(config, batch, device=torch.device("meta"), dtype=torch.bfloat16)
-        cache.reserve(context + config.block_size)
+        room = context + config.block_size
+        cache = Cache.empty(config, batch, device=torch.device("meta"), dtype=torch.bfloat16, reserve=room)
         block, t = torch.zeros(batch, config.block_size, dtype=torch.int64), torch.zeros(batch)
 
     def call() -> Any:

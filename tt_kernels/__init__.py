@@ -16,25 +16,45 @@ except ImportError as _error:
 
 else:
     from .attention import append_attention, block_diffusion_attention, causal_attention, context_attention
-    from .conv1d import causal_conv1d, conv_block_states, conv_state
+    from .conv1d import causal_conv1d, conv_advance, conv_block_states
     from .loss import linear_cross_entropy
     from .moe import ExpertWeights, experts, route
-    from .norm import gated_group_norm, modulated_rms_norm, rms_norm
-    from .runtime.checks import trusted
+    from .norm import Modulated, gated_group_norm, modulated_rms_norm, rms_norm
+    from .runtime.checks import skip_checks, trusted
     from .runtime.registry import use
-    from .sampling import commit, gumbel_noise, head_sample, sample, unmask
-    from .ssm import mamba_advance, mamba_block, mamba_step, ssd_advance, ssd_block, ssd_chunk, ssd_step
+    from .sampling import Committed, Sampled, Sampling, Unmasked, commit, gumbel_noise, head_sample, sample, unmask
+    from .ssm import (
+        MambaState,
+        MambaWeights,
+        SSDChunk,
+        mamba_advance,
+        mamba_block,
+        mamba_extend,
+        mamba_step,
+        ssd_advance,
+        ssd_block,
+        ssd_chunk,
+        ssd_step,
+    )
 
 __all__ = [
+    "Committed",
     "ExpertWeights",
+    "MambaState",
+    "MambaWeights",
+    "Modulated",
+    "SSDChunk",
+    "Sampled",
+    "Sampling",
+    "Unmasked",
     "append_attention",
     "block_diffusion_attention",
     "causal_attention",
     "causal_conv1d",
     "commit",
     "context_attention",
+    "conv_advance",
     "conv_block_states",
-    "conv_state",
     "experts",
     "gated_group_norm",
     "gumbel_noise",
@@ -42,11 +62,13 @@ __all__ = [
     "linear_cross_entropy",
     "mamba_advance",
     "mamba_block",
+    "mamba_extend",
     "mamba_step",
     "modulated_rms_norm",
     "rms_norm",
     "route",
     "sample",
+    "skip_checks",
     "ssd_advance",
     "ssd_block",
     "ssd_chunk",

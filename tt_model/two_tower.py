@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,9 @@ class TwoTower(TwoTowerModel):
             dropped (a last pass over one such position is made all the same: the published NFE counts it).
         Source: the published implementation's generation loop (arXiv 2606.26493), one row at a time there.
         """
-        eos = self.config.eos_token_ids if isinstance(eos_token_id, str) and eos_token_id == "config" else eos_token_id
+        eos: Any = eos_token_id
+        if isinstance(eos, str) and eos == "config":
+            eos = self.config.eos_token_ids
         eos = eos.tolist() if hasattr(eos, "tolist") else eos
         if eos is None or is_integer(eos):
             eos = () if eos is None else (eos,)

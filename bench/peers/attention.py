@@ -53,7 +53,7 @@ def _context(name: str) -> Adapter:
     def adapter(
         q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, **rest: Any
     ) -> Call:
-        L, S = q.shape[1], even_length(rest["lengths"])
+        L, S = q.shape[1], even_length(rest["cache_lengths"])
         only(not causal or L == 1 or S == 0, "SDPA's causal mask starts at the first key")
         keys, values = (in_order(own, rest[n], rest["page_table"], S) for own, n in ((k, "k_pages"), (v, "v_pages")))
         return _sdpa(name, q, keys, values, causal and L > 1, scale)
@@ -61,9 +61,9 @@ def _context(name: str) -> Adapter:
     return adapter
 
 
-def even_length(lengths: Tensor) -> int:
+def even_length(cache_lengths: Tensor) -> int:
     """The one length of all rows. Reads the device: before the clock only."""
-    found = set(lengths.tolist())
+    found = set(cache_lengths.tolist())
     only(len(found) <= 1, "rows of one context length only")
     return found.pop() if found else 0
 
@@ -176,18 +176,18 @@ def flex_block_diffusion(
 def flex_context(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, **rest: Any
 ) -> Call:
-    (B, L), lengths = q.shape[:2], rest["lengths"]
-    longest = int(lengths.max()) if B else 0
+    (B, L), cache_lengths = q.shape[:2], rest["cache_lengths"]
+    longest = int(cache_lengths.max()) if B else 0
     keys, values = (in_order(own, rest[n], rest["page_table"], longest) for own, n in ((k, "k_pages"), (v, "v_pages")))
     # What lies past a row's length may be anything: zeros, as 0 * NaN would show.
-    dead = (torch.arange(longest, device=q.device) >= lengths.view(-1, 1)).view(B, -1, 1, 1)
+    dead = (torch.arange(longest, device=q.device) >= cache_lengths.view(-1, 1)).view(B, -1, 1, 1)
     keys, values = (t.masked_fill(F.pad(dead, (0, 0, 0, 0, 0, L)), 0) for t in (keys, values))
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         own = j >= longest
-        return torch.where(own, (j - longest <= i) | (not causal), j < lengths[b])
+        return torch.where(own, (j - longest <= i) | (not causal), j < cache_lengths[b])
 
-    return flex_call(q, keys, values, block_mask(seen, B, L, longest + L, q, causal, *_ends(lengths)), scale)
+    return flex_call(q, keys, values, block_mask(seen, B, L, longest + L, q, causal, *_ends(cache_lengths)), scale)
 
 
 PEERS = {

@@ -115,7 +115,8 @@ def difference(got: Tensor, want: Tensor) -> float:
 def results(peer: Peer, outputs: tuple[str, ...], result: Any) -> dict[str, Tensor]:
     """What a call returned, by the op's names."""
     result = result if isinstance(result, tuple) else () if result is None else (result,)
-    return {name: t for name, t in zip(peer.outputs or outputs, result, strict=True) if t is not None}
+    named = zip(outputs if peer.outputs is None else peer.outputs, result, strict=True)
+    return {name: t for name, t in named if t is not None}
 
 
 # What a row's adapters share over its sets of operands: compiled functions, masks.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tt_kernels import gumbel_noise
+from tt_kernels import Sampling, gumbel_noise
 
 from .base import Peer, kernels_run, needs, only, prepared
 
@@ -41,34 +41,21 @@ def _choose(logits: Tensor, noise: Tensor | None, temperature: Tensor, suppress:
     return token, (chosen - logits.logsumexp(-1)).exp()
 
 
-def _noise(temperature: Tensor, seed: Tensor, position: Tensor, step: Tensor, V: int) -> Tensor | None:
+def _noise(sampling: Sampling, V: int) -> Tensor | None:
     """Ours, as tokens must be ours, made before the clock: that favours the peer. None where all rows are greedy."""
-    return gumbel_noise(seed, position, step, vocab_size=V).float() if bool((temperature > 0).any()) else None
+    only(sampling.top_k is None and sampling.top_p is None, "without top_k and top_p only")
+    hot = bool((sampling.temperature > 0).any())
+    return gumbel_noise(sampling.seed, sampling.position, sampling.step, vocab_size=V).float() if hot else None
 
 
-def whole_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    temperature: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    step: Tensor,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    suppress: int | None = None,
-) -> Call:
-    only(top_k is None and top_p is None, "without top_k and top_p only")
-    choose = prepared(_choose, hidden)
-    noise = _noise(temperature, seed, position, step, len(weight))
-    return lambda: choose(_logits(hidden, weight), noise, temperature, suppress)
+def whole_logits(hidden: Tensor, weight: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Call:
+    choose, noise = prepared(_choose, hidden), _noise(sampling, len(weight))
+    return lambda: choose(_logits(hidden, weight), noise, sampling.temperature, suppress)
 
 
-def logits_compiled(logits: Tensor, *, temperature: Tensor, suppress: int | None = None, **rest: Any) -> Call:
-    only(rest.get("top_k") is None and rest.get("top_p") is None, "without top_k and top_p only")
-    choose = prepared(_choose, logits)
-    noise = _noise(temperature, rest["seed"], rest["position"], rest["step"], logits.shape[-1])
-    return lambda: choose(logits, noise, temperature, suppress)
+def logits_compiled(logits: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Call:
+    choose, noise = prepared(_choose, logits), _noise(sampling, logits.shape[-1])
+    return lambda: choose(logits, noise, sampling.temperature, suppress)
 
 
 # ---- the loss ----

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tt_kernels import causal_conv1d, ssd_advance, ssd_block, ssd_step
-from tt_kernels import conv_state as columns_after
+from tt_kernels import MambaState, MambaWeights, causal_conv1d, conv_advance, ssd_advance, ssd_block, ssd_step
 
 from .base import Adapter, Peer, bare_package, kernels_run, needs, on_gpu, only, prepared
 
@@ -25,6 +24,7 @@ Call = Callable[[], Any]
 Convolution = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # [b, L, C] -> the same, convolved; the conv state after
 Scan = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # x, B, C -> y and the state after
 NO_LIMIT = (0.0, math.inf)
+PLACED = "row b has slot b only"
 
 
 def _sequences(cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
@@ -79,18 +79,18 @@ def fla_convolution(
 
 
 def cuda_token_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Convolution:
-    """Writes the state in place: a copy of ours, which goes on from call to call."""
+    """Writes the state in place, as ours."""
     on_gpu(x, "causal-conv1d")
     only(x.dtype == weight.dtype, "causal-conv1d: x and weight of one dtype")
-    package, own = needs("causal_conv1d", "causal-conv1d"), state.clone()
-    return lambda x: (package.causal_conv1d_update(x, own, weight, bias, "silu"), own)
+    package = needs("causal_conv1d", "causal-conv1d")
+    return lambda x: (package.causal_conv1d_update(x, state, weight, bias, "silu"), state)
 
 
 def fla_token_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Convolution:
     """In place too."""
     kernels_run(x, "fla-core")
-    ops, own = needs("fla.modules.causal_conv1d", "fla-core"), state.clone()
-    return lambda x: ops.causal_conv1d_update(x, own, weight=weight, bias=bias, activation="silu")
+    ops = needs("fla.modules.causal_conv1d", "fla-core")
+    return lambda x: ops.causal_conv1d_update(x, state, weight=weight, bias=bias, activation="silu")
 
 
 # ---- parts: scans ----
@@ -123,16 +123,15 @@ def mamba_scan(
 def mamba_token(
     dt: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, state: Tensor, dt_limit: tuple[float, float] = NO_LIMIT
 ) -> Scan:
-    """Theirs writes the state in place: a copy of ours, which goes on from call to call."""
+    """Theirs writes the state in place too."""
     kernels_run(dt, "mamba_ssm")
     only(dt_limit == NO_LIMIT, "mamba_ssm: selective_state_update has no dt_limit")
     update = _mamba("selective_state_update").selective_state_update
-    own = state.clone()
     shape = state.shape[1:]  # H, P, N: per head as it is stored, stride 0 in what does not vary
     decay, steps = A.view(-1, 1, 1).expand(shape), dt.unsqueeze(-1).expand(*dt.shape, shape[1])
     skip, bias = (t.view(-1, 1).expand(shape[:2]) for t in (D, dt_bias))
     options = dict(z=None, dt_bias=bias, dt_softplus=True)
-    return lambda x, B, C: (update(own, x, steps, decay, B, C, skip, **options), own)
+    return lambda x, B, C: (update(state, x, steps, decay, B, C, skip, **options), state)
 
 
 def _prepare(x: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -175,27 +174,41 @@ def convolution(part: Callable[..., Convolution]) -> Adapter:
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        state: Tensor | None = None,
+        conv_state: Tensor | None = None,
         *,
         activation: str | None = "silu",
+        state_indices: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Call:
-        convolve = part(x, weight, bias, state, cu_seqlens, activation)
+        only(state_indices is None, PLACED)
+        convolve = part(x, weight, bias, conv_state, cu_seqlens, activation)
         return lambda: convolve(x)[0]
 
     return adapter
 
 
 def mamba_chunk(
-    x: Tensor, B: Tensor, C: Tensor, *, lengths: Tensor | None = None, chunk_size: int | None = None, **inputs: Any
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    ssm_state: Tensor | None,
+    counts: Tensor | None = None,
+    chunk_size: int | None = None,
+    state_indices: Tensor | None = None,
+    out_indices: Tensor | None = None,
+    **inputs: Any,
 ) -> Call:
-    only(lengths is None, "mamba_ssm: rows of one length only")
-    scan = mamba_scan(**inputs)
+    only(counts is None, "mamba_ssm: rows of one length only")
+    only(state_indices is None, PLACED)
+    scan = mamba_scan(state=ssm_state, **inputs)
     return lambda: scan(x, B, C)
 
 
-def mamba_step(x: Tensor, B: Tensor, C: Tensor, **inputs: Any) -> Call:
-    scan = mamba_token(**inputs)
+def mamba_step(x: Tensor, B: Tensor, C: Tensor, ssm_state: Tensor, **inputs: Any) -> Call:
+    only(inputs.pop("state_indices", None) is None, PLACED)
+    inputs.pop("out_indices", None)
+    scan = mamba_token(state=ssm_state, **inputs)
     return lambda: scan(x, B, C)
 
 
@@ -204,20 +217,24 @@ def fla_chunk(
     B: Tensor,
     C: Tensor,
     *,
-    lengths: Tensor | None = None,
+    ssm_state: Tensor | None,
+    counts: Tensor | None = None,
     chunk_size: int | None = None,
+    state_indices: Tensor | None = None,
+    out_indices: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     **inputs: Any,
 ) -> Call:
-    only(lengths is None, "fla: rows of one length only")
+    only(counts is None, "fla: rows of one length only")
+    only(state_indices is None, PLACED)
     only(cu_seqlens is None, "fla: the states of packed sequences are another result")
-    scan = fla_scan(**inputs)
+    scan = fla_scan(state=ssm_state, **inputs)
     keys, queries = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (B, C))  # before the clock
     return lambda: scan(x, keys, queries)
 
 
 def outputs_of(adapter: Adapter) -> Adapter:
-    """Of a scan only y, as `ssd_block` returns."""
+    """Of a scan only y, as `ssd_block` returns; the states are written in place, or lie in memory of their own."""
 
     def block(*args: Any, **kwargs: Any) -> Call:
         call = adapter(*args, **kwargs)
@@ -237,6 +254,11 @@ def _apart(columns: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.unflatten(-1, (H, P)), B.unflatten(-1, (-1, N)), C.unflatten(-1, (-1, N))
 
 
+def _plain(state: MambaState) -> tuple[Tensor, Tensor]:
+    only(state.conv_indices is None and state.ssm_indices is None, PLACED)
+    return state.conv, state.ssm
+
+
 def joined(name: str, convolution: Callable[..., Convolution], scan: Callable[..., Scan], heads: bool = False) -> Peer:
     """`mamba_block` or `mamba_advance`, which of them the inputs say. `heads`: the scan wants B and C of every head,
     which here come out of the convolution, inside the clock."""
@@ -244,26 +266,23 @@ def joined(name: str, convolution: Callable[..., Convolution], scan: Callable[..
     def adapter(
         xBC: Tensor,
         dt: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        dt_bias: Tensor,
-        conv_state: Tensor,
-        state: Tensor,
-        D: Tensor | None = None,
-        lengths: Tensor | None = None,
+        weights: MambaWeights,
+        state: MambaState,
+        counts: Tensor | None = None,
         *,
         dt_limit: tuple[float, float] = NO_LIMIT,
     ) -> Call:
-        only(lengths is None, f"{name}: rows of one length only")
-        convolve = convolution(xBC, weight, bias, conv_state, None, "silu")
-        run = scan(dt, A, D, dt_bias, state, dt_limit)
+        only(counts is None, f"{name}: rows of one length only")
+        (conv, ssm), w = _plain(state), weights
+        convolve = convolution(xBC, w.conv_weight, w.conv_bias, conv, None, "silu")
+        run = scan(dt, w.A, w.D, w.dt_bias, ssm, dt_limit)
 
-        def call() -> Tensor:
-            x, B, C = _apart(convolve(xBC)[0], state)
+        def call() -> Tensor | None:
+            x, B, C = _apart(convolve(xBC)[0], ssm)
             if heads:
                 B, C = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (B, C))
-            return run(x, B, C)[0 if D is not None else 1]
+            y, _ = run(x, B, C)
+            return None if w.D is None else y
 
         return call
 
@@ -271,59 +290,52 @@ def joined(name: str, convolution: Callable[..., Convolution], scan: Callable[..
 
 
 def joined_token(name: str, convolution: Callable[..., Convolution]) -> Peer:
-    def adapter(
-        xBC: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state: Tensor, **inputs: Any
-    ) -> Call:
-        convolve, scan = convolution(xBC, weight, bias, conv_state), mamba_token(state=state, **inputs)
-
-        def call() -> tuple[Tensor, Tensor, Tensor]:
-            columns, after = convolve(xBC)
-            y, last = scan(*_apart(columns, state))
-            return y, after, last
-
-        return call
+    def adapter(xBC: Tensor, dt: Tensor, weights: MambaWeights, state: MambaState, **limit: Any) -> Call:
+        (conv, ssm), w = _plain(state), weights
+        convolve = convolution(xBC, w.conv_weight, w.conv_bias, conv)
+        scan = mamba_token(dt, w.A, w.D, w.dt_bias, ssm, **limit)
+        return lambda: scan(*_apart(convolve(xBC)[0], ssm))[0]
 
     return Peer(name, adapter)
 
 
-def apart_block(
-    xBC: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state: Tensor, **scan: Any
-) -> Call:
+def apart_block(xBC: Tensor, dt: Tensor, weights: MambaWeights, state: MambaState, **limit: Any) -> Call:
     """Our own ops, each with its launch: what taking them together gains."""
+    w, s = weights, state
 
     def call() -> Tensor:
-        x, B, C = _apart(causal_conv1d(xBC, weight, bias, conv_state), state)
-        return ssd_block(x, B=B, C=C, state=state, **scan)
+        columns = causal_conv1d(xBC, w.conv_weight, w.conv_bias, s.conv, state_indices=s.conv_indices)
+        x, B, C = _apart(columns, s.ssm)
+        return ssd_block(x, dt, w.A, B, C, w.D, w.dt_bias, s.ssm, state_indices=s.ssm_indices, **limit)
 
     return call
 
 
 def apart_advance(
-    xBC: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_state: Tensor,
-    state: Tensor,
-    lengths: Tensor | None,
-    **scan: Any,
+    xBC: Tensor, dt: Tensor, weights: MambaWeights, state: MambaState, counts: Tensor | None = None, **limit: Any
 ) -> Call:
-    def call() -> tuple[Tensor, Tensor]:
-        x, B, _ = _apart(causal_conv1d(xBC, weight, bias, conv_state), state)
-        after = columns_after(xBC, lengths, conv_state, kernel_size=weight.shape[1])
-        return after, ssd_advance(x, B=B, state=state, lengths=lengths, **scan)
+    w, s = weights, state
+    places = dict(state_indices=s.ssm_indices, out_indices=s.ssm_out_indices)
+
+    def call() -> None:
+        columns = causal_conv1d(xBC, w.conv_weight, w.conv_bias, s.conv, state_indices=s.conv_indices)
+        x, B, _ = _apart(columns, s.ssm)
+        ssd_advance(x, dt, w.A, B, w.dt_bias, s.ssm, counts, **places, **limit)
+        conv_advance(xBC, s.conv, counts, state_indices=s.conv_indices, out_indices=s.conv_out_indices)
 
     return call
 
 
-def apart_step(
-    xBC: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state: Tensor, **scan: Any
-) -> Call:
-    token = xBC.unsqueeze(1)
+def apart_step(xBC: Tensor, dt: Tensor, weights: MambaWeights, state: MambaState, **limit: Any) -> Call:
+    w, s, token = weights, state, xBC.unsqueeze(1)
+    places = dict(state_indices=s.ssm_indices, out_indices=s.ssm_out_indices)
 
-    def call() -> tuple[Tensor, Tensor, Tensor]:
-        x, B, C = _apart(causal_conv1d(token, weight, bias, conv_state).squeeze(1), state)
-        y, last = ssd_step(x, B=B, C=C, state=state, **scan)
-        return y, columns_after(token, None, conv_state, kernel_size=weight.shape[1]), last
+    def call() -> Tensor:
+        columns = causal_conv1d(token, w.conv_weight, w.conv_bias, s.conv, state_indices=s.conv_indices)
+        x, B, C = _apart(columns.squeeze(1), s.ssm)
+        y = ssd_step(x, dt, w.A, B, C, w.D, w.dt_bias, s.ssm, **places, **limit)
+        conv_advance(token, s.conv, state_indices=s.conv_indices, out_indices=s.conv_out_indices)
+        return y
 
     return call
 
@@ -335,24 +347,21 @@ JOINED = (
 )
 PEERS = {
     "ssd_chunk": (
-        Peer("mamba_ssm", mamba_chunk, outputs=("y", "state"), backward=True),
-        Peer("fla", fla_chunk, outputs=("y", "state"), backward=True),
+        Peer("mamba_ssm", outputs_of(mamba_chunk), outputs=("y",), backward=True),
+        Peer("fla", outputs_of(fla_chunk), outputs=("y",), backward=True),
     ),
     "ssd_block": (
         Peer("mamba_ssm", outputs_of(mamba_chunk), backward=True),
         Peer("fla", outputs_of(fla_chunk), backward=True),
     ),
-    "ssd_step": (Peer("mamba_ssm", mamba_step),),
+    "ssd_step": (Peer("mamba_ssm", outputs_of(mamba_step)),),
     "causal_conv1d": (
         Peer("causal_conv1d", convolution(cuda_convolution), backward=True),
         Peer("fla", convolution(fla_convolution), backward=True),
     ),
     "mamba_block": (Peer("apart", apart_block), *JOINED),
-    # Theirs make the outputs too, and no conv state: what they have no form of.
-    "mamba_advance": (
-        Peer("apart", apart_advance),
-        *(Peer(peer.name, peer.adapter, outputs=("state",)) for peer in JOINED),
-    ),
+    # Theirs make the outputs too, no conv state, and the state in memory of their own.
+    "mamba_advance": (Peer("apart", apart_advance), *JOINED),
     "mamba_step": (
         Peer("apart", apart_step),
         joined_token("causal_conv1d+mamba_ssm", cuda_token_convolution),

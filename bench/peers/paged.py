@@ -28,7 +28,7 @@ SPLITS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # 0: FA3's heuristic
 
 
 def _appended(k: Tensor, v: Tensor, length: int, rest: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pages of a cache into which the block was written, their table, lengths with it."""
+    """Pages of a cache into which the block was written, their table, cache_lengths with it."""
     size = rest["k_pages"].shape[1]
     both = []
     for own, name in ((k, "k_pages"), (v, "v_pages")):
@@ -37,8 +37,8 @@ def _appended(k: Tensor, v: Tensor, length: int, rest: Mapping[str, Any]) -> tup
         both.append(rows.unflatten(1, (-1, size)).flatten(0, 1).contiguous())
     B = len(k)
     table = torch.arange(len(both[0]), device=k.device, dtype=torch.int32).view(B, -1)
-    lengths = torch.full((B,), length + k.shape[1], device=k.device, dtype=torch.int32)
-    return both[0], both[1], table, lengths
+    cache_lengths = torch.full((B,), length + k.shape[1], device=k.device, dtype=torch.int32)
+    return both[0], both[1], table, cache_lengths
 
 
 def _starts(B: int, L: int, device: torch.device) -> Tensor:
@@ -46,9 +46,9 @@ def _starts(B: int, L: int, device: torch.device) -> Tensor:
 
 
 def _vllm(
-    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, longest: int, scale: float | None
+    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, cache_lengths: Tensor, longest: int, scale: float | None
 ) -> Call:
-    """Causal; lengths [B] with the block, `longest` of them."""
+    """Causal; cache_lengths [B] with the block, `longest` of them."""
     ops = needs("vllm.v1.attention.ops.triton_unified_attention")
     (B, L, _, P), flat = q.shape, q.flatten(0, 1)
     starts, factor = _starts(B, L, q.device), P**-0.5 if scale is None else scale
@@ -62,7 +62,7 @@ def _vllm(
             out=out,
             cu_seqlens_q=starts,
             max_seqlen_q=L,
-            seqused_k=lengths,
+            seqused_k=cache_lengths,
             max_seqlen_k=longest,
             softmax_scale=factor,
             causal=True,
@@ -81,7 +81,7 @@ def _vllm(
 def vllm_unified(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, **rest: Any
 ) -> Call:
-    L, S = q.shape[1], even_length(rest["lengths"])
+    L, S = q.shape[1], even_length(rest["cache_lengths"])
     on_gpu(q, "vLLM's unified attention")
     only(causal or L == 1, "vLLM's unified attention is causal only")
     return _vllm(q, *_appended(k, v, S, rest), S + L, scale)
@@ -128,12 +128,12 @@ def _fa3(
     keys: Tensor,
     values: Tensor,
     table: Tensor,
-    lengths: Tensor,
+    cache_lengths: Tensor,
     longest: int,
     scale: float | None,
     causal: bool = True,
 ) -> Call:
-    """lengths [B] with the block, `longest` of them. All numbers of splits are tried once for a row of the bench."""
+    """cache_lengths [B] with the block, `longest` of them. All numbers of splits are tried once a row of the bench."""
     forward = _forward()
     (B, L, _, P), flat = q.shape, q.flatten(0, 1)
     starts, factor = _starts(B, L, q.device), P**-0.5 if scale is None else scale
@@ -144,7 +144,7 @@ def _fa3(
             out = torch.empty_like(flat)
             forward(
                 *(flat, keys, values, *new, out),
-                *(starts, None, None, None, lengths, L, longest, table, None, None),
+                *(starts, None, None, None, cache_lengths, L, longest, table, None, None),
                 *(*rotary, *descale, factor, causal and L > 1, -1, -1, 0.0, True),
                 *(None, splits, None, 0, None, 1, 0, None),  # no plan made before
             )
@@ -159,7 +159,7 @@ def _fa3(
 
 
 def fa3(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, **rest: Any) -> Call:
-    L, S = q.shape[1], even_length(rest["lengths"])
+    L, S = q.shape[1], even_length(rest["cache_lengths"])
     on_gpu(q, "FA3")
     return _fa3(q, *_appended(k, v, S, rest), S + L, scale, causal)
 
@@ -168,13 +168,13 @@ def fa3(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float |
 
 
 def _places(
-    L: int, size: int, table: Tensor, lengths: Tensor, counts: Tensor | None
+    L: int, size: int, table: Tensor, cache_lengths: Tensor, counts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row and token of all that enters, its page and slot. Reads the device: before the clock only."""
-    B = len(lengths)
-    taken = torch.full((B,), L, device=lengths.device) if counts is None else counts
-    row, token = (torch.arange(L, device=lengths.device) < taken.view(B, 1)).nonzero(as_tuple=True)
-    position = lengths.long()[row] + token
+    B = len(cache_lengths)
+    taken = torch.full((B,), L, device=cache_lengths.device) if counts is None else counts
+    row, token = (torch.arange(L, device=cache_lengths.device) < taken.view(B, 1)).nonzero(as_tuple=True)
+    position = cache_lengths.long()[row] + token
     return row, token, table.long()[row, position // size], position % size
 
 
@@ -207,16 +207,16 @@ def sdpa_append(
     k_pages: Tensor,
     v_pages: Tensor,
     page_table: Tensor,
-    lengths: Tensor,
+    cache_lengths: Tensor,
     counts: Tensor | None = None,
     *,
     scale: float | None = None,
 ) -> Call:
     B, L = q.shape[:2]
-    longest = int(lengths.max()) if B else 0
-    places = _places(L, k_pages.shape[1], page_table, lengths, counts)
+    longest = int(cache_lengths.max()) if B else 0
+    places = _places(L, k_pages.shape[1], page_table, cache_lengths, counts)
     table = page_table[:, : -(-longest // k_pages.shape[1])].long().clamp(0, len(k_pages) - 1)
-    cached = torch.arange(longest, device=q.device) < lengths.view(B, 1, 1)
+    cached = torch.arange(longest, device=q.device) < cache_lengths.view(B, 1, 1)
     own = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
     mask = torch.cat([cached.expand(B, L, longest), own.expand(B, L, L)], -1).unsqueeze(1)
     fn = prepared(_append_and_gather, q)
@@ -229,13 +229,13 @@ def _appending(
     k_pages: Tensor,
     v_pages: Tensor,
     table: Tensor,
-    lengths: Tensor,
+    cache_lengths: Tensor,
     counts: Tensor | None,
     then: Call,
 ) -> Call:
     """Write all tokens into their pages, then do what reads them there."""
     B, L = k.shape[:2]
-    row, _, page, slot = _places(L, k_pages.shape[1], table, lengths, counts)
+    row, _, page, slot = _places(L, k_pages.shape[1], table, cache_lengths, counts)
     only(len(row) == B * L, "reads the tokens from the cache: only where all of them enter")
     keys, values = k.flatten(0, 1), v.flatten(0, 1)
 
@@ -253,7 +253,7 @@ def flex_append(
     k_pages: Tensor,
     v_pages: Tensor,
     page_table: Tensor,
-    lengths: Tensor,
+    cache_lengths: Tensor,
     counts: Tensor | None = None,
     *,
     scale: float | None = None,
@@ -261,19 +261,19 @@ def flex_append(
     """All pages are keys of every row, as they lie: the mask says where in which row each of them is."""
     (B, L), (n, size) = q.shape[:2], k_pages.shape[:2]
     first = torch.arange(page_table.shape[1], device=q.device) * size  # the position that each of a row's pages begins
-    needed = first < lengths.view(B, 1) + L
+    needed = first < cache_lengths.view(B, 1) + L
     begins = torch.full((B, n), 1 << 30, device=q.device)  # nobody's: behind all that is seen
     row, at = needed.nonzero(as_tuple=True)
     begins[row, page_table.long()[row, at]] = first[at]
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return begins[b, j // size] + j % size <= lengths[b] + i
+        return begins[b, j // size] + j % size <= cache_lengths[b] + i
 
-    key = (*page_table.flatten().tolist(), *lengths.tolist())
+    key = (*page_table.flatten().tolist(), *cache_lengths.tolist())
     mask = block_mask(seen, B, L, n * size, q, *key)
     keys, values = (pages.flatten(0, 1).expand(B, -1, -1, -1) for pages in (k_pages, v_pages))
     then = flex_call(q, keys, values, mask, scale)
-    return _appending(k, v, k_pages, v_pages, page_table, lengths, counts, then)
+    return _appending(k, v, k_pages, v_pages, page_table, cache_lengths, counts, then)
 
 
 def _reading(package: str, attention: Callable[..., Call]) -> Adapter:
@@ -286,15 +286,15 @@ def _reading(package: str, attention: Callable[..., Call]) -> Adapter:
         k_pages: Tensor,
         v_pages: Tensor,
         page_table: Tensor,
-        lengths: Tensor,
+        cache_lengths: Tensor,
         counts: Tensor | None = None,
         *,
         scale: float | None = None,
     ) -> Call:
         on_gpu(q, package)
-        after = lengths.int() + q.shape[1]
+        after = cache_lengths.int() + q.shape[1]
         then = attention(q, k_pages, v_pages, page_table.int(), after, int(after.max()), scale)
-        return _appending(k, v, k_pages, v_pages, page_table, lengths, counts, then)
+        return _appending(k, v, k_pages, v_pages, page_table, cache_lengths, counts, then)
 
     return adapter
 

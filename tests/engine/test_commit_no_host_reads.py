@@ -28,28 +28,30 @@ def model() -> Iterator[TwoTower]:
 
 def cache_of(rows: int, tokens: int) -> Cache:
     """Of rows that hold up to `tokens` tokens, with room for a stretch more."""
-    cache = Cache(TOWER, rows, device=torch.device("meta"), dtype=torch.bfloat16)
-    cache.reserve(tokens + PREFILL_CHUNK)
-    cache.longest = tokens
+    room = tokens + PREFILL_CHUNK
+    cache = Cache.empty(TOWER, rows, device=torch.device("meta"), dtype=torch.bfloat16, reserve=room)
+    for row in cache._rows:
+        row.length = tokens
     return cache
 
 
 def test_commit_reads_no_device_value(model: TwoTower) -> None:
     cache = cache_of(3, 100)
-    pages = {i: t.data_ptr for i, t in cache.keys.items()}
     with recording(90) as launches:
         model.commit(torch.zeros(3, 16, dtype=torch.int64), cache)
-    assert cache.longest == 116 and cache.lengths.shape == (3,) and cache.keys.keys() == pages.keys()
+    assert cache.longest == 116 and cache.lengths.shape == (3,)
     assert len(launches) >= len(TOWER.pattern), "its ops are kernels"
     names = [kernel.__name__ for kernel, *_ in launches]
-    assert names.count("_context_attention_kernel") == TOWER.pattern.count("*"), "attention and append are one launch"
+    assert names.count("_context_attention_fwd_kernel") == TOWER.pattern.count("*"), (
+        "attention and append are one launch"
+    )
 
 
 def test_ragged_prefill_reads_no_device_value(model: TwoTower) -> None:
     """The first counts[b] tokens of each row enter."""
     cache = cache_of(3, 0)
     with recording(90), torch.no_grad():
-        model._extend(torch.zeros(3, 40, dtype=torch.int64), cache, torch.zeros(3, dtype=torch.int32))
+        model._extend(torch.zeros(3, 40, dtype=torch.int64), cache, [40, 3, 0])
     assert cache.longest == 40
 
 
@@ -57,7 +59,7 @@ def test_verify_reads_no_device_value(model: TwoTower) -> None:
     cache = cache_of(2, 100)
     with recording(90):
         logits, pending = model.verify(torch.zeros(2, 5, dtype=torch.int64), cache)
-    assert logits.shape == (2, 5, TOWER.vocab_size) and set(pending.kv) == set(cache.keys)
+    assert logits.shape == (2, 5, TOWER.vocab_size) and set(pending.kv) == set(cache.pool.keys)
 
 
 class Made(TorchDispatchMode):
@@ -80,8 +82,9 @@ class Made(TorchDispatchMode):
 def test_a_stretch_of_a_prompt_needs_the_same_wherever_it_is(model: TwoTower, rows: int) -> None:
     def needs(tokens: int) -> tuple[int, int]:
         cache, made = cache_of(rows, tokens), Made()
-        counts = torch.zeros(rows, dtype=torch.int32) if rows > 1 else None
-        ids = torch.zeros(rows, prefill_stretch(rows), dtype=torch.int64)
+        stretch = prefill_stretch(rows)
+        counts = [stretch] if rows == 1 else [0] * rows
+        ids = torch.zeros(rows, stretch, dtype=torch.int64)
         with recording(90), made, torch.no_grad():
             model._extend(ids, cache, counts)
         return made.total, made.largest

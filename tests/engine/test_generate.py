@@ -184,7 +184,7 @@ def test_the_mask_token_in_clean_text_is_a_token_like_any_other(model: TwoTower)
     torch.testing.assert_close(cache.last_logits, whole[:, -1])
     context = model.encode_clean(ids, 8)
     for layer, (keys, _) in context.kv.items():
-        pages = cache.keys[layer][cache.page_table[0].long()].flatten(0, 1)[:8]
+        pages = cache.kv(layer)[0][cache.page_table[0].long()].flatten(0, 1)[:8]
         torch.testing.assert_close(pages, keys[0])
     for mode in ("mask_diffusion", "ar", "mock_ar"):
         options = dict(mode=mode, max_new_tokens=8, eos_token_id=None)

@@ -8,7 +8,7 @@ import torch
 from checkpoints import CONFIG
 from torch import Tensor
 
-from tt_kernels import unmask
+from tt_kernels import Sampling, unmask
 from tt_kernels.runtime.launch import INTERPRET, recording
 from tt_model import TwoTower
 from tt_model.engine.generate import Settings, _blocks, _Rows
@@ -27,9 +27,7 @@ def model() -> Iterator[TwoTower]:
 
 
 def filled(model: TwoTower, rows: int) -> Cache:
-    cache = Cache(model.config, rows, device=torch.device("meta"), dtype=torch.bfloat16)
-    cache.reserve(100)
-    return cache
+    return Cache.empty(model.config, rows, device=torch.device("meta"), dtype=torch.bfloat16, reserve=100)
 
 
 @pytest.mark.parametrize("rows", [1, ROWS])
@@ -48,9 +46,10 @@ def test_unmask(model: TwoTower, narrow: dict) -> None:
         block = torch.zeros(ROWS, c.block_size, dtype=torch.int64)
         hidden = torch.zeros(*block.shape, c.hidden_size, dtype=torch.bfloat16)
         whole, real = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS, dtype=torch.float64)
-        options = dict(threshold=real, temperature=real, seed=whole, position=whole, step=whole, steps_left=whole)
+        sampling = Sampling.of(ROWS, temperature=real, **narrow)
+        rule = dict(mask_token_id=c.mask_token_id, threshold=real, steps_left=whole)
         with recording(90) as launches:
-            results = unmask(hidden, model.lm_head.weight, block, mask_token_id=c.mask_token_id, **options, **narrow)
+            results = unmask(hidden, model.lm_head.weight, block, sampling, **rule)
     assert [t.shape for t in results] == [block.shape] * 3 + [(ROWS,)]
     assert launches
 

@@ -12,7 +12,8 @@ from parity import DEVICE, DTYPES, KERNELS
 from torch import Tensor
 
 from tt_kernels import append_attention, context_attention
-from tt_kernels.attention import context_attention as context_kernels
+from tt_kernels.attention import context_attention_launch
+from tt_kernels.attention.context_attention_launch import Splits
 
 pytestmark = pytest.mark.kernels
 DTYPE = torch.float32 if DEVICE == "cuda" else torch.float64  # a GPU has no fp64 kernels
@@ -105,7 +106,7 @@ def test_many_splits(lengths: list[int]) -> None:
 @pytest.mark.parametrize("fill", [1, 2, 4])
 def test_splits_of_a_row_in_a_larger_batch(fill: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fewer keep the GPU busy, the longer splits get, up to where they are cheap: 1024 tokens for these blocks."""
-    monkeypatch.setattr(context_kernels, "context_splits", lambda *sizes: (fill, 4, 64))
+    monkeypatch.setattr(context_attention_launch, "context_splits", lambda *sizes: Splits(fill, 4, 64))
     rows, (q, k, v) = Rows([2113, 1025, 1024, 300, 0, 65]), heads(6, 2)
     close(context_attention(q, k, v, *rows.cache), rows.want(q, k, v, False))
 
@@ -178,7 +179,7 @@ def test_a_length_below_zero_is_none(below: int, wide: torch.dtype) -> None:
     rows.lengths, table = torch.tensor([below, 70], device=DEVICE, dtype=wide), rows.table.to(wide)
     if not KERNELS:
         for op in (context_attention, append_attention):
-            with pytest.raises(ValueError, match=f"lengths goes down to {below}, expected 0 or more"):
+            with pytest.raises(ValueError, match=f"cache_lengths goes down to {below}, expected 0 or more"):
                 op(q, k, v, *rows.pages, table, rows.lengths)
         return
     none = Rows([0, 70], 3)

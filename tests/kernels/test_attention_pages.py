@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import DEVICE, DTYPES, KERNELS
+from parity import DEVICE, DTYPES, HALF, KERNELS
 from torch import Tensor
 
 from tt_kernels import append_attention, context_attention, reference
@@ -81,6 +81,34 @@ def test_pages_that_are_only_read_may_be_shared() -> None:
     torch.testing.assert_close(append_attention(*qkv, copied.k, copied.v, table([3, 1], [5, 2]), lengths(4, 4)), shared)
     assert torch.equal(copied.memory[:, 6:11], pool.memory[:, 6:11])
     append_attention(*qkv, pool.k, pool.v, table([3, 1], [3, 1]), lengths(4, 4), lengths(2, 0))  # one of them writes
+
+
+@pytest.mark.parametrize("page_size,dtype", [(4, torch.float32), (64, HALF)], ids=["small", "tma"])
+def test_forks_see_the_shared_tokens_and_never_each_others(page_size: int, dtype: torch.dtype) -> None:
+    """Two rows whose page tables have all but the last page in common: a token in a shared page reaches both, a token
+    in a row's last page that row alone, and a free slot of a last page none."""
+    pool, P = Pool(6, page_size, P=16, dtype=dtype), 16
+    qkv, pages = heads(2, 3, P=P, dtype=dtype), table([5, 2, 0], [5, 2, 3])
+    n = lengths(3 * page_size - 1, 2 * page_size + 2)
+
+    def of_rows() -> Tensor:
+        return context_attention(*qkv, pool.k, pool.v, pages, n)
+
+    before = of_rows()
+    for b in range(2):  # each row by itself, with pages of its own
+        alone = context_attention(*(t[b : b + 1] for t in qkv), pool.k, pool.v, pages[b : b + 1], n[b : b + 1])
+        torch.testing.assert_close(alone[0], before[b])
+    for page, slot, reaches in (
+        *((5, 0, [True, True]), (2, page_size - 1, [True, True])),
+        *((0, 0, [True, False]), (0, page_size - 2, [True, False]), (3, 1, [False, True])),
+        *((0, page_size - 1, [False, False]), (3, 2, [False, False]), (1, 0, [False, False])),
+    ):
+        kept = pool.v[page, slot].clone()
+        pool.v[page, slot] = 1000
+        changed = (of_rows() != before).flatten(1).any(1).tolist()
+        pool.v[page, slot] = kept
+        assert changed == reaches, f"slot {slot} of page {page}"
+    assert torch.equal(of_rows(), before)
 
 
 @pytest.mark.skipif(not KERNELS, reason="the reference refuses")

@@ -1,4 +1,4 @@
-"""`use`, `trusted`, `recording` and `overriding` hold for the thread or task that enters them, and for no other."""
+"""`use`, `skip_checks`, `recording` and `overriding` hold for the thread or task that enters them, and for no other."""
 
 import asyncio
 import threading
@@ -18,7 +18,7 @@ X, WEIGHT = torch.ones(2, 4), torch.ones(4)
 LAUNCH = Launch(BLOCK=64)
 
 
-def is_trusted() -> bool:
+def skips() -> bool:
     try:
         checks.check("t", x=(X, "D"))
     except ValueError:
@@ -28,7 +28,7 @@ def is_trusted() -> bool:
 
 CONTEXTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[], bool]]] = {
     "use": (lambda: tt_kernels.use("reference"), registry._uses_reference),
-    "trusted": (tt_kernels.trusted, is_trusted),
+    "skip_checks": (tt_kernels.skip_checks, skips),
     "recording": (lambda: recording(80), lambda: is_recording() and architecture(X) == 80),
     "overriding": (lambda: overriding("k", LAUNCH), lambda: tuned("k", Launch(), 90) == LAUNCH),
 }
@@ -164,13 +164,13 @@ def test_use_reaches_compiled_graphs(fresh_graphs: None, monkeypatch: pytest.Mon
     assert not registry._uses_reference()
 
 
-def test_trusted_is_traced(fresh_graphs: None) -> None:
+def test_skip_checks_is_traced(fresh_graphs: None) -> None:
     def norm(x: torch.Tensor) -> torch.Tensor:
-        with tt_kernels.trusted():
+        with tt_kernels.skip_checks():
             return tt_kernels.rms_norm(x, WEIGHT)
 
     assert torch.equal(torch.compile(norm, fullgraph=True, backend="eager")(X), tt_kernels.rms_norm(X, WEIGHT))
-    assert not is_trusted()
+    assert not skips()
 
 
 def test_four_threads_generate_as_one() -> None:
@@ -183,7 +183,7 @@ def test_four_threads_generate_as_one() -> None:
 
     def go(i: int) -> None:
         together[i] = model.generate([prompts[i]], max_new_tokens=20, seed=3).tokens
-        checked[i] = not is_trusted()
+        checked[i] = not skips()
 
     threads = [threading.Thread(target=go, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -191,4 +191,4 @@ def test_four_threads_generate_as_one() -> None:
     for thread in threads:
         thread.join(120)
     assert [together[i] for i in range(4)] == alone
-    assert checked == dict.fromkeys(range(4), True) and not is_trusted()
+    assert checked == dict.fromkeys(range(4), True) and not skips()

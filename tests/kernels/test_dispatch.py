@@ -98,8 +98,8 @@ def test_nothing_to_do_is_refused() -> None:
         tt_kernels.causal_attention(torch.ones(1, 3, 0, 4), *torch.ones(2, 1, 3, 1, 4))
     with pytest.raises(ValueError, match="causal_conv1d: weight has K=0, expected 1 or more"):
         tt_kernels.causal_conv1d(torch.ones(1, 3, 2), torch.ones(2, 0))
-    with pytest.raises(ValueError, match="conv_state: x has C=0, expected 1 or more"):
-        tt_kernels.conv_state(torch.ones(1, 3, 0), None, None, kernel_size=2)
+    with pytest.raises(ValueError, match="conv_advance: x has C=0, expected 1 or more"):
+        tt_kernels.conv_advance(torch.ones(1, 3, 0), torch.ones(1, 0, 2))
 
 
 @pytest.mark.skipif(not INTERPRET, reason="bf16 is right elsewhere")

@@ -176,7 +176,7 @@ def test_order_is_cut_to_the_pairs_that_there_are(T: int, wild: int) -> None:
     kwargs = make(OP, dict(T=T, D=16, N=64, E=2, K=2), torch.float32)
     order, ends = index_lists(kwargs["ids"], 2)
     kwargs |= dict(order=torch.full_like(order, wild), ends=ends)
-    with tt_kernels.trusted():
+    with tt_kernels.skip_checks():
         assert values_and_gradients(OP, OP.fn, kwargs)["y"].shape == (T, 16)
 
 
@@ -193,7 +193,7 @@ def test_ends_are_cut_to_the_pairs_that_there_are(T: int, first: int, second: in
     kwargs["ids"] = torch.full_like(kwargs["ids"], expert)
     want = values_and_gradients(OP, OP.fn, kwargs)
     order, ends = torch.arange(2 * T, device=DEVICE), torch.tensor([first, second], device=DEVICE)
-    with tt_kernels.trusted():
+    with tt_kernels.skip_checks():
         got = values_and_gradients(OP, OP.fn, kwargs | dict(order=order, ends=ends))
     assert all(torch.equal(got[name], want[name]) for name in want)
 
@@ -201,8 +201,8 @@ def test_ends_are_cut_to_the_pairs_that_there_are(T: int, first: int, second: in
 @pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU")
 def test_lists_of_another_length_reach_no_kernel() -> None:
     kwargs = listed(ORDER[:6], ENDS)
-    with tt_kernels.trusted(), pytest.raises(ValueError, match=r"experts: order is \[6\], expected T\*K=8 pairs"):
+    with tt_kernels.skip_checks(), pytest.raises(ValueError, match=r"experts: order is \[6\], expected T\*K=8 pairs"):
         OP.fn(**kwargs)
     kwargs = listed(ORDER, ENDS[:3])
-    with tt_kernels.trusted(), pytest.raises(ValueError, match=r"experts: ends is \[3\], expected E=4 of them"):
+    with tt_kernels.skip_checks(), pytest.raises(ValueError, match=r"experts: ends is \[3\], expected E=4 of them"):
         OP.fn(**kwargs)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import DEVICE, OPS, leaves, make, outputs, values_and_gradients, with_leaves
+from parity import DEVICE, OPS, leaves, make, outputs, results, values_and_gradients, with_leaves
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -22,8 +22,9 @@ SCAN = dict(H=2, P=3, G=1, N=4)
 CASES = [
     ("causal_conv1d", dict(B=2, L=5, C=3, K=4)),
     ("causal_conv1d", dict(B=2, L=6, C=3, K=4, seeded=0, packed=1)),
-    ("conv_state", dict(B=2, L=5, C=3, K=4)),
-    ("conv_state", dict(B=2, L=5, C=3, K=4, ragged=0)),
+    ("conv_advance", dict(B=2, L=5, C=3, K=4)),
+    ("conv_advance", dict(B=2, L=5, C=3, K=4, ragged=0)),
+    ("conv_advance", dict(B=2, L=5, C=3, K=4, placed=1)),
     ("conv_block_states", dict(B=2, N=6, C=3, K=4, S=4)),
     ("conv_block_states", dict(B=2, N=6, C=3, K=4, S=4, packed=1)),
     ("ssd_step", dict(b=2, **SCAN)),
@@ -35,6 +36,9 @@ CASES = [
     ("mamba_block", dict(b=2, L=5, K=4, **SCAN)),
     ("mamba_advance", dict(b=2, L=5, K=4, **SCAN)),
     ("mamba_step", dict(b=2, K=4, **SCAN)),
+    ("mamba_step", dict(b=2, K=4, placed=1, **SCAN)),
+    ("mamba_advance", dict(b=2, L=5, K=4, placed=1, **SCAN)),
+    ("ssd_chunk", dict(b=2, L=6, Q=0, placed=1, **SCAN)),
 ]
 cases = pytest.mark.parametrize("name,dims", CASES, ids=[f"{n}-{'-'.join(map(str, d.values()))}" for n, d in CASES])
 
@@ -55,7 +59,7 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[int,
 
 
 def assert_same(op: Any, fn: Any, kwargs: dict[str, Any]) -> None:
-    got, want = outputs(op, fn(**kwargs)), outputs(op, op.fn(**kwargs))
+    got, want = results(op, fn, kwargs), results(op, op.fn, kwargs)
     for key in want:
         torch.testing.assert_close(got[key], want[key])
 
@@ -81,13 +85,13 @@ def test_exports_with_any_batch_and_length(name: str, dims: dict[str, int], stri
 
     class Module(torch.nn.Module):
         def forward(self, tensors: dict[str, Tensor]) -> Any:
-            return op.fn(**kwargs | tensors)
+            return op.fn(**with_leaves(kwargs, tensors))
 
     kwargs, other = make(op, dims, torch.float32), make(op, larger(name, dims), torch.float32)
     dynamic = differing(kwargs, other)
     program = export(Module(), (leaves(kwargs),), dynamic_shapes=(dynamic,), strict=strict)
     for now in (kwargs, other):
-        assert_same(op, lambda now=now, **_: program.module()(leaves(now)), now)
+        assert_same(op, lambda **given: program.module()(leaves(given)), now)
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in CASES))
@@ -98,7 +102,7 @@ def test_nothing_of_a_trace_is_kept(name: str) -> None:
 
     class Module(torch.nn.Module):
         def forward(self, tensors: dict[str, Tensor]) -> Any:
-            return op.fn(**kwargs | tensors)
+            return op.fn(**with_leaves(kwargs, tensors))
 
     export(Module(), (leaves(kwargs),))
     mode = FakeTensorMode()
@@ -144,7 +148,9 @@ def test_a_compiled_chunked_scan_has_the_gradients_of_the_loop(chunk_size: int |
         gradients = []
         for fn in (op.fn, torch.compile(op.fn, fullgraph=True, backend="aot_eager")):
             now = {k: leaves(kwargs)[k].detach().clone().requires_grad_() for k in free}
-            sum(t.square().sum() for t in fn(**with_leaves(kwargs, now))[:used]).backward()
+            written = {k: now[k].clone() for k in free if k in op.writes}
+            result = outputs(op, fn(**with_leaves(kwargs, now | written)))
+            sum(t.square().sum() for t in list(result.values())[:used]).backward()
             gradients.append([now[k].grad for k in free])
         for got, want in zip(*gradients, strict=True):
             torch.testing.assert_close(got, want)

@@ -14,6 +14,7 @@ from parity import (
     assert_op_as_good,
     fresh_memory_filled,
     make,
+    results,
     values_and_gradients,
 )
 from torch import Tensor
@@ -105,15 +106,13 @@ def test_reads_nothing_it_did_not_write(op: Op, dims: dict[str, int]) -> None:
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-@pytest.mark.parametrize("name", ["conv_state", "ssd_advance", "ssd_chunk", "mamba_advance"])
-def test_lengths_are_cut_to_the_row(name: str) -> None:
+@pytest.mark.parametrize("name", ["conv_advance", "ssd_advance", "ssd_chunk", "mamba_advance"])
+def test_counts_are_cut_to_the_row(name: str) -> None:
     """A kernel cannot refuse what it would have to wait for: below 0 counts as 0, above L as L."""
-    op, B = OPS[name], "B" if name == "conv_state" else "b"
+    op, B = OPS[name], "B" if name == "conv_advance" else "b"
     kwargs, L = make(op, op.cases[0] | {B: 2}, torch.float32), op.cases[0]["L"]
-    wild, cut = (op.fn(**kwargs | dict(lengths=torch.tensor(n).to(DEVICE))) for n in ([L + 2, -3], [L, 0]))
-    wild, cut = (r if isinstance(r, tuple) else (r,) for r in (wild, cut))
-    states = slice(1, None) if name == "ssd_chunk" else slice(None)  # y past a length means nothing
-    assert all(torch.equal(got, want) for got, want in zip(wild[states], cut[states], strict=True))
+    wild, cut = (results(op, op.fn, kwargs | dict(counts=torch.tensor(n).to(DEVICE))) for n in ([L + 2, -3], [L, 0]))
+    assert all(torch.equal(wild[written], cut[written]) for written in op.writes)
 
 
 @pytest.mark.parametrize("argument", ["A", "dt"])
@@ -122,13 +121,12 @@ def test_decay_does_not_hide_a_nan(name: str, argument: str) -> None:
     """Limits, and the smallest decay that counts, are no way for it to become a number."""
     op = OPS[name]
     kwargs = make(op, op.cases[0], torch.float32) | dict(dt_limit=(0.01, 0.1))
-    if "lengths" in kwargs:
-        kwargs["lengths"] = None
-    kwargs[argument][..., 1] = float("nan")
-    got, want = (fn(**kwargs) for fn in (op.fn, op.reference))
-    for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, want)), strict=True):
-        assert torch.equal(a.isnan(), b.isnan())
-    assert any(t.isnan().any() for t in (want if isinstance(want, tuple) else (want,)))
+    if "counts" in kwargs:
+        kwargs["counts"] = None
+    (kwargs["weights"].A if argument == "A" and "weights" in kwargs else kwargs[argument])[..., 1] = float("nan")
+    got, want = (results(op, fn, kwargs) for fn in (op.fn, op.reference))
+    assert all(torch.equal(got[key].isnan(), want[key].isnan()) for key in want)
+    assert any(t.isnan().any() for t in want.values())
 
 
 class Calls(TorchDispatchMode):

@@ -7,7 +7,7 @@ import triton
 from cards import OPS
 from tools.aot import launches
 from tt_kernels.attention.block_attention_launch import block_attention_launch
-from tt_kernels.attention.context_attention_launch import context_attention_launch, context_splits, splits_of
+from tt_kernels.attention.context_attention_launch import Splits, context_attention_launch, context_splits
 
 MULTIPROCESSORS = 132  # of an H200
 SHAPES = [(L, heads, R) for L in (1, 2, 16, 32, 64, 100, 2048) for heads, R in ((1, 1), (2, 16), (8, 4), (32, 1))]
@@ -15,39 +15,42 @@ BATCHES = (1, 2, 3, 8, 64, 300)
 LENGTHS = (0, 1, 63, 64, 65, 1000, 4095, 4096, 8192, 33_000, 131_072, 1_000_000)
 
 
-def size_of_a_split(length: int, fill: int, most: int, least: int) -> int:
+def size_of_a_split(length: int, splits: Splits) -> int:
     """As the kernel has it."""
-    splits = min(max(fill, triton.cdiv(length, 16 * least)), most)
-    return max(triton.cdiv(triton.cdiv(length, splits), 64) * 64, least)
+    fill, max_splits, min_tokens = splits
+    n = min(max(fill, triton.cdiv(length, 16 * min_tokens)), max_splits)
+    return max(triton.cdiv(triton.cdiv(length, n), 64) * 64, min_tokens)
 
 
 @pytest.mark.parametrize("L,heads,R", SHAPES)
 def test_splits_cover_every_length_in_any_room(L: int, heads: int, R: int) -> None:
     for batch in BATCHES:
-        fill, most, least = context_splits(batch, L * R, heads)
-        assert 1 <= fill <= most <= 64 and least % 64 == 0  # 64: what one program combines; tiles lie in one page
+        splits = context_splits(batch, L * R, heads)
+        assert (
+            1 <= splits.fill <= splits.max_splits <= 64 and splits.min_tokens % 64 == 0
+        )  # 64: what one program combines; tiles lie in one page
         for length in LENGTHS:
-            size = size_of_a_split(length, fill, most, least)
+            size = size_of_a_split(length, splits)
             for room in (length, length + 1, 2 * length + 64):
-                assert splits_of(room, fill, most, least) * size >= length
+                assert splits.of(room) * size >= length
 
 
 @pytest.mark.parametrize("L,heads,R", SHAPES)
 def test_the_batch_shortens_no_split_and_does_not_matter_to_the_longest(L: int, heads: int, R: int) -> None:
-    _, most, least = context_splits(1, L * R, heads)
+    alone = context_splits(1, L * R, heads)
     for length in LENGTHS:
-        sizes = [size_of_a_split(length, *context_splits(batch, L * R, heads)) for batch in BATCHES]
+        sizes = [size_of_a_split(length, context_splits(batch, L * R, heads)) for batch in BATCHES]
         assert sizes == sorted(sizes)
-        if length >= 16 * least * most:
+        if length >= 16 * alone.min_tokens * alone.max_splits:
             assert len(set(sizes)) == 1
-    assert context_splits(1, L * R, heads)[0] == most
+    assert alone.fill == alone.max_splits
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64])
 @pytest.mark.parametrize("S", [1024, 8192, 32_768, 131_072])
 def test_what_splits_leave_behind_is_bounded(batch: int, S: int) -> None:
     """The published block: 8.5 MB of fp32 in all, or an eighth of K and V, or less."""
-    splits = splits_of(S, *context_splits(batch, 256, 2))
+    splits = context_splits(batch, 256, 2).of(S)
     partial, cached = batch * splits * 512 * 130 * 4, 2 * batch * S * 2 * 128 * 2
     assert splits == 1 or partial <= 8.6e6 or 2 * partial <= 0.13 * cached
     if (batch, S) == (64, 8192):
@@ -61,7 +64,7 @@ def test_a_block_against_a_long_context_keeps_the_gpu_busy(length: int) -> None:
     """One wave of programs, two of half the size at 8K: the rounding to 64 and the last split cost a quarter of the
     time there, a tenth from 32K on."""
     launch = context_attention_launch(1, 256, length, 128, 2, 90)
-    size, tiles = size_of_a_split(length, *context_splits(1, 256, 2)), 256 // launch.BLOCK_M
+    size, tiles = size_of_a_split(length, context_splits(1, 256, 2)), 256 // launch.BLOCK_M
     together = MULTIPROCESSORS * 128 // launch.BLOCK_M
     assert 2 * tiles * -(-length // size) <= together
     assert 2 * tiles * length / (together * size) >= (0.9 if length >= 32_768 else 0.75)
@@ -70,12 +73,12 @@ def test_a_block_against_a_long_context_keeps_the_gpu_busy(length: int) -> None:
 @pytest.mark.parametrize("L,heads,R", SHAPES)
 def test_partial_results_are_bounded_whatever_the_context(L: int, heads: int, R: int) -> None:
     for batch in BATCHES:
-        fill, most, least = context_splits(batch, L * R, heads)
+        fill, max_splits, min_tokens = context_splits(batch, L * R, heads)
         assert fill == 1 or batch * fill * L * R * heads <= 128 * 128  # rows of fp32 results
-        assert most == 1 or most * L * R * heads <= 128 * 128
-        assert least >= L * R  # written, as many bytes as K and V in 16 bits at most
+        assert max_splits == 1 or max_splits * L * R * heads <= 128 * 128
+        assert min_tokens >= L * R  # written, as many bytes as K and V in 16 bits at most
     if L * R * heads >= 128 * 128:
-        assert most == 1
+        assert max_splits == 1
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])

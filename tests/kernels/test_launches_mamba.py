@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from parity import DEVICE, HALF, KERNELS, OPS, assert_op_as_good, make, outputs
+from parity import DEVICE, HALF, KERNELS, OPS, assert_op_as_good, leaves, make, results
 from torch import Tensor
 
 from tt_kernels.conv1d.causal_conv1d import causal_conv1d_launch
 from tt_kernels.runtime.launch import INTERPRET, ON_CPU, overriding, recording
-from tt_kernels.ssm import lang as tile
+from tt_kernels.ssm import launch as shared
 from tt_kernels.ssm.mamba_block_launch import in_one_launch, mamba_advance_launch, mamba_block_launch
 from tt_kernels.ssm.mamba_step import mamba_step_launch
 from tt_kernels.ssm.ssd_block_launch import longest_block, ssd_advance_launch, ssd_block_launch
@@ -82,12 +82,12 @@ PARTS = [
 @pytest.mark.parametrize("name,dims", PARTS)
 def test_products_in_parts_are_as_good(name: str, dims: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter has no bf16: fp16 stands in there, three parts of which hold as much."""
-    monkeypatch.setattr(tile, "splits", lambda *tensors: True)
+    monkeypatch.setattr(shared, "splits", lambda *tensors: True)
     assert_op_as_good(OPS[name], dims, HALF)
 
 
-def dirty(t: Tensor, lengths: Tensor) -> Tensor:
-    past = torch.arange(t.shape[1], device=t.device) >= lengths.to(t.device)[:, None]
+def dirty(t: Tensor, counts: Tensor) -> Tensor:
+    past = torch.arange(t.shape[1], device=t.device) >= counts.to(t.device)[:, None]
     return t.masked_fill(past.view(*past.shape, *[1] * (t.dim() - 2)), float("nan"))
 
 
@@ -98,20 +98,20 @@ def dirty(t: Tensor, lengths: Tensor) -> Tensor:
     [
         ("ssd_advance", dict(b=3, L=40, H=2, P=4, G=1, N=8)),
         ("ssd_chunk", dict(b=3, L=100, H=2, P=4, G=1, N=8, Q=20)),
-        ("conv_state", dict(B=3, L=9, C=5, K=4)),
+        ("conv_advance", dict(B=3, L=9, C=5, K=4)),
         ("mamba_advance", dict(b=3, L=20, H=2, P=4, G=1, N=8, K=4)),
     ],
 )
 def test_what_lies_past_a_row_does_not_show(name: str, dims: dict[str, Any]) -> None:
     op = OPS[name]
     kwargs = make(op, dims, torch.float32)
-    kwargs["lengths"] = torch.tensor([dims["L"] // 2, 0, 1]).to(DEVICE)
-    soiled = {k: dirty(kwargs[k], kwargs["lengths"]) for k in ("x", "xBC", "dt", "B", "C") if k in kwargs}
-    got, want = (outputs(op, op.fn(**kw)) for kw in (kwargs | soiled, kwargs))
-    assert torch.equal(got["state"], want["state"])
-    assert torch.equal(got["state"][1], kwargs["state"][1])
+    kwargs["counts"] = torch.tensor([dims["L"] // 2, 0, 1]).to(DEVICE)
+    soiled = {k: dirty(kwargs[k], kwargs["counts"]) for k in ("x", "xBC", "dt", "B", "C") if k in kwargs}
+    got, want = (results(op, op.fn, kw) for kw in (kwargs | soiled, kwargs))
+    for name in op.writes:
+        assert torch.equal(got[name], want[name]) and torch.equal(got[name][1], leaves(kwargs)[name][1])
     if "y" in got:
-        assert all(torch.equal(got["y"][b, :n], want["y"][b, :n]) for b, n in enumerate(kwargs["lengths"].tolist()))
+        assert all(torch.equal(got["y"][b, :n], want["y"][b, :n]) for b, n in enumerate(kwargs["counts"].tolist()))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_row_of_any_length_keeps_few_states_on_the_way() -> None:
     """Without a chunk size no memory grows with the states of a row: recorded launches are given 15 at most."""
     for L in (2048, 65536):
         with recording(90) as launches:
-            before = OPS["ssd_chunk"].fn(**on_meta(L=L, Q=0))[2]
+            before = OPS["ssd_chunk"].fn(**on_meta(L=L, Q=0)).chunk_states
         held = {id(a): a for _, _, args, _ in launches for a in args if isinstance(a, Tensor) and a.dim() == 5}
         assert before.numel() == 0
         assert max(t.shape[1] for t in held.values() if t.shape[2:] == (64, 64, 128)) <= 15

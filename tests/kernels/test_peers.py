@@ -3,22 +3,12 @@ GPU): their own calls written out, then every small case of our tests that they 
 
 import pytest
 import torch
+import values
 from parity import OPS, make
 from torch import Tensor
 
 from bench.peers import REGISTRY
 from bench.peers.base import Unavailable, difference, results
-from tt_kernels import (
-    causal_conv1d,
-    conv_state,
-    mamba_advance,
-    mamba_block,
-    mamba_step,
-    ssd_advance,
-    ssd_block,
-    ssd_chunk,
-    ssd_step,
-)
 
 pytestmark = pytest.mark.gpu
 # Their kernels multiply in TF32 or 16 bits at places; a wrong mask, decay or state shows at 1e-1.
@@ -93,11 +83,11 @@ def test_scan_is_mamba_ssm(L: int, seeded: bool) -> None:
         x, dt, A, B, C, Q, D=D, dt_bias=dt_bias, initial_states=state, dt_softplus=True, return_final_states=True
     )
     for chunk_size in (Q, None):
-        got, last, _ = ssd_chunk(x, dt, A, B, C, D, dt_bias, state, chunk_size=chunk_size)
+        got, last, _ = values.kernels.ssd_chunk(x, dt, A, B, C, D, dt_bias, state, chunk_size=chunk_size)
         same(got, want)
         same(last, final)
-    same(ssd_advance(x, dt, A, B, dt_bias, state), final)
-    same(ssd_block(x, dt, A, B, C, D, dt_bias, state), want)
+    same(values.kernels.ssd_advance(x, dt, A, B, dt_bias, state), final)
+    same(values.kernels.ssd_block(x, dt, A, B, C, D, dt_bias, state), want)
 
 
 def test_step_is_mamba_ssm() -> None:
@@ -119,7 +109,7 @@ def test_step_is_mamba_ssm() -> None:
         dt_bias=dt_bias[:, None].expand(H, P),
         dt_softplus=True,
     )
-    got, new = ssd_step(x, dt, A, B, C, D, dt_bias, state)
+    got, new = values.kernels.ssd_step(x, dt, A, B, C, D, dt_bias, state)
     same(got, want)
     same(new, theirs)
 
@@ -138,8 +128,8 @@ def test_convolution_is_causal_conv1d(L: int) -> None:
         return_final_states=True,
         activation="silu",
     )
-    same(causal_conv1d(x, weight, bias, state), want.transpose(1, 2))
-    same(conv_state(x, None, state, kernel_size=K)[..., 1:], final)
+    same(values.kernels.causal_conv1d(x, weight, bias, state), want.transpose(1, 2))
+    same(values.kernels.conv_state(x, None, state, kernel_size=K)[..., 1:], final)
 
 
 def test_block_and_step_are_both_packages() -> None:
@@ -160,9 +150,9 @@ def test_block_and_step_are_both_packages() -> None:
     want, final = combined.mamba_chunk_scan_combined(
         x, dt, A, B, Cs, L, D=D, dt_bias=dt_bias, initial_states=state, dt_softplus=True, return_final_states=True
     )
-    same(mamba_block(xBC, dt, weight, bias, A, D, dt_bias, column, state), want)
-    same(mamba_block(xBC[:, :16], dt[:, :16], weight, bias, A, D, dt_bias, column, state), want[:, :16])
-    same(mamba_advance(xBC, dt, weight, bias, A, dt_bias, column, state)[1], final)
+    same(values.kernels.mamba_block(xBC, dt, weight, bias, A, D, dt_bias, column, state), want)
+    same(values.kernels.mamba_block(xBC[:, :16], dt[:, :16], weight, bias, A, D, dt_bias, column, state), want[:, :16])
+    same(values.kernels.mamba_advance(xBC, dt, weight, bias, A, dt_bias, column, state)[1], final)
     for t in range(4):
-        y, column, state = mamba_step(xBC[:, t], dt[:, t], weight, bias, A, D, dt_bias, column, state)
+        y, column, state = values.kernels.mamba_step(xBC[:, t], dt[:, t], weight, bias, A, D, dt_bias, column, state)
         same(y, want[:, t])

@@ -1,6 +1,7 @@
 """Noise, prediction and the commit rule: against known answers, tests/literal and plain Python. 10 s on one core."""
 
 import math
+from typing import Any
 
 import literal
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tt_kernels import commit, gumbel_noise, head_sample, sample, unmask
+from tt_kernels import Sampling, commit, gumbel_noise, head_sample, sample, unmask
 from tt_kernels.reference.sampling import _philox
 
 WORD = 2**32 - 1
@@ -92,15 +93,16 @@ def test_noise_has_the_gumbel_distribution() -> None:
 # Prediction
 
 
-def settings(R: int, temperature: float | list[float] = 0.0) -> dict[str, Tensor]:
-    hot = torch.tensor([temperature] * R if isinstance(temperature, float) else temperature, dtype=torch.float64)
-    return dict(temperature=hot, seed=torch.arange(R), position=torch.arange(R) + 5, step=torch.arange(R) % 3)
+def settings(R: int, temperature: float | list[float] = 0.0, **limits: Any) -> Sampling:
+    hot = temperature if isinstance(temperature, float) else torch.tensor(temperature, dtype=torch.float64)
+    rows = torch.arange(R)
+    return Sampling.of(R, temperature=hot, seed=rows, position=rows + 5, step=rows % 3, **limits)
 
 
 def test_sample_frequencies() -> None:
     n, logits = 20_000, torch.tensor([0.0, 1.0, 2.0, -1.0])
     for temperature in (1.0, 0.5):
-        token, _ = sample(logits.expand(n, 4), **settings(n, temperature))
+        token, _ = sample(logits.expand(n, 4), settings(n, temperature))
         p = (logits / temperature).softmax(-1)
         frequency = torch.bincount(token, minlength=4) / n
         assert ((frequency - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all()  # 4 standard deviations
@@ -112,20 +114,24 @@ def test_sample_against_literal(data: st.DataObject) -> None:
     R, V = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 9))
     logits = torch.tensor(data.draw(st.lists(st.integers(-4, 4), min_size=R * V, max_size=R * V))).view(R, V).double()
     temperatures = data.draw(st.lists(st.sampled_from([0.0, 0.1, 1.0, 3.0]), min_size=R, max_size=R))
-    top_k = data.draw(st.none() | st.integers(1, V + 1))
+    top_k = data.draw(st.none() | st.lists(st.integers(0, V + 1), min_size=R, max_size=R))
     # No sum of e^(whole numbers / T) over another is one of these, so rounding decides nothing.
-    top_p = data.draw(st.none() | st.sampled_from([1e-9, 0.3137, 0.7071, 0.99017, 1.0]))
+    shares = st.sampled_from([1e-9, 0.3137, 0.7071, 0.99017, 1.0])
+    top_p = data.draw(st.none() | st.lists(shares, min_size=R, max_size=R))
     suppress = data.draw(st.none() | st.integers(0, V - 1))
-    options = settings(R, temperatures) | dict(
-        seed=torch.tensor(data.draw(st.lists(st.integers(0, 99), min_size=R, max_size=R)))
-    )
-    token, confidence = sample(logits, top_k=top_k, top_p=top_p, suppress=suppress, **options)
-    noise = gumbel_noise(options["seed"], options["position"], options["step"], vocab_size=V)
+    sampling = settings(
+        *(R, temperatures),
+        top_k=None if top_k is None else torch.tensor(top_k),
+        top_p=None if top_p is None else torch.tensor(top_p, dtype=torch.float64),
+    )._replace(seed=torch.tensor(data.draw(st.lists(st.integers(0, 99), min_size=R, max_size=R))))
+    token, confidence = sample(logits, sampling, suppress=suppress)
+    noise = gumbel_noise(sampling.seed, sampling.position, sampling.step, vocab_size=V)
     for r in range(R):
         row = logits[r].clone()
         if suppress is not None:
             row[suppress] = -math.inf
-        want = literal.sample(row, noise[r], temperatures[r], top_k, top_p)
+        mine = (top_k and top_k[r]) or None, top_p and top_p[r]
+        want = literal.sample(row, noise[r], temperatures[r], *mine)
         assert token[r] == want
         # A softmax of 9 numbers in two orders of operations: a few eps of fp64.
         assert math.isclose(confidence[r], literal.softmax(row)[want], rel_tol=1e-13)
@@ -134,29 +140,36 @@ def test_sample_against_literal(data: st.DataObject) -> None:
 def test_top_k_keeps_what_equals_the_kth_and_top_p_what_crosses() -> None:
     n = 400
     ties = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0]).expand(n, 5)
-    assert set(sample(ties, top_k=2, **settings(n, 3.0))[0].tolist()) == {0, 1, 2, 3}
+    assert set(sample(ties, settings(n, 3.0, top_k=2))[0].tolist()) == {0, 1, 2, 3}
     p = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(n, 4)
-    assert set(sample(p, top_p=0.4, **settings(n, 1.0))[0].tolist()) == {0}
-    assert set(sample(p, top_p=0.6, **settings(n, 1.0))[0].tolist()) == {0, 1}
+    assert set(sample(p, settings(n, 1.0, top_p=0.4))[0].tolist()) == {0}
+    assert set(sample(p, settings(n, 1.0, top_p=0.6))[0].tolist()) == {0, 1}
     # Two of four equals sum to exactly 0.5; it is the third that exceeds it.
-    assert set(sample(torch.zeros(n, 4), top_p=0.5, **settings(n, 1.0))[0].tolist()) == {0, 1, 2}
+    assert set(sample(torch.zeros(n, 4), settings(n, 1.0, top_p=0.5))[0].tolist()) == {0, 1, 2}
     # Confidence stays the probability under the whole softmax at temperature 1.
-    assert sample(p, top_p=0.4, **settings(n, 0.3))[1].allclose(torch.tensor(0.5))
+    assert sample(p, settings(n, 0.3, top_p=0.4)).confidence.allclose(torch.tensor(0.5))
+
+
+def test_a_top_p_of_1_is_no_limit() -> None:
+    """Also where the rounded probabilities add up to more than 1, and a draw needs the last token."""
+    logits = torch.randn(4000, 50, generator=torch.Generator().manual_seed(1))
+    free, one = (sample(logits, settings(4000, 3e4, top_p=p)) for p in (None, 1.0))
+    assert torch.equal(free.token, one.token)
 
 
 def test_argmax_takes_the_first_of_equals() -> None:
     logits = torch.zeros(3, 5000)
     logits[1, 17] = logits[1, 4000] = 1
     logits[2, 4999] = 1
-    assert sample(logits, **settings(3))[0].tolist() == [0, 17, 4999]
+    assert sample(logits, settings(3))[0].tolist() == [0, 17, 4999]
 
 
 def test_head_sample_is_sample_of_the_head_in_fp32() -> None:
     torch.manual_seed(2)
     hidden, weight = torch.randn(5, 8).bfloat16(), torch.randn(11, 8).bfloat16()
-    options = settings(5, [0.0, 1.0, 0.5, 0.0, 2.0]) | dict(suppress=3)
-    token, confidence = head_sample(hidden, weight, **options)
-    want_token, want_confidence = sample(hidden.double() @ weight.double().T, **options)
+    sampling = settings(5, [0.0, 1.0, 0.5, 0.0, 2.0])
+    token, confidence = head_sample(hidden, weight, sampling, suppress=3)
+    want_token, want_confidence = sample(hidden.double() @ weight.double().T, sampling, suppress=3)
     assert torch.equal(token, want_token) and confidence.dtype == torch.float32
     # Logits up to 8, so exp is off by at most 8 eps of fp32; logits rounded to bf16 would be off by 1e-2.
     torch.testing.assert_close(confidence.double(), want_confidence, rtol=1e-6, atol=0)
@@ -165,11 +178,10 @@ def test_head_sample_is_sample_of_the_head_in_fp32() -> None:
 def test_batch_gets_what_each_gets_alone() -> None:
     torch.manual_seed(2)
     hidden, weight = torch.randn(6, 8).double(), torch.randn(11, 8).double()
-    options = settings(6, [0.0, 1.0, 0.5, 0.0, 2.0, 0.1])
-    token, confidence = head_sample(hidden, weight, **options)
+    sampling = settings(6, [0.0, 1.0, 0.5, 0.0, 2.0, 0.1])
+    token, confidence = head_sample(hidden, weight, sampling)
     for r in range(6):
-        one = {name: t[r : r + 1] for name, t in options.items()}
-        alone = head_sample(hidden[r : r + 1], weight, **one)
+        alone = head_sample(hidden[r : r + 1], weight, sampling.select(torch.tensor([r])))
         assert alone[0] == token[r]
         assert math.isclose(alone[1], confidence[r], rel_tol=1e-12)  # a matrix product may sum a row in another order
 
@@ -222,19 +234,10 @@ def test_unmask_against_literal(data: st.DataObject) -> None:
     threshold = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.3, 0.9]), min_size=B, max_size=B))).double()
     steps_left, step = torch.randint(1, 5, (2, B), generator=generator)
     seed, position = torch.randint(0, 1000, (2, B), generator=generator)
-    top_k = data.draw(st.none() | st.integers(1, V))
+    top_k = data.draw(st.none() | st.lists(st.integers(0, V), min_size=B, max_size=B))
+    sampling = Sampling(temperature, seed, position, step, None if top_k is None else torch.tensor(top_k))
     new, committed, confidence, left = unmask(
-        hidden,
-        weight,
-        block,
-        mask_token_id=mask,
-        threshold=threshold,
-        temperature=temperature,
-        seed=seed,
-        position=position,
-        step=step,
-        steps_left=steps_left,
-        top_k=top_k,
+        hidden, weight, block, sampling, mask_token_id=mask, threshold=threshold, steps_left=steps_left
     )
     for b in range(B):
         masked, token, sure = [i for i in range(L) if block[b, i] == mask], {}, []
@@ -242,7 +245,7 @@ def test_unmask_against_literal(data: st.DataObject) -> None:
             row = weight @ hidden[b, i]
             row[mask] = -math.inf
             noise = gumbel_noise(seed[b : b + 1], position[b : b + 1] + i, step[b : b + 1], vocab_size=V)[0]
-            token[i] = literal.sample(row, noise, temperature[b].item(), top_k)
+            token[i] = literal.sample(row, noise, temperature[b].item(), (top_k and top_k[b]) or None)
             sure.append(literal.softmax(row)[token[i]].item())
         chosen = literal.commit_rule(masked, sure, threshold[b].item(), int(steps_left[b])) if masked else []
         assert committed[b].nonzero().flatten().tolist() == chosen

@@ -6,12 +6,12 @@ import random
 
 import pytest
 import torch
-from parity import DEVICE, make
+from parity import DEVICE, leaves, make
 from test_sampling import WORD, plain_philox, words
 from torch import Tensor
 
 from cards import OPS
-from tt_kernels import commit, gumbel_noise, head_sample, sample, unmask
+from tt_kernels import Sampling, commit, gumbel_noise, head_sample, sample, unmask
 
 pytestmark = pytest.mark.kernels
 INF, NAN = math.inf, math.nan
@@ -22,14 +22,14 @@ def on(values: object, dtype: torch.dtype | None = None) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
-def settings(R: int, temperature: float, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def settings(R: int, temperature: float, dtype: torch.dtype = torch.float64, **limits: float) -> Sampling:
     rows = torch.arange(R, device=DEVICE)
-    temperature = torch.full((R,), temperature, dtype=dtype, device=DEVICE)
-    return dict(temperature=temperature, seed=rows, position=rows + 5, step=rows % 3)
+    hot = torch.full((R,), temperature, dtype=dtype, device=DEVICE)
+    return Sampling.of(R, temperature=hot, seed=rows, position=rows + 5, step=rows % 3, **limits, device=DEVICE)
 
 
-def noise_of(options: dict[str, Tensor], V: int) -> Tensor:
-    return gumbel_noise(options["seed"], options["position"], options["step"], vocab_size=V)
+def noise_of(sampling: Sampling, V: int) -> Tensor:
+    return gumbel_noise(sampling.seed, sampling.position, sampling.step, vocab_size=V)
 
 
 # Temperatures
@@ -52,8 +52,8 @@ def test_infinite_temperatures_draw_evenly_from_what_may_be_drawn(
     temperature: float, dtype: torch.dtype, narrow: dict
 ) -> None:
     R = 60
-    options = settings(R, temperature, dtype)
-    token, confidence = sample(on(LOGITS).expand(R, 7), **options, **narrow, suppress=3)
+    options = settings(R, temperature, dtype, **narrow)
+    token, confidence = sample(on(LOGITS).expand(R, 7), options, suppress=3)
     # 5 tokens are left, 12 and 19 the best of them. Evenly 0.4 is exceeded by three of five and by two of three.
     allowed = {2: {5, 6}, 3: {5, 6}}.get(narrow.get("top_k"), {2, 5, 6} if narrow else {0, 2, 4, 5, 6})
     assert set(token.tolist()) == allowed
@@ -69,9 +69,9 @@ def test_infinite_temperatures_draw_evenly_from_what_may_be_drawn(
 @pytest.mark.parametrize("narrow", NARROW, ids=str)
 def test_tiny_temperatures_take_the_best(temperature: float, dtype: torch.dtype, narrow: dict) -> None:
     rows = [[5.0, 10.0, 20.0], [-5.0, -10.0, -20.0], [-INF, -20.0, -INF], [3e38, -3e38, 3.1e38], [0.0, -1.0, 1.0]]
-    options = settings(5, temperature, dtype)
-    assert sample(on(rows), **options, **narrow)[0].tolist() == [2, 0, 1, 2, 2]
-    assert sample(on(rows), **options, **narrow, suppress=2)[0].tolist() == [1, 0, 1, 0, 0]
+    options = settings(5, temperature, dtype, **narrow)
+    assert sample(on(rows), options)[0].tolist() == [2, 0, 1, 2, 2]
+    assert sample(on(rows), options, suppress=2)[0].tolist() == [1, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("temperature", (1e-38, 1e-3, 1.0, 1e3, 1e38, INF))
@@ -79,12 +79,12 @@ def test_logits_of_any_size_at_any_temperature(temperature: float) -> None:
     """Quotients beyond fp32 keep their order, and those beside which noise counts get it."""
     R = 40
     options = settings(R, temperature)
-    token, _ = sample(on([1e30, 2e30, -3e38, 0.0]).expand(R, 4), **options)
+    token, _ = sample(on([1e30, 2e30, -3e38, 0.0]).expand(R, 4), options)
     noise = noise_of(options, 4)
     exact = on([1e30, 2e30, -3e38, 0.0], torch.float64) / temperature + noise  # fp64 has the range
     assert torch.equal(token, exact.argmax(-1))
     assert len(set(token.tolist())) == (4 if temperature >= 1e38 else 1)
-    equal = sample(torch.zeros(R, 5, device=DEVICE), **options)[0]
+    equal = sample(torch.zeros(R, 5, device=DEVICE), options)[0]
     assert torch.equal(equal, noise_of(options, 5).argmax(-1))  # zeros: the noise decides
 
 
@@ -95,7 +95,7 @@ def test_the_unit_changes_no_bit() -> None:
     for temperature in (0.9, 0.1, 1e-3):
         options = settings(64, temperature)
         score = logits / on(temperature) + noise_of(options, 33).float()
-        assert torch.equal(sample(logits, **options)[0], score.argmax(-1))
+        assert torch.equal(sample(logits, options)[0], score.argmax(-1))
 
 
 # Rows
@@ -119,7 +119,7 @@ def test_rows_of_infinities_and_nan(temperature: float, narrow: dict) -> None:
     if temperature == INF:
         rows.pop()
     for logits, want, sure, suppress in rows:
-        token, confidence = sample(on([logits]), **settings(1, temperature), **narrow, suppress=suppress)
+        token, confidence = sample(on([logits]), settings(1, temperature, **narrow), suppress=suppress)
         assert token.tolist() == [want], logits
         torch.testing.assert_close(confidence, on([sure]), equal_nan=True)
 
@@ -127,10 +127,10 @@ def test_rows_of_infinities_and_nan(temperature: float, narrow: dict) -> None:
 @pytest.mark.parametrize("temperature", (0.0, 0.7, INF))
 def test_nothing_to_draw_in_a_vocabulary_of_many_tiles(temperature: float) -> None:
     empty = torch.full((2, 9000), -INF, device=DEVICE)
-    assert sample(empty, **settings(2, temperature), suppress=0)[0].tolist() == [1, 1]
-    assert sample(empty, **settings(2, temperature), suppress=4096)[0].tolist() == [0, 0]
+    assert sample(empty, settings(2, temperature), suppress=0)[0].tolist() == [1, 1]
+    assert sample(empty, settings(2, temperature), suppress=4096)[0].tolist() == [0, 0]
     nothing = torch.full((20, 4), NAN, device=DEVICE)  # more than 16 rows are combined in another way
-    token, confidence = head_sample(nothing, torch.ones(700, 4, device=DEVICE), **settings(20, temperature), suppress=0)
+    token, confidence = head_sample(nothing, torch.ones(700, 4, device=DEVICE), settings(20, temperature), suppress=0)
     assert token.tolist() == [1] * 20 and confidence.isnan().all()
 
 
@@ -142,12 +142,12 @@ def test_a_spoiled_position_is_committed_last_and_not_as_a_mask(L: int, temperat
     hidden[0, 1] = NAN
     block = torch.zeros(1, L, dtype=torch.int64, device=DEVICE)
     block[0, 3] = 5
-    rest = settings(1, temperature) | dict(threshold=on([0.0]), mask_token_id=0)
-    new, committed, confidence, left = unmask(hidden, weight, block, steps_left=on([9]), **rest)
+    sampling, rule = settings(1, temperature), dict(threshold=on([0.0]), steps_left=on([9]), mask_token_id=0)
+    new, committed, confidence, left = unmask(hidden, weight, block, sampling, **rule)
     want = [i not in (1, 3) for i in range(L)]  # all above 0; NaN is above nothing
     assert committed[0].tolist() == want and left.tolist() == [1]
     assert new[0, 1] == 0 and new[0, 3] == 5 and confidence[0, 1].isnan() and confidence[0, 3] == 0
-    new, committed, _, left = unmask(hidden, weight, new, steps_left=on([9]), **rest)
+    new, committed, _, left = unmask(hidden, weight, new, sampling, **rule)
     assert new[0, 1] == 1 and committed[0].nonzero().tolist() == [[1]] and left.tolist() == [0]
 
 
@@ -171,46 +171,66 @@ def test_noise_takes_any_integers() -> None:
 def test_positions_run_past_32_bits() -> None:
     torch.manual_seed(1)
     hidden, weight = torch.randn(2, 5, 4, device=DEVICE), torch.randn(9, 4, device=DEVICE)
-    rest = dict(threshold=on([0.0, 0.0]), steps_left=on([1, 1]), mask_token_id=8, seed=on([1, 2]), step=on([0, 1]))
-    rest["temperature"] = on([3.0, 3.0])
+    rule = dict(threshold=on([0.0, 0.0]), steps_left=on([1, 1]), mask_token_id=8)
+    rest = Sampling.of(2, temperature=on([3.0, 3.0]), seed=on([1, 2]), step=on([0, 1]), device=DEVICE)
     block = torch.full((2, 5), 8, device=DEVICE)
     for dtype, ends in ((torch.int32, (2**31 - 2, -2)), (torch.int64, (2**32 - 2, 2**63 - 2))):
-        tokens = unmask(hidden, weight, block, position=on(ends, dtype), **rest)[0]
+        tokens = unmask(hidden, weight, block, rest._replace(position=on(ends, dtype)), **rule).block
         for b in range(2):
-            row = dict(seed=rest["seed"][b], step=rest["step"][b], temperature=rest["temperature"][b])
+            row = rest.select(on(b))
             for i in range(5):
-                position = on((ends[b] + i) % 2**32)
-                want = head_sample(hidden[b, i], weight, position=position, **row, suppress=8)[0]
-                assert tokens[b, i] == want
+                here = row._replace(position=on((ends[b] + i) % 2**32))
+                assert tokens[b, i] == head_sample(hidden[b, i], weight, here, suppress=8).token
 
 
 def test_options_that_narrow_nothing() -> None:
     kwargs = make(OPS["sample"], OPS["sample"].cases[0], torch.float32)
     plain = sample(**kwargs)
-    for options in (dict(top_k=11), dict(top_k=2**63 - 1), dict(top_p=1.0), dict(top_p=1), dict(top_k=12, top_p=1)):
-        assert all(torch.equal(a, b) for a, b in zip(sample(**kwargs, **options), plain, strict=True))
+    for limits in (dict(top_k=11), dict(top_k=2**63 - 1), dict(top_k=0), dict(top_p=1.0), dict(top_k=12, top_p=1)):
+        limits = Sampling.of(len(kwargs["logits"]), **limits, device=DEVICE)
+        sampling = kwargs["sampling"]._replace(top_k=limits.top_k, top_p=limits.top_p)
+        assert all(torch.equal(a, b) for a, b in zip(sample(**kwargs | dict(sampling=sampling)), plain, strict=True))
+
+
+@pytest.mark.parametrize("limits", [dict(top_k=3), dict(top_p=0.6), dict(top_k=6, top_p=0.6)], ids=str)
+def test_limits_of_one_row_are_no_others(limits: dict[str, float]) -> None:
+    """A mixed batch: each row gets, bit for bit, what a batch of its own settings gets."""
+    torch.manual_seed(3)
+    R, V = 12, 40
+    logits, row = torch.randn(R, V, device=DEVICE) * 2, torch.arange(R, device=DEVICE)
+    hidden, weight = torch.randn(R, 8, device=DEVICE), torch.randn(V, 8, device=DEVICE)
+    none = Sampling.of(R, top_k=V + 1, top_p=1.0, device=DEVICE)
+    for kind in range(3):  # which third of the rows is limited; others have no limit, said in one of two ways
+        own = settings(R, 0.9, **limits)
+        mixed = own._replace(
+            top_k=own.top_k if own.top_k is None else torch.where(row % 3 == kind, own.top_k, none.top_k * (row % 2)),
+            top_p=own.top_p if own.top_p is None else torch.where(row % 3 == kind, own.top_p, none.top_p),
+        )
+        got = sample(logits, mixed)
+        limited, free = sample(logits, own), sample(logits, settings(R, 0.9))
+        for name in got._fields:
+            want = torch.where(row % 3 == kind, getattr(limited, name), getattr(free, name))
+            assert torch.equal(getattr(got, name), want)
+        assert not torch.equal(limited.token, free.token), "the limits say nothing"
+        whole = head_sample(hidden, weight, mixed)
+        for r in (0, 1, 5):
+            alone = head_sample(hidden[r], weight, mixed.select(on(r)))
+            assert alone.token == whole.token[r]
 
 
 @pytest.mark.parametrize("temperature", (0.0, 1.0, INF))
 def test_one_token_no_rows_and_no_channels(temperature: float) -> None:
-    for options in NARROW:
-        token, confidence = sample(torch.randn(3, 1, device=DEVICE), **settings(3, temperature), **options)
+    for limits in NARROW:
+        token, confidence = sample(torch.randn(3, 1, device=DEVICE), settings(3, temperature, **limits))
         assert token.tolist() == [0, 0, 0] and confidence.tolist() == [1, 1, 1]
-        none = sample(
-            torch.ones(2, 0, 4, device=DEVICE), **dict.fromkeys(settings(0, 0.0), None) | lone(2, 0), **options
-        )
-        assert none[0].shape == none[1].shape == (2, 0)
-        one = {name: t[0] for name, t in settings(1, temperature).items()}
-        assert sample(on([0.0, 9.0, -9.0]), **one | dict(temperature=on(1e-9)), **options)[0].shape == ()
-        token, confidence = head_sample(
-            torch.ones(2, 0, device=DEVICE), torch.ones(4, 0, device=DEVICE), **settings(2, temperature), **options
-        )
+        nobody = Sampling(*(None if t is None else t.expand(2, 0) for t in settings(0, 0.0, **limits)))
+        none = sample(torch.ones(2, 0, 4, device=DEVICE), nobody)
+        assert none.token.shape == none.confidence.shape == (2, 0)
+        one = settings(1, 1e-9, **limits).select(on(0))
+        assert sample(on([0.0, 9.0, -9.0]), one).token.shape == ()
+        hidden, weight = torch.ones(2, 0, device=DEVICE), torch.ones(4, 0, device=DEVICE)
+        token, confidence = head_sample(hidden, weight, settings(2, temperature, **limits))
         assert token.max() < 4 and confidence.tolist() == [0.25, 0.25]
-
-
-def lone(*shape: int) -> dict[str, Tensor]:
-    whole = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
-    return dict(temperature=whole.float(), seed=whole, position=whole, step=whole)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="fp64 kernels exist only in the interpreter")
@@ -224,7 +244,7 @@ def test_confidence_is_as_wide_as_the_wider_of_hidden_and_head() -> None:
 @pytest.mark.parametrize("name", ("sample", "head_sample", "unmask", "commit"))
 def test_results_want_no_gradients(name: str) -> None:
     kwargs = make(OPS[name], OPS[name].cases[0], torch.float32)
-    free = {k: t.requires_grad_() for k, t in kwargs.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    free = {k: t.requires_grad_() for k, t in leaves(kwargs).items() if t.is_floating_point()}
     assert free and torch.is_grad_enabled()
     assert not any(t.requires_grad or t.grad_fn for t in OPS[name].fn(**kwargs))
 

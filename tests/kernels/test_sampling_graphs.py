@@ -6,26 +6,32 @@ from typing import Any
 
 import pytest
 import torch
-from parity import DEVICE, make
+from parity import DEVICE, leaves, make
 from torch import Tensor
 from torch.export import Dim
 
 from cards import OPS
-from tt_kernels import head_sample
+from tt_kernels import Sampling, head_sample
 
 pytestmark = pytest.mark.kernels
+
+
+def sampling(rows: str) -> dict[str, str]:
+    return {f"sampling.{name}": rows for name in Sampling._fields}
+
+
 # Of each op: sizes to trace and others to run, and which dimension of each argument goes by which name.
 GRAPHS = {
     "gumbel_noise": (dict(R=3, V=11), dict(R=5, V=11), dict(seed="R", position="R", step="R")),
     "sample": (
         dict(R=6, V=37, narrow=1),
         dict(R=4, V=50, narrow=1),
-        dict(logits="RV", temperature="R", seed="R", position="R", step="R"),
+        {"logits": "RV"} | sampling("R"),
     ),
     "head_sample": (
         dict(R=6, D=16, V=37, narrow=1),
         dict(R=20, D=16, V=12, narrow=1),
-        dict(hidden="R.", weight="V.", temperature="R", seed="R", position="R", step="R"),
+        {"hidden": "R.", "weight": "V."} | sampling("R"),
     ),
     "commit": (
         dict(B=4, L=7, V=11),
@@ -35,8 +41,7 @@ GRAPHS = {
     "unmask": (
         dict(B=4, L=5, D=16, V=37, narrow=1),
         dict(B=3, L=6, D=16, V=40, narrow=1),
-        dict(hidden="BL.", weight="V.", block="BL", threshold="B", temperature="B", seed="B", position="B", step="B")
-        | dict(steps_left="B"),
+        {"hidden": "BL.", "weight": "V.", "block": "BL", "threshold": "B", "steps_left": "B"} | sampling("B"),
     ),
     "linear_cross_entropy": (
         dict(B=2, N=5, D=6, V=11),
@@ -53,19 +58,22 @@ class Module(torch.nn.Module):
         self.fn, self.names, self.options = fn, names, options
 
     def forward(self, *tensors: Tensor) -> Any:
-        return self.fn(**dict(zip(self.names, tensors, strict=True)), **self.options)
+        given = dict(zip(self.names, tensors, strict=True))
+        parts = {name.partition(".")[2]: given.pop(name) for name in self.names if name.startswith("sampling.")}
+        structure = dict(sampling=Sampling(**parts)) if parts else {}
+        return self.fn(**given, **structure, **self.options)
 
 
-def traced(name: str) -> tuple[Module, list[Tensor], list[Tensor]]:
+def traced(name: str) -> tuple[Module, *tuple[list[Tensor], ...]]:
     first, other, dims = GRAPHS[name]
     op = OPS[name]
     kwargs, others = (make(op, sizes, torch.float32) for sizes in (first, other))
-    options = {k: v for k, v in kwargs.items() if k not in dims}
+    options = {k: v for k, v in kwargs.items() if k not in dims and k != "sampling"}
     if "mask_token_id" in options:
         options["mask_token_id"] = 0
     if "suppress" in options:
         options["suppress"] = 0
-    return Module(op.fn, list(dims), options), [kwargs[k] for k in dims], [others[k] for k in dims]
+    return Module(op.fn, list(dims), options), *([leaves(args)[k] for k in dims] for args in (kwargs, others))
 
 
 def assert_same(got: Any, want: Any) -> None:
@@ -116,13 +124,11 @@ def test_a_graph_takes_temperatures_that_it_does_not_look_at() -> None:
     torch.manual_seed(1)
     hidden, weight, rows = torch.randn(4, 8, device=DEVICE), torch.randn(11, 8, device=DEVICE), torch.arange(4)
     rows = rows.to(DEVICE)
-    options = dict(seed=rows, position=rows, step=rows, suppress=3)
     compiled = torch.compile(head_sample, fullgraph=True, backend="aot_eager")
     for values in ((-1.0, math.nan, -math.inf, -0.0), (0.0, 1.0, math.inf, 1e-45)):
         temperature = torch.tensor(values, device=DEVICE)
-        got = compiled(hidden, weight, temperature=temperature, **options)
-        want = head_sample(
-            hidden, weight, temperature=temperature.clamp(min=0).nan_to_num(0, posinf=math.inf), **options
-        )
+        wild = Sampling(temperature, rows, rows, rows)
+        known = wild._replace(temperature=temperature.clamp(min=0).nan_to_num(0, posinf=math.inf))
+        got, want = compiled(hidden, weight, wild, suppress=3), head_sample(hidden, weight, known, suppress=3)
         assert torch.equal(got[0], want[0])
         assert_same(got[1], want[1])

@@ -11,12 +11,11 @@ from typing import Any
 import literal
 import pytest
 import torch
+import values
 from fp64 import fp64  # noqa: F401 (a fixture)
 from there import DTYPE, close, randn, there
 from torch import Tensor
 
-import tt_kernels
-from tt_kernels import reference
 from tt_kernels.runtime.launch import INTERPRET, ON_CPU
 
 S = 16  # block size
@@ -25,13 +24,13 @@ pytestmark = pytest.mark.kernels
 LIMITS = [(0.0, math.inf), (0.1, 0.5)]
 
 causal_conv1d, conv_block_states, conv_state = map(
-    there, (tt_kernels.causal_conv1d, tt_kernels.conv_block_states, tt_kernels.conv_state)
+    there, (values.kernels.causal_conv1d, values.kernels.conv_block_states, values.kernels.conv_state)
 )
 ssd_advance, ssd_block, ssd_chunk, ssd_step = map(
-    there, (tt_kernels.ssd_advance, tt_kernels.ssd_block, tt_kernels.ssd_chunk, tt_kernels.ssd_step)
+    there, (values.kernels.ssd_advance, values.kernels.ssd_block, values.kernels.ssd_chunk, values.kernels.ssd_step)
 )
 mamba_advance, mamba_block, mamba_step = map(
-    there, (tt_kernels.mamba_advance, tt_kernels.mamba_block, tt_kernels.mamba_step)
+    there, (values.kernels.mamba_advance, values.kernels.mamba_block, values.kernels.mamba_step)
 )
 
 
@@ -51,9 +50,9 @@ def test_conv_at_every_length() -> None:
             want.append(literal.silu(y))
             close(causal_conv1d(x[b : b + 1, : t + 1], weight, bias, state[b : b + 1])[0], torch.stack(want))
             close(conv_state(x[b : b + 1, : t + 1], None, state[b : b + 1], kernel_size=4)[0], column)
-    rows, lengths = all_lengths(dict(x=x[:1], state=state[:1]))  # all at once, and NaN past each
-    dirty = rows["x"].masked_fill(torch.arange(2 * S)[None, :, None] >= lengths[:, None, None], NAN)
-    after = conv_state(dirty, lengths, rows["state"], kernel_size=4)
+    rows, counts = all_lengths(dict(x=x[:1], state=state[:1]))  # all at once, and NaN past each
+    dirty = rows["x"].masked_fill(torch.arange(2 * S)[None, :, None] >= counts[:, None, None], NAN)
+    after = conv_state(dirty, counts, rows["state"], kernel_size=4)
     columns = torch.cat([state[0], x[0].T], -1)
     assert torch.equal(after, torch.stack([columns[:, n : n + 4] for n in range(2 * S + 1)]))
 
@@ -125,8 +124,8 @@ def cut(kw: dict[str, Any], *slices: slice) -> dict[str, Any]:
     return kw | per_token | dict(state=None if kw["state"] is None else kw["state"][rows])
 
 
-def advance(kw: dict[str, Any], lengths: Tensor | None = None, **options: Any) -> Tensor:
-    return ssd_advance(*(kw[k] for k in ("x", "dt", "A", "B", "dt_bias", "state")), lengths, **options)
+def advance(kw: dict[str, Any], counts: Tensor | None = None, **options: Any) -> Tensor:
+    return ssd_advance(*(kw[k] for k in ("x", "dt", "A", "B", "dt_bias", "state")), counts, **options)
 
 
 LENGTHS = range(1, 2 * S + 1)
@@ -134,9 +133,9 @@ LENGTHS = range(1, 2 * S + 1)
 
 def all_lengths(kw: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """One row again and again, and how much of it each is to take: every length from 0 on."""
-    lengths = torch.arange(2 * S + 1)
+    counts = torch.arange(2 * S + 1)
     rows = ("x", "dt", "B", "C", "state", "xBC", "conv_state")
-    return {k: t.repeat(len(lengths), *[1] * (t.dim() - 1)) if k in rows else t for k, t in kw.items()}, lengths
+    return {k: t.repeat(len(counts), *[1] * (t.dim() - 1)) if k in rows else t for k, t in kw.items()}, counts
 
 
 @pytest.mark.parametrize("limit", LIMITS)
@@ -151,8 +150,8 @@ def test_ssd_block_at_every_length(limit: tuple[float, float]) -> None:
 def test_ssd_advance_at_every_length(limit: tuple[float, float]) -> None:
     kw = scan_inputs(1, 2 * S)
     _, states = recurrence(kw, 0, limit)
-    rows, lengths = all_lengths(kw)
-    close(advance(rows, lengths, dt_limit=limit), states)
+    rows, counts = all_lengths(kw)
+    close(advance(rows, counts, dt_limit=limit), states)
     for L in (1, S, S + 1, 2 * S):
         close(advance(cut(kw, slice(None), slice(L)), dt_limit=limit), states[None, L])
 
@@ -167,8 +166,8 @@ def test_ssd_chunk_at_every_length(limit: tuple[float, float], Q: int) -> None:
         close(y, want[None, :L])
         close(state, states[None, L])
         close(before, states[None, 0:L:Q])
-    rows, lengths = all_lengths(kw)
-    y, state, _ = ssd_chunk(**rows, lengths=lengths, chunk_size=Q, dt_limit=limit)
+    rows, counts = all_lengths(kw)
+    y, state, _ = ssd_chunk(**rows, counts=counts, chunk_size=Q, dt_limit=limit)
     close(state, states)
     for L in LENGTHS:
         close(y[L, :L], want[:L])
@@ -202,19 +201,19 @@ def test_scan_in_two_segments_and_token_by_token() -> None:
 
 def test_scan_does_not_see_past_a_row() -> None:
     kw = scan_inputs(3, 10)
-    lengths = torch.tensor([10, 3, 0])
-    past = torch.arange(10) >= lengths[:, None]
+    counts = torch.tensor([10, 3, 0])
+    past = torch.arange(10) >= counts[:, None]
     dirty = kw | {k: kw[k].clone() for k in ("x", "dt", "B", "C")}
     for k in ("x", "dt", "B", "C"):
         dirty[k][past] = NAN
     for Q in (16,) if ON_CPU else (4, 16):
-        y, state, _ = ssd_chunk(**dirty, lengths=lengths, chunk_size=Q)
-        for b, n in enumerate(lengths.tolist()):
+        y, state, _ = ssd_chunk(**dirty, counts=counts, chunk_size=Q)
+        for b, n in enumerate(counts.tolist()):
             alone = cut(kw, slice(b, b + 1), slice(n))
             close(y[b : b + 1, :n], ssd_block(**alone))
             close(state[b : b + 1], advance(alone))
-            close(advance(dirty, lengths)[b : b + 1], advance(alone))
-    assert torch.equal(advance(dirty, lengths)[2], kw["state"][2])
+            close(advance(dirty, counts)[b : b + 1], advance(alone))
+    assert torch.equal(advance(dirty, counts)[2], kw["state"][2])
 
 
 def test_scan_of_packed_sequences() -> None:
@@ -254,7 +253,9 @@ def test_scan_keeps_its_state_in_fp32() -> None:
     assert ssd_block(**narrow).dtype == half and advance(narrow).dtype == torch.float32
     wide = {k: t.double() for k, t in narrow.items() if k not in ("C", "D")}
     # 16 decays and a sum of 16 terms in fp32; a bf16 state would be off by 4e-3.
-    torch.testing.assert_close(advance(narrow).double(), reference.ssd_advance(**wide), rtol=1e-5, atol=1e-5 * 1e3)
+    torch.testing.assert_close(
+        advance(narrow).double(), values.reference.ssd_advance(**wide), rtol=1e-5, atol=1e-5 * 1e3
+    )
 
 
 # Both together
@@ -310,8 +311,8 @@ def test_mamba_block_at_every_length(limit: tuple[float, float]) -> None:
 def test_mamba_advance_at_every_length(limit: tuple[float, float]) -> None:
     kw = mamba_inputs(1, 2 * S)
     _, columns, states = mamba_recurrence(kw, 0, limit)
-    rows, lengths = all_lengths(without(kw, "D"))
-    column, state = mamba_advance(**rows, lengths=lengths, dt_limit=limit)
+    rows, counts = all_lengths(without(kw, "D"))
+    column, state = mamba_advance(**rows, counts=counts, dt_limit=limit)
     close(column, columns)
     close(state, states)
     for L in (1, S, S + 1, 2 * S):
@@ -343,11 +344,11 @@ def test_mamba_block_is_its_tokens_one_by_one_and_its_segments() -> None:
 
 def test_mamba_advance_does_not_see_past_a_row() -> None:
     kw = without(mamba_inputs(4, 20), "D")
-    lengths = torch.tensor([20, 17, 3, 0])
-    past = torch.arange(20) >= lengths[:, None]
+    counts = torch.tensor([20, 17, 3, 0])
+    past = torch.arange(20) >= counts[:, None]
     dirty = kw | {k: kw[k].masked_fill(past[..., None], NAN) for k in ("xBC", "dt")}
-    column, state = mamba_advance(**dirty, lengths=lengths)
-    for b, n in enumerate(lengths.tolist()):
+    column, state = mamba_advance(**dirty, counts=counts)
+    for b, n in enumerate(counts.tolist()):
         _, columns, states = mamba_recurrence(kw | dict(D=torch.zeros_like(kw["A"])), b)
         close(column[b], columns[n])
         close(state[b], states[n])
@@ -360,10 +361,10 @@ def test_large_states_stay_exact_in_fp32() -> None:
     wide, long_wide = ({k: t.double() for k, t in kw.items()} for kw in (low, long))
     token = lambda kw: kw | dict(xBC=kw["xBC"][:, 0], dt=kw["dt"][:, 0])
     pairs = [
-        (mamba_block(**low), reference.mamba_block(**wide)),
-        (mamba_advance(**without(low, "D"))[1], reference.mamba_advance(**without(wide, "D"))[1]),
-        *zip(mamba_step(**token(low)), reference.mamba_step(**token(wide)), strict=True),
-        *zip(ssd_chunk(**long, chunk_size=None), reference.ssd_chunk(**long_wide, chunk_size=None), strict=True),
+        (mamba_block(**low), values.reference.mamba_block(**wide)),
+        (mamba_advance(**without(low, "D"))[1], values.reference.mamba_advance(**without(wide, "D"))[1]),
+        *zip(mamba_step(**token(low)), values.reference.mamba_step(**token(wide)), strict=True),
+        *zip(ssd_chunk(**long, chunk_size=None), values.reference.ssd_chunk(**long_wide, chunk_size=None), strict=True),
     ]
     for got, want in pairs:
         assert got.isfinite().all()

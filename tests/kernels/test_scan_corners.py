@@ -7,24 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+import values
 from fp64 import fp64  # noqa: F401 (a fixture)
 from test_scan import cut, mamba_inputs, mamba_recurrence, recurrence, scan_inputs, without
 from there import close, randn, there
 from torch import Tensor
 
-import tt_kernels
-
 pytestmark = pytest.mark.kernels
 INF = math.inf
 
 causal_conv1d, conv_block_states, conv_state = map(
-    there, (tt_kernels.causal_conv1d, tt_kernels.conv_block_states, tt_kernels.conv_state)
+    there, (values.kernels.causal_conv1d, values.kernels.conv_block_states, values.kernels.conv_state)
 )
 ssd_advance, ssd_block, ssd_chunk, ssd_step = map(
-    there, (tt_kernels.ssd_advance, tt_kernels.ssd_block, tt_kernels.ssd_chunk, tt_kernels.ssd_step)
+    there, (values.kernels.ssd_advance, values.kernels.ssd_block, values.kernels.ssd_chunk, values.kernels.ssd_step)
 )
 mamba_advance, mamba_block, mamba_step = map(
-    there, (tt_kernels.mamba_advance, tt_kernels.mamba_block, tt_kernels.mamba_step)
+    there, (values.kernels.mamba_advance, values.kernels.mamba_block, values.kernels.mamba_step)
 )
 L = 9
 
@@ -38,9 +37,9 @@ def check_scan(kw: dict[str, Any], want: tuple[Tensor, Tensor], limit: tuple[flo
     ys, states = want
     close(ssd_block(**kw, dt_limit=limit)[0], ys)
     close(ssd_advance(**without(kw, "C", "D"), dt_limit=limit)[0], states[-1])
-    for lengths in (torch.tensor([4]), torch.tensor([4], dtype=torch.int32)):
-        close(ssd_advance(**without(kw, "C", "D"), lengths=lengths, dt_limit=limit)[0], states[4])
-        close(ssd_chunk(**kw, lengths=lengths, chunk_size=None, dt_limit=limit)[1][0], states[4])
+    for counts in (torch.tensor([4]), torch.tensor([4], dtype=torch.int32)):
+        close(ssd_advance(**without(kw, "C", "D"), counts=counts, dt_limit=limit)[0], states[4])
+        close(ssd_chunk(**kw, counts=counts, chunk_size=None, dt_limit=limit)[1][0], states[4])
     for Q in (4, 10**12, None):
         y, last, before = ssd_chunk(**kw, chunk_size=Q, dt_limit=limit)
         close(y[0], ys)
@@ -54,8 +53,8 @@ def check_scan(kw: dict[str, Any], want: tuple[Tensor, Tensor], limit: tuple[flo
 def check_mamba(kw: dict[str, Any], limit: tuple[float, float] = (0.0, INF)) -> None:
     ys, columns, states = mamba_recurrence(kw, 0, limit)
     close(mamba_block(**kw, dt_limit=limit)[0], ys)
-    for n, lengths in ((-1, None), (4, torch.tensor([4])), (4, torch.tensor([4], dtype=torch.int32))):
-        column, state = mamba_advance(**without(kw, "D"), lengths=lengths, dt_limit=limit)
+    for n, counts in ((-1, None), (4, torch.tensor([4])), (4, torch.tensor([4], dtype=torch.int32))):
+        column, state = mamba_advance(**without(kw, "D"), counts=counts, dt_limit=limit)
         close(column[0], columns[n])
         close(state[0], states[n])
     y, column, state = mamba_step(**token(kw), dt_limit=limit)
@@ -104,17 +103,17 @@ def test_an_endless_step_is_limited() -> None:
 def test_no_state_is_a_state_of_zeros() -> None:
     kw = scan_inputs(2, L)
     none, zeros = kw | dict(state=None), kw | dict(state=torch.zeros_like(kw["state"]))
-    lengths = torch.tensor([L, 0])
+    counts = torch.tensor([L, 0])
     assert torch.equal(ssd_block(**none), ssd_block(**zeros))
-    for n in (None, lengths):
+    for n in (None, counts):
         assert torch.equal(
-            ssd_advance(**without(none, "C", "D"), lengths=n), ssd_advance(**without(zeros, "C", "D"), lengths=n)
+            ssd_advance(**without(none, "C", "D"), counts=n), ssd_advance(**without(zeros, "C", "D"), counts=n)
         )
-        for got, want in zip(ssd_chunk(**none, lengths=n), ssd_chunk(**zeros, lengths=n), strict=True):
+        for got, want in zip(ssd_chunk(**none, counts=n), ssd_chunk(**zeros, counts=n), strict=True):
             assert torch.equal(got, want)
     x, weight, state = randn(2, L, 3), randn(3, 4), torch.zeros(2, 3, 4)
     assert torch.equal(causal_conv1d(x, weight), causal_conv1d(x, weight, None, state))
-    for n in (None, lengths):
+    for n in (None, counts):
         assert torch.equal(conv_state(x, n, None, kernel_size=4), conv_state(x, n, state, kernel_size=4))
 
 

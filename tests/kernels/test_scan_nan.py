@@ -9,33 +9,33 @@ from typing import Any
 
 import pytest
 import torch
-from parity import DEVICE, OPS, make
+import values
+from parity import DEVICE, OPS, leaves, make
 from torch import Tensor
-
-from tt_kernels import (
-    causal_conv1d,
-    mamba_advance,
-    mamba_block,
-    mamba_step,
-    reference,
-    ssd_advance,
-    ssd_block,
-    ssd_chunk,
-    ssd_step,
-)
 
 pytestmark = pytest.mark.kernels
 NAN = float("nan")
 b, L, H, P, G, N, K = 2, 7, 4, 3, 2, 5, 4
 ROW, TOKEN, HEAD, GROUP = 1, 5, 2, 1  # head 2 is of group 1
 C = H * P + 2 * G * N
+NAMES = {
+    "weights.conv_weight": "weight",
+    "weights.conv_bias": "bias",
+    "weights.A": "A",
+    "weights.D": "D",
+    "weights.dt_bias": "dt_bias",
+    "state.conv": "conv_state",
+    "state.ssm": "state",
+    "ssm_state": "state",
+}  # of the leaves of arguments, as `values` takes them
 PER_TOKEN = ("x", "xBC", "dt", "B", "C")
 
 
 def inputs(op: str, argument: str, place: tuple[int, ...], **dims: int) -> dict[str, Any]:
     """An op's inputs on the CPU with one NaN in them."""
     kwargs = make(OPS[op], dict(b=b, L=L, H=H, P=P, G=G, N=N) | dims, torch.float32)
-    kwargs = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    tensors = {NAMES.get(name, name): t.cpu() for name, t in leaves(kwargs).items()}
+    kwargs = {k: v for k, v in kwargs.items() if k == "chunk_size"} | tensors
     kwargs[argument] = kwargs[argument].clone()
     kwargs[argument][place] = NAN
     return kwargs
@@ -84,21 +84,21 @@ SCAN = [
 def test_scan(argument: str, place: tuple[int, ...]) -> None:
     # A limit is no way for a NaN to become a number.
     kwargs = inputs("ssd_block", argument, place) | (dict(dt_limit=(0.01, 0.1)) if argument == "dt" else {})
-    y, state = one_by_one(reference.ssd_step, kwargs, "state")
+    y, state = one_by_one(values.reference.ssd_step, kwargs, "state")
     rows, tokens, heads, _ = (set(column.tolist()) for column in y.nonzero().T)
     assert rows == ({ROW} if argument not in "AD" else {0, 1})
     assert heads == ({2, 3} if argument in "BC" else {HEAD})
     assert tokens == ({TOKEN} if argument == "C" else {5, 6} if argument in ("x", "dt", "B") else set(range(L)))
-    between(y, lost(ssd_block, kwargs)[0], with_earlier(y, L))
-    assert torch.equal(lost(ssd_advance, kwargs, "C", "D")[0], state)
+    between(y, lost(values.kernels.ssd_block, kwargs)[0], with_earlier(y, L))
+    assert torch.equal(lost(values.kernels.ssd_advance, kwargs, "C", "D")[0], state)
     for Q in (2, None):
-        got, last, before = lost(ssd_chunk, kwargs | dict(chunk_size=Q))
+        got, last, before = lost(values.kernels.ssd_chunk, kwargs | dict(chunk_size=Q))
         between(y, got, with_earlier(y, Q or L))
         assert torch.equal(last, state)
         if Q and argument in ("x", "dt", "B"):  # in the third chunk, so that the fourth starts with it
             assert not before[:, :3].any() and torch.equal(before[:, 3], state)
     token = kwargs | {k: kwargs[k][:, TOKEN] for k in PER_TOKEN if k in kwargs}
-    for got, want in zip(lost(ssd_step, token), lost(reference.ssd_step, token), strict=True):
+    for got, want in zip(lost(values.kernels.ssd_step, token), lost(values.reference.ssd_step, token), strict=True):
         assert torch.equal(got, want)
 
 
@@ -115,14 +115,14 @@ BOTH = [
 @pytest.mark.parametrize("argument,place", BOTH)
 def test_convolution_and_scan(argument: str, place: tuple[int, ...]) -> None:
     kwargs = inputs("mamba_block", argument, place, K=K)
-    y, *states = one_by_one(reference.mamba_step, kwargs, "conv_state", "state")
+    y, *states = one_by_one(values.reference.mamba_step, kwargs, "conv_state", "state")
     rows, _, heads, _ = (set(column.tolist()) for column in y.nonzero().T)
     assert rows == {ROW} and heads <= {2, 3}
-    between(y, lost(mamba_block, kwargs)[0], with_earlier(y, L))
-    for got, want in zip(lost(mamba_advance, kwargs, "D"), states, strict=True):
+    between(y, lost(values.kernels.mamba_block, kwargs)[0], with_earlier(y, L))
+    for got, want in zip(lost(values.kernels.mamba_advance, kwargs, "D"), states, strict=True):
         assert torch.equal(got, want)
     token = kwargs | {k: kwargs[k][:, TOKEN] for k in ("xBC", "dt")}
-    for got, want in zip(lost(mamba_step, token), lost(reference.mamba_step, token), strict=True):
+    for got, want in zip(lost(values.kernels.mamba_step, token), lost(values.reference.mamba_step, token), strict=True):
         assert torch.equal(got, want)
 
 
@@ -132,17 +132,17 @@ def test_convolution_alone() -> None:
     x[ROW, 3, 4] = NAN
     want = torch.zeros(2, 9, 6, dtype=torch.bool)
     want[ROW, 3 : 3 + K, 4] = True
-    assert torch.equal(lost(causal_conv1d, dict(x=x, weight=weight))[0], want)
+    assert torch.equal(lost(values.kernels.causal_conv1d, dict(x=x, weight=weight))[0], want)
     want[ROW, 5:] = False  # another sequence begins at token 5 of this row
     packed = dict(x=x, weight=weight, cu_seqlens=torch.tensor([0, 9, 14, 18]))
-    assert torch.equal(lost(causal_conv1d, packed)[0], want)
+    assert torch.equal(lost(values.kernels.causal_conv1d, packed)[0], want)
 
 
 @pytest.mark.parametrize("argument,place", SCAN[:4])
 def test_packed_sequences(argument: str, place: tuple[int, ...]) -> None:
     """Chunks before it are whole. What follows is not promised: a state that starts anew is 0 times the one before."""
     kwargs = inputs("ssd_chunk", argument, place, Q=2, seeded=0) | dict(cu_seqlens=torch.tensor([0, L, L + 4, 2 * L]))
-    got = lost(ssd_chunk, kwargs)[0]
+    got = lost(values.kernels.ssd_chunk, kwargs)[0]
     start = TOKEN // 2 * 2
     assert got[ROW, TOKEN].any() and not got[0].any() and not got[ROW, :start].any()
     assert set(got.nonzero()[:, 2].tolist()) <= ({2, 3} if argument in "BC" else {HEAD})

@@ -41,13 +41,14 @@ def assert_close(got: Tensor, want: Tensor, what: str) -> None:
 
 def assert_cache(cache: Cache, row: int, want: dict[str, Tensor], prefix: str) -> None:
     n = int(cache.lengths[row])
-    for i, state in cache.ssm.items():
-        assert_close(state[row], want[f"{prefix}.layer{i}.ssm_state"], f"{prefix} layer {i} SSM state")
-        assert_close(cache.conv[i][row], want[f"{prefix}.layer{i}.conv_state"], f"{prefix} layer {i} conv state")
+    for i in cache.pool.ssm:
+        conv, ssm = cache.states(i)
+        assert_close(ssm[row], want[f"{prefix}.layer{i}.ssm_state"], f"{prefix} layer {i} SSM state")
+        assert_close(conv[row], want[f"{prefix}.layer{i}.conv_state"], f"{prefix} layer {i} conv state")
     table = cache.page_table[row].long()
-    for pages, name in ((cache.keys, "key"), (cache.values, "value")):
-        for i, pool in pages.items():
-            rows = pool[table].flatten(0, 1)[:n].transpose(0, 1)
+    for i in cache.pool.keys:
+        for pages, name in zip(cache.kv(i), ("key", "value"), strict=True):
+            rows = pages[table].flatten(0, 1)[:n].transpose(0, 1)
             assert_close(rows, want[f"{prefix}.layer{i}.{name}"], f"{prefix} layer {i} {name}")
 
 
@@ -99,12 +100,13 @@ def test_verify_and_advance_are_commit(model: TwoTower, forward: dict[str, Tenso
     for b, n in enumerate(rows):
         alone = model.prefill(torch.cat([prompt, block[:, :n]], 1))
         want = {}
-        for i in cache.ssm:
-            want |= {f"x.layer{i}.ssm_state": alone.ssm[i][0], f"x.layer{i}.conv_state": alone.conv[i][0]}
-        for name, pages in (("key", alone.keys), ("value", alone.values)):
-            for i, pool in pages.items():
+        for i in cache.pool.ssm:
+            conv, ssm = alone.states(i)
+            want |= {f"x.layer{i}.ssm_state": ssm[0], f"x.layer{i}.conv_state": conv[0]}
+        for i in cache.pool.keys:
+            for name, pages in zip(("key", "value"), alone.kv(i), strict=True):
                 length = int(alone.lengths[0])
-                want[f"x.layer{i}.{name}"] = pool[alone.page_table[0].long()].flatten(0, 1)[:length].transpose(0, 1)
+                want[f"x.layer{i}.{name}"] = pages[alone.page_table[0].long()].flatten(0, 1)[:length].transpose(0, 1)
         assert_cache(cache, b, want, "x")
         assert_close(cache.last_logits[b], alone.last_logits[0], "last logits after advance")
 

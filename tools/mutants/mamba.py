@@ -14,27 +14,36 @@ SSD_BLOCK_KERNELS = "tt_kernels/ssm/ssd_block_kernels.py"
 SSD_BLOCK_LAUNCH = "tt_kernels/ssm/ssd_block_launch.py"
 SSD_CHUNK_KERNELS = "tt_kernels/ssm/ssd_chunk_kernels.py"
 SSD_CHUNK_LAUNCH = "tt_kernels/ssm/ssd_chunk_launch.py"
+SSD_LAUNCH = "tt_kernels/ssm/launch.py"
 SSD_STEP = "tt_kernels/ssm/ssd_step.py"
 
 FAR = "tests/kernels/test_strides_mamba.py::test_any_dimension_may_be_far_apart"
+STATES = "tests/kernels/test_states.py"
 CORNERS = "tests/kernels/test_scan_corners.py::test_a_decay_of_nothing_and_of_all[-inf]"
 # Strides multiplied in 32 bits: the operation and its argument whose dimension lies far apart then.
 FAR_APART = (
-    ("causal_conv1d", CAUSAL_CONV1D, "x.contiguous(), near(state)", "x.contiguous(), state", "state-1"),
-    ("conv_state", CONV_STATES, "c.to(tl.int64) * stride_xc", "c * stride_xc", "x-2"),
-    ("conv_state", CONV_STATES, "c.to(tl.int64) * stride_sc", "c * stride_sc", "state-1"),
-    ("conv_state", CONV_STATES, "(source + K).to(tl.int64)", "(source + K)", "state-2"),
+    ("causal_conv1d", CAUSAL_CONV1D, "x.contiguous(), near(state)", "x.contiguous(), state", "conv_state-1"),
+    ("conv_advance", CONV_STATES, "c.to(tl.int64) * stride_xc", "c * stride_xc", "x-2"),
+    (
+        "conv_advance",
+        RUNTIME_LANG,
+        "return slots.ptr + row * slots.stride",
+        "return slots.ptr + row.to(tl.int32) * slots.stride",
+        "conv_state-0",
+    ),
     ("ssd_block", LANG, "row, head.to(tl.int64), ", "row, head, ", "dt-2"),
     ("ssd_step", LANG, "(head // R).to(tl.int64), offs_p", "head // R, offs_p", "B-1"),
     ("ssd_chunk", SSD_CHUNK_KERNELS, "head.to(tl.int64)[None, :] * stride_dth", "head[None, :] * stride_dth", "dt-2"),
     ("ssd_chunk", SSD_CHUNK_KERNELS, "group = (head // R).to(tl.int64)", "group = head // R", "B-2"),
-    ("mamba_block", CONV_LANG, "c.to(tl.int64)[:, None] * stride_sc", "c[:, None] * stride_sc", "conv_state-1"),
-    ("mamba_step", CONV_LANG, "(k + AHEAD).to(tl.int64)", "(k + AHEAD)", "conv_state-2"),
+    ("mamba_block", CONV_LANG, "c.to(tl.int64)[:, None] * stride_sc", "c[:, None] * stride_sc", "state.conv-1"),
+    ("mamba_block", CONV_LANG, "(k + AHEAD).to(tl.int64)", "(k + AHEAD)", "state.conv-2"),
 )
 
 MUTANTS = (
-    *(Mutant(op, file, old, new, f"far {case}", f"{FAR}[{op}-{case}]") for op, file, old, new, case in FAR_APART),
-    Mutant("ssd_advance", LANG, "tl.maximum(A, -3e38, propagate_nan=tl.PropagateNan.ALL)", "A", "0 * -inf", CORNERS),
+    *(Mutant(op, file, old, new, f"far {case}", test=f"{FAR}[{op}-{case}]") for op, file, old, new, case in FAR_APART),
+    Mutant(
+        "ssd_advance", LANG, "tl.maximum(A, -3e38, propagate_nan=tl.PropagateNan.ALL)", "A", "0 * -inf", test=CORNERS
+    ),
     Mutant("causal_conv1d", CAUSAL_CONV1D, "(k == K - 1 - back)", "(k == back)", "taps in reverse"),
     Mutant(
         "causal_conv1d", CAUSAL_CONV1D, "(S + source)[:, None]", "(S + source - 1)[:, None]", "state one column early"
@@ -56,24 +65,24 @@ MUTANTS = (
     Mutant(
         "causal_conv1d", CAUSAL_CONV1D, "    if bias_ptr is not None:", "    if bias_ptr is None:", "bias forgotten"
     ),
-    Mutant("causal_conv1d", CAUSAL_CONV1D, "b * stride_sb + c", "c", "the first row's state for all"),
-    Mutant("conv_state", CONV_STATES, "source = length - K + k", "source = length - K + k - 1", "one column early"),
-    Mutant("conv_state", CONV_STATES, "(source + K).to", "k.to", "state does not move on"),
     Mutant(
-        "conv_state", RUNTIME_LANG, "tl.load(lengths_ptr + b), 0)", "tl.load(lengths_ptr), 0)", "one length for all"
+        "causal_conv1d", CAUSAL_CONV1D, "at_slot(state, b)", "at_slot(state, 0 * b)", "the first row's state for all"
+    ),
+    Mutant("conv_advance", CONV_STATES, "source = count - K + k", "source = count - K + k - 1", "one column early"),
+    Mutant("conv_advance", CONV_STATES, "(source + K) * stride_sk", "k * stride_sk", "state does not move on"),
+    Mutant("conv_advance", RUNTIME_LANG, "tl.load(counts_ptr + b), 0)", "tl.load(counts_ptr), 0)", "one count for all"),
+    Mutant(
+        "conv_advance", RUNTIME_LANG, "tl.maximum(tl.load(counts_ptr + b), 0)", "tl.load(counts_ptr + b)", "below 0"
+    ),
+    Mutant("conv_advance", RUNTIME_LANG, "0), L).to(tl.int32)", "0), L + 2).to(tl.int32)", "above L"),
+    Mutant(
+        "conv_advance", CONV_STATES, "tl.where(source < 0, before", "tl.where(source <= 0, before", "first column lost"
     ),
     Mutant(
-        "conv_state", RUNTIME_LANG, "tl.maximum(tl.load(lengths_ptr + b), 0)", "tl.load(lengths_ptr + b)", "below 0"
-    ),
-    Mutant("conv_state", RUNTIME_LANG, "0), L).to(tl.int32)", "0), L + 2).to(tl.int32)", "above L"),
-    Mutant(
-        "conv_state", CONV_STATES, "tl.where(source < 0, before", "tl.where(source <= 0, before", "first column lost"
-    ),
-    Mutant(
-        "conv_state",
+        "conv_advance",
         CONV_STATES,
-        "other=0.0)\n    if state_ptr is not None:\n",
-        "other=0.0)\n    if False:\n",
+        "column = tl.where(source < 0, before.to(column.dtype), column)",
+        "column = column + 0 * before.to(column.dtype)",
         "state lost",
     ),
     Mutant("conv_block_states", CONV_STATES, "source = start - back", "source = start - back + 1", "one column late"),
@@ -99,14 +108,16 @@ MUTANTS = (
         "C_ptr + b * stride_Cb",
         "group 0's C",
     ),
-    Mutant("ssd_block", SSD_BLOCK_LAUNCH, "None, low, high)[0]", "None, low, high)[0] * 1.001", "long blocks off"),
     Mutant(
-        "ssd_advance", RUNTIME_LANG, "tl.load(lengths_ptr + b), 0)", "tl.load(lengths_ptr + b) + 1, 0)", "one too many"
+        "ssd_block", SSD_BLOCK_LAUNCH, "dt_limit=(low, high))[0]", "dt_limit=(low, high))[0] * 1.001", "long blocks off"
+    ),
+    Mutant(
+        "ssd_advance", RUNTIME_LANG, "tl.load(counts_ptr + b), 0)", "tl.load(counts_ptr + b) + 1, 0)", "one too many"
     ),
     Mutant("ssd_advance", SSD_BLOCK_KERNELS, "grow(state * left, B", "grow(state, B", "state does not decay"),
     Mutant("ssd_advance", LANG, "decays_to_end(after) * dt", "decays_to_end(after)", "step forgotten"),
     Mutant("ssd_advance", LANG, "decays_to_end(after) * dt", "decays_to_end(a) * dt", "own decay counted"),
-    Mutant("ssd_advance", LANG, "(t + 1 < start + BLOCK_T)", "(t + 1 < length)", "decay of the next tile twice"),
+    Mutant("ssd_advance", LANG, "(t + 1 < start + BLOCK_T)", "(t + 1 < count)", "decay of the next tile twice"),
     Mutant(
         "ssd_advance",
         SSD_BLOCK_KERNELS,
@@ -143,12 +154,12 @@ MUTANTS = (
     Mutant(
         "ssd_chunk",
         SSD_CHUNK_KERNELS,
-        "    if span == spans - 1:\n",
-        "    if span == 0:\n",
+        "        if span == spans - 1:\n",
+        "        if span == 0:\n",
         "the first span's last state",
     ),
     Mutant(
-        "ssd_chunk", SSD_CHUNK_KERNELS, "count, tl.minimum(count, length - start)", "count, count", "lengths forgotten"
+        "ssd_chunk", SSD_CHUNK_KERNELS, "count, tl.minimum(count, entering - start)", "count, count", "counts forgotten"
     ),
     Mutant(
         "ssd_chunk",
@@ -175,7 +186,7 @@ MUTANTS = (
     Mutant(
         "mamba_block", CONV_LANG, "tl.static_range(1, K - 1 - early)", "tl.static_range(1, K - 2 - early)", "past cut"
     ),
-    Mutant("mamba_block", CONV_LANG, "((source >= 0) & (t < length))", "(t < length)", "reads before the row"),
+    Mutant("mamba_block", CONV_LANG, "((source >= 0) & (t < count))", "(t < count)", "reads before the row"),
     Mutant("mamba_block", CONV_LANG, "y = bias.to(ACC)[None, :] + ", "y = ", "bias forgotten"),
     Mutant("mamba_block", CONV_LANG, "return silu(y).to(NARROW)", "return y.to(NARROW)", "no activation"),
     Mutant(
@@ -192,15 +203,15 @@ MUTANTS = (
     Mutant(
         "mamba_advance",
         MAMBA_BLOCK_KERNELS,
-        "length = row_length(lengths_ptr, b, L)",
-        "length = L",
-        "lengths forgotten",
+        "count = row_count(counts_ptr, b, L)",
+        "count = L",
+        "counts forgotten",
     ),
     Mutant(
         "mamba_advance",
         RUNTIME_LANG,
-        "tl.maximum(tl.load(lengths_ptr + b), 0)",
-        "tl.load(lengths_ptr + b) + 0",
+        "tl.maximum(tl.load(counts_ptr + b), 0)",
+        "tl.load(counts_ptr + b) + 0",
         "below 0",
     ),
     Mutant(
@@ -209,8 +220,8 @@ MUTANTS = (
     Mutant(
         "mamba_advance",
         MAMBA_BLOCK_KERNELS,
-        "new_conv_ptr += b * (H",
-        "new_conv_ptr += 0 * b * (H",
+        "at_slot(after_columns, b)",
+        "at_slot(after_columns, 0 * b)",
         "row 0's conv state",
     ),
     Mutant(
@@ -223,9 +234,50 @@ MUTANTS = (
     Mutant(
         "mamba_advance",
         MAMBA_BLOCK_LAUNCH,
-        "_conv_state(xBC, lengths,",
-        "_conv_state(xBC, None,",
-        "long: lengths forgotten",
+        "_conv_advance(xBC, conv, counts,",
+        "_conv_advance(xBC, conv, None,",
+        "long: counts forgotten",
+    ),
+    Mutant(
+        "ssd_step",
+        SSD_STEP,
+        "tl.load(at_slot(before, b)",
+        "tl.load(at_slot(after, b)",
+        "reads where it writes",
+        test=STATES,
+    ),
+    Mutant(
+        "ssd_step",
+        SSD_LAUNCH,
+        "before if out is None else Slots.of(used, out)",
+        "before",
+        "writes where it reads",
+        test=STATES,
+    ),
+    Mutant(
+        "conv_advance",
+        RUNTIME_LANG,
+        "tl.minimum(tl.maximum(tl.load(slots.indices + row), 0), slots.number - 1)",
+        "tl.maximum(tl.load(slots.indices + row), 0)",
+        "a slot behind the last",
+        test=STATES,
+    ),
+    Mutant(
+        "mamba_step",
+        CONV_STATES,
+        "copy_to_slots(pool, new, read)",
+        "copy_to_slots(pool, new, None)",
+        "rows 0, 1, ..",
+        test=STATES,
+    ),
+    Mutant(
+        "ssd_chunk",
+        SSD_CHUNK_LAUNCH,
+        "initial = Slots.of(copied(initial.ptr, initial.indices, b))",
+        "pass",
+        "raced",
+        sanitize=True,
+        test=STATES,
     ),
     Mutant("mamba_step", CONV_LANG, "(k + AHEAD).to", "k.to", "state does not move on"),
     Mutant("mamba_step", CONV_LANG, "own[:, None], past", "own[:, None] * 0, past", "own column forgotten"),

@@ -22,8 +22,8 @@ MUTANTS = (
     Mutant(
         RMS,
         MODULATED_RMS_NORM_KERNELS,
-        "    r = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0).to(acc)  # [BLOCK_D]",
-        "    r = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=1.0).to(acc)  # [BLOCK_D]",
+        "    return tl.load(rows.ptr + i * rows.stride + cols, mask=mask, other=0.0)",
+        "    return tl.load(rows.ptr + i * rows.stride + cols, mask=mask, other=1.0)",
         "padding counted",
     ),
     Mutant(
@@ -32,29 +32,29 @@ MUTANTS = (
     Mutant(
         RMS,
         MODULATED_RMS_NORM_KERNELS,
-        "        dweight += dy * n\n",
-        "        dweight = dy * n\n",
+        "        dweight += g * n\n",
+        "        dweight = g * n\n",
         "weight's gradient of the last row only",
     ),
     Mutant(
         RMS,
         MODULATED_RMS_NORM_LAUNCH,
-        "        (rows.shape[0] if D else 0,),",
-        "        (rows.shape[0] - 1 if D else 0,),",
+        "        (x.shape[:-1].numel() if D else 0,),",
+        "        (x.shape[:-1].numel() - 1 if D else 0,),",
         "last row missed",
     ),
     Mutant(
         RMS,
         MODULATED_RMS_NORM_KERNELS,
-        "    acc = rstd_ptr.dtype.element_ty\n    r = tl.load(x_ptr",
-        "    acc = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32\n    r = tl.load(x_ptr",
+        "    acc = rstd_ptr.dtype.element_ty\n    r = _load(x,",
+        "    acc = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32\n    r = _load(x,",
         "an fp64 weight forgotten in the dtype of sums",
     ),
     Mutant(
         "modulated",
         MODULATED_RMS_NORM_KERNELS,
         "    acc = rstd_ptr.dtype.element_ty\n    weight = ",
-        "    acc = tl.float64 if residual_ptr.dtype.element_ty == tl.float64 else tl.float32\n    weight = ",
+        "    acc = tl.float64 if residual.ptr.dtype.element_ty == tl.float64 else tl.float32\n    weight = ",
         "and in that of gradients",
     ),
     Mutant(
@@ -67,22 +67,22 @@ MUTANTS = (
     Mutant(
         "modulated",
         MODULATED_RMS_NORM_KERNELS,
-        "branch *= tl.load(gate_ptr",
-        "branch += tl.load(gate_ptr",
+        "step *= _load(gate,",
+        "step += _load(gate,",
         "gate added",
     ),
     Mutant(
         "modulated",
         MODULATED_RMS_NORM_KERNELS,
-        "        r = rounded.to(acc)  # the norm sees what the next layer will",
-        "        r = branch",
+        "        r = rounded.to(acc)  # the norm reads the residual as the next layer will",
+        "        r = step",
         "residual left out of the norm",
     ),
     Mutant(
         "modulated",
         MODULATED_RMS_NORM_KERNELS,
-        "scale = 1 + tl.load(scale_ptr + b * stride_scale + cols, mask=mask, other=0.0).to(acc)\n        if",
-        "scale = tl.load(scale_ptr + b * stride_scale + cols, mask=mask, other=0.0).to(acc)\n        if",
+        "factor = 1 + _load(scale, b, cols, mask, acc)\n        if",
+        "factor = _load(scale, b, cols, mask, acc)\n        if",
         "1 + forgotten",
     ),
     Mutant(
@@ -102,21 +102,21 @@ MUTANTS = (
     Mutant(
         "modulated",
         MODULATED_RMS_NORM_KERNELS,
-        "        if HAS_DRESIDUAL:\n",
+        "        if dresidual is not None:\n",
         "        if False:\n",
         "gradient of the residual lost",
     ),
     Mutant(
         "modulated",
         MODULATED_RMS_NORM_KERNELS,
-        "            dgate += dm * branch",
-        "            dgate += dy * branch",
+        "            dgate += dm * _load",
+        "            dgate += g * _load",
         "gate's gradient from y alone",
     ),
     Mutant(
         "modulated",
         MODULATED_RMS_NORM_KERNELS,
-        "                dy = dy * scale\n",
+        "                g = g * factor\n",
         "",
         "scale forgotten on the way back",
     ),
@@ -130,11 +130,11 @@ MUTANTS = (
     Mutant(
         "gated_group_norm",
         GATED_GROUP_NORM,
-        "    acc = rstd_ptr.dtype.element_ty\n    x = tl.load(x_ptr",
-        "    acc = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32\n    x = tl.load(x_ptr",
+        "    acc = rstd_ptr.dtype.element_ty\n    v = _load(x,",
+        "    acc = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32\n    v = _load(x,",
         "an fp64 weight forgotten in the dtype of sums",
     ),
-    Mutant("gated_group_norm", GATED_GROUP_NORM, "u = x * (z * sigmoid(z))", "u = x * sigmoid(z)", "sigmoid for SiLU"),
+    Mutant("gated_group_norm", GATED_GROUP_NORM, "u = v * (g * sigmoid(g))", "u = v * sigmoid(g)", "sigmoid for SiLU"),
     Mutant(
         "gated_group_norm",
         GATED_GROUP_NORM,
@@ -145,8 +145,8 @@ MUTANTS = (
     Mutant(
         "gated_group_norm",
         GATED_GROUP_NORM,
-        "tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)\n    u = x",
-        "tl.load(weight_ptr + cols - group[:, None] * N, mask=mask, other=0.0).to(acc)\n    u = x",
+        "tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)\n    u = v",
+        "tl.load(weight_ptr + cols - group[:, None] * N, mask=mask, other=0.0).to(acc)\n    u = v",
         "the first group's weight for all",
     ),
     Mutant(
@@ -156,7 +156,7 @@ MUTANTS = (
         "    y = u * rstd[:, None]",
         "weight forgotten",
     ),
-    Mutant("gated_group_norm", GATED_GROUP_NORM, "s * (1 + z * (1 - s))", "s * (1 + z)", "wrong derivative of SiLU"),
+    Mutant("gated_group_norm", GATED_GROUP_NORM, "s * (1 + g * (1 - s))", "s * (1 + g)", "wrong derivative of SiLU"),
     Mutant(
         "gated_group_norm",
         GATED_GROUP_NORM,
@@ -167,8 +167,8 @@ MUTANTS = (
     Mutant(
         "gated_group_norm",
         GATED_GROUP_NORM,
-        "        dweight += dy * n\n",
-        "        dweight = dy * n\n",
+        "        dweight += d * n\n",
+        "        dweight = d * n\n",
         "weight's gradient of the last row only",
     ),
 )

@@ -48,8 +48,8 @@ MUTANTS = tuple(
             "append_attention",
             "append_attention-B2-L3-Hq4-Hkv2-P5-S9-page_size4",
             CONTEXT_ATTENTION_KERNELS,
-            "offs_p[None, :], mask=mask)  # [BLOCK_T, BLOCK_P]",
-            "offs_p[None, :])  # [BLOCK_T, BLOCK_P]",
+            "offs_p), mask=mask)  # [BLOCK_T, BLOCK_P]",
+            "offs_p))  # [BLOCK_T, BLOCK_P]",
             "keys of tokens that there are not (read outside)",
         ),
         (

@@ -5,33 +5,38 @@ from torch import Tensor
 from .. import reference
 from ..runtime.checks import check, is_whole, refuse
 from ..runtime.registry import define, takes_kernel, wants_gradients
-from .block_attention_launch import _block_attention, _block_attention_fake
+from .block_attention_launch import _block_attention_fwd, _block_attention_fwd_fake
 from .context_attention import check_heads, scale_of
 
 
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """Causal grouped-query attention within each sequence.
+    """Causal grouped-query attention within each sequence, without a cache.
 
     Args:
         q:          [B, N, Hq, P] float, any strides.
         k, v:       [B, N, Hkv, P] float; query head h uses head h // (Hq / Hkv).
         cu_seqlens: [sequences + 1] int, from 0 and ascending, counted over the flattened B * N tokens: sequences packed
-                    in a row do not see each other. A row starts anew in any case, and so does what lies behind the last
+                    in a row do not see each other. Every row starts a sequence, and so do the tokens behind the last
                     entry.
         scale:      P^-1/2 if None; 0 and below are fine.
     Returns:
         o: [B, N, Hq, P] dtype of q.
 
-    Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v. Deterministic. Where gradients are wanted the
-    reference runs, which on a GPU need not be. NaN and infinity in what a token sees reach it; in v they may also reach
-    tokens of the same row which do not see them (a weight of 0 times NaN), and in k where the reference, which adds its
-    masks there, runs on a GPU. Raises ValueError for sizes, dtypes and devices that disagree, Hkv that does not divide
-    Hq, and in the reference on a CPU for a cu_seqlens that is not from 0 and ascending up to B * N: kernels take every
-    entry for the start of a sequence, and leave out those that are no token. Cost: 2 B Hq N^2 P flops,
-    2 B N (Hq + Hkv) P itemsize bytes.
+    Numerics: softmax and sums in fp32 (fp64 for fp64). Deterministic, except for the reference on a GPU. NaN and
+    infinity in what a token sees reach it; in v they may also reach tokens of the same row which do not see them (a
+    weight of 0 times NaN), and in k where the reference, which adds its masks there, runs on a GPU.
+    Gradients: for q, k and v; where they are wanted the reference runs.
+    Raises: ValueError for sizes, dtypes and devices that disagree, for Hkv that does not divide Hq, and in the
+    reference on a CPU for a cu_seqlens that is not from 0 and ascending up to B * N. Kernels take every entry for the
+    start of a sequence, and leave out those that are no token.
+    Cost: 2 B Hq N^2 P flops, 2 B N (Hq + Hkv) P itemsize bytes.
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245).
+
+    Example:
+        q, (k, v) = torch.randn(1, 64, 32, 128), torch.randn(2, 1, 64, 2, 128)
+        o = causal_attention(q, k, v, cu_seqlens=torch.tensor([0, 40, 64]))
     """
     check(
         "causal_attention",
@@ -45,7 +50,7 @@ def causal_attention(
     scale = scale_of("causal_attention", q, scale)
     if not takes_kernel("causal_attention", q, k, v) or wants_gradients(q, k, v):
         return reference.causal_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale)
-    return block_attention_forward(q, None, None, k, v, cu_seqlens, 1, scale)[0]
+    return _fwd(q, k, v, cu_seqlens, scale)[0]
 
 
 def block_diffusion_attention(
@@ -59,7 +64,7 @@ def block_diffusion_attention(
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of all noisy blocks of a sequence at once.
+    """Attention of all noisy blocks of a sequence at once: the denoiser's, in training.
 
     A token of block j sees the clean tokens of the blocks before j and all noisy tokens of block j, both ways. With the
     clean tokens as the noisy ones, it is block-causal attention.
@@ -75,11 +80,15 @@ def block_diffusion_attention(
     Returns:
         o: [B, N, Hq, P] dtype of q.
 
-    Softmax and sums in fp32 (fp64 for fp64). Gradients for all tensors. Deterministic. Where gradients are wanted the
-    reference runs, which on a GPU need not be. NaN as in `causal_attention`; what no token of an unpacked row sees,
-    which is the last clean block, reaches none. Raises ValueError as `causal_attention`, and for a block_size below 1.
+    Numerics: as `causal_attention`. NaN in the last clean block, which no token of an unpacked row sees, reaches none.
+    Gradients: for all tensors; where they are wanted the reference runs.
+    Raises: ValueError as `causal_attention`, and for a block_size below 1.
     Cost: 2 B Hq N (N + S) P flops, 2 B N (Hq + 2 Hkv) P itemsize bytes.
     Source: Arriola et al., Block Diffusion (2503.09573), section 3.
+
+    Example:
+        q, (k, v, k_clean, v_clean) = torch.randn(1, 64, 32, 128), torch.randn(4, 1, 64, 2, 128)
+        o = block_diffusion_attention(q, k, v, k_clean, v_clean, block_size=16)
     """
     check(
         "block_diffusion_attention",
@@ -100,12 +109,12 @@ def block_diffusion_attention(
         return reference.block_diffusion_attention(
             q, k, v, k_clean, v_clean, block_size=block_size, cu_seqlens=cu_seqlens, scale=scale
         )
-    return block_attention_forward(q, k, v, k_clean, v_clean, cu_seqlens, block_size, scale)[0]
+    return _fwd(q, k_clean, v_clean, cu_seqlens, scale, block_size, k, v)[0]
 
 
-block_attention_forward = define(
-    "block_attention(Tensor q, Tensor? k, Tensor? v, Tensor k_clean, Tensor v_clean, Tensor? cu_seqlens, "
-    "SymInt block_size, float scale) -> (Tensor, Tensor)",
-    _block_attention,
-    _block_attention_fake,
+_fwd = define(
+    "block_attention_fwd(Tensor q, Tensor k_clean, Tensor v_clean, Tensor? cu_seqlens, float scale, "
+    "SymInt block_size=1, Tensor? k=None, Tensor? v=None) -> (Tensor, Tensor)",
+    _block_attention_fwd,
+    _block_attention_fwd_fake,
 )

@@ -1,8 +1,7 @@
-"""The kernel of training's attention masks, forward: causal, block-causal and block-diffusion, never a mask in memory.
+"""The launch of training's attention masks."""
 
-Rows of noisy queries see the clean keys of the blocks before theirs, then the noisy keys of their own block. Tiles that
-are seen whole run without a mask; only the tile at the diagonal, and the row's own blocks, are masked by arithmetic.
-"""
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 from torch import Tensor
@@ -10,66 +9,80 @@ from torch import Tensor
 from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, architecture, run, tuned
 from ..runtime.varlen import begins
-from .block_attention_kernels import _block_attention_kernel
+from .block_attention_kernels import _block_attention_fwd_kernel
+from .lang import heads
 
-# ---- launches ----
+
+@dataclass(frozen=True, kw_only=True)
+class BlockAttentionLaunch(Launch):
+    BLOCK_P: int
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int = 8
+    num_stages: int = 2
 
 
-def block_attention_launch(P: int, itemsize: int, architecture: int, packed: bool) -> Launch:
-    """128 rows by 128 keys and two warpgroups keep wgmma fed on Hopper; where sequences are packed, their masks take
-    the registers of half the keys. Elsewhere operands live in registers. fp32 is for exactness: small tiles."""
+def block_attention_launch(P: int, itemsize: int, architecture: int, packed: bool) -> BlockAttentionLaunch:
+    """A tile of queries and keys:
+
+    | where               | queries x keys | stages | reason                                                 |
+    |---------------------|----------------|--------|--------------------------------------------------------|
+    | fp32, fp64, P > 128 | 32 x 32        | 2      | exactness, not speed: operands are registers           |
+    | sm_90               | 128 x 128      | 2      | two warpgroups keep wgmma fed                          |
+    | sm_90, packed       | 128 x 64       | 3      | masks of sequences take the registers of half the keys |
+    | above sm_90         | 128 x 64       | 2      | operands live in registers                             |
+    | below               | 128 x 32       | 2      | the same                                               |
+    """
     block_p = max(16, triton.next_power_of_2(P))
     if itemsize > 2 or block_p > 128:
-        return Launch(BLOCK_P=block_p, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2)
+        return BlockAttentionLaunch(BLOCK_P=block_p, BLOCK_M=32, BLOCK_N=32, num_warps=4)
     if architecture == 90:
         block_n, stages = (64, 3) if packed else (128, 2)
-        return Launch(BLOCK_P=block_p, BLOCK_M=128, BLOCK_N=block_n, num_warps=8, num_stages=stages)
-    return Launch(BLOCK_P=block_p, BLOCK_M=128, BLOCK_N=64 if architecture > 90 else 32, num_warps=8, num_stages=2)
+        return BlockAttentionLaunch(BLOCK_P=block_p, BLOCK_M=128, BLOCK_N=block_n, num_stages=stages)
+    return BlockAttentionLaunch(BLOCK_P=block_p, BLOCK_M=128, BLOCK_N=64 if architecture > 90 else 32)
 
 
-def _block_attention(
+class BlockAttention(NamedTuple):
+    o: Tensor  # [B, N, Hq, P]
+    lse: Tensor  # [B, N, Hq]: log-sum-exp, natural
+
+
+def _block_attention_fwd(
     q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
     k_clean: Tensor,
     v_clean: Tensor,
     cu_seqlens: Tensor | None,
-    block_size: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    causal = k is None
-    k, v = (k_clean, v_clean) if causal else (k, v)
-    q, k, v, k_clean, v_clean = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, k_clean, v_clean))
+    block_size: int = 1,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+) -> BlockAttention:
+    """Without the noisy k and v: causal attention among the clean tokens."""
     B, N, Hq, P = q.shape
-    o, lse = _block_attention_fake(q, k, v, k_clean, v_clean, cu_seqlens, block_size, scale)
-    default = block_attention_launch(P, q.element_size(), architecture(q), cu_seqlens is not None)
+    out = _block_attention_fwd_fake(q, k_clean, v_clean, cu_seqlens, scale)
     launch = tuned(
-        "_block_attention_kernel",
-        default,
+        "_block_attention_fwd_kernel",
+        block_attention_launch(P, q.element_size(), architecture(q), cu_seqlens is not None),
         architecture(q),
         N=triton.next_power_of_2(N),
-        S=0 if causal else block_size,
+        S=0 if k is None else block_size,
         packed=int(cu_seqlens is not None),
         P=P,
         itemsize=q.element_size(),
     )
     run(
-        _block_attention_kernel,
+        _block_attention_fwd_kernel,
         (triton.cdiv(N, launch.BLOCK_M), Hq, B),
-        *(q, k, v, k_clean, v_clean, None if cu_seqlens is None else begins(cu_seqlens, B, N), o, lse),
-        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_clean.stride()[:3], *v_clean.stride()[:3]),
+        *(heads(q), heads(k_clean), heads(v_clean)),
+        *(None if t is None else heads(t) for t in (k, v)),
+        *(None if cu_seqlens is None else begins(cu_seqlens, B, N), *out),
         *(N, Hq, P, scale * 1.4426950408889634),
-        R=Hq // k.shape[2],
+        R=Hq // k_clean.shape[2],
         S=block_size,
-        CAUSAL=causal,
-        PACKED=cu_seqlens is not None,
         launch=launch,
     )
-    return o, lse
+    return out
 
 
-# ---- op ----
-
-
-def _block_attention_fake(q, k, v, k_clean, v_clean, cu_seqlens, block_size, scale):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype))
+def _block_attention_fwd_fake(q, k_clean, v_clean, cu_seqlens, scale, block_size=1, k=None, v=None):
+    return BlockAttention(q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype)))

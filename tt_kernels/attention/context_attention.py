@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..runtime.checks import check, is_real, refuse
+from ..runtime.checks import as_float, check, is_real, refuse
 from ..runtime.registry import define, takes_kernel, wants_gradients
-from .context_attention_launch import _append_attention, _context_attention
+from .context_attention_launch import _append_attention_fwd, _context_attention_fwd
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, **others: Tensor) -> None:
@@ -21,12 +21,12 @@ def check_heads(op: str, q: Tensor, k: Tensor, **others: Tensor) -> None:
 
 
 def scale_of(op: str, q: Tensor, scale: float | None) -> float:
-    """What products are multiplied with: P^-1/2 unless the caller says."""
+    """The factor of the scores: P^-1/2 unless the caller chooses one."""
     if scale is None:
         return q.shape[-1] ** -0.5
     if not is_real(scale):
         refuse(op, "scale", scale, "a finite number, or None")
-    return scale if isinstance(scale, torch.SymFloat) else float(scale)
+    return as_float(scale)
 
 
 def context_attention(
@@ -36,38 +36,43 @@ def context_attention(
     k_pages: Tensor,
     v_pages: Tensor,
     page_table: Tensor,
-    lengths: Tensor,
+    cache_lengths: Tensor,
     *,
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
     """Let the L tokens of each row attend to the row's cached tokens and to each other; the cache is only read.
 
-    softmax(scale q [K_cache; k]^T) [V_cache; v], without any mask for a denoiser's block. Token s of row b lies in page
-    page_table[b, s // page_size] at offset s % page_size.
+    softmax(scale q [K_cache; k]^T) [V_cache; v], without any mask for a denoiser's block. The cache is paged: all rows
+    share a pool of pages, and token s of row b lies in page page_table[b, s // page_size] at slot s % page_size. Rows
+    may have pages in common, as forks of one prompt do. For tokens that are to stay in the cache, `append_attention`.
 
     Args:
         q:                [B, L, Hq, P] float, any strides.
         k, v:             [B, L, Hkv, P] float: the block's own; query head h uses head h // (Hq / Hkv).
         k_pages, v_pages: [pages, page_size, Hkv, P] float, any strides; fastest with a page_size that 64 divides.
-        page_table:       [B, pages of a row] int; entries past a row's length may be anything.
-        lengths:          [B] int, 0 or more: cached tokens. What lies past them may be anything, NaN included.
+        page_table:       [B, pages of a row] int; entries past a row's cached tokens may be anything.
+        cache_lengths:    [B] int, 0 or more: cached tokens. Slots past them may hold anything, NaN included.
         causal:           a token sees the tokens of its own block up to itself, instead of all of them.
         scale:            P^-1/2 if None; 0 and below are fine.
     Returns:
         o: [B, L, Hq, P] dtype of q.
 
-    Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k, v and the pages. Deterministic: a kernel's result for
-    a row has bits that depend on that row, on L, the heads and P, and through the split size on the number of rows B;
-    not on what the other rows hold, nor on the room in their pages. NaN and infinity in what a token sees reach it; in
-    what it does not see they stay away, but for the values of later tokens of its own block where `causal` (a weight of
-    0 times NaN). On a GPU the reference, which adds its masks, holds to that only for what lies past a row's length.
-    Raises ValueError for sizes, dtypes and devices that disagree, Hkv that does not divide Hq, and in the reference on
-    a CPU for a length below 0 or beyond the row's pages, which are cut to 0 and to them elsewhere, and for a page
-    outside the pool in a row's length: nothing is read outside the pool in any case, but that row means nothing. Cost
-    for S cached tokens a row: 4 B L Hq (S + L) P flops, (2 B (S + L) Hkv + 2 B L Hq) P itemsize bytes. Where gradients
-    are wanted the reference runs.
+    Numerics: softmax and sums in fp32 (fp64 for fp64). Deterministic: a kernel's result for a row has bits that depend
+    on that row, on L, the heads and P, and through the split size on the number of rows B; not on what the other rows
+    hold, nor on the room in their pages. NaN and infinity in what a token sees reach it; in what it does not see they
+    stay away, except for the values of later tokens of its own block where `causal` (a weight of 0 times NaN). On a GPU
+    the reference, which adds its masks, holds to that only for slots past a row's cached tokens.
+    Gradients: for q, k, v and the pages; where they are wanted the reference runs.
+    Raises: ValueError for sizes, dtypes and devices that disagree, for Hkv that does not divide Hq, and in the
+    reference on a CPU for a cache length below 0 or beyond the row's pages and for a page outside the pool. Elsewhere
+    such a length is cut to 0 and to the pages; such a page is never read, and the result of its row has no meaning.
+    Cost: for S cached tokens a row 4 B L Hq (S + L) P flops and (2 B (S + L) Hkv + 2 B L Hq) P itemsize bytes.
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245), pages of Kwon et al. (2309.06180).
+
+    Example:
+        q, (k, v) = torch.randn(1, 16, 32, 128), torch.randn(2, 1, 16, 2, 128)
+        o = context_attention(q, k, v, *torch.randn(2, 4, 64, 2, 128), torch.tensor([[2, 0]]), torch.tensor([100]))
     """
     check(
         "context_attention",
@@ -78,7 +83,7 @@ def context_attention(
         k_pages=(k_pages, "pages page_size Hkv P"),
         v_pages=(v_pages, "pages page_size Hkv P"),
         page_table=(page_table, "B row_pages", int),
-        lengths=(lengths, "B", int),
+        cache_lengths=(cache_lengths, "B", int),
     )
     check_heads("context_attention", q, k, v=v, k_pages=k_pages, v_pages=v_pages)
     if not isinstance(causal, bool):
@@ -86,8 +91,8 @@ def context_attention(
     scale = scale_of("context_attention", q, scale)
     tensors = (q, k, v, k_pages, v_pages)
     if not takes_kernel("context_attention", *tensors) or wants_gradients(*tensors):
-        return reference.context_attention(q, k, v, k_pages, v_pages, page_table, lengths, causal=causal, scale=scale)
-    return context_attention_forward(*tensors, page_table, lengths, causal, scale)
+        return reference.context_attention(*tensors, page_table, cache_lengths, causal=causal, scale=scale)
+    return _context_fwd(*tensors, page_table, cache_lengths, causal, scale)
 
 
 def append_attention(
@@ -97,7 +102,7 @@ def append_attention(
     k_pages: Tensor,
     v_pages: Tensor,
     page_table: Tensor,
-    lengths: Tensor,
+    cache_lengths: Tensor,
     counts: Tensor | None = None,
     *,
     scale: float | None = None,
@@ -105,28 +110,35 @@ def append_attention(
     """Causal attention of L tokens to each row's cached tokens and themselves, while their keys and values enter the
     cache: `context_attention(..., causal=True)`, and then the first counts[b] tokens of row b are in its pages.
 
-    They take positions lengths[b], lengths[b] + 1, ...; `lengths` stays: it is the caller's to advance, once every
-    layer has appended. Until then the cache holds what it held for whoever reads it.
+    Writes k_pages and v_pages in place, at positions cache_lengths[b], cache_lengths[b] + 1, ... `cache_lengths` itself
+    is not written: the caller advances it once every layer has appended. Until then the cache holds what it held for
+    whoever reads it.
 
     Args:
         q:                [B, L, Hq, P] float, any strides.
         k, v:             [B, L, Hkv, P] float: of the tokens; query head h uses head h // (Hq / Hkv).
-        k_pages, v_pages: [pages, page_size, Hkv, P] float, as in `context_attention`; written. A page that is written
-                          is in the table once. Pages with a strided last dimension are copied there and back.
-        page_table:       [B, pages of a row] int; entries past the last position that is written may be anything.
-        lengths:          [B] int, 0 or more: cached tokens.
+        k_pages, v_pages: [pages, page_size, Hkv, P] float, as in `context_attention`; written in place. Pages with a
+                          strided last dimension are copied there and back.
+        page_table:       [B, pages of a row] int; entries past the last position that is written may be anything. A
+                          page that is written is in the table once; pages that are only read may be shared.
+        cache_lengths:    [B] int, 0 or more: cached tokens.
         counts:           [B] int: tokens that enter, cut to 0 to L; None: all L. The others are not written.
         scale:            P^-1/2 if None; 0 and below are fine.
     Returns:
         o: [B, L, Hq, P] dtype of q, of all L tokens.
 
-    Softmax and sums in fp32 (fp64 for fp64). Gradients for q, k and v; none flow through the cache, and where they are
-    wanted the reference runs. Deterministic, and NaN, as in `context_attention`. Raises ValueError for sizes, dtypes
-    and devices that disagree, Hkv that does not divide Hq, and in the reference on a CPU for a length below 0, for rows
-    that outgrow their pages, for a page outside the pool and for one that a row writes and the table has twice.
-    Elsewhere lengths are cut to 0 and to the pages, and tokens that no page of the pool is for do not enter. Cost for S
-    cached tokens a row: 4 B L Hq (S + L / 2) P flops, (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes. Source: as
-    `context_attention`.
+    Numerics: as `context_attention`.
+    Gradients: for q, k and v, by the reference; none flow through the cache.
+    Raises: ValueError for sizes, dtypes and devices that disagree, for Hkv that does not divide Hq, and in the
+    reference on a CPU for a cache length below 0, for rows that outgrow their pages, for a page outside the pool and
+    for one that a row writes and the table has twice. Elsewhere lengths are cut to 0 and to the pages, and tokens
+    without a page in the pool do not enter.
+    Cost: for S cached tokens a row 4 B L Hq (S + L / 2) P flops and (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes.
+    Source: as `context_attention`.
+
+    Example:
+        o = append_attention(q, k, v, k_pages, v_pages, page_table, cache_lengths)
+        cache_lengths += q.shape[1]
     """
     check(
         "append_attention",
@@ -137,26 +149,27 @@ def append_attention(
         k_pages=(k_pages, "pages page_size Hkv P"),
         v_pages=(v_pages, "pages page_size Hkv P"),
         page_table=(page_table, "B row_pages", int),
-        lengths=(lengths, "B", int),
+        cache_lengths=(cache_lengths, "B", int),
         counts=(counts, "B", int),
     )
     check_heads("append_attention", q, k, v=v, k_pages=k_pages, v_pages=v_pages)
     scale = scale_of("append_attention", q, scale)
-    if not takes_kernel("append_attention", q, k, v, k_pages, v_pages) or wants_gradients(q, k, v):
-        return reference.append_attention(q, k, v, k_pages, v_pages, page_table, lengths, counts, scale=scale)
-    return append_attention_forward(q, k, v, k_pages, v_pages, page_table, lengths, counts, scale)
+    tensors = (q, k, v, k_pages, v_pages)
+    if not takes_kernel("append_attention", *tensors) or wants_gradients(q, k, v):
+        return reference.append_attention(*tensors, page_table, cache_lengths, counts, scale=scale)
+    return _append_fwd(*tensors, page_table, cache_lengths, counts, scale)
 
 
-context_attention_forward = define(
-    "context_attention(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor page_table, "
-    "Tensor lengths, bool causal, float scale) -> Tensor",
-    _context_attention,
+_context_fwd = define(
+    "context_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor page_table, "
+    "Tensor cache_lengths, bool causal, float scale) -> Tensor",
+    _context_attention_fwd,
     lambda q, *_: q.new_empty(q.shape),
 )
 
-append_attention_forward = define(
-    "append_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, "
-    "Tensor lengths, Tensor? counts, float scale) -> Tensor",
-    _append_attention,
+_append_fwd = define(
+    "append_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, "
+    "Tensor cache_lengths, Tensor? counts, float scale) -> Tensor",
+    _append_attention_fwd,
     lambda q, *_: q.new_empty(q.shape),
 )

@@ -1,21 +1,50 @@
-"""One tile of keys and values: how attention kernels take it, online softmax in powers of two, and how it is read from
-pages."""
+"""What attention kernels share: their operands, online softmax over one tile of keys, and loads from a paged cache."""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+class Heads(NamedTuple):
+    """A tensor [B, L, H, P] whose elements of a head lie side by side."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_l: int
+    stride_h: int
+
+
+class Pages(NamedTuple):
+    """A pool [pages, page_size, H, P] whose elements of a head lie side by side."""
+
+    ptr: Tensor
+    stride_page: int
+    stride_slot: int
+    stride_h: int
+
+
+def side_by_side(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def heads(t: Tensor) -> Heads:
+    t = side_by_side(t)
+    return Heads(t, *t.stride()[:3])
 
 
 @triton.jit
 def attend(q, k, v, m, l, o, seen, scale, MASKED: tl.constexpr):
     """One tile of keys: the running maximum m, sum l and output o of rows q [BLOCK_M, BLOCK_P], in the dtype of m.
 
-    MASKED: keys that are not `seen`, [BLOCK_M, BLOCK_N] or [1, BLOCK_N], get a weight of 0, which a NaN among their
-    values outlives."""
+    MASKED: keys that are not `seen`, [BLOCK_M, BLOCK_N] or [1, BLOCK_N], get a weight of 0. NaN times 0 is NaN: the
+    caller clears values that are not to be seen."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=m.dtype) * scale  # [BLOCK_M, BLOCK_N], log2
     if MASKED:
         s = tl.where(seen, s, -float("inf"))
         new = tl.maximum(m, tl.max(s, axis=1))
-        # A row that has seen nothing yet keeps -inf: nothing to rescale, and no -inf minus -inf.
+        # A row that has seen no key yet has new = -inf; subtracting it would give NaN.
         shift = tl.where(new == -float("inf"), 0.0, new)
     else:
         new = tl.maximum(m, tl.max(s, axis=1))
@@ -25,6 +54,20 @@ def attend(q, k, v, m, l, o, seen, scale, MASKED: tl.constexpr):
     l = l * kept + tl.sum(p, axis=1)
     o = tl.dot(p.to(v.dtype), v, o * kept[:, None], input_precision="ieee", out_dtype=m.dtype)
     return new, l, o
+
+
+@triton.jit
+def tokens_of(x, b, token, head, offs_p):
+    """Pointers to tokens of row b of an operand `Heads`: [tokens, P]."""
+    at = b * x.stride_b + token.to(tl.int64) * x.stride_l + head * x.stride_h
+    return x.ptr + at[:, None] + offs_p[None, :]
+
+
+@triton.jit
+def slots(pages, page, slot, head, offs_p):
+    """Pointers to slots of an operand `Pages`: [tokens, P]."""
+    at = page * pages.stride_page + slot * pages.stride_slot + head * pages.stride_h
+    return pages.ptr + at[:, None] + offs_p[None, :]
 
 
 @triton.jit
@@ -38,21 +81,15 @@ def page_of(table_ptr, n, end, page_size, TMA: tl.constexpr):
 
 @triton.jit
 def cached(
-    k_desc,
+    k_pages,  # Pages, as v_pages; read where not TMA
+    v_pages,
+    k_desc,  # read where TMA
     v_desc,
-    k_pages_ptr,
-    v_pages_ptr,
     table_ptr,
     page,
     n,
     end,
     head,
-    stride_kpage,
-    stride_kslot,
-    stride_khead,
-    stride_vpage,
-    stride_vslot,
-    stride_vhead,
     pages,
     page_size,
     P: tl.constexpr,
@@ -67,7 +104,7 @@ def cached(
         at = page * page_size + n % page_size
         k = k_desc.load([at, head.to(tl.int32) * P])
         v = v_desc.load([at, head.to(tl.int32) * P])
-        if MASKED:  # their weights are 0, but what lies there may be NaN
+        if MASKED:  # slots past the end may hold NaN, which a weight of 0 does not remove
             v = tl.where((tokens < end)[:, None], v, tl.zeros_like(v))
     else:
         offs_p = tl.arange(0, BLOCK_P)
@@ -77,10 +114,8 @@ def cached(
             page = tl.load(table_ptr + tokens // page_size, mask=tokens < end, other=0)
         else:
             page = tl.load(table_ptr + tokens // page_size)
-        page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)  # never outside the pool; TMA sees to that
+        page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)  # inside the pool, as TMA does by itself
         slot = (tokens % page_size).to(tl.int64)
-        at_k = page * stride_kpage + slot * stride_kslot + head * stride_khead
-        at_v = page * stride_vpage + slot * stride_vslot + head * stride_vhead
-        k = tl.load(k_pages_ptr + at_k[:, None] + offs_p[None, :], mask=mask, other=0.0)
-        v = tl.load(v_pages_ptr + at_v[:, None] + offs_p[None, :], mask=mask, other=0.0)
+        k = tl.load(slots(k_pages, page, slot, head, offs_p), mask=mask, other=0.0)  # [BLOCK_N, BLOCK_P]
+        v = tl.load(slots(v_pages, page, slot, head, offs_p), mask=mask, other=0.0)
     return k, v

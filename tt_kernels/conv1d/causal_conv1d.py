@@ -1,5 +1,7 @@
 """The convolution: every channel with its own taps, then SiLU."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -8,9 +10,10 @@ from torch import Tensor
 from .. import reference
 from ..reference.common import compute_dtype
 from ..runtime.checks import check, refuse
-from ..runtime.lang import silu
+from ..runtime.lang import at_slot, silu
 from ..runtime.launch import Launch, architecture, run, tuned
 from ..runtime.registry import define, takes_kernel, wants_gradients
+from ..runtime.slots import Slots, check_room
 from ..runtime.varlen import resets
 
 # ---- kernels ----
@@ -21,12 +24,11 @@ def _causal_conv1d_kernel(
     x_ptr,  # [B, L, C]
     weight_ptr,  # [C, K], contiguous
     bias_ptr,  # [C]; None: zeros
-    state_ptr,  # [B, C, S]; None: zeros
+    state,  # Slots of [C, S]; None: zeros
     resets_ptr,  # [B * L]; None: no sequence starts
     y_ptr,  # [B, L, C], contiguous
     stride_xb,
     stride_xl,
-    stride_sb,
     stride_sc,
     stride_sk,
     L,
@@ -51,6 +53,9 @@ def _causal_conv1d_kernel(
     y = tl.zeros((BLOCK_L, BLOCK_C), dtype=ACC)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, :]
+    state_at = None
+    if state is not None:
+        state_at = at_slot(state, b)
     alive = t < L  # whether the token that a tap reaches back to is of the same sequence
     for back in tl.static_range(K):  # the last tap first
         source = t - back
@@ -62,10 +67,10 @@ def _causal_conv1d_kernel(
         column = tl.load(at, mask=mask, other=0.0)  # [BLOCK_L, BLOCK_C], after the first tap from L1
         tap = tl.sum(tl.where((k == K - 1 - back)[None, :], taps, 0.0), axis=1)
         y += column.to(ACC) * tap[None, :]
-        if state_ptr is not None:  # noqa: SIM102 (known to the compiler, what follows is not)
+        if state is not None:  # noqa: SIM102 (known to the compiler, what follows is not)
             if back > start:  # the first tokens of a row
                 mask = ((source < 0) & alive)[:, None] & mask_c[None, :]
-                at = state_ptr + b * stride_sb + c[None, :] * stride_sc + (S + source)[:, None] * stride_sk
+                at = state_at + c[None, :] * stride_sc + (S + source)[:, None] * stride_sk
                 # As a column of x would be: in its dtype.
                 column = tl.load(at, mask=mask, other=0.0).to(x_ptr.dtype.element_ty)
                 y += column.to(ACC) * tap[None, :]
@@ -78,7 +83,15 @@ def _causal_conv1d_kernel(
 # ---- launches ----
 
 
-def causal_conv1d_launch(B: int, L: int, C: int, itemsize: int) -> Launch:
+@dataclass(frozen=True, kw_only=True)
+class CausalConv1dLaunch(Launch):
+    BLOCK_L: int
+    BLOCK_C: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def causal_conv1d_launch(B: int, L: int, C: int, itemsize: int) -> CausalConv1dLaunch:
     """Memory bounds it: 16 bytes a load, channel after channel. A tile of 32 tokens reads 3 rows twice (from L2) and
     its taps once for all of them; blocks of 16 tokens, which read their state too, are cut finer, and one row alone so
     that it has a hundred programs."""
@@ -86,7 +99,7 @@ def causal_conv1d_launch(B: int, L: int, C: int, itemsize: int) -> Launch:
     together = 1024 if B * L <= 512 else 2048 if L < 32 else 4096  # numbers of a program
     block_c = min(triton.next_power_of_2(C), max(64 if L > 4 else 256, together // block_l))
     warps = max(1, min(4, block_l * block_c * itemsize // (32 * 32)))
-    return Launch(BLOCK_L=block_l, BLOCK_C=block_c, num_warps=warps, num_stages=1)
+    return CausalConv1dLaunch(BLOCK_L=block_l, BLOCK_C=block_c, num_warps=warps)
 
 
 def near(state: Tensor | None) -> Tensor | None:
@@ -99,7 +112,13 @@ def near(state: Tensor | None) -> Tensor | None:
 
 
 def _causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, activate: bool, cu_seqlens: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    activate: bool = True,
 ) -> Tensor:
     (B, L, C), K = x.shape, weight.shape[1]
     y = x.new_empty(x.shape)
@@ -116,8 +135,9 @@ def _causal_conv1d(
     run(
         _causal_conv1d_kernel,
         (B * tiles, triton.cdiv(C, launch.BLOCK_C)),
-        *(x, weight.contiguous(), None if bias is None else bias.contiguous(), state, resets(cu_seqlens, B, L), y),
-        *(*x.stride()[:2], *((0, 0, 0) if state is None else state.stride())),
+        *(x, weight.contiguous(), None if bias is None else bias.contiguous()),
+        *(None if state is None else Slots.of(state, state_indices), resets(cu_seqlens, B, L), y),
+        *(*x.stride()[:2], *((0, 0) if state is None else state.stride()[1:])),
         *(L, C, 0 if state is None else state.shape[2], tiles),
         K=K,
         ACC=tl.float64 if wide else tl.float32,
@@ -132,7 +152,8 @@ def _causal_conv1d(
 
 
 _fwd = define(
-    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, bool activate, Tensor? cu_seqlens) -> Tensor",
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? conv_state, Tensor? state_indices, "
+    "Tensor? cu_seqlens, bool activate) -> Tensor",
     _causal_conv1d,
     lambda x, *_: x.new_empty(x.shape),
 )
@@ -142,32 +163,41 @@ def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    state: Tensor | None = None,
+    conv_state: Tensor | None = None,
     *,
     activation: str | None = "silu",
+    state_indices: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Convolve every channel with its own K taps over the token and the K - 1 before it, then activate.
 
-    y[b, t, c] = act(bias[c] + sum_k weight[c, k] x[b, t - K + 1 + k, c]), the tokens before the first from the state.
+    y[b, t, c] = act(bias[c] + sum_k weight[c, k] x[b, t - K + 1 + k, c]), the tokens before the first from the state,
+    which is only read: `conv_advance` moves it on.
 
     Args:
-        x:          [B, L, C] float, any strides.
-        weight:     [C, K] float; the last tap belongs to the token itself.
-        bias:       [C] float or None.
-        state:      [B, C, S] float, S >= K - 1: the columns before x, oldest first (the last K - 1 count); None: zeros.
-        activation: "silu" or None.
-        cu_seqlens: [sequences + 1] int, from 0, ascending, counted over the flattened B * L tokens: sequences packed in
-                    x start from zeros and do not see each other, what lies behind the last entry is one more; not with
-                    a state. A row starts anew in any case.
+        x:             [B, L, C] float, any strides.
+        weight:        [C, K] float; the last tap belongs to the token itself.
+        bias:          [C] float or None.
+        conv_state:    [slots, C, S] float, S >= K - 1: the columns before x, oldest first (the last K - 1 count); None:
+                       zeros.
+        activation:    "silu" or None.
+        state_indices: [B] int: the slot of conv_state that each row reads; None: row b has slot b.
+        cu_seqlens:    [sequences + 1] int, from 0, ascending, counted over the flattened B * L tokens: sequences packed
+                       in x start from zeros and do not see each other, what lies behind the last entry is one more; not
+                       with a state. A row starts anew in any case.
     Returns:
         y: [B, L, C] dtype of x.
 
-    Computes in fp32 (fp64 where x or weight is fp64) and rounds once. Gradients for x, weight, bias and state: where
-    they are wanted the reference runs. Deterministic. Raises ValueError for sizes that disagree, a state that is too
-    short, a state beside cu_seqlens, an unknown activation. Cost: 2 K B L C flops, 2 B L C itemsize bytes, so bound by
-    memory.
+    Numerics: computes in fp32 (fp64 where x or weight is fp64) and rounds once; deterministic.
+    Gradients: for x, weight, bias and conv_state; where they are wanted the reference runs.
+    Raises: ValueError for sizes that disagree, a state that is too short, a state beside cu_seqlens, fewer slots than
+        rows without indices, an unknown activation.
+    Cost: 2 K B L C flops, 2 B L C itemsize bytes: bound by memory.
     Source: `causal_conv1d_fn` of causal-conv1d with initial_states.
+
+    Example:
+        >>> causal_conv1d(torch.randn(2, 16, 8), torch.randn(8, 4)).shape
+        torch.Size([2, 16, 8])
     """
     check(
         "causal_conv1d",
@@ -175,17 +205,22 @@ def causal_conv1d(
         x=(x, "B L C"),
         weight=(weight, "C K"),
         bias=(bias, "C"),
-        state=(state, "B C S"),
+        conv_state=(conv_state, "slots C S"),
+        state_indices=(state_indices, "B", int),
         cu_seqlens=(cu_seqlens, "sequences+1", int),
     )
+    check_room("causal_conv1d", "conv_state", conv_state, x.shape[0], state_indices)
     if activation not in ("silu", None):
         refuse("causal_conv1d", "activation", activation, "'silu' or None")
-    if state is not None:
-        if state.shape[-1] < weight.shape[-1] - 1:
-            refuse("causal_conv1d", "state", list(state.shape), f"at least K-1={weight.shape[-1] - 1} columns")
+    if conv_state is not None:
+        if conv_state.shape[-1] < weight.shape[-1] - 1:
+            refuse(
+                "causal_conv1d", "conv_state", list(conv_state.shape), f"at least K-1={weight.shape[-1] - 1} columns"
+            )
         if cu_seqlens is not None:
-            refuse("causal_conv1d", "state", list(state.shape), "None beside cu_seqlens")
-    tensors = (x, weight, bias, state)
+            refuse("causal_conv1d", "conv_state", list(conv_state.shape), "None beside cu_seqlens")
+    tensors = (x, weight, bias, conv_state)
     if not takes_kernel("causal_conv1d", *tensors) or wants_gradients(*tensors):
-        return reference.causal_conv1d(*tensors, activation=activation, cu_seqlens=cu_seqlens)
-    return _fwd(*tensors, activation == "silu", cu_seqlens)
+        options = dict(activation=activation, state_indices=state_indices, cu_seqlens=cu_seqlens)
+        return reference.causal_conv1d(*tensors, **options)
+    return _fwd(*tensors, state_indices, cu_seqlens, activation == "silu")

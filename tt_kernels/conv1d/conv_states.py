@@ -1,14 +1,19 @@
 """The conv states that sequences leave behind: copies of the last raw columns."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import reference
 from ..runtime.checks import check, is_whole, refuse
-from ..runtime.lang import row_length
+from ..runtime.lang import at_slot, row_count
 from ..runtime.launch import Launch, run
 from ..runtime.registry import define, takes_kernel, wants_gradients
+from ..runtime.slots import Slots, check_room, copy_to_slots, empty_beside
 from ..runtime.varlen import resets
 
 # ---- kernels ----
@@ -17,44 +22,41 @@ from ..runtime.varlen import resets
 @triton.jit
 def move_on(
     x_ptr,
-    state_ptr,
-    new_ptr,
+    before_ptr,
+    after_ptr,
     stride_xl,
     stride_xc,
     stride_sc,
     stride_sk,
-    length,
+    count,
     c,
     mask_c,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Write a row's state [C, K] after `length` tokens for channels c [BLOCK_C]; state_ptr None: zeros before them."""
+    """Write a row's state [C, K] after `count` tokens for channels c [BLOCK_C]."""
     c = c[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
     mask = mask_c[:, None] & (k < K)  # [BLOCK_C, BLOCK_K]
-    source = length - K + k  # below 0: before x
+    source = count - K + k  # below 0: before x
     at = x_ptr + source.to(tl.int64) * stride_xl + c.to(tl.int64) * stride_xc
     column = tl.load(at, mask=mask & (source >= 0), other=0.0)
-    if state_ptr is not None:
-        at = state_ptr + c.to(tl.int64) * stride_sc + (source + K).to(tl.int64) * stride_sk
-        before = tl.load(at, mask=mask & (source < 0), other=0.0)
-        column = tl.where(source < 0, before.to(column.dtype), column)
-    tl.store(new_ptr + c * K + k, column, mask=mask)
+    before = tl.load(before_ptr + c * stride_sc + (source + K) * stride_sk, mask=mask & (source < 0), other=0.0)
+    column = tl.where(source < 0, before.to(column.dtype), column)
+    tl.store(after_ptr + c * stride_sc + k * stride_sk, column, mask=mask)
 
 
 @triton.jit
-def _conv_state_kernel(
+def _conv_advance_kernel(
     x_ptr,  # [B, L, C]
-    lengths_ptr,  # [B]; None: all L
-    state_ptr,  # [B, C, K]; None: zeros
-    new_ptr,  # [B, C, K], contiguous
+    counts_ptr,  # [B]; None: all L
+    before,  # Slots of [C, K]: the state that each row reads, and the one that it writes, which none reads
+    after,
     stride_xb,
     stride_xl,
     stride_xc,
-    stride_sb,
-    stride_sc,
-    stride_sk,
+    stride_sc: tl.constexpr,  # constants: whether columns or channels lie side by side decides how wide loads are
+    stride_sk: tl.constexpr,
     L,
     C,
     K: tl.constexpr,
@@ -63,12 +65,10 @@ def _conv_state_kernel(
 ):
     b = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    length = row_length(lengths_ptr, b, L)
-    if state_ptr is not None:
-        state_ptr += b * stride_sb
+    count = row_count(counts_ptr, b, L)
+    before_ptr, after_ptr = at_slot(before, b), at_slot(after, b)
     x_ptr += b * stride_xb
-    new_ptr += b * C * K
-    move_on(x_ptr, state_ptr, new_ptr, stride_xl, stride_xc, stride_sc, stride_sk, length, c, c < C, K, BLOCK_K)
+    move_on(x_ptr, before_ptr, after_ptr, stride_xl, stride_xc, stride_sc, stride_sk, count, c, c < C, K, BLOCK_K)
 
 
 @triton.jit
@@ -102,32 +102,61 @@ def _conv_block_states_kernel(
 # ---- launches ----
 
 
-def conv_state_launch(B: int, C: int, K: int) -> Launch:
+@dataclass(frozen=True, kw_only=True)
+class ConvAdvanceLaunch(Launch):
+    BLOCK_C: int
+    BLOCK_K: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvBlockStatesLaunch(Launch):
+    BLOCK_C: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def conv_advance_launch(C: int, K: int) -> ConvAdvanceLaunch:
     """A few numbers a thread, which are read column by column: only many programs hide that."""
-    block_c = min(triton.next_power_of_2(C), 128)
-    return Launch(BLOCK_C=block_c, BLOCK_K=triton.next_power_of_2(K), num_warps=4, num_stages=1)
+    return ConvAdvanceLaunch(BLOCK_C=min(triton.next_power_of_2(C), 128), BLOCK_K=triton.next_power_of_2(K))
 
 
-def conv_block_states_launch(C: int, itemsize: int) -> Launch:
+def conv_block_states_launch(C: int, itemsize: int) -> ConvBlockStatesLaunch:
     """16 bytes a thread and column; a program copies its channels of all K columns."""
-    block_c = min(triton.next_power_of_2(C), 2048 // itemsize)
-    return Launch(BLOCK_C=block_c, num_warps=4, num_stages=1)
+    return ConvBlockStatesLaunch(BLOCK_C=min(triton.next_power_of_2(C), 2048 // itemsize))
 
 
-def _conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, kernel_size: int) -> Tensor:
-    new = _conv_state_fake(x, lengths, state, kernel_size)
-    B, L, C = x.shape
-    launch = conv_state_launch(B, C, kernel_size)
-    run(
-        _conv_state_kernel,
-        (B, triton.cdiv(C, launch.BLOCK_C)),
-        *(x, None if lengths is None else lengths.contiguous(), state, new, *x.stride()),
-        *((0, 0, 0) if state is None else state.stride()),
-        *(L, C),
-        K=kernel_size,
-        launch=launch,
-    )
-    return new
+@contextmanager
+def conv_slots(pool: Tensor, rows: int, read: Tensor | None, out: Tensor | None) -> Iterator[tuple[Slots, Slots]]:
+    """The conv states that a launch reads and those that it writes, which are others: without a place of their own they
+    are written beside, and copied afterwards. Both have the same strides inside a slot, which is dense."""
+    C, K = pool.shape[1:]
+    used = pool if pool.stride()[1:] in ((K, 1), (1, C)) else pool.contiguous()
+    if out is None:
+        new = empty_beside(used, rows)
+        yield Slots.of(used, read), Slots.of(new, None)
+        copy_to_slots(pool, new, read)
+    else:
+        yield Slots.of(used, read), Slots.of(used, out)
+        if used is not pool:
+            pool.copy_(used)
+
+
+def _conv_advance(
+    x: Tensor, conv_state: Tensor, counts: Tensor | None, state_indices: Tensor | None, out_indices: Tensor | None
+) -> None:
+    (B, L, C), K = x.shape, conv_state.shape[2]
+    launch = conv_advance_launch(C, K)
+    with conv_slots(conv_state, B, state_indices, out_indices) as (before, after):
+        run(
+            _conv_advance_kernel,
+            (B, triton.cdiv(C, launch.BLOCK_C)),
+            *(x, None if counts is None else counts.contiguous(), before, after),
+            *(*x.stride(), *before.ptr.stride()[1:], L, C),
+            K=K,
+            launch=launch,
+        )
 
 
 def _conv_block_states(x: Tensor, block_size: int, kernel_size: int, cu_seqlens: Tensor | None) -> Tensor:
@@ -148,16 +177,14 @@ def _conv_block_states(x: Tensor, block_size: int, kernel_size: int, cu_seqlens:
 # ---- op ----
 
 
-def _conv_state_fake(x, lengths, state, kernel_size):
-    return x.new_empty(x.shape[0], x.shape[2], kernel_size)
-
-
 def _conv_block_states_fake(x, block_size, kernel_size, *_):
     return x.new_empty(x.shape[0], -(-x.shape[1] // block_size), kernel_size, x.shape[2])
 
 
-_state_after = define(
-    "conv_state(Tensor x, Tensor? lengths, Tensor? state, SymInt kernel_size) -> Tensor", _conv_state, _conv_state_fake
+_advance = define(
+    "conv_advance(Tensor x, Tensor(a!) conv_state, Tensor? counts, Tensor? state_indices, Tensor? out_indices) -> ()",
+    _conv_advance,
+    lambda *_: None,
 )
 
 _block_states = define(
@@ -167,45 +194,75 @@ _block_states = define(
 )
 
 
-def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kernel_size: int) -> Tensor:
-    """The conv state after the first lengths[b] tokens of each row.
+def conv_advance(
+    x: Tensor,
+    conv_state: Tensor,
+    counts: Tensor | None = None,
+    *,
+    state_indices: Tensor | None = None,
+    out_indices: Tensor | None = None,
+) -> None:
+    """Move conv states on by the first counts[b] tokens of each row, in place.
+
+    Use it beside `causal_conv1d`, which only reads them. `mamba_advance` and `mamba_step` contain it.
 
     Args:
-        x:           [B, L, C] float: raw columns.
-        lengths:     [B] int, 0 to L, or None for all L; what lies past a row's length may be anything. Kernels cut
-                     other lengths to 0 or L, the reference refuses them where they are on a CPU.
-        state:       [B, C, K] float: the state before x; None: zeros.
-        kernel_size: K.
+        x:             [B, L, C] float: raw columns, any strides.
+        conv_state:    [slots, C, K] float, written: the last K raw columns, oldest first.
+        counts:        [B] int, 0 to L, or None for all L. Tokens that do not enter may be anything, NaN included.
+        state_indices: [B] int: the slot that each row reads; None: row b has slot b. Rows may read one together.
+        out_indices:   [B] int: the slots that are written, all different and none of them read by this call; None: the
+                       slots that are read, then written beside and copied, which is slower.
     Returns:
-        state: [B, C, K] dtype of x, contiguous, in new memory.
+        None.
 
-    Copies without arithmetic. Gradients for x and state: where they are wanted the reference runs. Raises ValueError
-    for sizes that disagree.
-    Cost: 2 B C K itemsize bytes (the reference also copies x). Source: `conv_state` of causal-conv1d's
-    `causal_conv1d_update`, whose oldest column the next token does not read.
+    Numerics: copies, cast to the dtype of conv_state. Kernels cut counts to 0 and L and indices to the slots that
+        exist; the reference refuses them where they are on a CPU.
+    Gradients: none; what is written carries none.
+    Raises: ValueError for sizes that disagree and for fewer slots than rows without indices.
+    Cost: 2 B C K itemsize bytes, twice that without out_indices.
+    Source: the conv state of causal-conv1d's `causal_conv1d_update`, whose oldest column the next token does not read.
+
+    Example:
+        >>> conv_advance(xBC, conv_state, state_indices=slots, out_indices=other_slots)
     """
-    check("conv_state", 1, x=(x, "B L C"), lengths=(lengths, "B", int), state=(state, "B C K"))
-    if not is_whole(kernel_size) or kernel_size < 1 or (state is not None and state.shape[-1] != kernel_size):
-        refuse("conv_state", "kernel_size", kernel_size, "1 or more" if state is None else f"K={state.shape[-1]}")
-    if not takes_kernel("conv_state", x, state) or wants_gradients(x, state):
-        return reference.conv_state(x, lengths, state, kernel_size=kernel_size)
-    return _state_after(x, lengths, state, kernel_size)
+    check(
+        "conv_advance",
+        2,
+        x=(x, "B L C"),
+        conv_state=(conv_state, "slots C K"),
+        counts=(counts, "B", int),
+        state_indices=(state_indices, "B", int),
+        out_indices=(out_indices, "B", int),
+    )
+    check_room("conv_advance", "conv_state", conv_state, x.shape[0], state_indices)
+    if takes_kernel("conv_advance", x, conv_state):
+        _advance(x, conv_state, counts, state_indices, out_indices)
+    else:
+        reference.conv_advance(x, conv_state, counts, state_indices=state_indices, out_indices=out_indices)
 
 
 def conv_block_states(x: Tensor, *, block_size: int, kernel_size: int, cu_seqlens: Tensor | None = None) -> Tensor:
     """The conv states before every block of whole sequences, as training needs them.
 
     Args:
-        x:           [B, N, C] float: raw columns from the start of each row.
+        x:           [B, N, C] float: raw columns from the start of each row, any strides.
         block_size:  S, tokens of a block.
         kernel_size: K.
         cu_seqlens:  as in `causal_conv1d`.
     Returns:
-        states: [B, ceil(N / S), C, K] dtype of x, laid out as [B, ceil(N / S), K, C].
+        states: [B, ceil(N / S), C, K] dtype of x, laid out as [B, ceil(N / S), K, C]. The number of blocks is a size of
+                the result: an export with a dynamic N holds for one block or for several, as its example had.
 
-    Copies without arithmetic. Gradients for x: where they are wanted the reference runs. Raises ValueError for sizes
-    below 1.
+    Numerics: copies.
+    Gradients: for x; where they are wanted the reference runs.
+    Raises: ValueError for sizes below 1.
     Cost: 2 B ceil(N / S) C K itemsize bytes.
+    Source: none; `conv_state` of causal-conv1d, before every block.
+
+    Example:
+        >>> conv_block_states(torch.randn(1, 64, 8), block_size=16, kernel_size=4).shape
+        torch.Size([1, 4, 8, 4])
     """
     check("conv_block_states", 1, x=(x, "B N C"), cu_seqlens=(cu_seqlens, "sequences+1", int))
     for name, value in (("block_size", block_size), ("kernel_size", kernel_size)):

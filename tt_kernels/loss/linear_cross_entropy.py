@@ -9,6 +9,8 @@ from ..runtime.checks import check
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """The mean negative log-likelihood of targets under softmax(hidden weight^T), over the tokens where mask is set.
 
+    For training: the caller passes hidden states and the head, and never holds logits.
+
     Args:
         hidden:  [*, D] float.
         weight:  [V, D] float: the head.
@@ -18,10 +20,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
     Returns:
         loss: a scalar, fp32 (fp64 where hidden or weight is fp64); 0 without any token.
 
-    Logits, softmax and sum in the dtype of the loss. Gradients for hidden and weight. Deterministic on a CPU.
-    Raises ValueError for sizes that disagree and targets that are no ids. Cost for M masked tokens: 2 M V D flops, V D
-    itemsize bytes; the reference holds the M V logits in memory, in a graph of torch.compile those of all tokens.
+    Numerics: logits, softmax and sum in the dtype of the loss. Deterministic on a CPU.
+    Gradients: for hidden and weight.
+    Raises: ValueError for sizes that disagree and targets that are no ids.
+    Cost: for M masked tokens 2 M V D flops and V D itemsize bytes. The reference runs on every device and holds the
+    M V logits in memory, in a graph of torch.compile those of all tokens.
     Source: TwoTower (2606.26493); without logits in memory: Wijmans et al. (2411.09009).
+
+    Example:
+        hidden, targets = torch.randn(2, 64, 256), torch.randint(1000, (2, 64))
+        loss = linear_cross_entropy(hidden, torch.randn(1000, 256), targets, mask=targets > 10)
     """
     check(
         "linear_cross_entropy",

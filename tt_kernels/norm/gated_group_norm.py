@@ -1,5 +1,8 @@
 """The norm behind a Mamba-2 scan: gate by silu(z), then RMS-normalise by groups of channels."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -7,23 +10,28 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.common import compute_dtype
-from ..runtime.checks import check, is_real, is_whole, refuse
+from ..runtime.checks import check, eps_of, is_whole, refuse
 from ..runtime.lang import sigmoid
-from ..runtime.launch import Launch, by_row, multiprocessors, run
+from ..runtime.launch import Launch, multiprocessors, run
 from ..runtime.registry import define, takes_kernel
+from ..runtime.structs import rows_of
 
 # ---- kernels ----
 
 
 @triton.jit
+def _load(rows, i, cols, mask, ACC: tl.constexpr):
+    """Columns of row i of an operand `Rows`, in the dtype of sums."""
+    return tl.load(rows.ptr + i * rows.stride + cols, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
 def _gated_group_norm_fwd_kernel(
-    x_ptr,  # [T, groups * N]
-    z_ptr,  # [T, groups * N]
+    x,  # Rows [T, groups * N], as z
+    z,
     weight_ptr,  # [groups * N]
     y_ptr,  # [T, groups * N], contiguous
     rstd_ptr,  # [T, groups], in the dtype of statistics and sums
-    stride_x,
-    stride_z,
     groups,
     N,
     EPS: tl.constexpr,
@@ -36,10 +44,10 @@ def _gated_group_norm_fwd_kernel(
     cols = group[:, None] * N + offs_n[None, :]  # [BLOCK_G, BLOCK_N]
     mask = (group[:, None] < groups) & (offs_n[None, :] < N)
     acc = rstd_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0).to(acc)
-    z = tl.load(z_ptr + row * stride_z + cols, mask=mask, other=0.0).to(acc)
+    v = _load(x, row, cols, mask, acc)  # [BLOCK_G, BLOCK_N]
+    g = _load(z, row, cols, mask, acc)
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
-    u = x * (z * sigmoid(z))  # x z alone may overflow
+    u = v * (g * sigmoid(g))  # v g alone may overflow
     rstd = 1 / tl.sqrt(tl.sum(u * u, axis=1) / N + EPS)  # [BLOCK_G]
     tl.store(rstd_ptr + row * groups + group, rstd, mask=group < groups)
     y = u * rstd[:, None] * weight
@@ -48,17 +56,14 @@ def _gated_group_norm_fwd_kernel(
 
 @triton.jit
 def _gated_group_norm_bwd_kernel(
-    dy_ptr,  # [T, groups * N], as x and z
-    x_ptr,
-    z_ptr,
+    dy,  # Rows [T, groups * N], as x and z
+    x,
+    z,
     weight_ptr,  # [groups * N]
     rstd_ptr,  # [T, groups], in the dtype of statistics and sums
     dx_ptr,  # [T, groups * N], contiguous, as dz
     dz_ptr,
     dweight_ptr,  # [programs, groups * N]: summed afterwards in a fixed order
-    stride_dy,
-    stride_x,
-    stride_z,
     T,
     groups,
     N,
@@ -75,17 +80,17 @@ def _gated_group_norm_bwd_kernel(
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
     dweight = tl.zeros((BLOCK_G, BLOCK_N), dtype=acc)
     for row in range(program * rows, min((program + 1) * rows, T)):
-        x = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0).to(acc)
-        z = tl.load(z_ptr + row * stride_z + cols, mask=mask, other=0.0).to(acc)
-        dy = tl.load(dy_ptr + row * stride_dy + cols, mask=mask, other=0.0).to(acc)
+        v = _load(x, row, cols, mask, acc)
+        g = _load(z, row, cols, mask, acc)
+        d = _load(dy, row, cols, mask, acc)
         rstd = tl.load(rstd_ptr + row * groups + group, mask=group < groups, other=0.0)[:, None]
-        s = sigmoid(z)
-        n = x * (z * s) * rstd  # normed, before the weight
-        dweight += dy * n
-        dn = dy * weight
+        s = sigmoid(g)
+        n = v * (g * s) * rstd  # normed, before the weight
+        dweight += d * n
+        dn = d * weight
         du = rstd * (dn - n * (tl.sum(dn * n, axis=1) / N)[:, None])
-        tl.store(dx_ptr + row * groups * N + cols, (du * (z * s)).to(dx_ptr.dtype.element_ty), mask=mask)
-        dz = du * x * (s * (1 + z * (1 - s)))
+        tl.store(dx_ptr + row * groups * N + cols, (du * (g * s)).to(dx_ptr.dtype.element_ty), mask=mask)
+        dz = du * v * (s * (1 + g * (1 - s)))
         tl.store(dz_ptr + row * groups * N + cols, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     tl.store(dweight_ptr + program * groups * N + cols, dweight, mask=mask)
 
@@ -93,57 +98,81 @@ def _gated_group_norm_bwd_kernel(
 # ---- launches ----
 
 
-def gated_group_norm_launch(T: int, groups: int, N: int, *, per_warp: int = 512) -> Launch:
-    """Groups are independent: at few tokens a group a program fills the GPU; from some 500 rows on there are enough
-    programs, and up to 4096 channels in one keep more bytes in flight for each launch of a program."""
+@dataclass(frozen=True, kw_only=True)
+class GatedGroupNormLaunch(Launch):
+    BLOCK_G: int
+    BLOCK_N: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def gated_group_norm_launch(T: int, groups: int, N: int, *, per_warp: int = 512) -> GatedGroupNormLaunch:
+    """Groups are independent.
+
+    | rows      | a program takes         | reason                                                        |
+    |-----------|-------------------------|---------------------------------------------------------------|
+    | below 512 | one group               | a program for each group fills the GPU                        |
+    | 512 on    | groups of 4096 channels | enough programs are left, and each keeps more bytes in flight |
+    """
     block_n = triton.next_power_of_2(N)
     together = max(1, min(triton.next_power_of_2(groups), 4096 // block_n)) if T >= 512 else 1
     warps = min(max(together * block_n // per_warp, 1), 16)
-    return Launch(BLOCK_G=together, BLOCK_N=block_n, num_warps=warps, num_stages=1)
+    return GatedGroupNormLaunch(BLOCK_G=together, BLOCK_N=block_n, num_warps=warps)
 
 
-def _gated_group_norm_fwd(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    y, rstd = _gated_group_norm_fwd_fake(x, z, weight, groups, eps)
-    rows, gates, N = by_row(x), by_row(z), x.shape[-1] // groups
-    launch = gated_group_norm_launch(len(rows), groups, N)
+class GroupNormForward(NamedTuple):
+    y: Tensor
+    rstd: Tensor
+
+
+class GroupNormGradients(NamedTuple):
+    dx: Tensor
+    dz: Tensor
+    dweight: Tensor
+
+
+def _gated_group_norm_fwd(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> GroupNormForward:
+    out = _gated_group_norm_fwd_fake(x, z, weight, groups, eps)
+    T, N = x.shape[:-1].numel(), x.shape[-1] // groups
+    launch = gated_group_norm_launch(T, groups, N)
     run(
         _gated_group_norm_fwd_kernel,
-        (len(rows), triton.cdiv(groups, launch.BLOCK_G) if N else 0),
-        *(rows, gates, weight.contiguous(), y, rstd, rows.stride(0), gates.stride(0), groups, N),
+        (T, triton.cdiv(groups, launch.BLOCK_G) if N else 0),
+        *(rows_of(x), rows_of(z), weight.contiguous(), *out, groups, N),
         EPS=eps,
         launch=launch,
     )
-    return y, rstd
+    return out
 
 
-def _gated_group_norm_bwd(
-    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dz, _ = _gated_group_norm_bwd_fake(dy, x, z, weight, rstd)
-    dys, rows, gates, groups = by_row(dy), by_row(x), by_row(z), rstd.shape[-1]
-    T, N = len(rows), x.shape[-1] // groups
+def _gated_group_norm_bwd(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, rstd: Tensor) -> GroupNormGradients:
+    out = _gated_group_norm_bwd_fake(dy, x, z, weight, rstd)
+    groups = rstd.shape[-1]
+    T, N = x.shape[:-1].numel(), x.shape[-1] // groups
     launch = gated_group_norm_launch(T, groups, N, per_warp=256)
     count = max(1, triton.cdiv(T, 2 * multiprocessors(x)))  # rows a program: bounds the partial sums
     dweight = rstd.new_empty(triton.cdiv(T, count), x.shape[-1])
     run(
         _gated_group_norm_bwd_kernel,
         (len(dweight), triton.cdiv(groups, launch.BLOCK_G) if N else 0),
-        *(dys, rows, gates, weight.contiguous(), rstd, dx, dz, dweight),
-        *(dys.stride(0), rows.stride(0), gates.stride(0), T, groups, N, count),
+        *(rows_of(dy), rows_of(x), rows_of(z), weight.contiguous(), rstd, out.dx, out.dz, dweight),
+        *(T, groups, N, count),
         launch=launch,
     )
-    return dx, dz, dweight.sum(0).to(weight.dtype)
+    out.dweight.copy_(dweight.sum(0))
+    return out
 
 
 # ---- op ----
 
 
 def _gated_group_norm_fwd_fake(x, z, weight, groups, eps):
-    return z.new_empty(z.shape), x.new_empty((*x.shape[:-1], groups), dtype=compute_dtype(x.dtype, weight.dtype))
+    rstd = x.new_empty((*x.shape[:-1], groups), dtype=compute_dtype(x.dtype, weight.dtype))
+    return GroupNormForward(z.new_empty(z.shape), rstd)
 
 
 def _gated_group_norm_bwd_fake(dy, x, z, weight, rstd):
-    return x.new_empty(x.shape), z.new_empty(z.shape), weight.new_empty(weight.shape)
+    return GroupNormGradients(x.new_empty(x.shape), z.new_empty(z.shape), weight.new_empty(weight.shape))
 
 
 _fwd = define(
@@ -176,7 +205,7 @@ def gated_group_norm(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, e
     """Gate x by silu(z), then RMS-normalise within each of `groups` equal runs of channels, times weight.
 
     Args:
-        x:      [*, D] float: the scan's output.
+        x:      [*, D] float, any strides: the scan's output.
         z:      [*, D] float: the gate.
         weight: [D] float.
         groups: divides D.
@@ -184,15 +213,21 @@ def gated_group_norm(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, e
     Returns:
         y: [*, D] dtype of z.
 
-    Computes in fp32 (fp64 where x or weight is fp64) and rounds once. Gradients for all tensors. Deterministic.
-    Raises ValueError for sizes that disagree, groups that do not divide D, an eps below 0. Cost for T rows: 9 T D
-    flops, 3 T D itemsize bytes, so bound by memory. Source: `rmsnorm_fn` of mamba_ssm with norm_before_gate=False.
+    Numerics: computes in fp32 (fp64 where x or weight is fp64) and rounds once. Deterministic.
+    Gradients: for all tensors.
+    Raises: ValueError for sizes that disagree, groups that do not divide D, an eps below 0.
+    Cost: for T rows 9 T D flops and 3 T D itemsize bytes: bound by memory.
+    Source: `rmsnorm_fn` of mamba_ssm with norm_before_gate=False.
+
+    Example:
+        x, z = torch.randn(2, 4, 4096)
+        y = gated_group_norm(x, z, torch.ones(4096), groups=8)
     """
     check("gated_group_norm", 3, x=(x, "* D"), z=(z, "* D"), weight=(weight, "D"))
     if not is_whole(groups) or groups < 1 or x.shape[-1] % groups:
         refuse("gated_group_norm", "groups", groups, f"a divisor of D={x.shape[-1]}")
-    if not (is_real(eps) and eps >= 0):
-        refuse("gated_group_norm", "eps", eps, "a number, 0 or more")
+    eps = eps_of("gated_group_norm", eps)
     if not takes_kernel("gated_group_norm", x, z, weight):
         return reference.gated_group_norm(x, z, weight, groups=groups, eps=eps)
-    return _GatedGroupNorm.apply(x, z, weight, int(groups), float(eps))
+    y: Tensor = _GatedGroupNorm.apply(x, z, weight, int(groups), eps)
+    return y

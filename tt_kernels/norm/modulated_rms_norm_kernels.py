@@ -1,31 +1,29 @@
-"""The RMS norm that opens a residual layer: gate and add the last branch, modulate and norm, in one pass."""
+"""The kernels of `modulated_rms_norm` and `rms_norm`: one program a row forward, several rows backward."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
+def _load(rows, i, cols, mask, ACC: tl.constexpr):
+    """Row i of an operand `Rows`, in the dtype of sums."""
+    return tl.load(rows.ptr + i * rows.stride + cols, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
 def _modulated_rms_norm_fwd_kernel(
-    x_ptr,  # [B * L, D]
+    x,  # Rows [B * L, D]
     weight_ptr,  # [D]
-    shift_ptr,  # [B, D], as scale and gate
-    scale_ptr,
-    branch_ptr,  # [B * L, D]
-    gate_ptr,
+    shift,  # Rows [B, D] or None, as scale and gate
+    scale,
+    branch,  # Rows [B * L, D] or None
+    gate,
     y_ptr,  # [B * L, D], contiguous, as residual
     residual_ptr,
     rstd_ptr,  # [B * L], in the dtype of statistics and sums
-    stride_x,
-    stride_branch,
-    stride_shift,
-    stride_scale,
-    stride_gate,
     L,
     D,
     EPS: tl.constexpr,
-    HAS_BRANCH: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    MODULATED: tl.constexpr,
     NORM_FIRST: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -34,63 +32,50 @@ def _modulated_rms_norm_fwd_kernel(
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
     acc = rstd_ptr.dtype.element_ty
-    r = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0).to(acc)  # [BLOCK_D]
-    if HAS_BRANCH:
-        branch = tl.load(branch_ptr + row * stride_branch + cols, mask=mask, other=0.0).to(acc)
-        if HAS_GATE:
-            branch *= tl.load(gate_ptr + b * stride_gate + cols, mask=mask, other=0.0).to(acc)
-        rounded = (r + branch).to(residual_ptr.dtype.element_ty)
+    r = _load(x, row, cols, mask, acc)  # [BLOCK_D]
+    if branch is not None:
+        step = _load(branch, row, cols, mask, acc)
+        if gate is not None:
+            step *= _load(gate, b, cols, mask, acc)
+        rounded = (r + step).to(residual_ptr.dtype.element_ty)
         tl.store(residual_ptr + row * D + cols, rounded, mask=mask)
-        r = rounded.to(acc)  # the norm sees what the next layer will
+        r = rounded.to(acc)  # the norm reads the residual as the next layer will
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
-    if MODULATED:
-        shift = tl.load(shift_ptr + b * stride_shift + cols, mask=mask, other=0.0).to(acc)
-        scale = 1 + tl.load(scale_ptr + b * stride_scale + cols, mask=mask, other=0.0).to(acc)
+    if scale is not None:
+        add = _load(shift, b, cols, mask, acc)
+        factor = 1 + _load(scale, b, cols, mask, acc)
         if not NORM_FIRST:
-            r = r * scale + shift
+            r = r * factor + add
     rstd = 1 / tl.sqrt(tl.sum(r * r, axis=0) / D + EPS)
     tl.store(rstd_ptr + row, rstd)
     y = r * rstd * weight
-    if MODULATED and NORM_FIRST:
-        y = y * scale + shift
+    if scale is not None and NORM_FIRST:
+        y = y * factor + add
     tl.store(y_ptr + row * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _modulated_rms_norm_bwd_kernel(
-    dy_ptr,  # [B * L, D], as dresidual
-    dresidual_ptr,
-    residual_ptr,  # [B * L, D]
+    dy,  # Rows [B * L, D]
+    dresidual,  # Rows [B * L, D] or None
+    residual,  # Rows [B * L, D]
     weight_ptr,  # [D]
-    shift_ptr,  # [B, D], as scale and gate
-    scale_ptr,
-    branch_ptr,  # [B * L, D]
-    gate_ptr,
+    shift,  # Rows [B, D] or None, as scale and gate
+    scale,
+    branch,  # Rows [B * L, D]; read where there is a gate
+    gate,
     rstd_ptr,  # [B * L], in the dtype of statistics and sums
     dx_ptr,  # [B * L, D], contiguous, as dbranch
     dbranch_ptr,
-    dweight_ptr,  # [B * chunks, D]: one row a program, summed afterwards in a fixed order; as the next three
-    dshift_ptr,
-    dscale_ptr,
-    dgate_ptr,
-    stride_dy,
-    stride_dresidual,
-    stride_residual,
-    stride_shift,
-    stride_scale,
-    stride_branch,
-    stride_gate,
+    sums_ptr,  # [4, B * chunks, D]: dweight, dshift, dscale, dgate of each program, added afterwards in a fixed order
     L,
     D,
     chunks,
     rows,
-    HAS_DRESIDUAL: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    MODULATED: tl.constexpr,
     NORM_FIRST: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # A program takes `rows` rows of one sequence, so that its shift, scale and gate are loaded once.
+    # A program takes `rows` rows of one sequence, so that it loads their shift, scale and gate once.
     program = tl.program_id(0).to(tl.int64)
     b, chunk = program // chunks, program % chunks
     cols = tl.arange(0, BLOCK_D)
@@ -98,44 +83,45 @@ def _modulated_rms_norm_bwd_kernel(
     acc = rstd_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
     dweight = tl.zeros((BLOCK_D,), dtype=acc)
-    if MODULATED:
-        shift = tl.load(shift_ptr + b * stride_shift + cols, mask=mask, other=0.0).to(acc)
-        scale = 1 + tl.load(scale_ptr + b * stride_scale + cols, mask=mask, other=0.0).to(acc)
+    if scale is not None:
+        add = _load(shift, b, cols, mask, acc)
+        factor = 1 + _load(scale, b, cols, mask, acc)
         dshift = tl.zeros((BLOCK_D,), dtype=acc)
         dscale = tl.zeros((BLOCK_D,), dtype=acc)
-    if HAS_GATE:
-        gate = tl.load(gate_ptr + b * stride_gate + cols, mask=mask, other=0.0).to(acc)
+    if gate is not None:
+        opening = _load(gate, b, cols, mask, acc)
         dgate = tl.zeros((BLOCK_D,), dtype=acc)
     for row in range(b * L + chunk * rows, b * L + min((chunk + 1) * rows, L)):
-        r = tl.load(residual_ptr + row * stride_residual + cols, mask=mask, other=0.0).to(acc)
-        dy = tl.load(dy_ptr + row * stride_dy + cols, mask=mask, other=0.0).to(acc)
+        r = _load(residual, row, cols, mask, acc)
+        g = _load(dy, row, cols, mask, acc)
         rstd = tl.load(rstd_ptr + row)
         m = r
-        if MODULATED:
+        if scale is not None:
             if NORM_FIRST:
-                dshift += dy
-                dscale += dy * r * rstd * weight
-                dy = dy * scale
+                dshift += g
+                dscale += g * r * rstd * weight
+                g = g * factor
             else:
-                m = r * scale + shift
+                m = r * factor + add
         n = m * rstd  # normed, before the weight
-        dweight += dy * n
-        dn = dy * weight
+        dweight += g * n
+        dn = g * weight
         dm = rstd * (dn - n * (tl.sum(dn * n, axis=0) / D))
-        if MODULATED and not NORM_FIRST:
+        if scale is not None and not NORM_FIRST:
             dshift += dm
             dscale += dm * r
-            dm = dm * scale
-        if HAS_DRESIDUAL:
-            dm += tl.load(dresidual_ptr + row * stride_dresidual + cols, mask=mask, other=0.0).to(acc)
+            dm = dm * factor
+        if dresidual is not None:
+            dm += _load(dresidual, row, cols, mask, acc)
         tl.store(dx_ptr + row * D + cols, dm.to(dx_ptr.dtype.element_ty), mask=mask)
-        if HAS_GATE:
-            branch = tl.load(branch_ptr + row * stride_branch + cols, mask=mask, other=0.0).to(acc)
-            dgate += dm * branch
-            tl.store(dbranch_ptr + row * D + cols, (dm * gate).to(dbranch_ptr.dtype.element_ty), mask=mask)
-    tl.store(dweight_ptr + program * D + cols, dweight, mask=mask)
-    if MODULATED:
-        tl.store(dshift_ptr + program * D + cols, dshift, mask=mask)
-        tl.store(dscale_ptr + program * D + cols, dscale, mask=mask)
-    if HAS_GATE:
-        tl.store(dgate_ptr + program * D + cols, dgate, mask=mask)
+        if gate is not None:
+            dgate += dm * _load(branch, row, cols, mask, acc)
+            tl.store(dbranch_ptr + row * D + cols, (dm * opening).to(dbranch_ptr.dtype.element_ty), mask=mask)
+    sums_ptr += program * D
+    size = tl.num_programs(0).to(tl.int64) * D
+    tl.store(sums_ptr + cols, dweight, mask=mask)
+    if scale is not None:
+        tl.store(sums_ptr + size + cols, dshift, mask=mask)
+        tl.store(sums_ptr + 2 * size + cols, dscale, mask=mask)
+    if gate is not None:
+        tl.store(sums_ptr + 3 * size + cols, dgate, mask=mask)

@@ -51,13 +51,13 @@ def can_look(t: Tensor) -> bool:
     return t.device.type == "cpu" and type(t) is Tensor and not torch.compiler.is_compiling()
 
 
-def check_lengths(op: str, lengths: Tensor | None, L: int) -> None:
-    """Refuse lengths of rows that are not 0 to L, where one can look; kernels cut them."""
-    if lengths is None or not can_look(lengths):
+def check_counts(op: str, counts: Tensor | None, L: int) -> None:
+    """Refuse counts of tokens that are not 0 to L, where one can look; kernels cut them."""
+    if counts is None or not can_look(counts):
         return
-    for length in lengths.tolist():
-        if not 0 <= length <= L:
-            raise ValueError(f"{op}: lengths is {length}, expected 0 to L={L}")
+    for count in counts.tolist():
+        if not 0 <= count <= L:
+            raise ValueError(f"{op}: counts is {count}, expected 0 to L={L}")
 
 
 def check_starts(op: str, cu_seqlens: Tensor | None, tokens: int) -> list[int] | None:

@@ -1,12 +1,88 @@
 """The unmasking step: counter-based Gumbel noise, prediction with its confidence, the commit rule."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .common import compute_dtype, full_precision, head_logits
+
+
+class Sampling(NamedTuple):
+    """How the token of each row is chosen: one number a row, so that requests with different settings share a batch.
+
+    [*] are the rows of the logits; `unmask` takes one number for each block of the batch. A new sampling rule is a
+    field here that may be None, a line in `bounds`, and its specification in `tt_kernels/sampling/options.py`.
+    """
+
+    temperature: Tensor  # [*] float, 0 or more, inf too: 0 takes the best token, above 0 one is drawn
+    seed: Tensor  # [*] int, any 64 bits: key of the noise, with position and step
+    position: Tensor  # [*] int: of the token in its sequence, of which the lower 32 bits count
+    step: Tensor  # [*] int: the denoising step, as position
+    top_k: Tensor | None = (
+        None  # [*] int: draw among the k best and all that equal the k-th; 0, or V and above: no limit
+    )
+    top_p: Tensor | None = (
+        None  # [*] float, above 0: draw among the best whose probabilities first exceed p; 1: no limit
+    )
+
+    @classmethod
+    def of(
+        cls,
+        rows: int,
+        *,
+        temperature: float | Tensor = 0.0,
+        seed: int | Tensor = 0,
+        position: int | Tensor = 0,
+        step: int | Tensor = 0,
+        top_k: int | Tensor | None = None,
+        top_p: float | Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Sampling":
+        """Settings of so many rows: a number holds for all of them, a tensor is taken as it is."""
+
+        def of_rows(value: float | Tensor, dtype: torch.dtype) -> Tensor:
+            return value if isinstance(value, Tensor) else torch.full((rows,), value, dtype=dtype, device=device)
+
+        return cls(
+            temperature=of_rows(temperature, torch.float64),
+            seed=of_rows(seed, torch.int64),
+            position=of_rows(position, torch.int64),
+            step=of_rows(step, torch.int64),
+            top_k=None if top_k is None else of_rows(top_k, torch.int64),
+            top_p=None if top_p is None else of_rows(top_p, torch.float64),
+        )
+
+    def select(self, rows: Tensor) -> "Sampling":
+        """The settings of some rows."""
+        return Sampling(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
+
+
+class Sampled(NamedTuple):
+    """A prediction for each row."""
+
+    token: Tensor  # [*] int64
+    confidence: Tensor  # [*] fp32, or fp64: the token's probability at temperature 1
+
+
+class Committed(NamedTuple):
+    """A block after the commit rule."""
+
+    block: Tensor  # [B, L] dtype of the block that came in, in new memory
+    committed: Tensor  # [B, L] bool: what took its prediction now
+    masked: Tensor  # [B] int64: how many positions are masked still
+
+
+class Unmasked(NamedTuple):
+    """A block after one unmasking step."""
+
+    block: Tensor  # [B, L] dtype of the block that came in, in new memory
+    committed: Tensor  # [B, L] bool: what took its prediction now
+    confidence: Tensor  # [B, L] fp32, or fp64: of the predictions; 0 where nothing was masked
+    masked: Tensor  # [B] int64: how many positions are masked still
+
 
 _WORD = 0xFFFFFFFF  # 32 bits
 _ROUND = ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))  # Philox4x32: multipliers, key increments
@@ -63,22 +139,37 @@ def split_temperature(temperature: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     return (t / unit).clamp(max=torch.finfo(dtype).max), torch.where(power.isinf(), 2.0**64, unit)
 
 
-def _narrow(scaled: Tensor, unit: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Scaled logits outside the top k, or outside the smallest set that holds top_p of the probability, to -inf."""
+def bounds(scaled: Tensor, unit: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What of scaled logits [*, V] may be drawn: the least of them, and the last token of those that equal it.
+
+    Every row is looked at by itself: what it gets does not depend on the limits of others.
+    """
     V = scaled.shape[-1]
-    if top_k is not None and torch.compiler.is_compiling():  # a graph is for every V
-        worse = torch.arange(V, device=scaled.device) >= top_k
-        least = scaled.sort(dim=-1, descending=True).values.masked_fill(worse, math.inf).amin(-1, keepdim=True)
-        scaled = scaled.masked_fill(scaled < least, -math.inf)
-    elif top_k is not None and top_k < V:
-        least = scaled.topk(top_k, dim=-1).values[..., -1:]
-        scaled = scaled.masked_fill(scaled < least, -math.inf)
-    if top_p is not None and top_p < 1:
-        ordered, index = scaled.sort(dim=-1, descending=True, stable=True)
-        before = F.pad(probabilities(ordered, unit).cumsum(-1), (1, -1))  # the probability of all better ones
-        late = before > top_p
-        scaled = scaled.masked_fill(late.scatter(-1, index, late), -math.inf)
-    return scaled
+    ordered, index = scaled.sort(dim=-1, descending=True, stable=True)
+    least, last = torch.full_like(scaled[..., 0], -math.inf), torch.full_like(index[..., 0], V)
+    if top_k is not None:
+        limited = (top_k > 0) & (top_k < V)
+        kth = ordered.gather(-1, torch.where(limited, top_k - 1, 0).long().unsqueeze(-1)).squeeze(-1)
+        least = torch.where(limited, kth, least)
+    if top_p is not None:
+        limited = top_p < 1  # rounding may bring a sum of all probabilities above 1
+        ordered = ordered.masked_fill(ordered < least.unsqueeze(-1), -math.inf)
+        before = F.pad(probabilities(ordered, unit).cumsum(-1), (1, -1))  # the probability of all better tokens
+        late = before > torch.where(limited, top_p, math.inf).clamp(min=0).to(before).unsqueeze(-1)
+        end = V - 1 - late.sum(-1, keepdim=True)
+        lowest, end = ordered.gather(-1, end).squeeze(-1), index.gather(-1, end).squeeze(-1)
+        tighter = limited & ~(lowest < least)
+        least, last = torch.where(tighter, lowest, least), torch.where(tighter, end, last)
+    return least, last
+
+
+def _narrow(scaled: Tensor, unit: Tensor, sampling: Sampling) -> Tensor:
+    """Scaled logits with -inf in place of all that top_k and top_p leave out."""
+    if sampling.top_k is None and sampling.top_p is None:
+        return scaled
+    least, last = (t.unsqueeze(-1) for t in bounds(scaled, unit, sampling.top_k, sampling.top_p))
+    ids = torch.arange(scaled.shape[-1], device=scaled.device)
+    return scaled.masked_fill((scaled < least) | ((scaled == least) & (ids > last)), -math.inf)
 
 
 def probabilities(ordered: Tensor, unit: Tensor) -> Tensor:
@@ -86,72 +177,48 @@ def probabilities(ordered: Tensor, unit: Tensor) -> Tensor:
     return (ordered - ordered[..., :1]).div_(unit.unsqueeze(-1)).softmax(-1)
 
 
+def _confidence(logits: Tensor, token: Tensor) -> Tensor:
+    """How sure a prediction is: its probability at temperature 1. Another rule for this is a function of the same
+    arguments here, and in the kernels a field of `Record` (what a tile knows) and a line of `combine` (what becomes of
+    the whole row), both in `tt_kernels/sampling/lang.py`."""
+    return (logits.gather(-1, token.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
+
+
 @full_precision
-def sample(
-    logits: Tensor,
-    *,
-    temperature: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    step: Tensor,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    suppress: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Sampled:
     logits = logits.detach().to(compute_dtype(logits.dtype))
     if suppress is not None:
         logits = logits.index_fill(-1, torch.tensor([suppress], device=logits.device), -math.inf)
     token = _argmax(logits)
-    hot = temperature > 0
+    hot = sampling.temperature > 0
     if torch.compiler.is_compiling() or bool(hot.any()):  # a graph is for all temperatures and reads nothing
-        divisor, unit = split_temperature(temperature, logits.dtype)
-        scaled = _narrow(logits / divisor.unsqueeze(-1), unit, top_k, top_p)
-        noise = gumbel_noise(seed, position, step, vocab_size=logits.shape[-1])
+        divisor, unit = split_temperature(sampling.temperature, logits.dtype)
+        scaled = _narrow(logits / divisor.unsqueeze(-1), unit, sampling)
+        noise = gumbel_noise(sampling.seed, sampling.position, sampling.step, vocab_size=logits.shape[-1])
         token = torch.where(hot, _argmax(torch.addcmul(scaled, noise.to(scaled), unit.unsqueeze(-1))), token)
     if suppress == 0:  # else the first of a row where everything is -inf
         token = token.clamp(min=1)
-    confidence = (logits.gather(-1, token.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
-    return token, confidence
+    return Sampled(token, _confidence(logits, token))
 
 
 @full_precision
-def head_sample(
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    temperature: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    step: Tensor,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    suppress: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    return sample(
-        head_logits(hidden.detach(), weight.detach()),
-        temperature=temperature,
-        seed=seed,
-        position=position,
-        step=step,
-        top_k=top_k,
-        top_p=top_p,
-        suppress=suppress,
-    )
+def head_sample(hidden: Tensor, weight: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Sampled:
+    return sample(head_logits(hidden.detach(), weight.detach()), sampling, suppress=suppress)
 
 
 @full_precision
 def commit(
     block: Tensor, token: Tensor, confidence: Tensor, *, mask_token_id: int, threshold: Tensor, steps_left: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Committed:
     masked = block == mask_token_id  # [B, L]
     m = masked.sum(-1)
     above = (masked & (confidence > threshold.to(confidence).unsqueeze(-1))).sum(-1)
-    share = -(-m // steps_left.clamp(min=1))  # ceil(m / r)
+    share = -(-m // steps_left.clamp(min=1))  # ceil(m / steps left)
     count = torch.minimum(m, torch.maximum(above, share).clamp(min=1))
     order = (-confidence).argsort(dim=-1, stable=True)  # ascending, where NaN is last
     ranked = masked.gather(-1, order)
     committed = torch.zeros_like(masked).scatter(-1, order, ranked & (ranked.cumsum(-1) <= count.unsqueeze(-1)))
-    return torch.where(committed, token, block), committed, m - count
+    return Committed(torch.where(committed, token, block), committed, m - count)
 
 
 @full_precision
@@ -159,40 +226,26 @@ def unmask(
     hidden: Tensor,
     weight: Tensor,
     block: Tensor,
+    sampling: Sampling,
     *,
     mask_token_id: int,
     threshold: Tensor,
-    temperature: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    step: Tensor,
     steps_left: Tensor,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Unmasked:
     masked = block == mask_token_id
     token = block.clone()
     confidence = torch.zeros(block.shape, dtype=compute_dtype(hidden.dtype, weight.dtype), device=block.device)
-    options = dict(top_k=top_k, top_p=top_p, suppress=mask_token_id)
     if torch.compiler.is_compiling():  # the number of masked positions is no size in a graph: logits of all
-        first, *settings = (t.unsqueeze(-1).expand(block.shape) for t in (position, temperature, seed, step))
-        settings = dict(zip(("temperature", "seed", "step"), settings, strict=True))
-        each = first + torch.arange(block.shape[1], device=block.device)
-        found, sure = head_sample(hidden, weight, position=each, **settings, **options)
+        rows, cols = (torch.arange(n, device=block.device) for n in block.shape)
+        mine = sampling.select(rows.unsqueeze(-1).expand(block.shape))
+        found, sure = head_sample(hidden, weight, mine._replace(position=mine.position + cols), suppress=mask_token_id)
         token, confidence = torch.where(masked, found.to(token.dtype), token), torch.where(masked, sure, confidence)
     else:
         rows, cols = masked.nonzero(as_tuple=True)  # only masked positions need logits
+        mine = sampling.select(rows)
         found, sure = head_sample(
-            hidden[rows, cols],
-            weight,
-            temperature=temperature[rows],
-            seed=seed[rows],
-            position=position[rows] + cols,
-            step=step[rows],
-            **options,
+            hidden[rows, cols], weight, mine._replace(position=mine.position + cols), suppress=mask_token_id
         )
         token[rows, cols], confidence[rows, cols] = found.to(token.dtype), sure
-    block, committed, left = commit(
-        block, token, confidence, mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left
-    )
-    return block, committed, confidence, left
+    result = commit(block, token, confidence, mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
+    return Unmasked(result.block, result.committed, confidence, result.masked)

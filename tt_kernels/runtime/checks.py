@@ -1,8 +1,10 @@
-"""What every op shares: which implementation runs, operator registration, checks of shapes and dtypes, the op card."""
+"""Checks of what callers pass: shapes, dtypes, devices and options."""
 
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from numbers import Integral, Real
 from typing import Any, NoReturn
@@ -26,37 +28,56 @@ def is_whole(value: object) -> bool:
 
 
 def is_real(value: Any) -> bool:
-    """Whether an option is a finite number."""
-    number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real)) and not isinstance(value, bool)
-    return number and -math.inf < value < math.inf
+    """Whether an option is a finite number that PyTorch can compute with: whole ones have 64 bits."""
+    if isinstance(value, (int, torch.SymInt, Integral)):
+        return is_whole(value)
+    number = isinstance(value, (float, torch.SymFloat, Real))
+    return number and -sys.float_info.max <= value <= sys.float_info.max
 
 
-_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+def as_float(value: Any) -> float:
+    """A number that `is_real` let pass, for PyTorch: a symbol stays one."""
+    return value if isinstance(value, torch.SymFloat) else float(value)
+
+
+def eps_of(op: str, eps: Any) -> float:
+    if not (is_real(eps) and eps >= 0):
+        refuse(op, "eps", eps, "a number, 0 or more")
+    return as_float(eps)
+
+
+_skipping: ContextVar[bool] = ContextVar("skipping", default=False)
 
 
 def looks_at(t: Tensor) -> bool:
-    """Whether an op is to look at what a tensor of indices holds, to refuse what is wrong: on a CPU, where nothing is
-    waited for, outside of graphs and of `trusted`. Kernels stay within their tensors whatever it is."""
+    """Whether an op reads the values of a tensor of indices to refuse wrong ones: on a CPU, where reading them waits
+    for nothing, outside of graphs and of `skip_checks`. Kernels stay within their tensors whatever the values are."""
     real = t.device.type == "cpu" and type(t) is Tensor  # a fake tensor has no values
-    return real and not torch.compiler.is_compiling() and not _trusted.get()
+    return real and not torch.compiler.is_compiling() and not _skipping.get()
 
 
 @contextmanager
-def trusted() -> Iterator[None]:
+def skip_checks() -> Iterator[None]:
     """Leave out the comparison of shapes and dtypes inside the `with` block: for a model whose shapes are right by its
-    construction and which checks what enters it. Saves 4 % of a small model's pass; an error then speaks of tensors.
-    For this thread, or task, only."""
-    if torch.compiler.is_compiling():  # where nothing is compared
+    construction and which checks what enters it. Saves 4 % of a small model's pass; a wrong shape then fails inside
+    PyTorch, whose message does not name the argument. Applies to this thread, or task, only."""
+    if torch.compiler.is_compiling():  # graphs leave the comparison out in any case
         yield
         return
-    before = _trusted.set(True)
+    before = _skipping.set(True)
     try:
         yield
     finally:
-        _trusted.reset(before)
+        _skipping.reset(before)
 
 
-# Channels, experts, heads, taps, vocabulary, slots of a page: with none there is nothing to do.
+def trusted() -> AbstractContextManager[None]:
+    """The name of `skip_checks` up to 0.1; it goes with the next release."""
+    warnings.warn("trusted() is called skip_checks() now", DeprecationWarning, stacklevel=2)
+    return skip_checks()
+
+
+# Channels, experts, heads, taps, vocabulary, slots of a page: with none of them there is nothing to compute.
 NEVER_EMPTY = frozenset(("C", "E", "H", "Hq", "Hkv", "K", "P", "V", "page_size"))
 
 _KINDS: dict[type, Callable[[torch.dtype], bool]] = {
@@ -79,7 +100,7 @@ def check(op: str, needed: int = 0, /, **specs: tuple[Any, ...]) -> None:
     bool. None passes, but for the first `needed` arguments, and then all are to be on one device. Sizes in NEVER_EMPTY
     are 1 or more. One call an op; torch.compile leaves it out of its graphs.
     """
-    if torch.compiler.is_compiling() or _trusted.get():
+    if torch.compiler.is_compiling() or _skipping.get():
         return
     try:
         key = (op, *[None if (t := spec[0]) is None else (t.shape, t.dtype, t.device) for spec in specs.values()])

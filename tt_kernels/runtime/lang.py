@@ -15,12 +15,20 @@ def silu(x):
 
 
 @triton.jit
-def row_length(lengths_ptr, b, L):
-    """How many of row b's L tokens count: what lengths [rows] say, cut to 0 .. L; None: all."""
-    length = L
-    if lengths_ptr is not None:
-        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), L).to(tl.int32)
-    return length
+def row_count(counts_ptr, b, L):
+    """How many of row b's L tokens enter: what counts [rows] say, cut to 0 .. L; None: all."""
+    count = L
+    if counts_ptr is not None:
+        count = tl.minimum(tl.maximum(tl.load(counts_ptr + b), 0), L).to(tl.int32)
+    return count
+
+
+@triton.jit
+def at_slot(slots, row):
+    """Where the state of a row (64-bit) begins: in the slot that its index names, cut to those that exist."""
+    if slots.indices is not None:
+        row = tl.minimum(tl.maximum(tl.load(slots.indices + row), 0), slots.number - 1).to(tl.int64)
+    return slots.ptr + row * slots.stride
 
 
 @triton.jit

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from .structs import by_row as by_row
+
 INTERPRET = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: Triton's interpreter runs kernels line by line
 # Whether tensors on the CPU go to kernels, to be tested: in the interpreter, or, with TT_KERNELS_ON_CPU=1, in a tool
 # that takes Triton's launches over (ttsem).
@@ -82,6 +84,14 @@ def is_recording() -> bool:
     return not torch.compiler.is_compiling() and _recording.get() is not None
 
 
+def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, tuple):  # an operand
+            yield from _tensors(a)
+
+
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, launch: Launch, **constexprs: Any) -> None:
     """Launch a kernel on the device of its first tensor. An empty grid is no launch."""
     if 0 in grid:
@@ -91,20 +101,12 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, launch: Launch, **conste
     if (recorded := _recording.get()) is not None:
         recorded[0](kernel, grid, args, options)
         return
-    device = next(a for a in args if isinstance(a, Tensor)).device
+    device = next(_tensors(args)).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **options)
     else:
         kernel[grid](*args, **options)
-
-
-def by_row(t: Tensor | None) -> Tensor | None:
-    """[*, D] as rows whose elements lie side by side; a view where that is possible."""
-    if t is None:
-        return None
-    t = t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What every op shares: which implementation runs, operator registration, checks of shapes and dtypes, the op card."""
+"""Which implementation of an op runs, and the registration of kernels as operators of PyTorch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,8 @@ from torch import Tensor
 from .checks import refuse
 from .launch import INTERPRET, ON_CPU, _properties, is_recording
 
-_library = torch.library.Library("tt", "DEF")
+NAMESPACE = "tt"  # of registered operators: torch.ops.tt.<name>
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 _implementation: ContextVar[str | None] = ContextVar("implementation", default=None)
 
@@ -121,12 +122,12 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 
 def define(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register tt::<name> with one schema, one launcher and its shape rule; returns what calls it."""
+    """Register <NAMESPACE>::<name> with one schema, one launcher and its shape rule; returns what calls it."""
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, launcher, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tt::{name}", fake, lib=_library)
-    registered = getattr(torch.ops.tt, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    registered = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*args: Any) -> Any:
         # On meta tensors the registered op runs its shape rule; whoever records wants the launches.

@@ -1,11 +1,15 @@
 """The commit rule: which masked positions of a block take their prediction."""
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from ..reference import Committed
 from ..runtime.checks import check, refuse
 from ..runtime.launch import Launch, run
 from ..runtime.registry import define, takes_kernel
@@ -14,10 +18,17 @@ from .options import check_whole
 # ---- kernels ----
 
 
+class Rule(NamedTuple):
+    """What decides how many positions of a block commit."""
+
+    threshold: Any  # [B]
+    steps_left: Any  # [B]
+
+
 @triton.jit
 def before(confidence_j, j, confidence_i, i):
-    """Whether position j comes before i: the more confident first, NaN last, of equals the lower position. One that is
-    not masked goes as NaN at a j beyond every i, which is before none."""
+    """Whether position j comes before i: the more confident first, NaN last, of equals the lower position. Callers pass
+    a position that is not masked as NaN at a j beyond every i, which is before none."""
     nan_j, nan_i = confidence_j != confidence_j, confidence_i != confidence_i
     more = (confidence_j > confidence_i) | (nan_i & (confidence_j == confidence_j))
     return more | (((confidence_j == confidence_i) | (nan_j & nan_i)) & (j < i))
@@ -33,24 +44,21 @@ def settle(
     masked,
     confidence,
     rank,  # among the masked ones, in the order of `before`
-    threshold_ptr,
-    steps_left_ptr,
-    out_ptr,
-    committed_ptr,
-    left_ptr,
+    rule,
+    out,  # Committed
     L,
 ):
     """Write what the rule makes of sequence b."""
     m = tl.sum(masked.to(tl.int64), axis=0)
-    above = tl.sum((masked & (confidence > tl.load(threshold_ptr + b).to(confidence.dtype))).to(tl.int64), axis=0)
-    steps_left = tl.load(steps_left_ptr + b).to(tl.int64)
+    above = tl.sum((masked & (confidence > tl.load(rule.threshold + b).to(confidence.dtype))).to(tl.int64), axis=0)
+    steps_left = tl.load(rule.steps_left + b).to(tl.int64)
     share = 1 + (m - 1) // tl.where(steps_left > 1, steps_left, 1)  # ceil(m / steps left), 1 or more; m may be 0
     count = tl.minimum(m, tl.maximum(above, share))
     committed = masked & (rank < count)
     at = b * L + offs_l
-    tl.store(out_ptr + at, tl.where(committed, token, block), mask=mask_l)
-    tl.store(committed_ptr + at, committed, mask=mask_l)
-    tl.store(left_ptr + b, m - count)
+    tl.store(out.block + at, tl.where(committed, token, block), mask=mask_l)
+    tl.store(out.committed + at, committed, mask=mask_l)
+    tl.store(out.masked + b, m - count)
 
 
 @triton.jit
@@ -58,11 +66,8 @@ def _commit_kernel(
     block_ptr,  # [B, L], as token and confidence
     token_ptr,
     confidence_ptr,
-    threshold_ptr,  # [B], as steps_left
-    steps_left_ptr,
-    out_ptr,  # [B, L], as committed
-    committed_ptr,
-    left_ptr,  # [B]
+    rule,  # Rule
+    out,  # Committed
     L,
     mask_token_id,
     BLOCK_L: tl.constexpr,
@@ -84,56 +89,51 @@ def _commit_kernel(
         j = tl.where(theirs, j, BLOCK_L)
         earlier = before(sure[None, :], j[None, :], confidence[:, None], offs_l[:, None])
         rank += tl.sum(earlier.to(tl.int32), axis=1)
-    settle(
-        *(b, offs_l, mask_l, block, token, masked, confidence, rank, threshold_ptr, steps_left_ptr),
-        *(out_ptr, committed_ptr, left_ptr, L),
-    )
+    settle(b, offs_l, mask_l, block, token, masked, confidence, rank, rule, out, L)
 
 
 # ---- launches ----
 
 
-def commit_launch(L: int) -> Launch:
+@dataclass(frozen=True, kw_only=True)
+class CommitLaunch(Launch):
+    BLOCK_L: int  # all positions
+    BLOCK_J: int  # those they are compared with at a time
+    num_warps: int
+    num_stages: int = 1
+
+
+def commit_launch(L: int) -> CommitLaunch:
     """All positions of a sequence against 32 at a time: at most 32 comparisons a thread up to 512 positions."""
     block = triton.next_power_of_2(max(L, 1))
-    return Launch(BLOCK_L=block, BLOCK_J=min(block, 32), num_warps=min(max(block // 32, 1), 16), num_stages=1)
+    return CommitLaunch(BLOCK_L=block, BLOCK_J=min(block, 32), num_warps=min(max(block // 32, 1), 16))
 
 
-def write_commit(
-    block: Tensor,
-    token: Tensor,
-    confidence: Tensor,
-    threshold: Tensor,
-    steps_left: Tensor,
-    mask_token_id: int,
-    out: Tensor,
-    committed: Tensor,
-    left: Tensor,
-) -> None:
-    B, L = block.shape
-    run(
-        _commit_kernel,
-        (B,),
-        *(block.contiguous(), token.contiguous(), confidence.contiguous()),
-        *(threshold.contiguous(), steps_left.contiguous(), out, committed, left, L, mask_token_id),
-        launch=commit_launch(L),
-    )
+def new_committed(block: Tensor) -> Committed:
+    """Memory for the result."""
+    masked = block.new_empty(block.shape[0], dtype=torch.int64)
+    return Committed(block.new_empty(block.shape), block.new_empty(block.shape, dtype=torch.bool), masked)
 
 
 def _commit(
     block: Tensor, token: Tensor, confidence: Tensor, threshold: Tensor, steps_left: Tensor, mask_token_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    results = _commit_fake(block, token, confidence, threshold, steps_left, mask_token_id)
-    write_commit(block, token, confidence, threshold, steps_left, mask_token_id, *results)
-    return results
+) -> Committed:
+    out, (B, L) = new_committed(block), block.shape
+    run(
+        _commit_kernel,
+        (B,),
+        *(block.contiguous(), token.contiguous(), confidence.contiguous()),
+        *(Rule(threshold.contiguous(), steps_left.contiguous()), out, L, mask_token_id),
+        launch=commit_launch(L),
+    )
+    return out
 
 
 # ---- op ----
 
 
-def _commit_fake(block, token, confidence, threshold, steps_left, mask_token_id):
-    out, committed = block.new_empty(block.shape), block.new_empty(block.shape, dtype=torch.bool)
-    return out, committed, block.new_empty(block.shape[0], dtype=torch.int64)
+def _commit_fake(block: Tensor, *rest: object) -> Committed:
+    return new_committed(block)
 
 
 _op = define(
@@ -146,7 +146,7 @@ _op = define(
 
 def commit(
     block: Tensor, token: Tensor, confidence: Tensor, *, mask_token_id: int, threshold: Tensor, steps_left: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Committed:
     """Let the most confident masked positions of each row take their prediction.
 
     With m masked positions: min(m, max(1, how many have confidence > threshold, ceil(m / steps_left))) of them commit,
@@ -165,8 +165,19 @@ def commit(
         committed: [B, L] bool: what changed now.
         masked:    [B] int64: how many are masked still.
 
-    No gradients. Deterministic. Raises ValueError for sizes and dtypes that disagree. Cost: a sort of L numbers a row.
+    Numerics: confidences are compared in their own dtype, to which the threshold is rounded. Deterministic.
+
+    Gradients: none.
+
+    Raises: ValueError for sizes and dtypes that disagree.
+
+    Cost: a sort of L numbers a row.
+
     Source: TwoTower (2606.26493).
+
+    Example:
+        >>> block, token, sure = torch.tensor([[9, 9, 4]]), torch.tensor([[1, 2, 3]]), torch.tensor([[0.3, 0.9, 0.0]])
+        >>> commit(block, token, sure, mask_token_id=9, threshold=torch.tensor([0.8]), steps_left=torch.tensor([4]))
     """
     check(
         "commit",
@@ -185,4 +196,4 @@ def commit(
         return reference.commit(
             block, token, confidence, mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left
         )
-    return _op(block, token, confidence.detach(), threshold.detach(), steps_left, mask_token_id)
+    return Committed(*_op(block, token, confidence.detach(), threshold.detach(), steps_left, mask_token_id))

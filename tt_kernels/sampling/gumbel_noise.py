@@ -1,5 +1,7 @@
 """Gumbel noise, a pure function of seed, position, step and token id."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -39,9 +41,16 @@ def _gumbel_noise_kernel(
 # ---- launches ----
 
 
-def gumbel_noise_launch(V: int) -> Launch:
+@dataclass(frozen=True, kw_only=True)
+class GumbelNoiseLaunch(Launch):
+    BLOCK_Q: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def gumbel_noise_launch(V: int) -> GumbelNoiseLaunch:
     """Two counters a thread: two logarithms in fp64 for each of their eight words keep a thread busy."""
-    return Launch(BLOCK_Q=min(256, triton.next_power_of_2(triton.cdiv(V, 4))), num_warps=4, num_stages=1)
+    return GumbelNoiseLaunch(BLOCK_Q=min(256, triton.next_power_of_2(triton.cdiv(V, 4))))
 
 
 def _gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, vocab_size: int) -> Tensor:
@@ -60,7 +69,7 @@ def _gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, vocab_size: int)
 # ---- op ----
 
 
-def _gumbel_noise_fake(seed, position, step, vocab_size):
+def _gumbel_noise_fake(seed: Tensor, position: Tensor, step: Tensor, vocab_size: int) -> Tensor:
     return seed.new_empty((*seed.shape, vocab_size), dtype=torch.float64)
 
 
@@ -78,14 +87,24 @@ def gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, *, vocab_size: in
     u = (word + 1/2) / 2^32, gives -log(-log(1 - u)), from -3.13 to 22.87.
 
     Args:
-        seed, position, step: [*] int: 64 bits of seed, of position and step the lower 32.
+        seed, position, step: [*] int: all 64 bits of the seed, the lower 32 of position and step.
         vocab_size:           V, 1 or more.
     Returns:
         noise: [*, V] fp64.
 
-    Exact in fp64. No gradients. Raises ValueError for sizes that disagree and a vocab_size below 1. Cost: about 40
-    integer operations and two logarithms a number. Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3
-    (2011); Random123.
+    Numerics: exact words; logarithms in fp64. Deterministic.
+
+    Gradients: none.
+
+    Raises: ValueError for sizes that disagree and a vocab_size below 1.
+
+    Cost: about 40 integer operations and two logarithms a number, of 8 bytes.
+
+    Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011); Random123.
+
+    Example:
+        >>> seed, position, step = torch.tensor([1, 2]), torch.tensor([5, 5]), torch.tensor([0, 0])
+        >>> gumbel_noise(seed, position, step, vocab_size=1000)  # [2, 1000]
     """
     check("gumbel_noise", 3, seed=(seed, "*", int), position=(position, "*", int), step=(step, "*", int))
     check_whole("gumbel_noise", "vocab_size", vocab_size, 1, 2**31 - 1, "1 or more")

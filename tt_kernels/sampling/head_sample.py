@@ -3,73 +3,53 @@
 from torch import Tensor
 
 from .. import reference
+from ..reference import Sampled, Sampling
 from ..runtime.checks import check
 from ..runtime.registry import define, takes_kernel
 from .head_sample_launch import _head_sample, _head_sample_fake
-from .options import check_sampling
+from .options import SCHEMA, check_range, check_token, flat, specs
 
 _op = define(
-    "head_sample(Tensor hidden, Tensor weight, Tensor temperature, Tensor seed, Tensor position, Tensor step, "
-    "int? top_k, float? top_p, int? suppress) -> (Tensor, Tensor)",
+    f"head_sample(Tensor hidden, Tensor weight, int? suppress, {SCHEMA}) -> (Tensor, Tensor)",
     _head_sample,
     _head_sample_fake,
 )
 
 
-def head_sample(
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    temperature: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    step: Tensor,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    suppress: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def head_sample(hidden: Tensor, weight: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Sampled:
     """Predict a token from a hidden state: `sample` of hidden weight^T, whose logits stay fp32 in 16-bit models.
 
+    For generation, where nobody needs the logits. With top_k or top_p they are written, some rows at a time.
+
     Args:
-        hidden:      [*, D] float, after the final norm.
-        weight:      [V, D] float: the head.
-        temperature: [*] float, as all that follow: see `sample`.
-        seed:        [*] int.
-        position:    [*] int.
-        step:        [*] int.
-        top_k:       int or None.
-        top_p:       float or None.
-        suppress:    a token id or None.
+        hidden:   [*, D] float, after the final norm.
+        weight:   [V, D] float: the head.
+        sampling: `Sampling` of tensors [*], as in `sample`.
+        suppress: a token id or None, as in `sample`.
     Returns:
         token:      [*] int64.
         confidence: [*] fp32 (fp64 where hidden or weight is fp64).
 
-    Products of 16-bit numbers are summed in fp32. No gradients. Deterministic; kernels sum over the vocabulary in an
-    order that does not depend on how many rows there are. Raises ValueError as `sample` does.
-    Cost for R rows: 2 R V D flops, (V D + R D) itemsize bytes: bound by reading the head. Source: as `sample`.
+    Numerics: products of 16-bit numbers are summed in fp32. Deterministic; kernels sum over the vocabulary in an order
+    that does not depend on how many rows there are.
+
+    Gradients: none.
+
+    Raises: ValueError as `sample` does.
+
+    Cost: 2 R V D flops and (V D + R D) itemsize bytes for R rows: bound by reading the head; with top_k or top_p also
+    the logits, and a sort of every row.
+
+    Source: as `sample`.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 64), torch.randn(1000, 64)
+        >>> token, confidence = head_sample(hidden, weight, Sampling.of(2, temperature=0.7, seed=1), suppress=0)
     """
-    check(
-        "head_sample",
-        6,
-        hidden=(hidden, "* D"),
-        weight=(weight, "V D"),
-        temperature=(temperature, "*"),
-        seed=(seed, "*", int),
-        position=(position, "*", int),
-        step=(step, "*", int),
-    )
-    check_sampling("head_sample", weight.shape[0], temperature, top_k, top_p, suppress=suppress)
+    check("head_sample", 6, hidden=(hidden, "* D"), weight=(weight, "V D"), **specs("head_sample", sampling, "*"))
+    check_range("head_sample", sampling)
+    if suppress is not None:
+        check_token("head_sample", "suppress", suppress, weight.shape[0])
     if not takes_kernel("head_sample", hidden, weight):
-        return reference.head_sample(
-            hidden,
-            weight,
-            temperature=temperature,
-            seed=seed,
-            position=position,
-            step=step,
-            top_k=top_k,
-            top_p=top_p,
-            suppress=suppress,
-        )
-    hidden, weight, temperature = (t.detach() for t in (hidden, weight, temperature))
-    return _op(hidden, weight, temperature, seed, position, step, top_k, top_p, suppress)
+        return reference.head_sample(hidden, weight, sampling, suppress=suppress)
+    return Sampled(*_op(hidden.detach(), weight.detach(), suppress, *flat(sampling)))

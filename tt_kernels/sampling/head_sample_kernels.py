@@ -10,55 +10,44 @@ from .lang import empty_record, is_any_hot, merge, tile_record, write_record
 def _head_kernel(
     hidden_ptr,  # [rows, D]
     weight_ptr,  # [V, D], or its descriptor
-    rows_ptr,  # [N]: which row of hidden each record is of
-    count_ptr,  # [1]: how many records there are
-    temperature_ptr,  # [rows / L], as seed, position and step
-    seed_ptr,
-    position_ptr,
-    step_ptr,
-    stats_ptr,  # [4, N, slots]
-    token_ptr,  # [N, slots]
-    logits_ptr,  # [R, V]: of records first to first + R
     stride_hidden,
     stride_weight,
-    R,
+    settings,  # Settings of the rows of hidden
+    listed,  # Listed, or None: record n is of row n
+    store,  # Store of the records, or None: only the logits are written
+    logits_ptr,  # [R, V], where store is None
+    R,  # records first to first + R are made
     first,
-    L,
     V,
     D,
     tiles,  # of BLOCK_V tokens a piece
     pieces,  # of the vocabulary
-    depth,  # pieces a part
-    parts,
-    plane,  # N * depth * parts
     suppress,
-    COMPACT: tl.constexpr,
-    STORE: tl.constexpr,  # the logits, and nothing else
     TMA: tl.constexpr,
-    WIDE: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SUB: tl.constexpr,  # rows sampled at a time
 ):
-    acc_dtype = tl.float64 if WIDE else tl.float32
+    acc_dtype = (logits_ptr if store is None else store.stats).dtype.element_ty
     count = R
-    if COMPACT:
-        count = min(R, tl.load(count_ptr) - first)
+    if listed is not None:
+        count = min(R, tl.load(listed.count) - first)
     row_tiles = tl.cdiv(count, BLOCK_T)
     offs_k = tl.arange(0, BLOCK_K)
     # Programs that run together take the same piece of the head, which one of them brings into the cache.
     for item in range(tl.program_id(0), row_tiles * pieces, tl.num_programs(0)):
         piece = item // row_tiles
-        slot = piece % depth * parts + piece // depth
         offs_t = (item % row_tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
         mask_t = offs_t < count
         row = first + offs_t
-        if COMPACT:
-            row = tl.load(rows_ptr + row, mask=mask_t, other=0)
-        any_hot = is_any_hot(row, mask_t, L, temperature_ptr)
+        if listed is not None:
+            row = tl.load(listed.index + row, mask=mask_t, other=0)
         begin = piece * tiles * BLOCK_V
-        m, s, best, token, raw = empty_record(SUB, acc_dtype)
+        if store is not None:
+            slot = piece % store.depth * store.parts + piece // store.depth
+            any_hot = is_any_hot(row, mask_t, settings)
+            record = empty_record(SUB, acc_dtype)
         hidden = hidden_ptr + row.to(tl.int64)[:, None] * stride_hidden + offs_k[None, :]
         for start in range(begin, min(begin + tiles * BLOCK_V, V), BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
@@ -75,39 +64,28 @@ def _head_kernel(
                     w, h = w.to(acc_dtype), h.to(acc_dtype)
                 # The head as the larger operand fills the tensor cores.
                 x = tl.dot(w, h.T, x, input_precision="ieee", out_dtype=x.dtype)
-            if STORE:
+            if store is None:
                 at = logits_ptr + offs_t.to(tl.int64)[None, :] * V + offs_v[:, None]
                 tl.store(at, x, mask=mask_t[None, :] & (offs_v < V)[:, None])
             elif BLOCK_T == SUB:
-                next_m, next_s, next_best, next_token, next_raw = tile_record(
-                    *(x, start, any_hot, row, mask_t, L),
-                    *(temperature_ptr, seed_ptr, position_ptr, step_ptr, None, None, V, suppress),
-                    NARROW=False,
-                    PAIRS=True,
-                    BLOCK_V=BLOCK_V,
+                tile = tile_record(
+                    *(x, start, any_hot, row, mask_t, settings, None, V, suppress), PAIRS=True, BLOCK_V=BLOCK_V
                 )
-                m, s, best, token, raw = merge(m, s, best, token, raw, next_m, next_s, next_best, next_token, next_raw)
+                record = merge(record, tile)
             else:
                 # Few columns at a time, and a record for every tile: those of all rows do not fit registers.
                 groups = tl.reshape(x, (BLOCK_V, BLOCK_T // SUB, SUB))
                 for group in range(BLOCK_T // SUB):
                     here = tl.arange(0, BLOCK_T // SUB)[None, :, None] == group
                     some = tl.sum(tl.where(here, groups, 0.0), axis=1)  # [BLOCK_V, SUB]
-                    record = (item % row_tiles) * BLOCK_T + group * SUB + tl.arange(0, SUB)
-                    mask = record < count
-                    record += first
-                    row_s = record
-                    if COMPACT:
-                        row_s = tl.load(rows_ptr + record, mask=mask, other=0)
-                    m, s, best, token, raw = tile_record(
-                        *(some, start, any_hot, row_s, mask, L),
-                        *(temperature_ptr, seed_ptr, position_ptr, step_ptr, None, None, V, suppress),
-                        NARROW=False,
-                        PAIRS=True,
-                        BLOCK_V=BLOCK_V,
+                    offs_s = (item % row_tiles) * BLOCK_T + group * SUB + tl.arange(0, SUB)
+                    mask_s = offs_s < count
+                    row_s = first + offs_s
+                    if listed is not None:
+                        row_s = tl.load(listed.index + first + offs_s, mask=mask_s, other=0)
+                    tile = tile_record(
+                        *(some, start, any_hot, row_s, mask_s, settings, None, V, suppress), PAIRS=True, BLOCK_V=BLOCK_V
                     )
-                    write_record(stats_ptr, token_ptr, record, mask, slot, depth * parts, plane, m, s, best, token, raw)
-        if not STORE and BLOCK_T == SUB:
-            write_record(
-                stats_ptr, token_ptr, first + offs_t, mask_t, slot, depth * parts, plane, m, s, best, token, raw
-            )
+                    write_record(store, first + offs_s, mask_s, slot, tile)
+        if store is not None and BLOCK_T == SUB:
+            write_record(store, first + offs_t, mask_t, slot, record)

@@ -1,11 +1,28 @@
-"""What the options of the unmasking ops may be."""
+"""What the options of the unmasking ops may be, and how `Sampling` enters a registered op."""
 
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from ..runtime.checks import refuse
+from ..reference import Sampling
+from ..runtime.checks import looks_at, refuse
+
+KINDS = dict(temperature=float, seed=int, position=int, step=int, top_k=int, top_p=float)  # of `Sampling`'s fields
+# `Sampling` in the schema of an op: its fields one by one, at the end of the arguments.
+SCHEMA = ", ".join(f"Tensor{'?' if name in Sampling._field_defaults else ''} {name}" for name in Sampling._fields)
+
+
+def flat(sampling: Sampling) -> list[Tensor | None]:
+    """The fields as SCHEMA lists them: nothing is differentiated through them."""
+    return [None if t is None else t.detach() for t in sampling]
+
+
+def specs(op: str, sampling: Sampling, rows: str) -> dict[str, tuple]:
+    """What `check` is to hold the fields to, those that may be None last."""
+    if not isinstance(sampling, Sampling):
+        refuse(op, "sampling", sampling, "a Sampling")
+    return {name: (getattr(sampling, name), rows, kind) for name, kind in KINDS.items()}
 
 
 def check_whole(op: str, name: str, value: object, least: int, most: int, expected: str) -> None:
@@ -16,26 +33,22 @@ def check_whole(op: str, name: str, value: object, least: int, most: int, expect
         refuse(op, name, value, expected)
 
 
-def check_sampling(
-    op: str, vocab_size: int, temperature: Tensor, top_k: int | None, top_p: float | None, **tokens: int | None
-) -> None:
-    """Refuse options of a sample out of their range, and tokens (of which there is one) that are no id or the only one.
+def check_token(op: str, name: str, token: int | None, vocab_size: int) -> None:
+    """Refuse a token to leave out that is no id, or the only one. As `check`, torch.compile leaves it out."""
+    check_whole(op, name, token, 0, vocab_size - 1, f"a token id below V={vocab_size}")
+    if vocab_size == 1 and not torch.compiler.is_compiling():
+        refuse(op, name, token, "tokens beside it, but V is 1")
 
-    Temperatures are looked at where that waits for nothing: on a CPU, outside graphs.
-    """
-    if torch.compiler.is_compiling():
-        return
-    if top_k is not None:
-        check_whole(op, "top_k", top_k, 1, 2**63 - 1, "1 or more, or None")
-    if top_p is not None and (not isinstance(top_p, Real) or isinstance(top_p, bool) or not 0 < top_p <= 1):
-        refuse(op, "top_p", top_p, "above 0 and up to 1, or None")
-    for name, token in tokens.items():
-        if token is None and name == "suppress":
+
+def check_range(op: str, sampling: Sampling) -> None:
+    """Refuse numbers out of their range where looking at them waits for nothing. NaN is in none."""
+    for name, field, expected in (
+        ("temperature", sampling.temperature, "0 or more"),
+        ("top_k", sampling.top_k, "0 or more"),
+        ("top_p", sampling.top_p, "above 0 and up to 1"),
+    ):
+        if field is None or not field.numel() or not looks_at(field):
             continue
-        check_whole(op, name, token, 0, vocab_size - 1, f"a token id below V={vocab_size}")
-        if vocab_size == 1:
-            refuse(op, name, token, "tokens beside it, but V is 1")
-    if temperature.device.type == "cpu" and temperature.numel():
-        least = temperature.detach().min().item()  # NaN where there is one
-        if not least >= 0:
-            refuse(op, "temperature", least, "0 or more")
+        least, most = (bound.item() for bound in torch.aminmax(field.detach()))
+        if not (least > 0 and most <= 1 if name == "top_p" else least >= 0):
+            refuse(op, name, least if not least > 0 else most, expected)

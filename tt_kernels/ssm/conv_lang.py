@@ -1,6 +1,6 @@
 """The convolution inside scan kernels: a tile of tokens of some channels, from the raw projection into registers.
 
-Channels c [BLOCK_C] of x [L, C] and of a conv state [C, K] (the K columns before x), weight [C, K], bias [C].
+Channels c [BLOCK_C] of x [L, C] and of a row's conv state [C, K] (the K columns before x), weight [C, K], bias [C].
 """
 
 import triton
@@ -59,8 +59,8 @@ def column(bundle, k: tl.constexpr, dtype: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def convolved(own, parameters, x_ptr, stride_xl, t, length, c, mask_c, K: tl.constexpr, ACC: tl.constexpr):
-    """Activated columns of tokens t < length [BLOCK_T, BLOCK_C], rounded to the dtype of x as the op by itself does.
+def convolved(own, parameters, x_ptr, stride_xl, t, count, c, mask_c, K: tl.constexpr, ACC: tl.constexpr):
+    """Activated columns of tokens t < count [BLOCK_T, BLOCK_C], rounded to the dtype of x as the op by itself does.
 
     `own`: these tokens' columns of x, read before, as `parameters` by `conv_parameters`; those to the left of them, K -
     1 times the same lines, come from L1.
@@ -77,7 +77,7 @@ def convolved(own, parameters, x_ptr, stride_xl, t, length, c, mask_c, K: tl.con
     y = bias.to(ACC)[None, :] + own.to(ACC) * column(taps, K - 1, NARROW, PACKED).to(ACC)
     for back in tl.static_range(1, K):
         source = t - back
-        mask = ((source >= 0) & (t < length))[:, None] & mask_c[None, :]
+        mask = ((source >= 0) & (t < count))[:, None] & mask_c[None, :]
         left = tl.load(x_ptr + source.to(tl.int64)[:, None] * stride_xl + c[None, :], mask=mask, other=0.0)
         y += left.to(ACC) * column(taps, K - 1 - back, NARROW, PACKED).to(ACC)
     for early in tl.static_range(K - 1):  # the tokens that reach into the past

@@ -61,13 +61,13 @@ def decays_to_end(after):
 
 
 @triton.jit
-def replayed(dt_ptr, stride_dtl, start, length, bias, A, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK_T: tl.constexpr):
+def replayed(dt_ptr, stride_dtl, start, count, bias, A, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK_T: tl.constexpr):
     """Of the tile of tokens from `start` on: how much it leaves of the state before it, and the weight with which each
-    token enters the state after it; 0 from `length` on, where nothing is read."""
+    token enters the state after it; 0 from `count` on, where nothing is read."""
     t = start + tl.arange(0, BLOCK_T)
-    at, known = dt_ptr + t.to(tl.int64) * stride_dtl, t < length
+    at, known = dt_ptr + t.to(tl.int64) * stride_dtl, t < count
     dt, a = log_decays(at, known, bias, A, None, known, LOW, HIGH)
-    following = (t + 1 < length) & (t + 1 < start + BLOCK_T)
+    following = (t + 1 < count) & (t + 1 < start + BLOCK_T)
     _, after = log_decays(at + stride_dtl, following, bias, A, None, following, LOW, HIGH)
     return decay(tl.sum(a, axis=0)), decays_to_end(after) * dt
 

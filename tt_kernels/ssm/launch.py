@@ -1,6 +1,10 @@
-"""One tile of tokens of one head, as every scan kernel takes it: time steps, decays, products of fp32 with 16 bits."""
+"""What launchers of scan kernels share: arithmetic, layouts, slots of states, launch parameters."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 import triton
@@ -9,6 +13,28 @@ from torch import Tensor
 
 from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, architecture, tuned
+from ..runtime.slots import Slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileLaunch(Launch):
+    """Of a kernel that takes BLOCK_T tokens of one head, or a slice BLOCK_P of it, at a time."""
+
+    BLOCK_T: int
+    BLOCK_P: int
+    BLOCK_N: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLaunch(Launch):
+    """Of a kernel that takes one token of a slice BLOCK_P of a head."""
+
+    BLOCK_P: int
+    BLOCK_N: int
+    num_warps: int = 4
+    num_stages: int = 1
 
 
 def splits(*narrow: Tensor) -> bool:
@@ -16,7 +42,7 @@ def splits(*narrow: Tensor) -> bool:
     return all(t.dtype == torch.bfloat16 for t in narrow)
 
 
-def arithmetic(x: Tensor, A: Tensor, *narrow: Tensor, dt_limit: tuple[float, float]) -> dict[str, object]:
+def arithmetic(x: Tensor, A: Tensor, *narrow: Tensor, dt_limit: tuple[float, float]) -> dict[str, Any]:
     """Constants of a scan kernel. fp16 is exact in tf32, and three tf32 products hold the other factor."""
     acc = tl.float64 if compute_dtype(x.dtype, A.dtype) == torch.float64 else tl.float32
     split = acc == tl.float32 and splits(x, *narrow)
@@ -26,7 +52,7 @@ def arithmetic(x: Tensor, A: Tensor, *narrow: Tensor, dt_limit: tuple[float, flo
     return dict(ACC=acc, SPLIT=split, PRECISION=precision, LOW=float(low), HIGH=float(high))
 
 
-def measured(kernel: str, default: Launch, x: Tensor, rows: int, L: int, P: int, N: int) -> Launch:
+def measured(kernel: str, default: TileLaunch, x: Tensor, rows: int, L: int, P: int, N: int) -> TileLaunch:
     """The launch of a kernel that takes `rows` (rows times heads) of L tokens in one tile or a few."""
     near = dict(rows=triton.next_power_of_2(rows), L=triton.next_power_of_2(L))
     return tuned(kernel, default, architecture(x), **near, P=P, N=N, itemsize=x.element_size())
@@ -37,6 +63,10 @@ def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
+@overload
+def lined_up(t: Tensor, dim: int | None = None) -> Tensor: ...
+@overload
+def lined_up(t: Tensor | None, dim: int | None = None) -> Tensor | None: ...
 def lined_up(t: Tensor | None, dim: int | None = None) -> Tensor | None:
     """As kernels read it: the last dimension contiguous, and what a program takes of `dim` (64 tokens, or all P) within
     32-bit offsets of its first: those of a tile are vectors, where 64 bits would take twice the registers."""
@@ -44,3 +74,14 @@ def lined_up(t: Tensor | None, dim: int | None = None) -> Tensor | None:
         return None
     reach = 0 if dim is None else (64 if dim == 1 else t.shape[dim]) * t.stride(dim) + t.shape[-1]
     return t if t.stride(-1) == 1 and reach < 2**31 else t.contiguous()
+
+
+@contextmanager
+def ssm_slots(pool: Tensor, read: Tensor | None, out: Tensor | None) -> Iterator[tuple[Slots, Slots]]:
+    """The SSM states that a launch reads and those that it writes: in place, since one program does both. A buffer that
+    kernels do not take as it lies goes through a copy."""
+    used = lined_up(pool, 2)
+    before = Slots.of(used, read)
+    yield before, before if out is None else Slots.of(used, out)
+    if used is not pool:
+        pool.copy_(used)

@@ -1,67 +1,62 @@
-"""Mamba-2 from the raw projection on, convolution and scan together: a block, the states after it."""
+"""Mamba-2 from the raw projection on, convolution and scan together: a block, and the states after it."""
 
 import math
 
 from torch import Tensor
 
 from .. import reference
+from ..reference.mamba import MambaState, MambaWeights
 from ..runtime.checks import check, refuse
 from ..runtime.registry import define, takes_kernel, wants_gradients
-from .mamba_block_launch import _mamba_advance, _mamba_advance_fake, _mamba_block, _mamba_block_fake
+from ..runtime.slots import check_room
+from .mamba_block_launch import _mamba_advance, _mamba_block
 from .ssd_block import check_limit
-
-
-def check_channels(op: str, xBC: Tensor, state: Tensor) -> None:
-    C, (H, P, N) = xBC.shape[-1], state.shape[1:]
-    G, rest = divmod(C - H * P, max(1, 2 * N))
-    if N < 1 or rest or G < 1 or H % G:
-        refuse(op, "C", C, f"H*P + 2*G*N with H={H}, P={P}, N={N} of the state and a divisor G of H")
 
 
 def check_inputs(
     op: str,
-    dt_limit: tuple[float, float],
     xBC: Tensor,
     dt: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor,
-    conv_state: Tensor,
-    state: Tensor,
+    weights: MambaWeights,
+    state: MambaState,
+    dt_limit: tuple[float, float],
     *,
-    lengths: Tensor | None = None,
     tokens: str = "b L",
+    counts: Tensor | None = None,
 ) -> None:
+    w, s = weights, state
+    needed = dict(
+        xBC=(xBC, f"{tokens} C"),
+        dt=(dt, f"{tokens} H"),
+        conv_weight=(w.conv_weight, "C K"),
+        A=(w.A, "H"),
+        dt_bias=(w.dt_bias, "H"),
+        conv=(s.conv, "conv_slots C K"),
+        ssm=(s.ssm, "ssm_slots H P N"),
+    )
     check(
         op,
         7 if op == "mamba_advance" else 8,
-        xBC=(xBC, f"{tokens} C"),
-        dt=(dt, f"{tokens} H"),
-        weight=(weight, "C K"),
-        A=(A, "H"),
-        dt_bias=(dt_bias, "H"),
-        conv_state=(conv_state, "b C K"),
-        state=(state, "b H P N"),
-        D=(D, "H"),
-        bias=(bias, "C"),
-        lengths=(lengths, "b", int),
+        **needed,
+        D=(w.D, "H"),
+        conv_bias=(w.conv_bias, "C"),
+        counts=(counts, "b", int),
+        **{name: (getattr(s, name), "b", int) for name in MambaState._fields[2:]},
     )
-    check_channels(op, xBC, state)
+    C, (H, P, N) = xBC.shape[-1], s.ssm.shape[1:]
+    G, rest = divmod(C - H * P, max(1, 2 * N))
+    if N < 1 or rest or G < 1 or H % G:
+        refuse(op, "C", C, f"H*P + 2*G*N with H={H}, P={P}, N={N} of the state and a divisor G of H")
+    check_room(op, "conv", s.conv, xBC.shape[0], s.conv_indices)
+    check_room(op, "ssm", s.ssm, xBC.shape[0], s.ssm_indices)
     check_limit(op, dt_limit)
 
 
 def mamba_block(
     xBC: Tensor,
     dt: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    conv_state: Tensor,
-    state: Tensor,
+    weights: MambaWeights,
+    state: MambaState,
     *,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
@@ -69,87 +64,95 @@ def mamba_block(
     `ssd_block` on the x, B and C that come out, rounded in between as those ops by themselves do.
 
     Args:
-        xBC:        [b, L, C] float, any strides, as in_proj leaves it: C = H P + 2 G N channels, of x, of B, of C; head
-                    h belongs to group h // (H / G).
-        dt:         [b, L, H] float, before bias and softplus.
-        weight:     [C, K] float; the last tap belongs to the token itself.
-        bias:       [C] float or None.
-        A:          [H] float, 0 or below, -inf too.
-        D:          [H] float.
-        dt_bias:    [H] float.
-        conv_state: [b, C, K] float: the columns of xBC before the block, oldest first; the last K - 1 count.
-        state:      [b, H, P, N] float, fp32 in 16-bit models: the state before the block.
-        dt_limit:   (low, high), what the time step is clamped to; low is finite.
+        xBC:      [b, L, C] float, any strides, as in_proj leaves it: C = H P + 2 G N channels, of x, of B, of C; head h
+                  belongs to group h // (H / G).
+        dt:       [b, L, H] float, before bias and softplus.
+        weights:  MambaWeights: conv_weight [C, K], conv_bias [C] or None, A, D and dt_bias [H], floats.
+        state:    MambaState: conv [slots, C, K] float, the columns of xBC before the block (the last K - 1 count), ssm
+                  [slots, H, P, N] float, fp32 in 16-bit models, and the slots of both that each row reads.
+        dt_limit: (low, high), what the time step is clamped to; low is finite.
     Returns:
         y: [b, L, H, P] dtype of xBC.
 
-    Computes in fp32 (fp64 where xBC or A is fp64); decays below e^-64 count as 0. Gradients for all tensors: where they
-    are wanted the reference runs. Deterministic. Raises ValueError for sizes that disagree, channels that are no
-    H P + 2 G N with G a divisor of H, a crossed dt_limit.
+    Numerics: computes in fp32 (fp64 where xBC or A is fp64); decays below e^-64 count as 0; deterministic. Kernels cut
+        indices to the slots that exist; the reference refuses others where they are on a CPU.
+    Gradients: for all float tensors, the states among them; where they are wanted the reference runs.
+    Raises: ValueError for sizes that disagree, channels that are no H P + 2 G N with G a divisor of H, fewer slots than
+        rows without indices, a crossed dt_limit.
     Cost: 2 b L (L (G N + H P) + H P N + K C) flops, (b L (C + H P + H) + (b + 1) K C) itemsize + 4 b H P N bytes: bound
-    by reading the state at L = 16. Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), sections 3, 6 and 8.
+        by reading the state at L = 16.
+    Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), sections 3, 6 and 8.
+
+    Example:
+        >>> state = MambaState(conv_pool, ssm_pool, conv_indices=slots, ssm_indices=slots)
+        >>> y = mamba_block(xBC, dt, MambaWeights(conv_weight, conv_bias, A, D, dt_bias), state)
     """
-    tensors = (xBC, dt, weight, bias, A, D, dt_bias, conv_state, state)
-    check_inputs("mamba_block", dt_limit, *tensors)
+    w, s = weights, state
+    check_inputs("mamba_block", xBC, dt, w, s, dt_limit)
+    tensors = (xBC, dt, *w, s.conv, s.ssm)
     if not takes_kernel("mamba_block", *tensors) or wants_gradients(*tensors):
-        return reference.mamba_block(*tensors, dt_limit=dt_limit)
-    return mamba_block_forward(*tensors, *dt_limit)
+        return reference.mamba_block(xBC, dt, w, s, dt_limit=dt_limit)
+    return _block(*tensors, s.conv_indices, s.ssm_indices, *dt_limit)
 
 
 def mamba_advance(
     xBC: Tensor,
     dt: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    dt_bias: Tensor,
-    conv_state: Tensor,
-    state: Tensor,
-    lengths: Tensor | None = None,
+    weights: MambaWeights,
+    state: MambaState,
+    counts: Tensor | None = None,
     *,
     dt_limit: tuple[float, float] = (0.0, math.inf),
-) -> tuple[Tensor, Tensor]:
-    """Both states after the first lengths[b] tokens of each row: `conv_state`, and `ssd_advance` on the x and B that
-    the convolution makes of xBC.
+) -> None:
+    """Move both states on by the first counts[b] tokens of each row, in place: `conv_advance`, and `ssd_advance` on the
+    x and B that the convolution makes of xBC.
 
     Args:
-        xBC:        [b, L, C] float, any strides: as `mamba_block` takes it.
-        dt:         [b, L, H] float, before bias and softplus.
-        weight:     [C, K] float; the last tap belongs to the token itself.
-        bias:       [C] float or None.
-        A:          [H] float, 0 or below, -inf too.
-        dt_bias:    [H] float.
-        conv_state: [b, C, K] float: the columns of xBC before the tokens, oldest first. It is not changed.
-        state:      [b, H, P, N] float: the state before the tokens. It is not changed.
-        lengths:    [b] int, 0 to L, or None for all L; what lies past a row's length may be anything, NaN included.
-                    Kernels cut other lengths to 0 or L, the reference refuses them where they are on a CPU.
-        dt_limit:   (low, high), what the time step is clamped to; low is finite.
+        xBC:      [b, L, C] float, any strides: as `mamba_block` takes it.
+        dt:       [b, L, H] float, before bias and softplus.
+        weights:  MambaWeights, as `mamba_block` takes them; D is not needed.
+        state:    MambaState, written: conv [slots, C, K] and ssm [slots, H, P, N] float, and the slots of both that
+                  each row reads and writes. All that are written are different. A conv slot that is written must not be
+                  read by this call; without conv_out_indices they are written beside and copied, which is slower. An
+                  SSM slot that is written must not be read by another row.
+        counts:   [b] int, 0 to L, or None for all L. Tokens that do not enter may be anything, NaN included.
+        dt_limit: (low, high), what the time step is clamped to; low is finite.
     Returns:
-        conv_state: [b, C, K] dtype of xBC, contiguous, in new memory.
-        state:      [b, H, P, N] fp32 (fp64 where xBC or A is fp64), contiguous, in new memory.
+        None.
 
-    Computes in the dtype of the new state; decays below e^-64 count as 0. Gradients for all float tensors: where they
-    are wanted the reference runs. Deterministic. Raises ValueError as `mamba_block` does.
+    Numerics: computes in fp32 (fp64 where xBC or A is fp64) and rounds to the dtypes of the states; decays below e^-64
+        count as 0; deterministic. Kernels cut counts to 0 and L and indices to the slots that exist; the reference
+        refuses them where they are on a CPU.
+    Gradients: none; what is written carries none.
+    Raises: ValueError as `mamba_block` does.
     Cost: 2 b L (H P N + K (H P + G N)) flops, (b L (H P + G N + H) + (2 b + 1) K C) itemsize + 8 b H P N bytes: bound
-    by reading and writing the state. Source: as `mamba_block`.
+        by reading and writing the state.
+    Source: as `mamba_block`.
+
+    Example:
+        >>> mamba_advance(xBC, dt, weights, state, counts=torch.tensor([16, 3]))
+        >>> y = mamba_block(next_xBC, next_dt, weights, state)  # goes on from there
     """
-    tensors = (xBC, dt, weight, bias, A, dt_bias, conv_state, state)
-    check_inputs("mamba_advance", dt_limit, xBC, dt, weight, bias, A, None, dt_bias, conv_state, state, lengths=lengths)
-    if not takes_kernel("mamba_advance", *tensors) or wants_gradients(*tensors):
-        return reference.mamba_advance(*tensors, lengths, dt_limit=dt_limit)
-    return mamba_advance_forward(*tensors, lengths, *dt_limit)
+    w, s = weights, state
+    check_inputs("mamba_advance", xBC, dt, w, s, dt_limit, counts=counts)
+    tensors = (xBC, dt, w.conv_weight, w.conv_bias, w.A, w.dt_bias, s.conv, s.ssm)
+    if takes_kernel("mamba_advance", *tensors):
+        _advance(*tensors, *s[2:], counts, *dt_limit)
+    else:
+        reference.mamba_advance(xBC, dt, w, s, counts, dt_limit=dt_limit)
 
 
-mamba_block_forward = define(
-    "mamba_block(Tensor xBC, Tensor dt, Tensor weight, Tensor? bias, Tensor A, Tensor D, Tensor dt_bias, "
-    "Tensor conv_state, Tensor state, float low, float high) -> Tensor",
+_block = define(
+    "mamba_block(Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor D, Tensor dt_bias, "
+    "Tensor conv, Tensor ssm, Tensor? conv_indices, Tensor? ssm_indices, float low, float high) -> Tensor",
     _mamba_block,
-    _mamba_block_fake,
+    lambda xBC, dt, weight, bias, A, D, dt_bias, conv, ssm, *_: xBC.new_empty((*dt.shape, ssm.shape[2])),
 )
 
-mamba_advance_forward = define(
-    "mamba_advance(Tensor xBC, Tensor dt, Tensor weight, Tensor? bias, Tensor A, Tensor dt_bias, Tensor conv_state, "
-    "Tensor state, Tensor? lengths, float low, float high) -> (Tensor, Tensor)",
+_advance = define(
+    "mamba_advance(Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor dt_bias, "
+    "Tensor(a!) conv, Tensor(b!) ssm, Tensor? conv_indices, Tensor? ssm_indices, Tensor? conv_out_indices, "
+    "Tensor? ssm_out_indices, Tensor? counts, float low, float high) -> ()",
     _mamba_advance,
-    _mamba_advance_fake,
+    lambda *_: None,
 )

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..conv1d.conv_states import move_on
-from ..runtime.lang import row_length
+from ..runtime.lang import at_slot, row_count
 from .conv_lang import conv_parameters, convolved
 from .lang import block_outputs, grow, log_decays, placed, replayed
 
@@ -22,18 +22,16 @@ def _mamba_block_kernel(
     A_ptr,  # [H], as D and dt_bias
     D_ptr,
     dt_bias_ptr,
-    conv_ptr,  # [b, C, K]
-    state_ptr,  # [b, H, P, N]
+    columns,  # Slots of [C, K]
+    before,  # Slots of [H, P, N]
     y_ptr,  # [b, L, H, P], contiguous
     stride_xb,
     stride_xl,
     stride_dtb,
     stride_dtl,
     stride_dth,
-    stride_cb,
-    stride_cc,
-    stride_ck,
-    stride_sb,
+    stride_cc: tl.constexpr,  # constants: whether columns or channels lie side by side decides how wide loads are
+    stride_ck: tl.constexpr,
     stride_sh,
     stride_sp,
     L,
@@ -60,7 +58,7 @@ def _mamba_block_kernel(
     c_x, c_B = head.to(tl.int32) * P + offs_p, H * P + group.to(tl.int32) * N + offs_n
     c_C = c_B + G * N
     xBC_ptr += b * stride_xb
-    conv_ptr += b * stride_cb
+    conv_ptr = at_slot(columns, b)
 
     # All that comes from afar, before anything waits for it; the state last: it goes on to shared memory at once.
     at = xBC_ptr + row[:, None] * stride_xl
@@ -75,7 +73,7 @@ def _mamba_block_kernel(
     dt_bias = tl.load(dt_bias_ptr + head).to(ACC)
     at_dt = dt_ptr + b * stride_dtb + row * stride_dtl + head * stride_dth
     dt, a = log_decays(at_dt, mask_t, dt_bias, A, None, mask_t, LOW, HIGH)
-    at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
+    at_s = at_slot(before, b) + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
     state = tl.trans(tl.load(at_s, mask=mask_p[:, None] & mask_n[None, :], other=0.0).to(ACC))  # [BLOCK_N, BLOCK_P]
 
     C = convolved(C, conv_C, xBC_ptr, stride_xl, t, L, c_C, mask_n, K, ACC)
@@ -94,20 +92,18 @@ def _mamba_advance_kernel(
     bias_ptr,  # [C]; None: zeros
     A_ptr,  # [H], as dt_bias
     dt_bias_ptr,
-    conv_ptr,  # [b, C, K]
-    state_ptr,  # [b, H, P, N]
-    lengths_ptr,  # [b]; None: all L
-    new_conv_ptr,  # [b, C, K], contiguous
-    new_ptr,  # [b, H, P, N], contiguous
+    columns,  # Slots of [C, K]: the conv state that each row reads, and the one that it writes, which none reads
+    after_columns,
+    before,  # Slots of [H, P, N]: the state that each row reads, and the one that it writes
+    after,
+    counts_ptr,  # [b]; None: all L
     stride_xb,
     stride_xl,
     stride_dtb,
     stride_dtl,
     stride_dth,
-    stride_cb,
-    stride_cc,
-    stride_ck,
-    stride_sb,
+    stride_cc: tl.constexpr,  # constants: whether columns or channels lie side by side decides how wide loads are
+    stride_ck: tl.constexpr,
     stride_sh,
     stride_sp,
     L,
@@ -133,29 +129,27 @@ def _mamba_advance_kernel(
     c_x, c_B = head.to(tl.int32) * P + offs_p, H * P + group.to(tl.int32) * N + offs_n
     c_C = c_B + G * N
     xBC_ptr += b * stride_xb
-    conv_ptr += b * stride_cb
+    conv_ptr = at_slot(columns, b)
     at_dt = dt_ptr + b * stride_dtb + head * stride_dth
-    length = row_length(lengths_ptr, b, L)
+    count = row_count(counts_ptr, b, L)
     A = tl.load(A_ptr + head).to(ACC)
     dt_bias = tl.load(dt_bias_ptr + head).to(ACC)
     conv_x = conv_parameters(weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_x, mask_p, K, BLOCK_K)
     conv_B = conv_parameters(weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_B, mask_n, K, BLOCK_K)
-    at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[None, :] * stride_sp + offs_n[:, None]
-    state = tl.load(at_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_N, BLOCK_P]
-    for start in tl.range(0, length, BLOCK_T, disable_licm=True):
+    offs_s = head * stride_sh + offs_p[None, :] * stride_sp + offs_n[:, None]
+    at_after, after_conv_ptr = at_slot(after, b) + offs_s, at_slot(after_columns, b)
+    state = tl.load(at_slot(before, b) + offs_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_N, BLOCK_P]
+    for start in tl.range(0, count, BLOCK_T, disable_licm=True):
         t = start + tl.arange(0, BLOCK_T)
-        at, mask_t = xBC_ptr + t.to(tl.int64)[:, None] * stride_xl, t < length  # what lies past the length is not read
+        at, mask_t = xBC_ptr + t.to(tl.int64)[:, None] * stride_xl, t < count  # tokens that do not enter are not read
         x = tl.load(at + c_x[None, :], mask=mask_t[:, None] & mask_p[None, :], other=0.0)  # [BLOCK_T, BLOCK_P]
         B = tl.load(at + c_B[None, :], mask=mask_t[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_T, BLOCK_N]
-        left, weight = replayed(at_dt, stride_dtl, start, length, dt_bias, A, LOW, HIGH, BLOCK_T)
-        B = convolved(B, conv_B, xBC_ptr, stride_xl, t, length, c_B, mask_n, K, ACC)
-        x = convolved(x, conv_x, xBC_ptr, stride_xl, t, length, c_x, mask_p, K, ACC)
+        left, weight = replayed(at_dt, stride_dtl, start, count, dt_bias, A, LOW, HIGH, BLOCK_T)
+        B = convolved(B, conv_B, xBC_ptr, stride_xl, t, count, c_B, mask_n, K, ACC)
+        x = convolved(x, conv_x, xBC_ptr, stride_xl, t, count, c_x, mask_p, K, ACC)
         state = grow(state * left, B, x, weight, SPLIT, PRECISION)
-    out = new_ptr + ((b * H + head) * P + offs_p)[None, :] * N + offs_n[:, None]
-    tl.store(out, state, mask=mask_s)
-
-    new_conv_ptr += b * (H * P + 2 * G * N) * K
-    move_on(xBC_ptr, conv_ptr, new_conv_ptr, stride_xl, 1, stride_cc, stride_ck, length, c_x, mask_p, K, BLOCK_K)
+    tl.store(at_after, state, mask=mask_s)
+    move_on(xBC_ptr, conv_ptr, after_conv_ptr, stride_xl, 1, stride_cc, stride_ck, count, c_x, mask_p, K, BLOCK_K)
     if (head % R == 0) & (tl.program_id(1) == 0):  # once for a group
-        move_on(xBC_ptr, conv_ptr, new_conv_ptr, stride_xl, 1, stride_cc, stride_ck, length, c_B, mask_n, K, BLOCK_K)
-        move_on(xBC_ptr, conv_ptr, new_conv_ptr, stride_xl, 1, stride_cc, stride_ck, length, c_C, mask_n, K, BLOCK_K)
+        move_on(xBC_ptr, conv_ptr, after_conv_ptr, stride_xl, 1, stride_cc, stride_ck, count, c_B, mask_n, K, BLOCK_K)
+        move_on(xBC_ptr, conv_ptr, after_conv_ptr, stride_xl, 1, stride_cc, stride_ck, count, c_C, mask_n, K, BLOCK_K)

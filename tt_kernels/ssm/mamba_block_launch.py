@@ -1,17 +1,13 @@
-"""The kernels of `mamba_block` and `mamba_advance`: convolution and scan in one launch, for few rows.
-
-One program for each row, head and slice of its state. It convolves its own columns of x and its group's of B and C in
-registers, as the other heads of the group do again.
-"""
+"""How `mamba_block` and `mamba_advance` are launched: convolution and scan in one kernel for few rows, else apart."""
 
 import triton
 from torch import Tensor
 
 from ..conv1d.causal_conv1d import _causal_conv1d
-from ..conv1d.conv_states import _conv_state
-from ..reference.common import compute_dtype
-from ..runtime.launch import Launch, run
-from .launch import arithmetic, dense, lined_up, measured
+from ..conv1d.conv_states import _conv_advance, conv_slots
+from ..runtime.launch import run
+from ..runtime.slots import Slots
+from .launch import TileLaunch, arithmetic, dense, lined_up, measured, ssm_slots
 from .mamba_block_kernels import _mamba_advance_kernel, _mamba_block_kernel
 from .ssd_block_launch import _ssd_advance, _ssd_block
 
@@ -27,7 +23,7 @@ def in_one_launch(rows: int, L: int) -> bool:
     return L <= 32 and rows * triton.cdiv(L, 16) <= 256
 
 
-def mamba_block_launch(rows: int, L: int, P: int, N: int) -> Launch:
+def mamba_block_launch(rows: int, L: int, P: int, N: int) -> TileLaunch:
     """Latency bounds it: one round trip to memory (everything is asked for before anything is waited for), three to L1
     for the taps to the left, some thirty barriers. Every slice of P repeats the convolution of B and C, so there are no
     more of them than give each of an H200's 132 multiprocessors a program: two of 32 for one row of 64 heads; above 16
@@ -37,26 +33,26 @@ def mamba_block_launch(rows: int, L: int, P: int, N: int) -> Launch:
     if rows * triton.cdiv(P, block_p) < 128 and L <= 16:
         block_p = min(block_p, 32)
     block_t, block_n = max(16, triton.next_power_of_2(L)), max(16, triton.next_power_of_2(N))
-    return Launch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8, num_stages=1)
+    return TileLaunch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8)
 
 
-def mamba_advance_launch(P: int, N: int) -> Launch:
+def mamba_advance_launch(P: int, N: int) -> TileLaunch:
     """As `mamba_block_launch`: a round trip to memory to know how many tokens, then one for all else. 16 tokens a tile:
     registers hold no more beside the state; 17 to 32 tokens are two, the second read while the first is worked on."""
     block_p, block_n = min(max(16, triton.next_power_of_2(P)), 32), max(16, triton.next_power_of_2(N))
-    return Launch(BLOCK_T=16, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8, num_stages=1)
+    return TileLaunch(BLOCK_T=16, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8)
 
 
-def _sizes(xBC: Tensor, state: Tensor) -> tuple[int, int, int, int]:
-    H, P, N = state.shape[1:]
-    return H, P, (xBC.shape[-1] - H * P) // (2 * N), N
+def groups(xBC: Tensor, ssm: Tensor) -> int:
+    H, P, N = ssm.shape[1:]
+    return (xBC.shape[-1] - H * P) // (2 * N)
 
 
 def _convolved(
-    xBC: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state: Tensor
+    xBC: Tensor, weight: Tensor, bias: Tensor | None, conv: Tensor, conv_indices: Tensor | None, ssm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (b, L), (H, P, G, N) = xBC.shape[:2], _sizes(xBC, state)
-    columns = _causal_conv1d(xBC, weight, bias, conv_state, True, None)
+    (b, L), (H, P, N), G = xBC.shape[:2], ssm.shape[1:], groups(xBC, ssm)
+    columns = _causal_conv1d(xBC, weight, bias, conv, conv_indices)
     x, B, C = columns.split_with_sizes([H * P, G * N, G * N], -1)
     return x.view(b, L, H, P), B.view(b, L, G, N), C.view(b, L, G, N)
 
@@ -64,29 +60,31 @@ def _convolved(
 def _mamba_block(
     xBC: Tensor,
     dt: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
     A: Tensor,
     D: Tensor,
     dt_bias: Tensor,
-    conv_state: Tensor,
-    state: Tensor,
+    conv: Tensor,
+    ssm: Tensor,
+    conv_indices: Tensor | None,
+    ssm_indices: Tensor | None,
     low: float,
     high: float,
 ) -> Tensor:
-    (b, L), (H, P, G, N), K = xBC.shape[:2], _sizes(xBC, state), weight.shape[1]
+    (b, L), (H, P, N), G, K = xBC.shape[:2], ssm.shape[1:], groups(xBC, ssm), conv_weight.shape[1]
     if not in_one_launch(b * H, L):
-        x, B, C = _convolved(xBC, weight, bias, conv_state, state)
-        return _ssd_block(x, dt, A, B, C, D, dt_bias, state, low, high)
+        x, B, C = _convolved(xBC, conv_weight, conv_bias, conv, conv_indices, ssm)
+        return _ssd_block(x, dt, A, B, C, D, dt_bias, ssm, ssm_indices, low, high)
     y = xBC.new_empty(b, L, H, P)
-    xBC, state = lined_up(xBC), lined_up(state, 2)
-    default = mamba_block_launch(b * H, L, P, N)
-    launch = measured("_mamba_block_kernel", default, xBC, b * H, L, P, N)
+    xBC, ssm = lined_up(xBC), lined_up(ssm, 2)
+    launch = measured("_mamba_block_kernel", mamba_block_launch(b * H, L, P, N), xBC, b * H, L, P, N)
     run(
         _mamba_block_kernel,
         (b * H if L else 0, triton.cdiv(P, launch.BLOCK_P)),
-        *(xBC, dt, *dense(weight, bias, A, D, dt_bias), conv_state, state, y),
-        *(*xBC.stride()[:2], *dt.stride(), *conv_state.stride(), *state.stride()[:3]),
+        *(xBC, dt, *dense(conv_weight, conv_bias, A, D, dt_bias)),
+        *(Slots.of(conv, conv_indices), Slots.of(ssm, ssm_indices), y),
+        *(*xBC.stride()[:2], *dt.stride(), *conv.stride()[1:], *ssm.stride()[1:3]),
         *(L, H, H // G, G),
         P=P,
         N=N,
@@ -101,46 +99,43 @@ def _mamba_block(
 def _mamba_advance(
     xBC: Tensor,
     dt: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
     A: Tensor,
     dt_bias: Tensor,
-    conv_state: Tensor,
-    state: Tensor,
-    lengths: Tensor | None,
+    conv: Tensor,
+    ssm: Tensor,
+    conv_indices: Tensor | None,
+    ssm_indices: Tensor | None,
+    conv_out_indices: Tensor | None,
+    ssm_out_indices: Tensor | None,
+    counts: Tensor | None,
     low: float,
     high: float,
-) -> tuple[Tensor, Tensor]:
-    (b, L), (H, P, G, N), K = xBC.shape[:2], _sizes(xBC, state), weight.shape[1]
+) -> None:
+    (b, L), (H, P, N), G, K = xBC.shape[:2], ssm.shape[1:], groups(xBC, ssm), conv_weight.shape[1]
     if not in_one_launch(b * H, L):
-        x, B, _ = _convolved(xBC, weight, bias, conv_state, state)
-        return _conv_state(xBC, lengths, conv_state, K), _ssd_advance(x, dt, A, B, dt_bias, state, lengths, low, high)
-    new_conv, new = _mamba_advance_fake(xBC, dt, weight, bias, A, dt_bias, conv_state, state)
-    xBC, state = lined_up(xBC), lined_up(state, 2)
-    default = mamba_advance_launch(P, N)
-    launch = measured("_mamba_advance_kernel", default, xBC, b * H, L, P, N)
-    run(
-        _mamba_advance_kernel,
-        (b * H, triton.cdiv(P, launch.BLOCK_P)),
-        *(xBC, dt, *dense(weight, bias, A, dt_bias), conv_state, state, *dense(lengths), new_conv, new),
-        *(*xBC.stride()[:2], *dt.stride(), *conv_state.stride(), *state.stride()[:3]),
-        *(L, H, H // G, G),
-        P=P,
-        N=N,
-        K=K,
-        **arithmetic(xBC, A, dt_limit=(low, high)),
-        BLOCK_K=triton.next_power_of_2(K),
-        launch=launch,
-    )
-    return new_conv, new
-
-
-# ---- op ----
-
-
-def _mamba_block_fake(xBC, dt, weight, bias, A, D, dt_bias, conv_state, state, *_):
-    return xBC.new_empty((*xBC.shape[:2], *state.shape[1:3]))
-
-
-def _mamba_advance_fake(xBC, dt, weight, bias, A, dt_bias, conv_state, state, *_):
-    return xBC.new_empty(conv_state.shape), state.new_empty(state.shape, dtype=compute_dtype(xBC.dtype, A.dtype))
+        x, B, _ = _convolved(xBC, conv_weight, conv_bias, conv, conv_indices, ssm)
+        _ssd_advance(x, dt, A, B, dt_bias, ssm, counts, ssm_indices, ssm_out_indices, low, high)
+        _conv_advance(xBC, conv, counts, conv_indices, conv_out_indices)
+        return
+    xBC = lined_up(xBC)
+    launch = measured("_mamba_advance_kernel", mamba_advance_launch(P, N), xBC, b * H, L, P, N)
+    with (
+        conv_slots(conv, b, conv_indices, conv_out_indices) as (columns, after_columns),
+        ssm_slots(ssm, ssm_indices, ssm_out_indices) as (before, after),
+    ):
+        run(
+            _mamba_advance_kernel,
+            (b * H, triton.cdiv(P, launch.BLOCK_P)),
+            *(xBC, dt, *dense(conv_weight, conv_bias, A, dt_bias)),
+            *(columns, after_columns, before, after, *dense(counts)),
+            *(*xBC.stride()[:2], *dt.stride(), *columns.ptr.stride()[1:], *before.ptr.stride()[1:3]),
+            *(L, H, H // G, G),
+            P=P,
+            N=N,
+            K=K,
+            **arithmetic(xBC, A, dt_limit=(low, high)),
+            BLOCK_K=triton.next_power_of_2(K),
+            launch=launch,
+        )

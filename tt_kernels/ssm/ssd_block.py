@@ -1,4 +1,4 @@
-"""The scan of a short block from a seeded state, and the state after the first tokens of it.
+"""The scan of a short block from carried states, and the states after the first tokens of it.
 
 For every head h of size P, its group g sharing B and C, and time step dt' = clamp(softplus(dt + dt_bias), dt_limit):
 
@@ -13,18 +13,19 @@ from torch import Tensor
 from .. import reference
 from ..runtime.checks import check, is_real, refuse
 from ..runtime.registry import define, takes_kernel, wants_gradients
-from .ssd_block_launch import _ssd_advance, _ssd_advance_fake, _ssd_block
+from ..runtime.slots import check_room
+from .ssd_block_launch import _ssd_advance, _ssd_block
 
 
 def check_groups(op: str, x: Tensor, B: Tensor) -> None:
-    H, G = x.shape[2], B.shape[2]
+    H, G = x.shape[-2], B.shape[-2]
     if G < 1 or H % G:
         raise ValueError(f"{op}: B has G={G} groups, expected a divisor of H={H}, the heads of x")
 
 
 def check_limit(op: str, dt_limit: tuple[float, float]) -> None:
     pair = isinstance(dt_limit, tuple | list) and len(dt_limit) == 2
-    low, high = dt_limit if pair else (None, None)
+    low, high = dt_limit if pair else (math.nan, math.nan)
     if not (is_real(low) and (high == math.inf or is_real(high)) and 0 <= low <= high):
         refuse(op, "dt_limit", dt_limit, "(low, high) with 0 <= low <= high, low finite")
 
@@ -37,30 +38,39 @@ def ssd_block(
     C: Tensor,
     D: Tensor,
     dt_bias: Tensor,
-    state: Tensor | None = None,
+    ssm_state: Tensor | None = None,
     *,
+    state_indices: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
-    """Run a short block of tokens from a state, in matrix form; the state is only read.
+    """Run a short block of tokens from a state, in matrix form; the state is only read. `ssd_advance` moves it on.
 
     Args:
-        x:        [b, L, H, P] float, any strides.
-        dt:       [b, L, H] float, before bias and softplus.
-        A:        [H] float, 0 or below, -inf too.
-        B, C:     [b, L, G, N] float; head h belongs to group h // (H / G).
-        D:        [H] float.
-        dt_bias:  [H] float.
-        state:    [b, H, P, N] float, fp32 in 16-bit models: the state before the block; None: zeros.
-        dt_limit: (low, high), what the time step is clamped to; low is finite.
+        x:             [b, L, H, P] float, any strides.
+        dt:            [b, L, H] float, before bias and softplus.
+        A:             [H] float, 0 or below, -inf too.
+        B, C:          [b, L, G, N] float; head h belongs to group h // (H / G).
+        D:             [H] float.
+        dt_bias:       [H] float.
+        ssm_state:     [slots, H, P, N] float, fp32 in 16-bit models: states before the block; None: zeros.
+        state_indices: [b] int: the slot that each row reads; None: row b has slot b.
+        dt_limit:      (low, high), what the time step is clamped to; low is finite.
     Returns:
         y: [b, L, H, P] dtype of x.
 
-    Computes in fp32 (fp64 where x or A is fp64) and rounds once; decays below e^-64 count as 0. Gradients for all
-    tensors: where they are wanted the reference runs. Deterministic. A NaN stays in its row and heads, but reaches
-    earlier tokens of the block too: a product takes 0 times NaN for NaN. Raises ValueError for sizes that disagree, G
-    that does not divide H, a crossed dt_limit.
+    Numerics: computes in fp32 (fp64 where x or A is fp64) and rounds once; decays below e^-64 count as 0;
+        deterministic. A NaN stays in its row and heads, but reaches earlier tokens of the block too: a product takes 0
+        times NaN for NaN.
+    Gradients: for all float tensors, the states among them; where they are wanted the reference runs.
+    Raises: ValueError for sizes that disagree, G that does not divide H, fewer slots than rows without indices, a
+        crossed dt_limit.
     Cost: 2 b L (L (G N + H P) + H P N) flops, (2 b L H P + 2 b L G N + b L H) itemsize + 4 b H P N bytes: bound by
-    reading the state at L = 16. Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), sections 3 and 6.
+        reading the state at L = 16.
+    Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), sections 3 and 6.
+
+    Example:
+        >>> x, B, C = torch.randn(1, 16, 4, 8), torch.randn(1, 16, 2, 5), torch.randn(1, 16, 2, 5)
+        >>> y = ssd_block(x, torch.randn(1, 16, 4), -torch.ones(4), B, C, torch.ones(4), torch.zeros(4))
     """
     check(
         "ssd_block",
@@ -72,14 +82,16 @@ def ssd_block(
         C=(C, "b L G N"),
         D=(D, "H"),
         dt_bias=(dt_bias, "H"),
-        state=(state, "b H P N"),
+        ssm_state=(ssm_state, "slots H P N"),
+        state_indices=(state_indices, "b", int),
     )
+    check_room("ssd_block", "ssm_state", ssm_state, x.shape[0], state_indices)
     check_groups("ssd_block", x, B)
     check_limit("ssd_block", dt_limit)
-    tensors = (x, dt, A, B, C, D, dt_bias, state)
+    tensors = (x, dt, A, B, C, D, dt_bias, ssm_state)
     if not takes_kernel("ssd_block", *tensors) or wants_gradients(*tensors):
-        return reference.ssd_block(*tensors, dt_limit=dt_limit)
-    return ssd_block_forward(*tensors, *dt_limit)
+        return reference.ssd_block(*tensors, state_indices=state_indices, dt_limit=dt_limit)
+    return _block(*tensors, state_indices, *dt_limit)
 
 
 def ssd_advance(
@@ -88,59 +100,76 @@ def ssd_advance(
     A: Tensor,
     B: Tensor,
     dt_bias: Tensor,
-    state: Tensor | None = None,
-    lengths: Tensor | None = None,
+    ssm_state: Tensor,
+    counts: Tensor | None = None,
     *,
+    state_indices: Tensor | None = None,
+    out_indices: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
-) -> Tensor:
-    """The state after the first lengths[b] tokens of each row, in matrix form.
+) -> None:
+    """Move states on by the first counts[b] tokens of each row, in place and in matrix form.
 
     Args:
-        x:        [b, L, H, P] float, any strides.
-        dt:       [b, L, H] float, before bias and softplus.
-        A:        [H] float, 0 or below, -inf too.
-        B:        [b, L, G, N] float.
-        dt_bias:  [H] float.
-        state:    [b, H, P, N] float: the state before the tokens; None: zeros. It is not changed.
-        lengths:  [b] int, 0 to L, or None for all L; what lies past a row's length may be anything, NaN included.
-                  Kernels cut other lengths to 0 or L, the reference refuses them where they are on a CPU.
-        dt_limit: (low, high), what the time step is clamped to; low is finite.
+        x:             [b, L, H, P] float, any strides.
+        dt:            [b, L, H] float, before bias and softplus.
+        A:             [H] float, 0 or below, -inf too.
+        B:             [b, L, G, N] float; head h belongs to group h // (H / G).
+        dt_bias:       [H] float.
+        ssm_state:     [slots, H, P, N] float, fp32 in 16-bit models, written.
+        counts:        [b] int, 0 to L, or None for all L. Tokens that do not enter may be anything, NaN included.
+        state_indices: [b] int: the slot that each row reads; None: row b has slot b. Rows may read one together.
+        out_indices:   [b] int: the slot that each row writes, all different, none of them read by another row; None:
+                       the slot that it reads.
+        dt_limit:      (low, high), what the time step is clamped to; low is finite.
     Returns:
-        state: [b, H, P, N] fp32 (fp64 where x or A is fp64), contiguous, in new memory.
+        None.
 
-    Computes in the dtype of the result; decays below e^-64 count as 0. Gradients for all float tensors: where they are
-    wanted the reference runs. Deterministic. Raises ValueError as `ssd_block` does. Cost: 2 b L H P N flops, b L (H P +
-    G N + H) itemsize + 8 b H P N bytes: bound by reading and writing the state. Source: as `ssd_block`.
+    Numerics: computes in fp32 (fp64 where x or A is fp64) and rounds to the dtype of ssm_state; decays below e^-64
+        count as 0; deterministic. Kernels cut counts to 0 and L and indices to the slots that exist; the reference
+        refuses them where they are on a CPU.
+    Gradients: none; what is written carries none.
+    Raises: ValueError as `ssd_block` does.
+    Cost: 2 b L H P N flops, b L (H P + G N + H) itemsize + 8 b H P N bytes: bound by reading and writing the state.
+    Source: as `ssd_block`.
+
+    Example:
+        >>> state = torch.zeros(3, 4, 8, 5)  # three slots
+        >>> ssd_advance(x, dt, A, B, dt_bias, state, state_indices=torch.tensor([2]))
     """
     check(
         "ssd_advance",
-        5,
+        6,
         x=(x, "b L H P"),
         dt=(dt, "b L H"),
         A=(A, "H"),
         B=(B, "b L G N"),
         dt_bias=(dt_bias, "H"),
-        state=(state, "b H P N"),
-        lengths=(lengths, "b", int),
+        ssm_state=(ssm_state, "slots H P N"),
+        counts=(counts, "b", int),
+        state_indices=(state_indices, "b", int),
+        out_indices=(out_indices, "b", int),
     )
+    check_room("ssd_advance", "ssm_state", ssm_state, x.shape[0], state_indices)
     check_groups("ssd_advance", x, B)
     check_limit("ssd_advance", dt_limit)
-    tensors = (x, dt, A, B, dt_bias, state)
-    if not takes_kernel("ssd_advance", *tensors) or wants_gradients(*tensors):
-        return reference.ssd_advance(*tensors, lengths, dt_limit=dt_limit)
-    return ssd_advance_forward(*tensors, lengths, *dt_limit)
+    tensors = (x, dt, A, B, dt_bias, ssm_state)
+    if takes_kernel("ssd_advance", *tensors):
+        _advance(*tensors, counts, state_indices, out_indices, *dt_limit)
+    else:
+        places = dict(state_indices=state_indices, out_indices=out_indices)
+        reference.ssd_advance(*tensors, counts, **places, dt_limit=dt_limit)
 
 
-ssd_block_forward = define(
-    "ssd_block(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor? state, float low, "
-    "float high) -> Tensor",
+_block = define(
+    "ssd_block(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor? ssm_state, "
+    "Tensor? state_indices, float low, float high) -> Tensor",
     _ssd_block,
     lambda x, *_: x.new_empty(x.shape),
 )
 
-ssd_advance_forward = define(
-    "ssd_advance(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor dt_bias, Tensor? state, Tensor? lengths, float low, "
-    "float high) -> Tensor",
+_advance = define(
+    "ssd_advance(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor dt_bias, Tensor(a!) ssm_state, Tensor? counts, "
+    "Tensor? state_indices, Tensor? out_indices, float low, float high) -> ()",
     _ssd_advance,
-    _ssd_advance_fake,
+    lambda *_: None,
 )

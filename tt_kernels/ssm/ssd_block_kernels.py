@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..runtime.lang import row_length
+from ..runtime.lang import at_slot, row_count
 from .lang import block_outputs, grow, log_decays, placed, replayed
 
 
@@ -16,7 +16,7 @@ def _ssd_block_kernel(
     C_ptr,
     D_ptr,
     bias_ptr,
-    state_ptr,  # [b, H, P, N]; None: zeros
+    before,  # Slots of [H, P, N]; None: zeros
     y_ptr,  # [b, L, H, P], contiguous
     stride_xb,
     stride_xl,
@@ -30,7 +30,6 @@ def _ssd_block_kernel(
     stride_Cb,
     stride_Cl,
     stride_Cg,
-    stride_sb,
     stride_sh,
     stride_sp,
     L,
@@ -64,8 +63,8 @@ def _ssd_block_kernel(
     mask_x = mask_t[:, None] & mask_p[None, :]
     x = tl.load(at_x + row[:, None] * stride_xl + offs_p[None, :], mask=mask_x, other=0.0)  # [BLOCK_T, BLOCK_P]
     state = None
-    if state_ptr is not None:
-        at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
+    if before is not None:
+        at_s = at_slot(before, b) + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
         state = tl.trans(tl.load(at_s, mask=mask_p[:, None] & mask_n[None, :], other=0.0).to(ACC))  # [BLOCK_N, BLOCK_P]
     D = tl.load(D_ptr + head).to(ACC)
     y = block_outputs(x, B, C, D, dt, a, state, SPLIT, PRECISION, ACC, BLOCK_T, BLOCK_P)
@@ -80,9 +79,9 @@ def _ssd_advance_kernel(
     A_ptr,  # [H], as dt_bias
     B_ptr,  # [b, L, G, N]
     bias_ptr,
-    state_ptr,  # [b, H, P, N]; None: zeros
-    lengths_ptr,  # [b]; None: all L
-    new_ptr,  # [b, H, P, N], contiguous
+    before,  # Slots of [H, P, N]: the state that each row reads, and the one that it writes
+    after,
+    counts_ptr,  # [b]; None: all L
     stride_xb,
     stride_xl,
     stride_xh,
@@ -92,7 +91,6 @@ def _ssd_advance_kernel(
     stride_Bb,
     stride_Bl,
     stride_Bg,
-    stride_sb,
     stride_sh,
     stride_sp,
     L,
@@ -114,21 +112,19 @@ def _ssd_advance_kernel(
     mask_s = mask_p[None, :] & mask_n[:, None]
     A = tl.load(A_ptr + head).to(ACC)
     bias = tl.load(bias_ptr + head).to(ACC)
-    length = row_length(lengths_ptr, b, L)
-    state = tl.zeros((BLOCK_N, BLOCK_P), dtype=ACC)
-    if state_ptr is not None:
-        at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[None, :] * stride_sp + offs_n[:, None]
-        state = tl.load(at_s, mask=mask_s, other=0.0).to(ACC)
+    count = row_count(counts_ptr, b, L)
+    offs_s = head * stride_sh + offs_p[None, :] * stride_sp + offs_n[:, None]
+    at_after = at_slot(after, b) + offs_s
+    state = tl.load(at_slot(before, b) + offs_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_N, BLOCK_P]
     at_dt = dt_ptr + b * stride_dtb + head * stride_dth
-    for start in tl.range(0, length, BLOCK_T):
+    for start in tl.range(0, count, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
-        mask_t = t < length  # what lies past the length is not read
+        mask_t = t < count  # tokens that do not enter are not read
         row = t.to(tl.int64)
-        left, weight = replayed(at_dt, stride_dtl, start, length, bias, A, LOW, HIGH, BLOCK_T)
+        left, weight = replayed(at_dt, stride_dtl, start, count, bias, A, LOW, HIGH, BLOCK_T)
         at_x = x_ptr + b * stride_xb + row[:, None] * stride_xl + head * stride_xh + offs_p[None, :]
         x = tl.load(at_x, mask=mask_t[:, None] & mask_p[None, :], other=0.0)  # [BLOCK_T, BLOCK_P]
         at_B = B_ptr + b * stride_Bb + row[:, None] * stride_Bl + group * stride_Bg + offs_n[None, :]
         B = tl.load(at_B, mask=mask_t[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_T, BLOCK_N]
         state = grow(state * left, B, x, weight, SPLIT, PRECISION)
-    out = new_ptr + ((b * H + head) * P + offs_p)[None, :] * N + offs_n[:, None]
-    tl.store(out, state, mask=mask_s)
+    tl.store(at_after, state, mask=mask_s)

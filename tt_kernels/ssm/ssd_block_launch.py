@@ -3,11 +3,11 @@
 import triton
 from torch import Tensor
 
-from ..reference.common import compute_dtype
-from ..runtime.launch import Launch, architecture, run
-from .launch import arithmetic, dense, lined_up, measured
+from ..runtime.launch import architecture, run
+from ..runtime.slots import Slots
+from .launch import TileLaunch, arithmetic, dense, lined_up, measured, ssm_slots
 from .ssd_block_kernels import _ssd_advance_kernel, _ssd_block_kernel
-from .ssd_chunk_launch import _ssd_chunk
+from .ssd_chunk_launch import chunked, contiguous_slots
 
 # ---- launches ----
 
@@ -18,7 +18,7 @@ def longest_block(architecture: int, itemsize: int) -> int:
     return 64 if architecture >= 90 and itemsize <= 2 else 32
 
 
-def ssd_block_launch(rows: int, L: int, P: int, N: int, itemsize: int, architecture: int = 90) -> Launch:
+def ssd_block_launch(rows: int, L: int, P: int, N: int, itemsize: int, architecture: int = 90) -> TileLaunch:
     """`rows`: rows times heads. Reading the state bounds it, so at few rows its P dimension is cut in slices, until
     some 256 programs share an H200's 132 multiprocessors; above 16 tokens the products of B and C, which every slice
     repeats, take longer than the state. 64 tokens fill the registers with pairs, fp32 operands twice, and sm_80 needs
@@ -30,10 +30,10 @@ def ssd_block_launch(rows: int, L: int, P: int, N: int, itemsize: int, architect
     full = itemsize > 2 or block_t >= 64 or (architecture < 90 and block_t == 16)
     block_p = min(block_p, 32 if full else 64)
     block_n = max(16, triton.next_power_of_2(N))
-    return Launch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8 if block_t >= 64 else 4, num_stages=1)
+    return TileLaunch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8 if block_t >= 64 else 4)
 
 
-def ssd_advance_launch(rows: int, L: int, P: int, N: int, itemsize: int) -> Launch:
+def ssd_advance_launch(rows: int, L: int, P: int, N: int, itemsize: int) -> TileLaunch:
     """As `ssd_block_launch`, but its programs share nothing but B: slices cost little. Up to 32 tokens a tile: walking
     on takes no longer than a larger product."""
     block_t = min(max(16, triton.next_power_of_2(L)), 32)
@@ -42,7 +42,7 @@ def ssd_advance_launch(rows: int, L: int, P: int, N: int, itemsize: int) -> Laun
         block_p //= 2
     block_p = min(block_p, 32 if itemsize > 2 else 64)
     block_n = max(16, triton.next_power_of_2(N))
-    return Launch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4, num_stages=1)
+    return TileLaunch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n)
 
 
 def _ssd_block(
@@ -53,23 +53,26 @@ def _ssd_block(
     C: Tensor,
     D: Tensor,
     dt_bias: Tensor,
-    state: Tensor | None,
+    ssm_state: Tensor | None,
+    state_indices: Tensor | None,
     low: float,
     high: float,
 ) -> Tensor:
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
     if longest_block(architecture(x), x.element_size()) < L:
-        return _ssd_chunk(x, dt, A, B, C, D, dt_bias, state, None, None, None, low, high)[0]
+        initial = None if ssm_state is None else Slots.of(contiguous_slots(ssm_state), state_indices)
+        return chunked(x, dt, A, B, C, D, dt_bias, initial, dt_limit=(low, high))[0]
     y = x.new_empty(x.shape)
-    x, B, C, state = *(lined_up(t) for t in (x, B, C)), lined_up(state, 2)
+    x, B, C, state = *(lined_up(t) for t in (x, B, C)), lined_up(ssm_state, 2)
     default = ssd_block_launch(b * H, L, P, N, x.element_size(), architecture(x))
     launch = measured("_ssd_block_kernel", default, x, b * H, L, P, N)
     run(
         _ssd_block_kernel,
         (b * H if L else 0, triton.cdiv(P, launch.BLOCK_P)),
-        *(x, dt, *dense(A), B, C, *dense(D, dt_bias), state, y),
+        *(x, dt, *dense(A), B, C, *dense(D, dt_bias)),
+        *(None if state is None else Slots.of(state, state_indices), y),
         *(*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3]),
-        *((0, 0, 0) if state is None else state.stride()[:3]),
+        *((0, 0) if state is None else state.stride()[1:3]),
         *(L, H, H // G),
         P=P,
         N=N,
@@ -85,33 +88,26 @@ def _ssd_advance(
     A: Tensor,
     B: Tensor,
     dt_bias: Tensor,
-    state: Tensor | None,
-    lengths: Tensor | None,
+    ssm_state: Tensor,
+    counts: Tensor | None,
+    state_indices: Tensor | None,
+    out_indices: Tensor | None,
     low: float,
     high: float,
-) -> Tensor:
+) -> None:
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
-    new = _ssd_advance_fake(x, dt, A, B)
-    x, B, state = lined_up(x), lined_up(B), lined_up(state, 2)
+    x, B = lined_up(x), lined_up(B)
     default = ssd_advance_launch(b * H, L, P, N, x.element_size())
     launch = measured("_ssd_advance_kernel", default, x, b * H, L, P, N)
-    run(
-        _ssd_advance_kernel,
-        (b * H, triton.cdiv(P, launch.BLOCK_P)),
-        *(x, dt, *dense(A), B, *dense(dt_bias), state, *dense(lengths), new),
-        *(*x.stride()[:3], *dt.stride(), *B.stride()[:3]),
-        *((0, 0, 0) if state is None else state.stride()[:3]),
-        *(L, H, H // G),
-        P=P,
-        N=N,
-        **arithmetic(x, A, B, dt_limit=(low, high)),
-        launch=launch,
-    )
-    return new
-
-
-# ---- op ----
-
-
-def _ssd_advance_fake(x, dt, A, B, *_):
-    return x.new_empty((*x.shape[:1], *x.shape[2:], B.shape[3]), dtype=compute_dtype(x.dtype, A.dtype))
+    with ssm_slots(ssm_state, state_indices, out_indices) as (before, after):
+        run(
+            _ssd_advance_kernel,
+            (b * H, triton.cdiv(P, launch.BLOCK_P)),
+            *(x, dt, *dense(A), B, *dense(dt_bias), before, after, *dense(counts)),
+            *(*x.stride()[:3], *dt.stride(), *B.stride()[:3], *before.ptr.stride()[1:3]),
+            *(L, H, H // G),
+            P=P,
+            N=N,
+            **arithmetic(x, A, B, dt_limit=(low, high)),
+            launch=launch,
+        )

@@ -6,17 +6,17 @@ A tile is up to 64 tokens of one chunk, a span several tiles that one program wa
 import triton
 import triton.language as tl
 
-from ..runtime.lang import decay, row_length
+from ..runtime.lang import at_slot, decay, row_count
 from .lang import decays_to_end, grow, log_decays, narrow_times_wide, pair_weights, wide_times_narrow, within
 
 
 @triton.jit
-def tokens_of(tile, chunk_size, chunk_tiles, L, length, BLOCK_T: tl.constexpr):
-    """A tile's first token, how many it has, and how many of them lie within the row's length, or less than none."""
+def tokens_of(tile, chunk_size, chunk_tiles, L, entering, BLOCK_T: tl.constexpr):
+    """A tile's first token, how many it has, and how many of them enter the state, or less than none."""
     chunk = tile // chunk_tiles * chunk_size
     start = chunk + tile % chunk_tiles * BLOCK_T
     count = tl.minimum(tl.minimum(chunk + chunk_size, L) - start, BLOCK_T)
-    return start, count, tl.minimum(count, length - start)
+    return start, count, tl.minimum(count, entering - start)
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _chunk_steps_kernel(
     dt_ptr,  # [b, L, H]
     A_ptr,  # [H], as dt_bias
     bias_ptr,
-    lengths_ptr,  # [b]; None: all L
+    counts_ptr,  # [b]; None: all L
     resets_ptr,  # [b * L]; None: no sequence starts
     steps_ptr,  # [b, H, tiles, BLOCK_T], as what follows: time steps, 0 where there is no token
     high_ptr,  # sums of log-decays from the tile's first token on, in two numbers
@@ -52,8 +52,8 @@ def _chunk_steps_kernel(
     mask_h = head < H
     A = tl.load(A_ptr + head, mask=mask_h, other=0.0).to(steps_ptr.dtype.element_ty)
     bias = tl.load(bias_ptr + head, mask=mask_h, other=0.0).to(steps_ptr.dtype.element_ty)
-    length = row_length(lengths_ptr, b, L)
-    start, count, known = tokens_of(tile, chunk_size, chunk_tiles, L, length, BLOCK_T)
+    entering = row_count(counts_ptr, b, L)
+    start, count, known = tokens_of(tile, chunk_size, chunk_tiles, L, entering, BLOCK_T)
     at = dt_ptr + b * stride_dtb + head.to(tl.int64)[None, :] * stride_dth
     at += (start + t).to(tl.int64)[:, None] * stride_dtl
     at_r = resets_ptr
@@ -84,7 +84,7 @@ def _chunk_states_kernel(
     B_ptr,  # [b, L, G, N]
     kept_ptr,  # [b, H, tiles, BLOCK_T]
     whole_ptr,  # [b, H, tiles]
-    lengths_ptr,  # [b]; None: all L
+    counts_ptr,  # [b]; None: all L
     added_ptr,  # [b, spans, H, P, N]: what a span adds to the state, for all but the last
     passed_ptr,  # [b, spans, H]: how much it leaves of what was there
     stride_xb,
@@ -118,7 +118,7 @@ def _chunk_states_kernel(
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_n = tl.arange(0, BLOCK_N)
     mask_p, mask_n = within(offs_p, P, BLOCK_P), offs_n < N
-    length = row_length(lengths_ptr, b, L)
+    entering = row_count(counts_ptr, b, L)
     t = tl.arange(0, BLOCK_T)
     offs_x = t[:, None] * stride_xl + offs_p[None, :]  # [BLOCK_T, BLOCK_P], from the tile's first token
     offs_B = t[:, None] * stride_Bl + offs_n[None, :]  # [BLOCK_T, BLOCK_N]
@@ -129,7 +129,7 @@ def _chunk_states_kernel(
     total = tl.sum(tl.zeros((BLOCK_T,), dtype=ACC), axis=0)
     first = span * span_tiles
     for tile in tl.range(first, tl.minimum(first + span_tiles, tiles), num_stages=STAGES, disable_licm=True):
-        start, _, known = tokens_of(tile, chunk_size, chunk_tiles, L, length, BLOCK_T)
+        start, _, known = tokens_of(tile, chunk_size, chunk_tiles, L, entering, BLOCK_T)
         row = start.to(tl.int64)
         mask_t = (t < known)[:, None]
         x = tl.load(at_x + row * stride_xl + offs_x, mask=mask_t & mask_p[None, :], other=0.0)
@@ -157,14 +157,14 @@ def _chunk_scan_kernel(
     seen_ptr,
     kept_ptr,
     whole_ptr,  # [b, H, tiles]
-    state_ptr,  # [b, H, P, N], contiguous; None: zeros
+    initial,  # Slots of [H, P, N], contiguous; None: zeros
     added_ptr,  # [b, spans - 1, H, P, N]: what the spans before add to it; None: there is one span
     passed_ptr,  # [b, spans - 1, H]: how much of it they leave
-    lengths_ptr,  # [b]; None: all L
+    counts_ptr,  # [b]; None: all L
     resets_ptr,  # [b * L]; None: no sequence starts
     y_ptr,  # [b, L, H, P], contiguous
     before_ptr,  # [b, chunks, H, P, N]; None: not wanted
-    final_ptr,  # [b, H, P, N]
+    final,  # Slots of [H, P, N], contiguous, which other spans do not read; None: not wanted
     stride_xb,
     stride_xl: tl.constexpr,  # rows of a tile are constants apart, as those of B and C
     stride_xh,
@@ -203,7 +203,7 @@ def _chunk_scan_kernel(
     mask_s = mask_p[None, :] & mask_n[:, None]
     offs_s = offs_p[None, :] * N + offs_n[:, None]  # [BLOCK_N, BLOCK_P]
     D = tl.load(D_ptr + head).to(ACC)
-    length = row_length(lengths_ptr, b, L)
+    entering = row_count(counts_ptr, b, L)
     t = tl.arange(0, BLOCK_T)
     u = tl.arange(0, BLOCK_U)
     offs_y = t[:, None] * (H * P) + offs_p[None, :]  # [BLOCK_T, BLOCK_P], from the tile's first token
@@ -216,8 +216,8 @@ def _chunk_scan_kernel(
     at_C = C_ptr + b * stride_Cb + group * stride_Cg
     row_tiles = (b * H + head) * tiles
     state = tl.zeros((BLOCK_N, BLOCK_P), dtype=ACC)
-    if state_ptr is not None:
-        state = tl.load(state_ptr + (b * H + head) * P * N + offs_s, mask=mask_s, other=0.0).to(ACC)
+    if initial is not None:
+        state = tl.load(at_slot(initial, b) + head.to(tl.int64) * P * N + offs_s, mask=mask_s, other=0.0).to(ACC)
     if added_ptr is not None:
         for i in tl.range(0, span):  # a few, which many programs find in L2: sooner than a kernel of its own
             at = (b * (spans - 1) + i) * H + head
@@ -228,8 +228,8 @@ def _chunk_scan_kernel(
             tl.store(before_ptr + (b * (tiles // chunk_tiles) * H + head) * P * N + offs_s, state, mask=mask_s)
     first = span * span_tiles
     for tile in tl.range(first, tl.minimum(first + span_tiles, tiles), num_stages=STAGES, disable_licm=True):
-        # Of x, dt and B, what lies past the length is not read.
-        start, count, known = tokens_of(tile, chunk_size, chunk_tiles, L, length, BLOCK_T)
+        # Of x, dt and B, tokens that do not enter are not read.
+        start, count, known = tokens_of(tile, chunk_size, chunk_tiles, L, entering, BLOCK_T)
         row = start.to(tl.int64)
         mask_y = (t < count)[:, None]
         C = tl.load(at_C + row * stride_Cl + offs_C, mask=mask_y & mask_n[None, :], other=0.0)
@@ -257,5 +257,6 @@ def _chunk_scan_kernel(
                     shown = tl.where(tl.load(resets_ptr + following) != 0, 0.0, state)
                 at = (b * (tiles // chunk_tiles) + chunk + 1) * H + head
                 tl.store(before_ptr + at * P * N + offs_s, shown, mask=mask_s)
-    if span == spans - 1:
-        tl.store(final_ptr + (b * H + head) * P * N + offs_s, state, mask=mask_s)
+    if final is not None:  # noqa: SIM102 (known to the compiler, what follows is not)
+        if span == spans - 1:
+            tl.store(at_slot(final, b) + head.to(tl.int64) * P * N + offs_s, state, mask=mask_s)

@@ -1,4 +1,4 @@
-"""The scan of one token: its output and the new state together, as autoregressive decoding needs them."""
+"""The scan of one token: its output, and its state moved on in place, as autoregressive decoding needs them."""
 
 import math
 
@@ -7,13 +7,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..reference.common import compute_dtype
-from ..runtime.checks import check, refuse
-from ..runtime.launch import Launch, architecture, run, tuned
-from ..runtime.registry import define, takes_kernel, wants_gradients
+from ..runtime.checks import check
+from ..runtime.lang import at_slot
+from ..runtime.launch import architecture, run, tuned
+from ..runtime.registry import define, takes_kernel
+from ..runtime.slots import check_room
 from .lang import placed, stepped, time_steps
-from .launch import arithmetic, dense, lined_up
-from .ssd_block import check_limit
+from .launch import StepLaunch, arithmetic, dense, lined_up, ssm_slots
+from .ssd_block import check_groups, check_limit
 
 # ---- kernels ----
 
@@ -27,9 +28,9 @@ def _ssd_step_kernel(
     C_ptr,
     D_ptr,
     bias_ptr,
-    state_ptr,  # [b, H, P, N]
+    before,  # Slots of [H, P, N]: the state that each row reads, and the one that it writes
+    after,
     y_ptr,  # [b, H, P], contiguous
-    new_ptr,  # [b, H, P, N], contiguous
     stride_xb,
     stride_xh,
     stride_dtb,
@@ -38,7 +39,6 @@ def _ssd_step_kernel(
     stride_Bg,
     stride_Cb,
     stride_Cg,
-    stride_sb,
     stride_sh,
     stride_sp,
     H,
@@ -54,8 +54,8 @@ def _ssd_step_kernel(
     b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
     mask_p, mask_n = offs_p < P, offs_n < N
     mask_s = mask_p[:, None] & mask_n[None, :]
-    at_s = state_ptr + b * stride_sb + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
-    state = tl.load(at_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_N]
+    offs_s = head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
+    state = tl.load(at_slot(before, b) + offs_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_N]
     bias = tl.load(bias_ptr + head).to(ACC)
     dt = time_steps(tl.load(dt_ptr + b * stride_dtb + head * stride_dth).to(ACC), bias, LOW, HIGH)
     A, D = tl.load(A_ptr + head).to(ACC), tl.load(D_ptr + head).to(ACC)
@@ -65,20 +65,20 @@ def _ssd_step_kernel(
     y, state = stepped(state, x, B, C, D, dt, A)
     out = (b * H + head) * P + offs_p
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask_p)
-    tl.store(new_ptr + out[:, None] * N + offs_n[None, :], state, mask=mask_s)
+    tl.store(at_slot(after, b) + offs_s, state, mask=mask_s)
 
 
 # ---- launches ----
 
 
-def ssd_step_launch(rows: int, P: int, N: int) -> Launch:
+def ssd_step_launch(rows: int, P: int, N: int) -> StepLaunch:
     """`rows`: rows times heads. Reading and writing the state bounds it: 16 numbers a thread in flight, which at 64
     heads also makes 512 programs of one row."""
     block_n = triton.next_power_of_2(N)
     block_p = min(triton.next_power_of_2(P), max(1, 2048 // block_n))
     while block_p > 1 and rows * triton.cdiv(P, block_p) < 256:
         block_p //= 2
-    return Launch(BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4, num_stages=1)
+    return StepLaunch(BLOCK_P=block_p, BLOCK_N=block_n)
 
 
 def _ssd_step(
@@ -89,42 +89,41 @@ def _ssd_step(
     C: Tensor,
     D: Tensor,
     dt_bias: Tensor,
-    state: Tensor,
+    ssm_state: Tensor,
+    state_indices: Tensor | None,
+    out_indices: Tensor | None,
     low: float,
     high: float,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     (b, H, P), (G, N) = x.shape, B.shape[1:]
-    y, new = _ssd_step_fake(x, dt, A, B)
-    x, B, C, state = *(lined_up(t) for t in (x, B, C)), lined_up(state, 2)
+    y = x.new_empty(x.shape)
+    x, B, C = (lined_up(t) for t in (x, B, C))
     launch = tuned(
         "_ssd_step_kernel", ssd_step_launch(b * H, P, N), architecture(x), rows=triton.next_power_of_2(b * H), P=P, N=N
     )
     constants = arithmetic(x, A, B, C, dt_limit=(low, high))
-    run(
-        _ssd_step_kernel,
-        (b * H, triton.cdiv(P, launch.BLOCK_P)),
-        *(x, dt, *dense(A), B, C, *dense(D, dt_bias), state, y, new),
-        *(*x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2], *state.stride()[:3], H, H // G),
-        P=P,
-        N=N,
-        **{name: constants[name] for name in ("ACC", "LOW", "HIGH")},
-        launch=launch,
-    )
-    return y, new
+    with ssm_slots(ssm_state, state_indices, out_indices) as (before, after):
+        run(
+            _ssd_step_kernel,
+            (b * H, triton.cdiv(P, launch.BLOCK_P)),
+            *(x, dt, *dense(A), B, C, *dense(D, dt_bias), before, after, y),
+            *(*x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2], *before.ptr.stride()[1:3], H, H // G),
+            P=P,
+            N=N,
+            **{name: constants[name] for name in ("ACC", "LOW", "HIGH")},
+            launch=launch,
+        )
+    return y
 
 
 # ---- op ----
 
 
-def _ssd_step_fake(x, dt, A, B, *_):
-    return x.new_empty(x.shape), x.new_empty((*x.shape, B.shape[2]), dtype=compute_dtype(x.dtype, A.dtype))
-
-
 _step = define(
-    "ssd_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor state, float low, "
-    "float high) -> (Tensor, Tensor)",
+    "ssd_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor(a!) ssm_state, "
+    "Tensor? state_indices, Tensor? out_indices, float low, float high) -> Tensor",
     _ssd_step,
-    _ssd_step_fake,
+    lambda x, *_: x.new_empty(x.shape),
 )
 
 
@@ -136,30 +135,42 @@ def ssd_step(
     C: Tensor,
     D: Tensor,
     dt_bias: Tensor,
-    state: Tensor,
+    ssm_state: Tensor,
     *,
+    state_indices: Tensor | None = None,
+    out_indices: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
-) -> tuple[Tensor, Tensor]:
-    """Take one token: state' = exp(dt' A) state + dt' x B^T, y = state' C + D x, dt' = clamp(softplus(dt + dt_bias)).
+) -> Tensor:
+    """Take one token and move the state on, in place: state' = exp(dt' A) state + dt' x B^T, y = state' C + D x, where
+    dt' = clamp(softplus(dt + dt_bias)).
 
     Args:
-        x:        [b, H, P] float, any strides.
-        dt:       [b, H] float, before bias and softplus.
-        A:        [H] float, 0 or below, -inf too.
-        B, C:     [b, G, N] float; head h belongs to group h // (H / G).
-        D:        [H] float.
-        dt_bias:  [H] float.
-        state:    [b, H, P, N] float, fp32 in 16-bit models; it is not changed.
-        dt_limit: (low, high), what the time step is clamped to; low is finite.
+        x:             [b, H, P] float, any strides.
+        dt:            [b, H] float, before bias and softplus.
+        A:             [H] float, 0 or below, -inf too.
+        B, C:          [b, G, N] float; head h belongs to group h // (H / G).
+        D:             [H] float.
+        dt_bias:       [H] float.
+        ssm_state:     [slots, H, P, N] float, fp32 in 16-bit models, written.
+        state_indices: [b] int: the slot that each row reads; None: row b has slot b. Rows may read one together.
+        out_indices:   [b] int: the slot that each row writes, all different, none of them read by another row; None:
+                       the slot that it reads.
+        dt_limit:      (low, high), what the time step is clamped to; low is finite.
     Returns:
-        y:     [b, H, P] dtype of x.
-        state: [b, H, P, N] fp32 (fp64 where x or A is fp64), in new memory.
+        y: [b, H, P] dtype of x.
 
-    Computes in the dtype of the new state; decays below e^-64 count as 0. Gradients for all tensors: where they are
-    wanted the reference runs. Deterministic. Raises ValueError for sizes that disagree, G that does not divide H, a
-    crossed dt_limit. Cost: 6 b H P N flops, 8 b H P N + (2 H P + 2 G N + H) b itemsize bytes: bound by reading and
-    writing the state.
+    Numerics: computes in fp32 (fp64 where x or A is fp64), rounds y once and the state to the dtype of ssm_state;
+        decays below e^-64 count as 0; deterministic. Kernels cut indices to the slots that exist; the reference refuses
+        others where they are on a CPU.
+    Gradients: none, neither of y nor of what is written: a decoding step. `ssd_block` has them.
+    Raises: ValueError for sizes that disagree, G that does not divide H, fewer slots than rows without indices, a
+        crossed dt_limit.
+    Cost: 6 b H P N flops, 8 b H P N + (2 H P + 2 G N + H) b itemsize bytes: bound by reading and writing the state.
     Source: `selective_state_update` of mamba_ssm; Dao and Gu, Transformers are SSMs (Mamba-2, 2024).
+
+    Example:
+        >>> pool, slots = torch.zeros(8, 4, 8, 5), torch.tensor([3, 1])
+        >>> y = ssd_step(x, dt, A, B, C, D, dt_bias, pool, state_indices=slots)
     """
     check(
         "ssd_step",
@@ -171,13 +182,15 @@ def ssd_step(
         C=(C, "b G N"),
         D=(D, "H"),
         dt_bias=(dt_bias, "H"),
-        state=(state, "b H P N"),
+        ssm_state=(ssm_state, "slots H P N"),
+        state_indices=(state_indices, "b", int),
+        out_indices=(out_indices, "b", int),
     )
-    H, G = x.shape[1], B.shape[1]
-    if G < 1 or H % G:
-        refuse("ssd_step", "G", G, f"groups of B that divide the H={H} heads of x")
+    check_room("ssd_step", "ssm_state", ssm_state, x.shape[0], state_indices)
+    check_groups("ssd_step", x, B)
     check_limit("ssd_step", dt_limit)
-    tensors = (x, dt, A, B, C, D, dt_bias, state)
-    if not takes_kernel("ssd_step", *tensors) or wants_gradients(*tensors):
-        return reference.ssd_step(*tensors, dt_limit=dt_limit)
-    return _step(*tensors, *dt_limit)
+    tensors = (x, dt, A, B, C, D, dt_bias, ssm_state)
+    if not takes_kernel("ssd_step", *tensors):
+        places = dict(state_indices=state_indices, out_indices=out_indices)
+        return reference.ssd_step(*tensors, **places, dt_limit=dt_limit)
+    return _step(*tensors, state_indices, out_indices, *dt_limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if keep else dtype
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> Any:
     """What torch.compile wrapped; any other module as it is."""
     return getattr(module, "_orig_mod", module)
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..files import partial, sync
 
@@ -37,18 +37,19 @@ class Help(argparse.HelpFormatter):
                 if "twotower " in line:
                     lines += _command_lines(line, width)
                 else:  # a word and what it means, or a blank line
-                    lines += _wrapped(line, width, " " * re.match(r" *\S* *", line).end())
+                    indent, word, gap = re.findall(r"( *)(\S*)( *)", line)[0]
+                    lines += _wrapped(line, width, " " * len(indent + word + gap))
         return "\n".join(lines)
 
 
 def _wrapped(text: str, width: int, hang: str = "") -> list[str]:
-    options = dict(subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
-    return textwrap.wrap(text, width, **options) or [""]
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(text) or [""]
 
 
 def _command_lines(line: str, width: int) -> list[str]:
     """A shell command on as many lines as it takes, broken between its words."""
-    lines = []
+    lines: list[str] = []
     for word in re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""", line):
         if lines and len(lines[-1]) + len(word) + 3 <= width:  # a space before, and " \\" after
             lines[-1] += " " + word
@@ -60,7 +61,7 @@ def _command_lines(line: str, width: int) -> list[str]:
 class Parser(argparse.ArgumentParser):
     """argparse with examples kept as commands, no guessing of abbreviations, and errors in one line."""
 
-    def __init__(self, prog: str, description: str = "", epilog: str = "", **more: object):
+    def __init__(self, prog: str, description: str = "", epilog: str = "", **more: Any):
         more.setdefault("formatter_class", Help)
         super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False, **more)
 
@@ -160,7 +161,8 @@ class Output:
 
     def __init__(self, path: str | None):
         self.path = None if path is None else Path(path)
-        self._target = self._temporary = None
+        self._target: Path | None = None
+        self._temporary: Path | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Output:
@@ -186,7 +188,7 @@ class Output:
             put(text)
             return
         try:
-            (self._temporary or self._target).write_text(text, encoding="utf-8")
+            (self._temporary or self._target or self.path).write_text(text, encoding="utf-8")
         except OSError as error:
             raise self._named(error) from error
 
@@ -195,7 +197,7 @@ class Output:
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         with self._stack:
-            if self._temporary is not None and kind is None:
+            if self._temporary is not None and self._target is not None and kind is None:
                 try:
                     sync(self._temporary)
                     os.replace(self._temporary, self._target)

@@ -43,7 +43,7 @@ def run(o: argparse.Namespace) -> None:
     import torch
 
     from ..checkpoint import load, parameter_dtype, save
-    from ..config import TwoTowerConfig
+    from ..config import DTYPES, TwoTowerConfig
     from ..training.state import STATE, read_state
     from ..two_tower import TwoTower
 
@@ -52,7 +52,7 @@ def run(o: argparse.Namespace) -> None:
     if facts is None or state is None:
         missing = FACTS if facts is None else STATE
         raise ValueError(f"{out}: no {missing}: expected the folder of a run that has saved")
-    dtype = dtype_of(facts["dtype"])
+    dtype = DTYPES[facts["dtype"]]
     config = dataclasses.replace(TwoTowerConfig.from_dict(facts["config"]), dtype=dtype)
     stage = facts["stage"]
     with torch.device("meta"):

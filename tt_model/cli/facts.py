@@ -36,7 +36,9 @@ def code_digest() -> str:
 
     whole = hashlib.sha256()
     for package in ("tt_kernels", "tt_model"):
-        for root in find_spec(package).submodule_search_locations:
+        spec = find_spec(package)
+        assert spec is not None  # both are installed together
+        for root in spec.submodule_search_locations or ():
             for path in sorted(Path(root).rglob("*.py")):
                 whole.update(f"{package}/{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
     return f"twotower {__version__} {whole.hexdigest()[:16]}, torch {torch.__version__}"
@@ -86,7 +88,7 @@ def same_run(
 
 
 def _changes(was: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, list]:
-    changed = {}
+    changed: dict[str, list] = {}
     for name, now in facts.items():
         old = was.get(name, now)
         if isinstance(now, dict) and isinstance(old, dict):

@@ -132,7 +132,9 @@ def run(o: argparse.Namespace) -> None:
                     f"{tokenizer}: no tokenizer.json; name its folder (--tokenizer) or give ids (--tokens)"
                 )
             vocabulary = Vocabulary(tokenizer, config)
-        ids = prompt if vocabulary is None else vocabulary.encode(prompt)
+            ids = vocabulary.encode(prompt)
+        else:
+            ids = prompt
         _check_prompt(ids, settings, config)
         towers = _towers(folder, settings.mode)
         use_threads(o.threads)
@@ -162,8 +164,8 @@ def run(o: argparse.Namespace) -> None:
             output.write(json.dumps(record) + "\n")
         elif text is None:
             output.write(" ".join(map(str, [*ids, *tokens])) + "\n")
-        elif o.output is not None or not _on_terminal(prompt, text, view, len(tokens)):
-            whole = prompt + text
+        elif o.output is not None or not _on_terminal(str(prompt), text, view, len(tokens)):
+            whole = str(prompt) + text
             output.write(whole if whole.endswith("\n") else whole + "\n")
     if not o.quiet:
         print(_figures(record, ended=bool(tokens) and tokens[-1] in settings.eos_token_ids), file=sys.stderr)

@@ -104,12 +104,12 @@ def gather(c: TwoTowerConfig, *, bandwidth: float, batch: int, context: int) -> 
     passes: dict[str, Any] = {p: {} for p in sizes.PASSES}
     for f in sizes.FORMATS:
         context_tower, denoiser = sizes.tower_bytes(c, f), sizes.tower_bytes(c, f, denoiser=True)
-        cache = batch * (sizes.kv_bytes(c, f) * context + sizes.state_bytes(c, f))
+        cache = batch * (sizes.kv_bytes(c, f) * context + sizes.state_bytes(c, f, planes=2))
         memory[f.name] = {
             "context tower": context_tower,
             "denoiser": denoiser,
             "K/V per token": sizes.kv_bytes(c, f),
-            "states per sequence": sizes.state_bytes(c, f),
+            "states per sequence": sizes.state_bytes(c, f, planes=2),
             "all": context_tower + denoiser + cache,
         }
         for p in sizes.PASSES:

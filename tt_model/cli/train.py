@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -266,7 +267,7 @@ def _tokenizer(o: argparse.Namespace, out: Path, config: TwoTowerConfig, *, resu
     elif folder is not None:
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
-                write_atomically(out / name, lambda path, name=name: shutil.copyfile(folder / name, path))
+                write_atomically(out / name, partial(shutil.copyfile, folder / name))
     else:
         tokenizer = train_tokenizer(load_texts(o.data, "train", o.held_out), config.vocab_size)
         write_atomically(target, lambda path: path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8"))

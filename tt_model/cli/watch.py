@@ -92,7 +92,7 @@ class Watch:
             if masked:
                 out.append(_MASK * (end - begin), style="dim")
             else:
-                self._append(out, tokens[begin:end], confidence[begin:end])
+                self._append(out, tokens[begin:end], [c for c in confidence[begin:end] if c is not None])
             begin = end
         return out
 

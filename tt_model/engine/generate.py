@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from tt_kernels import head_sample, unmask
+from tt_kernels import Sampling, head_sample, unmask
 
 from ..arguments import integer, is_integer, row_seeds
 from ..config import TwoTowerConfig
@@ -47,7 +47,7 @@ class Settings:
         """NumPy's numbers as Python's; what is no number is for `check` to refuse."""
         for name, value in vars(self).items():
             if isinstance(value, Real) and not isinstance(value, bool):
-                object.__setattr__(self, name, int(value) if is_integer(value) else float(value))
+                object.__setattr__(self, name, int(cast(Any, value)) if is_integer(value) else float(value))
         ids = tuple(int(token) if is_integer(token) else token for token in self.eos_token_ids)
         object.__setattr__(self, "eos_token_ids", ids)
 
@@ -111,20 +111,23 @@ class _Rows:
         B = cache.batch
         self.model, self.cache, self.settings, self.on_step = model, cache, s, on_step
         self.index = list(range(B))  # of the rows still going: R of B
-        self.seed = seed  # [R]
-        hot = min(s.temperature, HOTTEST)
-        self.temperature = torch.full((B,), hot, dtype=torch.float64, device=model.device)
-        self.top_k = None if s.top_k is None else min(s.top_k, model.config.vocab_size)
+        V = model.config.vocab_size
+        self.sampling = Sampling.of(  # [R]; at each pass with its positions and its step
+            B,
+            temperature=min(s.temperature, HOTTEST),
+            seed=seed,
+            top_k=None if s.top_k is None or s.top_k >= V else s.top_k,
+            top_p=None if s.top_p is None or s.top_p >= 1 else s.top_p,
+            device=model.device,
+        )
         self.ends = torch.tensor(s.eos_token_ids, dtype=torch.int64, device=model.device)
         self.tokens: list[list[int]] = [[] for _ in range(B)]
         self.nfe = [0] * B
 
-    def options(self, rows: Tensor | None, position: Tensor, step: int) -> dict:
-        """Per-row settings of `head_sample` and `unmask`, for some of the rows still going."""
-        seed, temperature = (t if rows is None else t[rows] for t in (self.seed, self.temperature))
-        steps = torch.full_like(seed, step)
-        narrow = dict(top_k=self.top_k, top_p=self.settings.top_p)
-        return dict(temperature=temperature, seed=seed, position=position, step=steps, **narrow)
+    def sampling_at(self, rows: Tensor | None, position: Tensor, step: int) -> Sampling:
+        """How some of the rows still going are sampled at a pass."""
+        sampling = self.sampling if rows is None else self.sampling.select(rows)
+        return sampling._replace(position=position, step=torch.full_like(sampling.seed, step))
 
     def report(self, rows: Sequence[int], position: Tensor, step: int, *results: Tensor) -> None:
         if self.on_step is not None:  # copies: it may keep them and write into them
@@ -158,49 +161,54 @@ class _Rows:
             return None
         kept = torch.tensor(stay, dtype=torch.int64, device=self.model.device)
         self.index = [self.index[r] for r in stay]
-        self.seed, self.temperature, self.cache = self.seed[kept], self.temperature[kept], self.cache.select(kept)
+        self.sampling, self.cache = self.sampling.select(kept), self.cache.fork(stay)
         return kept
 
 
 def _blocks(rows: _Rows) -> None:
     """Mask diffusion: denoise a block of mask tokens until none is left, then let the context tower read it."""
-    model, s = rows.model, rows.settings
-    mask = model.config.mask_token_id
     while rows.index:
-        R = len(rows.index)
-        block = torch.full((R, s.block_size), mask, device=model.device)
-        start = rows.cache.lengths.long()
-        live, cache = None, rows.cache  # rows of this block that still have mask tokens, on the device; None: all
-        running = list(range(R))  # the same, on the host
-        masked = torch.full((R,), s.block_size, device=model.device)
-        for step in range(s.steps_per_block):
-            now = block if live is None else block[live]
-            position = start if live is None else start[live]
-            hidden = model.denoise(now, masked / s.block_size, cache, output="hidden")
-            now, committed, confidence, masked = unmask(
-                hidden,
-                model.lm_head.weight,
-                now,
-                mask_token_id=mask,
-                threshold=torch.full_like(masked, s.confidence_threshold, dtype=torch.float64),
-                steps_left=torch.full_like(masked, min(s.steps_per_block - step, s.block_size)),  # more means no more
-                **rows.options(live, position, step),
-            )
-            for r in running:
-                rows.nfe[rows.index[r]] += 1
-            rows.report(running, position, step, now, confidence, committed)
-            block = now if live is None else block.index_copy(0, live, now)
-            left = rows.unfinished(now, masked)
-            if not any(left):
-                break
-            if not all(left):
-                keep = torch.tensor([i for i, m in enumerate(left) if m], device=model.device)
-                live = keep if live is None else live[keep]
-                running = [r for r, m in zip(running, left, strict=True) if m]
-                masked, cache = masked[keep], rows.cache.select(live)
+        block = _denoised(rows)
         stay = rows.write(block.tolist())
         if rows.index:
-            model.commit(block if stay is None else block[stay], rows.cache)
+            rows.model.commit(block if stay is None else block[stay], rows.cache)
+
+
+def _denoised(rows: _Rows) -> Tensor:
+    """The next block [R, L] of every row."""
+    model, s = rows.model, rows.settings
+    mask, R = model.config.mask_token_id, len(rows.index)
+    block = torch.full((R, s.block_size), mask, device=model.device)
+    start = rows.cache.lengths.long()
+    live, cache = None, rows.cache  # rows that still have mask tokens, on the device; None: all
+    running = list(range(R))  # the same, on the host
+    masked = torch.full((R,), s.block_size, device=model.device)
+    for step in range(s.steps_per_block):
+        now = block if live is None else block[live]
+        position = start if live is None else start[live]
+        hidden = model.denoise(now, masked / s.block_size, cache, output="hidden")
+        now, committed, confidence, masked = unmask(
+            hidden,
+            model.lm_head.weight,
+            now,
+            rows.sampling_at(live, position, step),
+            mask_token_id=mask,
+            threshold=torch.full_like(masked, s.confidence_threshold, dtype=torch.float64),
+            steps_left=torch.full_like(masked, min(s.steps_per_block - step, s.block_size)),  # more means no more
+        )
+        for r in running:
+            rows.nfe[rows.index[r]] += 1
+        rows.report(running, position, step, now, confidence, committed)
+        block = now if live is None else block.index_copy(0, live, now)
+        left = rows.unfinished(now, masked)
+        if not any(left):
+            break
+        if not all(left):
+            keep = torch.tensor([i for i, m in enumerate(left) if m], device=model.device)
+            live = keep if live is None else live[keep]
+            running = [r for r, m in zip(running, left, strict=True) if m]
+            masked, cache = masked[keep], rows.cache.fork(running)
+    return block
 
 
 def _ar(rows: _Rows) -> None:
@@ -208,7 +216,7 @@ def _ar(rows: _Rows) -> None:
     while rows.index:
         cache = rows.cache
         position = cache.lengths.long()
-        token, confidence = head_sample(cache.last_hidden, cache.head, **rows.options(None, position, 0))
+        token, confidence = head_sample(cache.last_hidden, cache.head, rows.sampling_at(None, position, 0))
         column = token.unsqueeze(1)
         done = torch.ones_like(column, dtype=torch.bool)
         rows.report(range(len(rows.index)), position, 0, column, confidence.unsqueeze(1), done)
@@ -223,7 +231,7 @@ def _mock_ar(rows: _Rows, last: Tensor) -> None:
     while rows.index:
         position = rows.cache.lengths.long() + 1
         hidden = rows.model.denoise(token, None, rows.cache, output="hidden")[:, -1]
-        following, confidence = head_sample(hidden, rows.model.lm_head.weight, **rows.options(None, position, 0))
+        following, confidence = head_sample(hidden, rows.model.lm_head.weight, rows.sampling_at(None, position, 0))
         for row in rows.index:
             rows.nfe[row] += 1
         column = following.unsqueeze(1)

@@ -1,31 +1,33 @@
-"""The Mamba-2 mixer. B batch, L tokens, D hidden, H heads of size P, G groups, N state size, C conv channels."""
+"""The Mamba-2 mixer.
 
-import torch
+B batch, L tokens, D hidden, H heads of size P, G groups, N state size, I = H * P inner, C conv channels.
+"""
+
 from torch import Tensor, nn
 
 from tt_kernels import (
+    MambaState,
+    MambaWeights,
     causal_conv1d,
     conv_block_states,
-    conv_state,
     gated_group_norm,
-    mamba_advance,
     mamba_block,
-    mamba_step,
+    mamba_extend,
     ssd_chunk,
 )
 
 from ..config import TwoTowerConfig
+from .norm import Norm
+from .state import ForwardContext, Projected
 from .wide import Wide
-
-SHORT = 64  # tokens that the block form takes; longer stretches go through the chunked scan
 
 
 class Mamba2(Wide):
     """in_proj -> causal conv + SiLU -> selective scan -> gated group norm -> out_proj."""
 
-    def __init__(self, config: TwoTowerConfig):
+    def __init__(self, config: TwoTowerConfig, layer: int):
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         D, H, inner, C = config.hidden_size, config.mamba_num_heads, config.d_inner, config.conv_dim
         GN = config.n_groups * config.ssm_state_size
         self.projected, self.convolved = [inner, C, H], [inner, GN, GN]
@@ -34,72 +36,43 @@ class Mamba2(Wide):
         self.dt_bias = self.parameter(H)
         self.A_log = self.parameter(H)
         self.D = self.parameter(H)
-        self.norm = nn.Module()
-        self.norm.weight = nn.Parameter(torch.ones(inner))
+        self.norm = Norm(inner)
         self.out_proj = nn.Linear(inner, D, bias=config.use_bias)
 
-    def project(self, h_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z [B, L, H * P], raw xBC [B, L, C] and raw dt [B, L, H]."""
-        return self.in_proj(h_BLD).split_with_sizes(self.projected, -1)
-
-    def conv_parameters(self) -> tuple[Tensor, Tensor | None]:
-        return self.conv1d.weight.squeeze(1), self.conv1d.bias
-
-    def convolve(self, xBC_BLC: Tensor, state_BCK: Tensor | None, cu_seqlens: Tensor | None = None):
-        """Convolved and activated x [B, L, H, P], B and C [B, L, G, N]."""
+    def forward(self, h_BLD: Tensor, ctx: ForwardContext) -> Tensor:
         c = self.config
-        xBC = causal_conv1d(xBC_BLC, *self.conv_parameters(), state_BCK, cu_seqlens=cu_seqlens)
-        x, B, C = xBC.split_with_sizes(self.convolved, -1)
-        b, L = xBC.shape[:2]  # view: unflatten is Python and takes five times as long
-        return x.view(b, L, c.mamba_num_heads, -1), B.view(b, L, c.n_groups, -1), C.view(b, L, c.n_groups, -1)
-
-    def out(self, y_BLHP: Tensor, z_BLI: Tensor) -> Tensor:
-        c = self.config
-        y = gated_group_norm(y_BLHP.flatten(2), z_BLI, self.norm.weight, groups=c.n_groups, eps=c.layer_norm_epsilon)
+        z_BLI, xBC_BLC, dt_BLH = self.in_proj(h_BLD).split_with_sizes(self.projected, -1)
+        weights = MambaWeights(self.conv1d.weight.squeeze(1), self.conv1d.bias, -self.A_log.exp(), self.D, self.dt_bias)
+        if (cache := ctx.cache) is not None:
+            state = cache.mamba(self.layer)
+            if ctx.kind == "extend":
+                y = mamba_extend(xBC_BLC, dt_BLH, weights, state, ctx.counts, dt_limit=c.time_step_limit)
+            else:
+                y = mamba_block(xBC_BLC, dt_BLH, weights, state, dt_limit=c.time_step_limit)
+            if ctx.pending is not None:
+                ctx.pending.mamba[self.layer] = Projected(xBC_BLC, dt_BLH, weights, c.time_step_limit)
+        elif ctx.clean is not None:
+            y = mamba_block(xBC_BLC, dt_BLH, weights, ctx.clean.mamba[self.layer], dt_limit=c.time_step_limit)
+        else:
+            y = self._whole_sequences(xBC_BLC, dt_BLH, weights, ctx)
+        y = gated_group_norm(y.flatten(2), z_BLI, self.norm.weight, groups=c.n_groups, eps=c.layer_norm_epsilon)
         return self.out_proj(y)
 
-    def scan_parameters(self) -> tuple[Tensor, Tensor]:
-        return -self.A_log.exp(), self.D
-
-    def forward(self, h_BLD: Tensor, conv: Tensor, ssm: Tensor, counts: Tensor | None = None, *, advance: bool = False):
-        """L tokens from seeded states.
-
-        Returns the output [B, L, D], what `advance` needs to replay them, and the states after the first counts[b]
-        tokens of each row (all, if None) where `advance` is set.
-        """
-        z, xBC, dt = self.project(h_BLD)
-        A, D = self.scan_parameters()
-        limit, weights = self.config.time_step_limit, self.conv_parameters()
-        projected, states = (xBC, dt, A), None
-        if h_BLD.shape[1] == 1 and advance and counts is None:  # autoregressive decoding
-            token = xBC.squeeze(1), dt.squeeze(1)
-            y, *states = mamba_step(*token, *weights, A, D, self.dt_bias, conv, ssm, dt_limit=limit)
-            y = y.unsqueeze(1)
-        elif h_BLD.shape[1] <= SHORT:
-            y = mamba_block(xBC, dt, *weights, A, D, self.dt_bias, conv, ssm, dt_limit=limit)
-            if advance:
-                states = self.advance(*projected, conv, ssm, counts)
-        else:
-            x, B, C = self.convolve(xBC, conv)
-            y, final, _ = ssd_chunk(x, dt, A, B, C, D, self.dt_bias, ssm, counts, chunk_size=None, dt_limit=limit)
-            states = conv_state(xBC, counts, conv, kernel_size=self.config.conv_kernel), final
-        return self.out(y, z), projected, states
-
-    def advance(self, xBC, dt, A, conv: Tensor, ssm: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Conv and SSM state after the first counts[b] of the tokens that `forward` was given."""
-        limit = self.config.time_step_limit
-        return mamba_advance(xBC, dt, *self.conv_parameters(), A, self.dt_bias, conv, ssm, counts, dt_limit=limit)
-
-    def encode(self, h_BND: Tensor, cu_seqlens: Tensor | None, block_size: int | None):
-        """Whole sequences from zero state: the output and, with a block size, the states before each block:
-        conv [B, N / S, C, K] and SSM [B, N / S, H, P, N]."""
-        z, xBC, dt = self.project(h_BND)
-        x, B, C = self.convolve(xBC, None, cu_seqlens)
-        limit, packed = self.config.time_step_limit, dict(cu_seqlens=cu_seqlens)
-        A, D = self.scan_parameters()
-        y, _, before = ssd_chunk(x, dt, A, B, C, D, self.dt_bias, chunk_size=block_size, dt_limit=limit, **packed)
-        states = None
-        if block_size is not None:
-            kernel = self.config.conv_kernel
-            states = conv_block_states(xBC, block_size=block_size, kernel_size=kernel, **packed), before
-        return self.out(y, z), states
+    def _whole_sequences(self, xBC_BLC: Tensor, dt_BLH: Tensor, w: MambaWeights, ctx: ForwardContext) -> Tensor:
+        """y [B, L, H, P] of sequences from zero states; keeps the states before blocks where `ctx.keep` wants them."""
+        c, keep, cu_seqlens = self.config, ctx.keep, ctx.cu_seqlens
+        columns = causal_conv1d(xBC_BLC, w.conv_weight, w.conv_bias, cu_seqlens=cu_seqlens)
+        x, B, C = columns.split_with_sizes(self.convolved, -1)
+        b, L = columns.shape[:2]  # view: unflatten is Python and takes five times as long
+        x = x.view(b, L, c.mamba_num_heads, -1)
+        B, C = (t.view(b, L, c.n_groups, -1) for t in (B, C))
+        size, limit = None if keep is None else keep.block_size, c.time_step_limit
+        y, _, before = ssd_chunk(
+            x, dt_BLH, w.A, B, C, self.D, w.dt_bias, cu_seqlens=cu_seqlens, chunk_size=size, dt_limit=limit
+        )
+        if keep is not None:
+            conv = conv_block_states(
+                xBC_BLC, block_size=keep.block_size, kernel_size=c.conv_kernel, cu_seqlens=cu_seqlens
+            )
+            keep.mamba[self.layer] = MambaState(conv.flatten(0, 1), before.flatten(0, 1))
+        return y

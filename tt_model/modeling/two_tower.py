@@ -9,14 +9,15 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..arguments import integer, is_integer, token_rows
 from ..config import TwoTowerConfig
-from .state import Cache, Pending
-from .tower import BlockPass, CleanPass, ContextPass, NoisyPass, Tower
+from .state import Cache, CleanStates, ForwardContext, Pending
+from .tower import Tower
 
 PREFILL_CHUNK = 2048  # tokens of all prompts that go through the tower at a time: bounds memory
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -46,7 +47,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(size, D), nn.SiLU(), nn.Linear(D, D))
 
     def forward(self, t_M: Tensor) -> Tensor:
-        dtype, half = self.mlp[0].weight.dtype, self.size // 2
+        dtype, half = cast(nn.Linear, self.mlp[0]).weight.dtype, self.size // 2
         acc = torch.promote_types(dtype, torch.float32)
         # A trace computes with stand-ins for tensors: what it makes must not stay behind for later calls.
         traced = torch.compiler.is_compiling() or type(t_M) is not Tensor
@@ -109,22 +110,23 @@ class TwoTowerModel(nn.Module):
             [B, P, V], in the model's dtype.
         """
         ids = self._ids("ids", ids)
-        return self.context_lm_head(self.context_tower(ids, CleanPass()))
+        return self.context_lm_head(self.context_tower(ids, ForwardContext("clean")))
 
     @torch.no_grad()
-    def prefill(self, prompts: Tensor | Sequence[Sequence[int]], *, reserve: int = 0) -> Cache:
+    def prefill(self, prompts: Tensor | Sequence[Sequence[int]], *, reserve: int = 1024, forks: int = 0) -> Cache:
         """Run the context tower over prompts.
 
         Args:
             prompts: [B, P] int64, or B lists of token ids of any lengths from 1.
-            reserve: further tokens per row to make room for at once.
+            reserve: further tokens per row to make room for. Where more enter, all pages are copied to twice the room.
+            forks: further rows that `Cache.fork` will make, to make room for; likewise.
         Returns:
             a Cache of all tokens; `cache.last_logits` [B, V] predicts the next one of each row.
         Cost: one pass of the context tower in stretches of 2048 tokens of all rows together, but 64 of each at
         least; shorter rows of a ragged batch are padded.
         """
         rows = self._rows(prompts)
-        return self._prefill(rows, integer("reserve", reserve, 0))
+        return self._prefill(rows, integer("reserve", reserve, 0), integer("forks", forks, 0))
 
     def _rows(self, prompts: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
         """Prompts as lists of ids, each of at least one."""
@@ -135,7 +137,7 @@ class TwoTowerModel(nn.Module):
             raise ValueError(f"prompts: prompt {rows.index([])} is empty: every prompt needs at least one token")
         return rows
 
-    def _prefill(self, rows: Sequence[Sequence[int] | Tensor], reserve: int) -> Cache:
+    def _prefill(self, rows: Sequence[Sequence[int] | Tensor], reserve: int, forks: int = 0) -> Cache:
         """`prefill`, where a row may also be empty (mock-AR starts one token early)."""
         lengths = [len(row) for row in rows]
         longest = max(lengths)
@@ -146,24 +148,22 @@ class TwoTowerModel(nn.Module):
         dtype = self.dtype
         if dtype != torch.float64 and torch.is_autocast_enabled(self.device.type):
             dtype = torch.get_autocast_dtype(self.device.type)  # of keys and values as they are projected
-        cache = Cache(self.config, len(rows), device=self.device, dtype=dtype)
+        room = longest + reserve
+        cache = Cache.empty(self.config, len(rows), device=self.device, dtype=dtype, reserve=room, forks=forks)
         cache.head = self.context_lm_head.weight
-        cache.reserve(longest + reserve)
-        ragged = min(lengths) < longest
         stretch = prefill_stretch(len(rows))
         for start in range(0, longest, stretch):
             chunk = ids[:, start : start + stretch]
-            counts = None
-            if ragged:
-                left = torch.tensor(lengths, dtype=torch.int32, device=self.device) - start
-                counts = left.clamp(0, chunk.shape[1])
-            self._extend(chunk, cache, counts)
-        cache.longest = longest
+            self._extend(chunk, cache, [min(max(length - start, 0), chunk.shape[1]) for length in lengths])
         return cache
 
-    def _extend(self, ids: Tensor, cache: Cache, counts: Tensor | None = None) -> None:
-        walk = ContextPass(cache, ids.shape[1], counts, write=True)
-        cache.extend(ids.shape[1], counts, self.context_tower(ids, walk))
+    def _extend(self, ids: Tensor, cache: Cache, counts: list[int]) -> None:
+        """Let the first counts[b] of the tokens [B, L] into the cache."""
+        cache.prepare(counts)
+        whole = min(counts) == ids.shape[1]
+        entered = None if whole else torch.tensor(counts, dtype=torch.int32, device=self.device)
+        hidden = self.context_tower(ids, ForwardContext("extend", cache, entered))
+        cache.extend(counts, hidden, entered)
 
     @torch.no_grad()
     def denoise(self, block: Tensor, t: Tensor | None, cache: Cache, output: str = "logits") -> Tensor:
@@ -181,13 +181,14 @@ class TwoTowerModel(nn.Module):
         if t is not None and (not isinstance(t, Tensor) or t.shape != (cache.batch,)):
             found = f"has shape {list(t.shape)}" if isinstance(t, Tensor) else f"is {t!r}"
             raise ValueError(f"denoise: t {found}, expected [B] with the cache's B={cache.batch}, or None")
-        h = tower(block, BlockPass(cache), None if t is None else self._modulation(t))
+        h = tower(block, ForwardContext("denoise", cache), None if t is None else self._modulation(t))
         return self._output(h, output)
 
     @torch.no_grad()
     def commit(self, block: Tensor, cache: Cache) -> None:
         """Run the context tower over a finished block [B, L]: all of it enters the cache."""
-        self._extend(self._block("commit", block, cache), cache)
+        block = self._block("commit", block, cache)
+        self._extend(block, cache, [block.shape[1]] * cache.batch)
 
     @torch.no_grad()
     def verify(self, block: Tensor, cache: Cache) -> tuple[Tensor, Pending]:
@@ -198,15 +199,14 @@ class TwoTowerModel(nn.Module):
             pending: for `cache.advance(pending, lengths)`, which lets the first lengths[b] tokens in.
         """
         block = self._block("verify", block, cache)
-        walk = ContextPass(cache, block.shape[1], write=False)
-        walk.pending.hidden = self.context_tower(block, walk)
-        walk.pending.lengths = cache.lengths.clone()
-        return self.context_lm_head(walk.pending.hidden), walk.pending
+        pending = Pending(lengths=cache.lengths.clone())
+        pending.hidden = self.context_tower(block, ForwardContext("verify", cache, pending=pending))
+        return self.context_lm_head(pending.hidden), pending
 
     # ---- training: whole sequences ----
 
     @torch.no_grad()
-    def encode_clean(self, clean: Tensor, block_size: int, cu_seqlens: Tensor | None = None) -> CleanPass:
+    def encode_clean(self, clean: Tensor, block_size: int, cu_seqlens: Tensor | None = None) -> CleanStates:
         """The context tower over clean sequences, keeping what every noisy block needs.
 
         Args:
@@ -223,11 +223,11 @@ class TwoTowerModel(nn.Module):
             raise ValueError(f"encode_clean: cu_seqlens is {cu_seqlens.tolist()}, expected multiples of {block_size=}")
         if clean.shape[1] % block_size:
             raise ValueError(f"encode_clean: clean has N={clean.shape[1]}, expected a multiple of {block_size=}")
-        walk = CleanPass(cu_seqlens, block_size)
-        self.context_tower(clean, walk)
-        return walk
+        states = CleanStates(block_size, cu_seqlens)
+        self.context_tower(clean, ForwardContext("clean", keep=states, cu_seqlens=cu_seqlens))
+        return states
 
-    def denoise_all(self, ctx: CleanPass, noisy: Tensor, t: Tensor, output: str = "logits") -> Tensor:
+    def denoise_all(self, ctx: CleanStates, noisy: Tensor, t: Tensor, output: str = "logits") -> Tensor:
         """Every noisy block against the clean blocks before it, in one pass, with gradients.
 
         Args:
@@ -242,7 +242,7 @@ class TwoTowerModel(nn.Module):
             shape = list(noisy.shape)
             raise ValueError(f"denoise_all: t has shape {list(t.shape)}, expected [B, N / {S}] for noisy {shape}")
         blocks = noisy.reshape(-1, S)
-        h = self._denoiser()(blocks, NoisyPass(ctx, len(noisy)), self._modulation(t.flatten()))
+        h = self._denoiser()(blocks, ForwardContext("noisy", clean=ctx), self._modulation(t.flatten()))
         return self._output(h.view(*noisy.shape, -1), output)
 
     # ---- parts ----

@@ -270,7 +270,7 @@ class Rows:
 
     def digest(self) -> str:
         """A hash of all tokens and of where documents begin: of what a run learns from."""
-        whole = hashlib.sha256(self._ids.contiguous().numpy())
+        whole = hashlib.sha256(self._ids.contiguous().numpy().data)
         whole.update(repr(self._starts).encode())
         return whole.hexdigest()
 

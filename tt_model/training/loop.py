@@ -10,8 +10,9 @@ import json
 import math
 import signal
 import time
+from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -99,12 +100,14 @@ class _Balance:
 
     def reset(self) -> None:
         for moe in self.layers:
-            moe.load.zero_()
+            if moe.load is not None:
+                moe.load.zero_()
 
     @torch.no_grad()
     def update(self) -> None:
         for moe in self.layers:
-            moe.gate.e_score_correction_bias += BIAS_RATE * torch.sign(moe.load.mean() - moe.load)
+            if moe.load is not None:
+                moe.gate.e_score_correction_bias.add_(torch.sign(moe.load.mean() - moe.load), alpha=BIAS_RATE)
 
 
 def plot_losses(history: list[dict], path: Path) -> None:
@@ -253,7 +256,7 @@ def _train(
             loss.backward()
             masters.take_gradients()
             norm = nn.utils.clip_grad_norm_(masters.values.values(), s.clip).item()
-            entry = {"step": step, "loss": loss.item(), "learning_rate": rate}
+            entry: dict[str, Any] = {"step": step, "loss": loss.item(), "learning_rate": rate}
             if not (math.isfinite(entry["loss"]) and math.isfinite(norm)):
                 stop_if(f"the loss is {entry['loss']}, the norm of its gradient {norm}", step)
             optimizer.step()
@@ -276,7 +279,7 @@ def _train(
                     stop_if(str(error), step)
                 saved = len(history)
                 log = "".join(json.dumps(h, allow_nan=False) + "\n" for h in history)
-                write_atomically(out / "log.jsonl", lambda path, log=log: path.write_text(log, encoding="utf-8"))
+                write_atomically(out / "log.jsonl", partial(Path.write_text, data=log, encoding="utf-8"))
                 plot_losses(history, out / "loss.png")
             if stopped:
                 break

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tt_kernels import linear_cross_entropy
 
-from ..modeling.tower import CleanPass
+from ..modeling.state import ForwardContext
 from ..modeling.two_tower import TwoTowerModel
 
 
@@ -20,7 +20,7 @@ def ar_loss(model: TwoTowerModel, ids: Tensor, cu_seqlens: Tensor | None = None)
         cu_seqlens: [n + 1] int32 boundaries over the flattened B * N tokens; None: every row is one sequence.
     Gradients reach the context tower and its head.
     """
-    hidden = model.context_tower(ids, CleanPass(cu_seqlens))
+    hidden = model.context_tower(ids, ForwardContext("clean", cu_seqlens=cu_seqlens))
     has_next = torch.ones_like(ids, dtype=torch.bool)
     has_next[:, -1] = False
     if cu_seqlens is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,8 @@ class _Telling:
     """A file for torch.save, which answers a full disk with a RuntimeError of its own: keeps the system's error."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.flush, self.error = file, file.flush, None
+        self.file, self.flush = file, file.flush
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         try:
@@ -110,7 +111,7 @@ def _write(state: Mapping[str, Any], path: Path) -> None:
     with path.open("wb") as file:
         telling = _Telling(file)
         try:
-            torch.save(state, telling)
+            torch.save(state, cast(BinaryIO, telling))  # which only writes and flushes
         except RuntimeError:
             if telling.error is not None:
                 raise telling.error from None

@@ -14,13 +14,13 @@ from torch import Tensor
 import tt_kernels
 from cards import OPS
 from cards.sampling import CANDIDATES
-from tt_kernels import commit, head_sample, sample, unmask
-from tt_kernels.runtime.launch import INTERPRET, Launch, recording
+from tt_kernels import Sampling, commit, head_sample, sample, unmask
+from tt_kernels.runtime.launch import INTERPRET, recording
 from tt_kernels.sampling.commit import commit_launch
 from tt_kernels.sampling.gumbel_noise import gumbel_noise_launch
 from tt_kernels.sampling.head_sample_launch import SUB, head_launch, head_pieces
 from tt_kernels.sampling.records import combine_launch
-from tt_kernels.sampling.sample import sample_launch
+from tt_kernels.sampling.sample import SampleLaunch, sample_launch
 from tt_kernels.sampling.unmask import finish_launch, masked_rows_launch
 
 V, D = 131072, 2688
@@ -135,22 +135,17 @@ def test_a_step_is_three_launches_and_reads_nothing() -> None:
     names = [kernel.__name__ for kernel, *_ in seen]
     assert names == ["_masked_rows_kernel", "_head_kernel", "_finish_kernel"]
     assert [grid for _, grid, *_ in seen] == [(1,), (256,), (1,)]
-    vectors = {t.dtype for t in (kwargs["temperature"], kwargs["threshold"])}
+    vectors = {t.dtype for t in (kwargs["sampling"].temperature, kwargs["threshold"])}
     assert vectors == {torch.float64}  # as models pass them: what is compiled is what runs
 
 
 # What the records must keep
 
 
-def settings(*temperatures: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    R = len(temperatures)
-    seed, step = torch.arange(R, device=DEVICE), torch.zeros(R, dtype=torch.int64, device=DEVICE)
-    return dict(
-        temperature=torch.tensor(temperatures, device=DEVICE, dtype=dtype),
-        seed=seed,
-        position=seed + 3,
-        step=step,
-    )
+def settings(*temperatures: float, dtype: torch.dtype = torch.float32, **limits: Any) -> Sampling:
+    temperature = torch.tensor(temperatures, device=DEVICE, dtype=dtype)
+    seed = torch.arange(len(temperatures), device=DEVICE)
+    return Sampling.of(len(seed), temperature=temperature, seed=seed, position=seed + 3, **limits, device=DEVICE)
 
 
 def same(name: str, **kwargs: Any) -> None:
@@ -175,10 +170,10 @@ def test_sample_of_infinities_and_nan(temperature: float) -> None:
     ]
     logits = torch.tensor(rows, device=DEVICE)
     for suppress in (None, 1):
-        same("sample", logits=logits, **settings(*[temperature] * 6), suppress=suppress)
+        same("sample", logits=logits, sampling=settings(*[temperature] * 6), suppress=suppress)
     wide = torch.full((6, 9000), -inf, device=DEVICE)  # in three parts of the vocabulary
     wide[:, 4095:8191:1024] = logits
-    same("sample", logits=wide, **settings(*[temperature] * 6), suppress=5119)
+    same("sample", logits=wide, sampling=settings(*[temperature] * 6), suppress=5119)
 
 
 @runs_kernels
@@ -186,11 +181,11 @@ def test_the_first_of_equals_wins_across_tiles_and_parts() -> None:
     logits = torch.zeros(3, 9000, device=DEVICE)
     logits[1, 17] = logits[1, 2100] = logits[1, 8999] = 1
     logits[2, 4200] = logits[2, 8999] = 1
-    assert sample(logits, **settings(0, 0, 0))[0].tolist() == [0, 17, 4200]
+    assert sample(logits, settings(0, 0, 0))[0].tolist() == [0, 17, 4200]
     hidden, weight = torch.ones(2, 16, device=DEVICE), torch.zeros(700, 16, device=DEVICE)
-    assert head_sample(hidden, weight, **settings(0, 0))[0].tolist() == [0, 0]
+    assert head_sample(hidden, weight, settings(0, 0))[0].tolist() == [0, 0]
     weight[130] = weight[200] = weight[600] = 1
-    assert head_sample(hidden, weight, **settings(0, 0))[0].tolist() == [130, 130]
+    assert head_sample(hidden, weight, settings(0, 0))[0].tolist() == [130, 130]
 
 
 @runs_kernels
@@ -198,7 +193,7 @@ def test_the_first_of_equals_wins_across_tiles_and_parts() -> None:
 def test_head_of_another_dtype_is_not_rounded(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     torch.manual_seed(1)
     hidden, weight = torch.randn(3, 24).to(DEVICE, dtypes[0]), torch.randn(50, 24).to(DEVICE, dtypes[1])
-    same("head_sample", hidden=hidden, weight=weight, **settings(0, 0.5, 1))
+    same("head_sample", hidden=hidden, weight=weight, sampling=settings(0, 0.5, 1))
 
 
 @runs_kernels
@@ -207,8 +202,8 @@ def test_rows_beyond_a_grid_take_more_launches(case: int, monkeypatch: pytest.Mo
     op = OPS["sample"]
     kwargs = make(op, op.cases[case], torch.float32)
     whole = sample(**kwargs)
-    few = Launch(BLOCK_V=64, BLOCK_T=2, TILES=2, num_warps=4, num_stages=2)
-    module = importlib.import_module("tt_kernels.unmask.sample")  # the package's name is the function's
+    few = SampleLaunch(BLOCK_V=64, BLOCK_T=2, TILES=2)
+    module = importlib.import_module("tt_kernels.sampling.sample")  # the package's name is the function's
     monkeypatch.setattr(module, "sample_launch", lambda V: few)
     monkeypatch.setattr(module, "PROGRAMS", 2)
     for got, want in zip(sample(**kwargs), whole, strict=True):
@@ -219,10 +214,10 @@ def test_rows_beyond_a_grid_take_more_launches(case: int, monkeypatch: pytest.Mo
 def test_rows_do_not_depend_on_their_neighbours() -> None:
     torch.manual_seed(1)
     hidden, weight = torch.randn(12, 24).to(DEVICE), torch.randn(700, 24).to(DEVICE)
-    options = settings(0, 0.5, 1, 0, 2, 0, 0, 0.5, 1, 0, 2, 0)
-    whole = head_sample(hidden, weight, **options)
+    sampling = settings(0, 0.5, 1, 0, 2, 0, 0, 0.5, 1, 0, 2, 0)
+    whole = head_sample(hidden, weight, sampling)
     for r in (0, 4, 11):
-        alone = head_sample(hidden[r : r + 1], weight, **{name: t[r : r + 1] for name, t in options.items()})
+        alone = head_sample(hidden[r : r + 1], weight, sampling.select(slice(r, r + 1)))
         assert all(torch.equal(a[0], b[r]) for a, b in zip(alone, whole, strict=True))
 
 
@@ -233,11 +228,11 @@ def test_bits_do_not_depend_on_the_number_of_rows(dtype: torch.dtype) -> None:
     17, 33 and 65. Eighths, so that products are exact in any order and scores often equal."""
     torch.manual_seed(1)
     hidden, weight = (torch.randint(-9, 10, shape).to(DEVICE, dtype) / 8 for shape in ((70, 24), (1100, 24)))
-    options = settings(*[0, 0.5, 1, 0, 0.1, 2, 0] * 10, dtype=torch.float64)
-    whole = head_sample(hidden, weight, **options, suppress=3)
+    sampling = settings(*[0, 0.5, 1, 0, 0.1, 2, 0] * 10, dtype=torch.float64)
+    whole = head_sample(hidden, weight, sampling, suppress=3)
     for rows, first in ((1, 0), (1, 36), (16, 5), (17, 33), (40, 30)):
         some = slice(first, first + rows)
-        got = head_sample(hidden[some], weight, **{name: t[some] for name, t in options.items()}, suppress=3)
+        got = head_sample(hidden[some], weight, sampling.select(some), suppress=3)
         assert all(torch.equal(a, b[some]) for a, b in zip(got, whole, strict=True)), (rows, first)
 
 
@@ -246,13 +241,13 @@ def test_bits_do_not_depend_on_the_number_of_rows(dtype: torch.dtype) -> None:
 def test_bits_of_a_block_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     hidden, weight = (torch.randint(-9, 10, shape).to(DEVICE, dtype) / 8 for shape in ((9, 8, 24), (1100, 24)))
-    options = settings(*[0, 0.5, 1] * 3, dtype=torch.float64)
-    options |= dict(steps_left=torch.full((9,), 4, device=DEVICE), threshold=torch.full((9,), 0.1, device=DEVICE))
+    sampling = settings(*[0, 0.5, 1] * 3, dtype=torch.float64)
+    rule = dict(steps_left=torch.full((9,), 4, device=DEVICE), threshold=torch.full((9,), 0.1, device=DEVICE))
     block = torch.randint(3, (9, 8), device=DEVICE)  # 0 is the mask
-    whole = unmask(hidden, weight, block, **options, mask_token_id=0)
+    whole = unmask(hidden, weight, block, sampling, **rule, mask_token_id=0)
     for some in (slice(4, 5), slice(2, 7)):
-        mine = {name: t[some] for name, t in options.items()}
-        got = unmask(hidden[some], weight, block[some], **mine, mask_token_id=0)
+        mine = {name: t[some] for name, t in rule.items()}
+        got = unmask(hidden[some], weight, block[some], sampling.select(some), **mine, mask_token_id=0)
         assert all(torch.equal(a, b[some]) for a, b in zip(got, whole, strict=True)), some
 
 
@@ -268,7 +263,7 @@ TINY = [
 @pytest.mark.parametrize("narrow", ({}, dict(top_k=2), dict(top_p=0.5)), ids=str)
 def test_tiny_temperatures(dtype: torch.dtype, temperatures: tuple[float, ...], narrow: dict[str, Any]) -> None:
     """A quotient would be infinite, or 0 / 0."""
-    options = settings(*temperatures, dtype=dtype)
+    options = dict(sampling=settings(*temperatures, dtype=dtype, **narrow))
     for logits in (
         [1.0, 3.0, 2.0, -1.0],
         [-1.0, 3.0, 2.0, 3.0],
@@ -279,26 +274,24 @@ def test_tiny_temperatures(dtype: torch.dtype, temperatures: tuple[float, ...], 
     ):
         for suppress in (None, 0, 1):
             rows = torch.tensor([logits] * 6, device=DEVICE)
-            same("sample", logits=rows, **options, **narrow, suppress=suppress)
+            same("sample", logits=rows, **options, suppress=suppress)
             hidden = torch.eye(4, device=DEVICE)[:1].expand(6, 4)
             weight = torch.zeros(4, 4, device=DEVICE)
             weight[:, 0] = rows[0].clamp(min=-9)
-            same("head_sample", hidden=hidden, weight=weight, **options, **narrow, suppress=suppress)
+            same("head_sample", hidden=hidden, weight=weight, **options, suppress=suppress)
 
 
 @runs_kernels
 def test_a_temperature_that_fp32_rounds_to_0_takes_the_best() -> None:
-    options = settings(1e-300, 0.0, dtype=torch.float64)
-    options["temperature"] = options["temperature"][[0, 1, 0]]
-    options = {name: t if name == "temperature" else t[[0, 0, 0]] for name, t in options.items()}
+    options = Sampling.of(3, temperature=torch.tensor([1e-300, 0, 1e-300]).double().to(DEVICE), device=DEVICE)
     logits = torch.tensor([[-1.0, 2.0, 3.0], [-1.0, 2.0, 3.0], [-3.0, -1.0, -2.0]], device=DEVICE)
-    token, confidence = sample(logits, **options)
+    token, confidence = sample(logits, options)
     assert token.tolist() == [2, 2, 1]
     want = logits.softmax(-1).gather(-1, token[:, None])[:, 0]
     torch.testing.assert_close(confidence, want, rtol=3e-6, atol=0)
     tall = torch.zeros(3, 5003, device=DEVICE) - 1  # many tiles and parts
     tall[1, 4999] = tall[0, 4998:] = 1
-    assert sample(tall, **options)[0].tolist() == [4998, 4999, 0]
+    assert sample(tall, options)[0].tolist() == [4998, 4999, 0]
 
 
 @runs_kernels

@@ -5,13 +5,14 @@ from . import Mutant
 COMMIT = "tt_kernels/sampling/commit.py"
 GUMBEL_NOISE = "tt_kernels/sampling/gumbel_noise.py"
 HEAD_SAMPLE_KERNELS = "tt_kernels/sampling/head_sample_kernels.py"
-HEAD_SAMPLE_LAUNCH = "tt_kernels/sampling/head_sample_launch.py"
 LANG = "tt_kernels/sampling/lang.py"
+REFERENCE = "tt_kernels/reference/sampling.py"
 RECORDS = "tt_kernels/sampling/records.py"
 RUNTIME_LANG = "tt_kernels/runtime/lang.py"
 SAMPLE = "tt_kernels/sampling/sample.py"
 UNMASK = "tt_kernels/sampling/unmask.py"
 ONLY_SAMPLE = "sample and not head_sample"
+LITERAL = "tests/kernels/test_sampling.py::"
 CORNERS = "tests/kernels/test_sampling_corners.py::"
 
 MUTANTS = (
@@ -43,7 +44,7 @@ MUTANTS = (
         "the sum below the lesser maximum not rescaled",
     ),
     Mutant(ONLY_SAMPLE, LANG, "token = start + at", "token = at", "a token counted from its tile"),
-    Mutant(ONLY_SAMPLE, LANG, "kept = next_best <= best", "kept = next_best >= best", "the worse of two tiles"),
+    Mutant(ONLY_SAMPLE, LANG, "kept = b.best <= a.best", "kept = b.best >= a.best", "the worse of two tiles"),
     Mutant(
         ONLY_SAMPLE,
         LANG,
@@ -58,7 +59,13 @@ MUTANTS = (
         "score = tl.where(out, score, score)",
         "top-k and top-p forgotten",
     ),
-    Mutant(ONLY_SAMPLE, LANG, "s * tl.exp2((m - shift[:, None]) * 1.4426950408889634)", "s", "parts not rescaled"),
+    Mutant(
+        ONLY_SAMPLE,
+        LANG,
+        "record.s * tl.exp2((record.m - shift[:, None]) * 1.4426950408889634)",
+        "record.s",
+        "parts not rescaled",
+    ),
     Mutant(ONLY_SAMPLE, RUNTIME_LANG, "ids // 4, position", "ids, position", "a counter for every token"),
     Mutant(
         ONLY_SAMPLE, SAMPLE, "min(start + TILES * BLOCK_V, V)", "min(start + BLOCK_V, V)", "a part's second tile missed"
@@ -71,7 +78,30 @@ MUTANTS = (
         "programs of several rows overlap",
     ),
     Mutant(ONLY_SAMPLE, SAMPLE, "part = tl.program_id(0)", "part = 0", "the first part for all"),
-    Mutant(ONLY_SAMPLE, SAMPLE, "descending=True", "descending=False", "top-p keeps the worst"),
+    Mutant(
+        "sample",
+        REFERENCE,
+        "descending=True, stable",
+        "descending=False, stable",
+        "top-p keeps the worst",
+        test=LITERAL + "test_top_k_keeps_what_equals_the_kth_and_top_p_what_crosses",
+    ),
+    Mutant(
+        "sample",
+        REFERENCE,
+        "(top_k > 0) & (top_k < V)",
+        "top_k > 0",
+        "a top_k beyond the vocabulary",
+        test=CORNERS + "test_limits_of_one_row_are_no_others",
+    ),
+    Mutant(
+        "sample",
+        REFERENCE,
+        "torch.where(limited, top_p, math.inf)",
+        "top_p",
+        "a top_p of 1 that rounding takes for a limit",
+        test=LITERAL + "test_a_top_p_of_1_is_no_limit",
+    ),
     Mutant(
         "head_sample",
         HEAD_SAMPLE_KERNELS,
@@ -100,19 +130,21 @@ MUTANTS = (
     Mutant(
         "head_sample",
         HEAD_SAMPLE_KERNELS,
-        "any_hot = is_any_hot(row, mask_t, L, temperature_ptr)",
+        "any_hot = is_any_hot(row, mask_t, settings)",
         "any_hot = False",
         "no noise",
     ),
     Mutant(
         "head_sample",
         HEAD_SAMPLE_KERNELS,
-        "parts + piece // depth",
+        "parts + piece // store.depth",
         "parts + piece",
         "a tile's record in another's place",
     ),
-    Mutant("head_sample", LANG, "range(1, depth)", "range(1, 1)", "all but the first tile of a part forgotten"),
-    Mutant("head_sample", LANG, "* (depth * parts) + offs_s", "* parts + offs_s", "another row's records"),
+    Mutant("head_sample", LANG, "range(1, store.depth)", "range(1, 1)", "all but the first tile of a part forgotten"),
+    Mutant(
+        "head_sample", LANG, "* (store.depth * store.parts) + offs_s", "* store.parts + offs_s", "another row's records"
+    ),
     Mutant("head_sample", LANG, "tl.sum(tl.reshape(x", "tl.max(tl.reshape(x", "the largest term for the sum"),
     Mutant("commit", COMMIT, "1 + (m - 1) //", "m //", "the share rounded down"),
     Mutant("commit", COMMIT, "& (j < i)", "& (j <= i)", "a position before itself"),
@@ -120,34 +152,34 @@ MUTANTS = (
         "commit", COMMIT, "range(0, L, BLOCK_J)", "range(0, BLOCK_J, BLOCK_J)", "positions past the first tile unranked"
     ),
     Mutant(
-        "commit", COMMIT, "tl.store(left_ptr + b, m - count)", "tl.store(left_ptr + b, m)", "committed ones counted"
+        "commit", COMMIT, "tl.store(out.masked + b, m - count)", "tl.store(out.masked + b, m)", "committed ones counted"
     ),
     Mutant("commit", COMMIT, "masked = mask_l & (block == mask_token_id)", "masked = mask_l", "all positions masked"),
-    Mutant("commit", COMMIT, "tl.load(threshold_ptr + b)", "tl.load(threshold_ptr) * 0", "the threshold forgotten"),
+    Mutant("commit", COMMIT, "tl.load(rule.threshold + b)", "tl.load(rule.threshold) * 0", "the threshold forgotten"),
     Mutant("unmask", UNMASK, "axis=0) - masked.to(tl.int32)", "axis=0)", "every slot one too far"),
     Mutant("unmask", UNMASK, "slot = count + tl.cumsum", "slot = tl.cumsum", "slots of the second round from 0"),
     Mutant("unmask", UNMASK, "tl.where(masked, confidence, 0.0)", "confidence", "a confidence where nothing is masked"),
-    Mutant("unmask", LANG, "other=0) + row % L", "other=0)", "the block's position for all its tokens"),
-    Mutant("unmask", RECORDS, "out_token_ptr + to", "out_token_ptr + row", "a token at its slot"),
+    Mutant("unmask", LANG, "other=0) + row % settings.L", "other=0)", "the block's position for all its tokens"),
+    Mutant("unmask", RECORDS, "tl.store(token_ptr + to", "tl.store(token_ptr + row", "a token at its slot"),
     Mutant(
         "unmask",
         HEAD_SAMPLE_KERNELS,
-        "row_s = tl.load(rows_ptr + record, mask=mask, other=0)",
-        "row_s = record",
+        "row_s = tl.load(listed.index + first + offs_s, mask=mask_s, other=0)",
+        "row_s = first + offs_s",
         "another row's noise",
     ),
     Mutant(
         "unmask",
         HEAD_SAMPLE_KERNELS,
-        "tl.load(count_ptr) - first",
-        "tl.load(count_ptr) - first - 1",
+        "tl.load(listed.count) - first",
+        "tl.load(listed.count) - first - 1",
         "the last masked row missed",
     ),
     Mutant(
         "unmask",
-        HEAD_SAMPLE_LAUNCH,
-        "temperature[rows.index // rows.L]",
-        "temperature[rows.index % 3]",
+        RECORDS,
+        "self.listed.index[some] // self.L",
+        "self.listed.index[some] % 3",
         "another row's top-k",
     ),
     Mutant("sample", LANG, "unit[None, :] * gumbel_tile", "gumbel_tile", "noise in another unit than its logits"),
