@@ -18,14 +18,12 @@ Call = Callable[[], Any]  # the measured work on one set of operands; returns wh
 Sampler = Callable[[], float]  # measures once: seconds a call
 
 
-def interleave(
-    samplers: Mapping[str, Sampler], seconds: float, least: int = 10, most: int = 100
-) -> dict[str, list[float]]:
-    """Samples of each, A B C A B C ..., after an untimed round: as many rounds as fit into `seconds`, within bounds."""
+def interleave(samplers: Mapping[str, Sampler], seconds: float, least: int = 10) -> dict[str, list[float]]:
+    """Samples of each, A B C A B C ..., after an untimed round: as many rounds as fit into `seconds`, 10 to 100."""
     begin = time.perf_counter()
     for sample in samplers.values():
         sample()
-    rounds = min(max(int(seconds / (time.perf_counter() - begin + 1e-9)), least), most)
+    rounds = min(max(int(seconds / (time.perf_counter() - begin + 1e-9)), least), 100)
     times: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(rounds):
         for name, sample in samplers.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -74,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if rows := config.stash[ROWS]:
         shared = config.stash[SHARED]
-        lines = [asdict(row) | {"share": row.share, "roofs": shared["roofs"]} for row in rows]
+        lines = [row.record() | {"roofs": shared["roofs"]} for row in rows]
         first = roofs_of(lines) or "CPU: references at small shapes, no claim about kernels."
         terminalreporter.section("ops", sep="=")
         for text in (in_a_line(shared["where"]), first, *row_table(lines)):

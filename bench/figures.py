@@ -10,21 +10,18 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cards import OPS
 
 Line = Mapping[str, Any]
-INK, GREY = "#1f2328", "#8c959f"
 # Told apart by eyes of every kind, and by a marker each besides.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#8250df", "#e69f00", "#56b4e9", "#cc79a7", "#1f2328")
 MARKERS = "osD^vP*X<>"
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A figure that a machine's results have something for."""
 
     file: str
@@ -48,19 +45,18 @@ def part_of(row: Line) -> str:
 
 
 def roofline(rows: Sequence[Line], axes: Any) -> None:
-    """Every timed row by what it must compute and move: rate over intensity, under the roofs of its run. A colour for
-    each part of tt_kernels, a marker for each op in it."""
-    roofs, corners = rows[-1]["roofs"], [row["flops"] / row["bytes"] for row in rows]
-    steps = [min(*corners, 0.1), rows[-1]["roofs"]["compute"] / rows[-1]["roofs"]["bandwidth"], max(*corners, 1000)]
-    axes.plot(steps, [min(x * roofs["bandwidth"], roofs["compute"]) / 1e12 for x in steps], color=INK, linewidth=1.2)
+    """Every timed row by what it must compute and move: rate over intensity, under the roofs of the last run. A colour
+    for each part of tt_kernels, a marker for each op in it."""
+    roofs, reach = rows[-1]["roofs"], [row["flops"] / row["bytes"] for row in rows]
+    steps = [min(*reach, 0.1), roofs["compute"] / roofs["bandwidth"], max(*reach, 1000)]
+    axes.plot(steps, [min(x * roofs["bandwidth"], roofs["compute"]) / 1e12 for x in steps], color=SERIES[-1])
     parts = list(dict.fromkeys(map(part_of, rows)))
-    for i, part in enumerate(parts):
+    for part, colour in zip(parts, SERIES * len(parts), strict=False):
         ops = dict.fromkeys(row["op"] for row in rows if part_of(row) == part)
-        for op, marker in zip(ops, MARKERS, strict=False):
+        for op, marker in zip(ops, MARKERS * len(ops), strict=False):
             mine = [row for row in rows if row["op"] == op]
             points = [(row["flops"] / row["bytes"], row["flops"] / row["p50"] / 1e12) for row in mine]
-            style = dict(s=26, color=SERIES[i % len(SERIES)], marker=marker, alpha=0.8, linewidths=0)
-            axes.scatter(*zip(*points, strict=True), label=op, **style)
+            axes.scatter(*zip(*points, strict=True), label=op, color=colour, marker=marker, s=26, alpha=0.8)
     axes.set(xscale="log", yscale="log", xlabel="flops a byte that the op cannot do without", ylabel="TFLOP/s")
 
 
@@ -74,18 +70,12 @@ def decoding(lines: Sequence[Line], axes: Any, over: str) -> None:
     for curve in curves:
         mine = sorted((line for line in lines if key(line) == curve), key=lambda line: line[over])
         rates = [line["tokens_per_s"] for line in mine]
-        below = [rate - line.get("tokens_p20", rate) for rate, line in zip(rates, mine, strict=True)]
-        above = [line.get("tokens_p80", rate) - rate for rate, line in zip(rates, mine, strict=True)]
-        axes.errorbar(
-            [line[over] for line in mine],
-            rates,
-            yerr=[below, above],
-            label=", ".join([curve[0], *(f"{k} {v}" for k, v in zip(rest, curve[1:], strict=True) if v is not None)]),
-            color=SERIES[modes.index(curve[0]) % len(SERIES)],
-            marker=MARKERS[others.index(curve[1:]) % len(MARKERS)],
-            linewidth=1.2,
-            capsize=2,
-        )
+        below = [line["tokens_per_s"] - line.get("tokens_p20", line["tokens_per_s"]) for line in mine]
+        above = [line.get("tokens_p80", line["tokens_per_s"]) - line["tokens_per_s"] for line in mine]
+        details = [f"{name} {value}" for name, value in zip(rest, curve[1:], strict=True) if value is not None]
+        style = dict(color=SERIES[modes.index(curve[0])], marker=MARKERS[others.index(curve[1:]) % len(MARKERS)])
+        label = ", ".join([curve[0], *details])
+        axes.errorbar([x[over] for x in mine], rates, yerr=[below, above], label=label, capsize=2, **style)
     axes.set(xscale="log", yscale="log", xlabel=over, ylabel="tokens/s (p20 to p80)")
     ticks = sorted({line[over] for line in lines})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -95,16 +85,13 @@ def decoding(lines: Sequence[Line], axes: Any, over: str) -> None:
 def expected(name: str, gpu: str, lines: Mapping[str, Sequence[Line]]) -> dict[str, Figure]:
     """The figures that a machine's results have something for, by name."""
     title, found = gpu or "CPU: no claim about kernels", {}
-    rows = [row for row in lines["row"] if row["p50"] and row.get("roofs") and row["flops"]]
-    if rows:
+    if rows := [row for row in lines["row"] if row["p50"] and row.get("roofs") and row["flops"]]:
         found["roofline"] = Figure(f"speed_{name}_roofline.svg", title, rows, roofline)
     for model, dtype in dict.fromkeys((line["model"], line["dtype"]) for line in lines["decode"]):
         mine = [line for line in lines["decode"] if (line["model"], line["dtype"]) == (model, dtype)]
-        for over in ("batch", "context"):
-            if len({line[over] for line in mine}) > 1:
-                kind = of_model(over, model, dtype)
-                maker = lambda lines, axes, over=over: decoding(lines, axes, over)
-                found[kind] = Figure(f"speed_{name}_{kind}.svg", f"{title}: {model}, {dtype}", mine, maker)
+        for over in (over for over in ("batch", "context") if len({line[over] for line in mine}) > 1):
+            kind, maker = of_model(over, model, dtype), lambda lines, axes, over=over: decoding(lines, axes, over)
+            found[kind] = Figure(f"speed_{name}_{kind}.svg", f"{title}: {model}, {dtype}", mine, maker)
     return found
 
 
@@ -119,15 +106,15 @@ def draw(figures: Iterable[Figure], folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        with matplotlib.rc_context({"svg.hashsalt": "twotower", "font.size": 10, "axes.edgecolor": GREY}):
+        with matplotlib.rc_context({"svg.hashsalt": "twotower", "font.size": 10}):
             canvas, axes = pyplot.subplots(figsize=(9.5, 6.4), layout="constrained")
             axes.grid(True, which="major", color="#d0d7de", linewidth=0.5)
             axes.spines[["top", "right"]].set_visible(False)
             figure.maker(figure.lines, axes)
             axes.set_title(figure.title, fontsize=10, loc="left")
             canvas.legend(loc="outside lower left", ncols=4, fontsize=9, frameon=False)
-            folder.mkdir(parents=True, exist_ok=True)
             about = {"Date": None, "Creator": None, "Description": f"results {figure.digest}"}
             canvas.savefig(folder / figure.file, format="svg", metadata=about)
             pyplot.close(canvas)

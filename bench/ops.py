@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cards import OPS, Op
-from tt_kernels.testing import leaves, with_leaves
+from tt_kernels.testing import copies_of_written, leaves, with_leaves
 
 from .clock import Call, interleave, reason
 from .measure import percentile, percentiles, ratio
@@ -118,12 +118,12 @@ class Row:
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)  # seconds, ratio to ours, clock; or why not
     samples: list[float] = field(default_factory=list, repr=False)
 
-    def record(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "samples"} | {"share": self.share}
-
     @property
     def share(self) -> float:
         return self.roof / self.p50 if self.p50 else 0.0
+
+    def record(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "samples"} | {"share": self.share}
 
 
 def bind(case: Case, fn: Callable[..., Any], sets: Sequence[dict[str, Any]]) -> list[Call]:
@@ -138,7 +138,7 @@ def bind_peer(case: Case, peer: Peer, sets: Sequence[dict[str, Any]]) -> list[Ca
         def forward(kwargs: dict[str, Any]) -> Call:
             with torch.no_grad():
                 call = peer.adapter(**kwargs)
-            return lambda: _without_gradients(call)
+            return torch.no_grad()(call)
 
         return [forward(kwargs) for kwargs in sets]
 
@@ -156,11 +156,6 @@ def bind_peer(case: Case, peer: Peer, sets: Sequence[dict[str, Any]]) -> list[Ca
         return lambda: torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True)
 
     return [backward(kwargs) for kwargs in sets]
-
-
-def _without_gradients(call: Call) -> Any:
-    with torch.no_grad():
-        return call()
 
 
 def _free(case: Case, kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -192,7 +187,7 @@ def disagreement(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:
 
 def _apart(case: Case, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The same arguments, copies of those that the op writes."""
-    return with_leaves(kwargs, {name: t.clone() for name, t in leaves(kwargs).items() if name in case.op.writes})
+    return with_leaves(kwargs, copies_of_written(case.op, kwargs))
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
@@ -203,11 +198,12 @@ def _differs(a: Tensor, b: Tensor) -> Tensor:
 def misplaced(case: Case, before: Mapping[str, Any], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """Why a peer left other written arguments than we did, or nothing. Only what somebody changed is compared, in pages
     that are mostly left alone; a peer may write into memory of its own instead."""
-    for name in case.op.writes:
-        changed = _differs(theirs[name], before[name])
+    was, mine, found = (leaves(kwargs) for kwargs in (before, ours, theirs))
+    for name in (name for name in found if name in case.op.writes):
+        changed = _differs(found[name], was[name])
         if changed.any():
-            changed |= _differs(ours[name], before[name])
-            far = difference(theirs[name][changed], ours[name][changed])
+            changed |= _differs(mine[name], was[name])
+            far = difference(found[name][changed], mine[name][changed])
             if not far <= TOLERANCE:
                 return f"other results: {name}, which it writes, is {far:.1e} from ours, above {TOLERANCE}"
     return ""
@@ -297,9 +293,6 @@ def measure(
     row.samples, row.clock, row.sets, row.rounds = times["ours"], how["ours"], len(sets), len(times["ours"])
     vars(row).update(percentiles(row.samples))
     for name in times.keys() - {"ours"}:
-        row.peers[name] = {
-            "seconds": percentile(times[name], 0.5),
-            "ratio": ratio(times, name, "ours"),
-            "clock": how[name],
-        }
+        taken = percentile(times[name], 0.5)
+        row.peers[name] = {"seconds": taken, "ratio": ratio(times, name, "ours"), "clock": how[name]}
     return row

@@ -9,7 +9,7 @@ import torch
 
 from cards import OPS
 from tools import aot
-from tt_kernels.runtime.launch import INTERPRET, Launch, overriding, recording, tuned
+from tt_kernels.runtime.launch import INTERPRET
 
 SOUND = aot.Compiled(
     "_x_kernel", 90, "BLOCK=64", registers=100, stack=0, shared=1024, load=128, tensor="HGMMA", tma=True
@@ -105,42 +105,3 @@ def test_unknown_ops_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         aot.main(["rms"])
     assert "no op with kernels is called rms" in capsys.readouterr().err
-
-
-def test_launch_is_a_value() -> None:
-    one = Launch(BLOCK_T=16, num_warps=8)
-    assert one == Launch(num_warps=8, BLOCK_T=16) != Launch(BLOCK_T=16)
-    assert hash(one) == hash(Launch(num_warps=8, BLOCK_T=16)) and one.BLOCK_T == 16 and one.num_stages == 3
-    assert repr(one) == "Launch(BLOCK_T=16, num_warps=8, num_stages=3)"
-    with pytest.raises(AttributeError):
-        _ = one.BLOCK_N
-
-
-def test_tuned_rows_win_over_heuristics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tt_kernels.runtime import launch
-
-    row = dict(BLOCK_T=32, num_warps=4, num_stages=2)
-    (tmp_path / "sm_90.json").write_text(json.dumps({"launches": {"_x_kernel": {"T=16 N=64": row}}}))
-    monkeypatch.setattr(launch, "TUNED", tmp_path)
-    launch._table.cache_clear()
-    try:
-        heuristic = Launch(BLOCK_T=16)
-        assert tuned("_x_kernel", heuristic, 90, T=16, N=64) == Launch(**row)
-        assert (
-            tuned("_x_kernel", heuristic, 90, T=32, N=64) == tuned("_x_kernel", heuristic, 80, T=16, N=64) == heuristic
-        )
-        with overriding("_x_kernel", Launch(BLOCK_T=64)) as keys:
-            assert tuned("_x_kernel", heuristic, 90, T=16, N=64).BLOCK_T == 64
-        assert keys == ["T=16 N=64"]
-        with overriding("_x_kernel", None):
-            assert tuned("_x_kernel", heuristic, 90, T=16, N=64) == heuristic
-    finally:
-        launch._table.cache_clear()
-
-
-def test_recording_ends() -> None:
-    with recording(80), pytest.raises(ZeroDivisionError):
-        _ = 1 / 0
-    from tt_kernels.runtime.launch import is_recording
-
-    assert not is_recording()

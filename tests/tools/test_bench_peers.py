@@ -17,88 +17,60 @@ pytestmark = [
     pytest.mark.skipif(AS_KERNELS or torch.cuda.is_available(), reason="what a CPU says"),
 ]
 
-# What runs on a CPU with nothing but torch, and cases for each that it has a form of.
+# What runs on a CPU with nothing but torch; of how many of the card's cases each has a form.
 ON_CPU = {
-    "rms_norm": {"F.rms_norm": (dict(T=5, D=37), dict(T=0, D=8))},
-    "experts": {
-        "grouped_mm": (dict(T=9, D=16, N=24, E=6, K=3, gated=1, M=16), dict(T=245, D=16, N=16, E=2, K=1, M=32))
-    },
-    "context_attention": {
-        "flash": (dict(B=1, L=2, Hq=2, Hkv=1, P=8, S=65, shuffled=0), dict(B=2, L=4, Hq=2, Hkv=1, P=8, S=0, causal=1)),
-        "flex": (
-            dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
-            dict(B=3, L=5, Hq=4, Hkv=1, P=8, S=70, causal=1),
-        ),
-    },
-    "append_attention": {
-        "sdpa": (
-            dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
-            dict(B=3, L=5, Hq=4, Hkv=1, P=8, S=70, counted=1),
-            dict(B=2, L=4, Hq=2, Hkv=1, P=8, S=0, counted=1),
-        ),
-        "flex": (
-            dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
-            dict(B=3, L=5, Hq=4, Hkv=1, P=8, S=70),
-            dict(B=1, L=1, Hq=2, Hkv=2, P=29, S=63, shuffled=0),
-        ),
-    },
-    "causal_attention": {
-        "flash": (dict(B=2, N=5, Hq=4, Hkv=2, P=3),),
-        "flex": (dict(B=2, N=5, Hq=4, Hkv=2, P=3), dict(B=2, N=12, Hq=2, Hkv=2, P=8, packed=1)),
-    },
-    "block_diffusion_attention": {
-        "flex": (
-            dict(B=2, N=6, Hq=4, Hkv=2, P=3, S=2),
-            dict(B=1, N=7, Hq=2, Hkv=1, P=8, S=4),
-            dict(B=1, N=96, Hq=2, Hkv=2, P=29, S=12, packed=1),
-        )
-    },
-    "sample": {"logits": (dict(R=6, V=11), dict(R=4, V=64, hot=0))},
-    "head_sample": {"logits": (dict(R=6, D=16, V=37), dict(R=4, D=6, V=11, hot=0))},
-    "mamba_block": {"apart": (dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4), dict(b=1, L=37, H=2, P=4, G=1, N=8, K=4))},
-    "mamba_advance": {
-        "apart": (dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4), dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4, ragged=0))
-    },
-    "mamba_step": {"apart": (dict(b=2, H=4, P=3, G=2, N=5, K=4),)},
-    "linear_cross_entropy": {
-        "F.linear_cross_entropy": (dict(B=2, N=5, D=6, V=11), dict(B=1, N=7, D=16, V=37, masked=100))
-    },
+    "rms_norm": ("F.rms_norm",),
+    "experts": ("grouped_mm",),
+    "context_attention": ("flash", "flex"),
+    "append_attention": ("sdpa", "flex"),
+    "causal_attention": ("flash", "flex"),
+    "block_diffusion_attention": ("flex",),
+    "sample": ("logits",),
+    "head_sample": ("logits",),
+    "mamba_block": ("apart",),
+    "mamba_advance": ("apart",),
+    "mamba_step": ("apart",),
+    "linear_cross_entropy": ("F.linear_cross_entropy",),
 }
-CASES = [
-    pytest.param(op, peer, dims, id=f"{op}-{peer}-{i}")
-    for op, found in ON_CPU.items()
-    for peer, cases in found.items()
-    for i, dims in enumerate(cases)
-]
+PAIRS = [(op, name) for op, names in ON_CPU.items() for name in names]
 
 
-@pytest.mark.parametrize(("op", "name", "dims"), CASES)
-def test_equal_results(op: str, name: str, dims: dict[str, int]) -> None:
+@pytest.mark.parametrize(("op", "name"), PAIRS)
+def test_equal_results(op: str, name: str) -> None:
     """Held to the bound of our own kernels: the same mathematics in the same dtype."""
-    card, kwargs, want = OPS[op], make(OPS[op], dims, torch.float32), make(OPS[op], dims, torch.float32)
-    high, low = results(card, card.reference, double(want)), results(card, card.reference, want)
-    card.reference(**want)
-    peer = peers.REGISTRY[op][name]
-    try:
-        with torch.no_grad():
-            found = peers.results(peer, card.outputs, peer.adapter(**kwargs)())
-    except peers.Unavailable as why:
-        pytest.skip(str(why))
-    if name == "apart":
-        found |= {written: leaves(kwargs)[written] for written in card.writes}
-    for output, got in found.items():
-        assert_as_good(output, got.to(low[output].dtype), low[output], high[output], 0.0, card.rms)
-    if op == "append_attention":  # all of its peers enter the keys and values
-        assert all(torch.equal(kwargs[written], want[written]) for written in card.writes)
-
-
-GRADIENTS = ("rms_norm-F", "experts-grouped_mm-1", "causal_attention-flash-0", "linear_cross_entropy-F")
-
-
-@pytest.mark.parametrize(("op", "name", "dims"), [c for c in CASES if str(c.id).startswith(GRADIENTS)])
-def test_equal_gradients(op: str, name: str, dims: dict[str, int]) -> None:
     if name == "F.linear_cross_entropy" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
         pytest.skip("this torch has none")
+    card, peer, right = OPS[op], peers.REGISTRY[op][name], 0
+    for dims in card.cases:
+        kwargs, want = make(card, dims, torch.float32), make(card, dims, torch.float32)
+        high, low = results(card, card.reference, double(want)), results(card, card.reference, want)
+        card.reference(**want)
+        try:
+            with torch.no_grad():
+                found = peers.results(peer, card.outputs, peer.adapter(**kwargs)())
+        except peers.Unavailable:
+            continue
+        if name == "apart":
+            found |= {written: leaves(kwargs)[written] for written in card.writes}
+        for output, got in found.items():
+            assert_as_good(output, got.to(low[output].dtype), low[output], high[output], 0.0, card.rms)
+        if op == "append_attention":  # all of its peers enter the keys and values
+            assert all(torch.equal(kwargs[written], want[written]) for written in card.writes)
+        right += 1
+        if right == 3:
+            break
+    assert right, "no case of the card has a form of it"
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "dims"),
+    [
+        ("rms_norm", "F.rms_norm", dict(T=5, D=37)),
+        ("experts", "grouped_mm", dict(T=245, D=16, N=16, E=2, K=1, M=32)),
+        ("causal_attention", "flash", dict(B=2, N=5, Hq=4, Hkv=2, P=3)),
+    ],
+)
+def test_equal_gradients(op: str, name: str, dims: dict[str, int]) -> None:
     kwargs, case = make(OPS[op], dims, torch.float32), Case(OPS[op], dims, torch.float32, True)
     eager, peer = peers.peers_of(OPS[op], ["eager", name])
     want, got = (named(case, who, kwargs, bind_peer(case, who, [kwargs])[0]()) for who in (eager, peer))

@@ -3,13 +3,13 @@
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from bench import clock, ops
+from bench import clock
 from bench.measure import faster, interleaved, percentile, ratio
-from cards import Op
 from tt_kernels.runtime.launch import ON_CPU
 
 
@@ -38,66 +38,34 @@ def test_host_clock_repeats_short_calls() -> None:
         assert 0 < samplers["a"]() < 1e-4 and len(calls) > 50 and how == {"a": "wall"} and errors == {}
 
 
-class FakeCuda:
+class FakeCuda(MagicMock):
     """torch.cuda as far as a clock uses it, noting what happens in which order."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.log: list[str] = []
         self.mode: Any = "default"
-        self.free = 2**30
-
-    def get_device_properties(self) -> Any:
-        return SimpleNamespace(L2_cache_size=4096, multi_processor_count=1)
-
-    def CUDAGraph(self) -> Any:
-        return SimpleNamespace(replay=lambda: self.log.append("replay"))
+        self.get_device_properties.return_value = SimpleNamespace(L2_cache_size=4096, multi_processor_count=1)
+        self.CUDAGraph.return_value.replay = lambda: self.log.append("replay")
+        self.graph = self.captured
+        self.Event.return_value.elapsed_time.return_value = 6.0
+        self.Event.return_value.record = lambda: self.log.append("event")
+        self.stream.return_value = nullcontext()
+        self.get_sync_debug_mode = lambda: self.mode
+        self.set_sync_debug_mode = lambda mode: setattr(self, "mode", mode)
+        self._sleep = lambda cycles: self.log.append("sleep" if cycles >= 200_000 else "too short")
+        self.mem_get_info.return_value = (2**30, 2**31)
+        self.memory_reserved.return_value = self.memory_allocated.return_value = 50
+        self.max_memory_allocated.return_value = 1074
 
     @contextmanager
-    def graph(self, graph: Any, pool: Any, stream: Any) -> Any:
-        assert pool == "pool" and stream == "stream"
+    def captured(self, graph: Any, pool: Any, stream: Any) -> Any:
         self.log.append("capture")
         yield
         self.log.append("captured")
 
-    def Event(self, enable_timing: bool) -> Any:
-        event = SimpleNamespace(synchronize=lambda: None, elapsed_time=lambda end: 6.0)
-        event.record = lambda: self.log.append("event")
-        return event
-
-    def Stream(self) -> str:
-        return "stream"
-
-    def stream(self, stream: str) -> Any:
-        return nullcontext()
-
-    def graph_pool_handle(self) -> str:
-        return "pool"
-
-    def set_sync_debug_mode(self, mode: Any) -> None:
-        self.mode = mode
-
-    def get_sync_debug_mode(self) -> Any:
-        return self.mode
-
-    def _sleep(self, cycles: int) -> None:
-        assert cycles >= 200_000
-        self.log.append("sleep")
-
-    def mem_get_info(self) -> tuple[int, int]:
-        return self.free, 2**31
-
-    def memory_reserved(self) -> int:
-        return 50
-
-    def memory_allocated(self) -> int:
-        return 50
-
-    def max_memory_allocated(self) -> int:
-        return 1074
-
-    def synchronize(self) -> None: ...
-    def empty_cache(self) -> None: ...
-    def reset_peak_memory_stats(self) -> None: ...
+    def _get_child_mock(self, **options: Any) -> MagicMock:
+        return MagicMock(**options)
 
 
 @pytest.fixture
@@ -184,32 +152,3 @@ def test_a_cold_cache_takes_longer_than_a_warm_one() -> None:
         times = clock.interleave(samplers, seconds=0.2)
     cold, warm = (percentile(times[name], 0.5) for name in ("cold", "warm"))
     assert cold > 1.15 * warm, f"cold {cold:.2e} s, warm {warm:.2e} s"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a device to be timed")
-def test_more_work_takes_longer_on_a_device() -> None:
-    """Through the whole of a row: a kernel that does its work four times is timed so, and PyTorch's ratio says it."""
-
-    def row(times: int) -> ops.Row:
-        def fn(x: torch.Tensor) -> torch.Tensor:
-            for _ in range(times):
-                y = 2 * x
-            return y
-
-        op = Op(
-            fn=fn,
-            reference=lambda x: 2 * x,
-            inputs=lambda dtype, T, D: dict(x=torch.randn(T, D, dtype=dtype)),
-            cases=(dict(T=4096, D=4096),),
-            shapes=(dict(T=4096, D=4096),),
-            outputs=("y",),
-            cost=lambda itemsize, T, D: (T * D, 2 * T * D * itemsize),
-        )
-        device = clock.DeviceClock()
-        return ops.measure(ops.Case(op, op.shapes[0], torch.bfloat16, False), device, ops.Checked(device), seconds=0.2)
-
-    honest, slow = row(1), row(4)
-    assert not honest.fault and not slow.fault and honest.clock == "graph" and honest.sets >= 4
-    assert 1.5 < slow.p50 / honest.p50 < 6  # the last three find what fits of x in the L2
-    assert 0.8 < honest.peers["eager"]["ratio"] < 1.25 and slow.peers["eager"]["ratio"] < 0.67

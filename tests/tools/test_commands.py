@@ -32,9 +32,6 @@ def python(*arguments: str) -> str:
     return done.stdout
 
 
-# ---- bench ----
-
-
 def test_pytest_bench_prints_a_table_and_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = python("pytest", "bench/bench_ops.py", "-q", "-k", "[rms_norm- or [commit-", "-p", "no:cacheprovider")
     assert out.count("fp32, reference") == 3 and "| rms_norm " in out
@@ -115,9 +112,6 @@ def test_two_trees_are_compared(tmp_path: Path) -> None:
         compare.compare((tmp_path / "base", tmp_path / "ours"), ["says"], rounds=1)
 
 
-# ---- profiling ----
-
-
 def test_profiling_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert host.main(["--model", "bundled", "--rounds", "1", "--context", "8"]) == 0
     assert "the host's own time" in compare.times(capsys.readouterr().out)
@@ -130,9 +124,6 @@ def test_profiling_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert aot.programs(90, registers=128, shared=100 << 10, warps=4) == (2, "shared memory")
     with pytest.raises(SystemExit):
         ncu.main(["experts", "--shape", "T=17"])
-
-
-# ---- what is owed from a GPU ----
 
 
 def test_what_is_owed_can_be_run() -> None:

@@ -81,14 +81,6 @@ def test_wrong_results_are_red_in_their_pass() -> None:
     assert nothing.faults == {"dx": "there on one side only"}
 
 
-def test_kernels_without_a_backward_are_judged_where_they_run() -> None:
-    """With gradients such an op runs as its reference: that would hide a wrong forward."""
-    fn = lambda x: 2 * x if torch.is_grad_enabled() and x.requires_grad else 3 * x
-    op = card(fn, forward_only=True, kernels=("_k_kernel",))
-    checked = ops.Checked(clock.HostClock())
-    assert checked(a_case(op))[1].faults and not checked(a_case(op, backward=True))[1].faults
-
-
 def test_oracles_shrink_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracle, "FEW", 2)
     limit = 0
@@ -108,18 +100,6 @@ def test_oracles_shrink_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 0
     with pytest.raises(MemoryError, match="no oracle fits"):
         ops.Checked(clock.HostClock())(a_case(card(reference=reference)))
-
-
-def test_every_card_makes_rows() -> None:
-    for device, shapes in (("cuda", lambda op: op.shapes), ("cpu", lambda op: op.cases[:1])):
-        found = ops.cases(device)
-        assert len({case.id for case in found}) == len(found)
-        for name, op in OPS.items():
-            mine = [case for case in found if case.name == name]
-            assert len(mine) == len(shapes(op)) * (2 if op.grads else 1)
-            assert all(flops >= 0 and moved > 0 for flops, moved in map(ops.cost, mine))
-    wide = {case.name for case in ops.cases("cuda") if case.dtype == torch.float32}
-    assert wide == {"commit", "gumbel_noise"}  # confidences and keys have no bf16 form
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -166,66 +146,30 @@ def test_a_peer_with_other_results_is_not_timed(backward: bool, monkeypatch: pyt
 
 
 def test_peers_of_what_writes_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def append(x: Tensor, pages: Tensor) -> Tensor:
+    def append(x: Tensor, pages: Tensor, wrong: float = 0.0) -> Tensor:
         pages[2:4] = x[:2]
-        return pages[:4] + 1
-
-    def peer(returns: float, writes: float | None) -> Any:
-        def adapter(x: Tensor, pages: Tensor) -> Any:
-            def call() -> Tensor:
-                mine = pages if writes is not None else pages.clone()
-                mine[2:4] = x[:2]
-                result = mine[:4] + 1
-                mine[2:4] += writes or 0.0
-                return result + returns
-
-            return call
-
-        return adapter
-
-    found = [
-        Peer("zeros", lambda x, pages: lambda: torch.zeros_like(pages[:4])),
-        Peer("writes", peer(0.0, 0.0)),
-        Peer("elsewhere", peer(0.0, None)),  # in memory of its own
-        Peer("wrong", peer(1.0, 0.0)),
-        Peer("leaves", peer(0.0, 1.0)),
-        Peer("half", lambda x, pages: lambda: (pages[2:3].copy_(x[:1]), torch.cat([pages[:3], x[1:2]]) + 1)[1]),
-        Peer("right", peer(0.0, 0.0)),
-    ]
+        result = pages[:4] + 1
+        pages[2:4] += wrong
+        return result
 
     def inputs(dtype: torch.dtype, T: int, D: int) -> dict[str, Tensor]:
         pages = torch.randn(2000, D, dtype=dtype)
         pages[1000:] = float("nan")  # never written
         return dict(x=torch.randn(T, D, dtype=dtype), pages=pages)
 
+    found = [
+        Peer("writes", lambda **kwargs: lambda: append(**kwargs)),
+        Peer("elsewhere", lambda x, pages: lambda: append(x, pages.clone())),  # in memory of its own
+        Peer("leaves", lambda **kwargs: lambda: append(**kwargs, wrong=1.0)),
+        Peer("half", lambda x, pages: lambda: (pages[2:3].copy_(x[:1]), torch.cat([pages[:3], x[1:2]]) + 1)[1]),
+    ]
     op = card(append, reference=append, inputs=inputs, grads=(), writes=("pages",))
     monkeypatch.setattr(ops, "peers_of", lambda op, wanted: found)
-    fake = FakeClock(dict.fromkeys(("ours", "writes", "elsewhere", "right"), 1.0))
+    fake = FakeClock(dict.fromkeys(("ours", "writes", "elsewhere"), 1.0))
     row = ops.measure(a_case(op), fake, lambda case: ("fp64", oracle.Judgement()), seconds=0.0)
     why = {name: peer["why"] for name, peer in row.peers.items() if "why" in peer}
-    assert set(why) == {"zeros", "wrong", "leaves", "half"} and why["zeros"].startswith("other results: y is ")
-    assert why["half"].startswith("other results: pages") and why["leaves"].startswith(
-        "other results: pages, which it writes, is "
-    ), "few rows of many, and still seen"
-
-
-def test_a_slower_kernel_shows() -> None:
-    """Real clock, real work: twice the work takes longer, and the ratio to the same peer says so."""
-    x = torch.randn(256, 256)
-
-    def rows_of(times: int) -> ops.Row:
-        def fn(x: Tensor) -> Tensor:
-            for _ in range(times):
-                y = x @ x
-            return y
-
-        op = card(fn, reference=lambda x: x @ x, inputs=lambda dtype, T, D: dict(x=x.to(dtype)), grads=())
-        host = clock.HostClock()
-        return ops.measure(a_case(op), host, ops.Checked(host), seconds=0.0)
-
-    honest, slow = rows_of(1), rows_of(4)
-    assert not honest.fault and not slow.fault and slow.p50 > 2 * honest.p50
-    assert honest.peers["eager"]["ratio"] > 0.6 and slow.peers["eager"]["ratio"] < 0.45
+    assert set(why) == {"leaves", "half"}, "few rows of many, and still seen"
+    assert all(said.startswith("other results: pages, which it writes, is ") for said in why.values())
 
 
 def test_wrong_rows_are_not_timed() -> None:

@@ -1,18 +1,12 @@
 """What `make sanitize` is for, in kernels of a few lines: faults that come out right in the interpreter are named with
 the kernel's line, and what is right passes."""
 
-from collections import defaultdict
-
 import pytest
 import torch
 import triton
 import triton.language as tl
-from parity import SANITIZE, leaves, make, values_and_gradients, with_leaves
+from parity import SANITIZE
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-from cards import OPS
-from tt_kernels.runtime.launch import INTERPRET, recording
 
 pytestmark = pytest.mark.sanitize
 TTSEM = pytest.mark.skipif(not SANITIZE, reason="runs in ttsem: make sanitize")
@@ -102,23 +96,3 @@ def test_bf16_is_rounded_to_the_nearest_even() -> None:
     y = torch.empty(5, dtype=torch.bfloat16)
     _double_kernel[(1,)](x, y, 5, MASK_LOAD=True, MASK_STORE=True, BLOCK=8)
     assert torch.equal(y, (2 * x).bfloat16()) and y[:3].tolist() == [1.0, 1 + 2**-6, 1 + 2**-7]
-
-
-@pytest.mark.skipif(INTERPRET, reason="launches are not recorded")
-def test_small_cases_take_the_forms_with_descriptors_and_without() -> None:
-    """As on sm_90, which a CPU stands for."""
-    seen: dict[str, set[bool]] = defaultdict(set)
-    for name in ("experts", "context_attention", "append_attention", "head_sample"):
-        for dims in (dims for dims in OPS[name].cases if dims.get("T") != 0):
-            kwargs = make(OPS[name], dims, torch.bfloat16)
-            kwargs = with_leaves(kwargs, {key: t.to("meta") for key, t in leaves(kwargs).items()})
-            with recording(90) as launches:
-                values_and_gradients(OPS[name], OPS[name].fn, kwargs)
-            for kernel, _, arguments, _ in launches:
-                seen[kernel.__name__].add(any(isinstance(a, TensorDescriptor) for a in arguments))
-                operands = [part for a in arguments if isinstance(a, tuple) for part in a]
-                assert not any(isinstance(part, TensorDescriptor) for part in operands), "Triton 3.6 cannot launch that"
-    assert {kernel for kernel, forms in seen.items() if len(forms) == 2} == {
-        *("_experts_up_kernel", "_experts_down_kernel", "_experts_bwd_hidden_kernel"),
-        *("_context_attention_fwd_kernel", "_head_kernel"),
-    }

@@ -74,7 +74,7 @@ def survives(mutant: Mutant) -> str | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m mutants", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.mutants", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="AREA", help="files of tools/mutants (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
