@@ -1,6 +1,6 @@
 """What a card says of an op; tests, compiler report and bench rows are made from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,5 +25,5 @@ class Op:
     grows: dict[str, int] = field(default_factory=dict)  # sizes that differ from call to call, and how far they go
     # Kernels that must compile to wgmma on sm_90, and the tile that is the products' M: wherever it is 64 or more.
     tensor_cores: dict[str, str] = field(default_factory=dict)
-    candidates: dict[str, tuple[Launch, ...]] = field(default_factory=dict)  # kernel -> launches worth measuring
+    candidates: Mapping[str, tuple[Launch, ...]] = field(default_factory=dict)  # kernel -> launches worth measuring
     rms: float = 1.25  # bound on 16-bit results: root mean square of a kernel's error over PyTorch's; above: say why

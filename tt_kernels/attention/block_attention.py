@@ -50,7 +50,7 @@ def causal_attention(
     scale = scale_of("causal_attention", q, scale)
     if not takes_kernel("causal_attention", q, k, v) or wants_gradients(q, k, v):
         return reference.causal_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale)
-    return _fwd(q, k, v, cu_seqlens, scale)[0]
+    return block_attention_fwd(q, k, v, cu_seqlens, scale)[0]
 
 
 def block_diffusion_attention(
@@ -109,10 +109,10 @@ def block_diffusion_attention(
         return reference.block_diffusion_attention(
             q, k, v, k_clean, v_clean, block_size=block_size, cu_seqlens=cu_seqlens, scale=scale
         )
-    return _fwd(q, k_clean, v_clean, cu_seqlens, scale, block_size, k, v)[0]
+    return block_attention_fwd(q, k_clean, v_clean, cu_seqlens, scale, block_size, k, v)[0]
 
 
-_fwd = define(
+block_attention_fwd = define(
     "block_attention_fwd(Tensor q, Tensor k_clean, Tensor v_clean, Tensor? cu_seqlens, float scale, "
     "SymInt block_size=1, Tensor? k=None, Tensor? v=None) -> (Tensor, Tensor)",
     _block_attention_fwd,

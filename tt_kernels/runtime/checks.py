@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from numbers import Integral, Real
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def refuse(op: str, name: str, value: object, expected: str) -> NoReturn:
     raise ValueError(f"{op}: {name} is {shown}, expected {expected}")
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: Any) -> bool:
     """Whether an option is a whole number of 64 bits, numpy's too; no bool, and no tensor: one would wait for it."""
     whole = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
     return whole and -(2**63) <= value < 2**63
@@ -37,7 +37,7 @@ def is_real(value: Any) -> bool:
 
 def as_float(value: Any) -> float:
     """A number that `is_real` let pass, for PyTorch: a symbol stays one."""
-    return value if isinstance(value, torch.SymFloat) else float(value)
+    return cast(float, value) if isinstance(value, torch.SymFloat) else float(value)
 
 
 def eps_of(op: str, eps: Any) -> float:
