@@ -99,20 +99,7 @@ def _ssd_chunk_inputs(
     return dict(**inputs, counts=counts, chunk_size=Q or None, cu_seqlens=cu_seqlens)
 
 
-def _ssd_chunk_cost(
-    itemsize: int,
-    b: int,
-    L: int,
-    H: int,
-    P: int,
-    G: int,
-    N: int,
-    Q: int,
-    seeded: int = 1,
-    packed: int = 0,
-    ragged: int = 0,
-    placed: int = 0,
-) -> tuple[int, int]:
+def _ssd_chunk_cost(itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, Q: int, **_: int) -> tuple[int, int]:
     flops = 2 * b * L * ((Q or 64) * (G * N + H * P) + 2 * H * P * N)
     states = 2 + -(-L // Q) if Q else 2
     return flops, b * L * (2 * H * P + 2 * G * N + H) * itemsize + 4 * b * states * H * P * N
@@ -159,17 +146,7 @@ def _mamba_advance_inputs(dtype: torch.dtype, ragged: int = 1, **dims: int) -> d
 
 
 def _mamba_advance_cost(
-    itemsize: int,
-    b: int,
-    L: int,
-    H: int,
-    P: int,
-    G: int,
-    N: int,
-    K: int,
-    biased: int = 1,
-    ragged: int = 1,
-    placed: int = 0,
+    itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, K: int, **_: int
 ) -> tuple[int, int]:
     C, own = H * P + 2 * G * N, H * P + G * N
     moved = (b * L * (own + H) + (2 * b + 1) * K * C) * itemsize + 8 * b * H * P * N
