@@ -96,20 +96,7 @@ def _ssd_chunk_inputs(
     return dict(**inputs, counts=counts, chunk_size=Q or None, cu_seqlens=cu_seqlens)
 
 
-def _ssd_chunk_cost(
-    itemsize: int,
-    b: int,
-    L: int,
-    H: int,
-    P: int,
-    G: int,
-    N: int,
-    Q: int,
-    seeded: int = 1,
-    packed: int = 0,
-    ragged: int = 0,
-    placed: int = 0,
-) -> tuple[int, int]:
+def _ssd_chunk_cost(itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, Q: int, **_: int) -> tuple[int, int]:
     flops = 2 * b * L * ((Q or 64) * (G * N + H * P) + 2 * H * P * N)
     states = 2 + -(-L // Q) if Q else 2
     return flops, b * L * (2 * H * P + 2 * G * N + H) * itemsize + 4 * b * states * H * P * N

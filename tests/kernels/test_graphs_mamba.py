@@ -154,3 +154,30 @@ def test_a_compiled_chunked_scan_has_the_gradients_of_the_loop(chunk_size: int |
             gradients.append([now[k].grad for k in free])
         for got, want in zip(*gradients, strict=True):
             torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("example,served,refused", [(3, (2, 4), 6), (7, (9, 12), 3)], ids=["one", "several"])
+@pytest.mark.parametrize(
+    "name,length,dims",
+    [
+        ("ssd_chunk", "L", dict(b=1, Q=4, seeded=0, **SCAN)),
+        ("conv_block_states", "N", dict(B=1, C=3, K=4, S=4)),
+    ],
+)
+def test_an_export_holds_for_one_chunk_or_for_several(
+    name: str, length: str, dims: dict[str, int], example: int, served: tuple[int, ...], refused: int
+) -> None:
+    """The number of chunks is a size of the result: the graph says which lengths it is for."""
+    op = OPS[name]
+    at = lambda size: make(op, dims | {length: size}, torch.float32)
+    kwargs = at(example)
+
+    class Module(torch.nn.Module):
+        def forward(self, tensors: dict[str, Tensor]) -> Any:
+            return op.fn(**with_leaves(kwargs, tensors))
+
+    program = export(Module(), (leaves(kwargs),), dynamic_shapes=(differing(kwargs, at(served[0])),)).module()
+    for size in served:
+        assert_same(op, lambda **given: program(leaves(given)), at(size))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program(leaves(at(refused)))

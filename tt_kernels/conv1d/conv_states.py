@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -194,6 +195,7 @@ _block_states = define(
 )
 
 
+@torch.no_grad()
 def conv_advance(
     x: Tensor,
     conv_state: Tensor,

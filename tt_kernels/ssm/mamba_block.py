@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -95,6 +96,7 @@ def mamba_block(
     return _block(*tensors, s.conv_indices, s.ssm_indices, *dt_limit)
 
 
+@torch.no_grad()
 def mamba_advance(
     xBC: Tensor,
     dt: Tensor,

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -167,6 +168,7 @@ _step = define(
 )
 
 
+@torch.no_grad()
 def mamba_step(
     xBC: Tensor,
     dt: Tensor,

@@ -8,6 +8,7 @@ For every head h of size P, its group g sharing B and C, and time step dt' = cla
 
 import math
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -94,6 +95,7 @@ def ssd_block(
     return _block(*tensors, state_indices, *dt_limit)
 
 
+@torch.no_grad()
 def ssd_advance(
     x: Tensor,
     dt: Tensor,

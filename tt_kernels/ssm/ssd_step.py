@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -127,6 +128,7 @@ _step = define(
 )
 
 
+@torch.no_grad()
 def ssd_step(
     x: Tensor,
     dt: Tensor,
