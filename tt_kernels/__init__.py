@@ -18,7 +18,7 @@ else:
     from .attention import append_attention, block_diffusion_attention, causal_attention, context_attention
     from .conv1d import causal_conv1d, conv_block_states, conv_state
     from .loss import linear_cross_entropy
-    from .moe import ExpertWeights, experts, route
+    from .moe import ExpertWeights, Matrix, Routing, experts, route
     from .norm import gated_group_norm, modulated_rms_norm, rms_norm
     from .runtime.checks import trusted
     from .runtime.registry import use
@@ -27,6 +27,8 @@ else:
 
 __all__ = [
     "ExpertWeights",
+    "Matrix",
+    "Routing",
     "append_attention",
     "block_diffusion_attention",
     "causal_attention",

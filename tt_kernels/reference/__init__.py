@@ -9,13 +9,15 @@ from .attention import append_attention, block_diffusion_attention, causal_atten
 from .conv1d import causal_conv1d, conv_block_states, conv_state
 from .loss import linear_cross_entropy
 from .mamba import mamba_advance, mamba_block, mamba_step
-from .moe import ExpertWeights, experts, route
+from .moe import ExpertWeights, Matrix, Routing, experts, route
 from .norm import gated_group_norm, modulated_rms_norm, rms_norm
 from .sampling import commit, gumbel_noise, head_sample, sample, unmask
 from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
 
 __all__ = [
     "ExpertWeights",
+    "Matrix",
+    "Routing",
     "append_attention",
     "block_diffusion_attention",
     "causal_attention",
