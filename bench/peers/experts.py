@@ -108,7 +108,9 @@ def triton_kernels(
             why = error
     if makers is None:
         raise why
-    data, gather, scatter = makers.make_routing_data(routing.topk_ids.int(), routing.topk_weights.float(), len(weights.up))
+    data, gather, scatter = makers.make_routing_data(
+        routing.topk_ids.int(), routing.topk_weights.float(), len(weights.up)
+    )
     up, down = weights.up.mT, weights.down.mT
 
     def routed() -> Tensor:

@@ -93,8 +93,9 @@ def test_router_and_experts(E: int, groups: int, kept: int, K: int, norm: bool) 
     model, stacked = moe_model(E, 6, 7, K, norm_topk_prob=norm, n_group=groups, topk_group=kept)
     weight, bias = model.weights["m.gate.weight"], model.weights["m.gate.e_score_correction_bias"]
     x = torch.randn(20, 6)
-    ids, weights, *_ = route(x, weight, bias, top_k=K, n_group=groups, topk_group=kept, norm_topk_prob=norm, scale=2.5)
-    y = experts(x, ids, weights, stacked)
+    routing = route(x, weight, bias, top_k=K, n_group=groups, topk_group=kept, norm_topk_prob=norm, scale=2.5)
+    ids, weights, *_ = routing
+    y = experts(x, routing, stacked)
     for t in range(20):
         want = literal.route(model, "m", x[t])
         assert ids[t].tolist() == [e for e, _ in want]

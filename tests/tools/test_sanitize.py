@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from parity import SANITIZE, leaves, make, values_and_gradients, with_leaves
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cards import OPS
@@ -115,7 +116,7 @@ def test_small_cases_take_the_forms_with_descriptors_and_without() -> None:
             with recording(90) as launches:
                 values_and_gradients(OPS[name], OPS[name].fn, kwargs)
             for kernel, _, arguments, _ in launches:
-                seen[kernel.__name__].add(any(isinstance(a, TensorDescriptor) for a in arguments))
+                seen[kernel.__name__].add(any(isinstance(a, TensorDescriptor) for a in tree_leaves(arguments)))
     assert {kernel for kernel, forms in seen.items() if len(forms) == 2} == {
         *("_experts_up_kernel", "_experts_down_kernel", "_experts_bwd_hidden_kernel"),
         *("_context_attention_kernel", "_head_kernel"),

@@ -7,7 +7,7 @@ from .. import reference
 from ..reference.moe import Routing
 from ..runtime.checks import check, is_real, is_whole, refuse
 from ..runtime.registry import define, takes_kernel
-from .route_backward import _route_bwd_fake, route_bwd
+from .route_backward import _route_bwd, _route_bwd_fake
 from .route_launch import _route_fwd, _route_fwd_fake
 
 _fwd = define(
@@ -20,7 +20,7 @@ _fwd = define(
 _bwd = define(
     "route_bwd(Tensor dweights, Tensor x, Tensor weight, Tensor ids, Tensor chosen, bool norm, float scale,"
     " bool for_x, bool for_weight) -> (Tensor, Tensor)",
-    route_bwd,
+    _route_bwd,
     _route_bwd_fake,
 )
 
@@ -68,10 +68,11 @@ def route(
         topk_group:     groups that stay, 1 to n_group.
         norm_topk_prob: divide the weights by their sum + 1e-20.
         scale:          multiplies the weights.
-    Returns a Routing:
+    Returns:
+        A Routing:
         topk_ids:     [T, K] int64, best first.
         topk_weights: [T, K] fp32 (fp64 where x is fp64).
-        sorted_pairs: [T * K] int64: the pairs t * K + k sorted by expert, in each expert by token: what `experts` walks.
+        sorted_pairs: [T * K] int64: pairs t * K + k sorted by expert, in each expert by token: what `experts` walks.
         offsets:      [E] int32: where each expert's pairs end in sorted_pairs; the differences are its tokens.
 
     Numerics: computes in fp64, so that no rounding decides a choice. Deterministic.
