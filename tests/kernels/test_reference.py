@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tt_kernels import (
     ExpertWeights,
+    Routing,
     block_diffusion_attention,
     causal_attention,
     context_attention,
@@ -123,7 +124,7 @@ def test_router_choice_is_not_rounded() -> None:
 def test_experts_with_gate_and_repeated_ids() -> None:
     x, up, gate, down = torch.randn(3, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(2, 4, 5)
     ids, weights = torch.tensor([[1, 1], [0, 1], [1, 0]]), torch.rand(3, 2)
-    y = experts(x, ids, weights, ExpertWeights(up, down, gate), activation="silu")
+    y = experts(x, Routing(ids, weights), ExpertWeights(up, down, gate), activation="silu")
     for t in range(3):
         each = [down[e] @ (literal.silu(gate[e] @ x[t]) * (up[e] @ x[t])) for e in ids[t].tolist()]
         close(y[t], weights[t, 0] * each[0] + weights[t, 1] * each[1])

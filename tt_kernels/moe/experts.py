@@ -166,6 +166,7 @@ def experts(
         shared_down=(shared_down, "D M", object),
         shared_gate=(shared_gate, "M D", object),
     )
+    assert up is not None
     if (sorted_pairs is None) != (offsets is None):
         name = "sorted_pairs" if sorted_pairs is None else "offsets"
         refuse("experts", name, None, "sorted_pairs and offsets, or neither")

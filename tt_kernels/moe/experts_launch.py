@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,10 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.moe import PlainWeights
 from ..runtime.checks import refuse
-from ..runtime.launch import Launch, architecture, multiprocessors, run, tuned
+from ..runtime.launch import L, Launch, architecture, multiprocessors, run, tuned
 from .experts_kernels import _experts_combine_kernel, _experts_down_kernel, _experts_schedule_kernel, _experts_up_kernel
-
-# ---- which tiles ----
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,10 @@ class Sizes:
     itemsize: int = 2
     architecture: int = 90
     two: bool = False
-    multiprocessors: int = 132
 
     @staticmethod
     def of(x: Tensor, *, rows: int, experts: int, N: int, K: int, two: bool) -> "Sizes":
-        return Sizes(rows, experts, N, K, x.element_size(), architecture(x), two, multiprocessors(x))
+        return Sizes(rows, experts, N, K, x.element_size(), architecture(x), two)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +81,6 @@ class CombineLaunch(Launch):
     BLOCK_D: int
     num_warps: int = 4
     num_stages: int = 1
-
-
-L = TypeVar("L", bound=Launch)
 
 
 def measured(kernel: str, launch: L, s: Sizes, **more: int) -> L:
@@ -186,9 +180,6 @@ def weights_launch(s: Sizes) -> WeightsLaunch:
     return measured("_experts_bwd_weights_kernel", launch, s)
 
 
-# ---- what kernels read ----
-
-
 def most_tiles(rows: int, experts: int, block: int) -> int:
     """Tiles that `rows` rows over `experts` experts can need at most: as many experts as can be hit have a row, and
     what is left fills whole tiles. A grid that is safe without knowing the choice."""
@@ -249,7 +240,7 @@ def by_tma(t: Tensor, architecture: int) -> bool:
     return architecture >= 90 and aligned and t.numel() > 0
 
 
-def described(tensors: Sequence[Any], block: Sequence[int] | None, architecture: int) -> list[Any]:
+def described(tensors: Sequence[Any], block: tuple[int, int] | None, architecture: int) -> list[Any]:
     """Descriptors of tiles of this shape in place of the tensors, if TMA can load them all; block None: never."""
     if block is None or not all(by_tma(t, architecture) for t in tensors if isinstance(t, Tensor)):
         return list(tensors)
@@ -257,10 +248,7 @@ def described(tensors: Sequence[Any], block: Sequence[int] | None, architecture:
 
 
 def with_descriptors(
-    both: Sequence[Operands | None],
-    architecture: int,
-    rows: Sequence[int] | None,
-    weights: Sequence[int] | None,
+    both: Sequence[Operands | None], architecture: int, rows: tuple[int, int] | None, weights: tuple[int, int] | None
 ) -> list[Operands | None]:
     """Operands whose a and a2, and w and w2, are descriptors of tiles of these shapes where `described` makes them."""
     given = [o for o in both if o is not None]
@@ -279,12 +267,9 @@ def operands(a: Tensor, w: Tensor, w2: Tensor | None, a2: Tensor | None = None) 
     return Operands(a, stacked(w), second, ABSENT if a2 is None else a2)
 
 
-# ---- launches ----
-
-
-def programs(launch: ProductLaunch, tiles: int, s: Sizes) -> tuple[int]:
+def programs(launch: ProductLaunch, tiles: int, x: Tensor) -> tuple[int]:
     """The grid: a program a tile, or PERSISTENT of them a multiprocessor."""
-    return (min(tiles, launch.PERSISTENT * s.multiprocessors) if launch.PERSISTENT else tiles,)
+    return (min(tiles, launch.PERSISTENT * multiprocessors(x)) if launch.PERSISTENT else tiles,)
 
 
 def rows_up(
@@ -308,15 +293,11 @@ def rows_up(
         operands(rows, weights.up, weights.gate)._replace(out=h),
         None if shared is None else operands(x, shared.up, shared.gate)._replace(out=shared_h),
     )
+    row_block, block = (launch.BLOCK_T, launch.BLOCK_K), (launch.BLOCK_N, launch.BLOCK_K)
     run(
         _experts_up_kernel,
-        programs(launch, shared_tiles + most * triton.cdiv(N, launch.BLOCK_N), sizes),
-        *with_descriptors(
-            both,
-            sizes.architecture,
-            (launch.BLOCK_T, launch.BLOCK_K) if launch.SORTED else None,
-            (launch.BLOCK_N, launch.BLOCK_K),
-        ),
+        programs(launch, shared_tiles + most * triton.cdiv(N, launch.BLOCK_N), x),
+        *with_descriptors(both, sizes.architecture, row_block if launch.SORTED else None, block),
         *(pairs.order, listed, Extents(T, R // T, D, N, M, shared_tiles)),
         GATED=weights.gate is not None,
         ACTIVATION=activation,
@@ -354,15 +335,11 @@ def rows_down(
     shared_tiles = triton.cdiv(T, launch.BLOCK_T) * d_tiles
     whole = not transposed or (N % launch.BLOCK_K == 0 and M % launch.BLOCK_K == 0)  # else a tile runs into the next
     block = (launch.BLOCK_K, launch.BLOCK_N) if transposed else (launch.BLOCK_N, launch.BLOCK_K)
+    both = (routed._replace(out=y), shared)
     run(
         _experts_down_kernel,
-        programs(launch, shared_tiles + most * d_tiles, sizes),
-        *with_descriptors(
-            (routed._replace(out=y), shared),
-            sizes.architecture,
-            (launch.BLOCK_T, launch.BLOCK_K),
-            block if whole else None,
-        ),
+        programs(launch, shared_tiles + most * d_tiles, y),
+        *with_descriptors(both, sizes.architecture, (launch.BLOCK_T, launch.BLOCK_K), block if whole else None),
         *(pairs.order, listed, R, Extents(T, 1, D, N, M, shared_tiles)),
         TWO=two,
         TRANSPOSED=transposed,

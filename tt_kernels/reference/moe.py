@@ -198,8 +198,8 @@ def _routed(x: Tensor, routing: Routing, weights: PlainWeights, activation: str)
     if not (torch.compiler.is_compiling() or x.is_cuda) and T == 1:  # a decoding step: nothing to sort
         chosen = ids[0].tolist()
         if all(0 <= e < E for e in chosen):
-            rows = [_mlp(x, _of_expert(weights, e), activation) for e in chosen]
-            return cast(topk_weights @ cast(torch.cat(rows), topk_weights.dtype), x.dtype)
+            each = torch.cat([_mlp(x, _of_expert(weights, e), activation) for e in chosen])
+            return cast(topk_weights @ cast(each, topk_weights.dtype), x.dtype)
     if sorted_pairs is None or offsets is None:
         sorted_pairs, offsets = sort_pairs(ids, E)
     offsets, act = offsets.int(), ACTIVATIONS[activation]
