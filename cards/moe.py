@@ -4,48 +4,82 @@ import torch
 
 from tt_kernels import reference
 from tt_kernels.moe.experts import experts
-from tt_kernels.moe.experts_launch import product_candidates
+from tt_kernels.moe.experts_launch import HiddenLaunch, ProductLaunch, UpLaunch, WeightsLaunch
 from tt_kernels.moe.route import route
-from tt_kernels.reference.moe import ExpertWeights
-from tt_kernels.runtime.launch import Launch
+from tt_kernels.moe.route_launch import FewLaunch, ScoresLaunch
+from tt_kernels.reference.moe import ACTIVATIONS, ExpertWeights, Routing
 
 from .op import Op
 
 
 def _experts_inputs(
-    dtype: torch.dtype, T: int, D: int, N: int, E: int, K: int, gated: int = 0, M: int = 0
+    dtype: torch.dtype, T: int, D: int, N: int, E: int, K: int, gated: int = 0, M: int = 0, act: int | None = None
 ) -> dict[str, object]:
+    """act: index of the activation in ACTIVATIONS; None: silu with a gate, relu2 without."""
     up, gate = torch.randn(2, E, N, D, dtype=dtype) * D**-0.5
     down = torch.randn(E, D, N, dtype=dtype) * N**-0.5
     shared = None
     if M:
         up_gate, shared_down = torch.randn(2, M, D, dtype=dtype) * D**-0.5, torch.randn(D, M, dtype=dtype) * M**-0.5
         shared = ExpertWeights(up_gate[0], shared_down, up_gate[1] if gated else None)
+    x = torch.randn(T, D, dtype=dtype)
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)]) if T else torch.empty(0, K, dtype=torch.long)
     return dict(
-        x=torch.randn(T, D, dtype=dtype),
-        ids=torch.stack([torch.randperm(E)[:K] for _ in range(T)]) if T else torch.empty(0, K, dtype=torch.long),
-        weights=torch.rand(T, K, dtype=torch.promote_types(dtype, torch.float32)),
-        expert_weights=ExpertWeights(up, down, gate if gated else None),
+        x=x,
+        routing=Routing(ids, torch.rand(T, K, dtype=torch.promote_types(dtype, torch.float32))),
+        weights=ExpertWeights(up, down, gate if gated else None),
         shared=shared,
-        activation="silu" if gated else "relu2",
+        activation=list(ACTIVATIONS)[gated if act is None else act],
     )
 
 
-def _experts_cost(itemsize: int, T: int, D: int, N: int, E: int, K: int, gated: int = 0, M: int = 0) -> tuple[int, int]:
+def _experts_cost(
+    itemsize: int, T: int, D: int, N: int, E: int, K: int, gated: int = 0, M: int = 0, act: int | None = None
+) -> tuple[int, int]:
     hit = round(E * (1 - (1 - K / E) ** T))  # expected, with even choices
     matrices = 2 + gated
     return 2 * matrices * T * D * (K * N + M), (matrices * D * (hit * N + M) + 2 * T * D) * itemsize
 
 
+# (BLOCK_T, BLOCK_N, BLOCK_K, num_warps, num_stages, SWAP, PERSISTENT, SORTED) of launches worth measuring
+_PRODUCTS = (
+    *((16, 64, k, 4, stages, 1, 0, 0) for k, stages in ((128, 5), (128, 4), (128, 3), (64, 10), (64, 7), (256, 3))),
+    *((16, 128, k, 4, stages, 1, 0, 0) for k, stages in ((128, 5), (64, 6), (64, 5))),
+    *((16, 64, 128, 4, 5, 1, 2, 0), (16, 128, 64, 4, 5, 1, 2, 0), (16, 128, 128, 4, 5, 1, 1, 0)),
+    *((32, 64, 128, 4, 4, 1, 0, 0), (32, 128, 64, 4, 5, 1, 0, 0), (32, 128, 64, 4, 4, 1, 0, 0)),
+    *((32, 128, 128, 8, 5, 1, 0, 0), (32, 128, 64, 4, 5, 1, 2, 0), (64, 64, 128, 4, 3, 1, 0, 0)),
+    *((64, 128, 64, 4, 4, 1, 0, 0), (64, 128, 64, 4, 3, 1, 0, 0), (64, 256, 64, 8, 5, 1, 0, 0)),
+    *((64, 128, 64, 4, 4, 1, 2, 1), (64, 256, 64, 8, 4, 0, 1, 1), (64, 256, 64, 8, 5, 1, 1, 1)),
+    *((128, 128, 64, 8, 4, 0, 1, 1), (128, 256, 64, 8, 3, 0, 1, 1), (128, 128, 64, 8, 3, 0, 0, 1)),
+    *((128, 128, 64, 8, 4, 0, 1, 0), (128, 256, 64, 8, 3, 0, 0, 0), (128, 128, 64, 8, 3, 0, 0, 0)),
+)
+
+
+def _up(t: int, n: int, k: int, warps: int, stages: int, swap: int, persistent: int, gathered: int) -> UpLaunch:
+    return UpLaunch(
+        **dict(BLOCK_T=t, BLOCK_N=n, BLOCK_K=k, SWAP=swap, PERSISTENT=persistent, SORTED=gathered),
+        **dict(num_warps=warps, num_stages=stages),
+    )
+
+
+def _down(up: UpLaunch) -> ProductLaunch:
+    """The same without SORTED: rows of the down product are."""
+    return ProductLaunch(**{name: value for name, value in up.options.items() if name != "SORTED"})
+
+
+UP = tuple(_up(*row) for row in _PRODUCTS)
 CANDIDATES = {
-    "_experts_up_kernel": product_candidates(up=True),
-    "_experts_down_kernel": product_candidates(up=False),
+    "_experts_up_kernel": UP,
+    "_experts_down_kernel": tuple(dict.fromkeys(map(_down, UP))),
     "_experts_bwd_hidden_kernel": tuple(
-        Launch(BLOCK_T=t, BLOCK_N=n, BLOCK_K=64, SORTED=1, num_warps=t // 16 if n == 128 else 8, num_stages=stages)
+        HiddenLaunch(
+            **dict(BLOCK_T=t, BLOCK_N=n, BLOCK_K=64, SORTED=1),
+            **dict(num_warps=t // 16 if n == 128 else 8, num_stages=stages),
+        )
         for t, n, stages in ((64, 128, 3), (64, 128, 4), (64, 256, 3), (128, 128, 3), (128, 128, 4))
     ),
     "_experts_bwd_weights_kernel": tuple(
-        Launch(BLOCK_P=p, BLOCK_Q=q, BLOCK_R=r, num_warps=8, num_stages=stages)
+        WeightsLaunch(BLOCK_P=p, BLOCK_Q=q, BLOCK_R=r, num_warps=8, num_stages=stages)
         for p, q, r, stages in ((128, 128, 64, 3), (128, 128, 64, 4), (128, 128, 32, 4), (128, 256, 64, 3))
     ),
 }
@@ -70,12 +104,12 @@ def _route_cost(itemsize: int, T: int, D: int, E: int, K: int, groups: int = 1, 
     return 2 * T * E * D, T * D * itemsize + 4 * E * D + 20 * T * K + 4 * E
 
 
-def _few(splits: int, block_e: int, rows: int = 16) -> Launch:
-    return Launch(BLOCK_T=rows, BLOCK_E=block_e, BLOCK_D=32, SLICES=8, SPLITS=splits, num_warps=8, num_stages=3)
+def _few(splits: int, block_e: int, rows: int = 16) -> FewLaunch:
+    return FewLaunch(BLOCK_T=rows, BLOCK_E=block_e, BLOCK_D=32, SLICES=8, SPLITS=splits, num_warps=8, num_stages=3)
 
 
-def _scores(block_t: int, block_e: int, block_d: int, warps: int) -> Launch:
-    return Launch(BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=block_d, num_warps=warps, num_stages=3)
+def _scores(block_t: int, block_e: int, block_d: int, warps: int) -> ScoresLaunch:
+    return ScoresLaunch(BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=block_d, num_warps=warps, num_stages=3)
 
 
 OPS = (
@@ -93,6 +127,7 @@ OPS = (
             dict(T=245, D=16, N=16, E=2, K=1, M=32),  # enough rows for the form for many tokens
             dict(T=140, D=16, N=40, E=1, K=1, gated=1, M=8),
             dict(T=0, D=8, N=16, E=4, K=2),
+            *(dict(T=7, D=16, N=24, E=3, K=2, act=act) for act in range(2, len(ACTIVATIONS))),
         ),
         shapes=(
             *(dict(T=T, D=2688, N=1856, E=128, K=6, M=3712) for T in (1, 16, 64, 128, 512, 1024, 4096)),
@@ -102,7 +137,7 @@ OPS = (
         grows=dict(T=16384),
         outputs=("y",),
         grads=(
-            *("x", "weights", "expert_weights.up", "expert_weights.down", "expert_weights.gate"),
+            *("x", "routing.topk_weights", "weights.up", "weights.down", "weights.gate"),
             *("shared.up", "shared.down", "shared.gate"),
         ),
         kernels=(
@@ -136,7 +171,7 @@ OPS = (
             *(dict(T=T, D=7168, E=256, K=8, groups=8, kept=4) for T in (16, 4096)),  # in groups: DeepSeek-V3's
         ),
         grows=dict(T=16384),
-        outputs=("ids", "weights", "order", "ends"),
+        outputs=Routing._fields,
         grads=("x", "weight"),
         kernels=(
             *("_route_few_kernel", "_route_scores_kernel", "_route_choose_kernel", "_route_scan_kernel"),

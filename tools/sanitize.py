@@ -16,7 +16,7 @@ from ttsem import _fakedriver, ops, pidraces, sanitize
 # their values replaced by 0, so none of these bytes is used; loads by pointer, of the same tokens, are checked.
 UNUSED = ('"tt.descriptor_load"(%k_desc,', '"tt.descriptor_load"(%v_desc,')
 ORDERS = "sem = 4 "  # in the IR of an atomic that both acquires and releases
-# `widen` in moe/route/choice.py, the only assembly in our kernels.
+# `widen` in moe/route_kernels.py, the only assembly in our kernels.
 ops.PTX_FRAGMENTS["cvt.f64.f32 $0, $1;"] = (lambda x: [np.asarray(x, np.float32).astype(np.float64)], None)
 
 _chained, _any_race = ops._fma_chain, pidraces.find_race

@@ -18,7 +18,7 @@ else:
     from .attention import append_attention, block_diffusion_attention, causal_attention, context_attention
     from .conv1d import causal_conv1d, conv_advance, conv_block_states
     from .loss import linear_cross_entropy
-    from .moe import ExpertWeights, experts, route
+    from .moe import ExpertWeights, Matrix, Routing, experts, route
     from .norm import Modulated, gated_group_norm, modulated_rms_norm, rms_norm
     from .runtime.checks import skip_checks, trusted
     from .runtime.registry import use
@@ -42,7 +42,9 @@ __all__ = [
     "ExpertWeights",
     "MambaState",
     "MambaWeights",
+    "Matrix",
     "Modulated",
+    "Routing",
     "SSDChunk",
     "Sampled",
     "Sampling",

@@ -33,17 +33,15 @@ def _with_shared(routed: Callable[[], Tensor], x: Tensor, shared: Any, activatio
 
 def grouped_mm(
     x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    expert_weights: Any,
+    routing: Any,
+    weights: Any,
     *,
-    order: Tensor | None = None,
-    ends: Tensor | None = None,
     shared: Any = None,
     activation: str = "relu2",
 ) -> Call:
     """Rows gathered by expert, F.grouped_mm twice, and a weighted sum: what one writes with PyTorch alone."""
-    w, (T, K), E = expert_weights, ids.shape, len(expert_weights.up)
+    ids, topk_weights, order, ends = routing
+    w, (T, K), E = weights, ids.shape, len(weights.up)
     strides = (x.stride(0), w.up.stride(1), w.down.stride(1))
     only(all(s * x.element_size() % 16 == 0 for s in strides), "F.grouped_mm: rows of whole 16 bytes only")
     only(not x.is_cuda or x.dtype == torch.bfloat16, "F.grouped_mm: bf16 only on a GPU")
@@ -59,49 +57,46 @@ def grouped_mm(
         h = _activate(product(rows, w.up), None if w.gate is None else product(rows, w.gate), activation)
         y = product(h, w.down)
         y = torch.empty_like(y).index_copy_(0, order, y).view(T, K, w.down.shape[1])
-        return (weights.unsqueeze(1) @ y.to(weights.dtype)).squeeze(1).to(x.dtype)
+        return (topk_weights.unsqueeze(1) @ y.to(topk_weights.dtype)).squeeze(1).to(x.dtype)
 
     return _with_shared(routed, x, shared, activation)
 
 
 def vllm_fused_moe(
     x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    expert_weights: Any,
+    routing: Any,
+    weights: Any,
     *,
     shared: Any = None,
     activation: str = "relu2",
-    **lists: Any,  # it sorts by itself
 ) -> Call:
+    """It sorts by itself."""
     on_gpu(x, "vLLM's fused_moe")
     fused = needs("vllm.model_executor.layers.fused_moe.fused_moe", "vllm")
     names = needs("vllm.model_executor.layers.fused_moe.activation", "vllm")
-    gated = expert_weights.gate is not None
+    gated = weights.gate is not None
     only(gated == (activation == "silu"), "vLLM's fused_moe: relu2 without a gate, silu with one")
     kind = names.MoEActivation.SILU if gated else names.MoEActivation.RELU2_NO_MUL
-    up = torch.cat([expert_weights.gate, expert_weights.up], 1) if gated else expert_weights.up
-    few = ids.int()
+    up = torch.cat([weights.gate, weights.up], 1) if gated else weights.up
+    few, topk_weights = routing.topk_ids.int(), routing.topk_weights.float()
 
     def routed() -> Tensor:
-        return fused.fused_experts(x, up, expert_weights.down, weights.float(), few, activation=kind)
+        return fused.fused_experts(x, up, weights.down, topk_weights, few, activation=kind)
 
     return _with_shared(routed, x, shared, activation)
 
 
 def triton_kernels(
     x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    expert_weights: Any,
+    routing: Any,
+    weights: Any,
     *,
     shared: Any = None,
     activation: str = "relu2",
-    **lists: Any,
 ) -> Call:
     """matmul_ogs twice, of vLLM's copy; its index lists are made from our ids before the clock, as ours are."""
     on_gpu(x, "triton_kernels")
-    only(expert_weights.gate is None, "triton_kernels: without a gate only")
+    only(weights.gate is None, "triton_kernels: without a gate only")
     vllm = "vllm.model_executor.layers.fused_moe."
     makers = None
     for place in ("experts.gpt_oss_triton_kernels_moe", "gpt_oss_triton_kernels_moe"):
@@ -113,8 +108,10 @@ def triton_kernels(
             why = error
     if makers is None:
         raise why
-    data, gather, scatter = makers.make_routing_data(ids.int(), weights.float(), len(expert_weights.up))
-    up, down = expert_weights.up.mT, expert_weights.down.mT
+    data, gather, scatter = makers.make_routing_data(
+        routing.topk_ids.int(), routing.topk_weights.float(), len(weights.up)
+    )
+    up, down = weights.up.mT, weights.down.mT
 
     def routed() -> Tensor:
         h = ogs.matmul_ogs(x, up, None, data, gather_indx=gather)

@@ -52,4 +52,4 @@ def sglang_gate(
     return call
 
 
-PEERS = {"route": (Peer("sglang", sglang_gate, outputs=("ids", "weights")),)}
+PEERS = {"route": (Peer("sglang", sglang_gate, outputs=("topk_ids", "topk_weights")),)}

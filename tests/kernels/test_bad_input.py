@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tt_kernels
 from cards import OPS
-from tt_kernels import ExpertWeights, Sampling
+from tt_kernels import ExpertWeights, Matrix, Routing, Sampling
 from tt_kernels.runtime import checks
 
 pytestmark = pytest.mark.kernels
@@ -26,6 +26,7 @@ def sampled(**changes: Any) -> dict[str, Sampling]:
 
 
 NAN, INF, ROWS = float("nan"), float("inf"), torch.arange(6)
+ROUTING = Routing(torch.zeros(5, 2).long(), torch.ones(5, 2))  # of the first case of experts
 BAD = [
     ("rms_norm", dict(x=torch.ones(2, 4), weight=torch.ones(8)), "rms_norm: weight has D=8, but x has D=4"),
     ("rms_norm", dict(x=torch.tensor(1.0)), "rms_norm: x is [], expected [*, D]"),
@@ -154,16 +155,43 @@ BAD = [
     ("route", dict(scale=None), "route: scale is None, expected a finite number"),
     ("experts", dict(activation="gelu"), "experts: activation is 'gelu', expected 'relu2' or 'silu'"),
     ("experts", dict(x=torch.ones(5, 6).half()), "up is torch.float32, expected the dtype of x, torch.float16"),
-    ("experts", dict(ends=torch.ones(4).int()), "experts: order is None, expected order and ends, or neither"),
-    ("experts", dict(ids=torch.zeros(5, 3).long()), "experts: weights has K=2, but ids has K=3"),
-    ("experts", dict(ids=None), "experts: ids is None, expected a tensor"),
-    ("experts", dict(ids=torch.zeros(5, 2)), "experts: ids is torch.float32, expected a tensor of ints"),
-    ("experts", dict(ids=torch.zeros(5, 2, device="meta").long()), "experts: ids is on meta, but x is on"),
-    ("experts", dict(expert_weights=None), "experts: expert_weights is None, expected ExpertWeights"),
+    (
+        "experts",
+        dict(routing=ROUTING._replace(offsets=torch.ones(4).int())),
+        "sorted_pairs is None, expected sorted_pairs and",
+    ),
+    (
+        "experts",
+        dict(routing=ROUTING._replace(topk_ids=torch.zeros(5, 3).long())),
+        "topk_weights has K=2, but topk_ids has K=3",
+    ),
+    ("experts", dict(routing=ROUTING._replace(topk_ids=None)), "experts: topk_ids is None, expected a tensor"),
+    ("experts", dict(routing=torch.ones(5, 2)), "experts: routing is a tensor [5, 2], expected Routing"),
+    (
+        "experts",
+        dict(routing=ROUTING._replace(topk_ids=torch.zeros(5, 2))),
+        "topk_ids is torch.float32, expected a tensor of ints",
+    ),
+    (
+        "experts",
+        dict(routing=ROUTING._replace(topk_ids=torch.zeros(5, 2, device="meta").long())),
+        "topk_ids is on meta, but x is on",
+    ),
+    ("experts", dict(weights=None), "experts: weights is None, expected ExpertWeights"),
+    (
+        "experts",
+        dict(weights=ExpertWeights(Matrix(torch.ones(4, 11, 6), None, "fp3"), torch.ones(4, 6, 11))),
+        "experts: up.format is 'fp3', expected None",
+    ),
+    (
+        "experts",
+        dict(weights=ExpertWeights(Matrix(torch.ones(4, 11, 6), torch.ones(4)), torch.ones(4, 6, 11))),
+        "experts: up.scale is a tensor [4], expected None",
+    ),
     ("experts", dict(shared=torch.ones(2)), "experts: shared is a tensor [2], expected ExpertWeights"),
     (
         "experts",
-        dict(expert_weights=ExpertWeights(torch.ones(4, 11, 6), None)),
+        dict(weights=ExpertWeights(torch.ones(4, 11, 6), None)),
         "experts: down is None, expected a tensor",
     ),
     (

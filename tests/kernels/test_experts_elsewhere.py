@@ -9,8 +9,8 @@ from torch import Tensor
 
 import tt_kernels
 from cards import OPS
-from tt_kernels import ExpertWeights, experts
-from tt_kernels.reference.moe import index_lists
+from tt_kernels import ExpertWeights, Routing, experts
+from tt_kernels.reference.moe import sort_pairs
 
 pytestmark = pytest.mark.kernels
 OP = OPS["experts"]
@@ -26,7 +26,7 @@ WIDE = torch.float32 if DEVICE == "cuda" else torch.float64
 
 def literal(kwargs: dict[str, Any]) -> Tensor:
     """The docstring's formula, a pair at a time, over the pairs whose expert is here."""
-    x, w, shared = kwargs["x"], kwargs["expert_weights"], kwargs["shared"]
+    x, routing, w, shared = kwargs["x"], kwargs["routing"], kwargs["weights"], kwargs["shared"]
 
     def expert(row: Tensor, up: Tensor, down: Tensor, gate: Tensor | None) -> Tensor:
         if gate is None:
@@ -36,9 +36,9 @@ def literal(kwargs: dict[str, Any]) -> Tensor:
     rows = []
     for t in range(len(x)):
         y = torch.zeros_like(x[t]) if shared is None else expert(x[t], shared.up, shared.down, shared.gate)
-        for k, e in enumerate(kwargs["ids"][t].tolist()):
+        for k, e in enumerate(routing.topk_ids[t].tolist()):
             if 0 <= e < len(w.up):
-                y = y + kwargs["weights"][t, k] * expert(
+                y = y + routing.topk_weights[t, k] * expert(
                     x[t], w.up[e], w.down[e], None if w.gate is None else w.gate[e]
                 )
         rows.append(y)
@@ -48,11 +48,21 @@ def literal(kwargs: dict[str, Any]) -> Tensor:
 def spread(dims: dict[str, int], dtype: torch.dtype = WIDE) -> dict[str, Any]:
     """A case whose ids go from -2 to E + 1, with one token that has no expert here at all."""
     kwargs = make(OP, dims, dtype)
-    E, shape = dims["E"], kwargs["ids"].shape
+    E, shape = dims["E"], kwargs["routing"].topk_ids.shape
     ids = (torch.arange(shape.numel()).view(shape) * 7 + 2) % (E + 4) - 2
     if len(ids) > 1:
         ids[-1] = torch.tensor([-1, E, 2**40])[: shape[1]]
-    return kwargs | dict(ids=ids.to(DEVICE))
+    return with_ids(kwargs, ids)
+
+
+def with_ids(kwargs: dict[str, Any], ids: Tensor, **lists: Tensor) -> dict[str, Any]:
+    lists = {name: t.to(DEVICE) for name, t in (lists | dict(topk_ids=ids)).items()}
+    return kwargs | dict(routing=kwargs["routing"]._replace(**lists))
+
+
+def with_lists(kwargs: dict[str, Any], E: int) -> dict[str, Any]:
+    routing = kwargs["routing"]
+    return kwargs | dict(routing=Routing(*routing[:2], *sort_pairs(routing.topk_ids, E)))
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -70,11 +80,11 @@ def test_pairs_elsewhere_contribute_nothing(dims: dict[str, int], listed: bool) 
     """To y and to all gradients, the memory behind them being what it may."""
     kwargs = spread(dims)
     want = values_and_gradients(OP, lambda **kw: literal(kw), kwargs)
-    outside = (kwargs["ids"] < 0) | (kwargs["ids"] >= dims["E"])
-    assert outside.any() and not want["dweights"][outside].any()
+    ids = kwargs["routing"].topk_ids
+    outside = (ids < 0) | (ids >= dims["E"])
+    assert outside.any() and not want["drouting.topk_weights"][outside].any()
     if listed:
-        order, ends = index_lists(kwargs["ids"], dims["E"])
-        kwargs |= dict(order=order, ends=ends)
+        kwargs = with_lists(kwargs, dims["E"])
     for fn in (OP.fn, OP.reference):
         assert_same(values_and_gradients(OP, fn, kwargs), want)
 
@@ -82,10 +92,10 @@ def test_pairs_elsewhere_contribute_nothing(dims: dict[str, int], listed: bool) 
 @pytest.mark.parametrize("T", [1, 5, 130])
 def test_no_expert_here_is_no_routed_part(T: int) -> None:
     kwargs = make(OP, dict(T=T, D=8, N=16, E=1, K=1, M=8), WIDE)
-    kwargs["ids"] = kwargs["ids"] - 1
+    kwargs = with_ids(kwargs, kwargs["routing"].topk_ids - 1)
     got = values_and_gradients(OP, OP.fn, kwargs)
     assert_same(got, values_and_gradients(OP, lambda **kw: literal(kw), kwargs))
-    zero = ("dweights", "dexpert_weights.up", "dexpert_weights.down")
+    zero = ("drouting.topk_weights", "dweights.up", "dweights.down")
     assert all(got[name].shape == leaves(kwargs)[name[1:]].shape and not got[name].any() for name in zero)
 
 
@@ -96,14 +106,13 @@ def test_experts_spread_over_devices_add_up(dims: dict[str, int]) -> None:
     half = dims["E"] // 2
 
     def parallel(**kw: Any) -> Tensor:
-        y, w = 0, kw["expert_weights"]
+        y, w, ids = 0, kw["weights"], kw["routing"].topk_ids
         for first in (0, half):
             e = slice(first, first + half)
             local = ExpertWeights(w.up[e], w.down[e], None if w.gate is None else w.gate[e])
             shared = None if first else kw["shared"]
-            y = y + experts(
-                kw["x"], kw["ids"] - first, kw["weights"], local, shared=shared, activation=kw["activation"]
-            )
+            routing = kw["routing"]._replace(topk_ids=ids - first)
+            y = y + experts(kw["x"], routing, local, shared=shared, activation=kw["activation"])
         return y
 
     assert_same(values_and_gradients(OP, parallel, kwargs), values_and_gradients(OP, OP.fn, kwargs))
@@ -115,8 +124,9 @@ def test_what_is_no_number_elsewhere_is_not_seen(dims: dict[str, int], fn: Any) 
     """Neither the weight of such a pair nor the x of a token without an expert here spoils what is here."""
     kwargs = spread(dims) | dict(shared=None)
     want = values_and_gradients(OP, fn, kwargs)
-    outside = (kwargs["ids"] < 0) | (kwargs["ids"] >= dims["E"])
-    bad = kwargs | dict(weights=kwargs["weights"].masked_fill(outside, float("nan")), x=kwargs["x"].clone())
+    ids, weights, *_ = kwargs["routing"]
+    outside = (ids < 0) | (ids >= dims["E"])
+    bad = kwargs | dict(routing=Routing(ids, weights.masked_fill(outside, float("nan"))), x=kwargs["x"].clone())
     alone = outside.all(1)
     bad["x"][alone] = float("inf")
     got = values_and_gradients(OP, fn, bad)
@@ -128,10 +138,11 @@ def test_what_is_no_number_elsewhere_is_not_seen(dims: dict[str, int], fn: Any) 
 def test_lists_may_be_of_either_integer(dims: dict[str, int]) -> None:
     kwargs = spread(dims)
     want = OP.fn(**kwargs)
-    order, ends = index_lists(kwargs["ids"], dims["E"])
+    ids, weights, *_ = kwargs["routing"]
+    lists = sort_pairs(ids, dims["E"])
     for dtype in (torch.int32, torch.int64):
-        ids = kwargs["ids"].clamp(-(2**31), 2**31 - 1).to(dtype)
-        got = OP.fn(**kwargs | dict(ids=ids, order=order.to(dtype), ends=ends.to(dtype)))
+        few = ids.clamp(-(2**31), 2**31 - 1).to(dtype)
+        got = OP.fn(**kwargs | dict(routing=Routing(few, weights, *(t.to(dtype) for t in lists))))
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -139,24 +150,32 @@ def test_lists_may_be_of_either_integer(dims: dict[str, int]) -> None:
 IDS = [[0, 1], [3, 1], [0, 2], [1, 7]]
 ORDER, ENDS = [0, 4, 1, 3, 6, 5, 2, 7], [2, 5, 6, 7]
 LISTS = [
-    (ORDER[:6], ENDS, r"order has 6 elements, expected T*K=8 (T=4, K=2)"),
-    ([*ORDER, 0], ENDS, r"order has 9 elements, expected T*K=8 (T=4, K=2)"),
-    (ORDER, ENDS[:3], "ends has E=3, but up has E=4"),
-    ([8, *ORDER[1:]], ENDS, "order is 8, expected pairs 0 to T*K-1=7"),
-    ([-1, *ORDER[1:]], ENDS, "order is -1, expected pairs 0 to T*K-1=7"),
-    ([4, *ORDER[1:]], ENDS, "order has 4 twice, expected every pair once"),
-    (ORDER, [2, 5, 4, 7], "ends[2] is 4, expected 6: so many ids are 0 to 2"),
-    (ORDER, [2, 5, 6, 8], "ends[3] is 8, expected 7: so many ids are 0 to 3"),
-    (ORDER, [-1, 5, 6, 7], "ends[0] is -1, expected 2: so many ids are 0 to 0"),
-    ([0, 1, 4, 3, 6, 5, 2, 7], ENDS, "order has 1 before 4, expected pairs sorted by expert, those without one last"),
-    ([0, 4, 1, 3, 6, 5, 7, 2], ENDS, "order has 7 before 2, expected pairs sorted by expert, those without one last"),
+    (ORDER[:6], ENDS, r"sorted_pairs has 6 elements, expected T*K=8 (T=4, K=2)"),
+    ([*ORDER, 0], ENDS, r"sorted_pairs has 9 elements, expected T*K=8 (T=4, K=2)"),
+    (ORDER, ENDS[:3], "offsets has E=3, but up has E=4"),
+    ([8, *ORDER[1:]], ENDS, "sorted_pairs is 8, expected pairs 0 to T*K-1=7"),
+    ([-1, *ORDER[1:]], ENDS, "sorted_pairs is -1, expected pairs 0 to T*K-1=7"),
+    ([4, *ORDER[1:]], ENDS, "sorted_pairs has 4 twice, expected every pair once"),
+    (ORDER, [2, 5, 4, 7], "offsets[2] is 4, expected 6: so many ids are 0 to 2"),
+    (ORDER, [2, 5, 6, 8], "offsets[3] is 8, expected 7: so many ids are 0 to 3"),
+    (ORDER, [-1, 5, 6, 7], "offsets[0] is -1, expected 2: so many ids are 0 to 0"),
+    (
+        [0, 1, 4, 3, 6, 5, 2, 7],
+        ENDS,
+        "sorted_pairs has 1 before 4, expected pairs sorted by expert, those without one last",
+    ),
+    (
+        [0, 4, 1, 3, 6, 5, 7, 2],
+        ENDS,
+        "sorted_pairs has 7 before 2, expected pairs sorted by expert, those without one last",
+    ),
 ]
 
 
 def listed(order: list[int], ends: list[int]) -> dict[str, Any]:
     kwargs = make(OP, dict(T=4, D=8, N=16, E=4, K=2, M=8), torch.float32)
-    lists = dict(ids=torch.tensor(IDS), order=torch.tensor(order), ends=torch.tensor(ends, dtype=torch.int32))
-    return kwargs | {name: t.to(DEVICE) for name, t in lists.items()}
+    sorted_pairs, offsets = torch.tensor(order), torch.tensor(ends, dtype=torch.int32)
+    return with_ids(kwargs, torch.tensor(IDS), sorted_pairs=sorted_pairs, offsets=offsets)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is not waited for")
@@ -174,8 +193,8 @@ def test_lists_that_do_not_fit_are_refused(order: list[int], ends: list[int], me
 def test_order_is_cut_to_the_pairs_that_there_are(T: int, wild: int) -> None:
     """Where nobody has looked at it kernels run through: the numbers mean nothing, and no other memory is touched."""
     kwargs = make(OP, dict(T=T, D=16, N=64, E=2, K=2), torch.float32)
-    order, ends = index_lists(kwargs["ids"], 2)
-    kwargs |= dict(order=torch.full_like(order, wild), ends=ends)
+    kwargs = with_lists(kwargs, 2)
+    kwargs["routing"].sorted_pairs.fill_(wild)
     with tt_kernels.skip_checks():
         assert values_and_gradients(OP, OP.fn, kwargs)["y"].shape == (T, 16)
 
@@ -190,19 +209,22 @@ def test_ends_are_cut_to_the_pairs_that_there_are(T: int, first: int, second: in
     """Beyond the last pair they are the last, below 0 they are 0, and they never fall: here all pairs are of one
     expert of two, or of none."""
     kwargs = make(OP, dict(T=T, D=16, N=64, E=2, K=2), torch.float32)
-    kwargs["ids"] = torch.full_like(kwargs["ids"], expert)
+    kwargs = with_ids(kwargs, torch.full_like(kwargs["routing"].topk_ids, expert))
     want = values_and_gradients(OP, OP.fn, kwargs)
-    order, ends = torch.arange(2 * T, device=DEVICE), torch.tensor([first, second], device=DEVICE)
+    wrong = dict(sorted_pairs=torch.arange(2 * T), offsets=torch.tensor([first, second]))
     with tt_kernels.skip_checks():
-        got = values_and_gradients(OP, OP.fn, kwargs | dict(order=order, ends=ends))
+        got = values_and_gradients(OP, OP.fn, with_ids(kwargs, kwargs["routing"].topk_ids, **wrong))
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU")
 def test_lists_of_another_length_reach_no_kernel() -> None:
     kwargs = listed(ORDER[:6], ENDS)
-    with tt_kernels.skip_checks(), pytest.raises(ValueError, match=r"experts: order is \[6\], expected T\*K=8 pairs"):
+    with (
+        tt_kernels.skip_checks(),
+        pytest.raises(ValueError, match=r"experts: sorted_pairs is \[6\], expected T\*K=8 pairs"),
+    ):
         OP.fn(**kwargs)
     kwargs = listed(ORDER, ENDS[:3])
-    with tt_kernels.skip_checks(), pytest.raises(ValueError, match=r"experts: ends is \[3\], expected E=4 of them"):
+    with tt_kernels.skip_checks(), pytest.raises(ValueError, match=r"experts: offsets is \[3\], expected E=4 of them"):
         OP.fn(**kwargs)

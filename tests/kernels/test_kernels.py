@@ -56,9 +56,9 @@ MIXED = [
     ("gated_group_norm", HALF, dict(x=FULL)),
     ("gated_group_norm", FULL, dict(weight=WIDE)),
     ("gated_group_norm", FULL, dict(z=WIDE)),
-    ("experts", HALF, dict(weights=HALF)),
-    ("experts", FULL, dict(weights=HALF)),
-    ("experts", FULL, dict(weights=WIDE)),
+    ("experts", HALF, {"routing.topk_weights": HALF}),
+    ("experts", FULL, {"routing.topk_weights": HALF}),
+    ("experts", FULL, {"routing.topk_weights": WIDE}),
     ("route", HALF, dict(weight=HALF, bias=HALF)),
     ("route", FULL, dict(weight=WIDE)),
     ("route", FULL, dict(bias=WIDE)),
@@ -85,7 +85,9 @@ def test_experts_are_summed_in_the_dtype_of_weights() -> None:
     """Two equal experts with weights that differ by 2^-30, which fp32 does not see beside 1."""
     x, up, down = torch.ones(2, 4), torch.ones(2, 3, 4), torch.ones(2, 4, 3)
     weights = torch.tensor([[1 + 2**-30, -1.0]] * 2, dtype=torch.float64)
-    y = tt_kernels.experts(x, torch.tensor([[0, 1]] * 2), weights, tt_kernels.ExpertWeights(up, down))
+    y = tt_kernels.experts(
+        x, tt_kernels.Routing(torch.tensor([[0, 1]] * 2), weights), tt_kernels.ExpertWeights(up, down)
+    )
     assert torch.equal(y, torch.full((2, 4), 48 * 2.0**-30))
 
 

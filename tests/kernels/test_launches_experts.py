@@ -8,7 +8,7 @@ from parity import KERNELS, make
 
 from cards import OPS
 from tt_kernels.moe.experts_launch import Sizes, down_launch, hidden_launch, most_tiles, up_launch, weights_launch
-from tt_kernels.reference.moe import index_lists
+from tt_kernels.reference.moe import sort_pairs
 from tt_kernels.runtime.launch import recording
 
 UP = Sizes(rows=96, experts=128, N=1856, K=2688)
@@ -85,7 +85,7 @@ def test_no_choice_needs_more_tiles(block: int) -> None:
 def test_index_lists_are_those_of_the_router() -> None:
     torch.manual_seed(0)
     ids = torch.randint(7, (30, 3))
-    order, ends = index_lists(ids, 9)
+    order, ends = sort_pairs(ids, 9)
     pairs = ids.flatten()[order]
     assert torch.equal(pairs, pairs.sort().values) and ends.dtype == torch.int32
     assert torch.equal(ends.long(), torch.bincount(ids.flatten(), minlength=9).cumsum(0))

@@ -7,10 +7,10 @@ import torch
 from parity import DEVICE, KERNELS, assert_as_good, double, leaves, make, values_and_gradients, with_leaves
 
 from cards import OPS
-from tt_kernels import ExpertWeights, experts, reference, route
+from tt_kernels import ExpertWeights, Routing, experts, reference, route
 from tt_kernels.moe import tickets as counters
-from tt_kernels.moe.route_launch import is_few, route_few_launch, route_scores_launch, tile_rows
-from tt_kernels.runtime.launch import ON_CPU, Launch, overriding, recording
+from tt_kernels.moe.route_launch import FewLaunch, is_few, route_few_launch, route_scores_launch, tile_rows
+from tt_kernels.runtime.launch import ON_CPU, overriding, recording
 
 RUNS = pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU")
 ON_A_CPU = pytest.mark.skipif(not ON_CPU, reason="looks at kernels on a CPU")
@@ -88,7 +88,7 @@ def test_tickets_are_zero_after_a_launch() -> None:
 @pytest.mark.parametrize("splits", [1, 3])
 def test_any_few_launch_chooses_the_same(rows: int, splits: int) -> None:
     kwargs = inputs(21, 600, 20, 4)
-    launch = Launch(BLOCK_T=rows, BLOCK_E=16, BLOCK_D=32, SLICES=4, SPLITS=splits, num_warps=4, num_stages=1)
+    launch = FewLaunch(BLOCK_T=rows, BLOCK_E=16, SLICES=4, SPLITS=splits, num_warps=4, num_stages=1)
     with overriding("_route_few_kernel", launch):
         got = route(**kwargs)
     for value, want in zip(got, reference.route(**kwargs), strict=True):
@@ -174,8 +174,8 @@ def test_sizes_beyond_32_bits_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^route: x is \[1073741824, 2\], expected fewer than 2\^31 pairs"):
         route(x, weight, torch.ones(4), top_k=2)
     ids = torch.zeros(1, 1, dtype=torch.int64).expand(2**30, 2)
-    with pytest.raises(ValueError, match=r"^experts: ids is \[1073741824, 2\], expected fewer than 2\^31 pairs"):
-        experts(x, ids, x, ExpertWeights(*torch.ones(2, 4, 2, 2)))
+    with pytest.raises(ValueError, match=r"^experts: topk_ids is \[1073741824, 2\], expected fewer than 2\^31 pairs"):
+        experts(x, Routing(ids, x), ExpertWeights(*torch.ones(2, 4, 2, 2)))
 
 
 @RUNS

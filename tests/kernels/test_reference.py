@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tt_kernels import (
     ExpertWeights,
+    Routing,
     block_diffusion_attention,
     causal_attention,
     context_attention,
@@ -93,8 +94,9 @@ def test_router_and_experts(E: int, groups: int, kept: int, K: int, norm: bool) 
     model, stacked = moe_model(E, 6, 7, K, norm_topk_prob=norm, n_group=groups, topk_group=kept)
     weight, bias = model.weights["m.gate.weight"], model.weights["m.gate.e_score_correction_bias"]
     x = torch.randn(20, 6)
-    ids, weights, *_ = route(x, weight, bias, top_k=K, n_group=groups, topk_group=kept, norm_topk_prob=norm, scale=2.5)
-    y = experts(x, ids, weights, stacked)
+    routing = route(x, weight, bias, top_k=K, n_group=groups, topk_group=kept, norm_topk_prob=norm, scale=2.5)
+    ids, weights, *_ = routing
+    y = experts(x, routing, stacked)
     for t in range(20):
         want = literal.route(model, "m", x[t])
         assert ids[t].tolist() == [e for e, _ in want]
@@ -122,7 +124,7 @@ def test_router_choice_is_not_rounded() -> None:
 def test_experts_with_gate_and_repeated_ids() -> None:
     x, up, gate, down = torch.randn(3, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(2, 4, 5)
     ids, weights = torch.tensor([[1, 1], [0, 1], [1, 0]]), torch.rand(3, 2)
-    y = experts(x, ids, weights, ExpertWeights(up, down, gate), activation="silu")
+    y = experts(x, Routing(ids, weights), ExpertWeights(up, down, gate), activation="silu")
     for t in range(3):
         each = [down[e] @ (literal.silu(gate[e] @ x[t]) * (up[e] @ x[t])) for e in ids[t].tolist()]
         close(y[t], weights[t, 0] * each[0] + weights[t, 1] * each[1])

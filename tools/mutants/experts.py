@@ -26,7 +26,7 @@ MUTANTS = (
         "a tile less for who walks the list",
     ),
     Mutant("experts", LANG, "a.load([first, k])", "a.load([0, k])", "every tile reads the first rows"),
-    Mutant("experts", LANG, "        h = h * h\n", "", "relu, not its square"),
+    Mutant("experts", LANG, "h * h, 2 * h", "h, 2 * h", "relu, not its square"),
     Mutant(
         "experts", EXPERTS_KERNELS, "tl.static_range(K)", "tl.static_range(K - 1)", "a token's last expert forgotten"
     ),
@@ -47,28 +47,30 @@ MUTANTS = (
     ),
     Mutant("experts", EXPERTS_KERNELS, "first, expert * N, n0", "first, 0 * N, n0", "everybody takes the first expert"),
     Mutant(
-        "experts", EXPERTS_KERNELS, "(pair.to(tl.int32) // top_k)", "(pair.to(tl.int32) // (top_k + 1))", "wrong token"
+        "experts",
+        EXPERTS_KERNELS,
+        "(pair.to(tl.int32) // sizes.top_k)",
+        "(pair.to(tl.int32) // (sizes.top_k + 1))",
+        "wrong token",
     ),
-    Mutant(
-        "experts", EXPERTS_KERNELS, "h *= activate(g, RELU2)", "h = activate(g, RELU2)", "up forgotten beside the gate"
-    ),
+    Mutant("experts", EXPERTS_KERNELS, "h *= a\n", "h = a\n", "up forgotten beside the gate"),
     Mutant(
         "experts",
         EXPERTS_KERNELS,
-        "product(y, y, h2, down2, down2,",
-        "product(y, y, h, down, down,",
+        "y, y, h2, down2, down2,",
+        "y, y, h, down, down,",
         "dx without the gate",
     ),
     Mutant(
         "experts",
         EXPERTS_KERNELS,
-        "at = tl.where(shared, rows, at)\n        N",
-        "N",
+        "at = tl.where(is_shared, rows, at)\n        N",
+        "pass\n        N",
         "the shared expert sees the first row only",
     ),
     Mutant("experts", LANG, "tile * 0 + T", "tile * 0 + T - 1", "the shared expert misses the last row"),
-    Mutant("experts", EXPERTS_BACKWARD, "v * v, 2 * v", "v * v, v", "derivative of the square without its 2"),
-    Mutant("experts", EXPERTS_BACKWARD, "s * (1 + v * (1 - s))", "s * (1 - s)", "derivative of sigmoid, not silu"),
+    Mutant("experts", LANG, "h * h, 2 * h", "h * h, h", "derivative of the square without its 2"),
+    Mutant("experts", LANG, "s * (1 + h * (1 - s))", "s * (1 - s)", "derivative of sigmoid, not silu"),
     Mutant("experts", EXPERTS_BACKWARD, "dh = d * w\n", "dh = d\n", "routing weight forgotten in dh"),
     Mutant("experts", EXPERTS_BACKWARD, "parts.sum(0)", "parts[0]", "dweights of the first tile of N"),
     Mutant(
@@ -81,12 +83,18 @@ MUTANTS = (
     Mutant(
         "experts", EXPERTS_BACKWARD, "mask_r = rows < end", "mask_r = rows < end - 1", "last row of an expert missed"
     ),
-    Mutant("experts", EXPERTS_BACKWARD, 'ends, up, "b"),', 'ends, up, ""),', "rows of x by pair, not by token"),
+    Mutant(
+        "experts",
+        EXPERTS_BACKWARD,
+        'weights.up, pairs, "b"),',
+        'weights.up, pairs, ""),',
+        "rows of x by pair, not by token",
+    ),
     Mutant(
         "experts",
         EXPERTS,
-        "order, ends = index_lists(ids, len(up))",
-        "order, ends = index_lists(ids - 1, len(up))",
+        "sort_pairs(topk_ids, len(up))",
+        "sort_pairs(topk_ids - 1, len(up))",
         "pairs listed for the expert before theirs",
     ),
 )

@@ -8,7 +8,11 @@ ROUTE_KERNELS = "tt_kernels/moe/route_kernels.py"
 MUTANTS = (
     Mutant("route", ROUTE_KERNELS, "biased = scores + bias[None, :, :]", "biased = scores", "bias forgotten"),
     Mutant(
-        "route", ROUTE_KERNELS, "weights = scores * SCALE", "weights = biased * SCALE", "weights from biased scores"
+        "route",
+        ROUTE_KERNELS,
+        "weights = scores * CHOICE.SCALE",
+        "weights = biased * CHOICE.SCALE",
+        "weights from biased scores",
     ),
     Mutant("route", ROUTE_KERNELS, "tl.where(k >= 0, scores, 0.0)", "scores", "normalised over all experts"),
     Mutant("route", ROUTE_KERNELS, "ordered(first + second)", "ordered(first)", "a group's best score only"),

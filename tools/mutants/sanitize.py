@@ -32,8 +32,8 @@ MUTANTS = tuple(
             "route",
             "route-T37-D300-E13-K3",
             ROUTE_KERNELS,
-            "    if tl.program_id(0) == 0:\n        tl.store(ends_ptr + e, ends, mask=e < E)",
-            "    if tl.program_id(0) == 0:\n        tl.store(ends_ptr + e, ends)",
+            "    if tl.program_id(0) == 0:\n        tl.store(out.offsets + e, ends, mask=e < E)",
+            "    if tl.program_id(0) == 0:\n        tl.store(out.offsets + e, ends)",
             "ends of experts that there are not (write outside)",
         ),
         (

@@ -1,6 +1,7 @@
 """Mixture of experts: the router and the experts."""
 
-from .experts import ExpertWeights, experts
+from ..reference.moe import ExpertWeights, Matrix, Routing
+from .experts import experts
 from .route import route
 
-__all__ = ["ExpertWeights", "experts", "route"]
+__all__ = ["ExpertWeights", "Matrix", "Routing", "experts", "route"]

@@ -3,22 +3,22 @@
 import triton
 import triton.language as tl
 
-from ..runtime.lang import silu
+from ..runtime.lang import sigmoid
 
-# What callers list (order, ends) is not looked at by the host, which would wait for it. Places are cut to the rows and
-# pairs that there are where they are read, so that a list that is wrong gives wrong numbers and nothing else.
+# The host does not look at a caller's sorted_pairs and offsets: it would wait for the device. Kernels clamp what they
+# read to the rows and pairs that there are, so wrong lists give wrong numbers and touch no other memory.
 
 
 @triton.jit
-def end_of(ends_ptr, expert, mask, R):
+def end_of(offsets_ptr, expert, mask, R):
     """Where an expert's rows end, as listed, within 0 to R."""
-    return tl.minimum(tl.maximum(tl.load(ends_ptr + expert, mask=mask, other=0), 0), R).to(tl.int32)
+    return tl.minimum(tl.maximum(tl.load(offsets_ptr + expert, mask=mask, other=0), 0), R).to(tl.int32)
 
 
 @triton.jit
-def pairs_of(order_ptr, rows, mask, R):
+def pairs_of(sorted_pairs_ptr, rows, mask, R):
     """The pairs t * K + k of sorted rows, as listed, within 0 to R - 1."""
-    return tl.minimum(tl.maximum(tl.load(order_ptr + rows, mask=mask, other=0), 0), R - 1).to(tl.int64)
+    return tl.minimum(tl.maximum(tl.load(sorted_pairs_ptr + rows, mask=mask, other=0), 0), R - 1).to(tl.int64)
 
 
 @triton.jit
@@ -33,19 +33,11 @@ def find_tile(tiles_ptr, tile, T, DENSE: tl.constexpr, BLOCK_T: tl.constexpr):
     return expert, first, end
 
 
-# How a product runs, a tuple so that it travels as one argument.
-# (A_TMA, W_TMA, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K)
-
-
 @triton.jit
-def weight_tile(w, row, n0, k, N, K, MODE: tl.constexpr):
+def weight_tile(w, row, n0, k, N, K, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """A tile of the matrix whose rows begin at `row`: [BLOCK_N, BLOCK_K] of [N, K]; [BLOCK_K, BLOCK_N] of [K, N] if
     TRANSPOSED. Outside of [N, K] it is 0 along K; along N it may be the next expert's."""
-    W_TMA: tl.constexpr = MODE[1]
-    TRANSPOSED: tl.constexpr = MODE[2]
-    BLOCK_N: tl.constexpr = MODE[5]
-    BLOCK_K: tl.constexpr = MODE[6]
-    if W_TMA:
+    if isinstance(w, tl.tensor_descriptor):
         tile = w.load([row + k, n0]) if TRANSPOSED else w.load([row + n0, k])
     else:
         offs_n, offs_k = n0 + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
@@ -73,19 +65,18 @@ def dot_tile(a, w, acc, TRANSPOSED: tl.constexpr, SWAP: tl.constexpr):
 
 
 @triton.jit
-def product(acc, second, a, w, w2, rows, mask_t, first, row, n0, N, K, TWO: tl.constexpr, MODE: tl.constexpr):
+def product(
+    acc, second, a, w, w2, rows, mask_t, first, row, n0, N, K, TWO: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SWAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """acc + a w^T, and second + a w2^T where TWO, for BLOCK_T rows of a and BLOCK_N rows of w.
 
-    a: pointer of [*, K], read at `rows` [BLOCK_T] where mask_t; where A_TMA a descriptor, read from row `first` on.
-    w, w2: pointers, or descriptors where W_TMA, of all experts' matrices; this one's begins at `row`.
+    a: pointer of [*, K], read at `rows` [BLOCK_T] where mask_t, or descriptor, read from row `first` on.
+    w, w2: pointers or descriptors of all experts' matrices; this one's begins at `row`.
     """
-    A_TMA: tl.constexpr = MODE[0]
-    TRANSPOSED: tl.constexpr = MODE[2]
-    SWAP: tl.constexpr = MODE[3]
-    BLOCK_K: tl.constexpr = MODE[6]
     for k in range(0, K, BLOCK_K):
-        w_tile = weight_tile(w, row, n0, k, N, K, MODE)
-        if A_TMA:
+        w_tile = weight_tile(w, row, n0, k, N, K, TRANSPOSED, BLOCK_N, BLOCK_K)
+        if isinstance(a, tl.tensor_descriptor):
             a_tile = a.load([first, k])  # [BLOCK_T, BLOCK_K]
         else:
             offs_k = k + tl.arange(0, BLOCK_K)
@@ -93,16 +84,22 @@ def product(acc, second, a, w, w2, rows, mask_t, first, row, n0, N, K, TWO: tl.c
             a_tile = tl.load(at, mask=mask_t[:, None] & (offs_k < K)[None, :], other=0.0)
         acc = dot_tile(a_tile, w_tile, acc, TRANSPOSED, SWAP)
         if TWO:
-            w2_tile = weight_tile(w2, row, n0, k, N, K, MODE)
+            w2_tile = weight_tile(w2, row, n0, k, N, K, TRANSPOSED, BLOCK_N, BLOCK_K)
             second = dot_tile(a_tile, w2_tile, second, TRANSPOSED, SWAP)
     return acc, second
 
 
+# `ACTIVATIONS` of reference/moe.py, with the derivatives: where no backward asks for one it costs nothing.
+
+
 @triton.jit
-def activate(h, RELU2: tl.constexpr):
-    if RELU2:
+def activate(h, ACTIVATION: tl.constexpr):
+    """(act(h), act'(h))"""
+    if ACTIVATION == "relu2":
         h = tl.maximum(h, 0, propagate_nan=tl.PropagateNan.ALL)
-        h = h * h
+        a, da = h * h, 2 * h
     else:
-        h = silu(h)
-    return h
+        tl.static_assert(ACTIVATION == "silu", "an activation without a kernel")
+        s = sigmoid(h)
+        a, da = h * s, s * (1 + h * (1 - s))
+    return a, da

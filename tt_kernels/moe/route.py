@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..reference.moe import Routing
 from ..runtime.checks import check, is_real, is_whole, refuse
 from ..runtime.registry import define, takes_kernel
-from .route_backward import _route_bwd_fake, route_bwd
+from .route_backward import _route_bwd, _route_bwd_fake
 from .route_launch import _route_fwd, _route_fwd_fake
 
 _fwd = define(
@@ -19,7 +20,7 @@ _fwd = define(
 _bwd = define(
     "route_bwd(Tensor dweights, Tensor x, Tensor weight, Tensor ids, Tensor chosen, bool norm, float scale,"
     " bool for_x, bool for_weight) -> (Tensor, Tensor)",
-    route_bwd,
+    _route_bwd,
     _route_bwd_fake,
 )
 
@@ -27,15 +28,15 @@ _bwd = define(
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, K, groups, kept, norm, scale):
-        ids, weights, order, ends, chosen = _fwd(x, weight, bias, K, groups, kept, norm, scale)
+        ids, weights, sorted_pairs, offsets, chosen = _fwd(x, weight, bias, K, groups, kept, norm, scale)
         ctx.save_for_backward(x, weight, ids, chosen)
         ctx.options = norm, scale
-        ctx.mark_non_differentiable(ids, order, ends)
-        return ids, weights, order, ends
+        ctx.mark_non_differentiable(ids, sorted_pairs, offsets)
+        return ids, weights, sorted_pairs, offsets
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, _ids, dweights, _order, _ends):
+    def backward(ctx, _ids, dweights, _pairs, _offsets):
         for_x, for_weight = ctx.needs_input_grad[:2]
         dx, dweight = _bwd(dweights, *ctx.saved_tensors, *ctx.options, for_x, for_weight)
         return dx if for_x else None, dweight if for_weight else None, *(None,) * 6
@@ -51,8 +52,8 @@ def route(
     topk_group: int = 1,
     norm_topk_prob: bool = True,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choose each token's experts by s + bias, s = sigmoid(x weight^T), and weigh them by s.
+) -> Routing:
+    """Choose each token's experts by s + bias, s = sigmoid(x weight^T), and weigh them by s: what `experts` takes.
 
     With more than one group: a group's score is the sum of its two best biased scores; outside the topk_group best
     groups the biased scores count as 0, but for an expert's that is switched off: whose bias is -inf is chosen last. Of
@@ -68,15 +69,21 @@ def route(
         norm_topk_prob: divide the weights by their sum + 1e-20.
         scale:          multiplies the weights.
     Returns:
-        ids:     [T, K] int64, best first.
-        weights: [T, K] fp32 (fp64 where x is fp64).
-        order:   [T * K] int64: the pairs t * K + k sorted by expert, in each expert by token: what `experts` walks.
-        ends:    [E] int32: where each expert's pairs end in order; the differences are the tokens of each expert.
+        A Routing:
+        topk_ids:     [T, K] int64, best first.
+        topk_weights: [T, K] fp32 (fp64 where x is fp64).
+        sorted_pairs: [T * K] int64: pairs t * K + k sorted by expert, in each expert by token: what `experts` walks.
+        offsets:      [E] int32: where each expert's pairs end in sorted_pairs; the differences are its tokens.
 
-    Computes in fp64, so that no rounding decides a choice. Gradients for x and weight through the weights, none for
-    bias. Deterministic. Raises ValueError for sizes that disagree and options out of their range. Cost: 2 T E D
-    flops, T D itemsize + 4 E D + 20 T K bytes: bound by reading x and weight.
+    Numerics: computes in fp64, so that no rounding decides a choice. Deterministic.
+    Gradients: for x and weight through topk_weights, none for bias.
+    Raises: ValueError for sizes that disagree and options out of their range.
+    Cost: 2 T E D flops, T D itemsize + 4 E D + 20 T K bytes: bound by reading x and weight.
     Source: DeepSeek-V3 (2412.19437), section 2.1.2.
+
+    Example:
+        routing = route(x, router_weight, router_bias, top_k=6, scale=2.5)
+        y = experts(x, routing, ExpertWeights(up, down))
     """
     check("route", 3, x=(x, "T D"), weight=(weight, "E D"), bias=(bias, "E"))
     E = weight.shape[0]
@@ -103,4 +110,5 @@ def route(
             norm_topk_prob=norm_topk_prob,
             scale=scale,
         )
-    return _Route.apply(x, weight, bias, int(top_k), int(n_group), int(topk_group), norm_topk_prob, float(scale))
+    options = int(top_k), int(n_group), int(topk_group), norm_topk_prob, float(scale)
+    return Routing(*_Route.apply(x, weight, bias, *options))

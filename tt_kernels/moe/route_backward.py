@@ -1,4 +1,6 @@
-"""The router: which experts each token goes to, and with what weight."""
+"""Backward of the router: the gradient of the logits, then two products."""
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -6,6 +8,13 @@ from torch import Tensor
 
 from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, run
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsLaunch(Launch):
+    BLOCK_T: int = 8
+    num_warps: int = 4
+    num_stages: int = 1
 
 
 def _route_bwd_fake(dweights, x, weight, ids, chosen, norm, scale, for_x, for_weight):
@@ -51,7 +60,7 @@ def _route_bwd_kernel(
 # ---- launches ----
 
 
-def route_bwd(
+def _route_bwd(
     dweights: Tensor, x: Tensor, weight: Tensor, ids: Tensor, chosen: Tensor, norm: bool, scale: float,
     for_x: bool, for_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -62,12 +71,13 @@ def route_bwd(
     acc = compute_dtype(x.dtype, weight.dtype)
     dlogits = x.new_empty(T, E, dtype=acc)
     block_k, block_e = triton.next_power_of_2(K), triton.next_power_of_2(E)
+    launch = LogitsLaunch()
     run(
         _route_bwd_kernel,
-        (triton.cdiv(T, 8),),
+        (triton.cdiv(T, launch.BLOCK_T),),
         *(dweights.contiguous(), ids.contiguous(), chosen.contiguous(), dlogits, T, E),
         **dict(TOP_K=K, NORM=norm, SCALE=scale, BLOCK_K=block_k, BLOCK_E=block_e),
-        launch=Launch(BLOCK_T=8, num_warps=4, num_stages=1),
+        launch=launch,
     )
     dx = (dlogits @ weight.to(acc)).to(x.dtype) if for_x else x.new_empty(0)
     if not for_weight:

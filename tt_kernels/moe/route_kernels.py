@@ -101,37 +101,31 @@ def choose(
     scores,  # [R, H, C] fp64
     bias_ptr,
     rows,  # [R]: the tokens
-    ids_ptr,  # [T, K]
-    weights_ptr,
-    chosen_ptr,
+    out,  # Outputs
     T,
     E,
-    TOP_K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOPK_GROUP: tl.constexpr,
-    NORM: tl.constexpr,
-    SCALE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    CHOICE: tl.constexpr,
 ):
     """Choose a tile's experts and write them, their weights and their scores.
 
     Returns, [R, H, C] each: the pair t * K + k of a token and an expert, whether there is one, and how many of the
     tile's earlier tokens chose the same expert; [H, C]: how many did in all."""
-    expert, real = columns(E, GROUPS, BLOCK_N, scores.shape[1] * scores.shape[2])
+    expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
     bias = tl.load(bias_ptr + expert, mask=real, other=0.0).to(tl.float64)
     biased = scores + bias[None, :, :]
-    if GROUPS > 1:
-        biased = within_groups(tl.where(real[None, :, :], biased, -float("inf")), GROUPS, TOPK_GROUP, BLOCK_N)
-    k = best(tl.where(real[None, :, :], ordered(biased), _TAKEN), TOP_K)
+    if CHOICE.GROUPS > 1:
+        masked = tl.where(real[None, :, :], biased, -float("inf"))
+        biased = within_groups(masked, CHOICE.GROUPS, CHOICE.TOPK_GROUP, CHOICE.BLOCK_N)
+    k = best(tl.where(real[None, :, :], ordered(biased), _TAKEN), CHOICE.TOP_K)
     paired = (k >= 0) & (rows < T)[:, None, None]
-    pair = rows[:, None, None] * TOP_K + k
-    weights = scores * SCALE
-    if NORM:
+    pair = rows[:, None, None] * CHOICE.TOP_K + k
+    weights = scores * CHOICE.SCALE
+    if CHOICE.NORM:
         total = tl.sum(tl.sum(tl.where(k >= 0, scores, 0.0), axis=1), axis=1)
         weights *= (1 / (total + 1e-20))[:, None, None]
-    tl.store(ids_ptr + pair, tl.broadcast_to(expert[None, :, :], pair.shape).to(tl.int64), mask=paired)
-    tl.store(weights_ptr + pair, weights.to(weights_ptr.dtype.element_ty), mask=paired)
-    tl.store(chosen_ptr + pair, scores, mask=paired)
+    tl.store(out.topk_ids + pair, tl.broadcast_to(expert[None, :, :], pair.shape).to(tl.int64), mask=paired)
+    tl.store(out.topk_weights + pair, weights.to(out.topk_weights.dtype.element_ty), mask=paired)
+    tl.store(out.chosen + pair, scores, mask=paired)
     ones = paired.to(tl.int32)
     return pair, paired, tl.cumsum(ones, axis=0) - ones, tl.sum(ones, axis=0)
 
@@ -158,8 +152,8 @@ def _split_product(
 
 @triton.jit
 def _sort_pairs(
-    ids_ptr, rank_ptr, counts_ptr, order_ptr, ends_ptr, T, E, tiles, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+    out, rank_ptr, counts_ptr, T, E, tiles, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_TILES: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Sorted lists from every tile's counts and every pair's rank in its tile. Past the first cache: other programs
     have only just written them."""
@@ -169,15 +163,15 @@ def _sort_pairs(
     counts = tl.load(counts_ptr + tile * E + e[None, :], mask=mask, other=0, cache_modifier=".cg")
     total = tl.sum(counts, axis=0)
     ends = tl.cumsum(total, axis=0)
-    tl.store(ends_ptr + e, ends, mask=e < E)
+    tl.store(out.offsets + e, ends, mask=e < E)
     first = (ends - total)[None, :] + tl.cumsum(counts, axis=0) - counts  # [BLOCK_TILES, BLOCK_E]: a tile's first place
     pair = tl.arange(0, BLOCK_PAIRS)
     mask_pair = pair < T * TOP_K
-    expert = tl.load(ids_ptr + pair, mask=mask_pair, other=0, cache_modifier=".cg").to(tl.int32)
+    expert = tl.load(out.topk_ids + pair, mask=mask_pair, other=0, cache_modifier=".cg").to(tl.int32)
     rank = tl.load(rank_ptr + pair, mask=mask_pair, other=0, cache_modifier=".cg")
     at = tl.where(mask_pair, pair // (BLOCK_T * TOP_K) * BLOCK_E + expert, 0)
     place = tl.gather(tl.reshape(first, (BLOCK_TILES * BLOCK_E,)), at, axis=0) + rank
-    tl.store(order_ptr + place, pair.to(tl.int64), mask=mask_pair)
+    tl.store(out.sorted_pairs + place, pair.to(tl.int64), mask=mask_pair)
 
 
 @triton.jit
@@ -189,24 +183,14 @@ def _route_few_kernel(
     partial_ptr,  # [SPLITS, T, E] fp64
     counts_ptr,  # [tiles, E]: pairs of a tile by expert
     rank_ptr,  # [T, K]: how many pairs of the tile with the same expert come before
-    ids_ptr,  # [T, K], as weights and chosen (the scores)
-    weights_ptr,
-    chosen_ptr,
-    order_ptr,  # [T * K]
-    ends_ptr,  # [E]
+    out,  # Outputs
     stride_x,
     stride_w,
     T,
     E,
     D,
-    TOP_K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOPK_GROUP: tl.constexpr,
-    NORM: tl.constexpr,
-    SCALE: tl.constexpr,
+    CHOICE: tl.constexpr,  # Choice
     ONE_TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -231,7 +215,7 @@ def _route_few_kernel(
     if tl.atomic_add(tickets_ptr + tile, 1) == tl.num_programs(1) * SPLITS - 1:
         tl.store(tickets_ptr + tile, 0)
         rows = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        expert, real = columns(E, GROUPS, BLOCK_N, BLOCK_P)
+        expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
         mask = (rows < T)[:, None, None] & real[None, :, :]
         part_ptrs = partial_ptr + rows[:, None, None] * E + expert[None, :, :]
         scores = tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
@@ -239,14 +223,11 @@ def _route_few_kernel(
             scores += tl.load(part_ptrs + s * T * E, mask=mask, other=0.0, cache_modifier=".cg")
         if SPLITS > 1:
             scores = sigmoid64(scores)
-        pair, paired, rank, counts = choose(
-            scores, bias_ptr, rows, ids_ptr, weights_ptr, chosen_ptr, T, E, TOP_K, GROUPS, TOPK_GROUP, NORM, SCALE,
-            BLOCK_N,
-        )  # fmt: skip
+        pair, paired, rank, counts = choose(scores, bias_ptr, rows, out, T, E, CHOICE)
         if ONE_TILE:
-            ends = tl.reshape(tl.cumsum(tl.reshape(counts, (BLOCK_P,)), axis=0), counts.shape)
-            tl.store(ends_ptr + expert, ends, mask=real)
-            tl.store(order_ptr + (ends - counts)[None, :, :] + rank, pair.to(tl.int64), mask=paired)
+            ends = tl.reshape(tl.cumsum(tl.reshape(counts, (CHOICE.BLOCK_P,)), axis=0), counts.shape)
+            tl.store(out.offsets + expert, ends, mask=real)
+            tl.store(out.sorted_pairs + (ends - counts)[None, :, :] + rank, pair.to(tl.int64), mask=paired)
         else:
             tl.store(rank_ptr + pair, rank, mask=paired)
             tl.store(counts_ptr + tile * E + expert, counts, mask=real)
@@ -254,9 +235,9 @@ def _route_few_kernel(
             if tl.atomic_add(tickets_ptr + tiles, 1) == tiles - 1:
                 tl.store(tickets_ptr + tiles, 0)
                 _sort_pairs(
-                    ids_ptr, rank_ptr, counts_ptr, order_ptr, ends_ptr, T, E, tiles, TOP_K, BLOCK_T,
-                    BLOCK_P, BLOCK_TILES, BLOCK_PAIRS,
-                )  # fmt: skip
+                    *(out, rank_ptr, counts_ptr, T, E, tiles),
+                    *(CHOICE.TOP_K, BLOCK_T, CHOICE.BLOCK_P, BLOCK_TILES, BLOCK_PAIRS),
+                )
 
 
 @triton.jit
@@ -292,30 +273,20 @@ def _route_scores_kernel(
 def _route_choose_kernel(
     scores_ptr,  # [T, E] fp64
     bias_ptr,  # [E]
-    ids_ptr,  # [T, K], as weights and chosen (the scores)
-    weights_ptr,
-    chosen_ptr,
+    out,  # Outputs
     rank_ptr,  # [T, K]: how many pairs of the tile with the same expert come before
     counts_ptr,  # [tiles, E]: pairs of a tile by expert
     T,
     E,
-    TOP_K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOPK_GROUP: tl.constexpr,
-    NORM: tl.constexpr,
-    SCALE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    CHOICE: tl.constexpr,  # Choice
     BLOCK_T: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
     rows = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    expert, real = columns(E, GROUPS, BLOCK_N, BLOCK_P)
+    expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
     mask = (rows < T)[:, None, None] & real[None, :, :]
     scores = tl.load(scores_ptr + rows[:, None, None] * E + expert[None, :, :], mask=mask, other=0.0)
-    pair, paired, rank, counts = choose(
-        scores, bias_ptr, rows, ids_ptr, weights_ptr, chosen_ptr, T, E, TOP_K, GROUPS, TOPK_GROUP, NORM, SCALE, BLOCK_N
-    )
+    pair, paired, rank, counts = choose(scores, bias_ptr, rows, out, T, E, CHOICE)
     tl.store(rank_ptr + pair, rank, mask=paired)
     tl.store(counts_ptr + tile * E + expert, counts, mask=real)
 
@@ -343,12 +314,10 @@ def _route_scan_kernel(
 
 @triton.jit
 def _route_scatter_kernel(
-    ids_ptr,  # [T, K]
+    out,  # Outputs
     rank_ptr,  # [T, K]
     before_ptr,  # [tiles, E]
     total_ptr,  # [E]
-    order_ptr,  # [T * K]
-    ends_ptr,  # [E]
     pairs,
     per_tile,
     E,
@@ -359,11 +328,11 @@ def _route_scatter_kernel(
     total = tl.load(total_ptr + e, mask=e < E, other=0)
     ends = tl.cumsum(total, axis=0)
     if tl.program_id(0) == 0:
-        tl.store(ends_ptr + e, ends, mask=e < E)
+        tl.store(out.offsets + e, ends, mask=e < E)
     pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
     mask = pair < pairs
-    expert = tl.load(ids_ptr + pair, mask=mask, other=0)
+    expert = tl.load(out.topk_ids + pair, mask=mask, other=0)
     rank = tl.load(rank_ptr + pair, mask=mask, other=0)
     before = tl.load(before_ptr + pair // per_tile * E + expert, mask=mask, other=0)
     place = tl.gather(ends - total, expert.to(tl.int32), axis=0) + before + rank
-    tl.store(order_ptr + place, pair, mask=mask)
+    tl.store(out.sorted_pairs + place, pair, mask=mask)

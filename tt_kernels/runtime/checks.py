@@ -84,6 +84,7 @@ _KINDS: dict[type, Callable[[torch.dtype], bool]] = {
     float: lambda dtype: dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     int: lambda dtype: dtype in (torch.int64, torch.int32),
     bool: lambda dtype: dtype == torch.bool,
+    object: lambda dtype: True,  # the op compares it
 }
 
 # Shapes and dtypes that `check` has let pass. Ops are called hundreds of times a pass: a look-up takes 1 to 4 us where

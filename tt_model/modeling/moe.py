@@ -59,7 +59,7 @@ class MoE(nn.Module):
     def forward(self, h_BLD: Tensor) -> Tensor:
         c = self.config
         h = h_BLD.flatten(0, 1)  # [T, D]
-        ids, weights, order, ends = route(
+        routing = route(
             h,
             self.gate.weight,
             self.gate.e_score_correction_bias,
@@ -70,11 +70,9 @@ class MoE(nn.Module):
             scale=c.routed_scaling_factor,
         )
         if self.load is not None:
-            self.load += torch.bincount(ids.flatten(), minlength=len(self.load))
+            self.load += torch.bincount(routing.topk_ids.flatten(), minlength=len(self.load))
         stacked = ExpertWeights(self.experts.up_proj, self.experts.down_proj)
         shared = self.shared_experts
         folded = None if shared is None or c.mlp_bias else ExpertWeights(shared.up_proj.weight, shared.down_proj.weight)
-        y = experts(
-            h, ids, weights, stacked, order=order, ends=ends, shared=folded, activation=c.mlp_hidden_act
-        ).view_as(h_BLD)
+        y = experts(h, routing, stacked, shared=folded, activation=c.mlp_hidden_act).view_as(h_BLD)
         return y if shared is None or folded is not None else y + shared(h_BLD)
