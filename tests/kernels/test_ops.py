@@ -4,6 +4,7 @@ What the results mean is the business of test_reference.py and test_sampling.py.
 """
 
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -74,8 +75,8 @@ def test_docstring_is_whole(name: str) -> None:
     listed = {word for line in arguments.splitlines() for word in line.partition(":")[0].replace(",", " ").split()}
     assert set(inspect.signature(op.fn).parameters) <= listed
     assert all(f"{output}:" in results for output in op.outputs)
-    for word in ("Cost", "Raises", "ValueError", "radients"):
-        assert word in results, f"{name} does not say: {word}"
+    for word in ("Cost", r"Raises:? ValueError", "radients"):
+        assert re.search(word, results), f"{name} does not say: {word}"
 
 
 @pytest.mark.parametrize("op,dims", CASES)
