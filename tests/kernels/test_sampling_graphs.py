@@ -64,7 +64,7 @@ class Module(torch.nn.Module):
         return self.fn(**given, **structure, **self.options)
 
 
-def traced(name: str) -> tuple[Module, *tuple[list[Tensor], ...]]:
+def traced(name: str) -> tuple[Module, list[Tensor], list[Tensor]]:
     first, other, dims = GRAPHS[name]
     op = OPS[name]
     kwargs, others = (make(op, sizes, torch.float32) for sizes in (first, other))

@@ -55,7 +55,7 @@ class Sampling(NamedTuple):
             top_p=None if top_p is None else of_rows(top_p, torch.float64),
         )
 
-    def select(self, rows: Tensor) -> "Sampling":
+    def select(self, rows: Tensor | slice) -> "Sampling":
         """The settings of some rows."""
         return Sampling(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
 

@@ -119,7 +119,8 @@ def tile_record(
     row,  # [rows]
     mask,  # [rows]: which of them there are
     settings,
-    limits,  # pointers [rows], or None
+    limits,  # Limits, or None
+    offs,  # [rows]: which limits are theirs
     V,
     suppress,
     PAIRS: tl.constexpr,  # the sum by pairs, which several tiles of rows must have in one order
@@ -143,8 +144,8 @@ def tile_record(
         scaled = x / divisor if WIDE else tl.div_rn(x, divisor)
         score = scaled + unit[None, :] * gumbel_tile(seed, position, step, start, BLOCK_V, WIDE)
         if limits is not None:
-            least = tl.load(limits.least, mask=mask, other=0.0)
-            last = tl.load(limits.last, mask=mask, other=0)
+            least = tl.load(limits.least + offs, mask=mask, other=0.0)
+            last = tl.load(limits.last + offs, mask=mask, other=0)
             out = (scaled < least[None, :]) | ((scaled == least[None, :]) & (ids > last[None, :]))
             score = tl.where(out, float("-inf"), score)
         best, at = tl.max(order(tl.where(hot[None, :], score, x), WIDE), axis=0, return_indices=True)

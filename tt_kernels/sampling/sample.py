@@ -49,9 +49,6 @@ def _sample_kernel(
         row = tl.load(listed.index + row, mask=mask_t, other=0)
     acc_dtype = store.stats.dtype.element_ty
     any_hot = is_any_hot(row, mask_t, settings)
-    here = None
-    if limits is not None:
-        here = Limits(limits.least + offs_t, limits.last + offs_t)
     start = part * TILES * BLOCK_V
     record = empty_record(BLOCK_T, acc_dtype)
     for tile in range(start, min(start + TILES * BLOCK_V, V), BLOCK_V):
@@ -59,7 +56,9 @@ def _sample_kernel(
         at = offs_t.to(tl.int64)[None, :] * stride_logits + ids[:, None]
         x = tl.load(logits_ptr + at, mask=mask_t[None, :] & (ids[:, None] < V), other=0.0)  # [BLOCK_V, BLOCK_T]
         found = tile_record(
-            *(x.to(acc_dtype), tile, any_hot, row, mask_t, settings, here, V, suppress), PAIRS=False, BLOCK_V=BLOCK_V
+            *(x.to(acc_dtype), tile, any_hot, row, mask_t, settings, limits, offs_t, V, suppress),
+            PAIRS=False,
+            BLOCK_V=BLOCK_V,
         )
         record = merge(record, found)
     write_record(store, first + offs_t, mask_t, part, record)
