@@ -144,10 +144,12 @@ def experts(
     topk_ids, topk_weights, sorted_pairs, offsets = routing
     if not isinstance(weights, ExpertWeights):
         refuse("experts", "weights", weights, "ExpertWeights")
-    if not isinstance(shared, ExpertWeights | None):
+    if not (shared is None or isinstance(shared, ExpertWeights)):
         refuse("experts", "shared", shared, "ExpertWeights")
     given = (*weights, *(shared or (None, None, None)))
-    stored = {name: m for name, m in zip(_NAMES, given, strict=True) if isinstance(m, Matrix)}
+    stored: dict[str, Matrix] = {}
+    if Matrix in map(type, given):  # a plain tensor stands for a Matrix, unwrapped to save time
+        stored = {name: m for name, m in zip(_NAMES, given, strict=True) if isinstance(m, Matrix)}
     data = [m.data if isinstance(m, Matrix) else m for m in given] if stored else given
     up, down, gate, shared_up, shared_down, shared_gate = data
     check(
@@ -175,17 +177,17 @@ def experts(
         refuse("experts", "shared_up" if shared_up is None else "shared_down", None, "a tensor")
     if shared is not None and (gate is None) != (shared_gate is None):
         refuse("experts", "shared_gate", shared_gate, "None, as gate is" if gate is None else "a gate, as experts have")
+    for name, matrix in stored.items():
+        _check_format(x, name, matrix)
     for name, tensor in zip(_NAMES, data, strict=True):
-        if name in stored:
-            _check_format(x, name, stored[name])
-        elif tensor is not None and tensor.dtype != x.dtype:
+        if tensor is not None and tensor.dtype != x.dtype and name not in stored:
             refuse("experts", name, tensor.dtype, f"the dtype of x, {x.dtype}")
     if not torch.compiler.is_compiling() and topk_ids.numel() >= 2**31:
         refuse("experts", "topk_ids", list(topk_ids.shape), "fewer than 2^31 pairs")
     if sorted_pairs is not None and offsets is not None and looks_at(sorted_pairs):
         _check_pairs(topk_ids, sorted_pairs, offsets, len(up))
     kernel = takes_kernel("experts", x, topk_weights, *data)
-    unread = [m.format for m in stored.values() if m.format not in KERNEL_FORMATS]
+    unread = stored and [m.format for m in stored.values() if m.format not in KERNEL_FORMATS]
     if kernel and unread and x.is_cuda:
         raise NotImplementedError(f"experts: no kernel reads weights in the format {unread[0]!r}")
     if not kernel or unread or not x.numel():  # without numbers there is nothing to launch
