@@ -84,12 +84,6 @@ def _check_pairs(topk_ids: Tensor, sorted_pairs: Tensor, offsets: Tensor, E: int
 _NAMES = ("up", "down", "gate", "shared_up", "shared_down", "shared_gate")
 
 
-def _matrices(name: str, weights: ExpertWeights) -> list[Matrix | None]:
-    if not isinstance(weights, ExpertWeights):
-        refuse("experts", name, weights, "ExpertWeights")
-    return [w if w is None or isinstance(w, Matrix) else Matrix(w) for w in weights]
-
-
 def _check_format(x: Tensor, name: str, matrix: Matrix) -> None:
     """Refuse data and scale that are not as the matrix's format has them."""
     data, scale, stored = matrix
@@ -148,8 +142,15 @@ def experts(
     if not isinstance(routing, Routing):
         refuse("experts", "routing", routing, "Routing")
     topk_ids, topk_weights, sorted_pairs, offsets = routing
-    matrices = _matrices("weights", weights) + ([None] * 3 if shared is None else _matrices("shared", shared))
-    data = [None if m is None else m.data for m in matrices]
+    if not isinstance(weights, ExpertWeights):
+        refuse("experts", "weights", weights, "ExpertWeights")
+    if not (shared is None or isinstance(shared, ExpertWeights)):
+        refuse("experts", "shared", shared, "ExpertWeights")
+    given = (*weights, *(shared or (None, None, None)))
+    stored: dict[str, Matrix] = {}
+    if Matrix in map(type, given):  # a plain tensor stands for a Matrix, unwrapped to save time
+        stored = {name: m for name, m in zip(_NAMES, given, strict=True) if isinstance(m, Matrix)}
+    data = [m.data if isinstance(m, Matrix) else m for m in given] if stored else given
     up, down, gate, shared_up, shared_down, shared_gate = data
     check(
         "experts",
@@ -176,15 +177,17 @@ def experts(
         refuse("experts", "shared_up" if shared_up is None else "shared_down", None, "a tensor")
     if shared is not None and (gate is None) != (shared_gate is None):
         refuse("experts", "shared_gate", shared_gate, "None, as gate is" if gate is None else "a gate, as experts have")
-    for name, matrix in zip(_NAMES, matrices, strict=True):
-        if matrix is not None:
-            _check_format(x, name, matrix)
+    for name, matrix in stored.items():
+        _check_format(x, name, matrix)
+    for name, tensor in zip(_NAMES, data, strict=True):
+        if tensor is not None and tensor.dtype != x.dtype and name not in stored:
+            refuse("experts", name, tensor.dtype, f"the dtype of x, {x.dtype}")
     if not torch.compiler.is_compiling() and topk_ids.numel() >= 2**31:
         refuse("experts", "topk_ids", list(topk_ids.shape), "fewer than 2^31 pairs")
     if sorted_pairs is not None and offsets is not None and looks_at(sorted_pairs):
         _check_pairs(topk_ids, sorted_pairs, offsets, len(up))
     kernel = takes_kernel("experts", x, topk_weights, *data)
-    unread = [m.format for m in matrices if m is not None and m.format not in KERNEL_FORMATS]
+    unread = stored and [m.format for m in stored.values() if m.format not in KERNEL_FORMATS]
     if kernel and unread and x.is_cuda:
         raise NotImplementedError(f"experts: no kernel reads weights in the format {unread[0]!r}")
     if not kernel or unread or not x.numel():  # without numbers there is nothing to launch

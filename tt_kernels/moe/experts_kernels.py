@@ -124,9 +124,7 @@ def _down_tile(
         h2, down2 = routed.a2, routed.w2
     rows = first.to(tl.int64) + tl.arange(0, BLOCK_T)
     mask_t = rows < end
-    mask_pairs = mask_t
     if shared is not None:
-        mask_pairs = mask_t & (not is_shared)
         N = tl.where(is_shared, sizes.M, N)
         if is_shared:
             h, down, y_ptr = shared.a, shared.w, shared.out
@@ -145,6 +143,9 @@ def _down_tile(
         )
     if SWAP:
         y = tl.trans(y)
+    mask_pairs = mask_t
+    if shared is not None:
+        mask_pairs = mask_t & (not is_shared)
     at = pairs_of(sorted_pairs_ptr, rows, mask_pairs, R)
     if shared is not None:
         at = tl.where(is_shared, rows, at)
