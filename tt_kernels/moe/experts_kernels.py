@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .lang import activate, end_of, find_tile, pairs_of, product
+from .lang import Operands, activate, end_of, find_tile, pairs_of, product
 
 # The shared expert is more tiles of the same grids. A tile picks its operands, descriptors too, and then there is one
 # loop: two would hold shared memory for both.
@@ -31,9 +31,9 @@ def _pick_tile(i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED: tl.constexpr, BLOC
 
 @triton.jit
 def _up_tile(
-    routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n, GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr, SORTED: tl.constexpr, SWAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n, SHARED: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, SORTED: tl.constexpr, SWAP: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     D, N = sizes.D, sizes.N
     x, up, h_ptr = routed.a, routed.w, routed.out
@@ -45,11 +45,11 @@ def _up_tile(
     at = rows
     if not SORTED:  # the pairs' tokens
         mask_pairs = mask_t
-        if shared is not None:
+        if SHARED:
             mask_pairs = mask_t & (not is_shared)
         pair = pairs_of(sorted_pairs_ptr, rows, mask_pairs, sizes.T * sizes.top_k)
         at = (pair.to(tl.int32) // sizes.top_k).to(tl.int64)
-    if shared is not None:
+    if SHARED:
         if not SORTED:
             at = tl.where(is_shared, rows, at)
         N = tl.where(is_shared, sizes.M, N)
@@ -77,9 +77,16 @@ def _up_tile(
 
 @triton.jit
 def _experts_up_kernel(
-    # Operands: a [R, D] in sorted order where SORTED, else x [T, D]; w, w2 up and gate [E * N, D]; out h [R, N], sorted
-    routed,
-    shared,  # the same of the shared expert, or None: a x [T, D]; w, w2 [M, D]; out [T, M]
+    a,  # Operands: [R, D] in sorted order where SORTED, else x [T, D]
+    w,  # [E * N, D]: up; w2: gate
+    w2,
+    a2,
+    out,  # [R, N]: h in sorted order
+    shared_a,  # Operands of the shared expert: x [T, D]; None: there is none
+    shared_w,  # [M, D]
+    shared_w2,
+    shared_a2,
+    shared_out,  # [T, M]
     sorted_pairs_ptr,  # [R] int64: pairs t * top_k + k
     tiles_ptr,
     sizes,  # Extents
@@ -93,14 +100,18 @@ def _experts_up_kernel(
     BLOCK_K: tl.constexpr,
 ):
     n_tiles, m_tiles = tl.cdiv(sizes.N, BLOCK_N), tl.cdiv(sizes.M, BLOCK_N)
-    SHARED: tl.constexpr = shared is not None
+    SHARED: tl.constexpr = shared_a is not None
+    routed = Operands(a, w, w2, a2, out)
+    shared = routed
+    if SHARED:
+        shared = Operands(shared_a, shared_w, shared_w2, shared_a2, shared_out)
     if PERSISTENT:
         count = sizes.shared_tiles + tl.load(tiles_ptr).to(tl.int32) * n_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
             is_shared, expert, first, end, n = _pick_tile(i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED, BLOCK_T)
             _up_tile(
                 *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n),
-                *(GATED, ACTIVATION, SORTED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
+                *(SHARED, GATED, ACTIVATION, SORTED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
             )
     else:
         i = tl.program_id(0)
@@ -108,14 +119,15 @@ def _experts_up_kernel(
         if expert >= 0:
             _up_tile(
                 *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n),
-                *(GATED, ACTIVATION, SORTED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
+                *(SHARED, GATED, ACTIVATION, SORTED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
             )
 
 
 @triton.jit
 def _down_tile(
-    routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d, TWO: tl.constexpr,
-    TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d, SHARED: tl.constexpr,
+    TWO: tl.constexpr, TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     D, N = sizes.D, sizes.N
     h, down, y_ptr = routed.a, routed.w, routed.out
@@ -124,7 +136,7 @@ def _down_tile(
         h2, down2 = routed.a2, routed.w2
     rows = first.to(tl.int64) + tl.arange(0, BLOCK_T)
     mask_t = rows < end
-    if shared is not None:
+    if SHARED:
         N = tl.where(is_shared, sizes.M, N)
         if is_shared:
             h, down, y_ptr = shared.a, shared.w, shared.out
@@ -144,10 +156,10 @@ def _down_tile(
     if SWAP:
         y = tl.trans(y)
     mask_pairs = mask_t
-    if shared is not None:
+    if SHARED:
         mask_pairs = mask_t & (not is_shared)
     at = pairs_of(sorted_pairs_ptr, rows, mask_pairs, R)
-    if shared is not None:
+    if SHARED:
         at = tl.where(is_shared, rows, at)
     offs_d = d0 + tl.arange(0, BLOCK_N)
     to = y_ptr + at[:, None] * D + offs_d[None, :]  # [BLOCK_T, BLOCK_N], back in the tokens' order
@@ -156,9 +168,16 @@ def _down_tile(
 
 @triton.jit
 def _experts_down_kernel(
-    # Operands: a [R, N] in sorted order, as a2; w, w2 [E * D, N], or [E * N, D] where TRANSPOSED; out [R, D]: pair
-    routed,  # t * top_k + k in its row
-    shared,  # the same of the shared expert, or None: a, a2 [T, M]; w, w2 [D, M] or [M, D]; out [T, D]
+    a,  # Operands: [R, N] in sorted order, as a2
+    w,  # [E * D, N], or [E * N, D] where TRANSPOSED; as w2
+    w2,
+    a2,
+    out,  # [R, D]: pair t * top_k + k in its row
+    shared_a,  # Operands of the shared expert: [T, M], as shared_a2; None: there is none
+    shared_w,  # [D, M] or [M, D], as shared_w2
+    shared_w2,
+    shared_a2,
+    shared_out,  # [T, D]
     sorted_pairs_ptr,
     tiles_ptr,
     R,
@@ -172,14 +191,18 @@ def _experts_down_kernel(
     BLOCK_K: tl.constexpr,
 ):
     d_tiles = tl.cdiv(sizes.D, BLOCK_N)
-    SHARED: tl.constexpr = shared is not None
+    SHARED: tl.constexpr = shared_a is not None
+    routed = Operands(a, w, w2, a2, out)
+    shared = routed
+    if SHARED:
+        shared = Operands(shared_a, shared_w, shared_w2, shared_a2, shared_out)
     if PERSISTENT:
         count = sizes.shared_tiles + tl.load(tiles_ptr).to(tl.int32) * d_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
             is_shared, expert, first, end, d = _pick_tile(i, tiles_ptr, sizes, d_tiles, d_tiles, SHARED, BLOCK_T)
             _down_tile(
                 *(routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d),
-                *(TWO, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
+                *(SHARED, TWO, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
             )
     else:
         i = tl.program_id(0)
@@ -187,7 +210,7 @@ def _experts_down_kernel(
         if expert >= 0:
             _down_tile(
                 *(routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d),
-                *(TWO, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
+                *(SHARED, TWO, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
             )
 
 

@@ -13,6 +13,7 @@ from ..reference.moe import PlainWeights
 from ..runtime.checks import refuse
 from ..runtime.launch import L, Launch, architecture, multiprocessors, run, tuned
 from .experts_kernels import _experts_combine_kernel, _experts_down_kernel, _experts_schedule_kernel, _experts_up_kernel
+from .lang import ABSENT, Operands
 
 
 @dataclass(frozen=True)
@@ -210,19 +211,6 @@ class Pairs:
         return x.index_select(0, (self.order // (len(self.order) // len(x))).clamp(0, len(x) - 1))
 
 
-ABSENT = 1  # An operand that is not there. None in a NamedTuple stops Triton 3.6 at the next branch; 1 is a constexpr.
-
-
-class Operands(NamedTuple):
-    """What a tile's program multiplies, and where the result goes: tensors, or descriptors of a, a2, w and w2."""
-
-    a: Any  # rows of [*, K]
-    w: Any  # [experts * N, K], or [experts * K, N] where transposed
-    w2: Any = ABSENT
-    a2: Any = ABSENT
-    out: Any = ABSENT
-
-
 class Extents(NamedTuple):
     """Sizes that both product kernels take."""
 
@@ -255,6 +243,11 @@ def with_descriptors(
     a = iter(described([t for o in given for t in (o.a, o.a2)], rows, architecture))
     w = iter(described([t for o in given for t in (o.w, o.w2)], weights, architecture))
     return [o and o._replace(a=next(a), a2=next(a), w=next(w), w2=next(w)) for o in both]
+
+
+def one_by_one(both: Sequence[Operands | None]) -> list[Any]:
+    """What both have, as the kernels take it; None for all of one that is not there."""
+    return [part for o in both for part in (o or (None,) * len(Operands._fields))]
 
 
 def stacked(weights: Tensor) -> Tensor:
@@ -297,7 +290,7 @@ def rows_up(
     run(
         _experts_up_kernel,
         programs(launch, shared_tiles + most * triton.cdiv(N, launch.BLOCK_N), x),
-        *with_descriptors(both, sizes.architecture, row_block if launch.SORTED else None, block),
+        *one_by_one(with_descriptors(both, sizes.architecture, row_block if launch.SORTED else None, block)),
         *(pairs.order, listed, Extents(T, R // T, D, N, M, shared_tiles)),
         GATED=weights.gate is not None,
         ACTIVATION=activation,
@@ -339,7 +332,9 @@ def rows_down(
     run(
         _experts_down_kernel,
         programs(launch, shared_tiles + most * d_tiles, y),
-        *with_descriptors(both, sizes.architecture, (launch.BLOCK_T, launch.BLOCK_K), block if whole else None),
+        *one_by_one(
+            with_descriptors(both, sizes.architecture, (launch.BLOCK_T, launch.BLOCK_K), block if whole else None)
+        ),
         *(pairs.order, listed, R, Extents(T, 1, D, N, M, shared_tiles)),
         TWO=two,
         TRANSPOSED=transposed,

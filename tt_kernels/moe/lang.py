@@ -1,9 +1,26 @@
 """What the experts' kernels share: the list of tiles, a tile's matrix product, the sum over a token's experts."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..runtime.lang import sigmoid
+
+ABSENT = 1  # An operand that is not there. None in a NamedTuple stops Triton 3.6 at the next branch; 1 is a constexpr.
+
+
+class Operands(NamedTuple):
+    """What a tile's program multiplies, and where the result goes: tensors, or descriptors of a, a2, w and w2.
+
+    Kernels take the parts one by one: Triton 3.6 cannot launch a descriptor inside a tuple."""
+
+    a: Any  # rows of [*, K]
+    w: Any  # [experts * N, K], or [experts * K, N] where transposed
+    w2: Any = ABSENT
+    a2: Any = ABSENT
+    out: Any = ABSENT
+
 
 # The host does not look at a caller's sorted_pairs and offsets: it would wait for the device. Kernels clamp what they
 # read to the rows and pairs that there are, so wrong lists give wrong numbers and touch no other memory.
