@@ -265,8 +265,8 @@ MUTANTS = (
     Mutant(
         "ssd_step",
         SSD_STEP,
-        "tl.load(at_slot(before, b)",
-        "tl.load(at_slot(after, b)",
+        "tl.load(before_ptr + offs_s",
+        "tl.load(after_ptr + offs_s",
         "reads where it writes",
         test=STATES,
     ),

@@ -136,9 +136,10 @@ def _mamba_advance_kernel(
     dt_bias = tl.load(dt_bias_ptr + head).to(ACC)
     conv_x = conv_parameters(weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_x, mask_p, K, BLOCK_K)
     conv_B = conv_parameters(weight_ptr, bias_ptr, conv_ptr, stride_cc, stride_ck, c_B, mask_n, K, BLOCK_K)
-    offs_s = head * stride_sh + offs_p[None, :] * stride_sp + offs_n[:, None]
-    at_after, after_conv_ptr = at_slot(after, b) + offs_s, at_slot(after_columns, b)
-    state = tl.load(at_slot(before, b) + offs_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_N, BLOCK_P]
+    before_ptr, after_ptr = at_slot(before, b) + head * stride_sh, at_slot(after, b) + head * stride_sh
+    after_conv_ptr = at_slot(after_columns, b)
+    offs_s = offs_p[None, :] * stride_sp + offs_n[:, None]
+    state = tl.load(before_ptr + offs_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_N, BLOCK_P]
     for start in tl.range(0, count, BLOCK_T, disable_licm=True):
         t = start + tl.arange(0, BLOCK_T)
         at, mask_t = xBC_ptr + t.to(tl.int64)[:, None] * stride_xl, t < count  # tokens that do not enter are not read
@@ -148,7 +149,7 @@ def _mamba_advance_kernel(
         B = convolved(B, conv_B, xBC_ptr, stride_xl, t, count, c_B, mask_n, K, ACC)
         x = convolved(x, conv_x, xBC_ptr, stride_xl, t, count, c_x, mask_p, K, ACC)
         state = grow(state * left, B, x, weight, SPLIT, PRECISION)
-    tl.store(at_after, state, mask=mask_s)
+    tl.store(after_ptr + offs_s, state, mask=mask_s)
     move_on(xBC_ptr, conv_ptr, after_conv_ptr, stride_xl, 1, stride_cc, stride_ck, count, c_x, mask_p, K, BLOCK_K)
     if (head % R == 0) & (tl.program_id(1) == 0):  # once for a group
         move_on(xBC_ptr, conv_ptr, after_conv_ptr, stride_xl, 1, stride_cc, stride_ck, count, c_B, mask_n, K, BLOCK_K)

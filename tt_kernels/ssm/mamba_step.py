@@ -63,11 +63,11 @@ def _mamba_step_kernel(
     c_C = c_B + G * N
     xBC_ptr += b * stride_xb
     conv_ptr, after_conv_ptr = at_slot(columns, b), at_slot(after_columns, b)
-    offs_s = head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
-    at_after = at_slot(after, b) + offs_s
+    before_ptr, after_ptr = at_slot(before, b) + head * stride_sh, at_slot(after, b) + head * stride_sh
+    offs_s = offs_p[:, None] * stride_sp + offs_n[None, :]
 
     # All is asked for before anything is waited for: one round trip to memory.
-    state = tl.load(at_slot(before, b) + offs_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_N]
+    state = tl.load(before_ptr + offs_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_N]
     x = tl.load(xBC_ptr + c_x, mask=mask_p, other=0.0)
     B = tl.load(xBC_ptr + c_B, mask=mask_n, other=0.0)
     C = tl.load(xBC_ptr + c_C, mask=mask_n, other=0.0)
@@ -84,7 +84,7 @@ def _mamba_step_kernel(
     y, state = stepped(state, x, B, C, D, dt, A)
     out = (b * H + head) * P + offs_p
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask_p)
-    tl.store(at_after, state, mask=mask_s)
+    tl.store(after_ptr + offs_s, state, mask=mask_s)
     k = tl.arange(0, BLOCK_K)[None, :]
     after_conv_ptr += k * stride_ck
     tl.store(after_conv_ptr + c_x[:, None] * stride_cc, after_x, mask=mask_p[:, None] & (k < K))

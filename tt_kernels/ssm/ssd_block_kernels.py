@@ -113,9 +113,9 @@ def _ssd_advance_kernel(
     A = tl.load(A_ptr + head).to(ACC)
     bias = tl.load(bias_ptr + head).to(ACC)
     count = row_count(counts_ptr, b, L)
-    offs_s = head * stride_sh + offs_p[None, :] * stride_sp + offs_n[:, None]
-    at_after = at_slot(after, b) + offs_s
-    state = tl.load(at_slot(before, b) + offs_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_N, BLOCK_P]
+    before_ptr, after_ptr = at_slot(before, b) + head * stride_sh, at_slot(after, b) + head * stride_sh
+    offs_s = offs_p[None, :] * stride_sp + offs_n[:, None]
+    state = tl.load(before_ptr + offs_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_N, BLOCK_P]
     at_dt = dt_ptr + b * stride_dtb + head * stride_dth
     for start in tl.range(0, count, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
@@ -127,4 +127,4 @@ def _ssd_advance_kernel(
         at_B = B_ptr + b * stride_Bb + row[:, None] * stride_Bl + group * stride_Bg + offs_n[None, :]
         B = tl.load(at_B, mask=mask_t[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_T, BLOCK_N]
         state = grow(state * left, B, x, weight, SPLIT, PRECISION)
-    tl.store(at_after, state, mask=mask_s)
+    tl.store(after_ptr + offs_s, state, mask=mask_s)

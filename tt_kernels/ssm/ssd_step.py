@@ -55,8 +55,9 @@ def _ssd_step_kernel(
     b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
     mask_p, mask_n = offs_p < P, offs_n < N
     mask_s = mask_p[:, None] & mask_n[None, :]
-    offs_s = head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
-    state = tl.load(at_slot(before, b) + offs_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_N]
+    before_ptr, after_ptr = at_slot(before, b) + head * stride_sh, at_slot(after, b) + head * stride_sh
+    offs_s = offs_p[:, None] * stride_sp + offs_n[None, :]
+    state = tl.load(before_ptr + offs_s, mask=mask_s, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_N]
     bias = tl.load(bias_ptr + head).to(ACC)
     dt = time_steps(tl.load(dt_ptr + b * stride_dtb + head * stride_dth).to(ACC), bias, LOW, HIGH)
     A, D = tl.load(A_ptr + head).to(ACC), tl.load(D_ptr + head).to(ACC)
@@ -66,7 +67,7 @@ def _ssd_step_kernel(
     y, state = stepped(state, x, B, C, D, dt, A)
     out = (b * H + head) * P + offs_p
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask_p)
-    tl.store(at_slot(after, b) + offs_s, state, mask=mask_s)
+    tl.store(after_ptr + offs_s, state, mask=mask_s)
 
 
 # ---- launches ----
