@@ -152,13 +152,12 @@ def bounds(scaled: Tensor, unit: Tensor, top_k: Tensor | None, top_p: Tensor | N
         kth = ordered.gather(-1, torch.where(limited, top_k - 1, 0).long().unsqueeze(-1)).squeeze(-1)
         least = torch.where(limited, kth, least)
     if top_p is not None:
-        limited = top_p < 1  # rounding may bring a sum of all probabilities above 1
         ordered = ordered.masked_fill(ordered < least.unsqueeze(-1), -math.inf)
         before = F.pad(probabilities(ordered, unit).cumsum(-1), (1, -1))  # the probability of all better tokens
-        late = before > torch.where(limited, top_p, math.inf).clamp(min=0).to(before).unsqueeze(-1)
+        late = before > top_p.clamp(min=0).to(before).unsqueeze(-1)
         end = V - 1 - late.sum(-1, keepdim=True)
         lowest, end = ordered.gather(-1, end).squeeze(-1), index.gather(-1, end).squeeze(-1)
-        tighter = limited & ~(lowest < least)
+        tighter = (top_p < 1) & ~(lowest < least)  # at 1 rounding may bring a sum above it before the last token
         least, last = torch.where(tighter, lowest, least), torch.where(tighter, end, last)
     return least, last
 
