@@ -97,8 +97,8 @@ MUTANTS = (
     Mutant(
         "sample",
         REFERENCE,
-        "torch.where(limited, top_p, math.inf)",
-        "top_p",
+        "(top_p < 1) & ~(lowest < least)",
+        "~(lowest < least)",
         "a top_p of 1 that rounding takes for a limit",
         test=LITERAL + "test_a_top_p_of_1_is_no_limit",
     ),

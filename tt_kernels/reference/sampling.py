@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import compute_dtype, full_precision, head_logits
+from .common import can_look, compute_dtype, full_precision, head_logits
 
 
 class Sampling(NamedTuple):
@@ -145,20 +145,22 @@ def bounds(scaled: Tensor, unit: Tensor, top_k: Tensor | None, top_p: Tensor | N
     Every row is looked at by itself: what it gets does not depend on the limits of others.
     """
     V = scaled.shape[-1]
-    ordered, index = scaled.sort(dim=-1, descending=True, stable=True)
+    if top_p is None and top_k is not None and can_look(top_k):  # the best few take much less time than a sort
+        ordered, index = scaled.topk(max((k for k in top_k.flatten().tolist() if 0 < k < V), default=1), dim=-1)
+    else:
+        ordered, index = scaled.sort(dim=-1, descending=True, stable=True)
     least, last = torch.full_like(scaled[..., 0], -math.inf), torch.full_like(index[..., 0], V)
     if top_k is not None:
         limited = (top_k > 0) & (top_k < V)
         kth = ordered.gather(-1, torch.where(limited, top_k - 1, 0).long().unsqueeze(-1)).squeeze(-1)
         least = torch.where(limited, kth, least)
     if top_p is not None:
-        limited = top_p < 1  # rounding may bring a sum of all probabilities above 1
         ordered = ordered.masked_fill(ordered < least.unsqueeze(-1), -math.inf)
         before = F.pad(probabilities(ordered, unit).cumsum(-1), (1, -1))  # the probability of all better tokens
-        late = before > torch.where(limited, top_p, math.inf).clamp(min=0).to(before).unsqueeze(-1)
+        late = before > top_p.clamp(min=0).to(before).unsqueeze(-1)
         end = V - 1 - late.sum(-1, keepdim=True)
         lowest, end = ordered.gather(-1, end).squeeze(-1), index.gather(-1, end).squeeze(-1)
-        tighter = limited & ~(lowest < least)
+        tighter = (top_p < 1) & ~(lowest < least)  # at 1 rounding may bring a sum above it before the last token
         least, last = torch.where(tighter, lowest, least), torch.where(tighter, end, last)
     return least, last
 

@@ -15,7 +15,7 @@ SCHEMA = ", ".join(f"Tensor{'?' if name in Sampling._field_defaults else ''} {na
 
 def flat(sampling: Sampling) -> list[Tensor | None]:
     """The fields as SCHEMA lists them: nothing is differentiated through them."""
-    return [None if t is None else t.detach() for t in sampling]
+    return [t.detach() if t is not None and t.requires_grad else t for t in sampling]
 
 
 def specs(op: str, sampling: Sampling, rows: str) -> dict[str, tuple]:
