@@ -1,6 +1,7 @@
 """The convolution: every channel with its own taps, then SiLU."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -221,6 +222,6 @@ def causal_conv1d(
             refuse("causal_conv1d", "conv_state", list(conv_state.shape), "None beside cu_seqlens")
     tensors = (x, weight, bias, conv_state)
     if not takes_kernel("causal_conv1d", *tensors) or wants_gradients(*tensors):
-        options = dict(activation=activation, state_indices=state_indices, cu_seqlens=cu_seqlens)
+        options: dict[str, Any] = dict(activation=activation, state_indices=state_indices, cu_seqlens=cu_seqlens)
         return reference.causal_conv1d(*tensors, **options)
     return _fwd(*tensors, state_indices, cu_seqlens, activation == "silu")

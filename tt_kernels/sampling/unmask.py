@@ -1,6 +1,7 @@
 """One unmasking step: sample the masked positions of a block, commit the most confident."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -212,7 +213,7 @@ def unmask(
     check_range("unmask", sampling)
     check_token("unmask", "mask_token_id", mask_token_id, weight.shape[0])
     if not takes_kernel("unmask", hidden, weight):
-        rule = dict(mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
+        rule: dict[str, Any] = dict(mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
         return reference.unmask(hidden, weight, block, sampling, **rule)
     tensors = (hidden.detach(), weight.detach(), block, threshold.detach(), steps_left)
     return Unmasked(*_op(*tensors, mask_token_id, *flat(sampling)))

@@ -7,6 +7,7 @@ For every head h of size P, its group g sharing B and C, and time step dt' = cla
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +159,7 @@ def ssd_advance(
     if takes_kernel("ssd_advance", *tensors):
         _advance(*tensors, counts, state_indices, out_indices, *dt_limit)
     else:
-        places = dict(state_indices=state_indices, out_indices=out_indices)
+        places: dict[str, Any] = dict(state_indices=state_indices, out_indices=out_indices)
         reference.ssd_advance(*tensors, counts, **places, dt_limit=dt_limit)
 
 

@@ -1,6 +1,7 @@
 """The scan of long sequences, chunk by chunk, with the states at chunk boundaries: prefill and training."""
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -105,7 +106,9 @@ def ssd_chunk(
         refuse("ssd_chunk", "ssm_state", list(ssm_state.shape), "None beside cu_seqlens")
     tensors = (x, dt, A, B, C, D, dt_bias, ssm_state)
     if not takes_kernel("ssd_chunk", *tensors) or wants_gradients(*tensors):
-        places = dict(counts=counts, state_indices=state_indices, out_indices=out_indices, cu_seqlens=cu_seqlens)
+        places: dict[str, Any] = dict(
+            counts=counts, state_indices=state_indices, out_indices=out_indices, cu_seqlens=cu_seqlens
+        )
         return reference.ssd_chunk(*tensors, **places, chunk_size=chunk_size, dt_limit=dt_limit)
     y, final, states = _chunk(*tensors, counts, state_indices, out_indices, cu_seqlens, chunk_size, *dt_limit)
     return SSDChunk(y, final if ssm_state is None else None, states)

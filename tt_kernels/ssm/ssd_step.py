@@ -1,6 +1,7 @@
 """The scan of one token: its output, and its state moved on in place, as autoregressive decoding needs them."""
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -194,6 +195,6 @@ def ssd_step(
     check_limit("ssd_step", dt_limit)
     tensors = (x, dt, A, B, C, D, dt_bias, ssm_state)
     if not takes_kernel("ssd_step", *tensors):
-        places = dict(state_indices=state_indices, out_indices=out_indices)
+        places: dict[str, Any] = dict(state_indices=state_indices, out_indices=out_indices)
         return reference.ssd_step(*tensors, **places, dt_limit=dt_limit)
     return _step(*tensors, state_indices, out_indices, *dt_limit)
