@@ -83,6 +83,8 @@ BAD = [
     ("ssd_advance", dict(counts=torch.tensor([-1, 6])), "ssd_advance: counts is -1, expected 0 to L=5"),
     ("ssd_chunk", dict(counts=torch.tensor([7, 8])), "ssd_chunk: counts is 8, expected 0 to L=7"),
     ("mamba_advance", dict(counts=torch.tensor([-1, 5])), "mamba_advance: counts is -1, expected 0 to L=5"),
+    ("mamba_extend", dict(counts=torch.tensor([6, 5])), "mamba_extend: counts is 6, expected 0 to L=5"),
+    ("mamba_extend", {"weights.D": None}, "mamba_extend: D is None, expected a tensor"),
     ("conv_block_states", dict(block_size=0), "conv_block_states: block_size is 0, expected 1 or more"),
     ("conv_block_states", dict(block_size=2.5), "conv_block_states: block_size is 2.5, expected 1 or more"),
     ("conv_block_states", dict(block_size=True), "conv_block_states: block_size is True, expected 1 or more"),

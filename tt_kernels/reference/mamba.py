@@ -121,6 +121,7 @@ def mamba_extend(
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
     w, s = weights, state
+    check_counts("mamba_extend", counts, xBC.shape[1])
     if xBC.shape[1] <= SHORT:
         y = mamba_block(xBC, dt, w, s, dt_limit=dt_limit)
         mamba_advance(xBC, dt, w, s, counts, dt_limit=dt_limit)
