@@ -1,227 +1,143 @@
 """Faults in the attention kernels."""
 
-from . import Mutant
+from . import Mutant, faults
 
 BLOCK_ATTENTION_KERNELS = "tt_kernels/attention/block_attention_kernels.py"
 CONTEXT_ATTENTION_KERNELS = "tt_kernels/attention/context_attention_kernels.py"
 CONTEXT_ATTENTION_LAUNCH = "tt_kernels/attention/context_attention_launch.py"
 LANG = "tt_kernels/attention/lang.py"
-ANY = "causal_attention or block_diffusion"
-TESTS = "tests/kernels/test_attention_context.py::test_"
 
-MUTANTS = (
-    Mutant("context_attention", LANG, "l = l * kept + ", "l = l + ", "the sum is not rescaled"),
-    Mutant("context_attention", LANG, "o * kept[:, None]", "o", "the output is not rescaled"),
-    Mutant(
-        "context_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        "(full + offs_n < end)[None, :]",
-        "(full + offs_n <= end)[None, :]",
-        "a token past the length is seen",
-    ),
-    Mutant(
-        "context_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        "    if full < end:\n",
-        "    if full + 1 < end:\n",
-        "a single last token is missed",
-    ),
-    Mutant(
-        "context_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        "own[None, :] <= token[:, None]",
-        "own[None, :] < token[:, None]",
-        "not itself",
-    ),
-    Mutant(
-        "context_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        "head * R + rows % R",
-        "head + rows % R",
-        "another KV head's queries",
-    ),
-    Mutant(
-        "context_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        "    token = rows // R\n",
-        "    token = rows // R + 1\n",
-        "first token missed",
-    ),
-    Mutant(
-        "context_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        "tl.minimum(length, start + size)",
-        "tl.minimum(length, start + size - 1)",
-        "a token between splits is missed",
-    ),
-    Mutant(
-        "context_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        "weight = tl.exp2(m - tl.max(m, axis=0))",
-        "weight = tl.where(m > -float('inf'), 1.0, 0.0)",
-        "splits are not weighted",
-    ),
-    Mutant(
+MUTANTS: tuple[Mutant, ...] = (
+    *faults(
         "context_attention",
         LANG,
-        "tl.load(table_ptr + tokens // page_size)",
-        "tl.load(table_ptr + n // page_size)",
-        "one page for a tile that spans several",
+        ("the sum is not rescaled", "l = l * kept + ", "l = l + "),
+        ("the output is not rescaled", "o * kept[:, None]", "o"),
+        (
+            "one page for a tile that spans several",
+            "tl.load(table_ptr + tokens // page_size)",
+            "tl.load(table_ptr + n // page_size)",
+        ),
+        ("page's start", "at = page * page_size + n % page_size", "at = page * page_size"),
+        ("KV head 0's values", "v = v_desc.load([at, head.to(tl.int32) * P])", "v = v_desc.load([at, 0])"),
     ),
-    Mutant(
+    *faults(
         "context_attention",
         CONTEXT_ATTENTION_KERNELS,
-        "tl.cdiv(tl.cdiv(length, splits), 64) * 64, min_tokens)",
-        "(length // splits) // 64 * 64, 1)",
-        "splits do not reach the end",
+        ("a token past the length is seen", "(full + offs_n < end)[None, :]", "(full + offs_n <= end)[None, :]"),
+        ("a single last token is missed", "    if full < end:\n", "    if full + 1 < end:\n"),
+        ("not itself", "own[None, :] <= token[:, None]", "own[None, :] < token[:, None]"),
+        ("another KV head's queries", "head * R + rows % R", "head + rows % R"),
+        ("first token missed", "    token = rows // R\n", "    token = rows // R + 1\n"),
+        (
+            "a token between splits is missed",
+            "tl.minimum(length, start + size)",
+            "tl.minimum(length, start + size - 1)",
+        ),
+        (
+            "splits are not weighted",
+            "weight = tl.exp2(m - tl.max(m, axis=0))",
+            "weight = tl.where(m > -float('inf'), 1.0, 0.0)",
+        ),
+        (
+            "splits do not reach the end",
+            "tl.cdiv(tl.cdiv(length, splits), 64) * 64, min_tokens)",
+            "(length // splits) // 64 * 64, 1)",
+        ),
+        ("stale page", "page = page_of(table_ptr, n + BLOCK_N,", "page = page_of(table_ptr, n,"),
     ),
-    Mutant("context_attention", LANG, "at = page * page_size + n % page_size", "at = page * page_size", "page's start"),
-    Mutant(
-        "context_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        "page = page_of(table_ptr, n + BLOCK_N,",
-        "page = page_of(table_ptr, n,",
-        "stale page",
-    ),
-    Mutant(
+    *faults(
         "context_attention",
         LANG,
-        "v = v_desc.load([at, head.to(tl.int32) * P])",
-        "v = v_desc.load([at, 0])",
-        "KV head 0's values",
+        (
+            "what TMA brings from behind the end is not cleared",
+            "v = tl.where((tokens < end)[:, None], v, tl.zeros_like(v))",
+            "v = v + tl.zeros_like(v)",
+        ),
+        test="tests/kernels/test_attention_context.py::test_sixteen_bits_by_tma",
     ),
-    Mutant(
-        "context_attention",
-        LANG,
-        "v = tl.where((tokens < end)[:, None], v, tl.zeros_like(v))",
-        "v = v + tl.zeros_like(v)",
-        "what TMA brings from behind the end is not cleared",
-        TESTS + "sixteen_bits_by_tma",
-    ),
-    Mutant(
+    *faults(
         "context_attention",
         CONTEXT_ATTENTION_KERNELS,
-        "tl.minimum(tl.maximum(fill, tl.cdiv(length, 16 * min_tokens)), max_splits)",
-        "max_splits",
-        "splits that nobody computes",
-        TESTS + "splits_of_a_row_in_a_larger_batch",
+        (
+            "splits that nobody computes",
+            "tl.minimum(tl.maximum(fill, tl.cdiv(length, 16 * min_tokens)), max_splits)",
+            "max_splits",
+        ),
+        test="tests/kernels/test_attention_context.py::test_splits_of_a_row_in_a_larger_batch",
     ),
-    Mutant(
+    *faults(
         "context_attention",
         CONTEXT_ATTENTION_LAUNCH,
-        "max(self.fill, triton.cdiv(length, 16 * self.min_tokens))",
-        "self.fill",
-        "too few splits are launched",
-        TESTS + "splits_of_a_row_in_a_larger_batch",
+        ("too few splits are launched", "max(self.fill, triton.cdiv(length, 16 * self.min_tokens))", "self.fill"),
+        test="tests/kernels/test_attention_context.py::test_splits_of_a_row_in_a_larger_batch",
     ),
-    Mutant(
+    *faults(
         "append_attention",
         CONTEXT_ATTENTION_KERNELS,
-        "tl.maximum(tl.load(cache_lengths_ptr + b), 0)",
-        "tl.load(cache_lengths_ptr + b)",
-        "a length below 0 writes before the row",
-        TESTS + "a_length_below_zero_is_none",
+        (
+            "a length below 0 writes before the row",
+            "tl.maximum(tl.load(cache_lengths_ptr + b), 0)",
+            "tl.load(cache_lengths_ptr + b)",
+        ),
+        test="tests/kernels/test_attention_context.py::test_a_length_below_zero_is_none",
     ),
-    Mutant(
+    *faults(
         "context_attention",
         LANG,
-        '        s = tl.where(seen, s, -float("inf"))',
-        '        s = tl.where(seen & (s == s), s, -float("inf"))',
-        "a NaN that is seen is swallowed",
-        TESTS + "nan_reaches_who_sees_it_and_nobody_else",
+        (
+            "a NaN that is seen is swallowed",
+            '        s = tl.where(seen, s, -float("inf"))',
+            '        s = tl.where(seen & (s == s), s, -float("inf"))',
+        ),
+        test="tests/kernels/test_attention_context.py::test_nan_reaches_who_sees_it_and_nobody_else",
     ),
-    Mutant(
+    *faults(
         "append_attention",
         CONTEXT_ATTENTION_KERNELS,
-        "            to = length + at\n",
-        "            to = length + at + 1\n",
-        "a slot left out",
+        ("a slot left out", "            to = length + at\n", "            to = length + at + 1\n"),
+        ("tokens that do not count enter", "& (at < count) &", "&"),
+        ("the last that counts does not enter", "& (at < count) &", "& (at < count - 1) &"),
+        ("another page's keys overwritten", "slot = (to % page_size).to(tl.int64)", "slot = to.to(tl.int64)"),
+        (
+            "keys as values",
+            "tl.store(slots(v_pages, page, slot, head, offs_p), v_new,",
+            "tl.store(slots(v_pages, page, slot, head, offs_p), k_new,",
+        ),
+        (
+            "each tile writes the next one's tokens",
+            "at = (tile * BLOCK_M + R - 1) // R + tl",
+            "at = (tile * BLOCK_M + BLOCK_M + R - 1) // R + tl",
+        ),
+        ("one page for all tokens", "table_ptr + to // page_size", "table_ptr + length // page_size"),
     ),
-    Mutant("append_attention", CONTEXT_ATTENTION_KERNELS, "& (at < count) &", "&", "tokens that do not count enter"),
-    Mutant(
-        "append_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        "& (at < count) &",
-        "& (at < count - 1) &",
-        "the last that counts does not enter",
-    ),
-    Mutant(
-        "append_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        "slot = (to % page_size).to(tl.int64)",
-        "slot = to.to(tl.int64)",
-        "another page's keys overwritten",
-    ),
-    Mutant(
-        "append_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        "tl.store(slots(v_pages, page, slot, head, offs_p), v_new,",
-        "tl.store(slots(v_pages, page, slot, head, offs_p), k_new,",
-        "keys as values",
-    ),
-    Mutant(
-        "append_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        "at = (tile * BLOCK_M + R - 1) // R + tl",
-        "at = (tile * BLOCK_M + BLOCK_M + R - 1) // R + tl",
-        "each tile writes the next one's tokens",
-    ),
-    Mutant(
-        "append_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        "table_ptr + to // page_size",
-        "table_ptr + length // page_size",
-        "one page for all tokens",
-    ),
-    Mutant(ANY, BLOCK_ATTENTION_KERNELS, "rows + 1 if CAUSAL", "rows if CAUSAL", "a token does not see itself"),
-    Mutant(
-        ANY,
+    *faults(
+        "causal_attention or block_diffusion",
         BLOCK_ATTENTION_KERNELS,
-        "else rows // S * S  # [BLOCK_M]",
-        "else rows // S * S + 1  # [BLOCK_M]",
-        "own block seen clean",
+        ("a token does not see itself", "rows + 1 if CAUSAL", "rows if CAUSAL"),
+        ("own block seen clean", "else rows // S * S  # [BLOCK_M]", "else rows // S * S + 1  # [BLOCK_M]"),
+        ("earlier noisy blocks are seen", "== (rows // S)[:, None]", "<= (rows // S)[:, None]"),
+        ("one noisy block a tile", "(first + BLOCK_M - 1) // S * S + S, N)", "first // S * S + S, N)"),
+        (
+            "the diagonal runs unmasked",
+            "    least = first + 1 if CAUSAL else first // S * S",
+            "    least = first + BLOCK_M if CAUSAL else first // S * S + BLOCK_M",
+        ),
+        (
+            "another KV head's keys",
+            "_tile(k_clean, b, n + offs_n, head // R, offs_p, most, P)",
+            "_tile(k_clean, b, n + offs_n, head % R, offs_p, most, P)",
+        ),
+        ("packed sequences see each other", "        begin = tl.load(", "        begin = 0 * tl.load("),
     ),
-    Mutant(
-        ANY,
+    *faults(
+        "causal_attention or block_diffusion",
         BLOCK_ATTENTION_KERNELS,
-        "== (rows // S)[:, None]",
-        "<= (rows // S)[:, None]",
-        "earlier noisy blocks are seen",
-    ),
-    Mutant(
-        ANY,
-        BLOCK_ATTENTION_KERNELS,
-        "(first + BLOCK_M - 1) // S * S + S, N)",
-        "first // S * S + S, N)",
-        "one noisy block a tile",
-    ),
-    Mutant(
-        ANY,
-        BLOCK_ATTENTION_KERNELS,
-        "    least = first + 1 if CAUSAL else first // S * S",
-        "    least = first + BLOCK_M if CAUSAL else first // S * S + BLOCK_M",
-        "the diagonal runs unmasked",
-    ),
-    Mutant(
-        ANY,
-        BLOCK_ATTENTION_KERNELS,
-        "_tile(k_clean, b, n + offs_n, head // R, offs_p, most, P)",
-        "_tile(k_clean, b, n + offs_n, head % R, offs_p, most, P)",
-        "another KV head's keys",
-    ),
-    Mutant(
-        ANY,
-        BLOCK_ATTENTION_KERNELS,
-        "(of[None, :] == begin[:, None])",
-        "(of[None, :] >= begin[:, None])",
-        "a block of two sequences sees the later one",
+        (
+            "a block of two sequences sees the later one",
+            "(of[None, :] == begin[:, None])",
+            "(of[None, :] >= begin[:, None])",
+        ),
         test="tests/kernels/test_attention_masks.py::test_block_diffusion",
-    ),
-    Mutant(
-        ANY,
-        BLOCK_ATTENTION_KERNELS,
-        "        begin = tl.load(",
-        "        begin = 0 * tl.load(",
-        "packed sequences see each other",
     ),
 )
