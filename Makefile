@@ -23,7 +23,7 @@ demo: $(VENV)/.package ## write Python with the bundled model
 
 test: $(VENV)/.test ## run the tests (minutes, no GPU needed)
 	$(TEST) $(PARALLEL) $(ARGS)
-	TRITON_INTERPRET=1 $(TEST) $(PARALLEL) -m "kernels and not slow" $(ARGS)
+	TRITON_INTERPRET=1 $(TEST) $(PARALLEL) -m "kernels and not slow" $(ARGS) || [ $$? -eq 5 ] # 5: none of these
 
 test-full: $(VENV)/.test ## run the tests, the slow ones included
 	$(TEST) $(PARALLEL) -m "" $(ARGS)

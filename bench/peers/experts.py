@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tt_kernels.reference.moe import ACTIVATIONS
+
 from .base import Peer, Unavailable, needs, on_gpu, only
 
 Call = Callable[[], Any]
 
 
 def _activate(h: Tensor, gate: Tensor | None, activation: str) -> Tensor:
-    fn = F.silu if activation == "silu" else lambda t: F.relu(t).square()
+    fn = ACTIVATIONS[activation]
     return fn(h) if gate is None else fn(gate) * h
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import DEVICE, KERNELS, make
+from parity import KERNELS, make
 
 from cards import OPS
 from tt_kernels import ExpertWeights, Matrix, experts, reference
@@ -20,12 +20,12 @@ def fp8(monkeypatch: pytest.MonkeyPatch) -> None:
         assert matrix.scale is not None
         return matrix.data.to(dtype) * matrix.scale.to(dtype)[..., None, None]
 
-    monkeypatch.setitem(FORMATS, "fp8", Format(dequantized, FP8, lambda shape: tuple(shape[:-2])))
+    monkeypatch.setitem(FORMATS, "test_fp8", Format(dequantized, FP8, lambda shape: tuple(shape[:-2])))
 
 
 def quantized(weight: torch.Tensor) -> Matrix:
     scale = weight.abs().amax((-2, -1)).float() / 448
-    return Matrix((weight / scale[..., None, None]).to(FP8), scale, "fp8")
+    return Matrix((weight / scale[..., None, None]).to(FP8), scale, "test_fp8")
 
 
 def fp8_case() -> dict:
@@ -34,11 +34,11 @@ def fp8_case() -> dict:
     return kwargs | dict(weights=ExpertWeights(*map(quantized, w)), shared=ExpertWeights(*map(quantized, s)))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="no kernel reads fp8")
+@pytest.mark.skipif(KERNELS, reason="no kernel reads fp8")
 def test_a_format_without_a_kernel_runs_as_the_reference() -> None:
     kwargs = fp8_case()
     plain = {
-        name: ExpertWeights(*(FORMATS["fp8"].dequantized(m, torch.float32) for m in kwargs[name]))
+        name: ExpertWeights(*(FORMATS["test_fp8"].dequantized(m, torch.float32) for m in kwargs[name]))
         for name in ("weights", "shared")
     }
     got = experts(**kwargs)
@@ -56,7 +56,7 @@ def test_what_disagrees_with_the_format_is_named() -> None:
     kwargs = fp8_case()
     up = kwargs["weights"].up
     for bad, message in (
-        (up._replace(format="fp9"), "up.format is 'fp9', expected None or 'fp8'"),
+        (up._replace(format="fp9"), "up.format is 'fp9', expected None or 'test_fp8'"),
         (up._replace(scale=None), r"up.scale is None, expected a tensor \[6\]"),
         (up._replace(data=up.data.float()), "up is torch.float32, expected torch.float8_e4m3fn"),
     ):
@@ -64,8 +64,8 @@ def test_what_disagrees_with_the_format_is_named() -> None:
             experts(**kwargs | dict(weights=kwargs["weights"]._replace(up=bad)))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not KERNELS, reason="needs a GPU")
-def test_a_format_without_a_kernel_is_refused_on_a_gpu() -> None:
-    with pytest.raises(NotImplementedError, match="no kernel reads weights in the format 'fp8'"):
+@pytest.mark.kernels
+@pytest.mark.skipif(not KERNELS, reason="kernels run in the interpreter or on a GPU")
+def test_a_format_without_a_kernel_is_refused_where_kernels_run() -> None:
+    with pytest.raises(NotImplementedError, match="no kernel reads weights in the format 'test_fp8'"):
         experts(**fp8_case())

@@ -188,9 +188,10 @@ def experts(
         _check_pairs(topk_ids, sorted_pairs, offsets, len(up))
     kernel = takes_kernel("experts", x, topk_weights, *data)
     unread = stored and [m.format for m in stored.values() if m.format not in KERNEL_FORMATS]
-    if kernel and unread and x.is_cuda:
-        raise NotImplementedError(f"experts: no kernel reads weights in the format {unread[0]!r}")
-    if not kernel or unread or not x.numel():  # without numbers there is nothing to launch
+    if kernel and unread:
+        what = f"no kernel reads weights in the format {unread[0]!r}"
+        raise NotImplementedError(f'experts: {what}; use it in `with tt_kernels.use("reference")`')
+    if not kernel or not x.numel():  # without numbers there is nothing to launch
         return reference.experts(x, routing, weights, shared=shared, activation=activation)
     if sorted_pairs is None or offsets is None:
         sorted_pairs, offsets = sort_pairs(topk_ids, len(up))

@@ -55,6 +55,7 @@ class Format(NamedTuple):
 FORMATS: dict[str | None, Format] = {None: Format(lambda matrix, dtype: matrix.data)}
 
 # down(act(up(x))), or down(act(gate(x)) * up(x)). Kernels: `activate` in moe/lang.py.
+# Append only: cards count by position. Kernels: `activate` in moe/lang.py; models: tt_model/config.py names its own.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": lambda h: F.relu(h).square(), "silu": F.silu}
 
 

@@ -79,10 +79,13 @@ class Rows:
         return self.sampling.select(index)
 
 
+PLANES = 4  # of Store.stats: m, s, best, raw
+
+
 def new_records(N: int, pieces: int, like: Tensor, dtype: torch.dtype, depth: int = 1) -> Store:
     """Memory for one record of each of N rows and each piece of the vocabulary."""
     parts = triton.cdiv(pieces, depth)
-    stats = like.new_empty(4, N, depth, parts, dtype=dtype)
+    stats = like.new_empty(PLANES, N, depth, parts, dtype=dtype)
     tokens = like.new_empty(N, depth, parts, dtype=torch.int32)
     return Store(stats, tokens, pieces, depth, parts, tokens.numel())
 

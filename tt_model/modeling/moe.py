@@ -1,5 +1,7 @@
 """Mixture of experts and the dense MLP. B batch, L tokens, D hidden, N expert width, E experts."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,6 +10,8 @@ from tt_kernels import ExpertWeights, experts, route
 
 from ..config import TwoTowerConfig
 from .wide import Wide
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": lambda h: F.relu(h).square(), "silu": F.silu}
 
 
 class MLP(nn.Module):
@@ -20,8 +24,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(N, D, bias=bias)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
-        h = self.up_proj(h_BLD)
-        return self.down_proj(F.relu(h).square() if self.activation == "relu2" else F.silu(h))
+        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(h_BLD)))
 
 
 class Router(Wide):
