@@ -255,7 +255,10 @@ def test_a_git_lfs_pointer_is_named(source: Path, name: str) -> None:
 def test_a_pointer_is_not_passed_on(source: Path, tmp_path: Path) -> None:
     plain(tmp_path / "plain")
     furnished(tmp_path / "plain", {"tokenizer.json": POINTER, "figure.png": POINTER})
+    loaded = model_of()
+    loaded.source = tmp_path / "plain"
     for call in (
+        lambda: save(loaded, tmp_path / "two"),
         lambda: convert(tmp_path / "plain", tmp_path / "two"),
         lambda: save(model_of(), tmp_path / "two", tokenizer=tmp_path / "plain"),
     ):

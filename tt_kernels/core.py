@@ -148,9 +148,10 @@ def is_whole(value: object) -> bool:
 
 
 def is_real(value: Any) -> bool:
-    """Whether an option is a finite number."""
-    number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real)) and not isinstance(value, bool)
-    return number and -math.inf < value < math.inf
+    """Whether an option is a finite number that PyTorch can compute with: whole ones have 64 bits."""
+    if isinstance(value, (int, torch.SymInt, Integral)):
+        return is_whole(value)
+    return isinstance(value, (float, torch.SymFloat, Real)) and -math.inf < value < math.inf
 
 
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)

@@ -84,7 +84,8 @@ def _head_kernel(
                     w = tl.load(w_ptr, mask=(offs_v < V)[:, None] & mask_k[None, :], other=0.0)
                 if w.dtype != h.dtype:
                     w, h = w.to(acc_dtype), h.to(acc_dtype)
-                x = tl.dot(w, h.T, x, input_precision="ieee")  # the head as the larger operand fills the tensor cores
+                # The head as the larger operand fills the tensor cores.
+                x = tl.dot(w, h.T, x, input_precision="ieee", out_dtype=x.dtype)
             if STORE:
                 at = logits_ptr + offs_t.to(tl.int64)[None, :] * V + offs_v[:, None]
                 tl.store(at, x, mask=mask_t[None, :] & (offs_v < V)[:, None])

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from ..arguments import dtype_of, is_integer, wrapped
 from ..config import TwoTowerConfig
-from ..files import refuse_pointer
 from .folder import DTYPES, Folder
 from .keys import CONTEXT, layout_of, match, named_parameters, parameter_dtype, parameter_shapes, published_keys
 from .read import place
-from .write import COMPANIONS, TOKENIZER_FILES, Entry, atomic_folder, check_shard_bytes, companions, write
+from .write import TOKENIZER_FILES, Entry, atomic_folder, check_shard_bytes, companions, write
 
 
 def _time_modules(config: TwoTowerConfig, seed: int) -> dict[str, Tensor]:
@@ -107,8 +106,6 @@ def convert(
     if kind == "two_tower":
         raise ValueError(f"{source}: it has a denoiser already: there is nothing to convert")
     extras = companions(source, target)
-    for name in COMPANIONS.intersection(extras):
-        refuse_pointer(extras[name])
     shapes = parameter_shapes(config, denoiser=False)
     found = match(files, shapes, CONTEXT, kind == "plain")
 

@@ -129,7 +129,8 @@ def _extras(model: nn.Module, target: Path) -> dict[str, Path]:
 def companions(source: Path, target: Path) -> dict[str, Path]:
     """What a model's folder holds besides config.json and weights, by its name in it.
 
-    Left out are hidden files, folders that hold weights, and `target` where it lies inside.
+    Left out are hidden files, folders that hold weights, and `target` where it lies inside. Refused is a git-LFS
+    pointer in place of a file that models are run with.
     """
     found: dict[str, Path] = {}
     for path in sorted(source.iterdir()):
@@ -140,6 +141,8 @@ def companions(source: Path, target: Path) -> dict[str, Path]:
             inside = [Path(where, name) for where, _, names in os.walk(path) for name in sorted(names)]
         if not any(_ANY_WEIGHTS.fullmatch(file.name) for file in inside):
             found |= {file.relative_to(source).as_posix(): file for file in inside if file.is_file()}
+    for name in COMPANIONS.intersection(found):
+        refuse_pointer(found[name])
     return found
 
 

@@ -132,7 +132,7 @@ def _experts_bwd_weights_kernel(
             at_b = (pairs_of(order_ptr, rows, mask_r, T * top_k).to(tl.int32) // top_k).to(tl.int64)
         a = tl.load(a_ptr + at_a[:, None] * P + offs_p[None, :], mask=mask_r[:, None] & mask_p[None, :], other=0.0)
         b = tl.load(b_ptr + at_b[:, None] * Q + offs_q[None, :], mask=mask_r[:, None] & mask_q[None, :], other=0.0)
-        out = tl.dot(tl.trans(a), b, out, input_precision="ieee")
+        out = tl.dot(tl.trans(a), b, out, input_precision="ieee", out_dtype=out.dtype)
     to = out_ptr + (expert.to(tl.int64) * P + offs_p)[:, None] * Q + offs_q[None, :]
     tl.store(to, out.to(out_ptr.dtype.element_ty), mask=mask_p[:, None] & mask_q[None, :])
 

@@ -106,11 +106,11 @@ def dot_tile(a, w, acc, TRANSPOSED: tl.constexpr, SWAP: tl.constexpr):
     if SWAP:
         if TRANSPOSED:
             w = tl.trans(w)
-        acc = tl.dot(w, tl.trans(a), acc, input_precision="ieee")
+        acc = tl.dot(w, tl.trans(a), acc, input_precision="ieee", out_dtype=acc.dtype)
     else:
         if not TRANSPOSED:
             w = tl.trans(w)
-        acc = tl.dot(a, w, acc, input_precision="ieee")
+        acc = tl.dot(a, w, acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc
 
 
