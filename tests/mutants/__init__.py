@@ -10,5 +10,5 @@ class Mutant:
     old: str  # occurs once in the file
     new: str
     fault: str  # in words
-    sanitize: bool = False  # only ttsem sees it for certain: run as `make sanitize` does
     test: str = ""  # the one that must fail, where it is not made from the op's card: FILE::NAME
+    sanitize: bool = False  # only ttsem sees it for certain: run as `make sanitize` does
