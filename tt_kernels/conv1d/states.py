@@ -202,6 +202,8 @@ def conv_block_states(x: Tensor, *, block_size: int, kernel_size: int, cu_seqlen
     Returns:
         states: [B, ceil(N / S), C, K] dtype of x, laid out as [B, ceil(N / S), K, C].
 
+    The number of blocks is a size of the result: an export with a dynamic N holds for one block or for several, as its
+    example had.
     Copies without arithmetic. Gradients for x: where they are wanted the reference runs. Raises ValueError for sizes
     below 1.
     Cost: 2 B ceil(N / S) C K itemsize bytes.
