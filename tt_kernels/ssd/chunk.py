@@ -59,8 +59,8 @@ def ssd_chunk(
 
     Computes in the dtype of the states and rounds y once; decays below e^-64 count as 0. Gradients for all float
     tensors: where they are wanted the reference runs. Deterministic; Q and b move results by rounding only.
-    With a chunk_size the number of chunks is a size of the result: an export with a dynamic L holds for one chunk or for
-    several, as its example had.
+    With a chunk_size the number of chunks is a size of the result: an export with a dynamic L holds for one chunk or
+    for several, as its example had.
     A NaN stays in its row and heads, but reaches earlier tokens of its chunk too, and packed sequences in and after it.
     Raises ValueError as `ssd_block` does, and for a state beside cu_seqlens. Cost: 2 b L (Q (G N + H P) + 2 H P N)
     flops (Q at most 64 without one), b L (2 H P + 2 G N + H) itemsize + 8 b H P N bytes, + 4 b (L / Q) H P N of states.
