@@ -26,6 +26,8 @@ def sampled(**changes: Any) -> dict[str, Sampling]:
 NAN, INF, ROWS = float("nan"), float("inf"), torch.arange(6)
 ROUTING = Routing(torch.zeros(5, 2).long(), torch.ones(5, 2))  # of the first case of experts
 BAD = [
+    ("rms_norm", dict(eps=2**70), "rms_norm: eps is 1180591620717411303424, expected a number"),
+    ("route", dict(scale=2**70), "route: scale is 1180591620717411303424, expected a finite number"),
     ("rms_norm", dict(x=torch.ones(2, 4), weight=torch.ones(8)), "rms_norm: weight has D=8, but x has D=4"),
     ("rms_norm", dict(x=torch.tensor(1.0)), "rms_norm: x is [], expected [*, D]"),
     ("rms_norm", dict(x=torch.ones(2, 37).long()), "rms_norm: x is torch.int64, expected a tensor of floats"),

@@ -68,5 +68,13 @@ MUTANTS = tuple(
             "0xFFFFE000",
             "bf16 cut to the bits of fp16",
         ),
+        (
+            "ssd_chunk",
+            "ssd_chunk-b2-L7-H4-P3-G2-N5-Q4",
+            LANG,
+            "rest = b - leading_bits(b, a.dtype)",
+            "rest = b",
+            "what the first product takes as bf16 is not taken off (missing bf16 cast)",
+        ),
     )
 )
