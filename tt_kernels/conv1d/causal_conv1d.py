@@ -25,7 +25,7 @@ def _causal_conv1d_kernel(
     x_ptr,  # [B, L, C]
     weight_ptr,  # [C, K], contiguous
     bias_ptr,  # [C]; None: zeros
-    state,  # Slots of [C, S]; None: zeros
+    state,  # Slots of [C, S]; none: zeros
     resets_ptr,  # [B * L]; None: no sequence starts
     y_ptr,  # [B, L, C], contiguous
     stride_xb,
@@ -55,7 +55,7 @@ def _causal_conv1d_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, :]
     state_at = None
-    if state is not None:
+    if state.ptr is not None:
         state_at = at_slot(state, b)
     alive = t < L  # whether the token that a tap reaches back to is of the same sequence
     for back in tl.static_range(K):  # the last tap first
@@ -68,7 +68,7 @@ def _causal_conv1d_kernel(
         column = tl.load(at, mask=mask, other=0.0)  # [BLOCK_L, BLOCK_C], after the first tap from L1
         tap = tl.sum(tl.where((k == K - 1 - back)[None, :], taps, 0.0), axis=1)
         y += column.to(ACC) * tap[None, :]
-        if state is not None:  # noqa: SIM102 (known to the compiler, what follows is not)
+        if state.ptr is not None:  # noqa: SIM102 (known to the compiler, what follows is not)
             if back > start:  # the first tokens of a row
                 mask = ((source < 0) & alive)[:, None] & mask_c[None, :]
                 at = state_at + c[None, :] * stride_sc + (S + source)[:, None] * stride_sk
@@ -137,7 +137,7 @@ def _causal_conv1d(
         _causal_conv1d_kernel,
         (B * tiles, triton.cdiv(C, launch.BLOCK_C)),
         *(x, weight.contiguous(), None if bias is None else bias.contiguous()),
-        *(None if state is None else Slots.of(state, state_indices), resets(cu_seqlens, B, L), y),
+        *(Slots.of(state, state_indices), resets(cu_seqlens, B, L), y),
         *(*x.stride()[:2], *((0, 0) if state is None else state.stride()[1:])),
         *(L, C, 0 if state is None else state.shape[2], tiles),
         K=K,

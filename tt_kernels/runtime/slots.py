@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +12,19 @@ from .checks import refuse
 
 
 class Slots(NamedTuple):
-    """An operand of kernels: a buffer of states [number, ...] and the slot of it that each row takes."""
+    """An operand of kernels: a buffer of states [number, ...] and the slot of it that each row takes.
 
-    ptr: Tensor
+    Kernels ask for `state.ptr is not None`: Triton 3.6 cannot compare a tuple that holds a None."""
+
+    ptr: Any  # a tensor; None: no states
     indices: Tensor | None  # [rows]; None: row b has slot b
     number: int  # of slots
     stride: int  # from slot to slot
 
     @staticmethod
-    def of(pool: Tensor, indices: Tensor | None = None) -> Slots:
+    def of(pool: Tensor | None, indices: Tensor | None = None) -> Slots:
+        if pool is None:
+            return Slots(None, None, 0, 0)
         return Slots(pool, None if indices is None else indices.contiguous(), pool.shape[0], pool.stride(0))
 
 

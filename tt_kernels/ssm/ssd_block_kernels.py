@@ -16,7 +16,7 @@ def _ssd_block_kernel(
     C_ptr,
     D_ptr,
     bias_ptr,
-    before,  # Slots of [H, P, N]; None: zeros
+    before,  # Slots of [H, P, N]; none: zeros
     y_ptr,  # [b, L, H, P], contiguous
     stride_xb,
     stride_xl,
@@ -63,7 +63,7 @@ def _ssd_block_kernel(
     mask_x = mask_t[:, None] & mask_p[None, :]
     x = tl.load(at_x + row[:, None] * stride_xl + offs_p[None, :], mask=mask_x, other=0.0)  # [BLOCK_T, BLOCK_P]
     state = None
-    if before is not None:
+    if before.ptr is not None:
         at_s = at_slot(before, b) + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
         state = tl.trans(tl.load(at_s, mask=mask_p[:, None] & mask_n[None, :], other=0.0).to(ACC))  # [BLOCK_N, BLOCK_P]
     D = tl.load(D_ptr + head).to(ACC)

@@ -60,8 +60,8 @@ def _ssd_block(
 ) -> Tensor:
     (b, L, H, P), (G, N) = x.shape, B.shape[2:]
     if longest_block(architecture(x), x.element_size()) < L:
-        initial = None if ssm_state is None else Slots.of(contiguous_slots(ssm_state), state_indices)
-        return chunked(x, dt, A, B, C, D, dt_bias, initial, dt_limit=(low, high))[0]
+        initial = Slots.of(None if ssm_state is None else contiguous_slots(ssm_state), state_indices)
+        return chunked(x, dt, A, B, C, D, dt_bias, initial, Slots.of(None), dt_limit=(low, high))[0]
     y = x.new_empty(x.shape)
     x, B, C, state = *(lined_up(t) for t in (x, B, C)), lined_up(ssm_state, 2)
     default = ssd_block_launch(b * H, L, P, N, x.element_size(), architecture(x))
@@ -70,7 +70,7 @@ def _ssd_block(
         _ssd_block_kernel,
         (b * H if L else 0, triton.cdiv(P, launch.BLOCK_P)),
         *(x, dt, *dense(A), B, C, *dense(D, dt_bias)),
-        *(None if state is None else Slots.of(state, state_indices), y),
+        *(Slots.of(state, state_indices), y),
         *(*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3]),
         *((0, 0) if state is None else state.stride()[1:3]),
         *(L, H, H // G),

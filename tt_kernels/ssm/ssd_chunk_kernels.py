@@ -157,14 +157,14 @@ def _chunk_scan_kernel(
     seen_ptr,
     kept_ptr,
     whole_ptr,  # [b, H, tiles]
-    initial,  # Slots of [H, P, N], contiguous; None: zeros
+    initial,  # Slots of [H, P, N], contiguous; none: zeros
     added_ptr,  # [b, spans - 1, H, P, N]: what the spans before add to it; None: there is one span
     passed_ptr,  # [b, spans - 1, H]: how much of it they leave
     counts_ptr,  # [b]; None: all L
     resets_ptr,  # [b * L]; None: no sequence starts
     y_ptr,  # [b, L, H, P], contiguous
     before_ptr,  # [b, chunks, H, P, N]; None: not wanted
-    final,  # Slots of [H, P, N], contiguous, which other spans do not read; None: not wanted
+    final,  # Slots of [H, P, N], contiguous, which other spans do not read; none: not wanted
     stride_xb,
     stride_xl: tl.constexpr,  # rows of a tile are constants apart, as those of B and C
     stride_xh,
@@ -216,7 +216,7 @@ def _chunk_scan_kernel(
     at_C = C_ptr + b * stride_Cb + group * stride_Cg
     row_tiles = (b * H + head) * tiles
     state = tl.zeros((BLOCK_N, BLOCK_P), dtype=ACC)
-    if initial is not None:
+    if initial.ptr is not None:
         state = tl.load(at_slot(initial, b) + head.to(tl.int64) * P * N + offs_s, mask=mask_s, other=0.0).to(ACC)
     if added_ptr is not None:
         for i in tl.range(0, span):  # a few, which many programs find in L2: sooner than a kernel of its own
@@ -257,6 +257,6 @@ def _chunk_scan_kernel(
                     shown = tl.where(tl.load(resets_ptr + following) != 0, 0.0, state)
                 at = (b * (tiles // chunk_tiles) + chunk + 1) * H + head
                 tl.store(before_ptr + at * P * N + offs_s, shown, mask=mask_s)
-    if final is not None:  # noqa: SIM102 (known to the compiler, what follows is not)
+    if final.ptr is not None:  # noqa: SIM102 (known to the compiler, what follows is not)
         if span == spans - 1:
             tl.store(at_slot(final, b) + head.to(tl.int64) * P * N + offs_s, state, mask=mask_s)

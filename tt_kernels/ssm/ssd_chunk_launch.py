@@ -74,8 +74,8 @@ def chunked(
     C: Tensor,
     D: Tensor,
     dt_bias: Tensor,
-    initial: Slots | None,
-    final: Slots | None = None,
+    initial: Slots,
+    final: Slots,
     *,
     counts: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -122,7 +122,7 @@ def chunked(
     if spans > 1:
         added = states.new_empty(b, spans - 1, H, P, N)
         passed = states.new_empty(b, spans - 1, H)
-        if initial is not None and final is not None:  # every span reads what the last one writes
+        if initial.ptr is not None and final.ptr is not None:  # every span reads what the last one writes
             initial = Slots.of(copied(initial.ptr, initial.indices, b))
         run(
             _chunk_states_kernel,
@@ -165,7 +165,7 @@ def _ssd_chunk(
     new = x.new_empty((rows, *x.shape[2:], B.shape[3]), dtype=compute_dtype(x.dtype, A.dtype))
     options: Any = dict(counts=counts, cu_seqlens=cu_seqlens, chunk_size=chunk_size, dt_limit=(low, high))
     if ssm_state is None:
-        y, states = chunked(x, dt, A, B, C, D, dt_bias, None, Slots.of(new), **options)
+        y, states = chunked(x, dt, A, B, C, D, dt_bias, Slots.of(None), Slots.of(new), **options)
         return y, new, states
     used = contiguous_slots(ssm_state)
     initial = Slots.of(used, state_indices)
