@@ -7,20 +7,24 @@ from call to call can get (`Op.grows`); in fp16 and fp32 at the card's first and
 from global memory and tensor-core instructions. The run fails on spills (in bf16; elsewhere on more than the lock
 says), on more shared memory than the target has, on a kernel that stores nothing, on a narrower load, a lost
 tensor-core instruction or TMA load, and on 10 % more registers than the lock says; `--update` writes the lock anew.
+
+A row also keeps fingerprints of what the compiler was given. What comes out follows from that, so where a kernel's
+fingerprint is in the lock it is not compiled again; `--all` compiles it all the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ import triton
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -78,6 +83,7 @@ class Compiled:
     stores: bool = field(default=True, compare=False)  # anything at all to memory
     dtype: torch.dtype = field(default=MODEL, compare=False)  # what its op was called with
     tiles: dict[str, int] = field(default_factory=dict, compare=False)
+    sources: str = field(default="", compare=False)  # fingerprints of what the compiler was given for this row
 
     @property
     def key(self) -> str:
@@ -85,7 +91,7 @@ class Compiled:
 
     @property
     def row(self) -> dict[str, Any]:
-        return {column: getattr(self, column) for column in COLUMNS}
+        return {column: getattr(self, column) for column in (*COLUMNS, "sources")}
 
 
 def _on_meta(value: Any, grads: Sequence[str], name: str) -> Any:
@@ -169,36 +175,74 @@ def _inspect(cubin: bytes) -> dict[str, Any]:
     )
 
 
-def _compile_op(name: str, architecture: int) -> list[Compiled]:
-    """All kernels of an op for one target; runs in a process of its own."""
+class _Known:
+    """Triton's hook before it compiles: takes a fingerprint of kernel, arguments and options, and skips known ones."""
+
+    def __init__(self, architecture: int, known: Collection[str]):
+        self.architecture, self.known, self.source = architecture, known, ""
+
+    def __call__(self, *, fn: Any, compile: Mapping[str, Any], **_: Any) -> bool:
+        given = (triton.__version__, self.architecture, fn.jit_function.cache_key, compile["specialization_data"])
+        self.source = hashlib.sha256(repr(given).encode()).hexdigest()[:12]
+        return self.source in self.known
+
+
+def _compile_op(name: str, architecture: int, locked: Mapping[str, Mapping[str, Any]]) -> tuple[list[Compiled], int]:
+    """All kernels of an op for one target, and how many were compiled; runs in a process of its own.
+
+    One whose fingerprint is in a row of `locked` is taken from there."""
     driver.set_active(_Target(architecture))
+    rows = {source: (key, row) for key, row in locked.items() for source in row.get("sources", "").split()}
+    knobs.runtime.jit_cache_hook = hook = _Known(architecture, rows)
     found: dict[str, Compiled] = {}
-    inspected: set[str] = set()
+    count = 0
     for dtype, (kernel, args, options) in to_compile(OPS[name], architecture):
+        hook.source = ""
         binary = kernel.warmup(*args, grid=(1,), **options)
-        if binary.hash in inspected:
+        if not hook.source:  # met before, in this op
             continue
-        inspected.add(binary.hash)
         shown = {k: v for k, v in options.items() if k != "enable_fp_fusion"}
-        launch = " ".join(f"{k}={v}" for k, v in shown.items())
-        signature = " ".join(str(t) for t in binary.src.signature.values() if t != "constexpr")
-        compiled = Compiled(
-            *(kernel.__name__, architecture, f"{launch} ({signature})"),
-            shared=binary.metadata.shared,
-            dtype=dtype,
-            tiles=shown,
-            **_inspect(binary.asm["cubin"]),
-        )
-        found[compiled.key] = compiled
-    return list(found.values())
+        if binary is None:
+            key, row = rows[hook.source]
+            launch = key.split(" ", 2)[2]
+            facts = {column: row[column] for column in COLUMNS}
+        else:
+            count += 1
+            signature = " ".join(str(t) for t in binary.src.signature.values() if t != "constexpr")
+            launch = " ".join(f"{k}={v}" for k, v in shown.items()) + f" ({signature})"
+            facts = dict(shared=binary.metadata.shared, **_inspect(binary.asm["cubin"]))
+        new = Compiled(kernel.__name__, architecture, launch, dtype=dtype, tiles=shown, sources=hook.source, **facts)
+        found[new.key] = worse(new, found.get(new.key))
+    return list(found.values()), count
 
 
-def compile_all(names: Sequence[str], targets: Sequence[int], jobs: int) -> list[Compiled]:
-    """Kernels of all these ops for all these targets, each once."""
+def worse(a: Compiled, b: Compiled | None) -> Compiled:
+    """Two kernels of one row of the lock (they differ in which sizes divide by 16), as one: the worse of both."""
+    if b is None:
+        return a
+    return replace(
+        a,
+        **{column: max(getattr(a, column), getattr(b, column)) for column in ("registers", "stack", "shared")},
+        load=min(a.load, b.load),
+        tensor=" ".join(sorted({*a.tensor.split()} & {*b.tensor.split()})),
+        tma=a.tma and b.tma,
+        stores=a.stores and b.stores,
+        sources=" ".join(sorted({*a.sources.split(), *b.sources.split()})),
+    )
+
+
+def compile_all(
+    names: Sequence[str], targets: Sequence[int], jobs: int, locked: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[Compiled], int]:
+    """Kernels of all these ops for all these targets, each once, and how many were compiled."""
     with ProcessPoolExecutor(jobs) as pool:
-        work = [pool.submit(_compile_op, name, target) for name in names for target in targets]
+        work = [pool.submit(_compile_op, name, target, locked) for name in names for target in targets]
         done = track(work, "ops and targets", console=Console(stderr=True), disable=not sys.stderr.isatty())
-        return [compiled for future in done for compiled in future.result()]
+        results = [future.result() for future in done]
+    unique: dict[str, Compiled] = {}
+    for compiled in (c for kernels, _ in results for c in kernels):
+        unique[compiled.key] = worse(compiled, unique.get(compiled.key))
+    return [unique[key] for key in sorted(unique)], sum(count for _, count in results)
 
 
 def promises_wgmma(compiled: Compiled, tile: str | None) -> bool:
@@ -242,6 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("ops", nargs="*", metavar="OP", help="only these (default: all that have kernels)")
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, metavar="SM")
     parser.add_argument("--update", action="store_true", help="write what comes out into the lock")
+    parser.add_argument("--all", action="store_true", help="compile also what the lock has a fingerprint of")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     if INTERPRET:
@@ -250,27 +295,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in names if name not in OPS or not OPS[name].kernels]:
         parser.error(f"no op with kernels is called {', '.join(unknown)}")
     version, locks = triton.__version__, json.loads(LOCK.read_text()) if LOCK.exists() else {}
+    locked = locks.get(version, {})
     lock = None if options.update else locks.get(version)
     promised = {kernel: tile for op in OPS.values() for kernel, tile in op.tensor_cores.items()}
-    unique = {c.key: c for c in compile_all(names, options.targets, options.jobs)}
-    compiled = [unique[key] for key in sorted(unique)]
+    compiled, count = compile_all(names, options.targets, options.jobs, {} if options.all else locked)
     print(f"Triton {version}")
     print(f"{'kernel':40s} {'sm':>4s}" + "".join(f"{column:>10s}" for column in COLUMNS) + "  launch")
-    failed = 0
+    failed, rows = 0, {}
     for c in compiled:
-        print(f"{c.kernel:40s} {c.architecture:4d}" + "".join(f"{v!s:>10s}" for v in c.row.values()) + f"  {c.launch}")
-        for fault in faults(c, lock, wgmma=promises_wgmma(c, promised.get(c.kernel))):
-            failed += 1
+        shown = "".join(f"{getattr(c, column)!s:>10s}" for column in COLUMNS)
+        print(f"{c.kernel:40s} {c.architecture:4d}{shown}  {c.launch}")
+        found = faults(c, lock, wgmma=promises_wgmma(c, promised.get(c.kernel)))
+        failed += len(found)
+        rows[c.key] = {**c.row, "sources": ""} if found else c.row  # a fault is found again
+        for fault in found:
             print(f"    FAULT: {fault}")
     if options.update:
-        kept = locks.get(version, {}) if options.ops or set(options.targets) != set(TARGETS) else {}
-        locks[version] = kept | {c.key: c.row for c in compiled}
+        kept = locked if options.ops or set(options.targets) != set(TARGETS) else {}
+        locks[version] = kept | rows
         partial = LOCK.with_name(f".{LOCK.name}.partial")
         partial.write_text(json.dumps(locks, indent=0, sort_keys=True) + "\n")
         partial.replace(LOCK)
     if lock is None and not options.update:
         print(f"NOT HELD TO A LOCK: there is none for Triton {version}, only for {', '.join(locks) or 'none'}")
-    print(f"{len(compiled)} compiled, {failed} faults")
+    print(f"{len(compiled)} kernels, {count} compiled, the others known by their fingerprints; {failed} faults")
     return 1 if failed else 0
 
 

@@ -93,11 +93,41 @@ def test_report_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert aot.main([*arguments, "--update"]) == 0
     ((version, lock),) = json.loads(aot.LOCK.read_text()).items()
     assert lock and all(row["load"] == 128 and row["stack"] == 0 for row in lock.values())
-    assert aot.main(arguments) == 0
-    key = next(iter(lock))
-    aot.LOCK.write_text(json.dumps({version: lock | {key: lock[key] | {"registers": 1}}}))
     capsys.readouterr()
-    assert aot.main(arguments) == 1 and "registers, locked 1" in capsys.readouterr().out
+    assert aot.main(arguments) == 0 and " 0 compiled" in capsys.readouterr().out
+    assert aot.main([*arguments, "--all"]) == 0 and " 0 compiled" not in capsys.readouterr().out
+    key = next(iter(lock))
+    other = {"registers": 1, "sources": "0123456789ab"}  # of another source
+    aot.LOCK.write_text(json.dumps({version: lock | {key: lock[key] | other}}))
+    assert aot.main(arguments) == 1
+    shown = capsys.readouterr().out
+    assert "registers, locked 1" in shown and f" {len(lock[key]['sources'].split())} compiled" in shown
+
+
+def test_one_row_holds_the_worse_of_two() -> None:
+    other = replace(SOUND, registers=90, load=64, tensor="", tma=False, sources="b")
+    both = aot.worse(replace(SOUND, sources="a"), other)
+    assert both == replace(SOUND, load=64, tensor="", tma=False) and both.sources == "a b"
+
+
+@COMPILES
+def test_a_changed_source_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fingerprint follows the kernel, its helpers, its arguments and its options."""
+    ((_, (kernel, args, options)), *_) = aot.to_compile(OPS["rms_norm"], 90)
+    known: set[str] = set()
+    monkeypatch.setattr(aot.driver, "_active", aot._Target(90))
+    monkeypatch.setattr(aot.knobs.runtime, "jit_cache_hook", lambda **given: not known.add(sources(**given)))
+
+    def sources(**given: object) -> str:
+        hook = aot._Known(90, ())
+        assert not hook(**given)
+        return hook.source
+
+    for changed in ({}, {"num_warps": 2}):
+        kernel.warmup(*args, grid=(1,), **{**options, **changed})
+    monkeypatch.setattr(kernel, "hash", "another source")
+    kernel.warmup(*args, grid=(1,), **options)
+    assert len(known) == 3
 
 
 @COMPILES
