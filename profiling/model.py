@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from math import ceil, prod
 from typing import Any
 
@@ -196,10 +196,8 @@ def _measure(
         stored.update({name: weight * n for name, n in trace.stored.items()})
         p.flops += weight * trace.flops
     slots = r.multiprocessors * p.resident
-    reread = {name: n / max(_size(given.get(name)), 1) for name, n in traffic.items()}
-    # From the second wave on, what all programs read is in L2 (and in the first, for all but the first that asks).
-    near = full > slots and sum(traffic.values()) > 4 * sum(min(n, _size(given.get(k)) or n) for k, n in traffic.items())
-    wait = r.l2_latency if near else r.dram_latency * r.clock
+    # In the first wave everything comes from memory, later what many programs read is in L2.
+    near = {name for name, n in traffic.items() if full > slots and n > 4 * (_size(given.get(name)) or n)}
     totals: Counter[str] = Counter()
     heavy: Counter[str] = Counter()
     chains: list[tuple[float, float, float]] = []
@@ -213,7 +211,7 @@ def _measure(
                 name, cycles = rates.pipe(opcode, r)
                 work[name] += n * cycles  # type: ignore[assignment]
                 work["issue"] += n
-            one = walk.Walk(r, sharing, lambda _: wait)
+            one = walk.Walk(r, sharing, partial(_latency, r, trace, near))
             walk.chain(binary.code, binary.kernel, trace, one)
             known[key] = work, one.now, one.rounds
         work, cycles, rounds = known[key]
@@ -245,7 +243,6 @@ def _measure(
     p.traffic = sum(traffic.values()) + sum(stored.values())
     p.bounds["DRAM"] = p.bytes / r.dram
     p.bounds["L2"] = p.traffic / r.l2
-    del reread
     loops = [loop for loop in binary.code.loops if loop.ttgir is not None]
     if loops:
         main = max(loops, key=lambda loop: p.iterations.get(loop.ttgir or 0, 0) * len(loop.own))
@@ -255,6 +252,15 @@ def _measure(
         p.main = dict(mix.most_common())
     p.in_flight = p.resident * binary.shared if binary.shared > 8192 else p.traffic / max(full, 1) * min(p.resident, max(1, full / r.multiprocessors))
     p.limit = max(p.bytes / r.dram, p.flops / r.products if p.pipes["tensor"] else 0.0)
+
+
+def _latency(r: Rates, trace: trips.Trace, near: set[str], i: sass.Instruction) -> float:
+    """Cycles that a load from global memory takes: numbers read one by one in a loop lie in L1 but for one in a line."""
+    name, size = trace.read_at.get(i.line, ("", 0.0)) if i.line is not None else ("", 0.0)
+    in_loop = any(g is not None and i.line in lines for g, lines in trace.lines.items())
+    if 0 < size <= 8 and in_loop:
+        return r.l1_latency + r.l2_latency / 16
+    return r.l2_latency if name in near else r.dram_latency * r.clock
 
 
 def _shown(i: sass.Instruction, r: Rates) -> str:

@@ -72,6 +72,7 @@ class Trace:
     lines: dict[int | None, Counter[Line]] = field(default_factory=dict)  # by loop: executions of a line
     loaded: Counter[str] = field(default_factory=Counter)  # bytes by argument
     stored: Counter[str] = field(default_factory=Counter)
+    read_at: dict[Line, tuple[str, float]] = field(default_factory=dict)  # argument and bytes of one execution
     flops: float = 0.0
     unsure: set[str] = field(default_factory=set)
 
@@ -394,6 +395,12 @@ class Program:
         base = pointer.base if isinstance(pointer, Pointer) else "?"
         into[base] += prod(shape) * item * share * self.times
 
+    def _read_at(self, op: Op, pointer: Any, types: str) -> None:
+        if op.line is not None and isinstance(pointer, Pointer):
+            shape, item = shape_and_item(types)
+            most = self.trace.read_at.get(op.line, ("", 0.0))[1]
+            self.trace.read_at[op.line] = (pointer.base, max(most, float(prod(shape) * item)))
+
     def _load(self, op: Op) -> Any:
         asynchronous = op.name.startswith("ttg.")
         head = re.sub(r"\bother %[\w#-]+", "", op.text)
@@ -404,6 +411,7 @@ class Program:
             found = re.search(r"\bmask (%[\w#-]+)", op.text)
             mask = self.of(found[1]) if found else True
         self._moved(self.trace.loaded, pointer, op.types, mask)
+        self._read_at(op, pointer, op.types)
         if asynchronous or not isinstance(pointer, Pointer) or pointer.offset is None or re.search(r"f\d+>", op.types):
             return UNKNOWN
         values = self.memory(pointer.base)
@@ -422,6 +430,8 @@ class Program:
         if not _is(predicate, False):
             base = pointer.base if isinstance(pointer, Pointer) else "?"
             (self.trace.loaded if loads else self.trace.stored)[base] += prod(shape) * item * self.times
+            if loads:
+                self._read_at(op, pointer, "x".join(map(str, (*shape, f"i{8 * item}"))))
 
     def _dot(self, op: Op) -> None:
         shapes = [tuple(map(int, s.split("x")[:-1])) for s in re.findall(r"<((?:\d+x)+)", op.types)]

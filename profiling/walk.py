@@ -112,13 +112,14 @@ def counts(code: Code, kernel: Kernel, trace: Trace) -> Counter[str]:
 @dataclass
 class Walk:
     rates: Rates
-    sharing: float  # warps of the program on a quarter: what a pipe serves before it serves this one again
+    sharing: float  # warps of the program on a quarter: between two barriers its pipes serve all of them
     memory: Callable[[Instruction], float]  # latency of a load from global memory, in cycles
     now: float = 0.0
     rounds: float = 0.0  # times it waited for memory
     boards: list[float] = field(default_factory=lambda: [0.0] * 6)
     remote: list[bool] = field(default_factory=lambda: [False] * 6)  # the board waits for memory
     free: Counter[str] = field(default_factory=Counter)  # when a pipe is free again
+    served: Counter[str] = field(default_factory=Counter)  # when it has served all warps since the last barrier
     copying: float = 0.0
     copies: list[float] = field(default_factory=list)  # committed groups of cp.async
     boxes: list[float] = field(default_factory=list)  # groups of TMA loads, by the barrier that expects them
@@ -129,12 +130,20 @@ class Walk:
             self.rounds += 1
         self.now = max(self.now, until)
 
+    def meet(self) -> None:
+        """All warps of the program come to the same place: every pipe has served them all."""
+        if self.sharing > 1:
+            self.now = max(self.now, *self.served.values(), self.now)
+            self.served = Counter(dict.fromkeys(rates.PIPES, self.now))
+
     def step(self, i: Instruction) -> None:
         c, r = i.control, self.rates
         for board in range(6):
             if c.wait >> board & 1:
                 self.wait(self.boards[board], self.remote[board])
         number = re.search(r",\s*0x([0-9a-f]+)", i.operands)
+        if i.name in ("BAR", "WARPGROUP", "DEPBAR") or (i.name == "SYNCS" and "TRYWAIT" in i.opcode):
+            self.meet()
         if i.name == "DEPBAR" and number:
             pending = self.copies[: len(self.copies) - int(number[1], 16)]
             self.wait(max(pending, default=0.0), True)
@@ -146,12 +155,16 @@ class Walk:
         elif i.name == "SYNCS" and "TRYWAIT" in i.opcode and self.boxes:
             self.wait(self.boxes.pop(0), True)
         name, cycles = rates.pipe(i.opcode, r)
-        start = max(self.now, self.free[name])
-        self.free[name] = start + cycles * self.sharing  # type: ignore[assignment]
-        self.now = start + max(c.stall, 1, self.sharing)
+        queued = i.name in ("HGMMA", "QGMMA", "IGMMA")  # asynchronous: the warp goes on
+        start = self.now if queued else max(self.now, self.free[name])
+        self.free[name] = max(start, self.free[name]) + cycles * (self.sharing if queued else 1)  # type: ignore[assignment]
+        if not queued:
+            self.served[name] += cycles * self.sharing  # type: ignore[assignment]
+        self.served["issue"] += self.sharing  # type: ignore[assignment]
+        self.now = start + max(c.stall, 1)
         if i.name == "BAR":
             self.now += r.barrier
-        ready = start + rates.latency(i.name, cycles * self.sharing, self.memory(i), r)
+        ready = start + rates.latency(i.name, cycles, self.memory(i), r)
         if i.name == "LDGSTS":
             self.copying = max(self.copying, ready)
         elif i.name == "LDGDEPBAR":
@@ -177,6 +190,7 @@ class Walk:
         self.rounds += rounds
         self.boards = [b + cycles for b in self.boards]
         self.free = Counter({pipe: at + cycles for pipe, at in self.free.items()})
+        self.served = Counter({pipe: at + cycles for pipe, at in self.served.items()})
         self.copying += cycles
         for queue in (self.copies, self.boxes, self.groups):
             queue[:] = [at + cycles for at in queue]
