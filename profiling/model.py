@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from .assume import Launched, remembered
 from .rates import PIPES, RATES, Rates
 
 SAMPLES = 24  # programs of a launch that are evaluated: spread evenly, the first and the last among them
+SLOW = 0.2  # s: a program that takes longer to evaluate has a quarter of them
 
 
 @dataclass(eq=False)
@@ -140,11 +142,11 @@ def bind(made: Any, kernel: trips.Kernel, args: Sequence[Any]) -> tuple[dict[str
     return values, given
 
 
-def sampled(grid: Sequence[int]) -> list[tuple[tuple[int, int, int], float]]:
+def sampled(grid: Sequence[int], most: int = SAMPLES) -> list[tuple[tuple[int, int, int], float]]:
     """Programs to evaluate, each with how many it stands for."""
     x, y, z = (*grid, 1, 1, 1)[:3]
     total = x * y * z
-    some = sorted({round(n * (total - 1) / max(SAMPLES - 1, 1)) for n in range(min(SAMPLES, total))})
+    some = sorted({round(n * (total - 1) / max(most - 1, 1)) for n in range(min(most, total))})
     edges = [0, *((a + b) // 2 + 1 for a, b in zip(some, some[1:], strict=False)), total]
     found = []
     for n, (low, high) in zip(some, zip(edges, edges[1:], strict=False), strict=True):
@@ -172,7 +174,10 @@ def predict(
     p = Prediction(kernel.__name__, tuple(grid), dict(options), binary, max(resident, 1), limited, 0.0, 0.0)
     p.unsure |= set(binary.unsure)
     seen: list[tuple[float, trips.Trace]] = []
-    picked = sampled(grid)
+    begin = time.perf_counter()
+    trips.Program(binary.kernel, values, memory, (0, 0, 0), (*grid, 1, 1)).run()
+    slow = time.perf_counter() - begin > SLOW
+    picked = sampled(grid, SAMPLES // 4 if slow else SAMPLES)
     for number, (ids, weight) in enumerate(picked):
         trace = trips.Program(binary.kernel, values, memory, ids, (*grid, 1, 1), number == len(picked) - 1).run()
         if number == len(picked) - 1 and weight > 1:  # only one program is the last
