@@ -162,8 +162,9 @@ def predict(
     *,
     target: int = 90,
     context: int | None = None,
+    near: Callable[[Tensor], bool] = lambda t: False,
 ) -> Prediction:
-    """What the model says of one launch on a target."""
+    """What the model says of one launch on a target. `near`: a tensor lies in L2, as a launch before has written it."""
     r = RATES[target]
     made, binary = compiled(kernel, args, options, target)
     values, given = bind(made, binary.kernel, args)
@@ -186,12 +187,12 @@ def predict(
             weight = 1
         seen.append((weight, trace))
         p.unsure |= trace.unsure
-    _measure(p, r, seen, given, full)
+    _measure(p, r, seen, given, full, {name for name, t in given.items() if isinstance(t, Tensor) and near(t)})
     return p
 
 
 def _measure(
-    p: Prediction, r: Rates, seen: Sequence[tuple[float, trips.Trace]], given: Mapping[str, Any], full: int
+    p: Prediction, r: Rates, seen: Sequence[tuple[float, trips.Trace]], given: Mapping[str, Any], full: int, near: set[str]
 ) -> None:
     binary = p.binary
     traffic: Counter[str] = Counter()
@@ -202,7 +203,7 @@ def _measure(
         p.flops += weight * trace.flops
     slots = r.multiprocessors * p.resident
     # In the first wave everything comes from memory, later what many programs read is in L2.
-    near = {name for name, n in traffic.items() if full > slots and n > 4 * (_size(given.get(name)) or n)}
+    near = near | {name for name, n in traffic.items() if full > slots and n > 4 * (_size(given.get(name)) or n)}
     totals: Counter[str] = Counter()
     heavy: Counter[str] = Counter()
     chains: list[tuple[float, float, float]] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ QUIET = {
     "size", "stride", "item", "_local_scalar_dense", "dropout",
 }  # fmt: skip
 PRODUCTS = {"linear", "mm", "addmm", "bmm", "matmul", "baddbmm", "_grouped_mm"}
+NEAR = 30e6  # bytes, half of an H200's L2
 LEAST = {True: 2.0e-6, False: 1.5e-6}  # s of a small product, of any other small operation: assumed
 
 
@@ -57,7 +57,11 @@ class Recorded:
 
     launches: list[Any] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
-    floor: float | None = None
+    far: set[int] = field(default_factory=set)  # storages of weights, caches and states
+
+    def near(self, t: Tensor) -> bool:
+        """Whether a launch finds it in L2: an earlier one of the pass has written it, and it is small enough."""
+        return t.untyped_storage()._cdata not in self.far and t.numel() * t.element_size() < NEAR
 
 
 class _Operations(TorchDispatchMode):
@@ -102,17 +106,19 @@ def _cache(model: TwoTower, batch: int, context: int, room: int) -> Cache:
     return cache
 
 
-def make(config: TwoTowerConfig, kind: str, batch: int, context: int, length: int) -> Callable[[], Any]:
-    """The call that is the pass; run it on the meta device."""
+def make(
+    config: TwoTowerConfig, kind: str, batch: int, context: int, length: int
+) -> tuple[Callable[[], Any], TwoTower, Cache | None]:
+    """The call that is the pass, to be made on the meta device; its model and cache."""
     model = TwoTower(replace(config, dtype=torch.bfloat16)).to(torch.bfloat16)
     S = config.block_size
     if kind in ("clean", "noisy"):
         tokens = torch.zeros(batch, length, dtype=torch.int64)
         if kind == "clean":
-            return lambda: model.encode_clean(tokens, S)
+            return (lambda: model.encode_clean(tokens, S)), model, None
         states = model.encode_clean(tokens, S)
         t = torch.zeros(batch, length // S)
-        return lambda: model.denoise_all(states, tokens, t, output="hidden")
+        return (lambda: model.denoise_all(states, tokens, t, output="hidden")), model, None
     L = {"ar": 1, "prefill": length}.get(kind, S)
     cache = _cache(model, batch, context, L)
     block = torch.zeros(batch, L, dtype=torch.int64)
@@ -125,7 +131,7 @@ def make(config: TwoTowerConfig, kind: str, batch: int, context: int, length: in
             hidden = model.denoise(block, t, cache, output="hidden")
             return unmask(hidden, model.lm_head.weight, block, sampling, **rule)
 
-        return denoise
+        return denoise, model, cache
     if kind == "ar":
 
         def step() -> Any:
@@ -133,8 +139,8 @@ def make(config: TwoTowerConfig, kind: str, batch: int, context: int, length: in
             token, _ = head_sample(cache.last_hidden, cache.head, sampling)[:2]
             return model.commit(token.unsqueeze(1), cache)
 
-        return step
-    return lambda: model.commit(block, cache)
+        return step, model, cache
+    return (lambda: model.commit(block, cache)), model, cache
 
 
 def record(
@@ -142,7 +148,11 @@ def record(
 ) -> Recorded:
     """Runs a pass on meta tensors: nothing is computed."""
     with torch.device("meta"), torch.no_grad(), recording(target) as launches:
-        call = make(config, kind, batch, context, length)
+        call, model, cache = make(config, kind, batch, context, length)
+        kept: list[Tensor] = [*model.parameters(), *model.buffers()]
+        if cache is not None:
+            pool = cache.pool
+            kept += [t for part in (pool.conv, pool.ssm, pool.keys, pool.values) for t in part.values()]
         del launches[:]
         # Training's noisy pass keeps what a backward needs; its launches are the forward's all the same.
         with torch.inference_mode() if kind not in ("clean", "noisy") else nullcontext(), _Operations() as operations:
@@ -150,7 +160,7 @@ def record(
     from tt_model.modeling.two_tower import _frequencies
 
     _frequencies.cache_clear()  # made on the meta device here
-    return Recorded(list(launches), operations.seen)
+    return Recorded(list(launches), operations.seen, {t.untyped_storage()._cdata for t in kept})
 
 
 def least(config: TwoTowerConfig, kind: str, r: Rates, *, batch: int, context: int, length: int) -> float:
@@ -162,7 +172,3 @@ def least(config: TwoTowerConfig, kind: str, r: Rates, *, batch: int, context: i
     whole = replace(config, block_size=length)
     seen = context if kind == "prefill" else 0
     return floor(whole, COMMIT, batch=batch, context=seen - length // 2 * (seen == 0), roofs=roofs)
-
-
-def elements(shape: tuple[int, ...]) -> int:
-    return prod(shape)

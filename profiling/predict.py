@@ -81,10 +81,13 @@ class Row:
         return found
 
 
-def _key(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+Near = Callable[[torch.Tensor], bool]
+
+
+def _key(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: Mapping[str, Any], near: Near) -> Any:
     def known(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return tuple(value.shape), value.stride(), value.dtype
+            return tuple(value.shape), value.stride(), value.dtype, near(value)
         if hasattr(value, "base"):  # a descriptor
             return known(value.base), tuple(value.block_shape)
         return tuple(map(known, value)) if isinstance(value, tuple) else value
@@ -95,14 +98,15 @@ def _key(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: Mapping
 class Predictor:
     """Predicts launches, each form once."""
 
-    def __init__(self, target: int, context: int | None) -> None:
-        self.target, self.context = target, context
+    def __init__(self, target: int, context: int | None = None, near: Near = lambda t: False) -> None:
+        self.target, self.context, self.near = target, context, near
         self.known: dict[Any, Prediction] = {}
 
     def __call__(self, kernel: Any, grid: Sequence[int], args: Sequence[Any], options: Mapping[str, Any]) -> Prediction:
-        key = _key(kernel, grid, args, options)
+        key = _key(kernel, grid, args, options, self.near)
         if key not in self.known:
-            self.known[key] = predict(kernel, grid, args, options, target=self.target, context=self.context)
+            more = dict(target=self.target, context=self.context, near=self.near)
+            self.known[key] = predict(kernel, grid, args, options, **more)
         return self.known[key]
 
     def rows(self, seen: Sequence[Any]) -> list[Row]:
@@ -132,14 +136,14 @@ def record(name: str, dims: Mapping[str, int], target: int, dtype: torch.dtype, 
 
 def of_op(name: str, dims: Mapping[str, int], target: int, dtype: torch.dtype, backward: bool = False) -> list[Row]:
     """The launches of one call, forward or backward."""
-    return Predictor(target, None).rows(record(name, dims, target, dtype, backward))
+    return Predictor(target).rows(record(name, dims, target, dtype, backward))
 
 
 def of_pass(kind: str, target: int, batch: int, context: int, length: int) -> tuple[list[Row], dict[str, Any]]:
     """The rows of a pass of the published model, and its totals."""
     r = RATES[target]
     found = passes.record(PUBLISHED, kind, batch=batch, context=context, length=length, target=target)
-    rows = Predictor(target, context).rows(found.launches)
+    rows = Predictor(target, context, found.near).rows(found.launches)
     others: dict[Any, Row] = {}
     for o in found.operations:
         row = others.setdefault((o.name, o.shape, o.bytes), Row(f"{o.name} {list(o.shape)}", o.seconds(r), o.limit(r)))
