@@ -1,8 +1,8 @@
 """What lies in memory that a kernel's control flow looks at: stated assumptions, by the argument's name.
 
-Every row's cache holds `context` tokens (for an op: all that its pages hold), in pages in order. Routing is uniform: the
-experts' counts are the quantiles of the binomial distribution, so that as many are hit as one expects. All positions
-are masked and hot; nothing is packed; every row's states lie in order.
+Every row's cache holds `context` tokens (for an op: all that its pages hold), in pages in order. Routing is uniform:
+the experts' counts are the quantiles of the binomial distribution, so that as many are hit as one expects. All
+positions are masked and hot; nothing is packed; every row's states lie in order.
 """
 
 from __future__ import annotations
@@ -87,6 +87,16 @@ def _tiles(a: Launched, t: Tensor) -> Array:
             entries.append(expert << 41 | min(block, int(count) - start) << 32 | (first + start))
         first += int(count)
     return np.array([len(entries), *entries, *[-1] * max(0, t.numel() - 1 - len(entries))])
+
+
+def useful(a: Launched) -> float:
+    """The share of the rows that products compute which are rows of an expert: tiles are filled up with others."""
+    if not a.kernel.startswith("_experts") or "BLOCK_T" not in a.options or a.tensor("tiles_ptr") is None:
+        return 1.0
+    experts, rows, tokens = _experts(a)
+    block = int(a.options["BLOCK_T"])
+    counts = expert_rows(rows, experts, tokens)
+    return rows / max(float((-(-counts // block) * block).sum()), 1.0)
 
 
 def _lengths(a: Launched, t: Tensor) -> Array:

@@ -65,11 +65,10 @@ def waits_for_all(ttgir: str) -> list[str]:
 def repeats_rows(ttgir: str) -> list[str]:
     """Products whose warps cover more rows or columns than the tile has: some compute what others compute too."""
     found = []
-    layouts = {}
+    layouts: dict[str, list[list[int]]] = {}
     for name, text in LAYOUT.findall(ttgir):
-        warps, shape = (re.search(rf"{key} = \[([\d, ]+)\]", text) for key in ("warpsPerCTA", "instrShape"))
-        if warps and shape:
-            layouts[name] = tuple([int(n) for n in match[1].split(",")] for match in (warps, shape))
+        sizes = (re.search(rf"{key} = \[([\d, ]+)\]", text) for key in ("warpsPerCTA", "instrShape"))
+        layouts[name] = [[int(n) for n in match[1].split(",")] if match else [] for match in sizes]
     for line in ttgir.splitlines():
         match = DOT.search(line) and re.search(r"-> tensor<((?:\d+x)+)\w+, (#mma\w*)>", line)
         if not match or match[2] not in layouts:
@@ -80,8 +79,8 @@ def repeats_rows(ttgir: str) -> list[str]:
         covered = [w * s for w, s in zip(warps, shape, strict=False)]
         times = prod(max(1.0, c / t) for c, t, w in zip(covered, tile, warps, strict=False) if w > 1)
         if times > 1:
-            what = f"{'x'.join(map(str, warps))} warps cover {'x'.join(map(str, covered))} of a {'x'.join(map(str, tile))} tile"
-            found.append(f"{what}: computed {times:g} times")
+            each, of, whole = ("x".join(map(str, sizes)) for sizes in (warps, covered, tile))
+            found.append(f"{each} warps cover {of} of a {whole} tile: computed {times:g} times")
     return list(dict.fromkeys(found))
 
 
@@ -134,7 +133,7 @@ def of_launch(op: Op, launch: Sequence[Any], target: int) -> list[str]:
     found += no_tensor_cores(opcodes, target, promised, binary.ttgir)
     if target == 90:
         p = predict(kernel, grid, args, options, target=target)
-        found += [text for text in busy(p.pipes, p.bounds["DRAM"])]
+        found += busy(p.pipes, p.bounds["DRAM"])
     return found
 
 

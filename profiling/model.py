@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import pairwise
 from math import ceil, prod
 from typing import Any
 
@@ -19,9 +20,9 @@ from triton.runtime import driver
 
 from tools.aot import TOOLS, _Target
 
-from . import rates, sass, trips, walk
+from . import rates, sass, trips, ttgir, walk
 from .aot import programs
-from .assume import Launched, remembered
+from .assume import Launched, remembered, useful
 from .rates import PIPES, RATES, Rates
 
 SAMPLES = 24  # programs of a launch that are evaluated: spread evenly, the first and the last among them
@@ -38,7 +39,7 @@ class Binary:
     shared: int
     warps: int
     code: sass.Code
-    kernel: trips.Kernel
+    kernel: ttgir.Kernel
     ttgir: str
     unsure: list[str]
 
@@ -65,7 +66,8 @@ class Prediction:
     rounds: float = 0.0  # dependent waits for memory, of the slowest program
     chain: float = 0.0  # seconds of the slowest program alone
     bounds: dict[str, float] = field(default_factory=dict)  # seconds
-    flops: float = 0.0
+    flops: float = 0.0  # of its products, rows that fill up tiles included
+    useful: float = 1.0  # the share of them that is not filling
     limit: float = 0.0
     unsure: set[str] = field(default_factory=set)
 
@@ -86,7 +88,7 @@ def _registers(cubin: bytes) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
         found = re.search(r"REG:(\d+)", subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return int(found[1]) if found else 255
 
@@ -100,7 +102,7 @@ def compiled(kernel: Any, args: Sequence[Any], options: Mapping[str, Any], targe
     made = kernel.warmup(*args, grid=(1,), **options)
     cubin = made.asm["cubin"]
     if cubin not in _READ:
-        code, body = sass.parse(sass.disassemble(cubin)), trips.parse(made.asm["ttgir"])
+        code, body = sass.parse(sass.disassemble(cubin)), ttgir.parse(made.asm["ttgir"])
         unsure = walk.match(code, body)
         shared, warps = made.metadata.shared, int(options.get("num_warps", made.metadata.num_warps))
         _READ[cubin] = Binary(
@@ -121,7 +123,7 @@ def leaves(kind: Any, value: Any, name: str) -> Iterator[tuple[str, Any, str]]:
         yield kind, value, name
 
 
-def bind(made: Any, kernel: trips.Kernel, args: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def bind(made: Any, kernel: ttgir.Kernel, args: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(values of the TTGIR function's arguments, the launch's arguments by name)."""
     given: dict[str, Any] = {}
     values: dict[str, Any] = {}
@@ -147,9 +149,9 @@ def sampled(grid: Sequence[int], most: int = SAMPLES) -> list[tuple[tuple[int, i
     x, y, z = (*grid, 1, 1, 1)[:3]
     total = x * y * z
     some = sorted({round(n * (total - 1) / max(most - 1, 1)) for n in range(min(most, total))})
-    edges = [0, *((a + b) // 2 + 1 for a, b in zip(some, some[1:], strict=False)), total]
+    edges = [0, *((a + b) // 2 + 1 for a, b in pairwise(some)), total]
     found = []
-    for n, (low, high) in zip(some, zip(edges, edges[1:], strict=False), strict=True):
+    for n, (low, high) in zip(some, pairwise(edges), strict=True):
         found.append(((n % x, n // x % y, n // (x * y)), float(high - low)))
     return found
 
@@ -187,12 +189,18 @@ def predict(
             weight = 1
         seen.append((weight, trace))
         p.unsure |= trace.unsure
+    p.useful = useful(launched)
     _measure(p, r, seen, given, full, {name for name, t in given.items() if isinstance(t, Tensor) and near(t)})
     return p
 
 
 def _measure(
-    p: Prediction, r: Rates, seen: Sequence[tuple[float, trips.Trace]], given: Mapping[str, Any], full: int, near: set[str]
+    p: Prediction,
+    r: Rates,
+    seen: Sequence[tuple[float, trips.Trace]],
+    given: Mapping[str, Any],
+    full: int,
+    near: set[str],
 ) -> None:
     binary = p.binary
     traffic: Counter[str] = Counter()
@@ -210,7 +218,10 @@ def _measure(
     known: dict[Any, tuple[Counter[str], float, float]] = {}
     sharing = max(1.0, binary.warps / 4)
     for weight, trace in seen:
-        key = (tuple(sorted(trace.iterations.items())), tuple(sorted((k or -1, frozenset(v.items())) for k, v in trace.lines.items())))
+        key = (
+            tuple(sorted(trace.iterations.items())),
+            tuple(sorted((k or -1, frozenset(v.items())) for k, v in trace.lines.items())),
+        )
         if key not in known:
             work: Counter[str] = Counter()
             for opcode, n in walk.counts(binary.code, binary.kernel, trace).items():
@@ -235,7 +246,9 @@ def _measure(
     p.rounds = max(rounds for _, cycles, rounds in chains if cycles == longest)
     p.chain = longest / r.clock
     uneven = _uneven(p.active / r.multiprocessors)
-    quarters = 4 if binary.warps >= 4 else min(4, binary.warps * max(1.0, min(p.resident, p.active / r.multiprocessors)))
+    quarters = (
+        4 if binary.warps >= 4 else min(4, binary.warps * max(1.0, min(p.resident, p.active / r.multiprocessors)))
+    )
     for name in PIPES:
         mean = totals[name] * binary.warps / quarters / r.multiprocessors
         p.pipes[name] = max(mean * uneven, heavy[name] * max(1.0, binary.warps / 4)) / r.clock
@@ -256,12 +269,16 @@ def _measure(
         for i in main.own:
             mix[_shown(i, r)] += 1
         p.main = dict(mix.most_common())
-    p.in_flight = p.resident * binary.shared if binary.shared > 8192 else p.traffic / max(full, 1) * min(p.resident, max(1, full / r.multiprocessors))
-    p.limit = max(p.bytes / r.dram, p.flops / r.products if p.pipes["tensor"] else 0.0)
+    p.in_flight = (
+        p.resident * binary.shared
+        if binary.shared > 8192
+        else p.traffic / max(full, 1) * min(p.resident, max(1, full / r.multiprocessors))
+    )
+    p.limit = max(p.bytes / r.dram, p.useful * p.flops / r.products if p.pipes["tensor"] else 0.0)
 
 
 def _latency(r: Rates, trace: trips.Trace, near: set[str], i: sass.Instruction) -> float:
-    """Cycles that a load from global memory takes: numbers read one by one in a loop lie in L1 but for one in a line."""
+    """Cycles that a load from global memory takes: numbers read one by one in a loop lie in L1, mostly."""
     name, size = trace.read_at.get(i.line, ("", 0.0)) if i.line is not None else ("", 0.0)
     in_loop = any(g is not None and i.line in lines for g, lines in trace.lines.items())
     if 0 < size <= 8 and in_loop:

@@ -92,10 +92,6 @@ class _Operations(TorchDispatchMode):
         return result
 
 
-def config_for(config: TwoTowerConfig, block: int) -> TwoTowerConfig:
-    return replace(config, dtype=torch.bfloat16, block_size=block)
-
-
 def _cache(model: TwoTower, batch: int, context: int, room: int) -> Cache:
     config = model.config
     cache = Cache.empty(config, batch, device=torch.device("meta"), dtype=torch.bfloat16, reserve=context + room)
@@ -163,12 +159,10 @@ def record(
     return Recorded(list(launches), operations.seen, {t.untyped_storage()._cdata for t in kept})
 
 
-def least(config: TwoTowerConfig, kind: str, r: Rates, *, batch: int, context: int, length: int) -> float:
-    """The floor of a pass: bench/whole.py's, at the model's rates; whole sequences as one commit of their length."""
-    roofs = {"bandwidth": r.dram, "compute": r.products}
+def least(config: TwoTowerConfig, kind: str, r: Rates, *, batch: int, context: int) -> float | None:
+    """The floor of a pass by bench/whole.py, as in SPEED.md, at the model's rates; None for whole sequences."""
     kinds = {"denoise": DENOISER, "commit": COMMIT, "ar": AR}
-    if kind in kinds:
-        return floor(config, kinds[kind], batch=batch, context=context, roofs=roofs)
-    whole = replace(config, block_size=length)
-    seen = context if kind == "prefill" else 0
-    return floor(whole, COMMIT, batch=batch, context=seen - length // 2 * (seen == 0), roofs=roofs)
+    if kind not in kinds:
+        return None
+    roofs = {"bandwidth": r.dram, "compute": r.products}
+    return floor(config, kinds[kind], batch=batch, context=context, roofs=roofs)

@@ -105,8 +105,8 @@ class Predictor:
     def __call__(self, kernel: Any, grid: Sequence[int], args: Sequence[Any], options: Mapping[str, Any]) -> Prediction:
         key = _key(kernel, grid, args, options, self.near)
         if key not in self.known:
-            more = dict(target=self.target, context=self.context, near=self.near)
-            self.known[key] = predict(kernel, grid, args, options, **more)
+            given = kernel, grid, args, options
+            self.known[key] = predict(*given, target=self.target, context=self.context, near=self.near)
         return self.known[key]
 
     def rows(self, seen: Sequence[Any]) -> list[Row]:
@@ -154,7 +154,7 @@ def of_pass(kind: str, target: int, batch: int, context: int, length: int) -> tu
     totals = dict(
         kind=kind, batch=batch, context=context, length=length, target=target, kernels=kernels,
         limit=sum(row.count * row.limit for row in rows), graph=kernels + nodes * r.node,
-        floor=passes.least(PUBLISHED, kind, r, batch=batch, context=context, length=length),
+        floor=passes.least(PUBLISHED, kind, r, batch=batch, context=context),
         triton=len(found.launches), aten=len(found.operations),
     )  # fmt: skip
     return rows, totals
@@ -192,12 +192,14 @@ def print_rows(console: Console, rows: Sequence[Row], title: str) -> None:
 
 def print_totals(console: Console, totals: Sequence[Mapping[str, Any]]) -> None:
     table = Table(title="Whole passes, ms: predictions, not measurements", title_justify="left")
-    for column in ("pass", "batch", "kernels", "limit", "in a graph", "floor", "graph / floor", "Triton + ATen"):
+    for column in ("pass", "batch", "kernels", "limit", "in a graph", "floor", "over it", "Triton + ATen"):
         table.add_column(column, justify="left" if column == "pass" else "right")
     for t in totals:
-        ms = [f"{1e3 * t[name]:.2f}" for name in ("kernels", "limit", "graph", "floor")]
+        ms = ["" if t[name] is None else f"{1e3 * t[name]:.2f}" for name in ("kernels", "limit", "graph", "floor")]
         kind = f"{t['kind']} {t['length'] or ''}".strip()
-        table.add_row(kind, str(t["batch"]), *ms, f"{t['graph'] / t['floor']:.2f}", f"{t['triton']} + {t['aten']}")
+        table.add_row(
+            kind, str(t["batch"]), *ms, f"{t['graph'] / (t['floor'] or t['limit']):.2f}", f"{t['triton']} + {t['aten']}"
+        )
     console.print(table)
 
 
@@ -208,7 +210,12 @@ def fit(lines: Sequence[Mapping[str, Any]], tell: Callable[[str], None], target:
     """Compares predictions with recorded rows of ops on a GPU; the mean error, in parts of the measured time."""
     errors = []
     for line in lines:
-        if line.get("op") not in OPS or not line.get("kernel") or not line.get("p50") or line.get("dtype") not in DTYPES:
+        if (
+            line.get("op") not in OPS
+            or not line.get("kernel")
+            or not line.get("p50")
+            or line.get("dtype") not in DTYPES
+        ):
             continue
         backward = line.get("which") == "backward"
         try:
@@ -218,10 +225,10 @@ def fit(lines: Sequence[Mapping[str, Any]], tell: Callable[[str], None], target:
             continue
         # The chain ends when the slowest launch ends; launches of an op follow each other, each with its node's time.
         predicted = sum(row.count * (row.seconds + RATES[target].node) for row in rows)
-        error = predicted / line["p50"] - 1
-        errors.append(error)
+        off = predicted / line["p50"] - 1
+        errors.append(off)
         what = f"{line['op']} {label(line['dims'])} {line['dtype']} {line.get('which', 'forward')}"
-        tell(f"{what}: predicted {1e6 * predicted:.1f} us, measured {1e6 * line['p50']:.1f} ({error:+.0%})")
+        tell(f"{what}: predicted {1e6 * predicted:.1f} us, measured {1e6 * line['p50']:.1f} ({off:+.0%})")
     if not errors:
         tell("nothing to compare: no rows of ops on a GPU, and none is here")
         return None
@@ -285,9 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         r = RATES[o.target]
         limit = max(moved / r.dram, flops / r.products) * (1 if not o.backward else 2)
         print_rows(console, rows, f"{o.op} {label(base)} {o.dtype}, sm_{o.target}: predicted, us")
-        total = sum(row.count * row.seconds for row in rows)
-        console.print(f"{_number(1e6 * total)} us, the card's limit is {_number(1e6 * limit)} us")
-        out = [dict(op=o.op, dims=base, seconds=total, limit=limit, rows=[row.record() for row in rows])]
+        seconds = sum(row.count * row.seconds for row in rows)
+        console.print(f"{_number(1e6 * seconds)} us, the card's limit is {_number(1e6 * limit)} us")
+        out = [dict(op=o.op, dims=base, seconds=seconds, limit=limit, rows=[row.record() for row in rows])]
     else:
         p.error("name an OP, or --pass, or --all")
     if o.json:

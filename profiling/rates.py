@@ -40,8 +40,7 @@ class Rates:
 RATES = {
     90: Rates(),
     # A100 SXM 80 GB: data sheet, 90 % of its bandwidth, 85 % of its 312 TFLOP/s.
-    80: replace(Rates(), multiprocessors=108, clock=1.41e9, dram=1.8e12, l2=4.5e12, products=265e12, fp64=4, dmma=128,
-                hmma=8, dram_latency=600e-9),  # fmt: skip
+    80: Rates(108, 1.41e9, 1.8e12, 4.5e12, 265e12, dram_latency=600e-9, fp64=4, dmma=128, hmma=8),
     # B200: data sheet, 85 % of its bandwidth, 75 % of its 2.25 PFLOP/s. No fp64 tensor instruction.
     100: replace(Rates(), multiprocessors=148, clock=1.85e9, dram=6.8e12, l2=12e12, products=1690e12),
 }

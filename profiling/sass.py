@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import triton
@@ -19,7 +20,9 @@ import triton
 NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 NONE = 7  # no scoreboard
 Line = tuple[str, int]  # file and line
-CODE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*(.*?);?\s*}?\s*/\* (0x\w{16}) \*/")
+CODE = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*(.*?);?\s*}?\s*/\* (0x\w{16}) \*/"
+)
 SECOND = re.compile(r"^\s*/\* (0x\w{16}) \*/")
 WHERE = re.compile(r'//## File "([^"]+)", line (\d+)')
 
@@ -87,7 +90,7 @@ def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [NVDISASM, "-hex", "-gi", file.name]
+        command = [str(NVDISASM), "-hex", "-gi", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -111,7 +114,7 @@ def instructions(text: str) -> list[Instruction]:
         elif match := CODE.match(row):
             first = match
         elif match := WHERE.search(row):
-            if "inlined at" not in row.partition('line')[0]:
+            if "inlined at" not in row.partition("line")[0]:
                 line = (Path(match[1]).name, int(match[2]))
         elif row.startswith(".L_") and row.rstrip().endswith(":"):
             pending.append(row.strip()[:-1])
@@ -130,7 +133,7 @@ def parse(text: str) -> Code:
     """Instructions, and the loops among them: back edges of the graph of branches to what dominates their source."""
     found = instructions(text)
     starts = {found[0].address} if found else set()
-    for i, following in zip(found, found[1:], strict=False):
+    for i, following in pairwise(found):
         if i.target is not None:
             starts.add(i.target)
         if i.name in ("BRA", "EXIT", "RET", "BRX", "CALL"):
@@ -153,7 +156,9 @@ def parse(text: str) -> Code:
     return code
 
 
-def _successors(block: Sequence[Instruction], following: Sequence[int], blocks: dict[int, list[Instruction]]) -> list[int]:
+def _successors(
+    block: Sequence[Instruction], following: Sequence[int], blocks: dict[int, list[Instruction]]
+) -> list[int]:
     last = block[-1]
     always = not last.predicate and last.name in ("BRA", "EXIT", "RET", "BRX", "JMP")
     if last.name == "BRA" and re.match(r"!?U?P\w+\s*,", last.operands):

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
-Line = tuple[str, int]
+from .ttgir import Kernel, Line, Op, shape_and_item
 
 
 class Unknown:
@@ -35,34 +34,6 @@ class Pointer(NamedTuple):
     offset: Any
 
 
-@dataclass(eq=False)
-class Op:
-    results: list[str]
-    name: str
-    text: str  # after the name
-    line: Line | None = None
-    regions: list[list[Op]] = field(default_factory=list)
-    loop: int | None = None  # of scf.for: its place among the loops of the kernel
-
-    @cached_property
-    def operands(self) -> list[str]:
-        return re.findall(r"%[\w#-]+", self.text)
-
-    @cached_property
-    def types(self) -> str:
-        """What stands after the last colon that begins the types."""
-        return self.text.rpartition(" : ")[2] if " : " in self.text else ""
-
-
-@dataclass
-class Kernel:
-    arguments: list[tuple[str, str, str]]  # (value, type, name in the source)
-    body: list[Op]
-    loops: list[Op] = field(default_factory=list)
-    parents: list[int | None] = field(default_factory=list)
-    lines: dict[int | None, set[Line]] = field(default_factory=dict)  # of each loop's own operations
-
-
 @dataclass
 class Trace:
     """What one program does."""
@@ -75,114 +46,6 @@ class Trace:
     read_at: dict[Line, tuple[str, float]] = field(default_factory=dict)  # argument and bytes of one execution
     flops: float = 0.0
     unsure: set[str] = field(default_factory=set)
-
-
-ITEM = {"i1": 1, "i8": 1, "f8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8, "f64": 8}
-
-
-def shape_and_item(text: str) -> tuple[tuple[int, ...], int]:
-    """Of the first tensor, memory descriptor or scalar type in a text."""
-    match = re.search(r"(?:tensor|memdesc|tensordesc|ptr)?<?(?:tensor<)?((?:\d+x)*)(?:!tt\.ptr<)?([a-z]+\d+)", text)
-    if match is None:
-        return (), 4
-    kind = match[2] if match[2] in ITEM else match[2][:2]
-    return tuple(map(int, match[1].split("x")[:-1])), ITEM.get(kind, 1 if kind == "f8" else 4)
-
-
-# ---- reading ----
-
-OPERATION = re.compile(r'^(?:(%[\w-]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?(.*)$')
-
-
-def _strip_location(line: str) -> tuple[str, str | None]:
-    match = re.search(r"\s*loc\((#loc\w*|unknown)\)\s*$", line)
-    return (line[: match.start()], match[1]) if match else (line, None)
-
-
-def _locations(text: str) -> dict[str, Line]:
-    raw = dict(re.findall(r"^(#loc\w*) = loc\((.*)\)$", text, re.MULTILINE))
-    found: dict[str, Line] = {}
-
-    def resolve(name: str, depth: int = 0) -> Line | None:
-        if name in found or depth > 20 or name not in raw:
-            return found.get(name)
-        body = raw[name]
-        if match := re.match(r'"([^"]+)":(\d+)', body):
-            line = (match[1].rpartition("/")[2], int(match[2]))
-        else:  # a name, a call's site (the callee comes first), or several fused
-            inner = next((resolve(part, depth + 1) for part in re.findall(r"#loc\w*", body)), None)
-            if inner is None:
-                return None
-            line = inner
-        found[name] = line
-        return line
-
-    for name in raw:
-        resolve(name)
-    return found
-
-
-def parse(text: str) -> Kernel:
-    """A kernel from the text of its TTGIR."""
-    lines = text.splitlines()
-    where = _locations(text)
-    begin = next(n for n, line in enumerate(lines) if "tt.func public" in line)
-    names = {}
-    arguments = []
-    for value, kind, name in re.findall(r'(%[\w-]+): (.+?)(?: \{[^}]*\})? loc\((?:"([^"]+)"\(|#)', lines[begin]):
-        if not name:
-            name = names.get(value, value[1:])
-        arguments.append((value, kind, name))
-    if any(re.fullmatch(r"#loc\w+", name) for _, _, name in arguments) or not arguments:
-        arguments = [(v, k, v[1:]) for v, k in re.findall(r"(%[\w-]+): ([^,{]+?)(?= \{|,| loc|\))", lines[begin])]
-    kernel = Kernel(arguments, [])
-    at = begin + 1
-
-    def block() -> tuple[list[Op], str, str | None]:
-        nonlocal at
-        found: list[Op] = []
-        while at < len(lines):
-            stripped, place = _strip_location(lines[at].strip())
-            at += 1
-            if stripped.startswith("}"):
-                return found, stripped, place
-            if stripped.startswith("^"):
-                continue
-            match = OPERATION.match(stripped)
-            if match is None:
-                continue
-            result, count, name, rest = match.groups()
-            results = [] if result is None else [f"{result}#{i}" for i in range(int(count))] if count else [result]
-            op = Op(results, name, rest, where.get(place or ""))
-            found.append(op)
-            if rest.endswith("{"):
-                if name == "scf.for":
-                    op.loop = len(kernel.loops)
-                    kernel.loops.append(op)
-                while True:
-                    region, closing, place = block()
-                    op.regions.append(region)
-                    if not closing.endswith("{"):
-                        op.line = where.get(place or "")
-                        op.text += closing[1:].strip(")")
-                        break
-        return found, "", None
-
-    kernel.body, _, _ = block()
-    kernel.parents = [None] * len(kernel.loops)
-
-    def own(ops: Sequence[Op], loop: int | None) -> Iterator[tuple[int | None, Op]]:
-        for op in ops:
-            yield loop, op
-            if op.loop is not None:
-                kernel.parents[op.loop] = loop
-            for region in op.regions:
-                yield from own(region, op.loop if op.loop is not None else loop)
-
-    for loop, op in own(kernel.body, None):
-        if op.line is not None:
-            kernel.lines.setdefault(loop, set()).add(op.line)
-    return kernel
 
 
 # ---- evaluating ----
@@ -205,10 +68,10 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "ori": np.bitwise_or, "xori": np.bitwise_xor, "shli": lambda a, b: np.left_shift(a, np.minimum(b, 63)),
     "shrsi": np.right_shift, "shrui": np.right_shift,
 }  # fmt: skip
-SAME = ("tt.splat", "tt.broadcast", "ttg.convert_layout", "arith.extsi", "arith.extui", "arith.index_cast", "tt.bitcast",
-        "arith.bitcast", "tt.unsplat")  # fmt: skip
-# Iterations that are walked one by one: of a loop with branches or loops inside, and of one without. Of a longer one the
-# first stands for all: its last loads, which are masked out, then count too.
+SAME = ("tt.splat", "tt.broadcast", "ttg.convert_layout", "arith.extsi", "arith.extui", "arith.index_cast",
+        "tt.bitcast", "arith.bitcast", "tt.unsplat")  # fmt: skip
+# Iterations that are walked one by one: of a loop with branches or loops inside, and of one without. Of a longer one
+# the first stands for all: its last loads, which are masked out, then count too.
 MOST, SHORT = 512, 48
 
 
@@ -349,7 +212,7 @@ class Program:
         match = re.match(r"\s*(?:\{[^}]*\})?\s*(?:dense<)?(true|false|-?\d+)>?(?: :|$)", text)
         if match is None:
             return UNKNOWN
-        return {"true": np.True_, "false": np.False_}.get(match[1], None) if match[1][0] in "tf" else np.int64(match[1])
+        return np.bool_(match[1] == "true") if match[1][0] in "tf" else np.int64(match[1])
 
     def _shaped(self, op: Op, value: Any) -> Any:
         value = np.asarray(value)

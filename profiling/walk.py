@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from . import rates
 from .rates import Rates
 from .sass import NONE, Code, Instruction, Loop
-from .trips import Kernel, Trace
+from .trips import Trace
+from .ttgir import Kernel
 
 STEADY = 8  # iterations of a loop that are walked before the others are taken as alike: more than pipeline stages
 
@@ -40,7 +41,9 @@ def match(code: Code, kernel: Kernel) -> list[str]:
                     loop.ttgir, loop.share = (fresh or alike)[0], min(best, 1.0)
                     used.add(loop.ttgir)
                 if 0.3 <= best < 0.6:
-                    unsure.append(f"loop at {loop.own[0].address if loop.own else 0:#x} is {best:.0%} TTGIR loop {loop.ttgir}")
+                    unsure.append(
+                        f"loop at {loop.own[0].address if loop.own else 0:#x} is {best:.0%} TTGIR loop {loop.ttgir}"
+                    )
                 elif best < 0.3 and len(loop.own) > 4:
                     unsure.append(f"loop at {loop.own[0].address:#x} is none of TTGIR's: taken as one iteration")
             visit(loop.items, loop.ttgir if loop.ttgir is not None else outer)
@@ -85,7 +88,7 @@ class Weights:
             return 0.0
         if i.line not in self.kernel.lines.get(loop, ()):
             return 1.0
-        count = self.trace.lines.get(loop, {}).get(i.line, 0)
+        count = self.trace.lines.get(loop, Counter())[i.line]
         return min(1.0, count / (self.trace.iterations[loop] or 1)) if loop is not None else float(count > 0)
 
 

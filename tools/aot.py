@@ -287,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, metavar="SM")
     parser.add_argument("--update", action="store_true", help="write what comes out into the lock")
     parser.add_argument("--all", action="store_true", help="compile also what the lock has a fingerprint of")
+    parser.add_argument("--hazards", action="store_true", help="only report what kernels should not do, at card shapes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     if INTERPRET:
@@ -294,6 +295,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.ops or [name for name, op in OPS.items() if op.kernels]
     if unknown := [name for name in names if name not in OPS or not OPS[name].kernels]:
         parser.error(f"no op with kernels is called {', '.join(unknown)}")
+    if options.hazards:
+        from profiling.hazards import report
+
+        report(names, options.targets)
+        return 0
     version, locks = triton.__version__, json.loads(LOCK.read_text()) if LOCK.exists() else {}
     locked = locks.get(version, {})
     lock = None if options.update else locks.get(version)
