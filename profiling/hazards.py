@@ -52,8 +52,8 @@ def waits_for_all(ttgir: str) -> list[str]:
         waits = [n for n, line in enumerate(body) if "ttg.async_wait" in line and re.search(r"\bnum = 0 ", line)]
         copies = [n for n, line in enumerate(body) if COPY.search(line)]
         # A wait for what the same iteration has copied takes that copy's token; a pipelined one takes a carried token.
-        carried = set(re.findall(r"(%[\w-]+) = %[\w#-]+", head.partition("iter_args(")[2].partition(")")[0]))
-        late = [n for n in waits if carried & set(re.findall(r"%[\w-]+", body[n].partition("async_wait")[2]))]
+        carried = set(re.findall(r"(%[\w.-]+) = %[\w.#-]+", head.partition("iter_args(")[2].partition(")")[0]))
+        late = [n for n in waits if carried & set(re.findall(r"%[\w.-]+", body[n].partition("async_wait")[2]))]
         if late and copies:
             dots = [n for n, line in enumerate(body) if DOT.search(line)]
             after = bool(dots) and min(copies) > dots[0]

@@ -98,8 +98,12 @@ _READ: dict[bytes, Binary] = {}
 
 def compiled(kernel: Any, args: Sequence[Any], options: Mapping[str, Any], target: int) -> tuple[Any, Binary]:
     """Triton's compiled kernel, and what the model reads of it."""
+    before = driver._active  # what reads `active` looks for a GPU
     driver.set_active(_Target(target))
-    made = kernel.warmup(*args, grid=(1,), **options)
+    try:
+        made = kernel.warmup(*args, grid=(1,), **options)
+    finally:
+        driver._active = before
     cubin = made.asm["cubin"]
     if cubin not in _READ:
         code, body = sass.parse(sass.disassemble(cubin)), ttgir.parse(made.asm["ttgir"])
@@ -135,7 +139,8 @@ def bind(made: Any, kernel: ttgir.Kernel, args: Sequence[Any]) -> tuple[dict[str
                 continue
             at, shown, source = rest.pop(0)
             if str(type_).startswith("tensordesc"):
-                while rest and rest[0][2] == source:  # its sizes and strides follow
+                # Its sizes and strides follow, under its name or (Triton 3.9) as w.shape.0.
+                while rest and re.match(rf"{re.escape(source)}(\.(shape|stride)\.\d+)?$", rest[0][2]):
                     rest.pop(0)
             if isinstance(leaf, bool | int) and "ptr" not in shown:
                 values[at] = np.int64(leaf)

@@ -100,6 +100,7 @@ def instructions(text: str) -> list[Instruction]:
     labels: dict[str, int] = {}
     pending: list[str] = []
     line: Line | None = None
+    told = False
     first: re.Match[str] | None = None
     for row in text.splitlines():
         if first is not None and (second := SECOND.match(row)):
@@ -110,12 +111,12 @@ def instructions(text: str) -> list[Instruction]:
             labels |= dict.fromkeys(pending, at)
             pending.clear()
             found.append(Instruction(at, predicate or "", opcode, operands.strip(), control(int(second[1], 16)), line))
-            first = None
+            first, told = None, False
         elif match := CODE.match(row):
             first = match
         elif match := WHERE.search(row):
-            if "inlined at" not in row.partition("line")[0]:
-                line = (Path(match[1]).name, int(match[2]))
+            if not told:  # the lines that it is inlined at follow
+                line, told = (Path(match[1]).name, int(match[2])), True
         elif row.startswith(".L_") and row.rstrip().endswith(":"):
             pending.append(row.strip()[:-1])
         elif row.startswith(".section") and ".text." not in row and found:

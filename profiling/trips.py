@@ -266,12 +266,12 @@ class Program:
 
     def _load(self, op: Op) -> Any:
         asynchronous = op.name.startswith("ttg.")
-        head = re.sub(r"\bother %[\w#-]+", "", op.text)
-        args = re.findall(r"%[\w#-]+", head.rpartition(" : ")[0])
+        head = re.sub(r"\bother %[\w.#-]+", "", op.text)
+        args = re.findall(r"%[\w.#-]+", head.rpartition(" : ")[0])
         pointer = self.of(args[0])
         mask = self.of(args[1]) if not asynchronous and len(args) > 1 else True
         if asynchronous:
-            found = re.search(r"\bmask (%[\w#-]+)", op.text)
+            found = re.search(r"\bmask (%[\w.#-]+)", op.text)
             mask = self.of(found[1]) if found else True
         self._moved(self.trace.loaded, pointer, op.types, mask)
         self._read_at(op, pointer, op.types)
@@ -289,7 +289,7 @@ class Program:
         shape, item = shape_and_item(op.types.partition("tensordesc<")[2] or op.types)
         loads = "global_to_local" in op.name or "gather" in op.name
         inside = op.text.partition("]")[2].rpartition(" : ")[0]
-        predicate = self.of(found[-1]) if loads and len(found := re.findall(r"%[\w#-]+", inside)) > 2 else True
+        predicate = self.of(found[-1]) if loads and len(found := re.findall(r"%[\w.#-]+", inside)) > 2 else True
         if not _is(predicate, False):
             base = pointer.base if isinstance(pointer, Pointer) else "?"
             (self.trace.loaded if loads else self.trace.stored)[base] += prod(shape) * item * self.times
@@ -315,11 +315,11 @@ class Program:
         return self._block(op.regions[1]) if len(op.regions) > 1 else []
 
     def _for(self, op: Op) -> list[Any]:
-        head = re.match(r"\s*(?:unsigned )?(%[\w-]+) = (%[\w#-]+) to (%[\w#-]+) step (%[\w#-]+)(.*)", op.text)
+        head = re.match(r"\s*(?:unsigned )?(%[\w.-]+) = (%[\w.#-]+) to (%[\w.#-]+) step (%[\w.#-]+)(.*)", op.text)
         assert head is not None, op.text
         variable, *bounds = head.groups()[:4]
         low, high, step = map(self.of, bounds)
-        carried = re.findall(r"(%[\w-]+) = (%[\w#-]+)", head[5].partition("->")[0])
+        carried = re.findall(r"(%[\w.-]+) = (%[\w.#-]+)", head[5].partition("->")[0])
         state = [self.of(value) for _, value in carried]
         if any(isinstance(x, Unknown) for x in (low, high, step)):
             self.trace.unsure.add(f"the bounds of the loop at {_place(op.line)} are not known: taken as one iteration")

@@ -21,7 +21,7 @@ class Op:
 
     @cached_property
     def operands(self) -> list[str]:
-        return re.findall(r"%[\w#-]+", self.text)
+        return re.findall(r"%[\w.#-]+", self.text)
 
     @cached_property
     def types(self) -> str:
@@ -50,7 +50,7 @@ def shape_and_item(text: str) -> tuple[tuple[int, ...], int]:
     return tuple(map(int, match[1].split("x")[:-1])), ITEM.get(kind, 1 if kind == "f8" else 4)
 
 
-OPERATION = re.compile(r'^(?:(%[\w-]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?(.*)$')
+OPERATION = re.compile(r'^(?:(%[\w.-]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?(.*)$')
 
 
 def _strip_location(line: str) -> tuple[str, str | None]:
@@ -88,12 +88,12 @@ def parse(text: str) -> Kernel:
     begin = next(n for n, line in enumerate(lines) if "tt.func public" in line)
     names: dict[str, str] = {}
     arguments = []
-    for value, kind, name in re.findall(r'(%[\w-]+): (.+?)(?: \{[^}]*\})? loc\((?:"([^"]+)"\(|#)', lines[begin]):
+    for value, kind, name in re.findall(r'(%[\w.-]+): (.+?)(?: \{[^}]*\})? loc\((?:"([^"]+)"\(|#)', lines[begin]):
         if not name:
             name = names.get(value, value[1:])
         arguments.append((value, kind, name))
     if any(re.fullmatch(r"#loc\w+", name) for _, _, name in arguments) or not arguments:
-        arguments = [(v, k, v[1:]) for v, k in re.findall(r"(%[\w-]+): ([^,{]+?)(?= \{|,| loc|\))", lines[begin])]
+        arguments = [(v, k, v[1:]) for v, k in re.findall(r"(%[\w.-]+): ([^,{]+?)(?= \{|,| loc|\))", lines[begin])]
     kernel = Kernel(arguments, [])
     at = begin + 1
 
