@@ -211,7 +211,7 @@ def _measure(
     traffic: Counter[str] = Counter()
     stored: Counter[str] = Counter()
     for weight, trace in seen:
-        traffic.update({name: weight * n for name, n in trace.loaded.items()})
+        traffic.update({name: weight * (n - trace.again.get(name, 0)) for name, n in trace.loaded.items()})
         stored.update({name: weight * n for name, n in trace.stored.items()})
         p.flops += weight * trace.flops
     slots = r.multiprocessors * p.resident

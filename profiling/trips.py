@@ -43,6 +43,7 @@ class Trace:
     lines: dict[int | None, Counter[Line]] = field(default_factory=dict)  # by loop: executions of a line
     loaded: Counter[str] = field(default_factory=Counter)  # bytes by argument
     stored: Counter[str] = field(default_factory=Counter)
+    again: dict[str, float] = field(default_factory=dict)  # bytes of `loaded` that the program has read before
     read_at: dict[Line, tuple[str, float]] = field(default_factory=dict)  # argument and bytes of one execution
     flops: float = 0.0
     unsure: set[str] = field(default_factory=set)
@@ -73,6 +74,7 @@ SAME = ("tt.splat", "tt.broadcast", "ttg.convert_layout", "arith.extsi", "arith.
 # Iterations that are walked one by one: of a loop with branches or loops inside, and of one without. Of a longer one
 # the first stands for all: its last loads, which are masked out, then count too.
 MOST, SHORT = 512, 48
+FEW = 32  # loads of an argument whose places are compared
 
 
 class Program:
@@ -93,11 +95,28 @@ class Program:
         self.times = 1.0
         self.loop: int | None = None
         self.seen: Counter[tuple[int | None, int]] = Counter()
+        self.touched: dict[str, list[Any]] = {}  # places that were read through L1, by argument; [None]: not known
 
     def run(self) -> Trace:
         with np.errstate(all="ignore"):
             self._block(self.kernel.body)
+        for base, places in self.touched.items():
+            if places[0] is not None:  # what a program reads again is in L1
+                item, again = places[0], sum(map(len, places[1:]))
+                self.trace.again[base] = item * (again - len(np.unique(np.concatenate(places[1:]))))
         return self.trace
+
+    def _through_l1(self, pointer: Any, types: str, mask: Any) -> None:
+        if not isinstance(pointer, Pointer):
+            return
+        shape, item = shape_and_item(types)
+        known = pointer.offset is not None and not isinstance(mask, Unknown) and self.times == 1
+        places = self.touched.setdefault(pointer.base, [item if known else None])
+        if places[0] is None or not known or len(places) > FEW or prod(shape) > 1 << 16:
+            self.touched[pointer.base] = [None]
+            return
+        offset, mask = np.broadcast_to(pointer.offset, shape), np.broadcast_to(mask, shape)
+        places.append(offset[mask].ravel())
 
     def of(self, name: str) -> Any:
         return self.values.get(name, UNKNOWN)
@@ -274,6 +293,8 @@ class Program:
             found = re.search(r"\bmask (%[\w.#-]+)", op.text)
             mask = self.of(found[1]) if found else True
         self._moved(self.trace.loaded, pointer, op.types, mask)
+        if not asynchronous:
+            self._through_l1(pointer, op.types, mask)
         self._read_at(op, pointer, op.types)
         if asynchronous or not isinstance(pointer, Pointer) or pointer.offset is None or re.search(r"f\d+>", op.types):
             return UNKNOWN
