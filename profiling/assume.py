@@ -2,7 +2,7 @@
 
 Every row's cache holds `context` tokens (for an op: all that its pages hold), in pages in order. Routing is uniform:
 the experts' counts are the quantiles of the binomial distribution, so that as many are hit as one expects. All
-positions are masked and hot; nothing is packed; every row's states lie in order.
+positions are masked and hot (but with --greedy); nothing is packed; every row's states lie in order.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Launched:
     given: Mapping[str, Any]
     options: Mapping[str, Any]
     context: int | None
+    hot: bool = True
 
     def number(self, *names: str) -> int | None:
         for name in names:
@@ -125,6 +126,7 @@ KNOWN: dict[str, Callable[[Launched, Tensor], Array]] = {
     "index": _order,
     "count": lambda a, t: np.array([rows.numel() if (rows := a.tensor("listed.index")) is not None else 1 << 30]),
     "starts": lambda a, t: np.zeros(min(t.numel(), 1 << 20), np.int64),
+    "temperature": lambda a, t: np.full(t.numel(), float(a.hot)),
     "resets": lambda a, t: np.zeros(min(t.numel(), 1 << 20), np.int64),
 }
 

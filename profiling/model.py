@@ -166,16 +166,16 @@ def predict(
     grid: Sequence[int],
     args: Sequence[Any],
     options: Mapping[str, Any],
-    *,
     target: int = 90,
     context: int | None = None,
+    hot: bool = True,
     near: Callable[[Tensor], bool] = lambda t: False,
 ) -> Prediction:
     """What the model says of one launch on a target. `near`: a tensor lies in L2, as a launch before has written it."""
     r = RATES[target]
     made, binary = compiled(kernel, args, options, target)
     values, given = bind(made, binary.kernel, args)
-    launched = Launched(kernel.__name__, given, dict(options), context)
+    launched = Launched(kernel.__name__, given, dict(options), context, hot)
     memory = cache(lambda name: remembered(launched, name))
     resident, limited = programs(target, binary.registers, binary.shared, binary.warps)
     full = prod(grid)

@@ -98,15 +98,15 @@ def _key(kernel: Any, grid: Sequence[int], args: Sequence[Any], options: Mapping
 class Predictor:
     """Predicts launches, each form once."""
 
-    def __init__(self, target: int, context: int | None = None, near: Near = lambda t: False) -> None:
-        self.target, self.context, self.near = target, context, near
+    def __init__(self, target: int, context: int | None = None, hot: bool = True, near: Near = lambda t: False) -> None:
+        self.target, self.context, self.hot, self.near = target, context, hot, near
         self.known: dict[Any, Prediction] = {}
 
     def __call__(self, kernel: Any, grid: Sequence[int], args: Sequence[Any], options: Mapping[str, Any]) -> Prediction:
         key = _key(kernel, grid, args, options, self.near)
         if key not in self.known:
-            given = kernel, grid, args, options
-            self.known[key] = predict(*given, target=self.target, context=self.context, near=self.near)
+            given, more = (kernel, grid, args, options), (self.context, self.hot, self.near)
+            self.known[key] = predict(*given, self.target, *more)
         return self.known[key]
 
     def rows(self, seen: Sequence[Any]) -> list[Row]:
@@ -136,14 +136,16 @@ def record(name: str, dims: Mapping[str, int], target: int, dtype: torch.dtype, 
 
 def of_op(name: str, dims: Mapping[str, int], target: int, dtype: torch.dtype, backward: bool = False) -> list[Row]:
     """The launches of one call, forward or backward."""
-    return Predictor(target).rows(record(name, dims, target, dtype, backward))
+    return Predictor(target, hot=bool(dims.get("hot", 1))).rows(record(name, dims, target, dtype, backward))
 
 
-def of_pass(kind: str, target: int, batch: int, context: int, length: int) -> tuple[list[Row], dict[str, Any]]:
+def of_pass(
+    kind: str, target: int, batch: int, context: int, length: int, hot: bool = True
+) -> tuple[list[Row], dict[str, Any]]:
     """The rows of a pass of the published model, and its totals."""
     r = RATES[target]
     found = passes.record(PUBLISHED, kind, batch=batch, context=context, length=length, target=target)
-    rows = Predictor(target, context, found.near).rows(found.launches)
+    rows = Predictor(target, context, hot, found.near).rows(found.launches)
     others: dict[Any, Row] = {}
     for o in found.operations:
         row = others.setdefault((o.name, o.shape, o.bytes), Row(f"{o.name} {list(o.shape)}", o.seconds(r), o.limit(r)))
@@ -258,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--batch", type=positive, default=1)
     p.add_argument("--context", type=positive, default=2048, help="tokens in the cache (default: %(default)s)")
     p.add_argument("--length", type=positive, help="tokens of prefill, clean and noisy (default: 2048, 8192, 8192)")
+    p.add_argument("--greedy", action="store_true", help="of a pass: temperature 0 (an op's shape says it: hot=0)")
     p.add_argument("--target", type=lambda text: int(text.removeprefix("sm_")), default=90, help="sm_80, sm_90, sm_100")
     p.add_argument("--json", type=Path, metavar="FILE", help="all of it, with what is not sure")
     p.add_argument("--fit", nargs="?", const="", metavar="FILE", help="compare with results (default: bench/results)")
@@ -279,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind, batch, length in chosen:
             whole = kind in ("prefill", "clean", "noisy")
             length = (o.length or length or (2048 if kind == "prefill" else 8192)) if whole else 0
-            rows, total = of_pass(kind, o.target, batch, o.context, length)
+            rows, total = of_pass(kind, o.target, batch, o.context, length, not o.greedy)
             totals.append(total)
             out.append(total | dict(rows=[row.record() for row in rows]))
             if not o.all:

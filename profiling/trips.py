@@ -222,15 +222,19 @@ class Program:
         if what == "cmpi":
             kind = op.text.split(",")[0].strip()
             return COMPARE[kind](_int(args[0]), _int(args[1]))
+        if what == "cmpf" and (kind := "s" + op.text.split(",")[0].strip()[1:]) in COMPARE:
+            return COMPARE[kind](args[0], args[1])
         if family == "arith" and what in BINARY:
             a, b = (args[0], args[1]) if what in ("andi", "ori", "xori") else map(_int, args)
             return BINARY[what](a, b)
         return UNKNOWN
 
     def _constant(self, text: str) -> Any:
-        match = re.match(r"\s*(?:\{[^}]*\})?\s*(?:dense<)?(true|false|-?\d+)>?(?: :|$)", text)
+        match = re.match(r"\s*(?:\{[^}]*\})?\s*(?:dense<)?(true|false|-?\d+(\.\d+e[+-]\d+)?)>?(?: :|$)", text)
         if match is None:
             return UNKNOWN
+        if match[2]:
+            return np.float64(match[1])
         return np.bool_(match[1] == "true") if match[1][0] in "tf" else np.int64(match[1])
 
     def _shaped(self, op: Op, value: Any) -> Any:
@@ -296,7 +300,7 @@ class Program:
         if not asynchronous:
             self._through_l1(pointer, op.types, mask)
         self._read_at(op, pointer, op.types)
-        if asynchronous or not isinstance(pointer, Pointer) or pointer.offset is None or re.search(r"f\d+>", op.types):
+        if asynchronous or not isinstance(pointer, Pointer) or pointer.offset is None:
             return UNKNOWN
         values = self.memory(pointer.base)
         if values is None:
