@@ -198,6 +198,8 @@ class Program:
             if op.name == "arith.ori" and any(_is(a, True) for a in args):
                 return np.True_
             return TICKET if any(a.ticket for a in unknown) else UNKNOWN
+        if op.name.endswith("bitcast") and not isinstance(args[0], Pointer) and np.asarray(args[0]).dtype.kind == "f":
+            return UNKNOWN  # bits of a float
         if op.name in SAME:
             return args[0]
         if op.name == "tt.addptr":
