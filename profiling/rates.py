@@ -13,25 +13,25 @@ class Rates:
     """Of one target. Cycles of a pipe are for one warp instruction on a quarter of a multiprocessor."""
 
     multiprocessors: int = 132  # H200 data sheet
-    clock: float = 1.75e9  # assumed: boost under load; 1.83 GHz at most for an SXM module
-    dram: float = 4.3e12  # bytes/s read and written: device copy measured on an H200
-    l2: float = 8.5e12  # bytes/s to all multiprocessors: assumed from published H100 microbenchmarks, +-30 %
-    products: float = 790e12  # bf16 FLOP/s: large matrix product measured on an H200
-    node: float = 1.2e-6  # s a node of a CUDA graph adds: published, H100
-    dram_latency: float = 700e-9  # s, loaded: published H100 microbenchmarks give 560 to 830
-    l2_latency: int = 300  # cycles: published H100 microbenchmarks, 200 to 300
-    l1_latency: int = 40  # cycles, L1 and shared memory: the same, 30 to 40
-    atomic_latency: int = 600  # cycles, with its way back: assumed, twice the L2's
+    clock: float = 1.75e9  # assumed: boost under load
+    dram: float = 4.3e12  # bytes/s read and written: device copy measured on an H200 (as bench/whole.py)
+    l2: float = 8.5e12  # bytes/s to all multiprocessors: assumed, +-30 %
+    products: float = 790e12  # bf16 FLOP/s: matrix product measured on an H200 (as bench/whole.py)
+    node: float = 1.2e-6  # s that a node of a CUDA graph adds: assumed
+    dram_latency: float = 700e-9  # s: assumed
+    l2_latency: int = 300  # cycles: assumed
+    l1_latency: int = 40  # cycles, L1 and shared memory: assumed
+    atomic_latency: int = 600  # cycles, there and back: assumed, twice the L2's
     barrier: int = 20  # cycles after the last warp has come: assumed
-    sfu_latency: int = 20  # cycles, special functions, conversions, shuffles: the same microbenchmarks, 18 to 24
+    sfu_latency: int = 20  # cycles, special functions, conversions, shuffles: assumed
     fma: float = 1  # FFMA, FADD, FMUL, HFMA2: 128 lanes a cycle (GUIDE)
     alu: float = 2  # integer, logic, compare, select, min/max, pack: 64 lanes a cycle (GUIDE)
     imad: float = 2  # 64 lanes a cycle (GUIDE)
-    imad_wide: float = 4  # IMAD.WIDE and .HI: half of it
-    special: float = 8  # MUFU, F2F, I2F, F2I, POPC: 16 lanes a cycle (GUIDE)
-    fp64: float = 2  # DFMA: 64 lanes a cycle on sm_80's successors with full fp64 (GUIDE)
-    dmma: float = 64  # DMMA.16x8x16, 2048 products: data sheet, 67 TFLOP/s
-    hmma: float = 6.5  # HMMA.16816 (bf16, 2048 products): 62 % of wgmma's rate, published for mma.sync on H100
+    imad_wide: float = 4  # IMAD.WIDE and .HI: assumed, half of it
+    special: float = 8  # MUFU, POPC: 16 lanes a cycle (GUIDE); F2F, I2F, F2I: assumed alike
+    fp64: float = 2  # DFMA: 64 lanes a cycle (GUIDE)
+    dmma: float = 64  # DMMA.16x8x16, 2048 products: 67 TFLOP/s by the data sheet
+    hmma: float = 6.5  # HMMA.16816 (bf16, 2048 products): assumed, 62 % of wgmma's rate
     hgmma: float = 1.2  # HGMMA.64xNx16 takes N / 2 cycles by the data sheet; times this to meet `products`
     lsu: float = 4  # at least, and 32 bytes a cycle: 128 bytes a cycle and multiprocessor (GUIDE)
     redux: float = 8  # 16 lanes a cycle (GUIDE)
@@ -39,9 +39,9 @@ class Rates:
 
 RATES = {
     90: Rates(),
-    # A100 SXM 80 GB: data sheet, 90 % of its bandwidth, 85 % of its 312 TFLOP/s.
+    # A100 SXM 80 GB: data sheet; 90 % of its bandwidth and 85 % of its 312 TFLOP/s assumed.
     80: Rates(108, 1.41e9, 1.8e12, 4.5e12, 265e12, dram_latency=600e-9, fp64=4, dmma=128, hmma=8),
-    # B200: data sheet, 85 % of its bandwidth, 75 % of its 2.25 PFLOP/s. No fp64 tensor instruction.
+    # B200: data sheet; 85 % of its bandwidth and 75 % of its 2.25 PFLOP/s assumed. No fp64 tensor instruction.
     100: replace(Rates(), multiprocessors=148, clock=1.85e9, dram=6.8e12, l2=12e12, products=1690e12),
 }
 
