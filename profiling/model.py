@@ -261,7 +261,7 @@ def _measure(
     p.bounds = {name: seconds for name, seconds in p.pipes.items() if seconds}
     p.bounds["latency"] = max(p.chain, total_chain * _uneven(p.waves))
     for name, n in traffic.items():
-        p.read[name] = min(n, _needed(given.get(name), name, given, n))
+        p.read[name] = min(n, _size(given.get(name)) or n)
     for name, n in stored.items():
         p.written[name] = min(n, _size(given.get(name)) or n)
     p.traffic = sum(traffic.values()) + sum(stored.values())
@@ -303,7 +303,3 @@ def _uneven(each: float) -> float:
 
 def _size(t: Any) -> int:
     return t.numel() * t.element_size() if isinstance(t, Tensor) else 0
-
-
-def _needed(t: Any, name: str, given: Mapping[str, Any], traffic: float) -> float:
-    return _size(t) or traffic
