@@ -12,8 +12,8 @@ Pipes times warps, the dependent chain times waves, and bytes each give a time, 
   main loop instructions of an iteration of its largest loop, by pipe: tensor cores by shape, fma, alu (integer, logic),
             imad, fp64, special (functions, conversions), lsu (memory), uniform
   MB        bytes from and to memory, and MB L2 those to and from multiprocessors
-  KB fly    bytes that a multiprocessor can have asked for at once; some 40 of them fill an H200's memory
-  waits     dependent waits for memory of the slowest program, one after the other: 0.7 us each
+  KB fly    bytes that a multiprocessor can have asked for at once; the memory's rate times its latency is 23 for each
+  waits     dependent waits of the slowest program, one after the other: 0.7 us each for memory, 0.17 for L2
   us        predicted, of one launch; by: what binds it: DRAM, L2, a pipe, or latency (the dependent chain)
   limit     bytes over the memory's rate or useful products over the tensor cores', the larger; of an op the card's
   lost      (us - limit) x launches: the list is sorted by it
