@@ -22,7 +22,7 @@ import torch
 from bench import measure
 from bench.clock import DeviceClock, interleave, reason
 from bench.measure import around, faster, percentile, percentiles
-from bench.ops import Case, bind, low_dtype, operands
+from bench.ops import Case, bind, low_dtype, operands, ours
 from bench.oracle import Clock, oracle
 from cards import OPS, Op
 from tt_kernels.runtime import launch
@@ -44,7 +44,7 @@ def within(kernel: str, candidate: Launch | None, call: Callable[[], Any]) -> Ca
 def trial(case: Case, kernel: str, candidates: Sequence[Launch], clock: Clock, seconds: float) -> Line | None:
     """Measure every candidate for one kernel; None where the pass does not ask for it at this shape."""
     with clock.scope():
-        call = bind(case, case.op.fn, operands(case, clock)[:1])[0]
+        call = bind(case, ours(case.op), operands(case, clock)[:1])[0]
         with overriding(kernel, None) as asked:
             call()
         del call
@@ -68,7 +68,7 @@ def trial(case: Case, kernel: str, candidates: Sequence[Launch], clock: Clock, s
     clock.release()
     with clock.scope():
         sets = operands(case, clock)
-        calls = {n: [within(kernel, c, call) for call in bind(case, case.op.fn, sets)] for n, c in right.items()}
+        calls = {n: [within(kernel, c, call) for call in bind(case, ours(case.op), sets)] for n, c in right.items()}
         samplers, how, errors = clock.samplers(calls)
         if HEURISTIC in errors or how[HEURISTIC] == "events":
             raise ValueError(f"{case.id}: {errors.get(HEURISTIC, 'waits for the host')}")
