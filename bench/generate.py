@@ -25,7 +25,6 @@ import torch
 
 from tt_kernels import Sampling, head_sample
 from tt_model import TwoTower, TwoTowerConfig
-from tt_model.cli import sizes
 from tt_model.engine import generate as decoder
 from tt_model.engine.generate import MODES
 from tt_model.modeling.moe import MoE
@@ -52,6 +51,11 @@ class Subject:
     @property
     def gpu(self) -> bool:
         return self.model.device.type == "cuda"
+
+    def paper(self, kind: str, batch: int, context: int) -> whole.Pass:
+        """A pass on paper."""
+        stored = "fp32" if self.model.dtype == torch.float32 else "bf16"
+        return whole.Pass(self.model.config, kind, batch, context, whole.FORMATS[stored])
 
     def prompts(self, batch: int, context: int) -> torch.Tensor:
         g = torch.Generator().manual_seed(0)
@@ -153,8 +157,7 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
 
     for kind, ready in ((DENOISER, denoiser), (COMMIT, commit), (AR, ar)):
         seconds, walls, how = timed(subject, ready, rounds)
-        tokens = batch * (1 if kind == AR else S)
-        roofs = subject.roofs
+        least = subject.paper(kind, batch, context)
         yield {
             "kind": "pass",
             "model": subject.name,
@@ -167,19 +170,13 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
             "rounds": len(seconds),
             **percentiles(seconds),
             "wall": percentile(walls, 0.5) if walls else None,
-            "flops": whole.pass_flops(c, kind, batch=batch, context=context),
-            "bytes": sum(sizes.pass_bytes(c, format_of(model), kind, batch=batch, context=context).values()),
-            "floor": None
-            if roofs is None
-            else whole.floor(c, kind, batch=batch, context=context, roofs=roofs, format=format_of(model)),
-            "roofs": roofs,
+            "flops": least.flops,
+            "bytes": least.bytes,
+            "floor": least.floor(subject.roofs) if subject.roofs else None,
+            "roofs": subject.roofs,
             "experts": experts_hit(model, ready()),
-            "experts_worst": sizes.distinct_experts(c, tokens),
+            "experts_worst": least.experts,
         }
-
-
-def format_of(model: TwoTower) -> sizes.Format:
-    return whole.format_named(DTYPES[model.dtype])
 
 
 def experts_hit(model: TwoTower, call: Callable[[], Any]) -> float | None:

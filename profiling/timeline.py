@@ -18,11 +18,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import clock, whole
-from bench.generate import denoiser_pass, format_of, load
+from bench.generate import denoiser_pass, load
 from bench.measure import in_a_line, interleaved, percentile, positive, table, where
 from cards import OPS
 from tt_model import TwoTowerConfig
-from tt_model.cli import sizes
 
 from .common import RANGE, labelled, parser
 
@@ -46,20 +45,14 @@ def dims_of_pass(c: TwoTowerConfig, batch: int, context: int) -> dict[str, dict[
     }
 
 
-def floors(
-    calls: Mapping[str, float],
-    c: TwoTowerConfig,
-    batch: int,
-    context: int,
-    format: sizes.Format,
-    roofs: Mapping[str, float],
-) -> dict[str, float]:
+def floors(calls: Mapping[str, float], paper: whole.Pass, roofs: Mapping[str, float]) -> dict[str, float]:
     """Seconds a pass below which the calls of each op cannot be. Of linear layers, which have no card, what the whole
     pass's are on paper."""
     least = lambda flops, moved: max(moved / roofs["bandwidth"], flops / roofs["compute"])
-    dims = {name: dims for name, dims in dims_of_pass(c, batch, context).items() if name in calls}
-    found = {name: calls[name] * least(*OPS[name].cost(format.other // 8, **dims[name])) for name in dims}
-    moved, flops = whole.parts(c, whole.DENOISER, batch=batch, context=context, format=format)["projections"]
+    dims = dims_of_pass(paper.config, paper.batch, paper.context)
+    width = paper.format.other // 8
+    found = {name: calls[name] * least(*OPS[name].cost(width, **dims[name])) for name in dims.keys() & calls.keys()}
+    moved, flops = paper.parts()["projections"]
     return found | {"linear": least(flops, moved)}
 
 
@@ -142,14 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mine = [e for e in events if kind in str(e.device_type) and not e.key.startswith(RANGE)]
     took = lambda e: (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1e6 / o.passes
     found, busy = by_op(events, o.passes, gpu), sum(map(took, mine)) if gpu else wall
-    c, format = subject.model.config, format_of(subject.model)
-    least = floors({name: calls for name, (calls, _) in found.items()}, c, o.batch, o.context, format, roofs)
-    bound = whole.floor(c, whole.DENOISER, batch=o.batch, context=o.context, format=format, roofs=roofs)
+    paper = subject.paper(whole.DENOISER, o.batch, o.context)
+    least = floors({name: calls for name, (calls, _) in found.items()}, paper, roofs)
     print(in_a_line(where()) + "\n")
     print(f"{subject.name}; batch {o.batch}, {o.context} tokens before, {o.passes} passes")
     print(f"roofs here: {roofs['bandwidth'] / 1e9:.1f} GB/s, {roofs['compute'] / 1e9:.0f} GFLOP/s")
     print(f"a pass under the profiler: {1e3 * wall:.2f} ms by the wall, {1e3 * busy:.2f} ms busy")
-    print(f"floor of the whole pass: {1e3 * bound:.3g} ms\n")
+    print(f"floor of the whole pass: {1e3 * paper.floor(roofs):.3g} ms\n")
     print(op_table(found, busy, least))
     print(f"\n{kernel_table(mine, took, o.passes, o.rows, found)}")
     print(f"\n{o.out}: open it in ui.perfetto.dev")
