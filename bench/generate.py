@@ -35,6 +35,7 @@ from . import clock, measure, whole
 from .measure import percentile, percentiles, positive
 from .models import PUBLISHED, random_on_device
 from .oracle import DTYPES
+from .targets import H200
 from .whole import AR, COMMIT, DENOISER
 
 RUNS_IN = {name: dtype for dtype, name in DTYPES.items() if name != "fp64"}
@@ -267,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = measure.where()
     subject.roofs = clock.roofs(clock.DeviceClock()) if gpu else None
     print(measure.in_a_line(where) + "\n")
-    print("\n\n".join(whole.card(c, o.batch, o.context, subject.roofs or whole.H200)), flush=True)
+    print("\n\n".join(whole.card(c, o.batch, o.context, subject.roofs or H200)), flush=True)
     found = measured(subject, o, lambda line: measure.record({"machine": where, **line}))
     if not found["pass"]:
         p.error("nothing of it fits into memory")

@@ -11,12 +11,11 @@ from tt_model.cli import sizes
 
 from .figures import of_model
 from .measure import around, spread, table
+from .targets import H200
 
 Line = Mapping[str, Any]
 AR, DENOISER, COMMIT = sizes.PASSES
 FORMATS = {f.name: f for f in sizes.FORMATS}
-# Of an H200, where nothing was measured: a device copy (read and written) and a bf16 product.
-H200 = {"bandwidth": 4.3e12, "compute": 790e12}
 
 
 class Pass(NamedTuple):

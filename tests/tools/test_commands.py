@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import compare, conftest, figures, generate, measure, report, whole
 from bench.models import PUBLISHED
-from bench.targets import TARGETS, shortfall, target_of
+from bench.targets import H200, TARGETS, shortfall, target_of
 from cards import OPS
 from profiling import aot, host, ncu, timeline
 from tools import gpu, owed, tune
@@ -95,7 +95,7 @@ def test_generate_measures_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.count("| denoiser pass |") == 2 and "| mask_diffusion " in out
     paper = whole.Pass(PUBLISHED, whole.DENOISER, batch=1, context=2048)
-    assert paper.floor(whole.H200) == pytest.approx(8.2e-3, rel=0.01)  # as README has it
+    assert paper.floor(H200) == pytest.approx(8.2e-3, rel=0.01)  # as README has it
 
 
 def test_two_trees_are_compared(tmp_path: Path) -> None:
