@@ -123,6 +123,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([line(lines[0]), line(rule), *map(line, lines[1:])])
 
 
+def table_of(lines: Sequence[Any], columns: Mapping[str, Callable[[Any], object]]) -> str:
+    """A table of those columns that some line has something for, others being None."""
+    cells = {name: [of(line) for line in lines] for name, of in columns.items()}
+    cells = {name: column for name, column in cells.items() if any(cell is not None for cell in column)}
+    rows = [["-" if cell is None else cell for cell in row] for row in zip(*cells.values(), strict=True)]
+    return table(list(cells), rows)
+
+
 # ---- what it ran on ----
 
 
@@ -196,12 +204,12 @@ def where(**known: Any) -> dict[str, Any]:
 
 
 def in_a_line(found: Mapping[str, Any]) -> str:
-    gpu = f"{found['gpu']}, driver {found['driver']}, CUDA {found['cuda']}; " if "gpu" in found else ""
-    return (
-        f"{gpu}{found['cpu']}, {found['threads']} threads of {found['cores']} cores, load {found['load']} before, "
-        f"Python {found['python']}, torch {found['torch']}, Triton {found['triton']}, "
-        f"transformers {found['transformers']}, {found['date']}, commit {found['commit']}"
-    )
+    words = [f"commit {found['commit']}" if "commit" in found else "its commit is not recorded"]
+    words += [found["gpu"]] if "gpu" in found else []
+    named = ("driver", "CUDA", "Triton", "Python", "torch", "transformers")
+    words += [f"{name} {found[name.lower()]}" for name in named if name.lower() in found]
+    words += [found["cpu"], f"{found['threads']} threads of {found['cores']} cores"]
+    return ", ".join([*words, f"load {found['load']} before", found["date"]])
 
 
 # ---- results ----

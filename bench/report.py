@@ -17,12 +17,13 @@ from typing import Any
 from cards import OPS
 
 from . import figures, measure, ops, whole
-from .measure import label, spread, table
+from .measure import in_a_line, label, spread, table, table_of
 from .oracle import DTYPES
 from .peers import names
 from .targets import says, shortfall, target_of
 
 Line = Mapping[str, Any]
+Columns = dict[str, Callable[[Line], object]]
 # What makes two lines of a kind the same measurement, of which the later one counts.
 KEYS: dict[str, tuple[str, ...]] = {
     "row": ("op", "dims", "dtype", "which"),
@@ -64,14 +65,9 @@ class Machine:
     def said(self) -> Iterator[str]:
         """A line for each run."""
         for number, lines in enumerate(self.runs.values(), 1):
-            w = lines[-1]["machine"]
-            loads, dates = (sorted({line["machine"][name] for line in lines}) for name in ("load", "date"))
-            ends = lambda values: " to ".join(dict.fromkeys(map(str, (values[0], values[-1]))))
-            keys = (("driver", "driver"), ("CUDA", "cuda"), ("Triton", "triton"), ("Python", "python"))
-            found = [f"{name} {w[key]}" for name, key in (*keys, ("torch", "torch")) if key in w]
-            found += [f"transformers {w['transformers']}", w["cpu"], f"{w['threads']} threads of {w['cores']} cores"]
-            commit = f"commit {w['commit']}" if "commit" in w else "its commit is not recorded"
-            yield f"- Run {number}: {', '.join([commit, *found, f'load {ends(loads)} before', ends(dates)])}"
+            machines = [line["machine"] for line in lines]
+            ends = lambda name, of=machines: " to ".join(dict.fromkeys(str(f(m[name] for m in of)) for f in (min, max)))
+            yield f"- Run {number}: {in_a_line(machines[-1] | {name: ends(name) for name in ('load', 'date')})}"
 
 
 def _setting(line: Line) -> str:
@@ -147,41 +143,36 @@ def times(row: Line, name: str) -> str:
     return f"{found['ratio']:.2f}" + "*" * (found["clock"] == "events") if "ratio" in found else "-" if found else ""
 
 
-def row_table(rows: Sequence[Line], number: Callable[[Line], object] | None = None) -> Iterator[str]:
+def row_table(rows: Sequence[Line], number: Callable[[Line], object] = lambda row: None) -> Iterator[str]:
     """What rows took, of what, and beside whom; below it what is wrong or missing."""
-    roofs = any(row["roof"] for row in rows)
     timed = {name for row in rows for name, peer in row["peers"].items() if "ratio" in peer}
-    peers = [name for name in dict.fromkeys([*names(), *sorted(timed)]) if name in timed]
-    header = ["op", "shape", "pass", "us (p20-p80)", *(("TB/s", "TFLOP/s", "of roof", "target", "MB") if roofs else ())]
-    header += [*(f"{name}/ours" for name in peers[:COLUMNS]), "error (eager's)", "notes", *(["run"] if number else [])]
-    lines = []
-    for row in rows:
-        cells = [row["op"], label(row["dims"]), row["which"]]
-        if row["fault"]:
-            cells += ["RED", *[""] * (len(header) - 5 - bool(number)), "see below"]
-        else:
-            cells.append(spread(row, 1e6))
-            if roofs:
-                rates = (row["bytes"] / row["p50"] / 1e12, row["flops"] / row["p50"] / 1e12)
-                target = target_of(row["op"], row["dims"], row["which"])
-                cells += [f"{rates[0]:.2f}", f"{rates[1]:.1f}", f"{100 * row['share']:.0f} %"]
-                cells += [says(target) if target else "", f"{row['memory'] / 1e6:.1f}"]
-            cells += [times(row, name) for name in peers[:COLUMNS]]
-            cells += [f"{row['error']:.1e} ({row['eager_error']:.1e})", notes(row)]
-        lines.append([*cells, *([number(row)] if number else [])])
-    yield table(header, lines)
-    for begin in range(COLUMNS, len(peers), COLUMNS):
-        columns = peers[begin : begin + COLUMNS]
-        found = [row for row in rows if any("ratio" in row["peers"].get(name, {}) for name in columns)]
-        cells = [
-            [row["op"], label(row["dims"]), row["which"], *(times(row, name) for name in columns)] for row in found
-        ]
-        yield table(["op", "shape", "pass", *(f"{name}/ours" for name in columns)], cells)
+    known = [name for name in dict.fromkeys([*names(), *sorted(timed)]) if name in timed]
+    first: Columns = {"op": lambda x: x["op"], "shape": lambda x: label(x["dims"]), "pass": lambda x: x["which"]}
+    unless_red = lambda of, red="": lambda x: red if x["fault"] else of(x)
+    of_roof = lambda of: lambda x: of(x) if x["roof"] else None
+    peers = lambda some: {f"{name}/ours": lambda x, name=name: times(x, name) for name in some}
+    columns: Columns = {
+        **first,
+        "us (p20-p80)": unless_red(lambda x: spread(x, 1e6), "RED"),
+        "TB/s": of_roof(lambda x: f"{x['bytes'] / x['p50'] / 1e12:.2f}"),
+        "TFLOP/s": of_roof(lambda x: f"{x['flops'] / x['p50'] / 1e12:.1f}"),
+        "of roof": of_roof(lambda x: f"{100 * x['share']:.0f} %"),
+        "target": of_roof(lambda x: says(target_of(x["op"], x["dims"], x["which"]))),
+        "MB": of_roof(lambda x: f"{x['memory'] / 1e6:.1f}"),
+        **peers(known[:COLUMNS]),
+        "error (eager's)": unless_red(lambda x: f"{x['error']:.1e} ({x['eager_error']:.1e})"),
+        "notes": unless_red(notes, "see below"),
+        "run": number,
+    }
+    yield table_of(rows, columns)
+    for begin in range(COLUMNS, len(known), COLUMNS):
+        some = known[begin : begin + COLUMNS]
+        yield table_of([row for row in rows if any(times(row, name) for name in some)], first | peers(some))
     below = [f"- RED {row['op']} {label(row['dims'])} {row['which']}: {row['fault']}" for row in rows if row["fault"]]
     why: dict[tuple[str, str], dict[str, None]] = {}
     for row in rows:
         for name, peer in row["peers"].items():
-            if "why" in peer and (roofs or name in timed):  # on a CPU most peers cannot run
+            if "why" in peer and (row["roof"] or name in timed):  # on a CPU most peers cannot run
                 why.setdefault((name, peer["why"]), {})[f"{row['op']} {row['which']}"] = None
     below += [f"- no time of `{name}` ({', '.join(concerned)}): {what}" for (name, what), concerned in why.items()]
     if below:
@@ -205,10 +196,10 @@ def ops_section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
     yield "### Ops"
     yield OPS_TEXT
     yield roofs_of(rows)
-    held = [(row, target_of(row["op"], row["dims"], row["which"])) for row in rows if machine.gpu]
-    if short := [(row, missed) for row, target in held if target and (missed := shortfall(target, row))]:
+    missed = {id(row): shortfall(row) for row in rows if machine.gpu}
+    if short := [row for row in rows if missed.get(id(row))]:
         yield "Short of its target (`bench/targets.py`):"
-        cells = [(r["op"], label(r["dims"]), r["which"], "; ".join(m), machine.run(r)) for r, m in short]
+        cells = [(r["op"], label(r["dims"]), r["which"], "; ".join(missed[id(r)]), machine.run(r)) for r in short]
         yield table(("op", "shape", "pass", "missed", "run"), cells)
     if "roofline" in drawn:
         yield f"![roofline]({drawn['roofline']})"
@@ -221,15 +212,15 @@ def ops_section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
 def cpu_section(machine: Machine) -> Iterator[str]:
     """`python -m eval.cpu`: the model in plain PyTorch, the last run on each number of threads."""
     yield "### The model in plain PyTorch (`python -m eval.cpu`)"
-    rows = []
-    for line in machine.lines["cpu"]:
-        passes = ", ".join(f"{p['ratio']:.2f}" for p in line["denoiser"])
-        ours, where = next(iter(line["tokens_per_s"].values())), line["machine"]
-        rows.append(
-            (where["date"], where["threads"], f"{ours:.1f}", f"{line['speedup']:.2f}", passes, machine.run(line))
-        )
-    header = ("date", "threads", "AR tokens/s", "times the fastest transformers", "denoiser pass over its products")
-    yield table((*header, "run"), rows)
+    columns: Columns = {
+        "date": lambda x: x["machine"]["date"],
+        "threads": lambda x: x["machine"]["threads"],
+        "AR tokens/s": lambda x: f"{next(iter(x['tokens_per_s'].values())):.1f}",
+        "times the fastest transformers": lambda x: f"{x['speedup']:.2f}",
+        "denoiser pass over its products": lambda x: ", ".join(f"{p['ratio']:.2f}" for p in x["denoiser"]),
+        "run": machine.run,
+    }
+    yield table_of(machine.lines["cpu"], columns)
 
 
 def render(found: Sequence[Machine], drawn: Mapping[str, Mapping[str, str]]) -> str:

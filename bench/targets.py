@@ -45,8 +45,10 @@ def target_of(op: str, dims: Mapping[str, int], which: str) -> Target | None:
     return next((t for t in TARGETS if t.op == op and which == "forward" and inside(t)), None)
 
 
-def says(target: Target) -> str:
+def says(target: Target | None) -> str:
     """A target in a few words. Whom it is to be ahead of is left to the table of peers."""
+    if target is None:
+        return ""
     parts = [f"{100 * target.share:.0f} %"] * bool(target.share)
     parts += [f"{1e6 * target.seconds:.0f} us"] * bool(target.seconds)
     return ", ".join(parts + [f"{least} x {name}" for name, least in target.ahead.items() if least != 1])
@@ -66,8 +68,11 @@ def expected(op: str) -> str:
     return "; ".join(found)
 
 
-def shortfall(target: Target, row: Mapping[str, Any]) -> list[str]:
+def shortfall(row: Mapping[str, Any]) -> list[str]:
     """What a recorded row misses of its target, compared as it is shown; a peer that was not there is not missed."""
+    target = target_of(row["op"], row["dims"], row["which"])
+    if target is None:
+        return []
     if row.get("fault"):
         return ["no right result"]
     missed = []

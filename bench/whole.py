@@ -10,7 +10,7 @@ from tt_model import TwoTowerConfig
 from tt_model.cli import sizes
 
 from .figures import of_model
-from .measure import around, spread, table
+from .measure import around, spread, table, table_of
 from .targets import H200
 
 Line = Mapping[str, Any]
@@ -151,14 +151,6 @@ def section(
                     yield f"![{model}, {dtype}: tokens/s over {over}]({path})"
 
 
-def _columns(lines: Sequence[Line], columns: Mapping[str, Callable[[Any], object]]) -> str:
-    """A table of the columns that some line has something for."""
-    cells = {name: [of(line) for line in lines] for name, of in columns.items()}
-    cells = {name: column for name, column in cells.items() if any(cell is not None for cell in column)}
-    rows = [["-" if cell is None else cell for cell in row] for row in zip(*cells.values(), strict=True)]
-    return table(list(cells), rows)
-
-
 def pass_table(lines: Sequence[Line], run: Callable[[Line], object] = lambda line: None) -> str:
     columns: dict[str, Callable[[Any], object]] = {
         "pass": lambda x: x["pass"],
@@ -174,7 +166,7 @@ def pass_table(lines: Sequence[Line], run: Callable[[Line], object] = lambda lin
         "clock": lambda x: x["clock"],
         "run": run,
     }
-    return _columns(lines, columns)
+    return table_of(lines, columns)
 
 
 def rate(x: Line) -> str:
@@ -196,4 +188,4 @@ def decode_table(lines: Sequence[Line], run: Callable[[Line], object] = lambda l
         "tokens a denoiser pass": lambda x: f"{x['tokens_per_pass']:.2f}" if x.get("tokens_per_pass") else None,
         "run": run,
     }
-    return _columns(lines, columns)
+    return table_of(lines, columns)
