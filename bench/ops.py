@@ -117,14 +117,13 @@ class Row:
     roof: float = 0.0  # seconds that the measured bandwidth and products would take; 0: not measured
     memory: float = 0.0  # bytes that a call needs besides its arguments, at its peak; 0: not measured
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)  # seconds, ratio to ours, clock; or why not
-    samples: list[float] = field(default_factory=list, repr=False)
 
     @property
     def share(self) -> float:
         return self.roof / self.p50 if self.p50 else 0.0
 
     def record(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "samples"} | {"share": self.share}
+        return vars(self) | {"share": self.share}
 
 
 def ours(op: Op) -> Peer:
@@ -278,8 +277,8 @@ def measure(
             row.fault = errors.get("ours", "waits for the host: not fit for a CUDA graph")
             return row
         times = interleave(samplers, seconds)
-    row.samples, row.clock, row.sets, row.rounds = times["ours"], how["ours"], len(sets), len(times["ours"])
-    vars(row).update(percentiles(row.samples))
+    row.clock, row.sets, row.rounds = how["ours"], len(sets), len(times["ours"])
+    vars(row).update(percentiles(times["ours"]))
     for name in times.keys() - {"ours"}:
         taken = percentile(times[name], 0.5)
         row.peers[name] = {"seconds": taken, "ratio": ratio(times, name, "ours"), "clock": how[name]}

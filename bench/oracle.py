@@ -14,6 +14,7 @@ from cards import Op
 from tt_kernels.testing import assert_as_good, largest, values_and_gradients, widened
 
 from .clock import DeviceClock, HostClock
+from .peers import difference
 
 Clock = HostClock | DeviceClock
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -59,7 +60,7 @@ class Oracle:
         self.high = self.run(op.reference, widened(self.kwargs, wide))
 
     def run(self, fn: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        with nullcontext() if self.grads else torch.no_grad():
+        with torch.set_grad_enabled(self.grads):
             return values_and_gradients(self.op, fn, kwargs, self.dtype, grads=self.grads)
 
     @property
@@ -81,14 +82,8 @@ class Oracle:
             except AssertionError as error:
                 judgement.faults[name] = next(iter(str(error).splitlines()), name)
             if high.is_floating_point() and high.shape == got[name].shape == low.shape:
-                judgement.errors[name] = (relative(got[name], high), relative(low, high))
+                judgement.errors[name] = (difference(got[name], high), difference(low, high))
         return judgement
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    """The rms difference over the rms of what is wanted."""
-    size = want.double().norm().item()
-    return (got.double() - want.double()).norm().item() / size if size else 0.0
 
 
 def rows_of(dims: Mapping[str, int]) -> list[str]:
