@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ from tt_model.modeling.state import Cache
 from tt_model.two_tower import ASSETS
 
 from . import clock, measure, whole
-from .measure import percentile, percentiles, positive
+from .measure import parser, percentile, percentiles, positive
 from .models import PUBLISHED, random_on_device
 from .oracle import DTYPES
 from .targets import H200
 from .whole import AR, COMMIT, DENOISER
 
+Line = dict[str, Any]
 RUNS_IN = {name: dtype for dtype, name in DTYPES.items() if name != "fp64"}
 
 
@@ -68,8 +70,7 @@ def load(name: str, device: str, dtype: torch.dtype | None = None) -> Subject:
     if name == "published":
         config = replace(PUBLISHED, dtype=dtype or PUBLISHED.dtype)
         return Subject("published size, random weights", random_on_device(config, device, config.dtype), None)
-    path = None if name == "bundled" else name
-    shown = name if path is None else Path(path).resolve().name
+    path, shown = (None, name) if name == "bundled" else (name, Path(name).resolve().name)
     return Subject(shown, TwoTower.from_pretrained(path, device=device, dtype=dtype), None)
 
 
@@ -131,7 +132,7 @@ def denoiser_pass(subject: Subject, cache: Cache, batch: int) -> Callable[[], An
 
 
 @torch.inference_mode()
-def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[dict[str, Any]]:
+def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[Line]:
     """A line for each pass after `context` tokens of every row. A denoiser's block is half masked, as in its middle."""
     model, c = subject.model, subject.model.config
     S = c.block_size
@@ -139,9 +140,6 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
     block = subject.prompts(batch, S).to(model.device)
     denoise = denoiser_pass(subject, cache, batch)
     cold = Sampling.of(batch, device=model.device)
-
-    def denoiser() -> Callable[[], Any]:
-        return denoise
 
     def commit() -> Callable[[], Any]:
         mine = cache.fork()  # states of its own; the pages past the context are written again and again
@@ -156,7 +154,7 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
 
         return step
 
-    for kind, ready in ((DENOISER, denoiser), (COMMIT, commit), (AR, ar)):
+    for kind, ready in ((DENOISER, lambda: denoise), (COMMIT, commit), (AR, ar)):
         seconds, walls, how = timed(subject, ready, rounds)
         least = subject.paper(kind, batch, context)
         yield {
@@ -195,9 +193,7 @@ def experts_hit(model: TwoTower, call: Callable[[], Any]) -> float | None:
     return sum(used) / len(used) if used else None
 
 
-def decoding(
-    subject: Subject, batch: int, context: int, mode: str, *, new: int, threshold: float, rounds: int
-) -> dict[str, Any]:
+def decoding(subject: Subject, batch: int, context: int, mode: str, *, new: int, threshold: float, rounds: int) -> Line:
     """A line of tokens a second, prefill excluded: the time of `new` tokens less that of none. Where that is half of it
     or more, the difference would be noise: then the line is of the whole, and says so."""
     prompts = subject.prompts(batch, context).tolist()
@@ -238,9 +234,7 @@ def decoding(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
-    p = argparse.ArgumentParser(
-        prog="python -m bench.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = parser("bench.generate", __doc__)
     many = lambda name, default, of: p.add_argument(name, type=positive, nargs="+", default=default, help=of)
     p.add_argument("--model", default="published" if gpu else "bundled", help="published, bundled or a folder")
     p.add_argument("--dtype", choices=RUNS_IN, help="of weights and activations (default: the model's own)")
@@ -269,7 +263,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subject.roofs = clock.roofs(clock.DeviceClock()) if gpu else None
     print(measure.in_a_line(where) + "\n")
     print("\n\n".join(whole.card(c, o.batch, o.context, subject.roofs or H200)), flush=True)
-    found = measured(subject, o, lambda line: measure.record({"machine": where, **line}))
+    found: dict[str, list[Line]] = {"pass": [], "decode": []}
+    for line in lines(subject, o):
+        found[line["kind"]].append(line)
+        if o.record:
+            measure.record({"machine": where, **line})
     if not found["pass"]:
         p.error("nothing of it fits into memory")
     print(f"\n{whole.pass_table(found['pass'])}")
@@ -280,30 +278,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measured(
-    subject: Subject, options: argparse.Namespace, record: Callable[[dict[str, Any]], Any]
-) -> dict[str, list[dict[str, Any]]]:
-    """Lines of passes and of decoding, each recorded, where that is asked for, as soon as it is there."""
-    found: dict[str, list[dict[str, Any]]] = {"pass": [], "decode": []}
-
-    def lines(batch: int, context: int) -> Iterator[dict[str, Any]]:
-        yield from passes(subject, batch, context, options.rounds)
-        for mode in () if options.no_decoding else options.modes:
-            rounds = max(5, options.rounds // 2)
-            yield decoding(subject, batch, context, mode, new=options.new, threshold=options.threshold, rounds=rounds)
-
-    for context in options.context:
-        for batch in options.batch:
-            try:
-                for line in lines(batch, context):
-                    found[line["kind"]].append(line)
-                    if options.record:
-                        record(line)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                    raise  # a CPU has no error of its own for it
-                print(f"batch {batch}, context {context}: out of memory", flush=True)
-    return found
+def lines(subject: Subject, o: argparse.Namespace) -> Iterator[Line]:
+    """Of passes and of decoding at every context and batch, each as soon as it is there."""
+    for context, batch in product(o.context, o.batch):
+        try:
+            yield from passes(subject, batch, context, o.rounds)
+            for mode in () if o.no_decoding else o.modes:
+                rounds = max(5, o.rounds // 2)
+                yield decoding(subject, batch, context, mode, new=o.new, threshold=o.threshold, rounds=rounds)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU has no error of its own for it
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            print(f"batch {batch}, context {context}: out of memory", flush=True)
 
 
 if __name__ == "__main__":

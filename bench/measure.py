@@ -82,6 +82,12 @@ def ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> float:
 # ---- words and tables ----
 
 
+def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """Of `python -m MODULE`, its documentation printed as it stands."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"python -m {module}", description=doc, formatter_class=form)
+
+
 def positive(text: str) -> int:
     """For argparse: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:

@@ -6,7 +6,6 @@ give, and writes nothing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 from cards import OPS
 
 from . import figures, measure, ops, whole
-from .measure import in_a_line, label, spread, table, table_of
+from .measure import in_a_line, label, parser, spread, table, table_of
 from .oracle import DTYPES
 from .peers import names
 from .targets import says, shortfall, target_of
@@ -239,11 +238,11 @@ def render(found: Sequence[Machine], drawn: Mapping[str, Mapping[str, str]]) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=measure.RESULTS, help="folder of .jsonl (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=measure.ROOT, help="where SPEED.md and docs/ go")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if they are not what the results give")
-    options = parser.parse_args(arguments)
+    p = parser("bench.report", __doc__)
+    p.add_argument("--results", type=Path, default=measure.RESULTS, help="folder of .jsonl (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=measure.ROOT, help="where SPEED.md and docs/ go")
+    p.add_argument("--check", action="store_true", help="exit with 1 if they are not what the results give")
+    options = p.parse_args(arguments)
     target, docs = options.out / "SPEED.md", options.out / "docs"
     try:
         found = machines(options.results)

@@ -13,11 +13,11 @@ import re
 import sys
 from collections.abc import Sequence
 
-from bench.measure import table
+from bench.measure import parser, table
 from cards import OPS
 from tools.aot import LOCK
 
-from .common import parser, shape_of
+from .common import shape_of
 
 # A multiprocessor of each target: registers, bytes of shared memory (1 KB of each program's is the system's), threads,
 # programs.
@@ -40,7 +40,7 @@ def programs(architecture: int, registers: int, shared: int, warps: int) -> tupl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = parser("aot", __doc__)
+    p = parser("profiling.aot", __doc__)
     p.add_argument("ops", nargs="+", metavar="OP")
     p.add_argument("--sm", type=int, choices=tuple(LIMITS), default=90, help="target (default: %(default)s)")
     p.add_argument("--find", default="", metavar="TEXT", help='only launches that hold it: "BLOCK_T=16 "')

@@ -20,12 +20,6 @@ from tt_kernels.runtime.launch import recording
 RANGE = "op "  # what the name of a range in a profile begins with
 
 
-def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"python -m profiling.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-
 def shape_of(p: argparse.ArgumentParser, name: str, wanted: dict[str, int] | None) -> dict[str, int]:
     """The card's shape that has all of the sizes wanted; the first for None. Ends the command if there is none."""
     if name not in OPS or not OPS[name].kernels:

@@ -21,12 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.clock import DeviceClock
 from bench.generate import config_of, denoiser_pass, load, timed
-from bench.measure import in_a_line, percentile, positive, table, where
+from bench.measure import in_a_line, parser, percentile, positive, table, where
 from tt_kernels.runtime.launch import recording
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.modeling.state import Cache
-
-from .common import parser
 
 
 class Operators(TorchDispatchMode):
@@ -106,7 +104,7 @@ def on_device(o: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = parser("host", __doc__)
+    p = parser("profiling.host", __doc__)
     p.add_argument("--model", choices=("published", "bundled"), default="published", help="default: %(default)s")
     p.add_argument("--batch", type=positive, default=1)
     p.add_argument("--context", type=positive, default=2048)

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.measure import label
+from bench.measure import label, parser
 from cards import OPS
 
-from .common import call_of, launched, parser, shape_of, shape_option
+from .common import call_of, launched, shape_of, shape_option
 
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats", "SchedulerStats")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = parser("ncu", __doc__)
+    p = parser("profiling.ncu", __doc__)
     p.add_argument("op")
     shape_option(p)
     p.add_argument("--out", help="the report (default: the op's name)")

@@ -19,11 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import clock, whole
 from bench.generate import denoiser_pass, load
-from bench.measure import in_a_line, interleaved, percentile, positive, table, where
+from bench.measure import in_a_line, interleaved, parser, percentile, positive, table, where
 from cards import OPS
 from tt_model import TwoTowerConfig
 
-from .common import RANGE, labelled, parser
+from .common import RANGE, labelled
 
 
 def dims_of_pass(c: TwoTowerConfig, batch: int, context: int) -> dict[str, dict[str, int]]:
@@ -105,7 +105,7 @@ def kernel_table(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
-    p = parser("timeline", __doc__)
+    p = parser("profiling.timeline", __doc__)
     p.add_argument("--model", default="published" if gpu else "bundled", help="published, bundled or a folder")
     p.add_argument("--batch", type=positive, default=1)
     p.add_argument(

@@ -141,24 +141,22 @@ def tune(op: Op, clock: Clock, machine: Mapping[str, Any], o: argparse.Namespace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.tune", description=__doc__)
-    parser.add_argument("op", choices=[name for name, op in OPS.items() if op.candidates], metavar="OP")
-    parser.add_argument(
-        "--shape", action="append", type=measure.sizes, metavar="T=16,..", help="only these of the card's"
-    )
-    parser.add_argument("--seconds", type=float, default=1.0, help="of samples a shape (default: %(default)s)")
-    parser.add_argument("--missing", action="store_true", help="skip what bench/tuning/ has of this GPU and commit")
-    options = parser.parse_args(arguments)
+    p = measure.parser("tools.tune", __doc__)
+    p.add_argument("op", choices=[name for name, op in OPS.items() if op.candidates], metavar="OP")
+    p.add_argument("--shape", action="append", type=measure.sizes, metavar="T=16,..", help="only these of the card's")
+    p.add_argument("--seconds", type=float, default=1.0, help="of samples a shape (default: %(default)s)")
+    p.add_argument("--missing", action="store_true", help="skip what bench/tuning/ has of this GPU and commit")
+    options = p.parse_args(arguments)
     if not torch.cuda.is_available():
-        parser.error("launches are measured on an NVIDIA GPU, and there is none")
+        p.error("launches are measured on an NVIDIA GPU, and there is none")
     if why := measure.no_commit():
-        parser.error(why)
+        p.error(why)
     machine = measure.where()
     print(measure.in_a_line(machine))
     try:
         tune(OPS[options.op], DeviceClock(), machine, options)
     except ValueError as error:
-        parser.exit(1, f"tools.tune: error: {error}\n")
+        p.exit(1, f"tools.tune: error: {error}\n")
     return 0
 
 
