@@ -8,9 +8,11 @@ own: for how long a pass takes use python -m bench.generate, for where it goes t
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,36 @@ from bench.measure import in_a_line, interleaved, parser, percentile, positive, 
 from cards import OPS
 from tt_model import TwoTowerConfig
 
-from .common import RANGE, labelled
+RANGE = "op "  # what the name of a range in a profile begins with
+
+
+@contextmanager
+def labelled() -> Iterator[None]:
+    """Every op that the model calls, and every linear layer, as a named range in whatever profiles meanwhile."""
+    names = {op.fn: name for name, op in OPS.items()}
+    undo: list[tuple[Any, str, Any]] = []
+
+    def put(owner: Any, attribute: str, label: str) -> None:
+        fn = getattr(owner, attribute)
+
+        @functools.wraps(fn)
+        def ranged(*args: Any, **kwargs: Any) -> Any:
+            with torch.profiler.record_function(RANGE + label):
+                return fn(*args, **kwargs)
+
+        undo.append((owner, attribute, fn))
+        setattr(owner, attribute, ranged)
+
+    for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "tt_model"]:
+        for attribute, value in list(vars(module).items()):
+            if callable(value) and getattr(value, "__hash__", None) and value in names:
+                put(module, attribute, names[value])
+    put(torch.nn.Linear, "forward", "linear")
+    try:
+        yield
+    finally:
+        for owner, attribute, fn in reversed(undo):
+            setattr(owner, attribute, fn)
 
 
 def dims_of_pass(c: TwoTowerConfig, batch: int, context: int) -> dict[str, dict[str, int]]:
