@@ -8,19 +8,15 @@ MUTANTS = {
         ("a token's last expert forgotten", "tl.static_range(K)", "tl.static_range(K - 1)"),
         ("routing weights forgotten", "pair *= tl.load", "tl.load"),
         (
-            "summed without the dtype of routing weights",
-            "tl.float64 if weights_ptr.dtype.element_ty == tl.float64 else acc",
-            "acc",
+            "sums without the weights' dtype",
+            "if weights_ptr.dtype.element_ty == tl.float64 else acc",
+            "if False else acc",
         ),
         ("everybody takes the first expert", "first, expert * N, n0", "first, 0 * N, n0"),
         ("wrong token", "(pair.to(tl.int32) // sizes.top_k)", "(pair.to(tl.int32) // (sizes.top_k + 1))"),
         ("up forgotten beside the gate", "h *= a\n", "h = a\n"),
         ("dx without the gate", "y, y, h2, down2, down2,", "y, y, h, down, down,"),
-        (
-            "the shared expert sees the first row only",
-            "at = tl.where(is_shared, rows, at)\n        N",
-            "pass\n        N",
-        ),
+        ("the shared expert sees the first row only", "tl.where(is_shared, rows, at)\n        N", "at\n        N"),
     ],
     ("experts", "moe/lang.py"): [
         ("every tile reads the first rows", "a.load([first, k])", "a.load([0, k])"),
@@ -38,6 +34,6 @@ MUTANTS = {
         ("rows of x by pair, not by token", 'weights.up, pairs, "b"),', 'weights.up, pairs, ""),'),
     ],
     ("experts", "moe/experts.py"): [
-        ("pairs listed for the expert before theirs", "(topk_ids, len(up))", "(topk_ids - 1, len(up))"),
+        ("pairs listed for the expert before theirs", "(topk_ids, len(up))", "(topk_ids - 1, len(up))")
     ],
 }

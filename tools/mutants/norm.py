@@ -15,7 +15,7 @@ MUTANTS = {
         ),
     ],
     ("rms_norm and not modulated", "norm/modulated_rms_norm_launch.py"): [
-        ("last row missed", "(x.shape[:-1].numel() if D else 0,),", "(x.shape[:-1].numel() - 1 if D else 0,),"),
+        ("last row missed", "(x.shape[:-1].numel() if D else 0,),", "(x.shape[:-1].numel() - 1 if D else 0,),")
     ],
     ("modulated", "norm/modulated_rms_norm_kernels.py"): [
         (
@@ -24,11 +24,7 @@ MUTANTS = {
             "    acc = tl.float64 if residual.ptr.dtype.element_ty == tl.float64 else tl.float32\n    weight = ",
         ),
         ("gate added", "step *= _load(gate,", "step += _load(gate,"),
-        (
-            "residual left out of the norm",
-            "        r = rounded.to(acc)  # the norm reads the residual as the next layer will",
-            "        r = step",
-        ),
+        ("residual left out of the norm", "r = rounded.to(acc)  # the norm reads", "r = step  # the norm reads"),
         (
             "1 + forgotten",
             "factor = 1 + _load(scale, b, cols, mask, acc)\n        if",
@@ -42,7 +38,7 @@ MUTANTS = {
         ("last row of a chunk missed", "min((chunk + 1) * rows, L)", "min((chunk + 1) * rows - 1, L)"),
     ],
     ("modulated", "norm/modulated_rms_norm_launch.py"): [
-        ("rstd without the dtype of weight", "compute_dtype(x.dtype, weight.dtype)", "compute_dtype(x.dtype)"),
+        ("rstd without the dtype of weight", "compute_dtype(x.dtype, weight.dtype)", "compute_dtype(x.dtype)")
     ],
     ("gated_group_norm", "norm/gated_group_norm.py"): [
         (

@@ -3,7 +3,7 @@ bounds, and not in bf16."""
 
 MUTANTS = {
     ("ssd_chunk", "ssm/ssd_chunk_launch.py", "test_states.py"): [
-        ("raced", "initial = Slots.of(copied(initial.ptr, initial.indices, b))", "pass"),
+        ("raced", "initial = Slots.of(copied(initial.ptr, initial.indices, b))", "pass")
     ],
     (
         "route",
@@ -23,15 +23,13 @@ MUTANTS = {
         ),
     ],
     ("route", "moe/route_backward.py", "test_kernels.py::test_matches_reference[route-T3-D5-E8-K3-torch.bfloat16]"): [
-        ("logits that nobody chose get no gradient, not one of 0 (memory that nobody wrote)", "(e < E)", "(e < 0)"),
+        ("logits that nobody chose get no gradient, not one of 0 (memory that nobody wrote)", "(e < E)", "(e < 0)")
     ],
     (
         "append_attention",
         "attention/context_attention_kernels.py",
         "test_kernels.py::test_matches_reference[append_attention-B2-L3-Hq4-Hkv2-P5-S9-page_size4-torch.bfloat16]",
-    ): [
-        ("keys of tokens that there are not (read outside)", "offs_p), mask=mask)  # [", "offs_p))  # ["),
-    ],
+    ): [("keys of tokens that there are not (read outside)", "offs_p), mask=mask)  # [", "offs_p))  # [")],
     (
         "ssd_chunk",
         "ssm/lang.py",
