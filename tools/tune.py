@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ import torch
 from bench import measure
 from bench.clock import DeviceClock, interleave, reason
 from bench.measure import around, faster, percentile, percentiles
-from bench.ops import Case, bind, low_dtype, operands, ours
+from bench.ops import Case, bind, cases, operands, ours
 from bench.oracle import Clock, oracle
 from cards import OPS, Op
 from tt_kernels.runtime import launch
 from tt_kernels.runtime.launch import Launch, overriding
+from tt_model.files import write_atomically
 
 SAMPLES = measure.ROOT / "bench/tuning"
 HEURISTIC = "heuristic"
@@ -107,7 +109,7 @@ def known(machine: Mapping[str, Any]) -> dict[tuple[str, str], Line]:
 
 
 def keep(kernel: str, key: str, chosen: Mapping[str, int] | None, machine: Mapping[str, Any]) -> None:
-    """Put a key's launch into the table of tuned ones, or take it out: a reader sees all of the file or nothing."""
+    """Put a key's launch into the table of tuned ones, or take it out."""
     file = launch.TUNED / f"sm_{machine['architecture']}.json"
     found = json.loads(file.read_text()) if file.exists() else {"provenance": [], "launches": {}}
     rows = found["launches"].setdefault(kernel, {})
@@ -116,19 +118,14 @@ def keep(kernel: str, key: str, chosen: Mapping[str, int] | None, machine: Mappi
     found["launches"] = {name: dict(sorted(rows.items())) for name, rows in sorted(found["launches"].items()) if rows}
     found["provenance"] += [machine] * (machine not in found["provenance"])
     file.parent.mkdir(exist_ok=True)
-    new = file.with_name(file.name + ".new")
-    new.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(new, file)
+    write_atomically(file, lambda new: new.write_text(json.dumps(found, indent=1) + "\n"))
     launch._table.cache_clear()  # what is tuned next runs beside what has been
 
 
 def tune(op: Op, clock: Clock, machine: Mapping[str, Any], o: argparse.Namespace) -> None:
     """Every kernel of an op that has candidates, every shape and pass."""
     shapes = [dims for dims in op.shapes if not o.shape or any(wanted.items() <= dims.items() for wanted in o.shape)]
-    cases = [
-        Case(op, dims, low_dtype(op), backward) for dims in shapes for backward in (False, True)[: 1 + bool(op.grads)]
-    ]
-    for kernel, case in ((kernel, case) for kernel in op.candidates for case in cases):
+    for kernel, case in product(op.candidates, cases("cuda", {"": replace(op, shapes=tuple(shapes))})):
         if o.missing and (kernel, case.id) in known(machine):
             continue
         found = trial(case, kernel, op.candidates[kernel], clock, o.seconds)
