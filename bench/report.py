@@ -15,7 +15,8 @@ from typing import Any
 
 from cards import OPS
 
-from . import figures, measure, ops, whole
+from . import measure, ops, whole
+from .figures import Figure, draw, of_rows, part_of
 from .measure import in_a_line, label, parser, spread, table, table_of
 from .oracle import DTYPES
 from .peers import names
@@ -57,6 +58,11 @@ class Machine:
     @property
     def gpu(self) -> str:
         return next((x["machine"]["gpu"] for lines in self.lines.values() for x in lines if "gpu" in x["machine"]), "")
+
+    @property
+    def title(self) -> str:
+        """Of its figures."""
+        return self.gpu or "CPU: no claim about kernels"
 
     def run(self, line: Line) -> int:
         return 1 + list(self.runs).index(_setting(line))
@@ -190,7 +196,7 @@ def roofs_of(rows: Iterable[Line]) -> str:
     )
 
 
-def ops_section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
+def ops_section(machine: Machine) -> Iterator[str | Figure]:
     rows = machine.lines["row"]
     yield "### Ops"
     yield OPS_TEXT
@@ -200,9 +206,8 @@ def ops_section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
         yield "Short of its target (`bench/targets.py`):"
         cells = [(r["op"], label(r["dims"]), r["which"], "; ".join(missed[id(r)]), machine.run(r)) for r in short]
         yield table(("op", "shape", "pass", "missed", "run"), cells)
-    if "roofline" in drawn:
-        yield f"![roofline]({drawn['roofline']})"
-    for part, mine in grouped(rows, figures.part_of).items():
+    yield from of_rows(machine.name, machine.title, rows)
+    for part, mine in grouped(rows, part_of).items():
         yield f"#### {part}"
         for group in grouped(mine, lambda row: row["op"] if machine.gpu else "").values():
             yield from row_table(group, machine.run)
@@ -222,19 +227,20 @@ def cpu_section(machine: Machine) -> Iterator[str]:
     yield table_of(machine.lines["cpu"], columns)
 
 
-def render(found: Sequence[Machine], drawn: Mapping[str, Mapping[str, str]]) -> str:
-    """SPEED.md; `drawn` are the figures of each machine, as paths from there."""
-    parts = [HEAD] if any(machine.gpu for machine in found) else [HEAD, NO_GPU]
+def speed(found: Sequence[Machine]) -> Iterator[str | Figure]:
+    """What SPEED.md has, one below the other."""
+    yield HEAD
+    if not any(machine.gpu for machine in found):
+        yield NO_GPU
     for machine in found:
         cpu = next(iter(machine.runs.values()))[0]["machine"]["cpu"]
-        parts.append(f"## {machine.gpu or f'{cpu}: CPU, references, small shapes (no claim about kernels)'}")
-        parts.append("\n".join(machine.said()))
+        yield f"## {machine.gpu or f'{cpu}: CPU, references, small shapes (no claim about kernels)'}"
+        yield "\n".join(machine.said())
         if machine.lines["row"]:
-            parts += ops_section(machine, drawn[machine.name])
-        parts += whole.section(machine.lines["pass"], machine.lines["decode"], machine.run, drawn[machine.name])
+            yield from ops_section(machine)
+        yield from whole.section(machine)
         if machine.lines["cpu"]:
-            parts += cpu_section(machine)
-    return "\n\n".join(filter(None, parts)) + "\n"
+            yield from cpu_section(machine)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -248,21 +254,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = machines(options.results)
         if not found:
             raise ValueError(f"{options.results} holds no results: make bench ARGS=--record")
-        drawn = {m.name: figures.expected(m.name, m.gpu, m.lines) for m in found}
-        text = render(found, {name: {k: f"docs/{f.file}" for k, f in every.items()} for name, every in drawn.items()})
+        parts = list(filter(None, speed(found)))
+        drawn, text = [part for part in parts if isinstance(part, Figure)], "\n\n".join(map(str, parts)) + "\n"
         if options.check:
             stale = [] if target.is_file() and target.read_text(encoding="utf-8") == text else ["SPEED.md"]
-            stale += [f"docs/{f.file}" for every in drawn.values() for f in every.values() if not f.is_in(docs)]
+            stale += [f"docs/{figure.file}" for figure in drawn if not figure.is_in(docs)]
             if stale:
                 print(f"not what bench/results give: {', '.join(stale)}: python -m bench.report", file=sys.stderr)
             return int(bool(stale))
-        for every in drawn.values():
-            figures.draw(every.values(), docs)
+        draw(drawn, docs)
         target.write_text(text, encoding="utf-8")
     except (OSError, ValueError, KeyError, ImportError) as error:
         print(f"bench.report: error: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    print(f"{target}, {sum(map(len, drawn.values()))} figures in {docs}")
+    print(f"{target}, {len(drawn)} figures in {docs}")
     return 0
 
 

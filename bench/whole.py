@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tt_model import TwoTowerConfig
 from tt_model.cli import sizes
 
-from .figures import of_model
+from .figures import Figure, of_decoding
 from .measure import around, spread, table, table_of
 from .targets import H200
 
@@ -131,24 +131,24 @@ def regime(c: TwoTowerConfig, lines: Sequence[Line], tokens: float = 3.3) -> str
     return table(("batch", "context", *header, *(f"floor: {name}" for name in header if floors)), rows)
 
 
-def section(
-    passes: Sequence[Line], decode: Sequence[Line], run: Callable[[Line], object], drawn: Mapping[str, str]
-) -> Iterator[str]:
+def section(machine: Any) -> Iterator[str | Figure]:
     """The whole model in SPEED.md: passes, the regime, decoding, of each model and dtype."""
-    kind = lambda line: (line["model"], line["dtype"])
-    for model, dtype in dict.fromkeys(map(kind, (*passes, *decode))):
-        yield f"### Whole model: `{model}`, {dtype}"
-        if mine := [line for line in passes if kind(line) == (model, dtype)]:
-            yield pass_table(mine, run)
+    of = lambda kind: [(line["model"], line["dtype"]) for line in machine.lines[kind]]
+    for model in dict.fromkeys(of("pass") + of("decode")):
+        mine, found = (
+            [line for line in machine.lines[kind] if (line["model"], line["dtype"]) == model]
+            for kind in ("pass", "decode")
+        )
+        yield f"### Whole model: `{model[0]}`, {model[1]}"
+        if mine:
+            yield pass_table(mine, machine.run)
             if text := regime(TwoTowerConfig.from_dict(mine[-1]["config"]), mine):
                 yield "When diffusion beats AR, by these passes:"
                 yield text
-        if found := [line for line in decode if kind(line) == (model, dtype)]:
+        if found:
             yield "Decoding, prefill excluded (*: included, it is half of the time or more):"
-            yield decode_table(found, run)
-            for over in ("batch", "context"):
-                if path := drawn.get(of_model(over, model, dtype)):
-                    yield f"![{model}, {dtype}: tokens/s over {over}]({path})"
+            yield decode_table(found, machine.run)
+            yield from of_decoding(machine.name, machine.title, found)
 
 
 def pass_table(lines: Sequence[Line], run: Callable[[Line], object] = lambda line: None) -> str:
