@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..clock import DeviceClock, interleave
 from .attention import block_mask, even_length, flex_call, in_order
 from .base import HOW_TO, Arguments, Call, Peer, Unavailable, needs, on_gpu, once, only, prepared
 
@@ -81,24 +82,15 @@ def _forward() -> Callable[..., Any]:
         raise Unavailable(f"FA3: {given} does not load with this torch: {error}"[:160]) from error
 
 
-def _seconds(call: Call) -> float:
-    """Device time of a call, of 10 the least, the L2 filled with other lines before each."""
-    others = torch.ones(1 << 26, device="cuda")  # 256 MB
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    times = []
-    for _ in range(10):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        others.sum()
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return min(times)
+def _fastest(calls: Mapping[int, Call]) -> int:
+    """By device time with a cold L2, in turns, of the least of 10 samples each."""
+    torch.cuda.synchronize()  # what they read was made on another stream
+    clock = DeviceClock()
+    with clock.scope():
+        samplers, _, errors = clock.samplers({name: [call] for name, call in calls.items()})
+        only(bool(samplers), f"FA3: {next(iter(errors.values()), '')}")
+        times = interleave(samplers, seconds=0.0)
+    return min(times, key=lambda name: min(times[name]))
 
 
 def fa3(p: Paged) -> Call:
@@ -119,8 +111,8 @@ def fa3(p: Paged) -> Call:
 
         return call
 
-    fastest = lambda: min(SPLITS, key=lambda splits: _seconds(with_splits(splits)))
-    return with_splits(once(("fa3", p.q.shape, p.longest, p.causal), fastest))
+    key = ("fa3", p.q.shape, p.longest, p.causal)
+    return with_splits(once(key, lambda: _fastest({splits: with_splits(splits) for splits in SPLITS})))
 
 
 def in_context(attention: Callable[[Paged], Call], a: Arguments) -> Call:
