@@ -54,7 +54,8 @@ class Oracle:
     def __init__(
         self, op: Op, dims: Mapping[str, int], dtype: torch.dtype, wide: torch.dtype, device: str, grads: bool
     ):
-        self.op, self.dims, self.dtype, self.wide, self.grads = op, dims, dtype, wide, grads
+        self.op, self.dtype, self.grads = op, dtype, grads
+        self.note = DTYPES[wide]  # what it is, and over how many rows if not all
         self.kwargs = make(op, dims, dtype, device, seed=2)
         self.low = self.run(op.reference, self.kwargs)
         self.high = self.run(op.reference, widened(self.kwargs, wide))
@@ -62,10 +63,6 @@ class Oracle:
     def run(self, fn: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         with torch.set_grad_enabled(self.grads):
             return values_and_gradients(self.op, fn, kwargs, self.dtype, grads=self.grads)
-
-    @property
-    def note(self) -> str:
-        return " ".join([DTYPES[self.wide], *(f"{name}={self.dims[name]}" for name in rows_of(self.dims))])
 
     def judge(self, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Judgement:
         """Run the op inside `around()` and hold each result to the tests' bound: no tolerance of its own."""
@@ -86,17 +83,14 @@ class Oracle:
         return judgement
 
 
-def rows_of(dims: Mapping[str, int]) -> list[str]:
-    return [name for name in ROWS if name in dims][:1]
-
-
 def oracle(op: Op, dims: Mapping[str, int], dtype: torch.dtype, clock: Clock, grads: bool) -> tuple[Oracle, Judgement]:
     """An oracle that fits into memory, and what it says of the op: fp64, else over fewer rows, else fp32 over those."""
-    few = {**dims, **{name: min(dims[name], FEW) for name in rows_of(dims)}}
-    for size, wide in ((dims, torch.float64), (few, torch.float64), (few, torch.float32)):
+    few = {name: min(dims[name], FEW) for name in [name for name in ROWS if name in dims][:1]}
+    for fewer, wide in (({}, torch.float64), (few, torch.float64), (few, torch.float32)):
         try:
             with clock.scope():
-                found = Oracle(op, size, dtype, wide, clock.device, grads)
+                found = Oracle(op, {**dims, **fewer}, dtype, wide, clock.device, grads)
+                found.note = " ".join([found.note, *(f"{name}={size}" for name, size in fewer.items())])
                 return found, found.judge()
         except torch.OutOfMemoryError:
             found = None

@@ -23,8 +23,8 @@ from tt_kernels.testing import outputs
 
 HOW_TO = "bench/peers/README.md"
 
-# The rms difference that an adapter may show from our results. Peers multiply in TF32, 16 bits or fp8-free bf16 where
-# we do not, which is 1e-2 at most; a wrong mask, scale, decay or order of heads shows at 1e-1 and above.
+# The rms difference that an adapter may show from our results. Peers multiply in TF32 or 16 bits where we do not, which
+# is 1e-2 at most; a wrong mask, scale, decay or order of heads shows at 1e-1 and above.
 TOLERANCE = 3e-2
 
 
