@@ -60,6 +60,19 @@ class Subject:
         stored = "fp32" if self.model.dtype == torch.float32 else "bf16"
         return whole.Pass(self.model.config, kind, batch, context, whole.FORMATS[stored])
 
+    def line(self, kind: str, batch: int, context: int, **found: Any) -> Line:
+        of = {"kind": kind, "model": self.name, "dtype": DTYPES[self.model.dtype], "batch": batch, "context": context}
+        return of | found
+
+    def seconds(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        """By the wall, until the device has done it; and what it returns."""
+        synchronize = torch.cuda.synchronize if self.gpu else lambda: None
+        synchronize()
+        begin = time.perf_counter()
+        result = call()
+        synchronize()
+        return time.perf_counter() - begin, result
+
     def prompts(self, batch: int, context: int) -> torch.Tensor:
         g = torch.Generator().manual_seed(0)
         return torch.randint(4, self.model.config.vocab_size, (batch, context), generator=g)
@@ -79,11 +92,6 @@ def config_of(name: str) -> TwoTowerConfig:
     return PUBLISHED if name == "published" else TwoTowerConfig.from_file(ASSETS if name == "bundled" else name)
 
 
-def synchronize(subject: Subject) -> None:
-    if subject.gpu:
-        torch.cuda.synchronize()
-
-
 def timed(
     subject: Subject, ready: Callable[[], Callable[[], Any]], rounds: int
 ) -> tuple[list[float], list[float], str]:
@@ -94,12 +102,7 @@ def timed(
     """
     walls, devices = [], []
     for i in range(rounds + 1):
-        call = ready()
-        synchronize(subject)
-        begin = time.perf_counter()
-        call()
-        synchronize(subject)
-        walls.append(time.perf_counter() - begin)
+        walls.append(subject.seconds(ready())[0])
         if subject.gpu and i:
             call = ready()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -157,14 +160,9 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
     for kind, ready in ((DENOISER, lambda: denoise), (COMMIT, commit), (AR, ar)):
         seconds, walls, how = timed(subject, ready, rounds)
         least = subject.paper(kind, batch, context)
-        yield {
-            "kind": "pass",
-            "model": subject.name,
-            "config": c.to_dict(),
-            "dtype": DTYPES[model.dtype],
+        measured = {
             "pass": kind,
-            "batch": batch,
-            "context": context,
+            "config": c.to_dict(),
             "clock": how,
             "rounds": len(seconds),
             **percentiles(seconds),
@@ -176,6 +174,7 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
             "experts": experts_hit(model, ready()),
             "experts_worst": least.experts,
         }
+        yield subject.line("pass", batch, context, **measured)
 
 
 def experts_hit(model: TwoTower, call: Callable[[], Any]) -> float | None:
@@ -200,11 +199,7 @@ def decoding(subject: Subject, batch: int, context: int, mode: str, *, new: int,
     options = dict(mode=mode, confidence_threshold=threshold, eos_token_id=None, seed=0)
 
     def run(tokens: int) -> tuple[float, Any]:
-        synchronize(subject)
-        begin = time.perf_counter()
-        out = subject.model.generate(prompts, max_new_tokens=tokens, **options)
-        synchronize(subject)
-        return time.perf_counter() - begin, out
+        return subject.seconds(lambda: subject.model.generate(prompts, max_new_tokens=tokens, **options))
 
     run(new)
     samples = [(run(new), run(0)[0]) for _ in range(rounds)]
@@ -214,13 +209,8 @@ def decoding(subject: Subject, batch: int, context: int, mode: str, *, new: int,
     p20, p50, p80 = (percentile(times, share) - (0 if included else prefill) for share in (0.2, 0.5, 0.8))
     out = samples[0][0][1]
     written, nfe = sum(map(len, out.tokens)), sum(out.nfe)
-    return {
-        "kind": "decode",
-        "model": subject.name,
-        "dtype": DTYPES[subject.model.dtype],
+    measured = {
         "mode": mode,
-        "batch": batch,
-        "context": context,
         "threshold": threshold if mode == "mask_diffusion" else None,
         "new": new,
         "prefill_included": included,
@@ -230,6 +220,7 @@ def decoding(subject: Subject, batch: int, context: int, mode: str, *, new: int,
         "tokens_per_pass": written / nfe if nfe else None,
         "rounds": rounds,
     }
+    return subject.line("decode", batch, context, **measured)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
