@@ -16,6 +16,8 @@ from .measure import in_turns, percentile, wall
 
 Call = Callable[[], Any]  # the measured work on one set of operands; returns what it wrote
 Sampler = Callable[[], float]  # measures once: seconds a call
+# By name: a sampler, and how it takes time ("graph", "events", "wall"); or, for others, why there is none.
+Samplers = tuple[dict[str, Sampler], dict[str, str], dict[str, str]]
 
 
 def interleave(samplers: Mapping[str, Sampler], seconds: float, least: int = 10) -> dict[str, list[float]]:
@@ -39,9 +41,7 @@ class HostClock:
     def release(self) -> None:
         pass
 
-    def samplers(
-        self, calls: Mapping[str, Sequence[Call]]
-    ) -> tuple[dict[str, Sampler], dict[str, str], dict[str, str]]:
+    def samplers(self, calls: Mapping[str, Sequence[Call]]) -> Samplers:
         return {name: self._sampler(c) for name, c in calls.items()}, dict.fromkeys(calls, "wall"), {}
 
     def _sampler(self, calls: Sequence[Call]) -> Sampler:
@@ -95,14 +95,9 @@ class DeviceClock:
         self.cuda.synchronize()
         self.cuda.empty_cache()
 
-    def samplers(
-        self, calls: Mapping[str, Sequence[Call]]
-    ) -> tuple[dict[str, Sampler], dict[str, str], dict[str, str]]:
-        """A sampler for each name; how each takes time; and why the others take none.
-
-        What waits for the device on the way cannot be captured: it is timed from one event to another, the host's share
-        included, and named "events". The graphs share one pool of memory: none of them reads what another wrote.
-        """
+    def samplers(self, calls: Mapping[str, Sequence[Call]]) -> Samplers:
+        """What waits for the device on the way cannot be captured: it is timed from one event to another, the host's
+        share included. The graphs share one pool of memory: none of them reads what another wrote."""
         pool = self.cuda.graph_pool_handle()
         found, how, errors = {}, {}, {}
         begun = len(self.broken)

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,13 @@ class Machine:
         """A line for each run."""
         for number, lines in enumerate(self.runs.values(), 1):
             machines = [line["machine"] for line in lines]
-            ends = lambda name, of=machines: " to ".join(dict.fromkeys(str(f(m[name] for m in of)) for f in (min, max)))
-            yield f"- Run {number}: {in_a_line(machines[-1] | {name: ends(name) for name in ('load', 'date')})}"
+            loads, dates = ([machine[name] for machine in machines] for name in ("load", "date"))
+            yield f"- Run {number}: {in_a_line(machines[-1] | {'load': ends(loads), 'date': ends(dates)})}"
+
+
+def ends(values: Sequence[Any], text: Callable[[Any], str] = str) -> str:
+    """The least and the greatest; one of them, where both read alike."""
+    return " to ".join(dict.fromkeys(map(text, (min(values), max(values)))))
 
 
 def _setting(line: Line) -> str:
@@ -119,16 +125,6 @@ def machines(folder: Path) -> list[Machine]:
 
 
 # ---- rows ----
-
-
-def grouped(rows: Iterable[Line], key: Callable[[Line], str]) -> dict[str, list[Line]]:
-    """Rows by a key, in the order of the cards."""
-    order = list(OPS)
-    place = lambda row: order.index(row["op"]) if row["op"] in OPS else len(order)
-    found: dict[str, list[Line]] = {}
-    for row in sorted(rows, key=place):
-        found.setdefault(key(row), []).append(row)
-    return found
 
 
 def notes(row: Line) -> str:
@@ -189,10 +185,13 @@ def roofs_of(rows: Iterable[Line]) -> str:
     found = [row["roofs"] for row in rows if row.get("roofs")]
     if not found:
         return ""
-    ends = lambda name: " to ".join(dict.fromkeys(f"{f(r[name] for r in found) / 1e12:.3g}" for f in (min, max)))
+    read, copy, compute = (
+        ends([roofs[name] for roofs in found], lambda rate: f"{rate / 1e12:.3g}")
+        for name in ("read", "copy", "compute")
+    )
     return (
-        f"Roofs, measured beside each row: read {ends('read')} TB/s, copy {ends('copy')} TB/s, cuBLAS bf16 "
-        f"{ends('compute')} TFLOP/s. A row's roof is the larger of its bytes and its flops by them."
+        f"Roofs, measured beside each row: read {read} TB/s, copy {copy} TB/s, cuBLAS bf16 {compute} TFLOP/s. "
+        "A row's roof is the larger of its bytes and its flops by them."
     )
 
 
@@ -207,10 +206,12 @@ def ops_section(machine: Machine) -> Iterator[str | Figure]:
         cells = [(r["op"], label(r["dims"]), r["which"], "; ".join(missed[id(r)]), machine.run(r)) for r in short]
         yield table(("op", "shape", "pass", "missed", "run"), cells)
     yield from of_rows(machine.name, machine.title, rows)
-    for part, mine in grouped(rows, part_of).items():
+    known = list(OPS)
+    in_order = sorted(rows, key=lambda row: known.index(row["op"]) if row["op"] in OPS else len(known))
+    for part, mine in groupby(in_order, part_of):
         yield f"#### {part}"
-        for group in grouped(mine, lambda row: row["op"] if machine.gpu else "").values():
-            yield from row_table(group, machine.run)
+        for _, group in groupby(mine, lambda row: row["op"] if machine.gpu else ""):
+            yield from row_table(list(group), machine.run)
 
 
 def cpu_section(machine: Machine) -> Iterator[str]:
