@@ -148,9 +148,10 @@ def row_table(rows: Sequence[Line], number: Callable[[Line], object] = lambda ro
     """What rows took, of what, and beside whom; below it what is wrong or missing."""
     timed = {name for row in rows for name, peer in row["peers"].items() if "ratio" in peer}
     known = [name for name in dict.fromkeys([*names(), *sorted(timed)]) if name in timed]
+    roofs = any(row["roof"] for row in rows)
     first: Columns = {"op": lambda x: x["op"], "shape": lambda x: label(x["dims"]), "pass": lambda x: x["which"]}
     unless_red = lambda of, red="": lambda x: red if x["fault"] else of(x)
-    of_roof = lambda of: lambda x: of(x) if x["roof"] else None
+    of_roof = lambda of: lambda x: of(x) if x["roof"] and not x["fault"] else None
     peers = lambda some: {f"{name}/ours": lambda x, name=name: times(x, name) for name in some}
     columns: Columns = {
         **first,
@@ -168,12 +169,13 @@ def row_table(rows: Sequence[Line], number: Callable[[Line], object] = lambda ro
     yield table_of(rows, columns)
     for begin in range(COLUMNS, len(known), COLUMNS):
         some = known[begin : begin + COLUMNS]
-        yield table_of([row for row in rows if any(times(row, name) for name in some)], first | peers(some))
+        beside = [row for row in rows if any("ratio" in row["peers"].get(name, {}) for name in some)]
+        yield table_of(beside, first | peers(some))
     below = [f"- RED {row['op']} {label(row['dims'])} {row['which']}: {row['fault']}" for row in rows if row["fault"]]
     why: dict[tuple[str, str], dict[str, None]] = {}
     for row in rows:
         for name, peer in row["peers"].items():
-            if "why" in peer and (row["roof"] or name in timed):  # on a CPU most peers cannot run
+            if "why" in peer and (roofs or name in timed):  # on a CPU most peers cannot run
                 why.setdefault((name, peer["why"]), {})[f"{row['op']} {row['which']}"] = None
     below += [f"- no time of `{name}` ({', '.join(concerned)}): {what}" for (name, what), concerned in why.items()]
     if below:

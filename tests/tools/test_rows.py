@@ -188,5 +188,6 @@ def test_a_kernel_that_waits_for_the_host_is_red() -> None:
     case = a_case(card(kernels=("_k_kernel",)))
     checked(case)
     on_device.device = "meta"
-    row = ops.measure(case, on_device, checked)
+    row = ops.measure(case, on_device, checked, {"bandwidth": 1e12, "compute": 1e12})
     assert row.fault == "waits for the host: not fit for a CUDA graph"
+    assert " RED | " in "\n".join(report.row_table([row.record()]))
