@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Parser, put
+from .common import Parser, add_command, number, option, put
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,43 +34,14 @@ The times are lower bounds: weights, K/V and states once through the memory at f
 taken as uniform and independent; the tokens of a real block agree more and need fewer experts."""
 
 
-def _at_least(least: float, kind: type) -> Any:
-    def read(text: str) -> Any:
-        value = kind(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
-        return value
-
-    read.__name__ = kind.__name__  # argparse names it when the text is not a number
-    return read
-
-
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """The command's part of the command line."""
-    p = commands.add_parser(
-        "info",
-        prog="twotower info",
-        help="parameters, memory and speed limits",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
-    p.set_defaults(run=run, parser=p)
-    p.add_argument("--model", metavar="DIR", help="a model's folder, or a config.json (default: the bundled model)")
-    p.add_argument(
-        "--bandwidth",
-        type=_at_least(1e-6, float),
-        default=4.3,
-        metavar="TB/S",
-        help="memory bandwidth in 10^12 bytes a second (default: %(default)s, an H200 copying on the device)",
-    )
-    p.add_argument("--batch", type=_at_least(1, int), default=1, metavar="N", help="sequences (default: %(default)s)")
-    p.add_argument(
-        "--context",
-        type=_at_least(0, int),
-        default=2048,
-        metavar="N",
-        help="tokens in the cache (default: %(default)s)",
-    )
+    p = add_command(commands, "info", run, "parameters, memory and speed limits", _DESCRIPTION, _EPILOG)
+    option(p, "--model", str, "DIR", None, "a model's folder, or a config.json (default: the bundled model)")
+    bandwidth = "memory bandwidth in 10^12 bytes a second (default: %(default)s, an H200 copying on the device)"
+    option(p, "--bandwidth", number(float, 1e-6), "TB/S", 4.3, bandwidth)
+    option(p, "--batch", number(int, 1), "N", 1, "sequences")
+    option(p, "--context", number(int, 0), "N", 2048, "tokens in the cache")
     p.add_argument("--json", action="store_true", help="all of it as one JSON object")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..stops import Stopped
 from . import export
-from .common import Parser, add_dtype, add_machine, device_of, dtype_of, use_threads
+from .common import Parser, add_command, add_dtype, add_machine, dtype_of, machine_of, number, option
 from .facts import ACCEPTED, code_digest, same_run, weights_digest
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..two_tower import TwoTower
     from .vocabulary import Vocabulary
 
-# Fields of TrainSettings: type and help. Their defaults, which a test compares, are in the help only.
+# Fields of TrainSettings, which is not imported for --help: a test compares the defaults.
 SETTINGS = {
     "steps": (int, "N", 1000, "optimizer steps"),
     "batch_size": (int, "N", 8, "rows a step"),
@@ -84,73 +84,37 @@ recipe trains with blocks of 32 first, then 16."""
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """The command's part of the command line."""
     p = commands.add_parser(
-        "train",
-        prog="twotower train",
-        help="train a context tower or a denoiser",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
+        "train", help="train a context tower or a denoiser", description=_DESCRIPTION, epilog=_EPILOG
     )
     stages = p.add_subparsers(title="stages", metavar="STAGE", dest="stage", required=True)
-    ar = stages.add_parser(
-        "ar", prog="twotower train ar", help="a context tower, on next tokens", description=_AR, epilog=_AR_EPILOG
-    )
+    ar = add_command(stages, "ar", run, "a context tower, on next tokens", _AR, _AR_EPILOG)
     start = ar.add_mutually_exclusive_group(required=True)
-    start.add_argument("--config", metavar="FILE", help="config.json of a tower to begin with random weights")
-    start.add_argument("--model", metavar="DIR", help="folder of a model whose context tower to go on with")
-    denoiser = stages.add_parser(
-        "denoiser",
-        prog="twotower train denoiser",
-        help="a denoiser, on masked tokens",
-        description=_DENOISER,
-        epilog=_DENOISER_EPILOG,
-    )
-    denoiser.add_argument("--model", metavar="DIR", required=True, help="folder of a context tower or of two towers")
-    denoiser.add_argument("--block-size", type=int, metavar="N", help="tokens of a block (default: as in config.json)")
-    denoiser.add_argument("--mask-token-id", type=int, metavar="ID", help="default: as in config.json")
+    option(start, "--config", str, "FILE", None, "config.json of a tower to begin with random weights")
+    option(start, "--model", str, "DIR", None, "folder of a model whose context tower to go on with")
+    denoiser = add_command(stages, "denoiser", run, "a denoiser, on masked tokens", _DENOISER, _DENOISER_EPILOG)
+    option(denoiser, "--model", str, "DIR", None, "folder of a context tower or of two towers", required=True)
+    option(denoiser, "--block-size", int, "N", None, "tokens of a block (default: as in config.json)")
+    option(denoiser, "--mask-token-id", int, "ID", None, "default: as in config.json")
     for parser in (ar, denoiser):
         _add_common(parser)
     export.add(stages)
-    ar.add_argument(
-        "--vocab-size",
-        type=int,
-        metavar="N",
-        help="of model and tokenizer, which is trained on the data (default: config)",
-    )
+    vocabulary = "of model and tokenizer, which is trained on the data (default: config)"
+    option(ar, "--vocab-size", int, "N", None, vocabulary)
 
 
 def _add_common(p: Parser) -> None:
-    p.set_defaults(run=run, parser=p)
-    p.add_argument(
-        "--data", metavar="SOURCE", required=True, help='a folder of *.py, *.txt and *.jsonl, a file, or "stdlib"'
-    )
-    p.add_argument("--out", metavar="OUT", required=True, help="folder of the run")
-    p.add_argument("--tokenizer", metavar="DIR", help="folder of tokenizer.json (default: the model's)")
-    p.add_argument(
-        "--held-out",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="of the files, to measure on (default: %(default)s)",
-    )
-    p.add_argument("--row-length", type=int, default=512, metavar="N", help="tokens of a row (default: %(default)s)")
+    option(p, "--data", str, "SOURCE", None, 'a folder of *.py, *.txt and *.jsonl, a file, or "stdlib"', required=True)
+    option(p, "--out", str, "OUT", None, "folder of the run", required=True)
+    option(p, "--tokenizer", str, "DIR", None, "folder of tokenizer.json (default: the model's)")
+    option(p, "--held-out", float, "SHARE", 0.05, "of the files, to measure on")
+    option(p, "--row-length", number(int, 1), "N", 512, "tokens of a row")
     for name, (kind, metavar, default, text) in SETTINGS.items():
-        flag = "--" + name.replace("_", "-")
-        p.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {default})")
-    p.add_argument("--betas", type=float, nargs=2, metavar="B", help="AdamW's betas (default: 0.9 0.95)")
-    p.add_argument(
-        "--save-every", type=int, default=200, metavar="N", help="steps between saves (default: %(default)s)"
-    )
-    p.add_argument(
-        "--stop-after", type=int, metavar="N", help="stop after so many steps of this call, as if interrupted"
-    )
-    p.add_argument(
-        "--accept",
-        nargs="+",
-        default=[],
-        choices=ACCEPTED,
-        metavar="WHAT",
-        help=f"go on although it is not what the run began with: {', '.join(ACCEPTED)}",
-    )
+        option(p, "--" + name.replace("_", "-"), kind, metavar, default, text)
+    option(p, "--betas", float, "B", (0.9, 0.95), "AdamW's betas (default: 0.9 0.95)", nargs=2)
+    option(p, "--save-every", number(int, 1), "N", 200, "steps between saves")
+    option(p, "--stop-after", number(int, 0), "N", None, "stop after so many steps of this call, as if interrupted")
+    accept = f"go on although it is not what the run began with: {', '.join(ACCEPTED)}"
+    p.add_argument("--accept", nargs="+", default=[], choices=ACCEPTED, metavar="WHAT", help=accept)
     add_dtype(p, "--save-dtype", "what OUT/model stores (default: as computed)")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     add_machine(p, "what to compute in (default: float32)")
@@ -161,14 +125,7 @@ def run(o: argparse.Namespace) -> None:
     from ..files import hold
     from ..training.schedule import TrainSettings
 
-    given = {name: getattr(o, name) for name in (*SETTINGS, "betas") if getattr(o, name) is not None}
-    if "betas" in given:
-        given["betas"] = tuple(given["betas"])
-    settings = TrainSettings(o.stage, **given)
-    for name, least in (("row_length", 1), ("save_every", 1), ("stop_after", 0)):
-        value = getattr(o, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least {least}")
+    settings = TrainSettings(o.stage, betas=tuple(o.betas), **{name: getattr(o, name) for name in SETTINGS})
     if o.dtype == "float16":
         raise ValueError("--dtype is float16, in which small gradients are 0: expected bfloat16 or float32 to train in")
     out = Path(o.out)
@@ -186,8 +143,8 @@ def _run(o: argparse.Namespace, settings: TrainSettings, out: Path) -> None:
     from ..training.state import STATE
     from .vocabulary import Vocabulary
 
-    use_threads(o.threads)
-    device, dtype = device_of(o.device), dtype_of(o.dtype) or torch.float32
+    device, dtype = machine_of(o)
+    dtype = dtype or torch.float32
     config = _config(o, TwoTowerConfig.from_file(getattr(o, "config", None) or o.model))
     resumed = (out / STATE).is_file()
     tokenizer = _tokenizer(o, out, config, resumed=resumed)
