@@ -228,4 +228,4 @@ def test_changed_data_does_not_resume(call, config: Path, data: Path, tmp_path: 
         file.write_text(before)
     assert call("ar", out, "--config", config)[0] == 0
     (out / "run.json").write_text("{")
-    refused(call("ar", out, "--config", config), "run.json: not what this command wrote")
+    refused(call("ar", out, "--config", config), "run.json: not valid JSON")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import random
 import shutil
 import signal
 import warnings
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..stops import Stopped
 from . import export
 from .common import Parser, add_command, add_dtype, add_machine, dtype_of, machine_of, number, option
-from .facts import ACCEPTED, code_digest, same_run, weights_digest
+from .facts import ACCEPTED, code_digest, same_run, steps_logged, weights_digest
 
 if TYPE_CHECKING:
     import torch
@@ -185,24 +184,21 @@ def _run(o: argparse.Namespace, settings: TrainSettings, out: Path) -> None:
             raise ValueError("--stop-after is 0 and no step has been made: there is nothing to save")
         save(model, out / "model", dtype=dtype_of(o.save_dtype), tokenizer=out, progress=not o.quiet)
     except KeyboardInterrupt as stop:
-        log = out / "log.jsonl"
-        done = len(log.read_text(encoding="utf-8").splitlines()) if log.is_file() else 0
-        raise Stopped(
-            getattr(stop, "number", signal.SIGINT),
-            f"interrupted: {done} of {settings.steps} steps are saved in {out}; the same command goes on from there",
-        ) from None
+        saved = f"{steps_logged(out)} of {settings.steps} steps are saved in {out}"
+        message = f"interrupted: {saved}; the same command goes on from there"
+        raise Stopped(getattr(stop, "number", signal.SIGINT), message) from None
     _report(out, history, settings)
 
 
 def _config(o: argparse.Namespace, config: TwoTowerConfig) -> TwoTowerConfig:
     """The config with what the command line changes in it."""
-    names = ("vocab_size", "block_size", "mask_token_id")
-    chosen = {name: getattr(o, name, None) for name in names}
-    if chosen["vocab_size"] is not None and o.model:
+    given = {name: value for name, value in vars(o).items() if value is not None}
+    chosen = {name: given[name] for name in ("vocab_size", "block_size", "mask_token_id") if name in given}
+    if "vocab_size" in chosen and o.model:
         raise ValueError("--vocab-size: a model that is there has its vocabulary; it goes with --config")
-    if chosen["vocab_size"] is not None and o.tokenizer:
+    if "vocab_size" in chosen and o.tokenizer:
         raise ValueError("--vocab-size and --tokenizer: a tokenizer that is there has its size; expected one of them")
-    return dataclasses.replace(config, **{name: value for name, value in chosen.items() if value is not None})
+    return dataclasses.replace(config, **chosen)
 
 
 def _tokenizer(o: argparse.Namespace, out: Path, config: TwoTowerConfig, *, resumed: bool) -> str:
@@ -211,7 +207,7 @@ def _tokenizer(o: argparse.Namespace, out: Path, config: TwoTowerConfig, *, resu
     A resumed run keeps its own; ValueError when another one is asked for. Its hash.
     """
     from ..checkpoint import TOKENIZER_FILES
-    from ..files import write_atomically
+    from ..files import write_atomically, write_text
     from ..training.data import load_texts, train_tokenizer
 
     target = out / "tokenizer.json"
@@ -227,7 +223,7 @@ def _tokenizer(o: argparse.Namespace, out: Path, config: TwoTowerConfig, *, resu
                 write_atomically(out / name, partial(shutil.copyfile, folder / name))
     else:
         tokenizer = train_tokenizer(load_texts(o.data, "train", o.held_out), config.vocab_size)
-        write_atomically(target, lambda path: path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8"))
+        write_text(target, tokenizer.to_str(pretty=True))
     return hashlib.sha256(target.read_bytes()).hexdigest()
 
 
@@ -235,7 +231,7 @@ def _rows(
     o: argparse.Namespace, vocabulary: Vocabulary, config: TwoTowerConfig, settings: TrainSettings
 ) -> tuple[Rows, Rows | None]:
     """Training rows, and held-out rows if there are enough for one."""
-    from ..training.data import Rows, encode_documents, load_texts
+    from ..training.data import load_rows
 
     if o.row_length % config.block_size:
         raise ValueError(f"--row-length is {o.row_length}, expected a multiple of the block size {config.block_size}")
@@ -244,18 +240,13 @@ def _rows(
     eos = config.eos_token_ids[0]
     # As prompts begin; where they begin with nothing, the end of the document before is what comes first.
     bos = vocabulary.first[0] if vocabulary.first else eos
-
-    def rows(split: str) -> Rows:
-        texts = load_texts(o.data, split, o.held_out)
-        random.Random(settings.seed).shuffle(texts)
-        documents = encode_documents(texts, vocabulary.tokenizer, bos=bos, eos=eos, block_size=config.block_size)
-        return Rows(*documents, o.row_length)
-
-    train_rows = rows("train")
+    tokens = {"bos": bos, "eos": eos, "row_length": o.row_length, "block_size": config.block_size}
+    rows = partial(load_rows, o.data, vocabulary.tokenizer, **tokens, held_out=o.held_out, seed=settings.seed)
+    train_rows = rows(split="train")
     if o.held_out == 0:
         return train_rows, None
     try:
-        return train_rows, rows("held_out")
+        return train_rows, rows(split="held_out")
     except ValueError as error:
         warnings.warn(f"no held-out loss: {error}", stacklevel=2)
         return train_rows, None

@@ -10,7 +10,6 @@ import json
 import math
 import signal
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ..checkpoint.keys import CONTEXT, named_parameters, unwrapped
-from ..files import hold, write_atomically
+from ..files import hold, write_atomically, write_text
 from ..modeling.moe import MoE
 from ..modeling.two_tower import TwoTowerModel
 from ..stops import Stopped, handling
@@ -181,8 +180,8 @@ def train(
             It is held against other processes meanwhile.
         held_out: rows whose loss is measured at every save.
         stop_after: end this call after so many steps, as if interrupted (the run can be resumed).
-        extend: resume a run also under other `schedule.ADJUSTABLE` settings, as more steps or another learning rate.
-            The rate warms up from where it was.
+        extend: resume a run also under other settings than it began with, but for those in `schedule.FIXED`: as more
+            steps or another learning rate. The rate warms up from where it was.
         note:  what else is worth a line in the log, under "changed" of this call's first step.
         progress: show a bar on stderr.
     Returns:
@@ -278,8 +277,7 @@ def _train(
                 except ValueError as error:
                     stop_if(str(error), step)
                 saved = len(history)
-                log = "".join(json.dumps(h, allow_nan=False) + "\n" for h in history)
-                write_atomically(out / "log.jsonl", partial(Path.write_text, data=log, encoding="utf-8"))
+                write_text(out / "log.jsonl", "".join(json.dumps(h, allow_nan=False) + "\n" for h in history))
                 plot_losses(history, out / "loss.png")
             if stopped:
                 break

@@ -14,7 +14,7 @@ from ..checkpoint.folder import finite, some
 from ..checkpoint.keys import CONTEXT, named_parameters
 from ..files import write_atomically
 from ..modeling.two_tower import TwoTowerModel
-from .schedule import ADJUSTABLE, Stretch, TrainSettings, changed_settings
+from .schedule import FIXED, Stretch, TrainSettings, changed_settings
 
 STATE = "training.pt"  # parameters, optimizer and history of a run that can be resumed
 
@@ -156,7 +156,7 @@ def load_state(
     history, stretch = state["history"], Stretch(**state.get("stretch", {}))
     changed = changed_settings(state["settings"], settings)
     if changed:
-        fixed = [k for k in changed if k not in ADJUSTABLE]
+        fixed = any(k in FIXED for k in changed)
         if fixed or not extend:
             what = "; ".join(f"{k} was {was}, now {now}" for k, (was, now) in changed.items())
             how = "use a new folder" + ("" if fixed else ", or go on from its state (--accept settings)")
