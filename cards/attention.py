@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tt_kernels import reference
 from tt_kernels.attention.block_attention import block_diffusion_attention, causal_attention
 from tt_kernels.attention.block_attention_launch import BlockAttentionLaunch
 from tt_kernels.attention.context_attention import append_attention, context_attention
@@ -70,16 +69,6 @@ def _append_cost(itemsize: int, **dims: int) -> tuple[int, int]:
     return flops, moved + 2 * dims["B"] * dims["L"] * dims["Hkv"] * dims["P"] * itemsize
 
 
-_CONTEXT_CANDIDATES = dict(
-    _context_attention_fwd_kernel=tuple(
-        ContextAttentionLaunch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=64, num_warps=warps, num_stages=stages)
-        for m, warps, stages in ((16, 4, 4), (64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 8, 3), (128, 8, 4))
-    )
-)
-
-_PUBLISHED = dict(Hq=32, Hkv=2, P=128, shuffled=2)
-
-
 def _causal(dtype: torch.dtype, B: int, N: int, Hq: int, Hkv: int, P: int, packed: int = 0) -> dict[str, Tensor | None]:
     k, v = torch.randn(2, B, N, Hkv, P, dtype=dtype)
     cu_seqlens = torch.tensor([0, N // 3, N // 2, B * N]) if packed else None
@@ -102,22 +91,40 @@ def _blocks(
 
 
 _HEADS = dict(Hq=32, Hkv=2, P=128)
+_PUBLISHED = dict(_HEADS, shuffled=2)
 
-_BLOCK_CANDIDATES = dict(
-    _block_attention_fwd_kernel=tuple(
-        BlockAttentionLaunch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
-        for m, n, warps, stages in (
-            *((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)),
-            *((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2)),
+# What the two ops on a paged cache share, and the two with the masks of training.
+_PAGED = dict(
+    grows=dict(B=64, L=64, S=131072),
+    outputs=("o",),
+    kernels=("_context_attention_fwd_kernel", "_combine_splits_kernel"),
+    tensor_cores={"_context_attention_fwd_kernel": "BLOCK_M"},
+    candidates=dict(
+        _context_attention_fwd_kernel=tuple(
+            ContextAttentionLaunch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=64, num_warps=warps, num_stages=stages)
+            for m, warps, stages in ((16, 4, 4), (64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 8, 3), (128, 8, 4))
         )
-    )
+    ),
 )
-
+_MASKED = dict(
+    grows=dict(N=1024),
+    outputs=("o",),
+    kernels=("_block_attention_fwd_kernel",),
+    tensor_cores={"_block_attention_fwd_kernel": "BLOCK_M"},
+    candidates=dict(
+        _block_attention_fwd_kernel=tuple(
+            BlockAttentionLaunch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
+            for m, n, warps, stages in (
+                *((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)),
+                *((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2)),
+            )
+        )
+    ),
+)
 
 OPS = (
     Op(
         fn=context_attention,
-        reference=reference.context_attention,
         inputs=_context_attention_inputs,
         cases=(
             dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
@@ -142,18 +149,12 @@ OPS = (
             dict(B=1, L=2048, S=32768, causal=1, **_PUBLISHED),
             dict(B=1, L=4096, S=0, causal=1, **_PUBLISHED),
         ),
-        grows=dict(B=64, L=64, S=131072),
-        outputs=("o",),
         grads=("q", "k", "v", "k_pages", "v_pages"),
         cost=_context_attention_cost,
-        kernels=("_context_attention_fwd_kernel", "_combine_splits_kernel"),
-        forward_only=True,
-        tensor_cores={"_context_attention_fwd_kernel": "BLOCK_M"},
-        candidates=_CONTEXT_CANDIDATES,
+        **_PAGED,
     ),
     Op(
         fn=append_attention,
-        reference=reference.append_attention,
         inputs=_append_inputs,
         cases=(
             dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
@@ -173,23 +174,13 @@ OPS = (
             dict(B=1, L=2048, S=0, counted=1, **_PUBLISHED),
             dict(B=1, L=2048, S=0, counted=1, wide=1, **_PUBLISHED),
         ),
-        grows=dict(B=64, L=64, S=131072),
-        outputs=("o",),
         grads=("q", "k", "v"),
         writes=("k_pages", "v_pages"),
         cost=_append_cost,
-        kernels=("_context_attention_fwd_kernel", "_combine_splits_kernel"),
-        forward_only=True,
-        tensor_cores={"_context_attention_fwd_kernel": "BLOCK_M"},
-        candidates=_CONTEXT_CANDIDATES,
+        **_PAGED,
     ),
     Op(
         fn=causal_attention,
-        kernels=("_block_attention_fwd_kernel",),
-        forward_only=True,
-        tensor_cores={"_block_attention_fwd_kernel": "BLOCK_M"},
-        candidates=_BLOCK_CANDIDATES,
-        reference=reference.causal_attention,
         inputs=_causal,
         cases=(
             dict(B=2, N=5, Hq=4, Hkv=2, P=3),
@@ -200,18 +191,12 @@ OPS = (
             dict(B=2, N=70, Hq=2, Hkv=1, P=8, packed=1),
         ),
         shapes=(dict(B=1, N=4096, **_HEADS), dict(B=1, N=4096, packed=1, **_HEADS)),
-        grows=dict(N=1024),
-        outputs=("o",),
         grads=("q", "k", "v"),
         cost=_causal_cost,
+        **_MASKED,
     ),
     Op(
         fn=block_diffusion_attention,
-        kernels=("_block_attention_fwd_kernel",),
-        forward_only=True,
-        tensor_cores={"_block_attention_fwd_kernel": "BLOCK_M"},
-        candidates=_BLOCK_CANDIDATES,
-        reference=reference.block_diffusion_attention,
         inputs=_blocks,
         cases=(
             dict(B=2, N=6, Hq=4, Hkv=2, P=3, S=2),
@@ -227,12 +212,11 @@ OPS = (
             dict(B=1, N=8192, S=16, **_HEADS),
             dict(B=1, N=4096, S=16, packed=1, **_HEADS),
         ),
-        grows=dict(N=1024),
-        outputs=("o",),
         grads=("q", "k", "v", "k_clean", "v_clean"),
-        cost=lambda itemsize, B, N, Hq, Hkv, P, S, packed=0: (
+        cost=lambda itemsize, B, N, Hq, Hkv, P, S, **_: (
             2 * B * Hq * N * (N + S) * P,
             2 * B * N * (Hq + 2 * Hkv) * P * itemsize,
         ),
+        **_MASKED,
     ),
 )

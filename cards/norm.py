@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from tt_kernels import reference
 from tt_kernels.norm.gated_group_norm import gated_group_norm
 from tt_kernels.norm.modulated_rms_norm import modulated_rms_norm
 from tt_kernels.norm.rms_norm import rms_norm
@@ -33,7 +32,6 @@ def _rows(dtype: torch.dtype, T: int, D: int) -> dict[str, Tensor]:
 OPS = (
     Op(
         fn=gated_group_norm,
-        reference=reference.gated_group_norm,
         inputs=_gated,
         cases=(
             dict(T=3, D=24, groups=4),
@@ -50,24 +48,25 @@ OPS = (
     ),
     Op(
         fn=modulated_rms_norm,
-        reference=reference.modulated_rms_norm,
         inputs=_modulated,
         cases=(
-            *(dict(B=2, L=3, D=29), dict(B=2, L=3, D=29, norm_first=1), dict(B=2, L=1, D=64, plain=1)),
-            *(dict(B=3, L=13, D=6), dict(B=1, L=0, D=8)),
+            dict(B=2, L=3, D=29),
+            dict(B=2, L=3, D=29, norm_first=1),
+            dict(B=2, L=1, D=64, plain=1),
+            dict(B=3, L=13, D=6),
+            dict(B=1, L=0, D=8),
         ),
         shapes=(
-            *(dict(B=1, L=16, D=2688), dict(B=1, L=16, D=2688, norm_first=1)),
-            *(dict(B=1, L=16, D=2688, plain=1), dict(B=256, L=16, D=2688)),
+            *(dict(B=1, L=16, D=2688, **order) for order in ({}, dict(norm_first=1), dict(plain=1))),
+            dict(B=256, L=16, D=2688),
         ),
         outputs=("y", "residual"),
         grads=("x", "weight", "shift", "scale", "branch", "gate"),
         kernels=("_modulated_rms_norm_fwd_kernel", "_modulated_rms_norm_bwd_kernel"),
-        cost=lambda itemsize, B, L, D, plain=0, norm_first=0: (9 * B * L * D, 4 * B * L * D * itemsize),
+        cost=lambda itemsize, B, L, D, **_: (9 * B * L * D, 4 * B * L * D * itemsize),
     ),
     Op(
         fn=rms_norm,
-        reference=reference.rms_norm,
         inputs=_rows,
         cases=(dict(T=5, D=37), dict(T=19, D=5), dict(T=3, D=64), dict(T=1, D=1), dict(T=0, D=8)),
         shapes=(dict(T=16, D=2688), dict(T=4096, D=2688)),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tt_kernels import Sampling, reference
+from tt_kernels import Sampling
 from tt_kernels.sampling.commit import commit
 from tt_kernels.sampling.gumbel_noise import gumbel_noise
 from tt_kernels.sampling.head_sample import head_sample
@@ -40,27 +40,21 @@ def sampling(R: int, V: int, hot: int = 1, narrow: int = 0) -> Sampling:
     )
 
 
-def _sample_inputs(dtype: torch.dtype, R: int, V: int, hot: int = 1, narrow: int = 0) -> dict[str, object]:
-    return dict(logits=3 * torch.randn(R, V, dtype=dtype), sampling=sampling(R, V, hot, narrow), suppress=V // 2)
+def _sample_inputs(dtype: torch.dtype, R: int, V: int, **rest: int) -> dict[str, object]:
+    return dict(logits=3 * torch.randn(R, V, dtype=dtype), sampling=sampling(R, V, **rest), suppress=V // 2)
 
 
-def head_inputs(dtype: torch.dtype, R: int, D: int, V: int, hot: int = 1, narrow: int = 0) -> dict[str, object]:
+def head_inputs(dtype: torch.dtype, R: int, D: int, V: int, **rest: int) -> dict[str, object]:
     weight = 3 * D**-0.5 * torch.randn(V, D, dtype=dtype)
     hidden = torch.randn(R, D, dtype=dtype)
-    return dict(hidden=hidden, weight=weight, sampling=sampling(R, V, hot, narrow), suppress=V // 2)
+    return dict(hidden=hidden, weight=weight, sampling=sampling(R, V, **rest), suppress=V // 2)
 
 
 CANDIDATES = tuple(  # all of one BLOCK_V: it orders a row's sums, whichever launch its number of rows is given
     HeadLaunch(BLOCK_V=128, BLOCK_T=t, BLOCK_K=k, num_warps=warps, num_stages=stages)
     for t, k, warps, stages in (
-        (16, 128, 4, 4),
-        (16, 64, 4, 6),
-        (32, 128, 4, 4),
-        (64, 64, 4, 5),
-        (64, 64, 8, 5),
-        (64, 128, 8, 4),
-        (128, 64, 8, 4),
-        (128, 64, 8, 6),
+        *((16, 128, 4, 4), (16, 64, 4, 6), (32, 128, 4, 4), (64, 64, 4, 5)),
+        *((64, 64, 8, 5), (64, 128, 8, 4), (128, 64, 8, 4), (128, 64, 8, 6)),
     )
 )
 
@@ -80,18 +74,18 @@ def _commit_inputs(dtype: torch.dtype, B: int, L: int, V: int) -> dict[str, obje
     return dict(**commit_inputs(B, L, V), token=torch.randint(V - 1, (B, L)), confidence=confidence)
 
 
-def _unmask_inputs(
-    dtype: torch.dtype, B: int, L: int, D: int, V: int, hot: int = 1, narrow: int = 0
-) -> dict[str, object]:
-    inputs = head_inputs(dtype, B, D, V, hot, narrow)
+def _unmask_inputs(dtype: torch.dtype, B: int, L: int, D: int, V: int, **rest: int) -> dict[str, object]:
+    inputs = head_inputs(dtype, B, D, V, **rest)
     del inputs["suppress"]
     return dict(inputs, hidden=torch.randn(B, L, D, dtype=dtype), **commit_inputs(B, L, V))
 
 
+_HEAD = dict(D=2688, V=131072)
+_HEAD_KERNELS = ("_head_kernel", "_sample_kernel", "_combine_kernel")
+
 OPS = (
     Op(
         fn=gumbel_noise,
-        reference=reference.gumbel_noise,
         inputs=_gumbel_noise_inputs,
         cases=(dict(R=3, V=11), dict(R=1, V=64), dict(R=2, V=1030), dict(R=0, V=4)),
         shapes=(dict(R=16, V=131072),),
@@ -101,7 +95,6 @@ OPS = (
     ),
     Op(
         fn=sample,
-        reference=reference.sample,
         inputs=_sample_inputs,
         cases=(
             dict(R=6, V=11),
@@ -113,11 +106,7 @@ OPS = (
             dict(R=1, V=3),
             dict(R=0, V=5),
         ),
-        shapes=(
-            dict(R=1, V=131072, hot=0),
-            dict(R=16, V=131072),
-            dict(R=16, V=131072, narrow=1),
-        ),
+        shapes=(dict(R=1, V=131072, hot=0), dict(R=16, V=131072), dict(R=16, V=131072, narrow=1)),
         outputs=("token", "confidence"),
         kernels=("_sample_kernel", "_combine_kernel"),
         candidates=dict(
@@ -126,11 +115,10 @@ OPS = (
                 for block, tiles, warps in ((1024, 4, 4), (2048, 1, 4), (2048, 2, 4), (2048, 4, 8), (4096, 1, 8))
             )
         ),
-        cost=lambda itemsize, R, V, hot=1, narrow=0: (40 * R * V, R * V * itemsize),
+        cost=lambda itemsize, R, V, **_: (40 * R * V, R * V * itemsize),
     ),
     Op(
         fn=head_sample,
-        reference=reference.head_sample,
         inputs=head_inputs,
         cases=(
             dict(R=6, D=16, V=37),
@@ -143,24 +131,19 @@ OPS = (
             dict(R=0, D=4, V=5),
         ),
         shapes=(
-            dict(R=1, D=2688, V=131072, hot=0),
-            dict(R=16, D=2688, V=131072),
-            dict(R=32, D=2688, V=131072),
-            dict(R=64, D=2688, V=131072),
-            dict(R=128, D=2688, V=131072),
-            dict(R=512, D=2688, V=131072),
-            dict(R=16, D=2688, V=131072, narrow=1),
+            dict(R=1, **_HEAD, hot=0),
+            *(dict(R=R, **_HEAD) for R in (16, 32, 64, 128, 512)),
+            dict(R=16, **_HEAD, narrow=1),
         ),
         grows=dict(R=512),
         outputs=("token", "confidence"),
-        kernels=("_head_kernel", "_sample_kernel", "_combine_kernel"),
+        kernels=_HEAD_KERNELS,
         tensor_cores={"_head_kernel": "BLOCK_V"},
         candidates=dict(_head_kernel=CANDIDATES),
-        cost=lambda itemsize, R, D, V, hot=1, narrow=0: (2 * R * V * D, (V * D + R * D) * itemsize),
+        cost=lambda itemsize, R, D, V, **_: (2 * R * V * D, (V * D + R * D) * itemsize),
     ),
     Op(
         fn=commit,
-        reference=reference.commit,
         inputs=_commit_inputs,
         cases=(
             dict(B=4, L=7, V=11),
@@ -178,7 +161,6 @@ OPS = (
     ),
     Op(
         fn=unmask,
-        reference=reference.unmask,
         inputs=_unmask_inputs,
         cases=(
             dict(B=4, L=5, D=16, V=37),
@@ -192,25 +174,14 @@ OPS = (
             dict(B=2, L=0, D=4, V=5),
         ),
         shapes=(
-            dict(B=1, L=16, D=2688, V=131072),
-            dict(B=4, L=16, D=2688, V=131072),
-            dict(B=8, L=16, D=2688, V=131072),
-            dict(B=64, L=16, D=2688, V=131072),
-            dict(B=1, L=128, D=2688, V=131072),
-            dict(B=4, L=16, D=2688, V=131072, narrow=1),
+            *(dict(B=B, L=L, **_HEAD) for B, L in ((1, 16), (4, 16), (8, 16), (64, 16), (1, 128))),
+            dict(B=4, L=16, **_HEAD, narrow=1),
         ),
         grows=dict(B=64, L=64),
         outputs=("block", "committed", "confidence", "masked"),
-        kernels=(
-            "_masked_rows_kernel",
-            "_head_kernel",
-            "_sample_kernel",
-            "_combine_kernel",
-            "_finish_kernel",
-            "_commit_kernel",
-        ),
+        kernels=("_masked_rows_kernel", *_HEAD_KERNELS, "_finish_kernel", "_commit_kernel"),
         tensor_cores={"_head_kernel": "BLOCK_V"},
         candidates=dict(_head_kernel=CANDIDATES),
-        cost=lambda itemsize, B, L, D, V, hot=1, narrow=0: (2 * B * L * V * D, (V * D + B * L * D) * itemsize),
+        cost=lambda itemsize, B, L, D, V, **_: (2 * B * L * V * D, (V * D + B * L * D) * itemsize),
     ),
 )
