@@ -150,11 +150,6 @@ class _WholeSteps:
         elif number == signal.SIGINT:
             raise Stopped(number)
 
-    def leave(self) -> None:
-        """Raise what was held back."""
-        if self.number is not None:
-            raise Stopped(self.number)
-
 
 def train(
     model: TwoTowerModel,
@@ -283,5 +278,6 @@ def _train(
                 break
             speed = f"loss {entry['loss']:.3f}  {entry['tokens_per_s']:.0f} tokens/s"
             bar.update(task, advance=1, description=f"train {s.stage}  {speed}")
-    stop.leave()
+    if stop.number is not None:
+        raise Stopped(stop.number)
     return history
