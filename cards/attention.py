@@ -1,9 +1,6 @@
 """Cards of attention: against a paged cache, and with the masks of training."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from tt_kernels.attention.block_attention import block_diffusion_attention, causal_attention
 from tt_kernels.attention.block_attention_launch import BlockAttentionLaunch
@@ -13,19 +10,7 @@ from tt_kernels.attention.context_attention_launch import ContextAttentionLaunch
 from .op import Op
 
 
-def _context_attention_inputs(
-    dtype: torch.dtype,
-    B: int,
-    L: int,
-    Hq: int,
-    Hkv: int,
-    P: int,
-    S: int,
-    page_size: int = 64,
-    causal: int = 0,
-    shuffled: int = 1,
-    wide: int = 0,
-) -> dict[str, Any]:
+def _context_attention_inputs(dtype, B, L, Hq, Hkv, P, S, page_size=64, causal=0, shuffled=1, wide=0):
     """Rows of S tokens in pages in order; shuffled=1: of S and fewer, in shuffled pages; 2: of S, in shuffled pages; 3:
     as 1, with cache_lengths around the ends of pages. wide: table and lengths in 64 bits."""
     row = max(1, -(-S // page_size))
@@ -49,14 +34,12 @@ def _context_attention_inputs(
     )
 
 
-def _context_attention_cost(
-    itemsize: int, *, B: int, L: int, Hq: int, Hkv: int, P: int, S: int, causal: int = 0, **_: int
-) -> tuple[int, int]:
+def _context_attention_cost(itemsize, *, B, L, Hq, Hkv, P, S, causal=0, **_):
     own = (L + 1) / 2 if causal else L  # that a token sees of its block
     return int(4 * B * L * Hq * (S + own) * P), (2 * B * (S + L) * Hkv + 2 * B * L * Hq) * P * itemsize
 
 
-def _append_inputs(dtype: torch.dtype, *, B: int, L: int, S: int, counted: int = 0, **dims: int) -> dict[str, Any]:
+def _append_inputs(dtype, *, B, L, S, counted=0, **dims):
     """Room for S tokens a row and L more. counted: the rows take none, one, ... of them in turn."""
     inputs = _context_attention_inputs(dtype, B=B, L=L, S=S + L, **dims)
     del inputs["causal"]
@@ -64,26 +47,24 @@ def _append_inputs(dtype: torch.dtype, *, B: int, L: int, S: int, counted: int =
     return inputs | dict(counts=(torch.arange(B) % (L + 1)).to(inputs["cache_lengths"].dtype) if counted else None)
 
 
-def _append_cost(itemsize: int, **dims: int) -> tuple[int, int]:
+def _append_cost(itemsize, **dims):
     flops, moved = _context_attention_cost(itemsize, causal=1, **dims)
     return flops, moved + 2 * dims["B"] * dims["L"] * dims["Hkv"] * dims["P"] * itemsize
 
 
-def _causal(dtype: torch.dtype, B: int, N: int, Hq: int, Hkv: int, P: int, packed: int = 0) -> dict[str, Tensor | None]:
+def _causal(dtype, B, N, Hq, Hkv, P, packed=0):
     k, v = torch.randn(2, B, N, Hkv, P, dtype=dtype)
     cu_seqlens = torch.tensor([0, N // 3, N // 2, B * N]) if packed else None
     return dict(q=torch.randn(B, N, Hq, P, dtype=dtype), k=k, v=v, cu_seqlens=cu_seqlens)
 
 
-def _causal_cost(itemsize: int, B: int, N: int, Hq: int, Hkv: int, P: int, packed: int = 0) -> tuple[int, int]:
+def _causal_cost(itemsize, B, N, Hq, Hkv, P, packed=0):
     pieces = (N // 3, N // 2 - N // 3, N - N // 2) if packed else (N,)  # of the first row; the others are whole
     pairs = sum(n * n for n in pieces) + (B - 1) * N * N
     return 2 * Hq * pairs * P, 2 * B * N * (Hq + Hkv) * P * itemsize
 
 
-def _blocks(
-    dtype: torch.dtype, B: int, N: int, Hq: int, Hkv: int, P: int, S: int, packed: int = 0
-) -> dict[str, object]:
+def _blocks(dtype, B, N, Hq, Hkv, P, S, packed=0):
     k_clean, v_clean = torch.randn(2, B, N, Hkv, P, dtype=dtype)
     cu_seqlens = torch.tensor([0, S, 3 * S, B * N]) if packed else None
     inputs = _causal(dtype, B, N, Hq, Hkv, P)

@@ -1,7 +1,6 @@
 """The convolution: every channel with its own taps, then SiLU."""
 
 import torch
-from torch import Tensor
 
 from tt_kernels.conv1d.causal_conv1d import CausalConv1dLaunch, causal_conv1d
 from tt_kernels.conv1d.conv_states import conv_advance, conv_block_states
@@ -9,9 +8,7 @@ from tt_kernels.conv1d.conv_states import conv_advance, conv_block_states
 from .op import Op
 
 
-def _conv(
-    dtype: torch.dtype, B: int, L: int, C: int, K: int, seeded: int = 1, packed: int = 0, placed: int = 0
-) -> dict[str, Tensor | None]:
+def _conv(dtype, B, L, C, K, seeded=1, packed=0, placed=0):
     return dict(
         x=torch.randn(B, L, C, dtype=dtype),
         weight=torch.randn(C, K, dtype=dtype),
@@ -22,9 +19,7 @@ def _conv(
     )
 
 
-def _advance_inputs(
-    dtype: torch.dtype, B: int, L: int, C: int, K: int, ragged: int = 1, placed: int = 0
-) -> dict[str, Tensor | None]:
+def _advance_inputs(dtype, B, L, C, K, ragged=1, placed=0):
     counts = torch.randint(0, L + 1, (B,)) if ragged else None
     state = torch.randn(2 * B if placed else B, C, K, dtype=dtype)
     slots = torch.randperm(2 * B, dtype=torch.int32).split(B) if placed else (None, None)
@@ -32,9 +27,7 @@ def _advance_inputs(
     return dict(x=x, conv_state=state, counts=counts, state_indices=slots[0], out_indices=slots[1])
 
 
-def _block_states_inputs(
-    dtype: torch.dtype, B: int, N: int, C: int, K: int, S: int, packed: int = 0
-) -> dict[str, object]:
+def _block_states_inputs(dtype, B, N, C, K, S, packed=0):
     cu_seqlens = torch.tensor([0, S, B * N]) if packed else None
     return dict(x=torch.randn(B, N, C, dtype=dtype), block_size=S, kernel_size=K, cu_seqlens=cu_seqlens)
 

@@ -1,14 +1,13 @@
 """The card of the loss."""
 
 import torch
-from torch import Tensor
 
 from tt_kernels.loss.linear_cross_entropy import linear_cross_entropy
 
 from .op import Op
 
 
-def _inputs(dtype: torch.dtype, B: int, N: int, D: int, V: int, masked: int = 50) -> dict[str, Tensor]:
+def _inputs(dtype, B, N, D, V, masked=50):
     return dict(
         hidden=torch.randn(B, N, D, dtype=dtype),
         weight=torch.randn(V, D, dtype=dtype) * D**-0.5,
@@ -17,7 +16,7 @@ def _inputs(dtype: torch.dtype, B: int, N: int, D: int, V: int, masked: int = 50
     )
 
 
-def _cost(itemsize: int, B: int, N: int, D: int, V: int, masked: int = 50) -> tuple[int, int]:
+def _cost(itemsize, B, N, D, V, masked=50):
     rows = B * N * masked // 100
     return 2 * rows * V * D, (V + rows) * D * itemsize
 

@@ -12,9 +12,7 @@ from .op import Op
 from .ssm import PUBLISHED, places, scan_inputs
 
 
-def mamba_inputs(
-    dtype: torch.dtype, K: int, biased: int = 1, placed: int = 0, writes: bool = False, **dims: int
-) -> dict[str, object]:
+def mamba_inputs(dtype, K, biased=1, placed=0, writes=False, **dims):
     """Time steps, A and states as of `scan_inputs`; xBC and dt are views of one projection, behind a gate of H P."""
     scan, (b, L, H, P, G, N) = scan_inputs(dtype, placed=placed, **dims), (dims[name] for name in "bLHPGN")
     C = H * P + 2 * G * N
@@ -29,23 +27,19 @@ def mamba_inputs(
     return dict(xBC=xBC, dt=dt, weights=MambaWeights(weight, bias, scan["A"], scan["D"], scan["dt_bias"]), state=state)
 
 
-def _mamba_block_cost(
-    itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, K: int, **_: int
-) -> tuple[int, int]:
+def _mamba_block_cost(itemsize, b, L, H, P, G, N, K, **_):
     C = H * P + 2 * G * N
     flops = 2 * b * L * (L * (G * N + H * P) + H * P * N + K * C)
     return flops, (b * L * (C + H * P + H) + (b + 1) * K * C) * itemsize + 4 * b * H * P * N
 
 
-def _mamba_advance_inputs(dtype: torch.dtype, ragged: int = 1, **dims: int) -> dict[str, object]:
+def _mamba_advance_inputs(dtype, ragged=1, **dims):
     inputs = mamba_inputs(dtype, writes=True, **dims)
     counts = torch.randint(0, dims["L"] + 1, (dims["b"],)) if ragged else None
     return inputs | dict(weights=inputs["weights"]._replace(D=None), counts=counts)
 
 
-def _mamba_advance_cost(
-    itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, K: int, **_: int
-) -> tuple[int, int]:
+def _mamba_advance_cost(itemsize, b, L, H, P, G, N, K, **_):
     C, own = H * P + 2 * G * N, H * P + G * N
     moved = (b * L * (own + H) + (2 * b + 1) * K * C) * itemsize + 8 * b * H * P * N
     return 2 * b * L * (H * P * N + K * own), moved
@@ -64,12 +58,12 @@ _MAMBA_BLOCK_CASES = (
 )
 
 
-def _mamba_step_inputs(dtype: torch.dtype, **dims: int) -> dict[str, object]:
+def _mamba_step_inputs(dtype, **dims):
     inputs = mamba_inputs(dtype, L=1, writes=True, **dims)
     return inputs | {name: inputs[name].squeeze(1) for name in ("xBC", "dt")}
 
 
-def _mamba_step_cost(itemsize: int, b: int, H: int, P: int, G: int, N: int, K: int, **_: int) -> tuple[int, int]:
+def _mamba_step_cost(itemsize, b, H, P, G, N, K, **_):
     C = H * P + 2 * G * N
     moved = 8 * b * H * P * N + (b * (C + H * P + H) + (2 * b + 1) * K * C) * itemsize
     return b * (6 * H * P * N + 2 * K * C), moved
@@ -82,12 +76,12 @@ _MAMBA_GRADS = (
 )
 
 
-def _mamba_extend_inputs(dtype: torch.dtype, ragged: int = 1, **dims: int) -> dict[str, object]:
+def _mamba_extend_inputs(dtype, ragged=1, **dims):
     counts = torch.randint(0, dims["L"] + 1, (dims["b"],)) if ragged else None
     return mamba_inputs(dtype, writes=True, **dims) | dict(counts=counts)
 
 
-def _mamba_extend_cost(itemsize: int, b: int, L: int, ragged: int = 1, **dims: int) -> tuple[int, int]:
+def _mamba_extend_cost(itemsize, b, L, ragged=1, **dims):
     """Of the form: a block's work and an advance's, or for long stretches what grows with L."""
     short = min(L, 64)
     flops, moved = _mamba_block_cost(itemsize, b, short, **dims)

@@ -11,9 +11,7 @@ from tt_kernels.reference.moe import ACTIVATIONS, ExpertWeights, Routing
 from .op import Op
 
 
-def _experts_inputs(
-    dtype: torch.dtype, T: int, D: int, N: int, E: int, K: int, gated: int = 0, M: int = 0, act: int | None = None
-) -> dict[str, object]:
+def _experts_inputs(dtype, T, D, N, E, K, gated=0, M=0, act=None):
     """act: index of the activation in ACTIVATIONS; None: silu with a gate, relu2 without."""
     up, gate = torch.randn(2, E, N, D, dtype=dtype) * D**-0.5
     down = torch.randn(E, D, N, dtype=dtype) * N**-0.5
@@ -32,9 +30,7 @@ def _experts_inputs(
     )
 
 
-def _experts_cost(
-    itemsize: int, T: int, D: int, N: int, E: int, K: int, gated: int = 0, M: int = 0, **_: int
-) -> tuple[int, int]:
+def _experts_cost(itemsize, T, D, N, E, K, gated=0, M=0, **_):
     hit = round(E * (1 - (1 - K / E) ** T))  # expected, with even choices
     matrices = 2 + gated
     return 2 * matrices * T * D * (K * N + M), (matrices * D * (hit * N + M) + 2 * T * D) * itemsize
@@ -77,9 +73,7 @@ CANDIDATES = {
 }
 
 
-def _route_inputs(
-    dtype: torch.dtype, T: int, D: int, E: int, K: int, groups: int = 1, kept: int = 1
-) -> dict[str, object]:
+def _route_inputs(dtype, T, D, E, K, groups=1, kept=1):
     wide = torch.promote_types(dtype, torch.float32)
     return dict(
         x=torch.randn(T, D, dtype=dtype),
@@ -90,10 +84,6 @@ def _route_inputs(
         topk_group=kept,
         scale=2.5,
     )
-
-
-def _route_cost(itemsize: int, T: int, D: int, E: int, K: int, **_: int) -> tuple[int, int]:
-    return 2 * T * E * D, T * D * itemsize + 4 * E * D + 20 * T * K + 4 * E
 
 
 def _few(splits: int, block_e: int, rows: int = 16) -> FewLaunch:
@@ -177,6 +167,6 @@ OPS = (
                 *(_scores(32, 64, 32, 8), _scores(64, 64, 64, 8)),
             ),
         },
-        cost=_route_cost,
+        cost=lambda itemsize, T, D, E, K, **_: (2 * T * E * D, T * D * itemsize + 4 * E * D + 20 * T * K + 4 * E),
     ),
 )

@@ -1,7 +1,6 @@
 """Cards of the RMS norms."""
 
 import torch
-from torch import Tensor
 
 from tt_kernels.norm.gated_group_norm import gated_group_norm
 from tt_kernels.norm.modulated_rms_norm import modulated_rms_norm
@@ -10,12 +9,12 @@ from tt_kernels.norm.rms_norm import rms_norm
 from .op import Op
 
 
-def _gated(dtype: torch.dtype, T: int, D: int, groups: int) -> dict[str, object]:
+def _gated(dtype, T, D, groups):
     x, z = torch.randn(2, T, D, dtype=dtype)
     return dict(x=x, z=z, weight=torch.randn(D, dtype=dtype), groups=groups)
 
 
-def _modulated(dtype: torch.dtype, B: int, L: int, D: int, plain: int = 0, norm_first: int = 0) -> dict[str, object]:
+def _modulated(dtype, B, L, D, plain=0, norm_first=0):
     x, branch = torch.randn(2, B, L, D, dtype=dtype)
     weight = torch.randn(D, dtype=dtype)
     if plain:
@@ -23,10 +22,6 @@ def _modulated(dtype: torch.dtype, B: int, L: int, D: int, plain: int = 0, norm_
     shift, scale, gate = torch.randn(3, B, D, dtype=dtype)
     order = "norm_modulate" if norm_first else "modulate_norm"
     return dict(x=x, weight=weight, shift=shift, scale=scale, branch=branch, gate=gate, order=order)
-
-
-def _rows(dtype: torch.dtype, T: int, D: int) -> dict[str, Tensor]:
-    return dict(x=torch.randn(T, D, dtype=dtype), weight=torch.randn(D, dtype=dtype))
 
 
 OPS = (
@@ -67,7 +62,7 @@ OPS = (
     ),
     Op(
         fn=rms_norm,
-        inputs=_rows,
+        inputs=lambda dtype, T, D: dict(x=torch.randn(T, D, dtype=dtype), weight=torch.randn(D, dtype=dtype)),
         cases=(dict(T=5, D=37), dict(T=19, D=5), dict(T=3, D=64), dict(T=1, D=1), dict(T=0, D=8)),
         shapes=(dict(T=16, D=2688), dict(T=4096, D=2688)),
         outputs=("y",),

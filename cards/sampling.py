@@ -19,10 +19,6 @@ def keys(R: int) -> dict[str, Tensor]:
     return dict(seed=torch.randint(-(2**63), 2**63 - 1, (R,)), position=torch.arange(R) * 7, step=torch.arange(R) % 3)
 
 
-def _gumbel_noise_inputs(dtype: torch.dtype, R: int, V: int) -> dict[str, object]:
-    return dict(**keys(R), vocab_size=V)
-
-
 def temperatures(R: int, hot: int) -> Tensor:
     """Every other row at temperature 0, the rest at 0.1 to 1; hot=0: all at 0. In fp64, as a model holds them."""
     return hot * torch.linspace(0.1, 1, R, dtype=torch.float64) * (torch.arange(R) % 2)
@@ -40,11 +36,11 @@ def sampling(R: int, V: int, hot: int = 1, narrow: int = 0) -> Sampling:
     )
 
 
-def _sample_inputs(dtype: torch.dtype, R: int, V: int, **rest: int) -> dict[str, object]:
+def _sample_inputs(dtype, R, V, **rest):
     return dict(logits=3 * torch.randn(R, V, dtype=dtype), sampling=sampling(R, V, **rest), suppress=V // 2)
 
 
-def head_inputs(dtype: torch.dtype, R: int, D: int, V: int, **rest: int) -> dict[str, object]:
+def head_inputs(dtype, R, D, V, **rest):
     weight = 3 * D**-0.5 * torch.randn(V, D, dtype=dtype)
     hidden = torch.randn(R, D, dtype=dtype)
     return dict(hidden=hidden, weight=weight, sampling=sampling(R, V, **rest), suppress=V // 2)
@@ -69,12 +65,12 @@ def commit_inputs(B: int, L: int, V: int) -> dict[str, object]:
     )
 
 
-def _commit_inputs(dtype: torch.dtype, B: int, L: int, V: int) -> dict[str, object]:
+def _commit_inputs(dtype, B, L, V):
     confidence = torch.rand(B, L, dtype=torch.promote_types(dtype, torch.float32))
     return dict(**commit_inputs(B, L, V), token=torch.randint(V - 1, (B, L)), confidence=confidence)
 
 
-def _unmask_inputs(dtype: torch.dtype, B: int, L: int, D: int, V: int, **rest: int) -> dict[str, object]:
+def _unmask_inputs(dtype, B, L, D, V, **rest):
     inputs = head_inputs(dtype, B, D, V, **rest)
     del inputs["suppress"]
     return dict(inputs, hidden=torch.randn(B, L, D, dtype=dtype), **commit_inputs(B, L, V))
@@ -86,7 +82,7 @@ _HEAD_KERNELS = ("_head_kernel", "_sample_kernel", "_combine_kernel")
 OPS = (
     Op(
         fn=gumbel_noise,
-        inputs=_gumbel_noise_inputs,
+        inputs=lambda dtype, R, V: dict(**keys(R), vocab_size=V),
         cases=(dict(R=3, V=11), dict(R=1, V=64), dict(R=2, V=1030), dict(R=0, V=4)),
         shapes=(dict(R=16, V=131072),),
         outputs=("noise",),

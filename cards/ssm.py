@@ -12,9 +12,7 @@ from tt_kernels.ssm.ssd_step import ssd_step
 from .op import Op
 
 
-def scan_inputs(
-    dtype: torch.dtype, b: int, L: int, H: int, P: int, G: int, N: int, seeded: int = 1, placed: int = 0
-) -> dict[str, Tensor | None]:
+def scan_inputs(dtype, b, L, H, P, G, N, seeded=1, placed=0):
     """Time steps from 1e-3 to 0.1 and A from -1 to -16, as Mamba-2 is initialised; a state far above the tokens.
     `placed`: rows read slots of a larger buffer."""
     wide = torch.promote_types(dtype, torch.float32)  # what a 16-bit model keeps in fp32
@@ -42,30 +40,28 @@ def _out(inputs: dict[str, Tensor | None], b: int, placed: int) -> dict[str, Ten
     return inputs | dict(zip(("state_indices", "out_indices"), places(b), strict=True)) if placed else inputs
 
 
-def _ssd_step_inputs(dtype: torch.dtype, placed: int = 0, **dims: int) -> dict[str, Tensor | None]:
+def _ssd_step_inputs(dtype, placed=0, **dims):
     inputs = _out(scan_inputs(dtype, L=1, placed=placed, **dims), dims["b"], placed)
     token = {name: t.squeeze(1) for name, t in inputs.items() if t is not None and name in ("x", "dt", "B", "C")}
     return inputs | token
 
 
-def _ssd_step_cost(itemsize: int, b: int, H: int, P: int, G: int, N: int, **_: int) -> tuple[int, int]:
+def _ssd_step_cost(itemsize, b, H, P, G, N, **_):
     return 6 * b * H * P * N, 8 * b * H * P * N + b * (2 * H * P + 2 * G * N + H) * itemsize
 
 
-def _ssd_advance_inputs(dtype: torch.dtype, ragged: int = 1, placed: int = 0, **dims: int) -> dict[str, Tensor | None]:
+def _ssd_advance_inputs(dtype, ragged=1, placed=0, **dims):
     inputs = _out(scan_inputs(dtype, placed=placed, **dims), dims["b"], placed)
     counts = torch.randint(0, dims["L"] + 1, (dims["b"],)) if ragged else None
     return {k: v for k, v in inputs.items() if k not in ("C", "D")} | dict(counts=counts)
 
 
-def _ssd_block_cost(
-    itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, seeded: int = 1, **_: int
-) -> tuple[int, int]:
+def _ssd_block_cost(itemsize, b, L, H, P, G, N, seeded=1, **_):
     flops = 2 * b * L * (L * (G * N + H * P) + seeded * H * P * N)
     return flops, b * L * (2 * H * P + 2 * G * N + H) * itemsize + 4 * seeded * b * H * P * N
 
 
-def _ssd_advance_cost(itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, **_: int) -> tuple[int, int]:
+def _ssd_advance_cost(itemsize, b, L, H, P, G, N, **_):
     return 2 * b * L * H * P * N, b * L * (H * P + G * N + H) * itemsize + 8 * b * H * P * N
 
 
@@ -83,9 +79,7 @@ _SSD_BLOCK_CASES = (
 _SSD_ADVANCE_CASES = tuple({k: v for k, v in dims.items() if k != "seeded"} for dims in _SSD_BLOCK_CASES)
 
 
-def _ssd_chunk_inputs(
-    dtype: torch.dtype, Q: int, packed: int = 0, ragged: int = 0, placed: int = 0, **dims: int
-) -> dict[str, object]:
+def _ssd_chunk_inputs(dtype, Q, packed=0, ragged=0, placed=0, **dims):
     b, L = dims["b"], dims["L"]
     cu_seqlens = torch.tensor([0, L // 3, L // 2, b * L]) if packed else None
     counts = torch.randint(0, L + 1, (b,)) if ragged else None
@@ -93,7 +87,7 @@ def _ssd_chunk_inputs(
     return dict(**inputs, counts=counts, chunk_size=Q or None, cu_seqlens=cu_seqlens)
 
 
-def _ssd_chunk_cost(itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, Q: int, **_: int) -> tuple[int, int]:
+def _ssd_chunk_cost(itemsize, b, L, H, P, G, N, Q, **_):
     flops = 2 * b * L * ((Q or 64) * (G * N + H * P) + 2 * H * P * N)
     states = 2 + -(-L // Q) if Q else 2
     return flops, b * L * (2 * H * P + 2 * G * N + H) * itemsize + 4 * b * states * H * P * N
