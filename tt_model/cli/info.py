@@ -99,11 +99,11 @@ def gather(c: TwoTowerConfig, *, bandwidth: float, batch: int, context: int) -> 
     }
 
 
-def scaled(value: float, units: tuple[str, ...], step: float = 1000) -> str:
+def scaled(value: float, units: tuple[str, ...]) -> str:
     """Three or four digits with the largest unit that leaves at least 1 before the point."""
     i = 0
     while abs(value) >= 999.95 and i + 1 < len(units):
-        value, i = value / step, i + 1
+        value, i = value / 1000, i + 1
     digits = 0 if i == 0 and value == int(value) else max(0, 2 - len(str(int(abs(value)))) + (abs(value) < 100))
     return f"{value:.{digits}f} {units[i]}".rstrip()
 

@@ -68,8 +68,6 @@ class Settings:
         if self.temperature != 0 and not 1e-30 <= self.temperature <= sys.float_info.max:
             raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy), or 1e-30 and above, finite")
         if self.top_k is not None:
-            if not is_integer(self.top_k):
-                raise ValueError(f"top_k is {self.top_k!r}, expected an integer")
             integer("top_k", self.top_k, 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected above 0 and at most 1")
