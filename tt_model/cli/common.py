@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..files import partial, sync
+from ..files import naming, partial, sync
 
 if TYPE_CHECKING:
     import torch
@@ -86,13 +86,9 @@ def describe(error: Exception) -> str:
 
 def put(text: str) -> None:
     """Write to standard output; an error of it, as that the disk is full, names it."""
-    try:
+    with naming(Path("standard output")):
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 @contextmanager

@@ -89,8 +89,6 @@ class _Balance:
         self.device = model.device
 
     def __enter__(self) -> Self:
-        for moe in self.layers:
-            moe.load = torch.zeros(moe.config.n_routed_experts, device=self.device)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,14 +97,13 @@ class _Balance:
 
     def reset(self) -> None:
         for moe in self.layers:
-            if moe.load is not None:
-                moe.load.zero_()
+            moe.load = torch.zeros(moe.config.n_routed_experts, device=self.device)
 
     @torch.no_grad()
     def update(self) -> None:
         for moe in self.layers:
-            if moe.load is not None:
-                moe.gate.e_score_correction_bias.add_(torch.sign(moe.load.mean() - moe.load), alpha=BIAS_RATE)
+            assert moe.load is not None  # since `reset`
+            moe.gate.e_score_correction_bias.add_(torch.sign(moe.load.mean() - moe.load), alpha=BIAS_RATE)
 
 
 def plot_losses(history: list[dict], path: Path) -> None:
