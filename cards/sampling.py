@@ -19,17 +19,13 @@ def keys(R: int) -> dict[str, Tensor]:
     return dict(seed=torch.randint(-(2**63), 2**63 - 1, (R,)), position=torch.arange(R) * 7, step=torch.arange(R) % 3)
 
 
-def temperatures(R: int, hot: int) -> Tensor:
-    """Every other row at temperature 0, the rest at 0.1 to 1; hot=0: all at 0. In fp64, as a model holds them."""
-    return hot * torch.linspace(0.1, 1, R, dtype=torch.float64) * (torch.arange(R) % 2)
-
-
 def sampling(R: int, V: int, hot: int = 1, narrow: int = 0) -> Sampling:
-    """narrow: 1 top_k and top_p, 2 top_k, 3 top_p; of each row its own, and of every fourth and fifth row no limit."""
+    """Every other row at temperature 0, the rest at 0.1 to 1; hot=0: all at 0. In fp64, as a model holds them.
+    narrow: 1 top_k and top_p, 2 top_k, 3 top_p; of each row its own, and of every fourth and fifth row no limit."""
     row = torch.arange(R)
     top_k, top_p = (row % 4 < 3) * (1 + V // (2 + row % 3)), torch.where(row % 5 < 4, 0.5 + 0.1 * (row % 5), 1.0)
     return Sampling(
-        temperatures(R, hot),
+        hot * torch.linspace(0.1, 1, R, dtype=torch.float64) * (row % 2),
         **keys(R),
         top_k=top_k if narrow in (1, 2) else None,
         top_p=top_p if narrow in (1, 3) else None,
