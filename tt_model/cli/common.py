@@ -121,13 +121,11 @@ def add_command(
     return parser
 
 
-def option(
-    to: argparse._ActionsContainer, flag: str, kind: Callable, metavar: str, default: Any, text: str, **more: Any
-) -> None:
+def option(to: argparse._ActionsContainer, flag: str, kind: Callable, metavar: str, text: str, **more: Any) -> None:
     """An option with a value. Its help ends in the default where it has one and `text` says nothing of it."""
-    if default is not None and "default" not in text:
+    if "default" in more and "default" not in text:
         text += " (default: %(default)s)"
-    to.add_argument(flag, type=kind, metavar=metavar, default=default, help=text, **more)
+    to.add_argument(flag, type=kind, metavar=metavar, help=text, **more)
 
 
 def number(kind: type, least: float, most: float = sys.float_info.max) -> Callable[[str], Any]:
@@ -146,14 +144,14 @@ def number(kind: type, least: float, most: float = sys.float_info.max) -> Callab
 
 def add_machine(parser: argparse._ActionsContainer, dtype: str) -> None:
     """--device, --dtype, the latter with its help, and --threads."""
-    option(parser, "--device", str, "DEVICE", None, "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    option(parser, "--device", str, "DEVICE", "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     add_dtype(parser, "--dtype", dtype)
     threads = "threads of a CPU to compute with (default: one a core)"
-    option(parser, "--threads", number(int, 1, 4096), "N", None, threads)
+    option(parser, "--threads", number(int, 1, 4096), "N", threads)
 
 
 def add_dtype(parser: argparse._ActionsContainer, flag: str, what: str) -> None:
-    option(parser, flag, str, "TYPE", None, f"{what}: {', '.join(DTYPES)}", choices=DTYPES)
+    option(parser, flag, str, "TYPE", f"{what}: {', '.join(DTYPES)}", choices=DTYPES)
 
 
 def machine_of(o: argparse.Namespace) -> tuple[torch.device, torch.dtype | None]:

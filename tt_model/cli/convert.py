@@ -30,10 +30,10 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     p.add_argument("source", metavar="SOURCE", help="folder with config.json and safetensors")
     p.add_argument("target", metavar="TARGET", help="folder to write")
     add_dtype(p, "--dtype", "what to store (default: as in the source)")
-    option(p, "--block-size", int, "N", None, "what the denoiser will be trained with (default: 16)")
-    option(p, "--mask-token-id", int, "ID", None, "id that stands for a masked token (default: 3)")
-    option(p, "--seed", int, "N", 0, "of the time embedder")
-    option(p, "--shard-size", float, "GB", 5.0, "largest file of weights")
+    option(p, "--block-size", int, "N", "what the denoiser will be trained with (default: 16)")
+    option(p, "--mask-token-id", int, "ID", "id that stands for a masked token (default: 3)")
+    option(p, "--seed", int, "N", "of the time embedder", default=0)
+    option(p, "--shard-size", float, "GB", "largest file of weights", default=5.0)
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 
 

@@ -37,11 +37,11 @@ taken as uniform and independent; the tokens of a real block agree more and need
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """The command's part of the command line."""
     p = add_command(commands, "info", run, "parameters, memory and speed limits", _DESCRIPTION, _EPILOG)
-    option(p, "--model", str, "DIR", None, "a model's folder, or a config.json (default: the bundled model)")
+    option(p, "--model", str, "DIR", "a model's folder, or a config.json (default: the bundled model)")
     bandwidth = "memory bandwidth in 10^12 bytes a second (default: %(default)s, an H200 copying on the device)"
-    option(p, "--bandwidth", number(float, 1e-6), "TB/S", 4.3, bandwidth)
-    option(p, "--batch", number(int, 1), "N", 1, "sequences")
-    option(p, "--context", number(int, 0), "N", 2048, "tokens in the cache")
+    option(p, "--bandwidth", number(float, 1e-6), "TB/S", bandwidth, default=4.3)
+    option(p, "--batch", number(int, 1), "N", "sequences", default=1)
+    option(p, "--context", number(int, 0), "N", "tokens in the cache", default=2048)
     p.add_argument("--json", action="store_true", help="all of it as one JSON object")
 
 
