@@ -182,18 +182,14 @@ def _situation(floors: dict[str, Any]) -> str:
 def _floors(c: TwoTowerConfig, facts: dict[str, Any]) -> list[Any]:
     from rich.text import Text
 
-    from . import sizes
-
     floors = facts["floors"]
-    names = [f.name for f in sizes.FORMATS]
     title = f"Lower bounds at {floors['bandwidth'] / 1e12:g} TB/s, {_situation(floors)}: bytes moved, and time"
-    table = _table(title, "", "tokens", *(n for n in names))
+    table = _table(title, "", "tokens", *facts["memory"])
     for kind, by_format in floors["passes"].items():
         tokens = floors["batch"] * (1 if kind == "AR step" else c.block_size)
-        cells = (by_format[n] for n in names)
-        texts = (f"{size_text(sum(x['bytes'].values()))}  {time_text(x['seconds'])}" for x in cells)
+        texts = (f"{size_text(sum(x['bytes'].values()))}  {time_text(x['seconds'])}" for x in by_format.values())
         table.add_row(kind, str(tokens), *texts)
-    even = (facts["break-even tokens per pass"][n] for n in names)
+    even = facts["break-even tokens per pass"].values()
     table.add_section()
     table.add_row("break-even*", "", *("never" if e is None else f"{e:.1f}" for e in even))
     note = "* tokens per denoiser pass at which a block moves as many bytes as its tokens do one by one.\n"
