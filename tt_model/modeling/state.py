@@ -51,9 +51,7 @@ class CleanStates:
     block_size: int
     cu_seqlens: Tensor | None
     kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> k, v [B, N, Hkv, P]
-    mamba: dict[int, MambaState] = field(
-        default_factory=dict
-    )  # layer -> the states before each of the B * N / S blocks
+    mamba: dict[int, MambaState] = field(default_factory=dict)  # layer -> states before each of the B * N / S blocks
 
 
 @dataclass(frozen=True)
@@ -78,24 +76,31 @@ class ForwardContext:
 
 
 class Places:
-    """Equal places of a buffer: which are free, and how many rows hold each of the others."""
+    """Equal places of buffers, one buffer a layer: which are free, and how many rows hold each of the others."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, *buffers: dict[int, Tensor]):
         self.holders = [0] * size
         self.free = list(range(size - 1, -1, -1))
+        self.buffers = buffers
 
     def __len__(self) -> int:
         return len(self.holders)
 
-    def add(self, more: int) -> None:
+    def take(self, count: int) -> list[int]:
+        if count > len(self.free):
+            self._grow(max(count - len(self.free), len(self)))
+        taken = [self.free.pop() for _ in range(count)]
+        for place in taken:
+            self.holders[place] = 1
+        return taken
+
+    def _grow(self, more: int) -> None:
         size = len(self)
+        for layers in self.buffers:
+            for i, old in layers.items():  # a place may be several planes
+                layers[i] = torch.cat([old, old.new_zeros(more * old.shape[0] // size, *old.shape[1:])])
         self.holders += [0] * more
         self.free = [*range(size + more - 1, size - 1, -1), *self.free]
-
-    def take(self) -> int:
-        place = self.free.pop()
-        self.holders[place] = 1
-        return place
 
     def hold(self, place: int) -> None:
         self.holders[place] += 1
@@ -119,7 +124,6 @@ class Pool:
     """
 
     def __init__(self, config: TwoTowerConfig, *, pages: int, slots: int, device: torch.device, dtype: torch.dtype):
-        self.pages, self.slots = Places(pages), Places(slots)
         kv = (pages, PAGE_SIZE, config.num_key_value_heads, config.head_dim)
         conv = (2 * slots, config.conv_dim, config.conv_kernel)
         ssm = (slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
@@ -129,24 +133,7 @@ class Pool:
         self.values = {i: torch.empty(kv, device=device, dtype=dtype) for i in attention}
         self.conv = {i: torch.zeros(conv, device=device, dtype=dtype) for i in mamba}
         self.ssm = {i: torch.zeros(ssm, device=device, dtype=wide) for i in mamba}
-
-    def take_pages(self, count: int) -> list[int]:
-        if count > len(self.pages.free):
-            self._grow(self.pages, count, self.keys, self.values)
-        return [self.pages.take() for _ in range(count)]
-
-    def take_slots(self, count: int) -> list[int]:
-        if count > len(self.slots.free):
-            self._grow(self.slots, count, self.conv, self.ssm)
-        return [self.slots.take() for _ in range(count)]
-
-    def _grow(self, places: Places, count: int, *buffers: dict[int, Tensor]) -> None:
-        more = max(count - len(places.free), len(places))
-        for layers in buffers:
-            planes = 2 if layers is self.conv else 1
-            for i, old in layers.items():
-                layers[i] = torch.cat([old, old.new_zeros(planes * more, *old.shape[1:])])
-        places.add(more)
+        self.pages, self.slots = Places(pages, self.keys, self.values), Places(slots, self.conv, self.ssm)
 
 
 @dataclass
@@ -202,7 +189,7 @@ class Cache:
         """Empty rows, in a pool with room for them and `forks` further rows of `reserve` tokens each."""
         width = max(1, -(-reserve // PAGE_SIZE))
         pool = Pool(config, pages=(batch + forks) * width, slots=batch + forks, device=device, dtype=dtype)
-        cache = cls(pool, [Row([], slot) for slot in pool.take_slots(batch)], device, width=width)
+        cache = cls(pool, [Row([], slot) for slot in pool.slots.take(batch)], device, width=width)
         cache.reserve(reserve)
         return cache
 
@@ -243,7 +230,7 @@ class Cache:
         self._widen(need)
         taken = []
         for b, row in enumerate(self._rows):
-            more = self.pool.take_pages(max(0, need - len(row.pages)))
+            more = self.pool.pages.take(max(0, need - len(row.pages)))
             taken += [(b, len(row.pages) + i, page) for i, page in enumerate(more)]
             row.pages += more
         self._enter(taken)
@@ -267,7 +254,7 @@ class Cache:
         pool, taken, copied = self.pool, [], []
         # Rows of this cache may share a slot too: all of them move, as none may write what another one reads.
         sharing = [b for b, row in enumerate(self._rows) if pool.slots.is_shared(row.slot)]
-        moved = list(zip(sharing, pool.take_slots(len(sharing)), strict=True))
+        moved = list(zip(sharing, pool.slots.take(len(sharing)), strict=True))
         for b, own in moved:
             pool.slots.leave(self._rows[b].slot)
             self._rows[b].slot = own
@@ -276,7 +263,7 @@ class Cache:
             for place in range(first, last + 1):
                 if place < len(row.pages) and not pool.pages.is_shared(row.pages[place]):
                     continue
-                (own,) = pool.take_pages(1)
+                (own,) = pool.pages.take(1)
                 if place == len(row.pages):
                     row.pages.append(own)
                 else:
