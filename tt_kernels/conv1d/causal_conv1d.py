@@ -17,8 +17,6 @@ from ..runtime.registry import define, takes_kernel, wants_gradients
 from ..runtime.slots import Slots, check_room
 from ..runtime.varlen import resets
 
-# ---- kernels ----
-
 
 @triton.jit
 def _causal_conv1d_kernel(
@@ -79,9 +77,6 @@ def _causal_conv1d_kernel(
         y = silu(y)
     at = y_ptr + (b * L + t)[:, None] * C + c[None, :]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(t < L)[:, None] & mask_c[None, :])
-
-
-# ---- launches ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +142,6 @@ def _causal_conv1d(
         launch=launch,
     )
     return y
-
-
-# ---- op ----
 
 
 _fwd = define(

@@ -17,8 +17,6 @@ from ..runtime.registry import define, takes_kernel, wants_gradients
 from ..runtime.slots import Slots, check_room, copy_to_slots, empty_beside
 from ..runtime.varlen import resets
 
-# ---- kernels ----
-
 
 @triton.jit
 def move_on(
@@ -100,9 +98,6 @@ def _conv_block_states_kernel(
         tl.store(out + (K - back) * C, column, mask=c < C)
 
 
-# ---- launches ----
-
-
 @dataclass(frozen=True, kw_only=True)
 class ConvAdvanceLaunch(Launch):
     BLOCK_C: int
@@ -173,9 +168,6 @@ def _conv_block_states(x: Tensor, block_size: int, kernel_size: int, cu_seqlens:
         launch=launch,
     )
     return states
-
-
-# ---- op ----
 
 
 def _conv_block_states_fake(x, block_size, kernel_size, *_):

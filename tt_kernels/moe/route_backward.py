@@ -21,9 +21,6 @@ def _route_bwd_fake(dweights, x, weight, ids, chosen, norm, scale, for_x, for_we
     return x.new_empty(x.shape if for_x else 0), weight.new_empty(weight.shape if for_weight else 0)
 
 
-# ---- kernels ----
-
-
 @triton.jit
 def _route_bwd_kernel(
     dweights_ptr,  # [T, K], contiguous, as the next two
@@ -55,9 +52,6 @@ def _route_bwd_kernel(
     tl.debug_barrier()  # other threads wrote the zeros
     dlogits = (ds * s * (1 - s)).to(dlogits_ptr.dtype.element_ty)
     tl.store(dlogits_ptr + rows[:, None] * E + ids, dlogits, mask=mask)
-
-
-# ---- launches ----
 
 
 def _route_bwd(

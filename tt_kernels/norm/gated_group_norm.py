@@ -16,8 +16,6 @@ from ..runtime.launch import Launch, multiprocessors, run
 from ..runtime.registry import define, takes_kernel
 from ..runtime.structs import rows_of
 
-# ---- kernels ----
-
 
 @triton.jit
 def _load(rows, i, cols, mask, ACC: tl.constexpr):
@@ -95,9 +93,6 @@ def _gated_group_norm_bwd_kernel(
     tl.store(dweight_ptr + program * groups * N + cols, dweight, mask=mask)
 
 
-# ---- launches ----
-
-
 @dataclass(frozen=True, kw_only=True)
 class GatedGroupNormLaunch(Launch):
     BLOCK_G: int
@@ -161,9 +156,6 @@ def _gated_group_norm_bwd(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, rstd
     )
     out.dweight.copy_(dweight.sum(0))
     return out
-
-
-# ---- op ----
 
 
 def _gated_group_norm_fwd_fake(x, z, weight, groups, eps):

@@ -12,8 +12,6 @@ from ..runtime.launch import Launch, multiprocessors, run
 from ..runtime.structs import rows_of
 from .modulated_rms_norm_kernels import _modulated_rms_norm_bwd_kernel, _modulated_rms_norm_fwd_kernel
 
-# ---- launches ----
-
 
 @dataclass(frozen=True, kw_only=True)
 class RMSNormLaunch(Launch):
@@ -109,9 +107,6 @@ def _modulated_rms_norm_bwd(
         if gradient.numel():
             gradient.copy_(sums[i].unflatten(0, (B, chunks)).sum(1).view_as(gradient))
     return out
-
-
-# ---- op ----
 
 
 def _modulated_rms_norm_fwd_fake(

@@ -15,8 +15,6 @@ from ..runtime.launch import Launch, run
 from ..runtime.registry import define, takes_kernel
 from .options import check_whole
 
-# ---- kernels ----
-
 
 class Rule(NamedTuple):
     """What decides how many positions of a block commit."""
@@ -92,9 +90,6 @@ def _commit_kernel(
     settle(b, offs_l, mask_l, block, token, masked, confidence, rank, rule, out, L)
 
 
-# ---- launches ----
-
-
 @dataclass(frozen=True, kw_only=True)
 class CommitLaunch(Launch):
     BLOCK_L: int  # all positions
@@ -127,9 +122,6 @@ def _commit(
         launch=commit_launch(L),
     )
     return out
-
-
-# ---- op ----
 
 
 def _commit_fake(block: Tensor, *rest: object) -> Committed:

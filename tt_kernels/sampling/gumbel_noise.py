@@ -14,8 +14,6 @@ from ..runtime.launch import Launch, run
 from ..runtime.registry import define, takes_kernel
 from .options import check_whole
 
-# ---- kernels ----
-
 
 @triton.jit
 def _gumbel_noise_kernel(
@@ -36,9 +34,6 @@ def _gumbel_noise_kernel(
     tl.store(out + 1, gumbel(w1, WIDE=True), mask=4 * quad + 1 < V)
     tl.store(out + 2, gumbel(w2, WIDE=True), mask=4 * quad + 2 < V)
     tl.store(out + 3, gumbel(w3, WIDE=True), mask=4 * quad + 3 < V)
-
-
-# ---- launches ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +59,6 @@ def _gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, vocab_size: int)
         launch=launch,
     )
     return noise
-
-
-# ---- op ----
 
 
 def _gumbel_noise_fake(seed: Tensor, position: Tensor, step: Tensor, vocab_size: int) -> Tensor:

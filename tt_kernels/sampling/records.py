@@ -11,8 +11,6 @@ from ..reference import Sampling
 from ..runtime.launch import Launch, run
 from .lang import Listed, Settings, Store, combine
 
-# ---- kernels ----
-
 
 @triton.jit
 def _combine_kernel(
@@ -33,9 +31,6 @@ def _combine_kernel(
     token, confidence = combine(store, row, mask, BLOCK_S)
     tl.store(token_ptr + to, token.to(token_ptr.dtype.element_ty), mask=mask)
     tl.store(confidence_ptr + to, confidence.to(confidence_ptr.dtype.element_ty), mask=mask)
-
-
-# ---- launches ----
 
 
 @dataclass(frozen=True, kw_only=True)

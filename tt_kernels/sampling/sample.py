@@ -18,8 +18,6 @@ from .lang import Limits, Store, empty_record, is_any_hot, merge, tile_record, w
 from .options import SCHEMA, check_range, check_token, flat, specs
 from .records import Rows, combine_records, new_records
 
-# ---- kernels ----
-
 
 @triton.jit(do_not_specialize=["R", "first"])
 def _sample_kernel(
@@ -62,9 +60,6 @@ def _sample_kernel(
         )
         record = merge(record, found)
     write_record(store, first + offs_t, mask_t, part, record)
-
-
-# ---- launches ----
 
 
 # Rows whose logits lie in memory at a time where top_k or top_p is given: 34 MB in fp32 of the published vocabulary.
@@ -140,9 +135,6 @@ def _sample(logits: Tensor, suppress: int | None, *settings: Tensor) -> tuple[Te
     record_logits(logits, rows, records, suppress)
     combine_records(records, rows, token, confidence)
     return token, confidence
-
-
-# ---- op ----
 
 
 def _sample_fake(logits: Tensor, suppress: int | None, *settings: Tensor) -> tuple[Tensor, Tensor]:

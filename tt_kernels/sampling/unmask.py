@@ -20,8 +20,6 @@ from .lang import Listed, combine
 from .options import SCHEMA, check_range, check_token, flat, specs
 from .records import Rows, combine_records
 
-# ---- kernels ----
-
 
 @triton.jit
 def _masked_rows_kernel(
@@ -70,9 +68,6 @@ def _finish_kernel(
     earlier = before(sure[None, :], j[None, :], confidence[:, None], offs_l[:, None])  # [BLOCK_L, BLOCK_L]
     rank = tl.sum(earlier.to(tl.float32), axis=1).to(tl.int32)  # a sum of integers would go through local memory
     settle(b, offs_l, mask_l, block, token.to(block.dtype), masked, confidence, rank, rule, out, L)
-
-
-# ---- launches ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +134,6 @@ def _unmask(
         launch=launch,
     )
     return out
-
-
-# ---- op ----
 
 
 def _unmask_fake(hidden: Tensor, weight: Tensor, block: Tensor, *rest: object) -> Unmasked:

@@ -11,8 +11,6 @@ from .launch import TileLaunch, arithmetic, dense, lined_up, measured, ssm_slots
 from .mamba_block_kernels import _mamba_advance_kernel, _mamba_block_kernel
 from .ssd_block_launch import _ssd_advance, _ssd_block
 
-# ---- launches ----
-
 
 def in_one_launch(rows: int, L: int) -> bool:
     """`rows`: rows times heads. By the compiled code, convolving B and C again for every head takes some 6000

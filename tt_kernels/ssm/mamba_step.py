@@ -19,8 +19,6 @@ from .launch import StepLaunch, arithmetic, dense, lined_up, ssm_slots
 from .mamba_block import check_inputs
 from .mamba_block_launch import groups
 
-# ---- kernels ----
-
 
 @triton.jit
 def _mamba_step_kernel(
@@ -94,9 +92,6 @@ def _mamba_step_kernel(
         tl.store(after_conv_ptr + c_C[:, None] * stride_cc, after_C, mask=mask)
 
 
-# ---- launches ----
-
-
 def mamba_step_launch(rows: int, P: int, N: int) -> StepLaunch:
     """`rows`: rows times heads. Reading and writing the state bounds it: 32 numbers a thread in flight, and
     the convolution of B and C repeated for two slices of 64; at few rows latency does (one round trip to memory): 16,
@@ -154,9 +149,6 @@ def _mamba_step(
             launch=launch,
         )
     return y
-
-
-# ---- op ----
 
 
 _step = define(

@@ -9,8 +9,6 @@ from .launch import TileLaunch, arithmetic, dense, lined_up, measured, ssm_slots
 from .ssd_block_kernels import _ssd_advance_kernel, _ssd_block_kernel
 from .ssd_chunk_launch import chunked, contiguous_slots
 
-# ---- launches ----
-
 
 def longest_block(architecture: int, itemsize: int) -> int:
     """Tokens whose pairs a program's registers hold; longer blocks go through the chunked scan. fp32 operands take

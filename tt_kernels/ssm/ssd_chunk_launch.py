@@ -13,8 +13,6 @@ from ..runtime.varlen import resets
 from .launch import TileLaunch, arithmetic, dense, lined_up
 from .ssd_chunk_kernels import _chunk_scan_kernel, _chunk_states_kernel, _chunk_steps_kernel
 
-# ---- launches ----
-
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkStepsLaunch(Launch):

@@ -18,8 +18,6 @@ from .lang import placed, stepped, time_steps
 from .launch import StepLaunch, arithmetic, dense, lined_up, ssm_slots
 from .ssd_block import check_groups, check_limit
 
-# ---- kernels ----
-
 
 @triton.jit
 def _ssd_step_kernel(
@@ -71,9 +69,6 @@ def _ssd_step_kernel(
     tl.store(after_ptr + offs_s, state, mask=mask_s)
 
 
-# ---- launches ----
-
-
 def ssd_step_launch(rows: int, P: int, N: int) -> StepLaunch:
     """`rows`: rows times heads. Reading and writing the state bounds it: 16 numbers a thread in flight, which at 64
     heads also makes 512 programs of one row."""
@@ -117,9 +112,6 @@ def _ssd_step(
             launch=launch,
         )
     return y
-
-
-# ---- op ----
 
 
 _step = define(
