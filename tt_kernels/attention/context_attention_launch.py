@@ -58,14 +58,6 @@ class ContextAttentionLaunch(Launch):
     num_stages: int = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class CombineSplitsLaunch(Launch):
-    BLOCK_S: int
-    BLOCK_P: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
 def context_attention_launch(
     batch: int, rows: int, room: int, P: int, itemsize: int, architecture: int
 ) -> ContextAttentionLaunch:
@@ -169,7 +161,7 @@ def _context_attention_fwd(
             (B * L * Hq,),
             *(partial, m, l, o, B * L * Hq, splits),
             P=P,
-            launch=CombineSplitsLaunch(BLOCK_S=block_s, BLOCK_P=launch.BLOCK_P),
+            launch=Launch(BLOCK_S=block_s, BLOCK_P=launch.BLOCK_P),
         )
     return o
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -98,29 +97,14 @@ def _conv_block_states_kernel(
         tl.store(out + (K - back) * C, column, mask=c < C)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConvAdvanceLaunch(Launch):
-    BLOCK_C: int
-    BLOCK_K: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvBlockStatesLaunch(Launch):
-    BLOCK_C: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def conv_advance_launch(C: int, K: int) -> ConvAdvanceLaunch:
+def conv_advance_launch(C: int, K: int) -> Launch:
     """A few numbers a thread, which are read column by column: only many programs hide that."""
-    return ConvAdvanceLaunch(BLOCK_C=min(triton.next_power_of_2(C), 128), BLOCK_K=triton.next_power_of_2(K))
+    return Launch(BLOCK_C=min(triton.next_power_of_2(C), 128), BLOCK_K=triton.next_power_of_2(K))
 
 
-def conv_block_states_launch(C: int, itemsize: int) -> ConvBlockStatesLaunch:
+def conv_block_states_launch(C: int, itemsize: int) -> Launch:
     """16 bytes a thread and column; a program copies its channels of all K columns."""
-    return ConvBlockStatesLaunch(BLOCK_C=min(triton.next_power_of_2(C), 2048 // itemsize))
+    return Launch(BLOCK_C=min(triton.next_power_of_2(C), 2048 // itemsize))
 
 
 @contextmanager

@@ -68,22 +68,6 @@ class WeightsLaunch(Launch):
     num_stages: int = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScheduleLaunch(Launch):
-    BLOCK_T: int
-    BLOCK_E: int
-    BLOCK_TILES: int = 32
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class CombineLaunch(Launch):
-    BLOCK_D: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
 def measured(kernel: str, launch: L, s: Sizes, **more: int) -> L:
     """The measured launch for these sizes, else this one. Rows count by powers of two."""
     rows = triton.next_power_of_2(s.rows)
@@ -201,7 +185,7 @@ class Pairs:
         tiles = most_tiles(rows, E, block)
         if block not in self.lists:
             listed = self.lists[block] = self.offsets.new_empty(1 + tiles, dtype=torch.int64)
-            launch = ScheduleLaunch(BLOCK_T=block, BLOCK_E=triton.next_power_of_2(E))
+            launch = Launch(BLOCK_T=block, BLOCK_E=triton.next_power_of_2(E), BLOCK_TILES=32)
             grid = (triton.cdiv(tiles, launch.BLOCK_TILES),)
             run(_experts_schedule_kernel, grid, self.offsets, listed, rows, E, tiles, launch=launch)
         return self.lists[block], tiles
@@ -355,7 +339,7 @@ def combine(
         (T, triton.cdiv(D, block)),
         *(pairs, topk_ids, topk_weights, shared, y, E, D),
         K=topk_ids.shape[1],
-        launch=CombineLaunch(BLOCK_D=block, num_warps=max(block // 256, 1)),
+        launch=Launch(BLOCK_D=block, num_warps=max(block // 256, 1)),
     )
     return y
 

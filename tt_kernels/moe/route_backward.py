@@ -1,20 +1,11 @@
 """Backward of the router: the gradient of the logits, then two products."""
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, run
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogitsLaunch(Launch):
-    BLOCK_T: int = 8
-    num_warps: int = 4
-    num_stages: int = 1
 
 
 def _route_bwd_fake(dweights, x, weight, ids, chosen, norm, scale, for_x, for_weight):
@@ -65,7 +56,7 @@ def _route_bwd(
     acc = compute_dtype(x.dtype, weight.dtype)
     dlogits = x.new_empty(T, E, dtype=acc)
     block_k, block_e = triton.next_power_of_2(K), triton.next_power_of_2(E)
-    launch = LogitsLaunch()
+    launch = Launch(BLOCK_T=8)
     run(
         _route_bwd_kernel,
         (triton.cdiv(T, launch.BLOCK_T),),

@@ -39,28 +39,6 @@ class ScoresLaunch(Launch):
     num_stages: int = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChooseLaunch(Launch):
-    BLOCK_T: int
-    num_warps: int = 8
-    num_stages: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScanLaunch(Launch):
-    BLOCK_TILES: int
-    BLOCK_E: int = 16
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScatterLaunch(Launch):
-    BLOCK_PAIRS: int = 512
-    num_warps: int = 4
-    num_stages: int = 1
-
-
 class Outputs(NamedTuple):
     """What the registered op returns: a Routing and the chosen experts' scores, for the backward."""
 
@@ -177,9 +155,9 @@ def route_scores_launch(T: int, E: int, D: int, architecture: int) -> ScoresLaun
     return ScoresLaunch(BLOCK_T=32, BLOCK_E=32)
 
 
-def route_choose_launch(columns: int) -> ChooseLaunch:
+def route_choose_launch(columns: int) -> Launch:
     """A tile as in the launch of few tokens."""
-    return ChooseLaunch(BLOCK_T=tile_rows(16, columns))
+    return Launch(BLOCK_T=tile_rows(16, columns), num_warps=8)
 
 
 def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outputs) -> None:
@@ -218,12 +196,12 @@ def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Out
         _route_scan_kernel,
         (triton.cdiv(E, 16),),
         *(counts, total, tiles, E),
-        launch=ScanLaunch(BLOCK_TILES=min(triton.next_power_of_2(tiles), 256)),
+        launch=Launch(BLOCK_TILES=min(triton.next_power_of_2(tiles), 256), BLOCK_E=16),
     )
     run(
         _route_scatter_kernel,
         (triton.cdiv(T * K, 512),),
         *(out, rank, counts, total, T * K, choose.BLOCK_T * K, E),
         BLOCK_E=triton.next_power_of_2(E),
-        launch=ScatterLaunch(),
+        launch=Launch(BLOCK_PAIRS=512),
     )

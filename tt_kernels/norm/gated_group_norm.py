@@ -1,6 +1,5 @@
 """The norm behind a Mamba-2 scan: gate by silu(z), then RMS-normalise by groups of channels."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -93,15 +92,7 @@ def _gated_group_norm_bwd_kernel(
     tl.store(dweight_ptr + program * groups * N + cols, dweight, mask=mask)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GatedGroupNormLaunch(Launch):
-    BLOCK_G: int
-    BLOCK_N: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def gated_group_norm_launch(T: int, groups: int, N: int, *, per_warp: int = 512) -> GatedGroupNormLaunch:
+def gated_group_norm_launch(T: int, groups: int, N: int, *, per_warp: int = 512) -> Launch:
     """Groups are independent.
 
     | rows      | a program takes         | reason                                                        |
@@ -112,7 +103,7 @@ def gated_group_norm_launch(T: int, groups: int, N: int, *, per_warp: int = 512)
     block_n = triton.next_power_of_2(N)
     together = max(1, min(triton.next_power_of_2(groups), 4096 // block_n)) if T >= 512 else 1
     warps = min(max(together * block_n // per_warp, 1), 16)
-    return GatedGroupNormLaunch(BLOCK_G=together, BLOCK_N=block_n, num_warps=warps)
+    return Launch(BLOCK_G=together, BLOCK_N=block_n, num_warps=warps)
 
 
 class GroupNormForward(NamedTuple):

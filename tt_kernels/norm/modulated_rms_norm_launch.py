@@ -1,6 +1,5 @@
 """The launches of `modulated_rms_norm`, forward and backward."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,21 +12,14 @@ from ..runtime.structs import rows_of
 from .modulated_rms_norm_kernels import _modulated_rms_norm_bwd_kernel, _modulated_rms_norm_fwd_kernel
 
 
-@dataclass(frozen=True, kw_only=True)
-class RMSNormLaunch(Launch):
-    BLOCK_D: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def rms_norm_launch(D: int, elements: int) -> RMSNormLaunch:
+def rms_norm_launch(D: int, elements: int) -> Launch:
     """A row a program, `elements` of it a thread; masked lanes past D cost no traffic.
 
     Forward 16: two 16-byte loads in 16 bits leave registers for the six vectors of a row.
     Backward 8: up to eleven vectors of a row live at once.
     """
     block = triton.next_power_of_2(D)
-    return RMSNormLaunch(BLOCK_D=block, num_warps=min(max(block // (32 * elements), 1), 16))
+    return Launch(BLOCK_D=block, num_warps=min(max(block // (32 * elements), 1), 16))
 
 
 def bwd_rows(B: int, L: int, multiprocessors: int) -> int:

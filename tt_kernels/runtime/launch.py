@@ -28,13 +28,13 @@ TUNED = Path(__file__).parents[1] / "tuned"
 class Launch:
     """Compile-time parameters of a kernel: tile sizes in capitals, warps, pipeline stages. Equal by value.
 
-    Each kernel's are a frozen dataclass of their own that derives from this one.
+    Those that are measured (`tuned`) are a frozen dataclass of their own that derives from this one.
     """
 
     num_warps: int
     num_stages: int
 
-    def __init__(self, *, num_warps: int = 4, num_stages: int = 3, **tiles: int):
+    def __init__(self, *, num_warps: int = 4, num_stages: int = 1, **tiles: int):
         self.__dict__.update(tiles, num_warps=num_warps, num_stages=num_stages)
 
     @property

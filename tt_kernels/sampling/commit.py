@@ -1,6 +1,5 @@
 """The commit rule: which masked positions of a block take their prediction."""
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -90,18 +89,10 @@ def _commit_kernel(
     settle(b, offs_l, mask_l, block, token, masked, confidence, rank, rule, out, L)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CommitLaunch(Launch):
-    BLOCK_L: int  # all positions
-    BLOCK_J: int  # those they are compared with at a time
-    num_warps: int
-    num_stages: int = 1
-
-
-def commit_launch(L: int) -> CommitLaunch:
+def commit_launch(L: int) -> Launch:
     """All positions of a sequence against 32 at a time: at most 32 comparisons a thread up to 512 positions."""
     block = triton.next_power_of_2(max(L, 1))
-    return CommitLaunch(BLOCK_L=block, BLOCK_J=min(block, 32), num_warps=min(max(block // 32, 1), 16))
+    return Launch(BLOCK_L=block, BLOCK_J=min(block, 32), num_warps=min(max(block // 32, 1), 16))
 
 
 def new_committed(block: Tensor) -> Committed:

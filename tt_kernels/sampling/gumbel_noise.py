@@ -1,7 +1,5 @@
 """Gumbel noise, a pure function of seed, position, step and token id."""
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -36,16 +34,9 @@ def _gumbel_noise_kernel(
     tl.store(out + 3, gumbel(w3, WIDE=True), mask=4 * quad + 3 < V)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GumbelNoiseLaunch(Launch):
-    BLOCK_Q: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def gumbel_noise_launch(V: int) -> GumbelNoiseLaunch:
+def gumbel_noise_launch(V: int) -> Launch:
     """Two counters a thread: two logarithms in fp64 for each of their eight words keep a thread busy."""
-    return GumbelNoiseLaunch(BLOCK_Q=min(256, triton.next_power_of_2(triton.cdiv(V, 4))))
+    return Launch(BLOCK_Q=min(256, triton.next_power_of_2(triton.cdiv(V, 4))))
 
 
 def _gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, vocab_size: int) -> Tensor:

@@ -33,18 +33,10 @@ def _combine_kernel(
     tl.store(confidence_ptr + to, confidence.to(confidence_ptr.dtype.element_ty), mask=mask)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CombineLaunch(Launch):
-    BLOCK_R: int  # rows
-    BLOCK_S: int  # parts
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def combine_launch(parts: int, depth: int = 1) -> CombineLaunch:
+def combine_launch(parts: int, depth: int = 1) -> Launch:
     """Some 1024 records a program, eight a thread, or fewer: rows by powers of two."""
     block = triton.next_power_of_2(max(parts, 1))
-    return CombineLaunch(BLOCK_R=max(1, 1024 // (block * triton.next_power_of_2(depth))), BLOCK_S=block)
+    return Launch(BLOCK_R=max(1, 1024 // (block * triton.next_power_of_2(depth))), BLOCK_S=block)
 
 
 @dataclass(frozen=True)

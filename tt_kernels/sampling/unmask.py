@@ -1,6 +1,5 @@
 """One unmasking step: sample the masked positions of a block, commit the most confident."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,34 +69,19 @@ def _finish_kernel(
     settle(b, offs_l, mask_l, block, token.to(block.dtype), masked, confidence, rank, rule, out, L)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinishLaunch(Launch):
-    BLOCK_L: int
-    BLOCK_S: int
-    num_warps: int
-    num_stages: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskedRowsLaunch(Launch):
-    BLOCK: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def finish_launch(L: int, parts: int, depth: int = 1) -> FinishLaunch | None:
+def finish_launch(L: int, parts: int, depth: int = 1) -> Launch | None:
     """Records and commit rule of a sequence in one program: 16 records a thread. None above 8192 records or 64
     positions, and where parts have several, which take 200 registers and more to merge there: then programs of few
     rows combine the records, and the rule is a launch of its own."""
     block_l, block_s = triton.next_power_of_2(max(L, 1)), triton.next_power_of_2(max(parts, 1))
     if depth > 1 or block_l > 64 or block_l * block_s > 8192:
         return None
-    return FinishLaunch(BLOCK_L=block_l, BLOCK_S=block_s, num_warps=max(4, block_l * block_s // 512))
+    return Launch(BLOCK_L=block_l, BLOCK_S=block_s, num_warps=max(4, block_l * block_s // 512))
 
 
-def masked_rows_launch(N: int) -> MaskedRowsLaunch:
+def masked_rows_launch(N: int) -> Launch:
     """One program walks the batch, eight positions a thread a round: 1024 are 64 blocks of 16."""
-    return MaskedRowsLaunch(BLOCK=min(1024, triton.next_power_of_2(max(N, 1))))
+    return Launch(BLOCK=min(1024, triton.next_power_of_2(max(N, 1))))
 
 
 def _unmask(

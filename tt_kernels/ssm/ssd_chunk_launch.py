@@ -15,14 +15,6 @@ from .ssd_chunk_kernels import _chunk_scan_kernel, _chunk_states_kernel, _chunk_
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkStepsLaunch(Launch):
-    BLOCK_T: int
-    BLOCK_H: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
 class ChunkStatesLaunch(TileLaunch):
     STAGES: int = 1
 
@@ -114,7 +106,7 @@ def chunked(
         *(dt, A, dt_bias, *dense(counts), starts, steps, high_sums, low_sums, seen, kept, whole),
         *(*dt.stride(), L, H, chunk_size, chunk_tiles, tiles),
         **{name: constants.pop(name) for name in ("LOW", "HIGH")},
-        launch=ChunkStepsLaunch(BLOCK_T=launch.BLOCK_T, BLOCK_H=block_h),
+        launch=Launch(BLOCK_T=launch.BLOCK_T, BLOCK_H=block_h),
     )
     added = passed = None
     if spans > 1:
