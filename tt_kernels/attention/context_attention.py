@@ -160,16 +160,6 @@ def append_attention(
     return _append_fwd(*tensors, page_table, cache_lengths, counts, scale)
 
 
-_context_fwd = define(
-    "context_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor page_table, "
-    "Tensor cache_lengths, bool causal, float scale) -> Tensor",
-    _context_attention_fwd,
-    lambda q, *_: q.new_empty(q.shape),
-)
+_context_fwd = define(_context_attention_fwd, lambda q, *_: q.new_empty(q.shape))
 
-_append_fwd = define(
-    "append_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, "
-    "Tensor cache_lengths, Tensor? counts, float scale) -> Tensor",
-    _append_attention_fwd,
-    lambda q, *_: q.new_empty(q.shape),
-)
+_append_fwd = define(_append_attention_fwd, lambda q, *_: q.new_empty(q.shape), writes=("k_pages", "v_pages"))

@@ -110,6 +110,7 @@ def _context_attention_fwd(
     cache_lengths: Tensor,
     causal: bool,
     scale: float,
+    *,
     append: bool = False,
     counts: Tensor | None = None,
 ) -> Tensor:

@@ -144,12 +144,7 @@ def _causal_conv1d(
     return y
 
 
-_fwd = define(
-    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? conv_state, Tensor? state_indices, "
-    "Tensor? cu_seqlens, bool activate) -> Tensor",
-    _causal_conv1d,
-    lambda x, *_: x.new_empty(x.shape),
-)
+_fwd = define(_causal_conv1d, lambda x, *_: x.new_empty(x.shape))
 
 
 def causal_conv1d(

@@ -158,17 +158,9 @@ def _conv_block_states_fake(x, block_size, kernel_size, *_):
     return x.new_empty(x.shape[0], -(-x.shape[1] // block_size), kernel_size, x.shape[2])
 
 
-_advance = define(
-    "conv_advance(Tensor x, Tensor(a!) conv_state, Tensor? counts, Tensor? state_indices, Tensor? out_indices) -> ()",
-    _conv_advance,
-    lambda *_: None,
-)
+_advance = define(_conv_advance, lambda *_: None, writes=("conv_state",))
 
-_block_states = define(
-    "conv_block_states(Tensor x, SymInt block_size, SymInt kernel_size, Tensor? cu_seqlens) -> Tensor",
-    _conv_block_states,
-    _conv_block_states_fake,
-)
+_block_states = define(_conv_block_states, _conv_block_states_fake)
 
 
 @torch.no_grad()

@@ -24,19 +24,9 @@ def _experts_bwd_fake(dy, x, topk_weights, topk_ids, sorted_pairs, offsets, matr
     return x.new_empty(x.shape), topk_weights.new_empty(topk_weights.shape), grads
 
 
-# matrices: up, down, gate, and the same of the shared expert.
-_ARGUMENTS = (
-    "Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor sorted_pairs, Tensor offsets, Tensor?[] matrices, "
-    "str activation"
-)
+_fwd = define(_experts_fwd, _experts_fwd_fake)
 
-_fwd = define(f"experts_fwd({_ARGUMENTS}) -> Tensor", _experts_fwd, _experts_fwd_fake)
-
-_bwd = define(
-    f"experts_bwd(Tensor dy, {_ARGUMENTS}, bool[] needed) -> (Tensor, Tensor, Tensor[])",
-    _experts_bwd,
-    _experts_bwd_fake,
-)
+_bwd = define(_experts_bwd, _experts_bwd_fake)
 
 
 class _Experts(torch.autograd.Function):

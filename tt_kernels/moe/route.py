@@ -10,19 +10,9 @@ from ..runtime.registry import define, takes_kernel
 from .route_backward import _route_bwd, _route_bwd_fake
 from .route_launch import _route_fwd, _route_fwd_fake
 
-_fwd = define(
-    "route_fwd(Tensor x, Tensor weight, Tensor bias, SymInt K, int groups, int kept, bool norm, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _route_fwd,
-    _route_fwd_fake,
-)
+_fwd = define(_route_fwd, _route_fwd_fake)
 
-_bwd = define(
-    "route_bwd(Tensor dweights, Tensor x, Tensor weight, Tensor ids, Tensor chosen, bool norm, float scale,"
-    " bool for_x, bool for_weight) -> (Tensor, Tensor)",
-    _route_bwd,
-    _route_bwd_fake,
-)
+_bwd = define(_route_bwd, _route_bwd_fake)
 
 
 class _Route(torch.autograd.Function):

@@ -158,17 +158,9 @@ def _gated_group_norm_bwd_fake(dy, x, z, weight, rstd):
     return GroupNormGradients(x.new_empty(x.shape), z.new_empty(z.shape), weight.new_empty(weight.shape))
 
 
-_fwd = define(
-    "gated_group_norm_fwd(Tensor x, Tensor z, Tensor weight, SymInt groups, float eps) -> (Tensor, Tensor)",
-    _gated_group_norm_fwd,
-    _gated_group_norm_fwd_fake,
-)
+_fwd = define(_gated_group_norm_fwd, _gated_group_norm_fwd_fake)
 
-_bwd = define(
-    "gated_group_norm_bwd(Tensor dy, Tensor x, Tensor z, Tensor weight, Tensor rstd) -> (Tensor, Tensor, Tensor)",
-    _gated_group_norm_bwd,
-    _gated_group_norm_bwd_fake,
-)
+_bwd = define(_gated_group_norm_bwd, _gated_group_norm_bwd_fake)
 
 
 class _GatedGroupNorm(torch.autograd.Function):

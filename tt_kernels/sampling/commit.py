@@ -119,12 +119,7 @@ def _commit_fake(block: Tensor, *rest: object) -> Committed:
     return new_committed(block)
 
 
-_op = define(
-    "commit(Tensor block, Tensor token, Tensor confidence, Tensor threshold, Tensor steps_left, int mask_token_id) "
-    "-> (Tensor, Tensor, Tensor)",
-    _commit,
-    _commit_fake,
-)
+_op = define(_commit, _commit_fake)
 
 
 def commit(

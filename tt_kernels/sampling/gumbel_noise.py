@@ -56,11 +56,7 @@ def _gumbel_noise_fake(seed: Tensor, position: Tensor, step: Tensor, vocab_size:
     return seed.new_empty((*seed.shape, vocab_size), dtype=torch.float64)
 
 
-_noise = define(
-    "gumbel_noise(Tensor seed, Tensor position, Tensor step, SymInt vocab_size) -> Tensor",
-    _gumbel_noise,
-    _gumbel_noise_fake,
-)
+_noise = define(_gumbel_noise, _gumbel_noise_fake)
 
 
 def gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, *, vocab_size: int) -> Tensor:

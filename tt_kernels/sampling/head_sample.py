@@ -7,13 +7,9 @@ from ..reference import Sampled, Sampling
 from ..runtime.checks import check
 from ..runtime.registry import define, takes_kernel
 from .head_sample_launch import _head_sample, _head_sample_fake
-from .options import SCHEMA, check_range, check_token, flat, specs
+from .options import check_range, check_token, flat, specs
 
-_op = define(
-    f"head_sample(Tensor hidden, Tensor weight, int? suppress, {SCHEMA}) -> (Tensor, Tensor)",
-    _head_sample,
-    _head_sample_fake,
-)
+_op = define(_head_sample, _head_sample_fake, rest=Sampling)
 
 
 def head_sample(hidden: Tensor, weight: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Sampled:

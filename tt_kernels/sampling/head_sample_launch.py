@@ -8,7 +8,6 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..reference import Sampling
 from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, architecture, by_row, multiprocessors, run, tuned
 from .head_sample_kernels import _head_kernel
@@ -150,14 +149,16 @@ def head_records(hidden: Tensor, weight: Tensor, rows: Rows, suppress: int | Non
     return records
 
 
-def _head_sample(hidden: Tensor, weight: Tensor, suppress: int | None, *settings: Tensor) -> tuple[Tensor, Tensor]:
-    token, confidence = _head_sample_fake(hidden, weight, suppress, *settings)
-    rows = Rows.of(Sampling(*settings))
+def _head_sample(
+    hidden: Tensor, weight: Tensor, suppress: int | None, *settings: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    token, confidence = _head_sample_fake(hidden, weight)
+    rows = Rows.of(settings)
     if rows.N:
         combine_records(head_records(by_row(hidden), weight, rows, suppress), rows, token, confidence)
     return token, confidence
 
 
-def _head_sample_fake(hidden: Tensor, weight: Tensor, suppress: int | None, *settings: Tensor) -> tuple[Tensor, Tensor]:
+def _head_sample_fake(hidden: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     shape, dtype = hidden.shape[:-1], compute_dtype(hidden.dtype, weight.dtype)
     return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=dtype)

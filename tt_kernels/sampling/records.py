@@ -1,5 +1,6 @@
 """Rows that are sampled and the records of them that kernels leave to each other; what becomes of a row's records."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +50,8 @@ class Rows:
     listed: Listed | None = None
 
     @classmethod
-    def of(cls, sampling: Sampling, L: int = 1, listed: Listed | None = None) -> "Rows":
-        vectors = Sampling(*(None if t is None else t.reshape(-1).contiguous() for t in sampling))  # type: ignore[arg-type]
+    def of(cls, settings: Sequence[Tensor | None], L: int = 1, listed: Listed | None = None) -> "Rows":
+        vectors = Sampling(*(None if t is None else t.reshape(-1).contiguous() for t in settings))  # type: ignore[arg-type]
         return cls(vectors, vectors.seed.numel() * L, L, listed)
 
     @property

@@ -15,7 +15,7 @@ from ..runtime.checks import check
 from ..runtime.launch import Launch, architecture, by_row, run, tuned
 from ..runtime.registry import define, takes_kernel
 from .lang import Limits, Store, empty_record, is_any_hot, merge, tile_record, write_record
-from .options import SCHEMA, check_range, check_token, flat, specs
+from .options import check_range, check_token, flat, specs
 from .records import Rows, combine_records, new_records
 
 
@@ -128,21 +128,21 @@ def record_logits(logits: Tensor, rows: Rows, records: Store, suppress: int | No
         )
 
 
-def _sample(logits: Tensor, suppress: int | None, *settings: Tensor) -> tuple[Tensor, Tensor]:
-    token, confidence = _sample_fake(logits, suppress, *settings)
-    logits, rows = by_row(logits), Rows.of(Sampling(*settings))
+def _sample(logits: Tensor, suppress: int | None, *settings: Tensor | None) -> tuple[Tensor, Tensor]:
+    token, confidence = _sample_fake(logits, suppress)
+    logits, rows = by_row(logits), Rows.of(settings)
     records = new_records(rows.N, sample_parts(logits), logits, confidence.dtype)
     record_logits(logits, rows, records, suppress)
     combine_records(records, rows, token, confidence)
     return token, confidence
 
 
-def _sample_fake(logits: Tensor, suppress: int | None, *settings: Tensor) -> tuple[Tensor, Tensor]:
+def _sample_fake(logits: Tensor, suppress: int | None, *_: object) -> tuple[Tensor, Tensor]:
     shape = logits.shape[:-1]
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
 
 
-_op = define(f"sample(Tensor logits, int? suppress, {SCHEMA}) -> (Tensor, Tensor)", _sample, _sample_fake)
+_op = define(_sample, _sample_fake, rest=Sampling)
 
 
 def sample(logits: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Sampled:

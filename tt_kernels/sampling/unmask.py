@@ -16,7 +16,7 @@ from ..runtime.registry import define, takes_kernel
 from .commit import Rule, _commit, before, new_committed, settle
 from .head_sample_launch import head_records
 from .lang import Listed, combine
-from .options import SCHEMA, check_range, check_token, flat, specs
+from .options import check_range, check_token, flat, specs
 from .records import Rows, combine_records
 
 
@@ -91,7 +91,7 @@ def _unmask(
     threshold: Tensor,
     steps_left: Tensor,
     mask_token_id: int,
-    *settings: Tensor,
+    *settings: Tensor | None,
 ) -> Unmasked:
     out = _unmask_fake(hidden, weight, block)
     (B, L), N = block.shape, block.numel()
@@ -102,7 +102,7 @@ def _unmask(
     index, slot, count = (block.new_empty(n, dtype=torch.int32) for n in (N, N, 1))
     listed = Listed(index, count)
     run(_masked_rows_kernel, (1,), *(block, slot, listed, N, mask_token_id), launch=masked_rows_launch(N))
-    rows = Rows.of(Sampling(*settings), L, listed)
+    rows = Rows.of(settings, L, listed)
     records = head_records(by_row(hidden), weight, rows, mask_token_id)
     launch = finish_launch(L, records.parts, records.depth)
     if launch is None:
@@ -126,12 +126,7 @@ def _unmask_fake(hidden: Tensor, weight: Tensor, block: Tensor, *rest: object) -
     return Unmasked(out.block, out.committed, confidence, out.masked)
 
 
-_op = define(
-    f"unmask(Tensor hidden, Tensor weight, Tensor block, Tensor threshold, Tensor steps_left, int mask_token_id, "
-    f"{SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _unmask,
-    _unmask_fake,
-)
+_op = define(_unmask, _unmask_fake, rest=Sampling)
 
 
 def unmask(

@@ -145,16 +145,7 @@ def mamba_advance(
 
 
 _block = define(
-    "mamba_block(Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor D, Tensor dt_bias, "
-    "Tensor conv, Tensor ssm, Tensor? conv_indices, Tensor? ssm_indices, float low, float high) -> Tensor",
-    _mamba_block,
-    lambda xBC, dt, weight, bias, A, D, dt_bias, conv, ssm, *_: xBC.new_empty((*dt.shape, ssm.shape[2])),
+    _mamba_block, lambda xBC, dt, weight, bias, A, D, dt_bias, conv, ssm, *_: xBC.new_empty((*dt.shape, ssm.shape[2]))
 )
 
-_advance = define(
-    "mamba_advance(Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor dt_bias, "
-    "Tensor(a!) conv, Tensor(b!) ssm, Tensor? conv_indices, Tensor? ssm_indices, Tensor? conv_out_indices, "
-    "Tensor? ssm_out_indices, Tensor? counts, float low, float high) -> ()",
-    _mamba_advance,
-    lambda *_: None,
-)
+_advance = define(_mamba_advance, lambda *_: None, writes=("conv", "ssm"))

@@ -152,11 +152,9 @@ def _mamba_step(
 
 
 _step = define(
-    "mamba_step(Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor D, Tensor dt_bias, "
-    "Tensor(a!) conv, Tensor(b!) ssm, Tensor? conv_indices, Tensor? ssm_indices, Tensor? conv_out_indices, "
-    "Tensor? ssm_out_indices, float low, float high) -> Tensor",
     _mamba_step,
     lambda xBC, dt, weight, bias, A, D, dt_bias, conv, ssm, *_: xBC.new_empty((*dt.shape, ssm.shape[2])),
+    writes=("conv", "ssm"),
 )
 
 

@@ -163,16 +163,6 @@ def ssd_advance(
         reference.ssd_advance(*tensors, counts, **places, dt_limit=dt_limit)
 
 
-_block = define(
-    "ssd_block(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor? ssm_state, "
-    "Tensor? state_indices, float low, float high) -> Tensor",
-    _ssd_block,
-    lambda x, *_: x.new_empty(x.shape),
-)
+_block = define(_ssd_block, lambda x, *_: x.new_empty(x.shape))
 
-_advance = define(
-    "ssd_advance(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor dt_bias, Tensor(a!) ssm_state, Tensor? counts, "
-    "Tensor? state_indices, Tensor? out_indices, float low, float high) -> ()",
-    _ssd_advance,
-    lambda *_: None,
-)
+_advance = define(_ssd_advance, lambda *_: None, writes=("ssm_state",))

@@ -114,10 +114,4 @@ def ssd_chunk(
     return SSDChunk(y, final if ssm_state is None else None, states)
 
 
-_chunk = define(
-    "ssd_chunk(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor(a!)? ssm_state, "
-    "Tensor? counts, Tensor? state_indices, Tensor? out_indices, Tensor? cu_seqlens, SymInt? chunk_size, float low, "
-    "float high) -> (Tensor, Tensor, Tensor)",
-    _ssd_chunk,
-    _ssd_chunk_fake,
-)
+_chunk = define(_ssd_chunk, _ssd_chunk_fake, writes=("ssm_state",))

@@ -114,12 +114,7 @@ def _ssd_step(
     return y
 
 
-_step = define(
-    "ssd_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor(a!) ssm_state, "
-    "Tensor? state_indices, Tensor? out_indices, float low, float high) -> Tensor",
-    _ssd_step,
-    lambda x, *_: x.new_empty(x.shape),
-)
+_step = define(_ssd_step, lambda x, *_: x.new_empty(x.shape), writes=("ssm_state",))
 
 
 @torch.no_grad()
