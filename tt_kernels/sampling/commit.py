@@ -144,13 +144,9 @@ def commit(
         masked:    [B] int64: how many are masked still.
 
     Numerics: confidences are compared in their own dtype, to which the threshold is rounded. Deterministic.
-
     Gradients: none.
-
     Raises: ValueError for sizes and dtypes that disagree.
-
     Cost: a sort of L numbers a row.
-
     Source: TwoTower (2606.26493).
 
     Example:

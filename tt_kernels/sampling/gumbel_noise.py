@@ -72,13 +72,9 @@ def gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, *, vocab_size: in
         noise: [*, V] fp64.
 
     Numerics: exact words; logarithms in fp64. Deterministic.
-
     Gradients: none.
-
     Raises: ValueError for sizes that disagree and a vocab_size below 1.
-
     Cost: about 40 integer operations and two logarithms a number, of 8 bytes.
-
     Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011); Random123.
 
     Example:

@@ -28,14 +28,10 @@ def head_sample(hidden: Tensor, weight: Tensor, sampling: Sampling, *, suppress:
 
     Numerics: products of 16-bit numbers are summed in fp32. Deterministic; kernels sum over the vocabulary in an order
     that does not depend on how many rows there are.
-
     Gradients: none.
-
     Raises: ValueError as `sample` does.
-
     Cost: 2 R V D flops and (V D + R D) itemsize bytes for R rows: bound by reading the head; with top_k or top_p also
     the logits, and a sort of every row.
-
     Source: as `sample`.
 
     Example:

@@ -173,15 +173,11 @@ def sample(logits: Tensor, sampling: Sampling, *, suppress: int | None = None) -
 
     Numerics: in the dtype of the confidence, where a temperature above 0 counts as at least its least normal number
     (1e-38 in fp32). Deterministic.
-
     Gradients: none.
-
     Raises: ValueError for sizes that disagree and for options out of their range. Settings are looked at on a CPU
     alone: on a GPU, which is not waited for, and in graphs a temperature below 0 or NaN counts as 0, a top_k below 0 as
     no limit, a top_p of 0 or less keeps the best token and a NaN is no limit.
-
     Cost: R V itemsize bytes for R rows; with noise 40 R V operations; with top_k or top_p a sort of every row.
-
     Source: TwoTower (2606.26493); Gumbel-max as in Maddison et al. (1411.0030).
 
     Example:

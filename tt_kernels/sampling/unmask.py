@@ -157,13 +157,9 @@ def unmask(
         masked:     [B] int64: how many are masked still.
 
     Numerics: as `head_sample`. Deterministic.
-
     Gradients: none.
-
     Raises: ValueError as `sample` does.
-
     Cost: 2 M V D flops and V D itemsize bytes for M masked positions: bound by reading the head.
-
     Source: TwoTower (2606.26493).
 
     Example:
