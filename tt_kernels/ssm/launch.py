@@ -58,6 +58,20 @@ def measured(kernel: str, default: TileLaunch, x: Tensor, rows: int, L: int, P: 
     return tuned(kernel, default, architecture(x), **near, P=P, N=N, itemsize=x.element_size())
 
 
+def step_launch(rows: int, P: int, N: int, *, numbers: int) -> StepLaunch:
+    """`rows`: rows times heads. Reading and writing the state bounds it: `numbers` a thread in flight; at few rows
+    latency does (one round trip to memory): fewer, until an H200's 132 multiprocessors have two programs each."""
+    block_n = triton.next_power_of_2(N)
+    block_p = min(triton.next_power_of_2(P), max(1, 128 * numbers // block_n))
+    while block_p > 1 and rows * triton.cdiv(P, block_p) < 256:
+        block_p //= 2
+    return StepLaunch(BLOCK_P=block_p, BLOCK_N=block_n)
+
+
+def measured_step(kernel: str, default: StepLaunch, x: Tensor, rows: int, P: int, N: int) -> StepLaunch:
+    return tuned(kernel, default, architecture(x), rows=triton.next_power_of_2(rows), P=P, N=N)
+
+
 def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """As kernels read small ones: contiguous."""
     return tuple(None if t is None else t.contiguous() for t in tensors)
