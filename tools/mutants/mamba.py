@@ -297,7 +297,7 @@ MUTANTS = (
     Mutant(
         "ssd_chunk",
         SSD_CHUNK_LAUNCH,
-        "initial = Slots.of(copied(initial.ptr, initial.indices, b))",
+        "initial = Slots.of(read_slots(initial.ptr, initial.indices, b, own=True))",
         "pass",
         "raced",
         sanitize=True,

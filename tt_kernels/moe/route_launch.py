@@ -155,11 +155,6 @@ def route_scores_launch(T: int, E: int, D: int, architecture: int) -> ScoresLaun
     return ScoresLaunch(BLOCK_T=32, BLOCK_E=32)
 
 
-def route_choose_launch(columns: int) -> Launch:
-    """A tile as in the launch of few tokens."""
-    return Launch(BLOCK_T=tile_rows(16, columns), num_warps=8)
-
-
 def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outputs) -> None:
     """4096 tokens, E=128, D=2688: 23 MB read and 4 MB of scores written and read again, 2.8 GFLOP of fp64: 7 us and, at
     the 67 TFLOP/s of fp64 tensor cores, 42 us. Choice and lists are three launches, some 8 us: 50 to 60 us expected."""
@@ -179,7 +174,7 @@ def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Out
         *(x, weight, scores, x.stride(0), weight.stride(0), T, E, D),
         launch=launch,
     )
-    choose = route_choose_launch(choice.BLOCK_P)
+    choose = Launch(BLOCK_T=tile_rows(16, choice.BLOCK_P), num_warps=8)  # a tile as in the launch of few tokens
     tiles = triton.cdiv(T, choose.BLOCK_T)
     counts = x.new_empty(tiles, E, dtype=torch.int32)
     total = x.new_empty(E, dtype=torch.int32)

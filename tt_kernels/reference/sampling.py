@@ -21,12 +21,10 @@ class Sampling(NamedTuple):
     seed: Tensor  # [*] int, any 64 bits: key of the noise, with position and step
     position: Tensor  # [*] int: of the token in its sequence, of which the lower 32 bits count
     step: Tensor  # [*] int: the denoising step, as position
-    top_k: Tensor | None = (
-        None  # [*] int: draw among the k best and all that equal the k-th; 0, or V and above: no limit
-    )
-    top_p: Tensor | None = (
-        None  # [*] float, above 0: draw among the best whose probabilities first exceed p; 1: no limit
-    )
+    # [*] int: draw among the k best and all that equal the k-th; 0, or V and above: no limit.
+    top_k: Tensor | None = None
+    # [*] float, above 0: draw among the best whose probabilities first exceed p; 1: no limit.
+    top_p: Tensor | None = None
 
     @classmethod
     def of(

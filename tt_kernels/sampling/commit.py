@@ -95,7 +95,7 @@ def commit_launch(L: int) -> Launch:
     return Launch(BLOCK_L=block, BLOCK_J=min(block, 32), num_warps=min(max(block // 32, 1), 16))
 
 
-def new_committed(block: Tensor) -> Committed:
+def new_committed(block: Tensor, *_: object) -> Committed:
     """Memory for the result."""
     masked = block.new_empty(block.shape[0], dtype=torch.int64)
     return Committed(block.new_empty(block.shape), block.new_empty(block.shape, dtype=torch.bool), masked)
@@ -115,11 +115,7 @@ def _commit(
     return out
 
 
-def _commit_fake(block: Tensor, *rest: object) -> Committed:
-    return new_committed(block)
-
-
-_op = define(_commit, _commit_fake)
+_op = define(_commit, new_committed)
 
 
 def commit(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import torch
 import triton
@@ -77,15 +77,9 @@ def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-@overload
-def lined_up(t: Tensor, dim: int | None = None) -> Tensor: ...
-@overload
-def lined_up(t: Tensor | None, dim: int | None = None) -> Tensor | None: ...
-def lined_up(t: Tensor | None, dim: int | None = None) -> Tensor | None:
+def lined_up(t: Tensor, dim: int | None = None) -> Tensor:
     """As kernels read it: the last dimension contiguous, and what a program takes of `dim` (64 tokens, or all P) within
     32-bit offsets of its first: those of a tile are vectors, where 64 bits would take twice the registers."""
-    if t is None:
-        return None
     reach = 0 if dim is None else (64 if dim == 1 else t.shape[dim]) * t.stride(dim) + t.shape[-1]
     return t if t.stride(-1) == 1 and reach < 2**31 else t.contiguous()
 

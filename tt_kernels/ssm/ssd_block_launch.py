@@ -61,7 +61,8 @@ def _ssd_block(
         initial = None if ssm_state is None else Slots.of(contiguous_slots(ssm_state), state_indices)
         return chunked(x, dt, A, B, C, D, dt_bias, initial, dt_limit=(low, high))[0]
     y = x.new_empty(x.shape)
-    x, B, C, state = *(lined_up(t) for t in (x, B, C)), lined_up(ssm_state, 2)
+    x, B, C = (lined_up(t) for t in (x, B, C))
+    state = None if ssm_state is None else lined_up(ssm_state, 2)
     default = ssd_block_launch(b * H, L, P, N, x.element_size(), architecture(x))
     launch = measured("_ssd_block_kernel", default, x, b * H, L, P, N)
     run(

@@ -7,8 +7,9 @@ import triton
 from torch import Tensor
 
 from ..reference.common import compute_dtype
+from ..reference.slots import read_slots
 from ..runtime.launch import Launch, architecture, run, tuned
-from ..runtime.slots import Slots, copied
+from ..runtime.slots import Slots
 from ..runtime.varlen import resets
 from .launch import TileLaunch, arithmetic, dense, lined_up
 from .ssd_chunk_kernels import _chunk_scan_kernel, _chunk_states_kernel, _chunk_steps_kernel
@@ -113,7 +114,7 @@ def chunked(
         added = states.new_empty(b, spans - 1, H, P, N)
         passed = states.new_empty(b, spans - 1, H)
         if initial is not None and final is not None:  # every span reads what the last one writes
-            initial = Slots.of(copied(initial.ptr, initial.indices, b))
+            initial = Slots.of(read_slots(initial.ptr, initial.indices, b, own=True))
         run(
             _chunk_states_kernel,
             (b * (spans - 1) * H, slices),
