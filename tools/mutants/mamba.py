@@ -124,7 +124,7 @@ MUTANTS = (
     Mutant("ssd_block", LANG, "tl.where(i >= j, log,", "tl.where(i > j, log,", "a token does not see itself"),
     Mutant("ssd_block", LANG, "* dt  # masked", "# masked", "step forgotten"),
     Mutant("ssd_block", LANG, "* decay(tl.cumsum(a, axis=0))[:, None]", "", "state does not decay"),
-    Mutant("ssd_block", LANG, "+ x.to(ACC) * D", "+ x.to(ACC)", "D forgotten"),
+    Mutant("ssd_block", LANG, "+ x.to(y.dtype) * D", "+ x.to(y.dtype)", "D forgotten"),
     Mutant(
         "ssd_block",
         SSD_BLOCK_KERNELS,

@@ -219,19 +219,17 @@ def described(tensors: Sequence[Any], block: tuple[int, int] | None, architectur
     return [TensorDescriptor.from_tensor(t, list(block)) if isinstance(t, Tensor) else t for t in tensors]
 
 
-def with_descriptors(
+def one_by_one(
     both: Sequence[Operands | None], architecture: int, rows: tuple[int, int] | None, weights: tuple[int, int] | None
-) -> list[Operands | None]:
-    """Operands whose a and a2, and w and w2, are descriptors of tiles of these shapes where `described` makes them."""
+) -> list[Any]:
+    """What both have, as kernels take it, and None for all of one that is not there: a and a2, w and w2 as descriptors
+    of tiles of these shapes where `described` makes them."""
     given = [o for o in both if o is not None]
     a = iter(described([t for o in given for t in (o.a, o.a2)], rows, architecture))
     w = iter(described([t for o in given for t in (o.w, o.w2)], weights, architecture))
-    return [o and o._replace(a=next(a), a2=next(a), w=next(w), w2=next(w)) for o in both]
-
-
-def one_by_one(both: Sequence[Operands | None]) -> list[Any]:
-    """What both have, as the kernels take it; None for all of one that is not there."""
-    return [part for o in both for part in (o or (None,) * len(Operands._fields))]
+    absent = (None,) * len(Operands._fields)
+    both = [o and o._replace(a=next(a), a2=next(a), w=next(w), w2=next(w)) for o in both]
+    return [part for o in both for part in o or absent]
 
 
 def stacked(weights: Tensor) -> Tensor:
@@ -274,7 +272,7 @@ def rows_up(
     run(
         _experts_up_kernel,
         programs(launch, shared_tiles + most * triton.cdiv(N, launch.BLOCK_N), x),
-        *one_by_one(with_descriptors(both, sizes.architecture, row_block if launch.SORTED else None, block)),
+        *one_by_one(both, sizes.architecture, row_block if launch.SORTED else None, block),
         *(pairs.order, listed, Extents(T, R // T, D, N, M, shared_tiles)),
         GATED=weights.gate is not None,
         ACTIVATION=activation,
@@ -316,9 +314,7 @@ def rows_down(
     run(
         _experts_down_kernel,
         programs(launch, shared_tiles + most * d_tiles, y),
-        *one_by_one(
-            with_descriptors(both, sizes.architecture, (launch.BLOCK_T, launch.BLOCK_K), block if whole else None)
-        ),
+        *one_by_one(both, sizes.architecture, (launch.BLOCK_T, launch.BLOCK_K), block if whole else None),
         *(pairs.order, listed, R, Extents(T, 1, D, N, M, shared_tiles)),
         TWO=two,
         TRANSPOSED=transposed,

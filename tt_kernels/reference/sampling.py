@@ -235,17 +235,18 @@ def unmask(
     masked = block == mask_token_id
     token = block.clone()
     confidence = torch.zeros(block.shape, dtype=compute_dtype(hidden.dtype, weight.dtype), device=block.device)
-    if torch.compiler.is_compiling():  # the number of masked positions is no size in a graph: logits of all
+    in_graph = torch.compiler.is_compiling()
+    if in_graph:  # the number of masked positions is no size there: logits of all
         rows, cols = (torch.arange(n, device=block.device) for n in block.shape)
-        mine = sampling.select(rows.unsqueeze(-1).expand(block.shape))
-        found, sure = head_sample(hidden, weight, mine._replace(position=mine.position + cols), suppress=mask_token_id)
+        rows = rows.unsqueeze(-1).expand(block.shape)
+    else:
+        rows, cols = masked.nonzero(as_tuple=True)
+        hidden = hidden[rows, cols]
+    mine = sampling.select(rows)
+    found, sure = head_sample(hidden, weight, mine._replace(position=mine.position + cols), suppress=mask_token_id)
+    if in_graph:
         token, confidence = torch.where(masked, found.to(token.dtype), token), torch.where(masked, sure, confidence)
     else:
-        rows, cols = masked.nonzero(as_tuple=True)  # only masked positions need logits
-        mine = sampling.select(rows)
-        found, sure = head_sample(
-            hidden[rows, cols], weight, mine._replace(position=mine.position + cols), suppress=mask_token_id
-        )
         token[rows, cols], confidence[rows, cols] = found.to(token.dtype), sure
     result = commit(block, token, confidence, mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
     return Unmasked(result.block, result.committed, confidence, result.masked)
