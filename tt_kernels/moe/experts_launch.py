@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.moe import PlainWeights
 from ..runtime.checks import refuse
-from ..runtime.launch import L, Launch, architecture, multiprocessors, run, tuned
+from ..runtime.launch import L, Launch, architecture, by_tma, multiprocessors, run, tuned
 from .experts_kernels import _experts_combine_kernel, _experts_down_kernel, _experts_schedule_kernel, _experts_up_kernel
 from .lang import ABSENT, Operands
 
@@ -204,12 +204,6 @@ class Extents(NamedTuple):
     N: int
     M: int  # width of the shared expert, 0 without
     shared_tiles: int
-
-
-def by_tma(t: Tensor, architecture: int) -> bool:
-    """Whether TMA can load tiles of this matrix: it needs 16-byte multiples, and Hopper."""
-    aligned = t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 and t.data_ptr() % 16 == 0
-    return architecture >= 90 and aligned and t.numel() > 0
 
 
 def described(tensors: Sequence[Any], block: tuple[int, int] | None, architecture: int) -> list[Any]:

@@ -1,5 +1,7 @@
 """The router: which experts each token goes to, and with what weight."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -90,15 +92,7 @@ def route(
     if not torch.compiler.is_compiling() and x.shape[0] * top_k >= 2**31:
         refuse("route", "x", list(x.shape), "fewer than 2^31 pairs of a token and an expert")
     if not takes_kernel("route", x, weight, bias):
-        return reference.route(
-            x,
-            weight,
-            bias,
-            top_k=top_k,
-            n_group=n_group,
-            topk_group=topk_group,
-            norm_topk_prob=norm_topk_prob,
-            scale=scale,
-        )
+        groups: dict[str, Any] = dict(n_group=n_group, topk_group=topk_group)
+        return reference.route(x, weight, bias, top_k=top_k, **groups, norm_topk_prob=norm_topk_prob, scale=scale)
     options = int(top_k), int(n_group), int(topk_group), norm_topk_prob, float(scale)
     return Routing(*_Route.apply(x, weight, bias, *options))

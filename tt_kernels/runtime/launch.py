@@ -124,6 +124,12 @@ def architecture(x: Tensor) -> int:
     return 10 * properties.major + properties.minor
 
 
+def by_tma(t: Tensor, architecture: int) -> bool:
+    """Whether TMA can load tiles of this matrix: it needs 16-byte multiples, and Hopper."""
+    aligned = t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 and t.data_ptr() % 16 == 0
+    return architecture >= 90 and aligned and t.numel() > 0
+
+
 def multiprocessors(x: Tensor) -> int:
     """Streaming multiprocessors of the device of x: how many programs a persistent kernel takes. 132 on an H200; off a
     GPU 4, so that a persistent program has more than one tile to walk."""

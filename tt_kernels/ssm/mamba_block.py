@@ -26,7 +26,9 @@ def check_inputs(
     counts: Tensor | None = None,
 ) -> None:
     w, s = weights, state
-    needed = dict(
+    check(
+        op,
+        7 if op == "mamba_advance" else 8,
         xBC=(xBC, f"{tokens} C"),
         dt=(dt, f"{tokens} H"),
         conv_weight=(w.conv_weight, "C K"),
@@ -34,11 +36,6 @@ def check_inputs(
         dt_bias=(w.dt_bias, "H"),
         conv=(s.conv, "conv_slots C K"),
         ssm=(s.ssm, "ssm_slots H P N"),
-    )
-    check(
-        op,
-        7 if op == "mamba_advance" else 8,
-        **needed,
         D=(w.D, "H"),
         conv_bias=(w.conv_bias, "C"),
         counts=(counts, "b", int),
