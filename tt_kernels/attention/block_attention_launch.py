@@ -55,16 +55,10 @@ def _block_attention_fwd(
     among the clean tokens."""
     B, N, Hq, P = q.shape
     out = _block_attention_fwd_fake(q, k_clean, v_clean, cu_seqlens, scale)
-    launch = tuned(
-        "_block_attention_fwd_kernel",
-        block_attention_launch(P, q.element_size(), architecture(q), cu_seqlens is not None),
-        architecture(q),
-        N=triton.next_power_of_2(N),
-        S=0 if k is None else block_size,
-        packed=int(cu_seqlens is not None),
-        P=P,
-        itemsize=q.element_size(),
-    )
+    packed, size = cu_seqlens is not None, 0 if k is None else block_size
+    default = block_attention_launch(P, q.element_size(), architecture(q), packed)
+    key = dict(N=triton.next_power_of_2(N), S=size, packed=int(packed), P=P, itemsize=q.element_size())
+    launch = tuned("_block_attention_fwd_kernel", default, architecture(q), **key)
     run(
         _block_attention_fwd_kernel,
         (triton.cdiv(N, launch.BLOCK_M), Hq, B),

@@ -120,13 +120,8 @@ def _causal_conv1d(
     y = x.new_empty(x.shape)
     x, state = x if x.stride(-1) == 1 else x.contiguous(), near(state)
     wide = compute_dtype(x.dtype, weight.dtype) == torch.float64
-    launch = tuned(
-        "_causal_conv1d_kernel",
-        causal_conv1d_launch(B, L, C, x.element_size()),
-        architecture(x),
-        tokens=triton.next_power_of_2(B * L),
-        C=C,
-    )
+    default = causal_conv1d_launch(B, L, C, x.element_size())
+    launch = tuned("_causal_conv1d_kernel", default, architecture(x), tokens=triton.next_power_of_2(B * L), C=C)
     tiles = triton.cdiv(L, launch.BLOCK_L)
     run(
         _causal_conv1d_kernel,

@@ -120,14 +120,8 @@ def route_few(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outp
     """64 tokens, E=128, D=2688: 1.7 MB read, 8.3 MB from the L2 cache, 45 MFLOP of fp64: 0.4, 1.5 and 0.7 us, the last
     two at once. Launch and first reads (2 us), two tickets and K rounds of a maximum (1 us each): 7 us expected."""
     (T, D), E, K = x.shape, len(weight), choice.TOP_K
-    launch = tuned(
-        "_route_few_kernel",
-        route_few_launch(T, E, D, columns=choice.BLOCK_P),
-        architecture(x),
-        T=triton.next_power_of_2(T),
-        E=E,
-        D=D,
-    )
+    default = route_few_launch(T, E, D, columns=choice.BLOCK_P)
+    launch = tuned("_route_few_kernel", default, architecture(x), T=triton.next_power_of_2(T), E=E, D=D)
     tiles = triton.cdiv(T, launch.BLOCK_T)
     partial = x.new_empty(launch.SPLITS, T, E, dtype=torch.float64)
     counts = x.new_empty(tiles, E, dtype=torch.int32)
@@ -159,14 +153,8 @@ def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Out
     """4096 tokens, E=128, D=2688: 23 MB read and 4 MB of scores written and read again, 2.8 GFLOP of fp64: 7 us and, at
     the 67 TFLOP/s of fp64 tensor cores, 42 us. Choice and lists are three launches, some 8 us: 50 to 60 us expected."""
     (T, D), E, K = x.shape, len(weight), choice.TOP_K
-    launch = tuned(
-        "_route_scores_kernel",
-        route_scores_launch(T, E, D, architecture(x)),
-        architecture(x),
-        T=triton.next_power_of_2(T),
-        E=E,
-        D=D,
-    )
+    default = route_scores_launch(T, E, D, architecture(x))
+    launch = tuned("_route_scores_kernel", default, architecture(x), T=triton.next_power_of_2(T), E=E, D=D)
     scores = x.new_empty(T, E, dtype=torch.float64)
     run(
         _route_scores_kernel,
