@@ -27,12 +27,6 @@ def bwd_rows(B: int, L: int, multiprocessors: int) -> int:
     return max(1, min(L, triton.cdiv(B * L, 2 * multiprocessors)))
 
 
-class NormForward(NamedTuple):
-    y: Tensor
-    residual: Tensor  # empty without a branch
-    rstd: Tensor
-
-
 class NormGradients(NamedTuple):
     """Empty where there was no argument; dbranch too where there is no gate: it is dx then."""
 
@@ -49,12 +43,12 @@ def _modulated_rms_norm_fwd(
     weight: Tensor,
     eps: float,
     dtype: torch.dtype,
-    norm_first: bool = False,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    branch: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> NormForward:
+    norm_first: bool,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     out = _modulated_rms_norm_fwd_fake(x, weight, eps, dtype, norm_first, shift, scale, branch, gate)
     D, L = x.shape[-1], x.shape[-2] if x.dim() > 1 else 1
     run(
@@ -101,12 +95,10 @@ def _modulated_rms_norm_bwd(
     return out
 
 
-def _modulated_rms_norm_fwd_fake(
-    x, weight, eps, dtype, norm_first=False, shift=None, scale=None, branch=None, gate=None
-):
+def _modulated_rms_norm_fwd_fake(x, weight, eps, dtype, norm_first, shift, scale, branch, gate):
     y = x.new_empty(x.shape, dtype=dtype)
-    residual = x.new_empty(0) if branch is None else x.new_empty(x.shape)
-    return NormForward(y, residual, x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype, weight.dtype)))
+    residual = x.new_empty(0 if branch is None else x.shape)
+    return y, residual, x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype, weight.dtype))
 
 
 def _modulated_rms_norm_bwd_fake(dy, dresidual, residual, weight, rstd, norm_first, shift, scale, branch, gate):

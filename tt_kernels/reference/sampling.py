@@ -180,7 +180,7 @@ def probabilities(ordered: Tensor, unit: Tensor) -> Tensor:
 def _confidence(logits: Tensor, token: Tensor) -> Tensor:
     """How sure a prediction is: its probability at temperature 1. Another rule for this is a function of the same
     arguments here. Its kernel: `Record` and all that makes, merges, stores or reads one, and `combine`, in
-    `tt_kernels/sampling/lang.py`; the planes in `records.py`; launchers and schemas of the three ops that sample."""
+    `tt_kernels/sampling/lang.py`; the planes in `records.py`; the launchers of the three ops that sample."""
     return (logits.gather(-1, token.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
 
 
