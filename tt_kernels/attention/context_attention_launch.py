@@ -29,19 +29,18 @@ class Splits(NamedTuple):
 
 def context_splits(batch: int, rows: int, heads: int) -> Splits:
     """A row of S tokens goes into n = max(fill, S / (16 min_tokens)) splits, at most max_splits, of
-    max(min_tokens, S / n, rounded up to 64) tokens. The kernel computes n on the device, so that neither what other
-    rows hold nor the room in the cache changes a row's bits.
+    max(min_tokens, S / n, rounded up to 64) tokens. The kernel computes n on the device: neither what other rows hold
+    nor the room in the cache changes a row's bits.
 
-    The published block (2 KV heads of 256 rows, 128 to a program) alone has 32 splits of 2 * 2 programs from 8K tokens
-    on: 128 of equal work for the 132 multiprocessors of an H200, one wave without a tail. One token (16 rows a head)
-    has 64 splits. From L = 257 on at the published heads, as in a prompt's stretches of 2048, there is one split and no
-    workspace.
+    max_splits makes 128 programs of equal work for the 132 multiprocessors of an H200, one wave without a tail: 32 for
+    the published block alone (2 KV heads of 256 rows, 128 to a program) from 8K tokens on, 64 for one token (16 rows a
+    head), and from L = 257 on, as in a prompt's stretches of 2048, one, without a workspace.
 
     A split writes fp32 results and reads them back, 2 rows / tokens of the bytes of its K and V in 16 bits: twice as
-    many at min_tokens, an eighth at 16 min_tokens. One row may take that, 8.5 MB at P = 128, which stay in L2; for each
-    of 64 rows of 8K, 32 splits would be 1.6 GB beside 537 MB of K and V. So B rows share the splits that fill the GPU,
-    and their 8.5 MB. A row is split further where that costs an eighth (2 splits each of those 64), so that a long row
-    does not run alone. From 16 min_tokens * max_splits tokens on (128K) the batch does not matter.
+    many at min_tokens, an eighth at 16 min_tokens. One row may take that, 8.5 MB at P = 128, which stay in L2; 32
+    splits of each of 64 rows of 8K would be 1.6 GB beside 537 MB of K and V. So B rows share the splits that fill the
+    GPU, and their 8.5 MB, and a row is split further where that costs an eighth (2 splits each of those 64), so that a
+    long row does not run alone. From 16 min_tokens * max_splits tokens on (128K) the batch does not matter.
     """
     programs = triton.cdiv(rows, 128) * heads
     max_splits = min(64, max(1, 128 // programs))

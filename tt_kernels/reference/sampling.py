@@ -154,7 +154,8 @@ def bounds(scaled: Tensor, unit: Tensor, top_k: Tensor | None, top_p: Tensor | N
         least = torch.where(limited, kth, least)
     if top_p is not None:
         ordered = ordered.masked_fill(ordered < least.unsqueeze(-1), -math.inf)
-        before = F.pad(probabilities(ordered, unit).cumsum(-1), (1, -1))  # the probability of all better tokens
+        shares = (ordered - ordered[..., :1]).div_(unit.unsqueeze(-1)).softmax(-1)  # without the unit differences fit
+        before = F.pad(shares.cumsum(-1), (1, -1))  # the probability of all better tokens
         late = before > top_p.clamp(min=0).to(before).unsqueeze(-1)
         end = V - 1 - late.sum(-1, keepdim=True)
         lowest, end = ordered.gather(-1, end).squeeze(-1), index.gather(-1, end).squeeze(-1)
@@ -170,11 +171,6 @@ def _narrow(scaled: Tensor, unit: Tensor, sampling: Sampling) -> Tensor:
     least, last = (t.unsqueeze(-1) for t in bounds(scaled, unit, sampling.top_k, sampling.top_p))
     ids = torch.arange(scaled.shape[-1], device=scaled.device)
     return scaled.masked_fill((scaled < least) | ((scaled == least) & (ids > last)), -math.inf)
-
-
-def probabilities(ordered: Tensor, unit: Tensor) -> Tensor:
-    """Softmax of descending scaled logits, out of their unit again, where only their differences are to fit."""
-    return (ordered - ordered[..., :1]).div_(unit.unsqueeze(-1)).softmax(-1)
 
 
 def _confidence(logits: Tensor, token: Tensor) -> Tensor:

@@ -42,10 +42,6 @@ class Launch:
         """All of them, as a launch takes them."""
         return dict(vars(self))
 
-    @property
-    def tiles(self) -> dict[str, int]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("num_")}
-
     def __getattr__(self, name: str) -> int:  # for type checkers: tiles of launches that have no class of their own
         raise AttributeError(name)
 

@@ -34,11 +34,14 @@ def use(implementation: str) -> Iterator[None]:
     """
     if implementation != "reference":
         refuse("use", "implementation", implementation, "'reference'")
+    global _open_blocks, _in_graph
     if torch.compiler.is_compiling():
-        with _used_in_graph(implementation):
+        outer, _in_graph = _in_graph, implementation
+        try:
             yield
+        finally:
+            _in_graph = outer
         return
-    global _open_blocks
     before = _implementation.set(implementation)
     with _counting:
         _open_blocks += 1
@@ -48,16 +51,6 @@ def use(implementation: str) -> Iterator[None]:
         with _counting:
             _open_blocks -= 1
         _implementation.reset(before)
-
-
-@contextmanager
-def _used_in_graph(implementation: str) -> Iterator[None]:
-    global _in_graph
-    before, _in_graph = _in_graph, implementation
-    try:
-        yield
-    finally:
-        _in_graph = before
 
 
 def _constant(ask: Callable[..., Any]) -> Callable[..., Any]:
