@@ -55,10 +55,12 @@ def _block_attention_fwd(
     among the clean tokens."""
     B, N, Hq, P = q.shape
     out = _block_attention_fwd_fake(q, k_clean, v_clean, cu_seqlens, scale)
-    packed, size = cu_seqlens is not None, 0 if k is None else block_size
-    default = block_attention_launch(P, q.element_size(), architecture(q), packed)
-    key = dict(N=triton.next_power_of_2(N), S=size, packed=int(packed), P=P, itemsize=q.element_size())
-    launch = tuned("_block_attention_fwd_kernel", default, architecture(q), **key)
+    packed, itemsize, arch = cu_seqlens is not None, q.element_size(), architecture(q)
+    default = block_attention_launch(P, itemsize, arch, packed)
+    near, S = triton.next_power_of_2(N), 0 if k is None else block_size
+    launch = tuned(
+        "_block_attention_fwd_kernel", default, arch, N=near, S=S, packed=int(packed), P=P, itemsize=itemsize
+    )
     run(
         _block_attention_fwd_kernel,
         (triton.cdiv(N, launch.BLOCK_M), Hq, B),

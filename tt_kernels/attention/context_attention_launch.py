@@ -119,9 +119,12 @@ def _context_attention_fwd(
     Hkv, page_size = k.shape[2], k_pages.shape[1]
     R, room = Hq // Hkv, page_table.shape[1] * page_size if len(k_pages) else 0
     o = q.new_empty(q.shape)
-    default = context_attention_launch(B, L * R, room, P, q.element_size(), architecture(q))
-    near = dict(batch=triton.next_power_of_2(B), rows=L * R, room=triton.next_power_of_2(room))
-    launch = tuned("_context_attention_fwd_kernel", default, architecture(q), **near, P=P, itemsize=q.element_size())
+    itemsize, arch = q.element_size(), architecture(q)
+    default = context_attention_launch(B, L * R, room, P, itemsize, arch)
+    batch, near = triton.next_power_of_2(B), triton.next_power_of_2(room)
+    launch = tuned(
+        "_context_attention_fwd_kernel", default, arch, batch=batch, rows=L * R, room=near, P=P, itemsize=itemsize
+    )
     limits = context_splits(B, max(L, 1) * R, Hkv)
     splits = limits.of(room)
     k_desc, v_desc = _tiles(k_pages, launch), _tiles(v_pages, launch)

@@ -80,9 +80,9 @@ def chunked(
     chunk_size = chunk_size or max(L, 1)  # no chunks: the whole row is one
     x, B, C = (lined_up(t, 1) for t in (x, B, C))
     A, D, dt_bias = A.contiguous(), D.contiguous(), dt_bias.contiguous()
-    default = ssd_chunk_launch(min(chunk_size, L), P, N, x.element_size(), architecture(x))
-    key = dict(L=triton.next_power_of_2(L), chunk_size=asked, P=P, N=N, itemsize=x.element_size())
-    launch = tuned("_chunk_scan_kernel", default, architecture(x), **key)
+    itemsize, arch, near = x.element_size(), architecture(x), triton.next_power_of_2(L)
+    default = ssd_chunk_launch(min(chunk_size, L), P, N, itemsize, arch)
+    launch = tuned("_chunk_scan_kernel", default, arch, L=near, chunk_size=asked, P=P, N=N, itemsize=itemsize)
     slices = triton.cdiv(P, launch.BLOCK_P)
     chunk_tiles = max(1, triton.cdiv(min(chunk_size, L), launch.BLOCK_T))
     tiles = max(1, triton.cdiv(L, chunk_size)) * chunk_tiles
