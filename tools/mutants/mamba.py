@@ -44,7 +44,7 @@ MUTANTS = {
         ("a token does not see itself", "tl.where(i >= j, log,", "tl.where(i > j, log,"),
         ("step forgotten", "* dt  # masked", "# masked"),
         ("state does not decay", "* decay(tl.cumsum(a, axis=0))[:, None]", ""),
-        ("D forgotten", "+ x.to(ACC) * D", "+ x.to(ACC)"),
+        ("D forgotten", "+ x.to(y.dtype) * D", "+ x.to(y.dtype)"),
     ],
     ("ssd_block", "ssm/ssd_block_kernels.py"): [
         ("group 0's C", "C_ptr + b * stride_Cb + group * stride_Cg", "C_ptr + b * stride_Cb")

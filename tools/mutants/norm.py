@@ -5,14 +5,16 @@ MUTANTS = {
         ("eps forgotten", "tl.sum(r * r, axis=0) / D + EPS", "tl.sum(r * r, axis=0) / D"),
         ("mean over lanes", "tl.sum(r * r, axis=0) / D + EPS", "tl.sum(r * r, axis=0) / BLOCK_D + EPS"),
         ("weight forgotten", "    y = r * rstd * weight", "    y = r * rstd"),
-        ("padding counted", "rows.stride + cols, mask=mask, other=0.0", "rows.stride + cols, mask=mask, other=1.0"),
         ("the mean's gradient forgotten", "dn - n * (tl.sum(dn * n, axis=0) / D)", "dn"),
         ("weight's gradient of the last row only", "        dweight += g * n\n", "        dweight = g * n\n"),
         (
             "an fp64 weight forgotten in the dtype of sums",
-            "    acc = rstd_ptr.dtype.element_ty\n    r = _load(x,",
-            "    acc = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32\n    r = _load(x,",
+            "    acc = rstd_ptr.dtype.element_ty\n    r = load_row(x,",
+            "    acc = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32\n    r = load_row(x,",
         ),
+    ],
+    ("rms_norm and not modulated", "runtime/lang.py"): [
+        ("padding counted", "rows.stride + cols, mask=mask, other=0.0", "rows.stride + cols, mask=mask, other=1.0"),
     ],
     ("rms_norm and not modulated", "norm/modulated_rms_norm_launch.py"): [
         ("last row missed", "(x.shape[:-1].numel() if D else 0,),", "(x.shape[:-1].numel() - 1 if D else 0,),")
@@ -23,17 +25,17 @@ MUTANTS = {
             "    acc = rstd_ptr.dtype.element_ty\n    weight = ",
             "    acc = tl.float64 if residual.ptr.dtype.element_ty == tl.float64 else tl.float32\n    weight = ",
         ),
-        ("gate added", "step *= _load(gate,", "step += _load(gate,"),
+        ("gate added", "step *= load_row(gate,", "step += load_row(gate,"),
         ("residual left out of the norm", "r = rounded.to(acc)  # the norm reads", "r = step  # the norm reads"),
         (
             "1 + forgotten",
-            "factor = 1 + _load(scale, b, cols, mask, acc)\n        if",
-            "factor = _load(scale, b, cols, mask, acc)\n        if",
+            "factor = 1 + load_row(scale, b, cols, mask, acc)\n        if",
+            "factor = load_row(scale, b, cols, mask, acc)\n        if",
         ),
         ("the first sequence's shift for all", "    b = row // L\n", "    b = row * 0\n"),
         ("orders swapped", "        if not NORM_FIRST:\n            r = ", "        if NORM_FIRST:\n            r = "),
         ("gradient of the residual lost", "        if dresidual is not None:\n", "        if False:\n"),
-        ("gate's gradient from y alone", "            dgate += dm * _load", "            dgate += g * _load"),
+        ("gate's gradient from y alone", "            dgate += dm * load_row", "            dgate += g * load_row"),
         ("scale forgotten on the way back", "                g = g * factor\n", ""),
         ("last row of a chunk missed", "min((chunk + 1) * rows, L)", "min((chunk + 1) * rows - 1, L)"),
     ],
@@ -43,8 +45,8 @@ MUTANTS = {
     ("gated_group_norm", "norm/gated_group_norm.py"): [
         (
             "an fp64 weight forgotten in the dtype of sums",
-            "    acc = rstd_ptr.dtype.element_ty\n    v = _load(x,",
-            "    acc = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32\n    v = _load(x,",
+            "    acc = rstd_ptr.dtype.element_ty\n    v = load_row(x,",
+            "    acc = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32\n    v = load_row(x,",
         ),
         ("sigmoid for SiLU", "u = v * (g * sigmoid(g))", "u = v * sigmoid(g)"),
         ("mean over lanes", "tl.sum(u * u, axis=1) / N + EPS", "tl.sum(u * u, axis=1) / BLOCK_N + EPS"),

@@ -3,7 +3,7 @@ bounds, and not in bf16."""
 
 MUTANTS = {
     ("ssd_chunk", "ssm/ssd_chunk_launch.py", "test_states.py"): [
-        ("raced", "initial = Slots.of(copied(initial.ptr, initial.indices, b))", "pass")
+        ("raced", "initial = Slots.of(read_slots(initial.ptr, initial.indices, b, own=True))", "pass")
     ],
     (
         "route",

@@ -112,9 +112,4 @@ def block_diffusion_attention(
     return block_attention_fwd(q, k_clean, v_clean, cu_seqlens, scale, block_size, k, v)[0]
 
 
-block_attention_fwd = define(
-    "block_attention_fwd(Tensor q, Tensor k_clean, Tensor v_clean, Tensor? cu_seqlens, float scale, "
-    "SymInt block_size=1, Tensor? k=None, Tensor? v=None) -> (Tensor, Tensor)",
-    _block_attention_fwd,
-    _block_attention_fwd_fake,
-)
+block_attention_fwd = define(_block_attention_fwd, _block_attention_fwd_fake)

@@ -1,7 +1,5 @@
 """Backward of the router: the gradient of the logits, then two products."""
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,18 +8,8 @@ from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, run
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogitsLaunch(Launch):
-    BLOCK_T: int = 8
-    num_warps: int = 4
-    num_stages: int = 1
-
-
 def _route_bwd_fake(dweights, x, weight, ids, chosen, norm, scale, for_x, for_weight):
     return x.new_empty(x.shape if for_x else 0), weight.new_empty(weight.shape if for_weight else 0)
-
-
-# ---- kernels ----
 
 
 @triton.jit
@@ -57,9 +45,6 @@ def _route_bwd_kernel(
     tl.store(dlogits_ptr + rows[:, None] * E + ids, dlogits, mask=mask)
 
 
-# ---- launches ----
-
-
 def _route_bwd(
     dweights: Tensor, x: Tensor, weight: Tensor, ids: Tensor, chosen: Tensor, norm: bool, scale: float,
     for_x: bool, for_weight: bool,
@@ -71,7 +56,7 @@ def _route_bwd(
     acc = compute_dtype(x.dtype, weight.dtype)
     dlogits = x.new_empty(T, E, dtype=acc)
     block_k, block_e = triton.next_power_of_2(K), triton.next_power_of_2(E)
-    launch = LogitsLaunch()
+    launch = Launch(BLOCK_T=8)
     run(
         _route_bwd_kernel,
         (triton.cdiv(T, launch.BLOCK_T),),

@@ -39,28 +39,6 @@ class ScoresLaunch(Launch):
     num_stages: int = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChooseLaunch(Launch):
-    BLOCK_T: int
-    num_warps: int = 8
-    num_stages: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScanLaunch(Launch):
-    BLOCK_TILES: int
-    BLOCK_E: int = 16
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScatterLaunch(Launch):
-    BLOCK_PAIRS: int = 512
-    num_warps: int = 4
-    num_stages: int = 1
-
-
 class Outputs(NamedTuple):
     """What the registered op returns: a Routing and the chosen experts' scores, for the backward."""
 
@@ -142,14 +120,8 @@ def route_few(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outp
     """64 tokens, E=128, D=2688: 1.7 MB read, 8.3 MB from the L2 cache, 45 MFLOP of fp64: 0.4, 1.5 and 0.7 us, the last
     two at once. Launch and first reads (2 us), two tickets and K rounds of a maximum (1 us each): 7 us expected."""
     (T, D), E, K = x.shape, len(weight), choice.TOP_K
-    launch = tuned(
-        "_route_few_kernel",
-        route_few_launch(T, E, D, columns=choice.BLOCK_P),
-        architecture(x),
-        T=triton.next_power_of_2(T),
-        E=E,
-        D=D,
-    )
+    default = route_few_launch(T, E, D, columns=choice.BLOCK_P)
+    launch = tuned("_route_few_kernel", default, architecture(x), T=triton.next_power_of_2(T), E=E, D=D)
     tiles = triton.cdiv(T, launch.BLOCK_T)
     partial = x.new_empty(launch.SPLITS, T, E, dtype=torch.float64)
     counts = x.new_empty(tiles, E, dtype=torch.int32)
@@ -177,23 +149,12 @@ def route_scores_launch(T: int, E: int, D: int, architecture: int) -> ScoresLaun
     return ScoresLaunch(BLOCK_T=32, BLOCK_E=32)
 
 
-def route_choose_launch(columns: int) -> ChooseLaunch:
-    """A tile as in the launch of few tokens."""
-    return ChooseLaunch(BLOCK_T=tile_rows(16, columns))
-
-
 def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outputs) -> None:
     """4096 tokens, E=128, D=2688: 23 MB read and 4 MB of scores written and read again, 2.8 GFLOP of fp64: 7 us and, at
     the 67 TFLOP/s of fp64 tensor cores, 42 us. Choice and lists are three launches, some 8 us: 50 to 60 us expected."""
     (T, D), E, K = x.shape, len(weight), choice.TOP_K
-    launch = tuned(
-        "_route_scores_kernel",
-        route_scores_launch(T, E, D, architecture(x)),
-        architecture(x),
-        T=triton.next_power_of_2(T),
-        E=E,
-        D=D,
-    )
+    default = route_scores_launch(T, E, D, architecture(x))
+    launch = tuned("_route_scores_kernel", default, architecture(x), T=triton.next_power_of_2(T), E=E, D=D)
     scores = x.new_empty(T, E, dtype=torch.float64)
     run(
         _route_scores_kernel,
@@ -201,7 +162,7 @@ def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Out
         *(x, weight, scores, x.stride(0), weight.stride(0), T, E, D),
         launch=launch,
     )
-    choose = route_choose_launch(choice.BLOCK_P)
+    choose = Launch(BLOCK_T=tile_rows(16, choice.BLOCK_P), num_warps=8)  # a tile as in the launch of few tokens
     tiles = triton.cdiv(T, choose.BLOCK_T)
     counts = x.new_empty(tiles, E, dtype=torch.int32)
     total = x.new_empty(E, dtype=torch.int32)
@@ -218,12 +179,12 @@ def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Out
         _route_scan_kernel,
         (triton.cdiv(E, 16),),
         *(counts, total, tiles, E),
-        launch=ScanLaunch(BLOCK_TILES=min(triton.next_power_of_2(tiles), 256)),
+        launch=Launch(BLOCK_TILES=min(triton.next_power_of_2(tiles), 256), BLOCK_E=16),
     )
     run(
         _route_scatter_kernel,
         (triton.cdiv(T * K, 512),),
         *(out, rank, counts, total, T * K, choose.BLOCK_T * K, E),
         BLOCK_E=triton.next_power_of_2(E),
-        launch=ScatterLaunch(),
+        launch=Launch(BLOCK_PAIRS=512),
     )

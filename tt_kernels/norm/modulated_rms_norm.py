@@ -14,20 +14,9 @@ from .modulated_rms_norm_launch import (
     _modulated_rms_norm_fwd_fake,
 )
 
-_fwd = define(
-    "modulated_rms_norm_fwd(Tensor x, Tensor weight, float eps, ScalarType dtype, bool norm_first=False, "
-    "Tensor? shift=None, Tensor? scale=None, Tensor? branch=None, Tensor? gate=None) -> (Tensor, Tensor, Tensor)",
-    _modulated_rms_norm_fwd,
-    _modulated_rms_norm_fwd_fake,
-)
+_fwd = define(_modulated_rms_norm_fwd, _modulated_rms_norm_fwd_fake)
 
-_bwd = define(
-    "modulated_rms_norm_bwd(Tensor dy, Tensor? dresidual, Tensor residual, Tensor weight, Tensor rstd, "
-    "bool norm_first, Tensor? shift, Tensor? scale, Tensor? branch, Tensor? gate) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _modulated_rms_norm_bwd,
-    _modulated_rms_norm_bwd_fake,
-)
+_bwd = define(_modulated_rms_norm_bwd, _modulated_rms_norm_bwd_fake)
 
 
 class ModulatedRMSNorm(torch.autograd.Function):

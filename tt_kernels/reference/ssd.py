@@ -266,23 +266,8 @@ def _chunked(
 # loop would grow with it.
 
 
-def _node(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    state: Tensor | None,
-    counts: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, last, before = _chunked(x, dt, A, B, C, D, dt_bias, state, counts, cu_seqlens, chunk_size, low, high)
-    return y.contiguous(), last.contiguous(), before.contiguous()
+def _node(*inputs):
+    return tuple(t.contiguous() for t in _chunked(*inputs))
 
 
 def _node_fake(x, dt, A, B, C, D, dt_bias, state, counts, cu_seqlens, chunk_size, low, high):
@@ -301,15 +286,15 @@ def _node_backward(
     low: float,
     high: float,
 ) -> list[Tensor]:
-    def again(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, dt, A, B, C, D, dt_bias, *state = tensors
-        seed = state[0] if state else None
-        return _chunked(x, dt, A, B, C, D, dt_bias, seed, counts, cu_seqlens, chunk_size, low, high)
+    def again(*tensors):
+        state = () if len(tensors) == 8 else (None,)
+        return _chunked(*tensors, *state, counts, cu_seqlens, chunk_size, low, high)
 
     return [t.contiguous() for t in torch.func.vjp(again, *tensors)[1](tuple(gradients))]
 
 
-_chunked_in_graph = torch.library.custom_op("tt_reference::ssd_chunk", _node, mutates_args=())
+_signature = torch.library.infer_schema(_chunked, mutates_args=())
+_chunked_in_graph = torch.library.custom_op("tt_reference::ssd_chunk", _node, mutates_args=(), schema=_signature)
 _chunked_in_graph.register_fake(_node_fake)
 _chunked_backward = torch.library.custom_op("tt_reference::ssd_chunk_backward", _node_backward, mutates_args=())
 _chunked_backward.register_fake(lambda gradients, tensors, *_: [t.new_empty(t.shape) for t in tensors])

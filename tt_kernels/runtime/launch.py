@@ -28,23 +28,19 @@ TUNED = Path(__file__).parents[1] / "tuned"
 class Launch:
     """Compile-time parameters of a kernel: tile sizes in capitals, warps, pipeline stages. Equal by value.
 
-    Each kernel's are a frozen dataclass of their own that derives from this one.
+    Those that are measured (`tuned`) are a frozen dataclass of their own that derives from this one.
     """
 
     num_warps: int
     num_stages: int
 
-    def __init__(self, *, num_warps: int = 4, num_stages: int = 3, **tiles: int):
+    def __init__(self, *, num_warps: int = 4, num_stages: int = 1, **tiles: int):
         self.__dict__.update(tiles, num_warps=num_warps, num_stages=num_stages)
 
     @property
     def options(self) -> dict[str, int]:
         """All of them, as a launch takes them."""
         return dict(vars(self))
-
-    @property
-    def tiles(self) -> dict[str, int]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("num_")}
 
     def __getattr__(self, name: str) -> int:  # for type checkers: tiles of launches that have no class of their own
         raise AttributeError(name)
@@ -122,6 +118,12 @@ def architecture(x: Tensor) -> int:
         return 90
     properties = _properties(x.device.index)
     return 10 * properties.major + properties.minor
+
+
+def by_tma(t: Tensor, architecture: int) -> bool:
+    """Whether TMA can load tiles of this matrix: it needs 16-byte multiples, and Hopper."""
+    aligned = t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 and t.data_ptr() % 16 == 0
+    return architecture >= 90 and aligned and t.numel() > 0
 
 
 def multiprocessors(x: Tensor) -> int:

@@ -1,6 +1,6 @@
 """Operands of kernels: a tensor with its strides as one argument."""
 
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,10 +12,6 @@ class Rows(NamedTuple):
     stride: int
 
 
-@overload
-def rows_of(t: Tensor) -> Rows: ...
-@overload
-def rows_of(t: Tensor | None) -> Rows | None: ...
 def rows_of(t: Tensor | None) -> Rows | None:
     """[*, D] as an operand: a view where that is possible. None stays None."""
     if t is None:

@@ -26,7 +26,9 @@ def check_inputs(
     counts: Tensor | None = None,
 ) -> None:
     w, s = weights, state
-    needed = dict(
+    check(
+        op,
+        7 if op == "mamba_advance" else 8,
         xBC=(xBC, f"{tokens} C"),
         dt=(dt, f"{tokens} H"),
         conv_weight=(w.conv_weight, "C K"),
@@ -34,11 +36,6 @@ def check_inputs(
         dt_bias=(w.dt_bias, "H"),
         conv=(s.conv, "conv_slots C K"),
         ssm=(s.ssm, "ssm_slots H P N"),
-    )
-    check(
-        op,
-        7 if op == "mamba_advance" else 8,
-        **needed,
         D=(w.D, "H"),
         conv_bias=(w.conv_bias, "C"),
         counts=(counts, "b", int),
@@ -145,16 +142,7 @@ def mamba_advance(
 
 
 _block = define(
-    "mamba_block(Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor D, Tensor dt_bias, "
-    "Tensor conv, Tensor ssm, Tensor? conv_indices, Tensor? ssm_indices, float low, float high) -> Tensor",
-    _mamba_block,
-    lambda xBC, dt, weight, bias, A, D, dt_bias, conv, ssm, *_: xBC.new_empty((*dt.shape, ssm.shape[2])),
+    _mamba_block, lambda xBC, dt, weight, bias, A, D, dt_bias, conv, ssm, *_: xBC.new_empty((*dt.shape, ssm.shape[2]))
 )
 
-_advance = define(
-    "mamba_advance(Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor dt_bias, "
-    "Tensor(a!) conv, Tensor(b!) ssm, Tensor? conv_indices, Tensor? ssm_indices, Tensor? conv_out_indices, "
-    "Tensor? ssm_out_indices, Tensor? counts, float low, float high) -> ()",
-    _mamba_advance,
-    lambda *_: None,
-)
+_advance = define(_mamba_advance, lambda *_: None, writes=("conv", "ssm"))

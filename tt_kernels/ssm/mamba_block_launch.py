@@ -5,13 +5,12 @@ from torch import Tensor
 
 from ..conv1d.causal_conv1d import _causal_conv1d
 from ..conv1d.conv_states import _conv_advance, conv_slots
+from ..reference.mamba import split_columns
 from ..runtime.launch import run
 from ..runtime.slots import Slots
 from .launch import TileLaunch, arithmetic, dense, lined_up, measured, ssm_slots
 from .mamba_block_kernels import _mamba_advance_kernel, _mamba_block_kernel
 from .ssd_block_launch import _ssd_advance, _ssd_block
-
-# ---- launches ----
 
 
 def in_one_launch(rows: int, L: int) -> bool:
@@ -51,10 +50,7 @@ def groups(xBC: Tensor, ssm: Tensor) -> int:
 def _convolved(
     xBC: Tensor, weight: Tensor, bias: Tensor | None, conv: Tensor, conv_indices: Tensor | None, ssm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (b, L), (H, P, N), G = xBC.shape[:2], ssm.shape[1:], groups(xBC, ssm)
-    columns = _causal_conv1d(xBC, weight, bias, conv, conv_indices)
-    x, B, C = columns.split_with_sizes([H * P, G * N, G * N], -1)
-    return x.view(b, L, H, P), B.view(b, L, G, N), C.view(b, L, G, N)
+    return split_columns(_causal_conv1d(xBC, weight, bias, conv, conv_indices), ssm)
 
 
 def _mamba_block(

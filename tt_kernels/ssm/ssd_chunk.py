@@ -9,8 +9,7 @@ from .. import reference
 from ..reference.ssd import SSDChunk
 from ..runtime.checks import check, is_whole, refuse
 from ..runtime.registry import define, takes_kernel, wants_gradients
-from ..runtime.slots import check_room
-from .ssd_block import check_groups, check_limit
+from .ssd_block import check_scan
 from .ssd_chunk_launch import _ssd_chunk, _ssd_chunk_fake
 
 
@@ -97,9 +96,7 @@ def ssd_chunk(
         out_indices=(out_indices, "b", int),
         cu_seqlens=(cu_seqlens, "sequences+1", int),
     )
-    check_room("ssd_chunk", "ssm_state", ssm_state, x.shape[0], state_indices)
-    check_groups("ssd_chunk", x, B)
-    check_limit("ssd_chunk", dt_limit)
+    check_scan("ssd_chunk", x, B, ssm_state, state_indices, dt_limit)
     if chunk_size is not None and (not is_whole(chunk_size) or chunk_size < 1):
         refuse("ssd_chunk", "chunk_size", chunk_size, "1 or more, or None")
     if ssm_state is not None and cu_seqlens is not None:
@@ -114,10 +111,4 @@ def ssd_chunk(
     return SSDChunk(y, final if ssm_state is None else None, states)
 
 
-_chunk = define(
-    "ssd_chunk(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor(a!)? ssm_state, "
-    "Tensor? counts, Tensor? state_indices, Tensor? out_indices, Tensor? cu_seqlens, SymInt? chunk_size, float low, "
-    "float high) -> (Tensor, Tensor, Tensor)",
-    _ssd_chunk,
-    _ssd_chunk_fake,
-)
+_chunk = define(_ssd_chunk, _ssd_chunk_fake, writes=("ssm_state",))
