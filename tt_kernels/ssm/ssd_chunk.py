@@ -77,8 +77,8 @@ def ssd_chunk(
     Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), section 6; `mamba_chunk_scan_combined` of mamba_ssm.
 
     Example:
-        >>> y, final_state, chunk_states = ssd_chunk(x, dt, A, B, C, D, dt_bias, chunk_size=64)
-        >>> ssd_chunk(x, dt, A, B, C, D, dt_bias, pool, state_indices=slots, chunk_size=None).y
+        >>> x, (B, C), (A, D, dt_bias) = torch.randn(1, 200, 4, 8), torch.randn(2, 1, 200, 1, 16), -torch.rand(3, 4)
+        >>> y, final_state, chunk_states = ssd_chunk(x, torch.rand(1, 200, 4), A, B, C, D, dt_bias, chunk_size=64)
     """
     check(
         "ssd_chunk",
