@@ -116,8 +116,7 @@ def append_attention(
     cache: `context_attention(..., causal=True)`, and then the first counts[b] tokens of row b are in its pages.
 
     Writes k_pages and v_pages in place, at positions cache_lengths[b], cache_lengths[b] + 1, ... `cache_lengths` itself
-    is not written: the caller advances it once every layer has appended. Until then the cache holds what it held for
-    whoever reads it.
+    is not written: the caller advances it once every layer has appended. Until then the cache holds what it held.
 
     Args:
         q:                [B, L, Hq, P] float, any strides.

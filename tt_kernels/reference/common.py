@@ -74,7 +74,7 @@ def check_starts(op: str, cu_seqlens: Tensor | None, tokens: int) -> list[int] |
 
 
 def sequence_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """[tokens + 1] int8: 1 where a packed sequence begins. What lies behind the last entry is one of its own; entries
+    """[tokens + 1] int8: 1 where a packed sequence begins. Tokens behind the last entry are one more; entries
     outside 0 to `tokens` mean nothing."""
     starts = torch.zeros(tokens + 1, dtype=torch.int8, device=cu_seqlens.device)
     return starts.index_fill_(0, cu_seqlens.long().clamp(0, tokens), 1)
