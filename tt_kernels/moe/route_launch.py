@@ -94,8 +94,8 @@ def tile_rows(T: int, columns: int) -> int:
 
 
 def is_few(T: int, K: int, columns: int) -> bool:
-    """One program can sort 3072 pairs, and up to 512 tokens its sorting is cheaper than two more launches. It keeps where the pairs of each tile and expert begin in
-    shared memory, 128 KiB of them at most."""
+    """One program can sort 3072 pairs, and up to 512 tokens its sorting is cheaper than two more launches. It keeps
+    where the pairs of each tile and expert begin in shared memory, 128 KiB of them at most."""
     tiles = triton.cdiv(T, tile_rows(T, columns))
     fits = 4 * triton.next_power_of_2(tiles) * columns <= 128 * 1024
     return T <= 512 and T * K <= 3072 and tiles < SLOT and fits

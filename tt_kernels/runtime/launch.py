@@ -147,7 +147,7 @@ def _table(architecture: int) -> dict[str, dict[str, dict[str, int]]]:
 
 
 class _Override(NamedTuple):
-    """Set by `overriding` for its thread or task: a launch in place of tables and heuristics, and the keys asked for."""
+    """Set by `overriding` for its thread or task: a launch in place of all others, and the keys asked for."""
 
     kernel: str
     launch: Launch | None

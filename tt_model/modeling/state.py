@@ -12,7 +12,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -345,10 +344,10 @@ class Cache:
             rows: [R] indices of rows.
         """
         listed = range(self.batch) if rows is None else rows.tolist() if isinstance(rows, Tensor) else list(rows)
-        if not all(isinstance(row, Integral) and not isinstance(row, bool) and 0 <= row < self.batch for row in listed):
-            raise ValueError(f"fork: rows is {listed}, expected whole numbers from 0 to {self.batch - 1}")
+        if not all(isinstance(row, int) and not isinstance(row, bool) and 0 <= row < self.batch for row in listed):
+            raise ValueError(f"fork: rows is {listed}, expected 0 to {self.batch - 1}")
         device = self.lengths.device
-        kept = [Row(list(r.pages), r.slot, r.length) for r in (self._rows[int(row)] for row in listed)]
+        kept = [Row(list(r.pages), r.slot, r.length) for r in (self._rows[row] for row in listed)]
         for row in kept:
             self.pool.slots.hold(row.slot)
             for page in row.pages:
