@@ -2,7 +2,7 @@
 
 import pytest
 
-from . import generate
+from bench import generate
 
 
 def test_card() -> None:

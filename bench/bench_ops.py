@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tt_kernels.launch import ON_CPU
+from tt_kernels.runtime.launch import ON_CPU
 
-from . import clock, measure, ops
-from .conftest import GPU_ONLY, HEADING, ROWS, chosen
+from . import clock, measure, ops, report
+from .conftest import LINES, chosen
 from .oracle import DTYPES
 from .peers import peers_of
 
@@ -26,10 +25,10 @@ def also(wanted: Sequence[str]) -> list[ops.Case]:
     """Forward cases that no card lists: "OP:b=4,L=32" is the op's first one with other sizes."""
     found = []
     for text in wanted:
-        name, _, sizes = text.partition(":")
+        name, _, dims = text.partition(":")
         first = next((case for case in CASES if case.name == name), None)
         try:
-            given = {k: int(v) for k, _, v in (part.partition("=") for part in sizes.split(","))}
+            given = measure.sizes(dims)
         except ValueError:
             given = {"": 0}
         if first is None or not given.keys() <= first.dims.keys():
@@ -44,51 +43,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", list(cases.values()), ids=list(cases))
 
 
-class Playback:
-    """pytest-benchmark's timer: its statistics, comparisons and JSON are of samples that a clock of ours took."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def play(self, samples: Iterator[float]) -> None:
-        self.now += next(samples)
-
-
-PLAYBACK = Playback()
-
-
 @pytest.fixture(scope="session")
-def bench(request: pytest.FixtureRequest) -> dict[str, Any]:
+def bench() -> dict[str, Any]:
     """What rows share: the clock, judgements, the roofs of this run, where it runs."""
     found = clock.DeviceClock() if DEVICE == "cuda" else clock.HostClock()
-    shared: dict[str, Any] = {"clock": found, "checked": ops.Checked(found), "where": clock.where(found)}
-    shared["roofs"] = clock.roofs(found) if DEVICE == "cuda" else None
-    request.config.stash[HEADING].update(where=clock.in_a_line(shared["where"]), roofs=shared["roofs"])
-    if DEVICE == "cpu":
-        request.config.stash[HEADING]["skipped"] = (
-            f"parity at the published shapes, device times, {', '.join(GPU_ONLY)}"
-        )
-    return shared
+    roofs = clock.roofs(found) if isinstance(found, clock.DeviceClock) else None
+    return {"clock": found, "checked": ops.Checked(found), "where": measure.where(), "roofs": roofs}
 
 
 def recorded(where: Mapping[str, Any]) -> dict[str, set[str]]:
-    """The peers of each row that this machine has recorded for this commit and these tuned launches, by the row's id. A
-    red row does not count."""
-    path = measure.RESULTS / f"{measure.machine_name(where)}.jsonl"
+    """The peers of each row that this machine has recorded for this commit and these tuned launches, by the row's key.
+    A red row does not count."""
     same = lambda machine: [str(machine.get(name, "")).rstrip("+") for name in ("commit", "tuned")]
-    found: dict[str, set[str]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        line = json.loads(text)
-        if line.get("kind") == "row" and same(line["machine"]) == same(where) and not line["fault"]:
-            found[_id(line)] = set(line["peers"])
-    return found
-
-
-def _id(line: Mapping[str, Any]) -> str:
-    return json.dumps([line["op"], line["dims"], line["dtype"], line["which"]], sort_keys=True)
+    lines = measure.recorded(measure.RESULTS / f"{measure.machine_name(where)}.jsonl")
+    mine = [x for x in lines if report.kind_of(x) == "row" and same(x["machine"]) == same(where) and not x["fault"]]
+    return {report.key_of(line): set(line["peers"]) for line in mine}
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="on a CPU tests/ check the ops")
@@ -98,12 +67,11 @@ def test_parity(case: ops.Case, bench: dict[str, Any]) -> None:
     assert not judgement.faults, judgement.faults
 
 
-@pytest.mark.benchmark(timer=PLAYBACK)
 def test_row(case: ops.Case, bench: dict[str, Any], request: pytest.FixtureRequest) -> None:
     wanted = chosen(request.config.getoption("--peers"), DEVICE)
     if request.config.getoption("--missing"):
-        line = dict(op=case.name, dims=dict(case.dims), dtype=DTYPES[case.dtype], which=case.which)
-        known = recorded(bench["where"]).get(_id(line))
+        line = dict(machine={}, kind="row", op=case.name, dims=case.dims, dtype=DTYPES[case.dtype], which=case.which)
+        known = recorded(bench["where"]).get(report.key_of(line))
         if known is not None and {peer.name for peer in peers_of(case.op, wanted)} <= known:
             pytest.skip("recorded already")
     seconds = 1.0 if DEVICE == "cuda" else 0.3
@@ -111,11 +79,8 @@ def test_row(case: ops.Case, bench: dict[str, Any], request: pytest.FixtureReque
         row = ops.measure(case, bench["clock"], bench["checked"], bench["roofs"], wanted, seconds)
     finally:
         bench["clock"].release()
-    request.config.stash[ROWS].append(row)
+    line = {"kind": "row", "machine": bench["where"], "roofs": bench["roofs"], **row.record()}
+    request.config.stash[LINES].append(line)
     if request.config.getoption("--record"):
-        measure.record({"kind": "row", "machine": bench["where"], "roofs": bench["roofs"], **row.record()})
+        measure.record(line)
     assert not row.fault, row.fault
-    if request.config.pluginmanager.has_plugin("benchmark"):
-        benchmark, samples = request.getfixturevalue("benchmark"), iter(row.samples)
-        benchmark.extra_info.update(row.record())
-        benchmark.pedantic(PLAYBACK.play, args=(samples,), rounds=len(row.samples))

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from .clock import no_commit
-from .ops import Row
+from tools.sticky import pytest_runtest_makereport  # noqa: F401  a hook
+
+from .measure import in_a_line, no_commit
 from .peers import names
-from .rows import report
+from .report import roofs_of, row_table
 
-# After .ops, which brings tests/ onto the path.
-from sticky import pytest_runtest_makereport  # noqa: F401  isort:skip
-
-ROWS = pytest.StashKey[list[Row]]()
-HEADING = pytest.StashKey[dict]()
+LINES = pytest.StashKey[list[dict[str, Any]]]()  # of the rows so far, as they are recorded
 GPU_ONLY = ("compiled", "flex")  # they would run: compiled for half a minute a row, flex_attention unfused
 
 
@@ -31,26 +29,15 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("measurements")
-    group.addoption("--record", action="store_true", help="append a JSON line for each row to bench/results/")
-    group.addoption(
-        "--missing",
-        action="store_true",
-        help="skip rows that bench/results/ has already, of this machine, commit and tuned launches, with these peers",
-    )
-    group.addoption(
-        "--also",
-        action="append",
-        default=[],
-        metavar="OP:b=4,L=32",
-        help="a forward row with other sizes than the card's first, recorded and not in SPEED.md; more than once",
-    )
-    group.addoption(
-        "--peers",
-        default="all",
-        help=f"whom rows are compared with: names of {', '.join(names())}; compiling takes seconds a row "
-        "(default: %(default)s that are installed; empty: nobody)",
-    )
+    option = parser.getgroup("measurements").addoption
+    missing = "skip rows that bench/results/ has already, of this machine, commit and tuned launches, with these peers"
+    also = "a forward row with other sizes than the card's first, recorded and not in SPEED.md; more than once"
+    peers = f"whom rows are compared with: names of {', '.join(names())}; compiling takes seconds a row "
+    peers += "(default: %(default)s that are installed; empty: nobody)"
+    option("--record", action="store_true", help="append a JSON line for each row to bench/results/")
+    option("--missing", action="store_true", help=missing)
+    option("--also", action="append", default=[], metavar="OP:b=4,L=32", help=also)
+    option("--peers", default="all", help=peers)
 
 
 def chosen(option: str, device: str) -> list[str]:
@@ -68,19 +55,12 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen(getattr(config.option, "peers", ""), "cuda")  # refuses at once whom nobody knows
     if getattr(config.option, "record", False) and (why := no_commit()):
         raise pytest.UsageError(f"--record: {why}")
-    config.addinivalue_line("markers", "benchmark: pytest-benchmark's, known without it")
-    if hasattr(config.option, "benchmark_quiet") and not config.option.benchmark_compare:
-        config.option.benchmark_quiet = True  # one table answers, ours; -v prints pytest-benchmark's too
-    config.stash[ROWS], config.stash[HEADING] = [], {}
+    config.stash[LINES] = []
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if rows := config.stash[ROWS]:
+    if lines := config.stash[LINES]:
+        first = roofs_of(lines) or "CPU: references at small shapes, no claim about kernels."
         terminalreporter.section("ops", sep="=")
-        terminalreporter.write_line(config.stash[HEADING]["where"] + "\n")
-        if (skipped := config.stash[HEADING].get("skipped")) is not None:
-            terminalreporter.write_line(
-                f"CPU: references at small shapes, no claim about kernels. Not run here: {skipped}\n"
-            )
-        for text in report(rows, config.stash[HEADING]["roofs"]):
-            terminalreporter.write_line(text)
+        for text in (in_a_line(lines[0]["machine"]), first, *row_table(lines)):
+            terminalreporter.write_line(f"{text}\n")

@@ -18,26 +18,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tt_kernels import head_sample
+from tt_kernels import Sampling, head_sample
 from tt_model import TwoTower, TwoTowerConfig
-from tt_model import generate as decoder
-from tt_model.cache import Cache
-from tt_model.cli import sizes
-from tt_model.generate import MODES
-from tt_model.layers import MoE
+from tt_model.engine import generate as decoder
+from tt_model.engine.generate import MODES
+from tt_model.modeling.moe import MoE
+from tt_model.modeling.state import Cache
 from tt_model.two_tower import ASSETS
 
 from . import clock, measure, whole
-from .clock import percentile
+from .measure import parser, percentile, percentiles, positive
 from .models import PUBLISHED, random_on_device
 from .oracle import DTYPES
+from .targets import H200
 from .whole import AR, COMMIT, DENOISER
 
+Line = dict[str, Any]
 RUNS_IN = {name: dtype for dtype, name in DTYPES.items() if name != "fp64"}
 
 
@@ -53,6 +55,24 @@ class Subject:
     def gpu(self) -> bool:
         return self.model.device.type == "cuda"
 
+    def paper(self, kind: str, batch: int, context: int) -> whole.Pass:
+        """A pass on paper."""
+        stored = "fp32" if self.model.dtype == torch.float32 else "bf16"
+        return whole.Pass(self.model.config, kind, batch, context, whole.FORMATS[stored])
+
+    def line(self, kind: str, batch: int, context: int, **found: Any) -> Line:
+        of = {"kind": kind, "model": self.name, "dtype": DTYPES[self.model.dtype], "batch": batch, "context": context}
+        return of | found
+
+    def seconds(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        """By the wall, until the device has done it; and what it returns."""
+        synchronize = torch.cuda.synchronize if self.gpu else lambda: None
+        synchronize()
+        begin = time.perf_counter()
+        result = call()
+        synchronize()
+        return time.perf_counter() - begin, result
+
     def prompts(self, batch: int, context: int) -> torch.Tensor:
         g = torch.Generator().manual_seed(0)
         return torch.randint(4, self.model.config.vocab_size, (batch, context), generator=g)
@@ -63,19 +83,13 @@ def load(name: str, device: str, dtype: torch.dtype | None = None) -> Subject:
     if name == "published":
         config = replace(PUBLISHED, dtype=dtype or PUBLISHED.dtype)
         return Subject("published size, random weights", random_on_device(config, device, config.dtype), None)
-    path = None if name == "bundled" else name
-    shown = name if path is None else Path(path).resolve().name
+    path, shown = (None, name) if name == "bundled" else (name, Path(name).resolve().name)
     return Subject(shown, TwoTower.from_pretrained(path, device=device, dtype=dtype), None)
 
 
 def config_of(name: str) -> TwoTowerConfig:
     """Without its weights."""
     return PUBLISHED if name == "published" else TwoTowerConfig.from_file(ASSETS if name == "bundled" else name)
-
-
-def synchronize(subject: Subject) -> None:
-    if subject.gpu:
-        torch.cuda.synchronize()
 
 
 def timed(
@@ -88,12 +102,7 @@ def timed(
     """
     walls, devices = [], []
     for i in range(rounds + 1):
-        call = ready()
-        synchronize(subject)
-        begin = time.perf_counter()
-        call()
-        synchronize(subject)
-        walls.append(time.perf_counter() - begin)
+        walls.append(subject.seconds(ready())[0])
         if subject.gpu and i:
             call = ready()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -113,79 +122,59 @@ def denoiser_pass(subject: Subject, cache: Cache, batch: int) -> Callable[[], An
     block = subject.prompts(batch, c.block_size).to(device)
     block[:, ::2] = c.mask_token_id
     row = lambda value, dtype: torch.full((batch,), value, dtype=dtype, device=device)
-    keys = {name: row(0, torch.int64) for name in ("seed", "position", "step")}
-    keys |= {name: row(value, torch.float64) for name, value in (("threshold", 0.8), ("temperature", 0.0))}
-    t, left = row(0.5, torch.float32), row(8, torch.int64)
+    t, sampling = row(0.5, torch.float32), Sampling.of(batch, device=device)
+    rule = dict(mask_token_id=c.mask_token_id, threshold=row(0.8, torch.float64), steps_left=row(8, torch.int64))
 
     def call() -> Any:
         with torch.inference_mode():
             hidden = model.denoise(block, t, cache, output="hidden")
             # By its module's name, so that a profile can put a label around it.
-            return decoder.unmask(
-                hidden, model.lm_head.weight, block, mask_token_id=c.mask_token_id, steps_left=left, **keys
-            )
+            return decoder.unmask(hidden, model.lm_head.weight, block, sampling, **rule)
 
     return call
 
 
 @torch.inference_mode()
-def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[dict[str, Any]]:
+def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[Line]:
     """A line for each pass after `context` tokens of every row. A denoiser's block is half masked, as in its middle."""
     model, c = subject.model, subject.model.config
     S = c.block_size
     cache = model.prefill(subject.prompts(batch, context), reserve=S + 1)
     block = subject.prompts(batch, S).to(model.device)
-    everyone, denoise = torch.arange(batch, device=model.device), denoiser_pass(subject, cache, batch)
-    keys = {name: torch.zeros(batch, dtype=torch.int64, device=model.device) for name in ("seed", "position", "step")}
-    cold = torch.zeros(batch, dtype=torch.float64, device=model.device)
-
-    def denoiser() -> Callable[[], Any]:
-        return denoise
+    denoise = denoiser_pass(subject, cache, batch)
+    cold = Sampling.of(batch, device=model.device)
 
     def commit() -> Callable[[], Any]:
-        mine = cache.select(everyone)  # states of its own; the pages past the context are written again and again
+        mine = cache.fork()  # states of its own; the pages past the context are written again and again
         return lambda: model.commit(block, mine)
 
     def ar() -> Callable[[], Any]:
-        mine = cache.select(everyone)
+        mine = cache.fork()
 
         def step() -> None:
-            token, _ = head_sample(mine.last_hidden, mine.head, temperature=cold, **keys)
+            token, _ = head_sample(mine.last_hidden, mine.head, cold)
             model.commit(token.unsqueeze(1), mine)
 
         return step
 
-    for kind, ready in ((DENOISER, denoiser), (COMMIT, commit), (AR, ar)):
+    for kind, ready in ((DENOISER, lambda: denoise), (COMMIT, commit), (AR, ar)):
         seconds, walls, how = timed(subject, ready, rounds)
-        tokens = batch * (1 if kind == AR else S)
-        roofs = subject.roofs
-        yield {
-            "kind": "pass",
-            "model": subject.name,
-            "config": c.to_dict(),
-            "dtype": DTYPES[model.dtype],
+        least = subject.paper(kind, batch, context)
+        measured = {
             "pass": kind,
-            "batch": batch,
-            "context": context,
+            "config": c.to_dict(),
             "clock": how,
             "rounds": len(seconds),
-            "p20": percentile(seconds, 0.2),
-            "p50": percentile(seconds, 0.5),
-            "p80": percentile(seconds, 0.8),
+            **percentiles(seconds),
             "wall": percentile(walls, 0.5) if walls else None,
-            "flops": whole.pass_flops(c, kind, batch=batch, context=context),
-            "bytes": sum(sizes.pass_bytes(c, format_of(model), kind, batch=batch, context=context).values()),
-            "floor": None
-            if roofs is None
-            else whole.floor(c, kind, batch=batch, context=context, roofs=roofs, format=format_of(model)),
-            "roofs": roofs,
+            "flops": least.flops,
+            "bytes": least.bytes,
+            "floor": least.floor(subject.roofs) if subject.roofs else None,
+            "roofs": subject.roofs,
             "experts": experts_hit(model, ready()),
-            "experts_worst": sizes.distinct_experts(c, tokens),
+            "experts_worst": least.experts,
         }
-
-
-def format_of(model: TwoTower) -> sizes.Format:
-    return whole.format_named(DTYPES[model.dtype])
+        yield subject.line("pass", batch, context, **measured)
 
 
 def experts_hit(model: TwoTower, call: Callable[[], Any]) -> float | None:
@@ -203,20 +192,14 @@ def experts_hit(model: TwoTower, call: Callable[[], Any]) -> float | None:
     return sum(used) / len(used) if used else None
 
 
-def decoding(
-    subject: Subject, batch: int, context: int, mode: str, *, new: int, threshold: float, rounds: int
-) -> dict[str, Any]:
+def decoding(subject: Subject, batch: int, context: int, mode: str, *, new: int, threshold: float, rounds: int) -> Line:
     """A line of tokens a second, prefill excluded: the time of `new` tokens less that of none. Where that is half of it
     or more, the difference would be noise: then the line is of the whole, and says so."""
     prompts = subject.prompts(batch, context).tolist()
     options = dict(mode=mode, confidence_threshold=threshold, eos_token_id=None, seed=0)
 
     def run(tokens: int) -> tuple[float, Any]:
-        synchronize(subject)
-        begin = time.perf_counter()
-        out = subject.model.generate(prompts, max_new_tokens=tokens, **options)
-        synchronize(subject)
-        return time.perf_counter() - begin, out
+        return subject.seconds(lambda: subject.model.generate(prompts, max_new_tokens=tokens, **options))
 
     run(new)
     samples = [(run(new), run(0)[0]) for _ in range(rounds)]
@@ -226,13 +209,8 @@ def decoding(
     p20, p50, p80 = (percentile(times, share) - (0 if included else prefill) for share in (0.2, 0.5, 0.8))
     out = samples[0][0][1]
     written, nfe = sum(map(len, out.tokens)), sum(out.nfe)
-    return {
-        "kind": "decode",
-        "model": subject.name,
-        "dtype": DTYPES[subject.model.dtype],
+    measured = {
         "mode": mode,
-        "batch": batch,
-        "context": context,
         "threshold": threshold if mode == "mask_diffusion" else None,
         "new": new,
         "prefill_included": included,
@@ -242,86 +220,47 @@ def decoding(
         "tokens_per_pass": written / nfe if nfe else None,
         "rounds": rounds,
     }
-
-
-def parser(gpu: bool) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m bench.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument(
-        "--model",
-        default="published" if gpu else "bundled",
-        help="published, bundled or a folder (default: %(default)s)",
-    )
-    p.add_argument("--dtype", choices=RUNS_IN, help="of weights and activations (default: the model's own)")
-    p.add_argument("--batch", type=measure.positive, nargs="+", default=[1, 4, 16, 32, 64, 128] if gpu else [1, 4])
-    p.add_argument("--context", type=measure.positive, nargs="+", default=[2048] if gpu else [64], help="tokens before")
-    p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    p.add_argument(
-        "--new", type=measure.positive, default=128 if gpu else 32, help="tokens written (default: %(default)s)"
-    )
-    p.add_argument("--threshold", type=measure.share, default=0.8, help="of mask_diffusion (default: %(default)s)")
-    p.add_argument(
-        "--rounds",
-        type=measure.positive,
-        default=10 if gpu else 5,
-        help="of each pass; of decoding half as many, at least 5 (default: %(default)s)",
-    )
-    p.add_argument("--card", action="store_true", help="print the static card and stop: needs neither weights nor GPU")
-    p.add_argument("--no-decoding", action="store_true", help="passes only")
-    p.add_argument("--record", action="store_true", help="append the lines to bench/results/")
-    return p
-
-
-def subject_of(options: argparse.Namespace, c: TwoTowerConfig, gpu: bool) -> Subject:
-    """The model, once what is asked of it can be.
-
-    Raises:
-        ValueError: more tokens than its context holds; a dtype that the GPU has no arithmetic for.
-    """
-    new = max(c.block_size + 1, 0 if options.no_decoding else options.new)
-    if max(options.context) + new > c.max_position_embeddings:
-        raise ValueError(
-            f"--context {max(options.context)} and {new} new tokens exceed its context of {c.max_position_embeddings}"
-        )
-    dtype = RUNS_IN.get(options.dtype)
-    if gpu and (dtype or c.dtype) == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError("bf16 needs a GPU of sm_80 or later: --dtype fp16 or fp32")
-    return load(options.model, "cuda" if gpu else "cpu", dtype)
+    return subject.line("decode", batch, context, **measured)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
-    p = parser(gpu)
-    options = p.parse_args(arguments)
-    if options.record and (why := clock.no_commit()):
+    p = parser("bench.generate", __doc__)
+    many = lambda name, default, of: p.add_argument(name, type=positive, nargs="+", default=default, help=of)
+    p.add_argument("--model", default="published" if gpu else "bundled", help="published, bundled or a folder")
+    p.add_argument("--dtype", choices=RUNS_IN, help="of weights and activations (default: the model's own)")
+    many("--batch", [1, 4, 16, 32, 64, 128] if gpu else [1, 4], "default: %(default)s")
+    many("--context", [2048] if gpu else [64], "tokens before (default: %(default)s)")
+    p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    p.add_argument("--new", type=positive, default=128 if gpu else 32, help="tokens written (default: %(default)s)")
+    p.add_argument("--threshold", type=float, default=0.8, help="of mask_diffusion (default: %(default)s)")
+    rounds = "of each pass; of decoding half as many, at least 5 (default: %(default)s)"
+    p.add_argument("--rounds", type=positive, default=10 if gpu else 5, help=rounds)
+    p.add_argument("--card", action="store_true", help="print the static card and stop: needs neither weights nor GPU")
+    p.add_argument("--no-decoding", action="store_true", help="passes only")
+    p.add_argument("--record", action="store_true", help="append the lines to bench/results/")
+    o = p.parse_args(arguments)
+    if o.record and (why := measure.no_commit()):
         p.error(f"--record: {why}")
     try:
-        c = config_of(options.model)
-        subject = None if options.card else subject_of(options, c, gpu)
+        c = config_of(o.model)
+        if o.card:
+            print("\n\n".join(whole.card(c, o.batch, o.context)))
+            return 0
+        subject = load(o.model, "cuda" if gpu else "cpu", RUNS_IN.get(o.dtype))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        print(f"bench.generate: error: --model {options.model}: {why}", file=sys.stderr)
-        return 2
-    if subject is None:
-        print("\n\n".join(whole.card(c, options.batch, options.context)))
-        return 0
-    watch = clock.DeviceClock() if gpu else clock.HostClock()
-    where = clock.where(watch) | {"threads": torch.get_num_threads()}
-    if gpu:
-        subject.roofs = clock.roofs(watch)
-    print(clock.in_a_line(where) + "\n")
-    if not gpu:
-        print("CPU, references, no claim about kernels. The card's floors are an H200's.\n")
-    print("\n\n".join(whole.card(c, options.batch, options.context, subject.roofs or whole.H200)), flush=True)
-    try:
-        found = measured(subject, options, lambda line: measure.record({"machine": where, **line}))
-    except OSError as error:
-        print(f"bench.generate: error: --record: {error}", file=sys.stderr)
-        return 2
+        p.error(f"--model {o.model}: {error}")
+    where = measure.where()
+    subject.roofs = clock.roofs(clock.DeviceClock()) if gpu else None
+    print(measure.in_a_line(where) + "\n")
+    print("\n\n".join(whole.card(c, o.batch, o.context, subject.roofs or H200)), flush=True)
+    found: dict[str, list[Line]] = {"pass": [], "decode": []}
+    for line in lines(subject, o):
+        found[line["kind"]].append(line)
+        if o.record:
+            measure.record({"machine": where, **line})
     if not found["pass"]:
-        print("bench.generate: error: nothing of it fits into memory", file=sys.stderr)
-        return 2
+        p.error("nothing of it fits into memory")
     print(f"\n{whole.pass_table(found['pass'])}")
     if text := whole.regime(c, found["pass"]):
         print(f"\nWhen diffusion beats AR:\n\n{text}")
@@ -330,30 +269,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measured(
-    subject: Subject, options: argparse.Namespace, record: Callable[[dict[str, Any]], Any]
-) -> dict[str, list[dict[str, Any]]]:
-    """Lines of passes and of decoding, each recorded, where that is asked for, as soon as it is there."""
-    found: dict[str, list[dict[str, Any]]] = {"pass": [], "decode": []}
-
-    def lines(batch: int, context: int) -> Iterator[dict[str, Any]]:
-        yield from passes(subject, batch, context, options.rounds)
-        for mode in () if options.no_decoding else options.modes:
-            rounds = max(5, options.rounds // 2)
-            yield decoding(subject, batch, context, mode, new=options.new, threshold=options.threshold, rounds=rounds)
-
-    for context in options.context:
-        for batch in options.batch:
-            try:
-                for line in lines(batch, context):
-                    found[line["kind"]].append(line)
-                    if options.record:
-                        record(line)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                    raise  # a CPU has no error of its own for it
-                print(f"batch {batch}, context {context}: out of memory", flush=True)
-    return found
+def lines(subject: Subject, o: argparse.Namespace) -> Iterator[Line]:
+    """Of passes and of decoding at every context and batch, each as soon as it is there."""
+    for context, batch in product(o.context, o.batch):
+        try:
+            yield from passes(subject, batch, context, o.rounds)
+            for mode in () if o.no_decoding else o.modes:
+                rounds = max(5, o.rounds // 2)
+                yield decoding(subject, batch, context, mode, new=o.new, threshold=o.threshold, rounds=rounds)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU has no error of its own for it
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            print(f"batch {batch}, context {context}: out of memory", flush=True)
 
 
 if __name__ == "__main__":

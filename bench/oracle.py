@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tt_kernels import Op
+from cards import Op
+from tt_kernels.testing import assert_as_good, largest, values_and_gradients, widened
 
 from .clock import DeviceClock, HostClock
-
-# The bound that tests hold kernels to. Not as tests.parity: a package named tests may be somebody else's.
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from parity import assert_as_good, leaves, outputs, with_leaves
+from .peers import difference
 
 Clock = HostClock | DeviceClock
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -33,41 +29,17 @@ def make(op: Op, dims: Mapping[str, int], dtype: torch.dtype, device: str, seed:
         return op.inputs(dtype, **dims)
 
 
-def run(op: Op, fn: Callable[..., Any], kwargs: dict[str, Any], grads: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every output, and as d<name> the gradient of every differentiable argument for one random cotangent, which was
-    rounded to `dtype`, so that all compute from the same one."""
-    if not grads:
-        with torch.no_grad():
-            return outputs(op, fn(**kwargs))
-    free, grown, result = differentiable(op, fn, kwargs)
-    found = {name: t.detach() for name, t in result.items()}
-    if not grown:
-        return found
-    g = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(t.shape, generator=g).to(dtype).to(t) for t in grown]
-    gradients = torch.autograd.grad(grown, list(free.values()), cotangents, allow_unused=True)
-    return found | {f"d{name}": d for name, d in zip(free, gradients, strict=True) if d is not None}
-
-
-def differentiable(
-    op: Op, fn: Callable[..., Any], kwargs: dict[str, Any]
-) -> tuple[dict[str, Tensor], list[Tensor], dict[str, Tensor]]:
-    """The arguments with gradients, the outputs that depend on them, all outputs."""
-    free = {name: t.detach().requires_grad_() for name, t in leaves(kwargs).items() if name in op.grads}
-    result = outputs(op, fn(**with_leaves(kwargs, free)))
-    return free, [t for t in result.values() if t.requires_grad], result
-
-
 @dataclass(frozen=True)
 class Judgement:
     """Errors of an op's results, of plain PyTorch's in the same dtype, and what is wrong."""
 
-    errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # of the oracle's root mean square
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # over the oracle's root mean square
     faults: dict[str, str] = field(default_factory=dict)
 
     def of(self, op: Op, backward: bool) -> Judgement:
         """The part of it that a pass is held to."""
-        mine = lambda name: (name not in op.outputs) == backward
+        gradients = {f"d{name}" for name in op.grads}
+        mine = lambda name: (name in gradients) == backward
         return Judgement(*({k: v for k, v in part.items() if mine(k)} for part in (self.errors, self.faults)))
 
     @property
@@ -82,55 +54,43 @@ class Oracle:
     def __init__(
         self, op: Op, dims: Mapping[str, int], dtype: torch.dtype, wide: torch.dtype, device: str, grads: bool
     ):
-        self.op, self.dims, self.dtype, self.wide, self.grads = op, dims, dtype, wide, grads
+        self.op, self.dtype, self.grads = op, dtype, grads
+        self.note = DTYPES[wide]  # what it is, and over how many rows if not all
         self.kwargs = make(op, dims, dtype, device, seed=2)
-        floats = {name: t.to(wide) for name, t in leaves(self.kwargs).items() if t.is_floating_point()}
-        self.low = run(op, op.reference, self.kwargs, grads, dtype)
-        self.high = run(op, op.reference, with_leaves(self.kwargs, floats), grads, dtype)
+        self.low = self.run(op.reference, self.kwargs)
+        self.high = self.run(op.reference, widened(self.kwargs, wide))
 
-    @property
-    def note(self) -> str:
-        cut = [f"{name}={self.dims[name]}" for name in rows_of(self.dims)]
-        return " ".join([DTYPES[self.wide], *cut])
+    def run(self, fn: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        with torch.set_grad_enabled(self.grads):
+            return values_and_gradients(self.op, fn, kwargs, self.dtype, grads=self.grads)
 
     def judge(self, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Judgement:
         """Run the op inside `around()` and hold each result to the tests' bound: no tolerance of its own."""
         with around():
-            got = run(self.op, self.op.fn, self.kwargs, self.grads, self.dtype)
+            got = self.run(self.op.fn, self.kwargs)
         judgement = Judgement()
-        if got.keys() != self.high.keys():
-            names = got.keys() ^ self.high.keys()
-            judgement.faults.update(dict.fromkeys(names, "there on one side only"))
-        largest = [t.abs().max().item() for t in self.high.values() if t.is_floating_point() and t.numel()]
+        judgement.faults.update(dict.fromkeys(got.keys() ^ self.high.keys(), "there on one side only"))
+        scale = largest(self.high)
         for name in got.keys() & self.high.keys():
             low, high = self.low[name], self.high[name]
-            try:  # a gradient is a sum of terms that may cancel: one rounding of the largest number about
-                scale = 0.0 if name in self.op.outputs else max(largest, default=0.0)
-                assert_as_good(name, got[name], low, high, scale, self.op.rms)
+            gradient = name not in (*self.op.outputs, *self.op.writes)
+            try:
+                assert_as_good(name, got[name], low, high, scale if gradient else 0.0, self.op.rms)
             except AssertionError as error:
                 judgement.faults[name] = next(iter(str(error).splitlines()), name)
             if high.is_floating_point() and high.shape == got[name].shape == low.shape:
-                judgement.errors[name] = (_error(got[name], high), _error(low, high))
+                judgement.errors[name] = (difference(got[name], high), difference(low, high))
         return judgement
-
-
-def _error(got: Tensor, want: Tensor) -> float:
-    want = want.double()
-    size = want.norm().item()
-    return ((got.double() - want).norm().item() / size) if size else 0.0
-
-
-def rows_of(dims: Mapping[str, int]) -> list[str]:
-    return [name for name in ROWS if name in dims][:1]
 
 
 def oracle(op: Op, dims: Mapping[str, int], dtype: torch.dtype, clock: Clock, grads: bool) -> tuple[Oracle, Judgement]:
     """An oracle that fits into memory, and what it says of the op: fp64, else over fewer rows, else fp32 over those."""
-    few = {**dims, **{name: min(dims[name], FEW) for name in rows_of(dims)}}
-    for size, wide in ((dims, torch.float64), (few, torch.float64), (few, torch.float32)):
+    few = {name: min(dims[name], FEW) for name in [name for name in ROWS if name in dims][:1]}
+    for fewer, wide in (({}, torch.float64), (few, torch.float64), (few, torch.float32)):
         try:
             with clock.scope():
-                found = Oracle(op, size, dtype, wide, clock.device, grads)
+                found = Oracle(op, {**dims, **fewer}, dtype, wide, clock.device, grads)
+                found.note = " ".join([found.note, *(f"{name}={size}" for name, size in fewer.items())])
                 return found, found.judge()
         except torch.OutOfMemoryError:
             found = None

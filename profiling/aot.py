@@ -1,9 +1,9 @@
 """`python -m profiling.aot OP ...`: what the compiler made of an op's kernels, and how many fit on a multiprocessor.
 
-From the lock (tt_kernels/aot.lock.json), so without a GPU and without compiling; `python -m tt_kernels.aot OP` compiles
-anew. Programs a multiprocessor: the fewest that registers, shared memory and threads allow. Beside it what limits, and
-the shared memory of all of them together: loads in flight live there, and bandwidth wants about 100 KB of them on each
-of an H200's 132 multiprocessors.
+From the lock (tools/aot.lock.json), so without a GPU and without compiling; `python -m tools.aot OP` compiles anew.
+Programs a multiprocessor: the fewest that registers, shared memory and threads allow. Beside it what limits, and the
+shared memory of all of them together: loads in flight live there, and bandwidth wants about 100 KB of them on each of
+an H200's 132 multiprocessors.
 """
 
 from __future__ import annotations
@@ -11,28 +11,16 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from tt_kernels import OPS
-from tt_kernels.aot import LOCK
-
-from .common import command, op_named, parser, refuse
+from bench.measure import parser, table
+from cards import OPS
+from tools.aot import LOCK
 
 # A multiprocessor of each target: registers, bytes of shared memory (1 KB of each program's is the system's), threads,
 # programs.
 LIMITS = {80: (65536, 164 << 10, 2048, 32), 90: (65536, 228 << 10, 2048, 32), 100: (65536, 228 << 10, 2048, 32)}
-COLUMNS = (
-    "registers",
-    "spill",
-    "shared KB",
-    "load bits",
-    "tensor cores",
-    "TMA",
-    "programs",
-    "limited by",
-    "KB in flight",
-)
+COLUMNS = ("registers", "spill", "shared KB", "load bits", "tensor cores", "TMA", "programs", "limit", "KB in flight")
 
 
 def programs(architecture: int, registers: int, shared: int, warps: int) -> tuple[int, str]:
@@ -49,56 +37,35 @@ def programs(architecture: int, registers: int, shared: int, warps: int) -> tupl
     return fits[limit], limit
 
 
-def rows(lock: Mapping[str, Mapping[str, Any]], kernels: Sequence[str], architecture: int) -> Iterator[tuple[Any, ...]]:
-    for key, found in lock.items():
-        kernel, sm, launch = key.split(" ", 2)
-        if kernel not in kernels or sm != f"sm_{architecture}":
-            continue
-        options = launch.partition(" (")[0]
-        warps = int(re.search(r"num_warps=(\d+)", options)[1])
-        fit, limit = programs(architecture, found["registers"], found["shared"], warps)
-        yield (
-            kernel,
-            found["registers"],
-            found["stack"],
-            f"{found['shared'] / 1024:.0f}",
-            found["load"],
-            found["tensor"] or "-",
-            "yes" if found["tma"] else "-",
-            fit,
-            limit,
-            f"{fit * found['shared'] / 1024:.0f}",
-            re.sub(r"(\w+)=(True|False)\b", lambda m: m[1] if m[2] == "True" else f"no-{m[1]}", options),
-        )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = parser("aot", __doc__)
-    p.add_argument("ops", nargs="+", metavar="OP")
+    p = parser("profiling.aot", __doc__)
+    p.add_argument("ops", nargs="+", choices=[name for name, op in OPS.items() if op.kernels], metavar="OP")
     p.add_argument("--sm", type=int, choices=tuple(LIMITS), default=90, help="target (default: %(default)s)")
-    p.add_argument("--triton", help="whose part of the lock (default: the newest)")
     p.add_argument("--find", default="", metavar="TEXT", help='only launches that hold it: "BLOCK_T=16 "')
     o = p.parse_args(arguments)
-
-    def run() -> int:
-        locks = json.loads(LOCK.read_text())
-        version = o.triton or max(locks, key=lambda name: [int(part) for part in name.split(".")])
-        if version not in locks:
-            refuse(f"the lock has no Triton {version}, it has {', '.join(locks)}")
-        kernels = [kernel for name in o.ops for kernel in op_named(name).kernels]
-        if not kernels:
-            there = ", ".join(name for name, op in OPS.items() if op.kernels)
-            refuse(f"{', '.join(o.ops)}: no kernels yet; with kernels: {there}")
-        listed = dict.fromkeys(rows(locks[version], kernels, o.sm))  # forms that differ in alignment only: one line
-        found = [row for row in listed if o.find in f"{row[0]} {row[-1]} "]
-        print(
-            f"Triton {version}, sm_{o.sm}\n\n{'kernel':<32s}" + "".join(f"{name:>14s}" for name in COLUMNS) + "  launch"
+    locks = json.loads(LOCK.read_text())
+    version = max(locks, key=lambda name: [int(part) for part in name.split(".")])
+    kernels = [kernel for name in o.ops for kernel in OPS[name].kernels]
+    rows = {}  # forms that differ in alignment only: one line
+    for key, found in locks[version].items():
+        kernel, sm, launch = key.split(" ", 2)
+        options = launch.partition(" (")[0]
+        if kernel not in kernels or sm != f"sm_{o.sm}" or o.find not in f"{kernel} {options} ":
+            continue
+        warps = re.search(r"num_warps=(\d+)", options)
+        fit, limit = programs(o.sm, found["registers"], found["shared"], int(warps[1]) if warps else 4)
+        shared, tensor = found["shared"], found["tensor"] or "-"
+        cells = (
+            found["registers"],
+            found["stack"],
+            f"{shared / 1024:.0f}",
+            found["load"],
+            tensor,
+            "yes" * found["tma"],
         )
-        for kernel, *cells, launch in found:
-            print(f"{kernel:<32s}" + "".join(f"{cell!s:>14s}" for cell in cells) + f"  {launch}")
-        return 0
-
-    return command("aot", run)
+        rows[(kernel, *cells, fit, limit, f"{fit * shared / 1024:.0f}", options)] = None
+    print(f"Triton {version}, sm_{o.sm}\n\n{table(('kernel', *COLUMNS, 'launch'), list(rows))}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,16 +2,15 @@
 
 Runs the pass on meta tensors, which hold nothing: all that is left is the host's work, so this needs neither weights
 nor a GPU. Launches are counted where the launchers make them. The time is Python's and PyTorch's on meta tensors, whose
-shape rules are slower than a CUDA operator's dispatch, without Triton's own work for a launch (about 10 us each): good
-to compare commits, not to predict a GPU's. On a GPU the pass, its head included, is then timed by the wall, on the
-device, and replayed from a CUDA graph, where none of this is left.
+shape rules are slower than a CUDA operator's dispatch, without Triton's own work for a launch (about 10 us each). It
+serves to compare commits (`python -m bench.compare REF -- profiling.host`) and predicts no GPU. On a GPU the pass, its
+head included, is then timed by the wall, on the device, and replayed from a CUDA graph, where none of this is left.
 """
 
 from __future__ import annotations
 
 import collections
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,14 +18,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.clock import DeviceClock, here, percentile
+from bench.clock import DeviceClock
 from bench.generate import config_of, denoiser_pass, load, timed
-from bench.measure import positive, table
-from tt_kernels.launch import INTERPRET, recording
+from bench.measure import in_a_line, parser, percentile, percentiles, positive, table, wall, where
+from tt_kernels.runtime.launch import recording
 from tt_model import TwoTower, TwoTowerConfig
-from tt_model.cache import Cache
-
-from .common import command, parser, refuse
+from tt_model.modeling.state import Cache
 
 
 class Operators(TorchDispatchMode):
@@ -46,8 +43,8 @@ def meta_pass(config: TwoTowerConfig, batch: int, context: int) -> Any:
     config = replace(config, dtype=torch.bfloat16)
     with torch.device("meta"):
         model = TwoTower(config).to(torch.bfloat16)
-        cache = Cache(config, batch, device=torch.device("meta"), dtype=torch.bfloat16)
-        cache.reserve(context + config.block_size)
+        room = context + config.block_size
+        cache = Cache.empty(config, batch, device=torch.device("meta"), dtype=torch.bfloat16, reserve=room)
         block, t = torch.zeros(batch, config.block_size, dtype=torch.int64), torch.zeros(batch)
 
     def call() -> Any:
@@ -58,8 +55,6 @@ def meta_pass(config: TwoTowerConfig, batch: int, context: int) -> Any:
 
 
 def run(o: Any) -> int:
-    if INTERPRET:
-        refuse("TRITON_INTERPRET is set: nothing is launched")
     call = meta_pass(config_of(o.model), o.batch, o.context)
     with recording(90) as launches:
         call()
@@ -67,19 +62,13 @@ def run(o: Any) -> int:
         with Operators() as operators:
             call()
         kernels = collections.Counter(kernel.__name__ for kernel, *_ in launches[first:])
-        samples = []
-        for _ in range(o.rounds):
-            begin = time.perf_counter()
-            call()
-            samples.append(time.perf_counter() - begin)
-    from tt_model.two_tower import _frequencies
+        samples = [wall([call]) for _ in range(o.rounds)]
+    from tt_model.modeling.two_tower import _frequencies
 
     _frequencies.cache_clear()  # made on the meta device here
-    p20, p50, p80 = (1e3 * percentile(samples, share) for share in (0.2, 0.5, 0.8))
-    print(here(threads=torch.get_num_threads()) + "\n")
-    print(
-        f"{o.model}, batch {o.batch}, {o.context} tokens before: a denoiser pass (without the head) on meta tensors\n"
-    )
+    p20, p50, p80 = (1e3 * seconds for seconds in percentiles(samples).values())
+    print(in_a_line(where()) + "\n")
+    print(f"{o.model}, batch {o.batch}, {o.context} tokens before: a denoiser pass without its head, on meta tensors\n")
     print(f"kernels of ours launched  {sum(kernels.values())}")
     print(f"PyTorch operators         {sum(operators.seen.values())}")
     print(f"the host's own time       {p50:.2f} ms ({p20:.2f}-{p80:.2f}), {o.rounds} passes\n")
@@ -95,9 +84,9 @@ def on_device(o: Any) -> None:
     subject = load(o.model, "cuda")
     call = denoiser_pass(subject, subject.model.prefill(subject.prompts(o.batch, o.context)), o.batch)
     devices, walls, _ = timed(subject, lambda: call, o.rounds)
-    device, wall = percentile(devices, 0.5), percentile(walls, 0.5)
-    times = f"by the wall {1e3 * wall:.2f} ms, the device alone {1e3 * device:.2f} ms"
-    print(f"\n{times}: {1e3 * (wall - device):.2f} ms of the host show")
+    device, waited = percentile(devices, 0.5), percentile(walls, 0.5)
+    times = f"by the wall {1e3 * waited:.2f} ms, the device alone {1e3 * device:.2f} ms"
+    print(f"\n{times}: {1e3 * (waited - device):.2f} ms of the host show")
     watch = DeviceClock()
     with watch.scope():
         samplers, how, errors = watch.samplers({"pass": [call]})
@@ -110,14 +99,13 @@ def on_device(o: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = parser("host", __doc__)
+    p = parser("profiling.host", __doc__)
     p.add_argument("--model", choices=("published", "bundled"), default="published", help="default: %(default)s")
     p.add_argument("--batch", type=positive, default=1)
     p.add_argument("--context", type=positive, default=2048)
     p.add_argument("--rounds", type=positive, default=10, help="default: %(default)s")
     p.add_argument("--rows", type=positive, default=10, help="PyTorch operators listed (default: %(default)s)")
-    o = p.parse_args(arguments)
-    return command("host", lambda: run(o))
+    return run(p.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Writes a report for Nsight Compute's window (ncu-ui) and prints its details: what share of memory and of the tensor
 cores a kernel keeps busy, and what its warps wait for. Needs ncu (CUDA toolkit) on the PATH and the right to read
-performance counters. --show prints the command and runs nothing.
+performance counters. --show prints the command and runs nothing; --bare is the op alone, for ncu to look at.
 """
 
 from __future__ import annotations
@@ -11,65 +11,63 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from .common import command, gpu, launched, op_named, parser, refuse, shape_of
+import torch
+
+from bench.measure import label, parser, sizes
+from bench.ops import low_dtype
+from bench.oracle import make
+from cards import OPS, Op
+from tt_kernels.runtime.launch import recording
 
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats", "SchedulerStats")
 
 
-def commands(o: Any, ncu: str) -> tuple[list[str], list[str]]:
-    """The run under ncu, and the one that prints its report."""
-    op = op_named(o.op)
-    if not op.kernels:
-        refuse(f"{o.op} has no kernels yet: its reference runs on every device")
-    dims = shape_of(op, o.shape)
-    shape = ",".join(f"{k}={v}" for k, v in dims.items())
-    kernels = [kernel.__name__ for kernel in launched(op, dims)]
-    names = "|".join(dict.fromkeys(kernels))
-    sections = [part for name in SECTIONS for part in ("--section", name)]
-    run = [ncu, "--target-processes", "all", "--kernel-name", f"regex:^({names})$"]
-    # The first call compiles; of the second every kernel is looked at, the caches flushed before it.
-    run += [
-        "--launch-skip",
-        str(len(kernels)),
-        "--launch-count",
-        str(len(kernels)),
-        "--cache-control",
-        "all",
-        *sections,
-    ]
-    run += ["--force-overwrite", "--export", str(o.out)]
-    run += [sys.executable, "-m", "profiling.one", o.op, "--shape", shape, "--calls", "2"]
-    return run, [ncu, "--import", f"{o.out}.ncu-rep", "--page", "details"]
+def launched(op: Op, dims: Mapping[str, int]) -> list[str]:
+    """The kernels that one forward call launches, in their order: its launchers run on meta tensors, nothing else."""
+    kwargs = make(op, dims, low_dtype(op), "meta", seed=0)
+    with torch.no_grad(), recording(90) as seen:
+        op.fn(**kwargs)
+    return [kernel.__name__ for kernel, *_ in seen]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = parser("ncu", __doc__)
-    p.add_argument("op")
-    p.add_argument("--shape", metavar="T=16,..", help="one of the card's (default: its first)")
-    p.add_argument("--out", type=Path, help="the report (default: the op's name)")
+    p = parser("profiling.ncu", __doc__)
+    p.add_argument("op", choices=[name for name, op in OPS.items() if op.kernels], metavar="OP")
+    p.add_argument("--shape", type=sizes, default={}, metavar="T=16,..", help="one of the card's (default: its first)")
+    p.add_argument("--out", help="the report (default: the op's name)")
     p.add_argument("--show", action="store_true", help="print the command, run nothing")
+    p.add_argument("--bare", action="store_true", help="call the op twice and nothing else")
     o = p.parse_args(arguments)
-    o.out = o.out or Path(o.op)
-
-    def run() -> int:
-        found = shutil.which("ncu")
-        profile, details = commands(o, found or "ncu")
-        if o.show:
-            print(shlex.join(profile))
-            return 0
-        if found is None:
-            refuse("ncu is not on the PATH: it comes with the CUDA toolkit (nsight-compute); --show prints the command")
-        gpu("Nsight Compute")
-        status = subprocess.run(profile).returncode
-        if status:
-            refuse(f"ncu ended with {status}; ERR_NVGPUCTRPERM: reading counters is left to root on this machine")
-        return subprocess.run(details).returncode
-
-    return command("ncu", run)
+    op = OPS[o.op]
+    dims = next((dims for dims in op.shapes if o.shape.items() <= dims.items()), None)
+    if dims is None:
+        p.error(f"--shape is {label(o.shape)}, the card of {o.op} has {'; '.join(map(label, op.shapes))}")
+    kernels = launched(op, dims)
+    ncu, count, names, out = shutil.which("ncu"), str(len(kernels)), "|".join(dict.fromkeys(kernels)), o.out or o.op
+    # The first call compiles; of the second every kernel is looked at, the caches flushed before it.
+    command = [ncu or "ncu", "--target-processes", "all", "--kernel-name", f"regex:^({names})$"]
+    command += ["--launch-skip", count, "--launch-count", count, "--cache-control", "all"]
+    command += [part for name in SECTIONS for part in ("--section", name)]
+    command += ["--force-overwrite", "--export", out]
+    command += [sys.executable, "-m", "profiling.ncu", o.op, "--bare", "--shape", label(dims).replace(" ", ",")]
+    if o.show:
+        print(shlex.join(command))
+        return 0
+    if not torch.cuda.is_available():
+        p.error("this needs an NVIDIA GPU, and there is none; --show prints the command")
+    if o.bare:
+        kwargs = make(op, dims, low_dtype(op), "cuda", seed=0)
+        with torch.no_grad():
+            op.fn(**kwargs), op.fn(**kwargs)
+        torch.cuda.synchronize()
+        return 0
+    if ncu is None:
+        p.error("ncu is not on the PATH: it comes with the CUDA toolkit (nsight-compute); --show prints the command")
+    if status := subprocess.run(command).returncode:
+        p.error(f"ncu ended with {status}; ERR_NVGPUCTRPERM: reading counters is left to root on this machine")
+    return subprocess.run([ncu, "--import", f"{out}.ncu-rep", "--page", "details"]).returncode
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from sticky import pytest_runtest_makereport  # noqa: F401  a hook
+
+from tools.sticky import pytest_runtest_makereport  # noqa: F401  a hook
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,37 +13,29 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("tt_kernels", "tt_model")
-TOOLS = ("bench", "profiling", "tests")
+TOOLS = ("bench", "cards", "eval", "profiling", "tests", "tools")
 
 # From first to last; a module may import what stands above it, and what shares its unit (a file, or a folder of parts).
-# "tt_kernels.*" is every other module of tt_kernels: an op; one that is made of others has a rung of its own. A
-# package's own name is its __init__.
+# "tt_kernels.*" is every other folder of tt_kernels: a family of ops. A package's own name is its __init__.
 LADDER = (
     ("tt_kernels.reference",),
-    ("tt_kernels.launch",),
-    ("tt_kernels.core", "tt_kernels.lang", "tt_kernels.packed"),
+    ("tt_kernels.runtime",),
     ("tt_kernels.*",),
-    ("tt_kernels.mamba",),
     ("tt_kernels",),
-    ("tt_kernels.aot",),
+    ("tt_kernels.testing",),
     ("tt_model.files", "tt_model.stops"),
     ("tt_model.config",),
     ("tt_model.arguments",),
-    ("tt_model.cache",),
-    ("tt_model.layers",),
-    ("tt_model.tower",),
+    ("tt_model.modeling",),
     ("tt_model.checkpoint",),
+    ("tt_model.engine", "tt_model.training"),
     ("tt_model.two_tower",),
-    ("tt_model.generate", "tt_model.objective", "tt_model.data", "tt_model.schedule"),
-    ("tt_model.state",),
-    ("tt_model.train",),
     ("tt_model",),
     ("tt_model.cli",),
 )
 RUNG = {unit: rung for rung, units in enumerate(LADDER) for unit in units}
-
-# The one arrow that points back: the method TwoTower.generate calls the loop that drives it.
-LATE = {("tt_model.two_tower", "tt_model.generate")}
+# Families may use the parts of those before them: the scan that starts from a projection convolves it first.
+FAMILIES = {("tt_kernels.ssm", "tt_kernels.conv1d")}
 
 LINE_LIMIT = 400
 
@@ -129,6 +121,7 @@ def violations(files: dict[str, str]) -> list[str]:
     public = public_names(files.get("tt_kernels/__init__.py", ""), modules)
     required, optional = dependencies()
     found = []
+    inner: dict[str, dict[str, str]] = {}  # module -> what it imports of our packages, and where
     for path, source in sorted(files.items()):
         importer, top = module_name(path), path.split("/")[0]
         if top in PACKAGES and unit_of(importer) not in RUNG:
@@ -150,6 +143,8 @@ def violations(files: dict[str, str]) -> list[str]:
                 found.append(f"{where}: a package imports {target}")
             elif target_top in PACKAGES:
                 found += arrow(where, importer, target, item, public)
+                if target in modules and not f"{importer}.".startswith(f"{target}."):  # `from . import sibling`
+                    inner.setdefault(importer, {}).setdefault(target, where)
             elif unit_of(importer) == "tt_kernels.reference" and target_top != "torch":
                 if target_top not in sys.stdlib_module_names:
                     found.append(
@@ -157,6 +152,25 @@ def violations(files: dict[str, str]) -> list[str]:
                     )
             elif target_top not in sys.stdlib_module_names | required and not (item.late and target_top in optional):
                 found.append(f"{where}: {target_top} is not a dependency in pyproject.toml")
+    return found or circles(inner)
+
+
+def circles(imported: dict[str, dict[str, str]]) -> list[str]:
+    """The imports that close a circle of modules, where no arrow points back."""
+    found, done, path = [], set(), []
+
+    def visit(module: str) -> None:
+        path.append(module)
+        for target, where in imported.get(module, {}).items():
+            if target in path:
+                found.append(f"{where}: a circle: {' -> '.join([*path[path.index(target) :], target])}")
+            elif target not in done:
+                visit(target)
+        done.add(path.pop())
+
+    for module in sorted(imported):
+        if module not in done:
+            visit(module)
     return found
 
 
@@ -167,10 +181,11 @@ def arrow(where: str, importer: str, target: str, item: Import, public: set[str]
             return [f"{where}: {'.'.join(filter(None, (item.module, item.name)))} is not a public name of tt_kernels"]
         return []
     source, sink = unit_of(importer), unit_of(target)
-    same = importer.split(".")[:2] == target.split(".")[:2]
+    ours, theirs = (".".join(module.split(".")[:2]) for module in (importer, target))
+    same = ours == theirs or (ours, theirs) in FAMILIES
     if sink not in RUNG:
         return [f"{where}: {target} has no place in LADDER (tests/test_layering.py)"]
-    if same or RUNG[sink] < RUNG[source] or (item.late and (importer, target) in LATE):
+    if same or RUNG[sink] < RUNG[source]:
         return []
     return [
         f"{where}: {importer} imports {target}, which comes {'after' if RUNG[sink] > RUNG[source] else 'beside'} it"
@@ -220,20 +235,25 @@ def test_no_file_names_a_machine() -> None:
 
 
 TREE = {
-    "tt_kernels/__init__.py": "from .norm import rms_norm\nfrom . import core\nfrom .core import use, _hidden\n",
+    "tt_kernels/__init__.py": "from . import runtime\nfrom .norm import rms_norm\nfrom .runtime.x import use, _x\n",
     "tt_kernels/reference.py": "import math\nimport torch.nn.functional as F\n",
-    "tt_kernels/core.py": "import torch\nfrom tt_kernels import reference\n",
-    "tt_kernels/norm.py": "import triton\nfrom . import reference\nfrom .core import use\n",
-    "tt_kernels/ssd/__init__.py": "",
-    "tt_kernels/ssd/block.py": "from ..core import use\n",
-    "tt_kernels/ssd/chunk.py": "from .block import f\nfrom .. import reference\n",
+    "tt_kernels/runtime/__init__.py": "",
+    "tt_kernels/runtime/core.py": "import torch\nfrom tt_kernels import reference\n",
+    "tt_kernels/norm/__init__.py": "",
+    "tt_kernels/norm/rms.py": "import triton\nfrom .. import reference\nfrom ..runtime.core import use\n",
+    "tt_kernels/conv1d/conv.py": "",
+    "tt_kernels/ssm/__init__.py": "",
+    "tt_kernels/ssm/block.py": "from ..runtime.core import use\nfrom ..conv1d.conv import f\n",
+    "tt_kernels/ssm/chunk.py": "from .block import f\nfrom .. import reference\n",
     "tt_model/__init__.py": "from tt_model.two_tower import TwoTower\n",
     "tt_model/config.py": "import json\n",
-    "tt_model/layers/mamba2.py": "import tt_kernels\nfrom tt_model import config\nx = tt_kernels.rms_norm\n",
-    "tt_model/two_tower.py": "class TwoTower:\n  def generate(self):\n    from tt_model.generate import generate\n",
-    "tt_model/generate.py": "import tt_kernels as tt\nfrom .two_tower import TwoTower\ny = tt.use\n",
+    "tt_model/modeling/mamba2.py": "import tt_kernels\nfrom tt_model import config\nfrom .wide import Wide\n",
+    "tt_model/modeling/wide.py": "import tt_kernels\nx = tt_kernels.rms_norm\n",
+    "tt_model/modeling/tower.py": "from .mamba2 import Mixer\n",
+    "tt_model/engine/generate.py": "import tt_kernels as tt\nfrom ..modeling.tower import Tower\ny = tt.use\n",
+    "tt_model/two_tower.py": "from .engine.generate import generate\n",
     "tt_model/cli.py": "import rich\nfrom tt_model import TwoTower\nfrom tt_kernels import rms_norm\n",
-    "bench/bench_generate.py": "import triton\nfrom tt_kernels.core import use\nfrom tt_model import TwoTower\n",
+    "bench/bench_generate.py": "import triton\nfrom tt_kernels.runtime import use\nfrom tt_model import Tower\n",
     "tests/test_x.py": "import transformers\nfrom bench import bench_generate\n",
 }
 
@@ -247,42 +267,44 @@ def test_checker_accepts_a_sound_tree() -> None:
     [
         ("tt_kernels/reference.py", "import numpy", "neither torch nor standard library"),
         ("tt_kernels/reference.py", "def f():\n  import triton", "neither torch nor standard library"),
-        ("tt_kernels/reference.py", "from .core import use", "comes after"),
+        ("tt_kernels/reference.py", "from .runtime.core import use", "comes after"),
         ("tt_kernels/reference/norm.py", "import einops", "neither torch nor standard library"),
-        ("tt_kernels/core.py", "from .norm import rms_norm", "comes after"),
-        ("tt_kernels/core.py", "from . import norm", "comes after"),
-        ("tt_kernels/core.py", "from .lang import dot", "comes beside"),
-        ("tt_kernels/norm.py", "from .ssd.block import f", "comes beside"),
-        ("tt_kernels/norm.py", "from tt_kernels import rms_norm", "comes after"),
-        ("tt_kernels/norm.py", "import tt_model.config", "comes after"),
-        ("tt_kernels/norm.py", "import tests.literal", "a package imports"),
-        ("tt_kernels/norm.py", "from profiling import nsight", "a package imports"),
-        ("tt_kernels/norm.py", "import transformers", "not a dependency"),
-        ("tt_kernels/norm.py", "import mamba_ssm", "not a dependency"),
-        ("tt_model/config.py", "from .layers.mamba2 import Mixer", "comes after"),
+        ("tt_kernels/runtime/core.py", "from ..norm import rms_norm", "comes after"),
+        ("tt_kernels/runtime/core.py", "from .. import norm", "comes after"),
+        ("tt_kernels/norm/rms.py", "from ..ssm.block import f", "comes beside"),
+        ("tt_kernels/conv1d/conv.py", "from ..norm.rms import f", "comes beside"),
+        ("tt_kernels/norm/rms.py", "from tt_kernels import rms_norm", "comes after"),
+        ("tt_kernels/norm/rms.py", "import tt_model.config", "comes after"),
+        ("tt_kernels/norm/rms.py", "import tests.literal", "a package imports"),
+        ("tt_kernels/norm/rms.py", "from cards import OPS", "a package imports"),
+        ("tt_kernels/norm/rms.py", "from profiling import nsight", "a package imports"),
+        ("tt_kernels/norm/rms.py", "import transformers", "not a dependency"),
+        ("tt_kernels/norm/rms.py", "import mamba_ssm", "not a dependency"),
+        ("tt_model/config.py", "from .modeling.mamba2 import Mixer", "comes after"),
         ("tt_model/config.py", "if TYPE_CHECKING:\n  from .two_tower import TwoTower", "comes after"),
-        ("tt_model/config.py", "def f():\n  from .generate import generate", "comes after"),
-        ("tt_model/two_tower.py", "from .generate import generate", "comes after"),
-        ("tt_model/two_tower.py", "def f():\n  from .train import step", "comes after"),
-        ("tt_model/generate.py", "from tt_model import TwoTower", "comes after"),
-        ("tt_model/generate.py", "from .objective import loss", "comes beside"),
-        ("tt_model/generate.py", "from . import cli", "comes after"),
-        ("tt_model/generate.py", "__import__('tt_model.cli')", "comes after"),
-        ("tt_model/generate.py", "from bench.bench_generate import f", "a package imports"),
-        ("tt_model/layers/moe.py", "import triton.language as tl", "imports triton outside"),
-        ("tt_model/layers/moe.py", "importlib.import_module('triton')", "imports triton outside"),
-        ("tt_model/layers/moe.py", "from tt_kernels.norm import rms_norm", "not a public name"),
-        ("tt_model/layers/moe.py", "import tt_kernels.norm", "not a public name"),
-        ("tt_model/layers/moe.py", "from tt_kernels import core", "not a public name"),
-        ("tt_model/layers/moe.py", "from tt_kernels import _hidden", "not a public name"),
-        ("tt_model/layers/moe.py", "from tt_kernels import *", "not a public name"),
-        ("tt_model/layers/moe.py", "import tt_kernels as k\nk.core.use", "not a public name"),
+        ("tt_model/config.py", "def f():\n  from .engine.generate import generate", "comes after"),
+        ("tt_model/modeling/tower.py", "from ..engine.generate import generate", "comes after"),
+        ("tt_model/modeling/tower.py", "def f():\n  from ..training.loop import step", "comes after"),
+        ("tt_model/modeling/wide.py", "from .mamba2 import Mixer", "a circle"),
+        ("tt_model/engine/generate.py", "from tt_model import TwoTower", "comes after"),
+        ("tt_model/engine/generate.py", "from ..training.objective import loss", "comes beside"),
+        ("tt_model/engine/generate.py", "from .. import cli", "comes after"),
+        ("tt_model/engine/generate.py", "__import__('tt_model.cli')", "comes after"),
+        ("tt_model/engine/generate.py", "from bench.bench_generate import f", "a package imports"),
+        ("tt_model/modeling/moe.py", "import triton.language as tl", "imports triton outside"),
+        ("tt_model/modeling/moe.py", "importlib.import_module('triton')", "imports triton outside"),
+        ("tt_model/modeling/moe.py", "from tt_kernels.norm import rms_norm", "not a public name"),
+        ("tt_model/modeling/moe.py", "import tt_kernels.norm", "not a public name"),
+        ("tt_model/modeling/moe.py", "from tt_kernels import runtime", "not a public name"),
+        ("tt_model/modeling/moe.py", "from tt_kernels import _x", "not a public name"),
+        ("tt_model/modeling/moe.py", "from tt_kernels import *", "not a public name"),
+        ("tt_model/modeling/moe.py", "import tt_kernels as k\nk.runtime.use", "not a public name"),
         ("tt_model/surprise.py", "", "has no place in LADDER"),
         ("setup_helper.py", "import triton", "imports triton outside"),
     ],
 )
 def test_checker_catches(path: str, line: str, complaint: str) -> None:
-    extra = {"tt_kernels/lang.py": "", "tt_model/objective.py": "", "tt_model/train.py": ""}
+    extra = {"tt_model/training/objective.py": "", "tt_model/training/loop.py": ""}
     planted = {path: TREE.get(path, "") + line + "\n"}
     found = violations(TREE | extra | planted)
     assert len(found) == 1, found
@@ -291,7 +313,7 @@ def test_checker_catches(path: str, line: str, complaint: str) -> None:
 
 
 def test_public_names_follow_all() -> None:
-    source = "__all__ = ['norm']\nfrom .norm import norm\nfrom .core import use\n"
+    source = "__all__ = ['norm']\nfrom .norm import norm\nfrom .runtime.core import use\n"
     assert public_names(source, {"tt_kernels.norm"}) == {"norm"}
     files = TREE | {"tt_kernels/__init__.py": source, "tt_model/cli.py": "from tt_kernels import norm\n"}
     assert not [line for line in violations(files) if "cli" in line]

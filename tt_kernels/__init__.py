@@ -1,8 +1,7 @@
 """The ops of a two-tower Mamba-2, attention and mixture-of-experts model. They know nothing of the model.
 
 Every op has a twin of the same name and signature in `tt_kernels.reference`: plain PyTorch, the specification, and what
-runs on a CPU. On a GPU Triton kernels run. `OPS` holds a card for each op: cases, inputs, gradients, cost, kernels.
-Where Triton is not installed, `tt_kernels.reference` is all there is.
+runs on a CPU. On a GPU Triton kernels run. Where Triton is not installed, `tt_kernels.reference` is all there is.
 """
 
 try:
@@ -16,33 +15,48 @@ except ImportError as _error:
         raise AttributeError(f"module 'tt_kernels' has no attribute {name!r}")
 
 else:
-    from . import attention, conv1d, mamba, moe, norm, ssd
-    from . import linear_cross_entropy as _linear_cross_entropy
-    from . import unmask as _unmask
     from .attention import append_attention, block_diffusion_attention, causal_attention, context_attention
-    from .conv1d import causal_conv1d, conv_block_states, conv_state
-    from .core import Op, trusted, use
-    from .linear_cross_entropy import linear_cross_entropy
-    from .mamba import mamba_advance, mamba_block, mamba_step
-    from .moe import ExpertWeights, experts, route
-    from .norm import gated_group_norm, modulated_rms_norm, rms_norm
-    from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
-    from .unmask import commit, gumbel_noise, head_sample, sample, unmask
-
-    _MODULES = (norm, conv1d, ssd, mamba, moe, attention, _unmask, _linear_cross_entropy)
-    OPS: dict[str, Op] = {op.fn.__name__: op for module in _MODULES for op in module.OPS}
+    from .conv1d import causal_conv1d, conv_advance, conv_block_states
+    from .loss import linear_cross_entropy
+    from .moe import ExpertWeights, Matrix, Routing, experts, route
+    from .norm import Modulated, gated_group_norm, modulated_rms_norm, rms_norm
+    from .runtime.checks import skip_checks, trusted
+    from .runtime.registry import use
+    from .sampling import Committed, Sampled, Sampling, Unmasked, commit, gumbel_noise, head_sample, sample, unmask
+    from .ssm import (
+        MambaState,
+        MambaWeights,
+        SSDChunk,
+        mamba_advance,
+        mamba_block,
+        mamba_extend,
+        mamba_step,
+        ssd_advance,
+        ssd_block,
+        ssd_chunk,
+        ssd_step,
+    )
 
 __all__ = [
-    "OPS",
+    "Committed",
     "ExpertWeights",
+    "MambaState",
+    "MambaWeights",
+    "Matrix",
+    "Modulated",
+    "Routing",
+    "SSDChunk",
+    "Sampled",
+    "Sampling",
+    "Unmasked",
     "append_attention",
     "block_diffusion_attention",
     "causal_attention",
     "causal_conv1d",
     "commit",
     "context_attention",
+    "conv_advance",
     "conv_block_states",
-    "conv_state",
     "experts",
     "gated_group_norm",
     "gumbel_noise",
@@ -50,11 +64,13 @@ __all__ = [
     "linear_cross_entropy",
     "mamba_advance",
     "mamba_block",
+    "mamba_extend",
     "mamba_step",
     "modulated_rms_norm",
     "rms_norm",
     "route",
     "sample",
+    "skip_checks",
     "ssd_advance",
     "ssd_block",
     "ssd_chunk",

@@ -4,18 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .cache import Cache
     from .config import TwoTowerConfig
-    from .generate import Generation, Step
+    from .engine.generate import Generation, Step
+    from .modeling.state import Cache
     from .two_tower import TwoTower
 
 __version__ = "0.1.0"
 __all__ = ["Cache", "Generation", "Step", "TwoTower", "TwoTowerConfig"]
 
 _HOMES = {
-    "Cache": "cache",
-    "Generation": "generate",
-    "Step": "generate",
+    "Cache": "modeling.state",
+    "Generation": "engine.generate",
+    "Step": "engine.generate",
     "TwoTower": "two_tower",
     "TwoTowerConfig": "config",
 }

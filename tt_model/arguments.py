@@ -56,7 +56,7 @@ def row_seeds(seed: int | Sequence[int] | Tensor | None, rows: int, device: torc
     """One seed a row, modulo 2^64: an int s gives row b the seed s + b; None draws from torch's default generator."""
     if seed is None:
         return torch.randint(2**62, (rows,)).to(device)
-    plain = seed.tolist() if hasattr(seed, "tolist") else seed
+    plain: Any = seed.tolist() if hasattr(seed, "tolist") else seed
     if is_integer(plain):
         plain = [plain + b for b in range(rows)]
     elif isinstance(plain, str | bytes) or not isinstance(plain, Sequence) or not all(map(is_integer, plain)):

@@ -1,12 +1,9 @@
 """Causal depthwise convolution with a carried state: the convolution, and the states that it leaves behind.
 
-A conv state is the last K raw (not yet activated) columns of x, oldest first, zeros where there were none: [B, C, K].
+A conv state is the last K raw (not yet activated) columns of x, oldest first, zeros where there were none: [C, K].
 """
 
-from . import causal, states
-from .causal import causal_conv1d
-from .states import conv_block_states, conv_state
+from .causal_conv1d import causal_conv1d
+from .conv_states import conv_advance, conv_block_states
 
-OPS = (*causal.OPS, *states.OPS)
-
-__all__ = ["OPS", "causal_conv1d", "conv_block_states", "conv_state"]
+__all__ = ["causal_conv1d", "conv_advance", "conv_block_states"]

@@ -1,10 +1,7 @@
 """Mixture of experts: the router and the experts."""
 
-from . import experts as _experts
-from . import route as _route
-from .experts import ExpertWeights, experts
+from ..reference.moe import ExpertWeights, Matrix, Routing
+from .experts import experts
 from .route import route
 
-OPS = (*_route.OPS, *_experts.OPS)
-
-__all__ = ["OPS", "ExpertWeights", "experts", "route"]
+__all__ = ["ExpertWeights", "Matrix", "Routing", "experts", "route"]

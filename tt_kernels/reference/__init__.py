@@ -6,24 +6,34 @@ H heads (G groups of them), P head size, N state size, C channels, K taps or cho
 """
 
 from .attention import append_attention, block_diffusion_attention, causal_attention, context_attention
-from .conv1d import causal_conv1d, conv_block_states, conv_state
-from .linear_cross_entropy import linear_cross_entropy
-from .mamba import mamba_advance, mamba_block, mamba_step
-from .moe import ExpertWeights, experts, route
-from .norm import gated_group_norm, modulated_rms_norm, rms_norm
-from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
-from .unmask import commit, gumbel_noise, head_sample, sample, unmask
+from .conv1d import causal_conv1d, conv_advance, conv_block_states
+from .loss import linear_cross_entropy
+from .mamba import MambaState, MambaWeights, mamba_advance, mamba_block, mamba_extend, mamba_step
+from .moe import ExpertWeights, Matrix, Routing, experts, route
+from .norm import Modulated, gated_group_norm, modulated_rms_norm, rms_norm
+from .sampling import Committed, Sampled, Sampling, Unmasked, commit, gumbel_noise, head_sample, sample, unmask
+from .ssd import SSDChunk, ssd_advance, ssd_block, ssd_chunk, ssd_step
 
 __all__ = [
+    "Committed",
     "ExpertWeights",
+    "MambaState",
+    "MambaWeights",
+    "Matrix",
+    "Modulated",
+    "Routing",
+    "SSDChunk",
+    "Sampled",
+    "Sampling",
+    "Unmasked",
     "append_attention",
     "block_diffusion_attention",
     "causal_attention",
     "causal_conv1d",
     "commit",
     "context_attention",
+    "conv_advance",
     "conv_block_states",
-    "conv_state",
     "experts",
     "gated_group_norm",
     "gumbel_noise",
@@ -31,6 +41,7 @@ __all__ = [
     "linear_cross_entropy",
     "mamba_advance",
     "mamba_block",
+    "mamba_extend",
     "mamba_step",
     "modulated_rms_norm",
     "rms_norm",

@@ -59,21 +59,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float |
 
 
 def _look(
-    op: str, pages: Tensor, page_table: Tensor, lengths: Tensor, entering: list[int] | None
+    op: str, pages: Tensor, page_table: Tensor, cache_lengths: Tensor, entering: list[int] | None
 ) -> tuple[int, int, slice | None]:
     """The longest and the shortest length, and the pages of all rows where they lie in order, row after row. Refuses
     what rows would read or write outside the pages, or write into each other's. entering: new tokens of each row."""
-    page_size, have, table = pages.shape[1], lengths.tolist(), page_table.tolist()
+    page_size, have, table = pages.shape[1], cache_lengths.tolist(), page_table.tolist()
     room = page_table.shape[1] * page_size
     longest, shortest = max(have, default=0), min(have, default=0)
     if shortest < 0:
-        raise ValueError(f"{op}: lengths goes down to {shortest}, expected 0 or more")
+        raise ValueError(f"{op}: cache_lengths goes down to {shortest}, expected 0 or more")
     if longest > room:
-        raise ValueError(f"{op}: lengths goes up to {longest}, but the page table has room for {room}")
+        raise ValueError(f"{op}: cache_lengths goes up to {longest}, but the page table has room for {room}")
     more = entering or [0] * len(have)
     for n, new in zip(have, more, strict=True):
         if new and n + new > room:
-            found = f"lengths is {n} and {new} tokens enter"
+            found = f"cache_lengths is {n} and {new} tokens enter"
             raise ValueError(f"{op}: {found}, but the page table has room for {room}")
     listed = [page for row in table for page in row]
     first, last = (listed[0], listed[0] + len(listed)) if listed else (0, 0)
@@ -94,43 +94,37 @@ def _look(
     return longest, shortest, None
 
 
-def _past(pages: Tensor, page_table: Tensor, in_order: slice | None, lengths: Tensor, longest: int) -> Tensor:
+def _past(pages: Tensor, page_table: Tensor, in_order: slice | None, cache_lengths: Tensor, longest: int) -> Tensor:
     """[B, longest, Hkv, P]: the cached tokens of all rows. Table entries past a row's end do not count."""
     B, page_size = page_table.shape[0], pages.shape[1]
     if in_order is not None:
         return pages[in_order].reshape(B, page_table.shape[1] * page_size, *pages.shape[2:])[:, :longest]
     page_table = page_table[:, : -(-longest // page_size)]
     starts = torch.arange(page_table.shape[1], device=page_table.device) * page_size
-    index = page_table.masked_fill(starts >= lengths.unsqueeze(1), 0).clamp(0, pages.shape[0] - 1)
+    index = page_table.masked_fill(starts >= cache_lengths.unsqueeze(1), 0).clamp(0, pages.shape[0] - 1)
     past = pages.index_select(0, index.flatten()).unflatten(0, index.shape)
     return past.flatten(1, 2)[:, :longest]
 
 
+Cached = tuple[Tensor, Tensor, Tensor, Tensor]  # k_pages, v_pages, page_table, cache_lengths
+
+
 def _context(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    causal: bool,
-    scale: float | None,
-    entering: list[int] | None = None,
+    op: str, q: Tensor, k: Tensor, v: Tensor, cached: Cached, causal: bool, scale: float | None, entering=None
 ) -> Tensor:
-    L = q.shape[1]
+    """entering: as `_look` takes it."""
+    (k_pages, v_pages, page_table, cache_lengths), L = cached, q.shape[1]
     causal = causal and L > 1
     longest, shortest = page_table.shape[1] * k_pages.shape[1], -1  # not known on the host: all pages, masked
     in_order = None
-    if can_look(lengths):
-        longest, shortest, in_order = _look(op, k_pages, page_table, lengths, entering)
+    if can_look(cache_lengths):
+        longest, shortest, in_order = _look(op, k_pages, page_table, cache_lengths, entering)
     if longest == 0 or k_pages.shape[0] == 0:
         return _attend(q, k, v, None, scale, causal=causal)
-    past = [_past(pages, page_table, in_order, lengths, longest) for pages in (k_pages, v_pages)]
+    past = [_past(pages, page_table, in_order, cache_lengths, longest) for pages in (k_pages, v_pages)]
     mask = None
-    if shortest < longest:  # what lies past a row's length may be anything, NaN included
-        seen = torch.arange(longest, device=q.device) < lengths.unsqueeze(1)
+    if shortest < longest:  # cached tokens past a row's length may hold anything, NaN included
+        seen = torch.arange(longest, device=q.device) < cache_lengths.unsqueeze(1)
         past = [t.masked_fill(~seen[..., None, None], 0) for t in past]
         mask = F.pad(seen, (0, L), value=True).unsqueeze(1)  # [B, 1, longest + L]
     if causal:
@@ -148,12 +142,13 @@ def context_attention(
     k_pages: Tensor,
     v_pages: Tensor,
     page_table: Tensor,
-    lengths: Tensor,
+    cache_lengths: Tensor,
     *,
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    return _context("context_attention", q, k, v, k_pages, v_pages, page_table, lengths, causal, scale)
+    cached = k_pages, v_pages, page_table, cache_lengths
+    return _context("context_attention", q, k, v, cached, causal, scale)
 
 
 def _append_row(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, pages: list[int], n: int, new: int) -> None:
@@ -167,15 +162,14 @@ def _append_row(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, pages: l
         v_pages[page, slot : slot + rows.stop - rows.start] = v[rows]
 
 
-def _append(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, counts: Tensor | None
-) -> None:
+def _append(k: Tensor, v: Tensor, cached: Cached, counts: Tensor | None) -> None:
     """Tokens that no slot is for do not enter. Nothing is read on the host."""
+    k_pages, v_pages, page_table, cache_lengths = cached
     (B, L), (pages, page_size), row_pages = k.shape[:2], k_pages.shape[:2], page_table.shape[1]
     if B * L * pages * row_pages == 0:
         return
     token = torch.arange(L, device=k.device)
-    position = lengths.clamp(min=0).unsqueeze(1) + token  # [B, L]
+    position = cache_lengths.clamp(min=0).unsqueeze(1) + token  # [B, L]
     enters = position < row_pages * page_size
     if counts is not None:
         enters = enters & (token < counts.unsqueeze(1))
@@ -199,21 +193,21 @@ def append_attention(
     k_pages: Tensor,
     v_pages: Tensor,
     page_table: Tensor,
-    lengths: Tensor,
+    cache_lengths: Tensor,
     counts: Tensor | None = None,
     *,
     scale: float | None = None,
 ) -> Tensor:
-    B, L = k.shape[:2]
-    entering = None
-    if can_look(lengths):
+    (B, L), entering = k.shape[:2], None
+    cached = k_pages, v_pages, page_table, cache_lengths
+    if can_look(cache_lengths):
         entering = [L] * B if counts is None else counts.clamp(0, L).tolist()
-    o = _context("append_attention", q, k, v, k_pages, v_pages, page_table, lengths, True, scale, entering)
+    o = _context("append_attention", q, k, v, cached, True, scale, entering)
     with torch.no_grad():
         if entering is not None and B == 1:
-            _append_row(k[0], v[0], k_pages, v_pages, page_table[0].tolist(), int(lengths), entering[0])
+            _append_row(k[0], v[0], k_pages, v_pages, page_table[0].tolist(), int(cache_lengths), entering[0])
         else:
-            _append(k, v, k_pages, v_pages, page_table, lengths, counts)
+            _append(k, v, cached, counts)
     return o
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def full_precision(reference: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -22,6 +23,19 @@ def full_precision(reference: Callable[_P, _R]) -> Callable[_P, _R]:
         if device == "meta" or not torch.is_autocast_enabled(device):
             return reference(*args, **kwargs)
         with torch.autocast(device, enabled=False):
+            return reference(*args, **kwargs)
+
+    return run
+
+
+def without_gradients(reference: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The reference under torch.no_grad(), which costs more than a small step where gradients are off already."""
+
+    @functools.wraps(reference)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch.is_grad_enabled():
+            return reference(*args, **kwargs)
+        with torch.no_grad():
             return reference(*args, **kwargs)
 
     return run
@@ -51,13 +65,13 @@ def can_look(t: Tensor) -> bool:
     return t.device.type == "cpu" and type(t) is Tensor and not torch.compiler.is_compiling()
 
 
-def check_lengths(op: str, lengths: Tensor | None, L: int) -> None:
-    """Refuse lengths of rows that are not 0 to L, where one can look; kernels cut them."""
-    if lengths is None or not can_look(lengths):
+def check_counts(op: str, counts: Tensor | None, L: int) -> None:
+    """Refuse counts of tokens that are not 0 to L, where one can look; kernels cut them."""
+    if counts is None or not can_look(counts):
         return
-    for length in lengths.tolist():
-        if not 0 <= length <= L:
-            raise ValueError(f"{op}: lengths is {length}, expected 0 to L={L}")
+    for count in counts.tolist():
+        if not 0 <= count <= L:
+            raise ValueError(f"{op}: counts is {count}, expected 0 to L={L}")
 
 
 def check_starts(op: str, cu_seqlens: Tensor | None, tokens: int) -> list[int] | None:
@@ -73,7 +87,7 @@ def check_starts(op: str, cu_seqlens: Tensor | None, tokens: int) -> list[int] |
 
 
 def sequence_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """[tokens + 1] int8: 1 where a packed sequence begins. What lies behind the last entry is one of its own; entries
+    """[tokens + 1] int8: 1 where a packed sequence begins. Tokens behind the last entry are one more; entries
     outside 0 to `tokens` mean nothing."""
     starts = torch.zeros(tokens + 1, dtype=torch.int8, device=cu_seqlens.device)
     return starts.index_fill_(0, cu_seqlens.long().clamp(0, tokens), 1)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, check_lengths, check_starts, compute_dtype, full_precision, sequence_index
+from .common import cast, check_counts, check_starts, compute_dtype, full_precision, sequence_index, without_gradients
+from .slots import check_slots, read_slots, write_slots
 
 
 def _with_history(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
@@ -19,13 +20,16 @@ def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    state: Tensor | None = None,
+    conv_state: Tensor | None = None,
     *,
     activation: str | None = "silu",
+    state_indices: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     acc = compute_dtype(x.dtype, weight.dtype)
     (B, L, _), K = x.shape, weight.shape[-1]
+    check_slots("causal_conv1d", conv_state, state_indices=state_indices)
+    state = None if conv_state is None else read_slots(conv_state, state_indices, B)
     if L == 1 and state is not None:  # a decoding step: as the state lies, without turning the weights
         window = torch.cat([cast(state[..., state.shape[-1] - K + 1 :], x.dtype), x.transpose(1, 2)], -1)  # [B, C, K]
         y = (cast(window, acc) * cast(weight, acc)).sum(-1).unsqueeze(1)
@@ -46,20 +50,33 @@ def causal_conv1d(
     return cast(F.silu(y, inplace=not y.requires_grad) if activation == "silu" else y, x.dtype)
 
 
+def _state_after(x: Tensor, state: Tensor, counts: Tensor | None) -> Tensor:
+    """The last K columns of the state and the first counts[b] of x: [B, C, K]."""
+    (B, L, C), K = x.shape, state.shape[-1]
+    if counts is None and not torch.compiler.is_compiling():  # a graph takes the way that serves every length
+        own = x[:, max(0, L - K) :].transpose(1, 2)
+        return own if L >= K else torch.cat([cast(state[..., L:], x.dtype), own], -1)
+    columns = _with_history(x, state, K)  # [B, K + L, C]
+    if counts is None:
+        return columns[:, L:].transpose(1, 2)
+    index = counts.long().clamp(0, L).view(B, 1, 1) + torch.arange(K, device=x.device).view(1, -1, 1)
+    return columns.gather(1, index.expand(-1, -1, C)).transpose(1, 2)
+
+
+@without_gradients
 @full_precision
-def conv_state(x: Tensor, lengths: Tensor | None, state: Tensor | None, *, kernel_size: int) -> Tensor:
-    B, L, C = x.shape
-    check_lengths("conv_state", lengths, L)
-    traced = torch.compiler.is_compiling()  # a graph takes the way that serves every length
-    if lengths is None and not traced and kernel_size <= L:
-        return x[:, L - kernel_size :].transpose(1, 2).contiguous()
-    if lengths is None and not traced and state is not None:
-        return torch.cat([cast(state[..., state.shape[-1] - kernel_size + L :], x.dtype), x.transpose(1, 2)], -1)
-    columns = _with_history(x, state, kernel_size)  # [B, K + L, C]
-    if lengths is None:
-        return columns[:, L:].transpose(1, 2).contiguous()
-    index = lengths.long().clamp(0, L).view(B, 1, 1) + torch.arange(kernel_size, device=x.device).view(1, -1, 1)
-    return columns.gather(1, index.expand(-1, -1, C)).transpose(1, 2).contiguous()
+def conv_advance(
+    x: Tensor,
+    conv_state: Tensor,
+    counts: Tensor | None = None,
+    *,
+    state_indices: Tensor | None = None,
+    out_indices: Tensor | None = None,
+) -> None:
+    check_counts("conv_advance", counts, x.shape[1])
+    check_slots("conv_advance", conv_state, state_indices=state_indices, out_indices=out_indices)
+    new = _state_after(x, read_slots(conv_state, state_indices, x.shape[0]), counts)
+    write_slots(conv_state, new, state_indices if out_indices is None else out_indices)
 
 
 @full_precision

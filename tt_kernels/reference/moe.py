@@ -1,7 +1,7 @@
 """Mixture of experts: the router and the experts."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +10,53 @@ from torch import Tensor
 from .common import cast, compute_dtype, full_precision
 
 
-@dataclass(frozen=True)
-class ExpertWeights:
-    """The weights of all experts of a layer: up [E, N, D], down [E, D, N], gate [E, N, D] or None; of a shared one:
-    the same without E."""
+class Routing(NamedTuple):
+    """Which experts each token goes to: what `route` returns and `experts` takes. `experts` makes the last two where
+    they are None."""
+
+    topk_ids: Tensor  # [T, K] int, best first; below 0, or E and above: the expert is elsewhere
+    topk_weights: Tensor  # [T, K] fp32 or wider
+    sorted_pairs: Tensor | None = None  # [T * K] int: pairs t * K + k by expert, in each expert by token
+    offsets: Tensor | None = None  # [E] int: where each expert's pairs end in sorted_pairs
+
+
+class Matrix(NamedTuple):
+    """Weights and how they are stored; a plain Tensor stands for Matrix(tensor)."""
+
+    data: Tensor  # the shape of the matrices that it holds
+    scale: Tensor | None = None
+    format: str | None = None  # a key of FORMATS; None: numbers of the dtype of x
+
+
+class ExpertWeights(NamedTuple):
+    """The weights of all experts of a layer; of the shared expert the same without E."""
+
+    up: Tensor | Matrix  # [E, N, D]
+    down: Tensor | Matrix  # [E, D, N]
+    gate: Tensor | Matrix | None = None  # [E, N, D]
+
+
+class PlainWeights(NamedTuple):
+    """`ExpertWeights` in the dtype of x."""
 
     up: Tensor
     down: Tensor
     gate: Tensor | None = None
+
+
+class Format(NamedTuple):
+    """How a Matrix stores its weights."""
+
+    dequantized: Callable[[Matrix, torch.dtype], Tensor]  # the matrices in the dtype of x
+    dtype: torch.dtype | None = None  # of data; None: that of x
+    scale_shape: Callable[[torch.Size], tuple[int, ...]] | None = None  # from the shape of data; None: no scale
+
+
+FORMATS: dict[str | None, Format] = {None: Format(lambda matrix, dtype: matrix.data)}
+
+# down(act(up(x))), or down(act(gate(x)) * up(x)). Kernels: `activate` in moe/lang.py.
+# Append only: cards count by position. Kernels: `activate` in moe/lang.py; models: tt_model/config.py names its own.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": lambda h: F.relu(h).square(), "silu": F.silu}
 
 
 @full_precision
@@ -31,7 +70,7 @@ def route(
     topk_group: int = 1,
     norm_topk_prob: bool = True,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Routing:
     scores = (x.double() @ weight.double().T).sigmoid()  # [T, E]
     biased = scores.detach() + bias  # fp64
     if n_group > 1:
@@ -45,32 +84,34 @@ def route(
     if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     weights = cast(weights if scale == 1 else weights * scale, compute_dtype(x.dtype))
-    return ids, weights, *index_lists(ids, len(weight))
+    return Routing(ids, weights, *sort_pairs(ids, len(weight)))
 
 
-def index_lists(ids: Tensor, E: int) -> tuple[Tensor, Tensor]:
-    """Token-expert pairs t * K + k sorted by expert, those of no expert 0 to E - 1 last, and where each expert's end;
-    without a look at them from the host."""
-    pairs, order = torch.where(ids < 0, E, ids).flatten().sort(stable=True)
-    experts = torch.arange(E, device=ids.device, dtype=ids.dtype)
-    return order, torch.searchsorted(pairs, experts, right=True, out_int32=True)
+def sort_pairs(topk_ids: Tensor, E: int) -> tuple[Tensor, Tensor]:
+    """(sorted_pairs, offsets) of `Routing`; pairs of no expert 0 to E - 1 come last. The host reads no value."""
+    experts, sorted_pairs = torch.where(topk_ids < 0, E, topk_ids).flatten().sort(stable=True)
+    every = torch.arange(E, device=topk_ids.device, dtype=topk_ids.dtype)
+    return sorted_pairs, torch.searchsorted(experts, every, right=True, out_int32=True)
 
 
-def activate(h: Tensor, activation: str) -> Tensor:
-    if activation == "relu2":
-        return F.relu(h).square()
-    return F.silu(h)
+def plain(weights: ExpertWeights, dtype: torch.dtype) -> PlainWeights:
+    """The weights of any format in this dtype."""
+
+    def one(weight: Tensor | Matrix) -> Tensor:
+        return FORMATS[weight.format].dequantized(weight, dtype) if isinstance(weight, Matrix) else weight
+
+    return PlainWeights(one(weights.up), one(weights.down), None if weights.gate is None else one(weights.gate))
 
 
-def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows of x, sorted by expert, times their own expert's weight: [R, D], [E, N, D], [E] -> [R, N]. Rows behind the
-    last end are nobody's: 0, as is their gradient."""
+    last offset belong to no expert: they are 0, as is their gradient."""
     tracing = torch.compiler.is_compiling()
     if x.is_cuda and _fits_grouped_mm(x, weight, torch.bfloat16) and (tracing or len(x) >= len(weight)):
-        # It leaves nobody's rows as they come, in the result and in the gradient of x.
-        real = (torch.arange(len(x), device=x.device) < ends[-1]).unsqueeze(1)
-        return torch.where(real, F.grouped_mm(torch.where(real, x, 0), weight.transpose(1, 2), offs=ends), 0)
-    return _whole_grouped_linear(x, weight, ends) if tracing else _segments_linear(x, weight, ends)
+        # It leaves rows of no expert as they come, in the result and in the gradient of x.
+        real = (torch.arange(len(x), device=x.device) < offsets[-1]).unsqueeze(1)
+        return torch.where(real, F.grouped_mm(torch.where(real, x, 0), weight.transpose(1, 2), offs=offsets), 0)
+    return _whole_grouped_linear(x, weight, offsets) if tracing else _segments_linear(x, weight, offsets)
 
 
 def _fits_grouped_mm(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> bool:
@@ -79,12 +120,12 @@ def _fits_grouped_mm(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> bool:
     return fits and x.dtype in dtypes and x.dtype == weight.dtype
 
 
-def _segments_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _segments_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """`_grouped_linear` by segments whose sizes the host knows."""
-    bounds = ends.tolist()
+    bounds = offsets.tolist()
     accepted = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
     if bounds[-1] >= len(weight) and _fits_grouped_mm(x, weight, *accepted):
-        y = F.grouped_mm(x[: bounds[-1]], weight.transpose(1, 2), offs=ends)
+        y = F.grouped_mm(x[: bounds[-1]], weight.transpose(1, 2), offs=offsets)
         return y if len(y) == len(x) else F.pad(y, (0, 0, 0, len(x) - len(y)))
     # Few rows hit few experts, and grouped_mm costs a product for every one of them.
     *segments, rest = x.tensor_split(bounds)
@@ -98,23 +139,23 @@ def _segments_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("tt_reference::grouped_linear", mutates_args=())
-def _whole_grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return _segments_linear(x, weight, ends)
+def _whole_grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return _segments_linear(x, weight, offsets)
 
 
 @torch.library.custom_op("tt_reference::grouped_linear_backward", mutates_args=())
-def _grouped_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    rows = zip(*(t.tensor_split(ends.tolist())[:-1] for t in (dy, x)), strict=True)
-    return _segments_linear(dy, weight.transpose(1, 2), ends), torch.stack([d.T @ r for d, r in rows])
+def _grouped_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    rows = zip(*(t.tensor_split(offsets.tolist())[:-1] for t in (dy, x)), strict=True)
+    return _segments_linear(dy, weight.transpose(1, 2), offsets), torch.stack([d.T @ r for d, r in rows])
 
 
 @_whole_grouped_linear.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
 @_grouped_linear_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
@@ -132,46 +173,41 @@ _whole_grouped_linear.register_autograd(_differentiate, setup_context=_keep)
 @full_precision
 def experts(
     x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    expert_weights: ExpertWeights,
+    routing: Routing,
+    weights: ExpertWeights,
     *,
-    order: Tensor | None = None,
-    ends: Tensor | None = None,
     shared: ExpertWeights | None = None,
     activation: str = "relu2",
 ) -> Tensor:
-    y = _routed(x, ids, weights, expert_weights, order, ends, activation)
-    return y if shared is None else y + _mlp(x, shared, activation)
+    y = _routed(x, routing, plain(weights, x.dtype), activation)
+    return y if shared is None else y + _mlp(x, plain(shared, x.dtype), activation)
 
 
-def _one(weights: ExpertWeights, e: int) -> ExpertWeights:
-    return ExpertWeights(weights.up[e], weights.down[e], None if weights.gate is None else weights.gate[e])
-
-
-def _mlp(x: Tensor, weights: ExpertWeights, activation: str) -> Tensor:
-    h = F.linear(x, weights.up)
-    h = activate(h, activation) if weights.gate is None else activate(F.linear(x, weights.gate), activation) * h
+def _mlp(x: Tensor, weights: PlainWeights, activation: str) -> Tensor:
+    h, act = F.linear(x, weights.up), ACTIVATIONS[activation]
+    h = act(h) if weights.gate is None else act(F.linear(x, weights.gate)) * h
     return F.linear(h, weights.down)
 
 
-def _routed(x, ids, weights, expert_weights, order, ends, activation) -> Tensor:
-    (T, D), K, E = x.shape, ids.shape[1], len(expert_weights.up)
+def _of_expert(weights: PlainWeights, e: int) -> PlainWeights:
+    return PlainWeights(weights.up[e], weights.down[e], None if weights.gate is None else weights.gate[e])
+
+
+def _routed(x: Tensor, routing: Routing, weights: PlainWeights, activation: str) -> Tensor:
+    ids, topk_weights, sorted_pairs, offsets = routing
+    (T, D), K, E = x.shape, ids.shape[1], len(weights.up)
     if not (torch.compiler.is_compiling() or x.is_cuda) and T == 1:  # a decoding step: nothing to sort
         chosen = ids[0].tolist()
         if all(0 <= e < E for e in chosen):
-            rows = [_mlp(x, _one(expert_weights, e), activation) for e in chosen]
-            return cast(weights @ cast(torch.cat(rows), weights.dtype), x.dtype)
-    if order is None or ends is None:
-        order, ends = index_lists(ids, E)
-    ends = ends.int()
-    rows = x.index_select(0, order // K)
-    h = _grouped_linear(rows, expert_weights.up, ends)
-    if expert_weights.gate is None:
-        h = activate(h, activation)
-    else:
-        h = activate(_grouped_linear(rows, expert_weights.gate, ends), activation) * h
-    y = _grouped_linear(h, expert_weights.down, ends)
-    y = torch.empty_like(y).index_copy_(0, order.long(), y)  # back to the tokens' order
-    weights = torch.where((ids >= 0) & (ids < E), weights, 0)
-    return cast((weights.unsqueeze(1) @ cast(y.view(T, K, D), weights.dtype)).squeeze(1), x.dtype)
+            each = torch.cat([_mlp(x, _of_expert(weights, e), activation) for e in chosen])
+            return cast(topk_weights @ cast(each, topk_weights.dtype), x.dtype)
+    if sorted_pairs is None or offsets is None:
+        sorted_pairs, offsets = sort_pairs(ids, E)
+    offsets, act = offsets.int(), ACTIVATIONS[activation]
+    rows = x.index_select(0, sorted_pairs // K)
+    h = _grouped_linear(rows, weights.up, offsets)
+    h = act(h) if weights.gate is None else act(_grouped_linear(rows, weights.gate, offsets)) * h
+    y = _grouped_linear(h, weights.down, offsets)
+    y = torch.empty_like(y).index_copy_(0, sorted_pairs.long(), y)  # back to the tokens' order
+    topk_weights = torch.where((ids >= 0) & (ids < E), topk_weights, 0)
+    return cast((topk_weights.unsqueeze(1) @ cast(y.view(T, K, D), topk_weights.dtype)).squeeze(1), x.dtype)

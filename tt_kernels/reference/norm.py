@@ -1,10 +1,19 @@
 """RMS norms, with modulation, gate and residual."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .common import cast, compute_dtype, full_precision
+
+
+class Modulated(NamedTuple):
+    """The result of `modulated_rms_norm`."""
+
+    y: Tensor  # [*, L, D], dtype of weight: what the next layer reads
+    residual: Tensor  # [*, L, D], dtype of x: the stream with the branch
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:
@@ -28,7 +37,7 @@ def modulated_rms_norm(
     gate: Tensor | None = None,
     order: str = "modulate_norm",
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+) -> Modulated:
     acc = compute_dtype(x.dtype, weight.dtype)
     residual = x
     if branch is not None:
@@ -37,13 +46,13 @@ def modulated_rms_norm(
         residual = cast(residual, x.dtype)
     y = cast(residual, acc)
     if shift is None or scale is None:
-        return cast(_normalise(y, eps) * cast(weight, acc), weight.dtype), residual
+        return Modulated(cast(_normalise(y, eps) * cast(weight, acc), weight.dtype), residual)
     shift, scale = cast(shift, acc).unsqueeze(-2), 1 + cast(scale, acc).unsqueeze(-2)  # [B, 1, D]
     if order == "modulate_norm":
         y = _normalise(torch.addcmul(shift, y, scale), eps) * cast(weight, acc)
     else:
         y = torch.addcmul(shift, _normalise(y, eps) * cast(weight, acc), scale)
-    return cast(y, weight.dtype), residual
+    return Modulated(cast(y, weight.dtype), residual)
 
 
 @full_precision

@@ -5,14 +5,24 @@ above 0.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, check_lengths, check_starts, compute_dtype, full_precision, sequence_index
+from .common import cast, check_counts, check_starts, compute_dtype, full_precision, sequence_index, without_gradients
+from .slots import check_slots, read_slots, write_slots
 
 CHUNK = 32  # tokens of a chunk where no size is asked for: pairs inside and states between cost about the same on a CPU
+
+
+class SSDChunk(NamedTuple):
+    """What `ssd_chunk` returns: b rows of L tokens, H heads of size P, state size N, chunks of Q tokens."""
+
+    y: Tensor  # [b, L, H, P], dtype of x
+    final_state: Tensor | None  # [b, H, P, N] fp32 or fp64: after a row's last token; None: it went to ssm_state
+    chunk_states: Tensor  # [b, max(1, ceil(L / Q)), H, P, N] fp32 or fp64: before each chunk; [b, 0, ...] without a Q
 
 
 def _time_step(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float], acc: torch.dtype) -> Tensor:
@@ -20,11 +30,11 @@ def _time_step(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float], acc: tor
     return dt if limit == (0.0, math.inf) else dt.clamp(*limit)
 
 
-def _cut(lengths: Tensor | None, x: Tensor, dt: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros past each row's length, whatever lies there: a step of 0 neither decays the state nor adds to it."""
-    if lengths is None:
+def _cut(counts: Tensor | None, x: Tensor, dt: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros past each row's count, whatever lies there: a step of 0 neither decays the state nor adds to it."""
+    if counts is None:
         return x, dt, B
-    past = (torch.arange(x.shape[1], device=x.device) >= lengths.view(-1, 1)).unsqueeze(-1)  # [b, L, 1]
+    past = (torch.arange(x.shape[1], device=x.device) >= counts.view(-1, 1)).unsqueeze(-1)  # [b, L, 1]
     return x.masked_fill(past.unsqueeze(-1), 0), dt.masked_fill(past, 0), B.masked_fill(past.unsqueeze(-1), 0)
 
 
@@ -105,17 +115,20 @@ def ssd_block(
     C: Tensor,
     D: Tensor,
     dt_bias: Tensor,
-    state: Tensor | None = None,
+    ssm_state: Tensor | None = None,
     *,
+    state_indices: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
+    check_slots("ssd_block", ssm_state, state_indices=state_indices)
     acc = compute_dtype(x.dtype, A.dtype)
     dt = _time_step(dt, dt_bias, dt_limit, acc)
-    state = None if state is None else cast(state, acc)
+    state = None if ssm_state is None else cast(read_slots(ssm_state, state_indices, x.shape[0]), acc)
     y = _outputs(cast(x, acc), dt, _log_decay(dt, A, acc), cast(B, acc), cast(C, acc), cast(D, acc), state)
     return cast(y, x.dtype)
 
 
+@without_gradients
 @full_precision
 def ssd_step(
     x: Tensor,
@@ -125,23 +138,29 @@ def ssd_step(
     C: Tensor,
     D: Tensor,
     dt_bias: Tensor,
-    state: Tensor,
+    ssm_state: Tensor,
     *,
+    state_indices: Tensor | None = None,
+    out_indices: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
+    check_slots("ssd_step", ssm_state, state_indices=state_indices, out_indices=out_indices)
     acc = compute_dtype(x.dtype, A.dtype)
     (b, H, P), (G, N) = x.shape, B.shape[1:]
     RP = H // G * P
+    state = cast(read_slots(ssm_state, state_indices, b), acc)
     xs, dt = cast(x, acc), _time_step(dt, dt_bias, dt_limit, acc)
     # By groups: [b * G, R * P, N], so that no head needs a copy of B and C; rows times rows is the faster product.
-    carried = cast(state, acc) * _exp(_log_decay(dt, A, acc)).reshape(b, H, 1, 1)
+    carried = state * _exp(_log_decay(dt, A, acc)).reshape(b, H, 1, 1)
     grown = (xs * dt.unsqueeze(-1)).reshape(b * G, RP, 1)
     new = torch.addcmul(carried.reshape(b * G, RP, N), grown, cast(B, acc).reshape(b * G, 1, N))
     y = torch.bmm(cast(C, acc).reshape(b * G, 1, N), new.mT).view(b, H, P)
     y = torch.addcmul(y, xs, cast(D, acc).unsqueeze(-1))
-    return cast(y, x.dtype), new.view(b, H, P, N)
+    write_slots(ssm_state, new.view(b, H, P, N), state_indices if out_indices is None else out_indices)
+    return cast(y, x.dtype)
 
 
+@without_gradients
 @full_precision
 def ssd_advance(
     x: Tensor,
@@ -149,17 +168,21 @@ def ssd_advance(
     A: Tensor,
     B: Tensor,
     dt_bias: Tensor,
-    state: Tensor | None = None,
-    lengths: Tensor | None = None,
+    ssm_state: Tensor,
+    counts: Tensor | None = None,
     *,
+    state_indices: Tensor | None = None,
+    out_indices: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
-) -> Tensor:
-    check_lengths("ssd_advance", lengths, x.shape[1])
+) -> None:
+    check_counts("ssd_advance", counts, x.shape[1])
+    check_slots("ssd_advance", ssm_state, state_indices=state_indices, out_indices=out_indices)
     acc = compute_dtype(x.dtype, A.dtype)
-    x, dt, B = _cut(lengths, cast(x, acc), _time_step(dt, dt_bias, dt_limit, acc), cast(B, acc))
+    state = cast(read_slots(ssm_state, state_indices, x.shape[0]), acc)
+    x, dt, B = _cut(counts, cast(x, acc), _time_step(dt, dt_bias, dt_limit, acc), cast(B, acc))
     to_end, whole = _decay_to_end(_log_decay(dt, A, acc))
-    new = _added(x, to_end * dt, B)
-    return new if state is None else new.addcmul_(cast(state, acc), whole[..., None, None])
+    new = _added(x, to_end * dt, B).addcmul_(state, whole[..., None, None])
+    write_slots(ssm_state, new, state_indices if out_indices is None else out_indices)
 
 
 @full_precision
@@ -171,18 +194,26 @@ def ssd_chunk(
     C: Tensor,
     D: Tensor,
     dt_bias: Tensor,
-    state: Tensor | None = None,
-    lengths: Tensor | None = None,
+    ssm_state: Tensor | None = None,
     *,
+    counts: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    out_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     chunk_size: int | None = 64,
     dt_limit: tuple[float, float] = (0.0, math.inf),
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_lengths("ssd_chunk", lengths, x.shape[1])
+) -> SSDChunk:
+    check_counts("ssd_chunk", counts, x.shape[1])
     check_starts("ssd_chunk", cu_seqlens, x.shape[0] * x.shape[1])
-    tensors = (x, dt, A, B, C, D, dt_bias, state)
-    run = _chunked_in_graph if torch.compiler.is_compiling() else _chunked
-    return run(*tensors, lengths, cu_seqlens, chunk_size, *dt_limit)
+    check_slots("ssd_chunk", ssm_state, state_indices=state_indices, out_indices=out_indices)
+    state, run = None, _chunked_in_graph if torch.compiler.is_compiling() else _chunked
+    if ssm_state is not None:
+        state = read_slots(ssm_state, state_indices, x.shape[0], own=torch.is_grad_enabled())
+    y, final, states = run(x, dt, A, B, C, D, dt_bias, state, counts, cu_seqlens, chunk_size, *dt_limit)
+    if ssm_state is None:
+        return SSDChunk(y, final, states)
+    write_slots(ssm_state, final, state_indices if out_indices is None else out_indices)
+    return SSDChunk(y, None, states)
 
 
 def _chunked(
@@ -194,7 +225,7 @@ def _chunked(
     D: Tensor,
     dt_bias: Tensor,
     state: Tensor | None,
-    lengths: Tensor | None,
+    counts: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
     low: float,
@@ -204,7 +235,7 @@ def _chunked(
     (b, L, H, P), N = x.shape, B.shape[3]
     Q = min(chunk_size or CHUNK, max(L, 1))
     n = max(1, -(-L // Q))  # chunks
-    x, dt, B = _cut(lengths, cast(x, acc), _time_step(dt, dt_bias, (low, high), acc), cast(B, acc))
+    x, dt, B = _cut(counts, cast(x, acc), _time_step(dt, dt_bias, (low, high), acc), cast(B, acc))
 
     def chunks(t: Tensor) -> Tensor:  # [b, L, ...] -> [b * n, Q, ...], dt = 0 in the padding
         return F.pad(t, (0, 0) * (t.dim() - 2) + (0, n * Q - L)).reshape(b * n, Q, *t.shape[2:])
@@ -235,26 +266,11 @@ def _chunked(
 # loop would grow with it.
 
 
-def _node(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    state: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, last, before = _chunked(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size, low, high)
-    return y.contiguous(), last.contiguous(), before.contiguous()
+def _node(*inputs):
+    return tuple(t.contiguous() for t in _chunked(*inputs))
 
 
-def _node_fake(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_size, low, high):
+def _node_fake(x, dt, A, B, C, D, dt_bias, state, counts, cu_seqlens, chunk_size, low, high):
     (b, L, H, P), N = x.shape, B.shape[3]
     last = x.new_empty((b, H, P, N), dtype=compute_dtype(x.dtype, A.dtype))
     chunks = 0 if chunk_size is None else max(1, -(-L // chunk_size))
@@ -264,20 +280,21 @@ def _node_fake(x, dt, A, B, C, D, dt_bias, state, lengths, cu_seqlens, chunk_siz
 def _node_backward(
     gradients: list[Tensor],
     tensors: list[Tensor],
-    lengths: Tensor | None,
+    counts: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
     low: float,
     high: float,
 ) -> list[Tensor]:
-    def again(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        state = tensors[7] if len(tensors) > 7 else None
-        return _chunked(*tensors[:7], state, lengths, cu_seqlens, chunk_size, low, high)
+    def again(*tensors):
+        state = () if len(tensors) == 8 else (None,)
+        return _chunked(*tensors, *state, counts, cu_seqlens, chunk_size, low, high)
 
     return [t.contiguous() for t in torch.func.vjp(again, *tensors)[1](tuple(gradients))]
 
 
-_chunked_in_graph = torch.library.custom_op("tt_reference::ssd_chunk", _node, mutates_args=())
+_signature = torch.library.infer_schema(_chunked, mutates_args=())
+_chunked_in_graph = torch.library.custom_op("tt_reference::ssd_chunk", _node, mutates_args=(), schema=_signature)
 _chunked_in_graph.register_fake(_node_fake)
 _chunked_backward = torch.library.custom_op("tt_reference::ssd_chunk_backward", _node_backward, mutates_args=())
 _chunked_backward.register_fake(lambda gradients, tensors, *_: [t.new_empty(t.shape) for t in tensors])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,16 @@ from torch import Tensor, nn
 from ..arguments import dtype_of, is_integer, wrapped
 from ..config import TwoTowerConfig
 from .folder import DTYPES, Folder
-from .keys import CONTEXT, layout_of, match, named_parameters, parameter_dtype, parameter_shapes, published_keys
+from .keys import (
+    CONTEXT,
+    layout_of,
+    match,
+    named_parameters,
+    parameter_dtype,
+    parameter_shapes,
+    published_keys,
+    unwrapped,
+)
 from .read import place
 from .write import TOKENIZER_FILES, Entry, atomic_folder, check_shard_bytes, companions, write
 
@@ -47,10 +57,11 @@ def start_denoiser(model: nn.Module, *, seed: int = 0) -> None:
 
     ValueError when the model has no denoiser, or its context tower has no weights yet.
     """
-    if getattr(model, "denoiser_tower", None) is None:
+    inner = unwrapped(model)
+    if getattr(inner, "denoiser_tower", None) is None:
         raise ValueError('start_denoiser: the model has no denoiser (it was made with towers="context")')
-    head: Tensor = model.context_lm_head.weight
-    values = _time_modules(model.config, seed)
+    head: Tensor = unwrapped(inner.context_lm_head).weight
+    values = _time_modules(inner.config, seed)
     for name, parameter in named_parameters(model).items():
         if name.startswith(CONTEXT):
             if parameter.is_meta:
@@ -100,8 +111,11 @@ def convert(
     check_shard_bytes(max_shard_bytes)
     files = Folder(source)
     config = TwoTowerConfig.from_file(source)
-    chosen = {"block_size": block_size, "mask_token_id": mask_token_id}
-    config = dataclasses.replace(config, **{name: value for name, value in chosen.items() if value is not None})
+    config = dataclasses.replace(
+        config,
+        block_size=config.block_size if block_size is None else block_size,
+        mask_token_id=config.mask_token_id if mask_token_id is None else mask_token_id,
+    )
     kind = layout_of(files)
     if kind == "two_tower":
         raise ValueError(f"{source}: it has a denoiser already: there is nothing to convert")
@@ -117,13 +131,13 @@ def convert(
             to = DTYPES[stored.dtype] if dtype is None else parameter_dtype(name, dtype)
             part = index if whole else None  # a slice of a stacked tensor, or a tensor of its own
             shape = shapes[name] if index is None else shapes[name][1:]
-            context.append(Entry(key, shape, to, lambda stored=stored, part=part: files.read(stored, part)))
+            context.append(Entry(key, shape, to, partial(files.read, stored, part)))
     entries = list(context)
     for entry in context:
         key = entry.key.replace("context_tower.", "denoiser_tower.").replace("context_lm_head.", "lm_head.")
         entries.append(dataclasses.replace(entry, key=key))
     for key, value in _time_modules(config, seed).items():
-        entries.append(Entry(key, tuple(value.shape), dtype or config.dtype, lambda value=value: value))
+        entries.append(Entry(key, tuple(value.shape), dtype or config.dtype, value.detach))
     with atomic_folder(target, anew=TOKENIZER_FILES if "tokenizer.json" in extras else ()) as temporary:
         write(temporary, config, entries, max_shard_bytes, extras, progress)
     files.close()

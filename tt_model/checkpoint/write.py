@@ -79,32 +79,32 @@ def save(
     Cost: one pass over the weights; on top of the model, memory for its largest tensor in the stored type (of routed
     experts one matrix).
     """
-    model = unwrapped(model)
-    if not isinstance(getattr(model, "config", None), TwoTowerConfig):
-        kind = type(model).__name__
+    inner = unwrapped(model)
+    if not isinstance(getattr(inner, "config", None), TwoTowerConfig):
+        kind = type(inner).__name__
         raise ValueError(f"save: model is a {kind}, expected a TwoTower (if {kind} wraps one, the one inside)")
     if dtype is not None:
         dtype_of(dtype)
     check_shard_bytes(max_shard_bytes)
-    parameters = named_parameters(model)
-    expected = parameter_shapes(model.config, denoiser=model.denoiser_tower is not None)
-    strange = [name for name, p in parameters.items() if expected.get(name) != tuple(p.shape)]
-    if strange or (strange := [name for name in expected if name not in parameters]):
+    parameters = named_parameters(inner)
+    expected = parameter_shapes(inner.config, denoiser=inner.denoiser_tower is not None)
+    found = {name: tuple(p.shape) for name, p in parameters.items()}
+    if strange := [name for name in found | expected if found.get(name) != expected.get(name)]:
         raise ValueError(f"save: the model's parameters are not those of its config: {some(strange)}")
     if empty := [name for name, p in parameters.items() if p.is_meta]:
         raise ValueError(f"save: {len(empty)} parameters have no values: {some(empty)}")
-    config = dataclasses.replace(model.config, dtype=model.context_lm_head.weight.dtype)
-    entries = []
+    config: TwoTowerConfig = dataclasses.replace(inner.config, dtype=inner.context_lm_head.weight.dtype)
+    entries: list[Entry] = []
     for name in expected:
         value = parameters[name].detach()
         stored = parameter_dtype(name, value.dtype if dtype is None else dtype)
         for key, index in published_keys(name, value.shape):
             part = value if index is None else value[index]
-            entries.append(Entry(key, tuple(part.shape), stored, lambda part=part: part))
-    extras, anew = _extras(model, Path(folder)), ()
+            entries.append(Entry(key, tuple(part.shape), stored, part.detach))
+    anew = () if tokenizer is None else TOKENIZER_FILES
+    extras = {name: file for name, file in _extras(inner, Path(folder)).items() if name not in anew}
     if tokenizer is not None:
-        chosen, anew = tokenizer_files(tokenizer), TOKENIZER_FILES
-        extras = {name: file for name, file in extras.items() if name not in anew} | chosen
+        extras |= tokenizer_files(tokenizer)
     with atomic_folder(folder, anew=anew) as temporary:
         write(temporary, config, entries, max_shard_bytes, extras, progress)
 
@@ -129,8 +129,8 @@ def _extras(model: nn.Module, target: Path) -> dict[str, Path]:
 def companions(source: Path, target: Path) -> dict[str, Path]:
     """What a model's folder holds besides config.json and weights, by its name in it.
 
-    Left out are hidden files, folders that hold weights, and `target` where it lies inside. Refused is a git-LFS
-    pointer in place of a file that models are run with.
+    Left out are hidden files, folders that hold weights, and `target` where it lies inside. Refused is a
+    git-LFS pointer in place of a file that models are run with.
     """
     found: dict[str, Path] = {}
     for path in sorted(source.iterdir()):
@@ -218,7 +218,7 @@ def _write_shard(file: BinaryIO, entries: Sequence[Entry], bar: Bar) -> None:
             name = str(entry.dtype).removeprefix("torch.")
             what = f"too large for {name}" if finite(value) else "NaN or Inf"
             raise ValueError(f"not written: {entry.key} holds values that are {what}")
-        file.write(stored.view(-1).view(torch.uint8).numpy())
+        file.write(stored.view(-1).view(torch.uint8).numpy().data)
         bar.advance(entry.nbytes)
 
 

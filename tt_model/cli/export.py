@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from .common import Parser, add_dtype, dtype_of
+from .common import Parser, add_command, add_dtype, dtype_of
 from .facts import FACTS, read_facts, weights_digest
 
 _DESCRIPTION = """\
@@ -24,14 +24,7 @@ be where it was."""
 
 def add(stages: argparse._SubParsersAction[Parser]) -> None:
     """The command's part of the command line."""
-    p = stages.add_parser(
-        "export",
-        prog="twotower train export",
-        help="the model of a run, at any time",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
-    p.set_defaults(run=run, parser=p)
+    p = add_command(stages, "export", run, "the model of a run, at any time", _DESCRIPTION, _EPILOG)
     p.add_argument("--out", metavar="OUT", required=True, help="folder of the run")
     p.add_argument("--to", metavar="DIR", help="folder to write (default: OUT/model)")
     add_dtype(p, "--save-dtype", "what is stored (default: as computed)")
@@ -43,8 +36,8 @@ def run(o: argparse.Namespace) -> None:
     import torch
 
     from ..checkpoint import load, parameter_dtype, save
-    from ..config import TwoTowerConfig
-    from ..state import STATE, read_state
+    from ..config import DTYPES, TwoTowerConfig
+    from ..training.state import STATE, read_state
     from ..two_tower import TwoTower
 
     out, to = Path(o.out), Path(o.to or Path(o.out) / "model")
@@ -52,7 +45,7 @@ def run(o: argparse.Namespace) -> None:
     if facts is None or state is None:
         missing = FACTS if facts is None else STATE
         raise ValueError(f"{out}: no {missing}: expected the folder of a run that has saved")
-    dtype = dtype_of(facts["dtype"])
+    dtype = DTYPES[facts["dtype"]]
     config = dataclasses.replace(TwoTowerConfig.from_dict(facts["config"]), dtype=dtype)
     stage = facts["stage"]
     with torch.device("meta"):

@@ -84,10 +84,11 @@ def kv_bytes(c: TwoTowerConfig, f: Format) -> float:
     return len(c.layers_of("*")) * 2 * c.num_key_value_heads * c.head_dim * f.other / 8
 
 
-def state_bytes(c: TwoTowerConfig, f: Format) -> float:
-    """Bytes of Mamba states per sequence: the convolution's columns, and the fp32 scan state."""
+def state_bytes(c: TwoTowerConfig, f: Format, *, planes: int = 1) -> float:
+    """Bytes of Mamba states per sequence: the convolution's columns, of which memory holds two planes, and the fp32
+    scan state."""
     ssm = c.mamba_num_heads * c.mamba_head_dim * c.ssm_state_size
-    return len(c.layers_of("M")) * (c.conv_dim * c.conv_kernel * f.other + ssm * 32) / 8
+    return len(c.layers_of("M")) * (planes * c.conv_dim * c.conv_kernel * f.other + ssm * 32) / 8
 
 
 def distinct_experts(c: TwoTowerConfig, tokens: int) -> float:

@@ -1,0 +1,42 @@
+"""What ops share to check their arguments: sizes by name, products, and leaving it out."""
+
+import pytest
+import torch
+
+import tt_kernels
+from tt_kernels.runtime import checks
+
+pytestmark = pytest.mark.kernels
+
+
+def test_skip_checks_skips_them() -> None:
+    with pytest.warns(DeprecationWarning, match="skip_checks"), tt_kernels.trusted():
+        checks.check("t", a=(torch.ones(2), "A B"))
+    with tt_kernels.skip_checks(), tt_kernels.skip_checks():
+        checks.check("t", a=(torch.ones(2), "A B"))
+    with pytest.raises(ValueError, match="t: a is"):
+        checks.check("t", a=(torch.ones(2), "A B"))
+
+
+def test_check_remembers_what_passed_and_nothing_else() -> None:
+    good, bad = torch.ones(2, 3), torch.ones(3, 3)
+    for _ in range(2):
+        checks.check("t", a=(good, "A B"), b=(good, "A B"), c=(None, "A"))
+        with pytest.raises(ValueError, match=r"t: b has A=3, but a has A=2"):
+            checks.check("t", a=(good, "A B"), b=(bad, "A B"), c=(None, "A"))
+    checks.check("t", a=(torch.ones(2, 1, 3), "* B"), b=(torch.ones(2, 1), "*"), c=(torch.ones(2, 1, 5, 3), "* A B"))
+
+
+def test_products_are_compared() -> None:
+    """A size named by an expression is no label: T*K of what other arguments bind, and sequences+1 binds sequences."""
+    x, ids = torch.ones(5, 3), torch.ones(5, 2).long()
+    for good in (torch.ones(10), None):
+        checks.check("t", x=(x, "T D"), ids=(ids, "T K", int), order=(good, "T*K"))
+    for size in (6, 20):
+        with pytest.raises(ValueError, match=rf"^t: order has {size} elements, expected T\*K=10 \(T=5, K=2\)$"):
+            checks.check("t", order=(torch.ones(size), "T*K"), x=(x, "T D"), ids=(ids, "T K", int))
+    checks.check("t", a=(torch.ones(4), "S+1"), b=(torch.ones(3), "S"))
+    with pytest.raises(ValueError, match=r"^t: b has S=4, but a has S=3$"):
+        checks.check("t", a=(torch.ones(4), "S+1"), b=(torch.ones(4), "S"))
+    with pytest.raises(ValueError, match=r"^t: a is \[0\], expected \[S\+1\]$"):
+        checks.check("t", a=(torch.ones(0), "S+1"))

@@ -1,0 +1,131 @@
+"""The experts' tiles: chosen by sizes alone, counted for the worst choice of experts, within a GPU's shared memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from parity import KERNELS, make
+
+from cards import OPS
+from tt_kernels.moe.experts_launch import Sizes, down_launch, hidden_launch, most_tiles, up_launch, weights_launch
+from tt_kernels.reference.moe import sort_pairs
+from tt_kernels.runtime.launch import recording
+
+UP = Sizes(rows=96, experts=128, N=1856, K=2688)
+DOWN = replace(UP, N=2688, K=1856)
+TOKENS = (1, 16, 64, 128, 512, 1024, 2048, 4096, 16384)
+
+
+def stage(launch, itemsize: int = 2, two: bool = False) -> int:
+    """Bytes that a pipeline stage of a product holds: a tile of rows and one or two of weights."""
+    return (launch.BLOCK_T + (1 + two) * launch.BLOCK_N) * launch.BLOCK_K * itemsize
+
+
+@pytest.mark.parametrize("tokens,block", [(1, 16), (16, 16), (128, 16), (383, 16), (384, 32), (1024, 64), (4096, 128)])
+def test_tiles_grow_with_the_rows_of_an_expert(tokens: int, block: int) -> None:
+    assert block == up_launch(replace(UP, rows=6 * tokens)).BLOCK_T
+    assert block == down_launch(replace(DOWN, rows=6 * tokens)).BLOCK_T
+
+
+@pytest.mark.parametrize("sizes", (UP, DOWN), ids=("up", "down"))
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("architecture", (80, 90, 100))
+@pytest.mark.parametrize("two", (False, True))
+@pytest.mark.parametrize("itemsize", (2, 4))
+def test_fits_shared_memory(sizes: Sizes, tokens: int, architecture: int, two: bool, itemsize: int) -> None:
+    sizes = replace(sizes, rows=6 * tokens, architecture=architecture, two=two, itemsize=itemsize)
+    limit = (163 if architecture == 80 else 227) * 1024
+    for launch in (up_launch(sizes), hidden_launch(sizes)):
+        assert launch.num_stages * stage(launch, itemsize, two) <= limit
+
+
+@pytest.mark.parametrize("tokens", (1, 16, 64, 128, 512, 1024))
+def test_two_programs_share_a_multiprocessor_while_weights_are_streamed(tokens: int) -> None:
+    launch = up_launch(replace(UP, rows=6 * tokens))
+    assert launch.SWAP and launch.BLOCK_N >= 64 and launch.num_warps == 4  # weights are wgmma's M operand
+    taken = launch.num_stages * stage(launch)
+    assert 2 * taken <= 220 * 1024 and 2 * taken >= 64 * 1024
+
+
+def test_many_rows_take_the_persistent_form_on_hopper_only() -> None:
+    many = replace(UP, rows=6 * 4096)
+    launch = up_launch(many)
+    assert launch.PERSISTENT and launch.SORTED and not launch.SWAP and launch.BLOCK_N == 256
+    assert up_launch(replace(many, two=True)).BLOCK_N == 128  # two accumulators
+    assert not up_launch(replace(many, architecture=80)).PERSISTENT
+
+
+def test_small_problems_take_small_tiles() -> None:
+    small = Sizes(rows=10, experts=4, N=11, K=6, itemsize=4)
+    for launch in (up_launch(small), down_launch(small)):
+        assert (launch.BLOCK_T, launch.BLOCK_N, launch.BLOCK_K) == (16, 16, 16)
+    assert weights_launch(small).BLOCK_P == weights_launch(small).BLOCK_Q == 16
+
+
+def test_transposed_weights_come_in_whole_tiles() -> None:
+    assert all(1856 % down_launch(replace(DOWN, rows=6 * t), transposed=True).BLOCK_K == 0 for t in TOKENS)
+
+
+@pytest.mark.parametrize("block", (1, 2, 4, 16))
+def test_no_choice_needs_more_tiles(block: int) -> None:
+    torch.manual_seed(0)
+    for rows in (0, 1, 5, 23, 64):
+        for experts in (1, 3, 8):
+            most = most_tiles(rows, experts, block)
+            seen = 0
+            for _ in range(50):
+                share = torch.rand(experts) ** 4 + 1e-6
+                counts = torch.bincount(torch.multinomial(share, max(rows, 1), True)[:rows], minlength=experts)
+                seen = max(seen, int(((counts + block - 1) // block).sum()))
+            assert seen <= most
+            hit = min(experts, rows)  # reached: one row in all but one, which has the rest
+            assert most == (hit - 1 + -(-(rows - hit + 1) // block) if hit else 0)
+
+
+def test_index_lists_are_those_of_the_router() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(7, (30, 3))
+    order, ends = sort_pairs(ids, 9)
+    pairs = ids.flatten()[order]
+    assert torch.equal(pairs, pairs.sort().values) and ends.dtype == torch.int32
+    assert torch.equal(ends.long(), torch.bincount(ids.flatten(), minlength=9).cumsum(0))
+    same = pairs[1:] == pairs[:-1]
+    assert (order[1:] > order[:-1])[same].all()  # within an expert by token
+
+
+@pytest.mark.parametrize("tokens,launches", [(16, 4), (4096, 6)])
+def test_a_pass_is_few_launches(tokens: int, launches: int) -> None:
+    """List, up, down, sum; the shared expert rides along, or where rows are many has its own list and down."""
+    op = OPS["experts"]
+    with torch.device("meta"), recording(90) as seen:
+        inputs = op.inputs(torch.float16, T=tokens, D=2688, N=1856, E=128, K=6, M=3712)
+        op.fn(**inputs)
+    assert len(seen) == launches
+    # 96 pairs hit at most 96 experts; the shared expert is 3712 wide.
+    grids = [grid for _, grid, _, _ in seen]
+    if tokens == 16:
+        assert grids == [(3,), (58 + 96 * 29,), (42 + 96 * 42,), (16, 3)]
+
+
+def test_frozen_matrices_cost_nothing() -> None:
+    op = OPS["experts"]
+    with torch.device("meta"):
+        inputs = op.inputs(torch.bfloat16, T=64, D=256, N=128, E=8, K=2, M=64)
+    inputs["x"].requires_grad_()
+    with torch.device("meta"), recording(90) as seen:
+        op.fn(**inputs).sum().backward()
+    kernels = [kernel.__name__ for kernel, *_ in seen]
+    assert "_experts_bwd_hidden_kernel" in kernels and "_experts_bwd_weights_kernel" not in kernels
+    assert inputs["x"].grad is not None
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU")
+@pytest.mark.parametrize("gated", [0, 1])
+def test_nan_stays_nan(gated: int) -> None:
+    """What has diverged shows, also behind relu."""
+    op = OPS["experts"]
+    kwargs = make(op, dict(T=3, D=8, N=16, E=2, K=1, gated=gated), torch.float32)
+    kwargs["x"][1, 2] = float("nan")
+    got, want = op.fn(**kwargs), op.reference(**kwargs)
+    assert torch.equal(got.isnan(), want.isnan()) and want[1].isnan().all() and not want[0].isnan().any()

@@ -1,0 +1,60 @@
+"""Convolution and scan on views that reach over 2^31 elements: row, token, head, channel and tap may lie anywhere.
+
+Memory that nobody writes costs nothing: a view's storage is gigabytes of addresses, a few pages of memory.
+"""
+
+import pytest
+import torch
+from parity import KERNELS, OPS, leaves, make, results, with_leaves
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU"),
+]
+# Three of everything: the last index times a stride that 32 bits hold is what they do not.
+STEP = dict(b=2, H=3, P=3, G=3, N=3)
+BLOCK = STEP | dict(L=3)
+CASES = {
+    "causal_conv1d": dict(B=2, L=3, C=3, K=3),
+    "conv_advance": dict(B=2, L=3, C=3, K=3),
+    "conv_block_states": dict(B=2, N=6, C=3, K=2, S=2),
+    "ssd_step": STEP,
+    "ssd_block": BLOCK,
+    "ssd_advance": BLOCK,
+    "ssd_chunk": BLOCK | dict(Q=2),
+    "mamba_block": BLOCK | dict(K=3),
+    "mamba_advance": BLOCK | dict(K=3),
+    "mamba_step": STEP | dict(K=3),
+}
+
+
+def far_apart(t: Tensor, dim: int) -> Tensor:
+    """t with its last slice of `dim` 2^31 elements behind the first."""
+    stride = -(-(2**31) // (t.shape[dim] - 1))
+    strides = list(t.stride())
+    strides[dim] = stride
+    last = sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True))
+    return t.new_empty(last + 1).as_strided(t.shape, strides).copy_(t)
+
+
+def views() -> list[tuple[str, str, int]]:
+    found = []
+    for name, dims in CASES.items():
+        for argument, t in leaves(make(OPS[name], dims, torch.float16)).items():
+            if t.dim() > 1 and argument not in ("weight", "weights.conv_weight"):
+                found += ((name, argument, dim) for dim in range(t.dim()) if t.shape[dim] > 1)
+    return found
+
+
+@pytest.mark.parametrize("name,argument,dim", views(), ids=str)
+def test_any_dimension_may_be_far_apart(name: str, argument: str, dim: int) -> None:
+    op = OPS[name]
+    kwargs = make(op, CASES[name], torch.float16)
+    tensors = leaves(kwargs)
+    # A case in fp32 would take twice the addresses.
+    kwargs = with_leaves(kwargs, {k: t.half() for k, t in tensors.items() if t.is_floating_point()})
+    far = with_leaves(kwargs, {argument: far_apart(leaves(kwargs)[argument], dim)})
+    got, want = results(op, op.fn, far), results(op, op.fn, kwargs)
+    for key in want:
+        assert torch.equal(got[key], want[key]), key

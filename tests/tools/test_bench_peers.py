@@ -1,0 +1,110 @@
+"""Adapters of peers: equal results wherever their package runs here, a reason in a line wherever it does not."""
+
+from typing import Any
+
+import pytest
+import torch
+from parity import assert_as_good, double, leaves, make, results
+
+from bench import peers
+from bench.ops import Case, bind, disagreement, named
+from bench.peers import base
+from cards import OPS
+from tt_kernels.runtime.launch import ON_CPU as AS_KERNELS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.skipif(AS_KERNELS or torch.cuda.is_available(), reason="what a CPU says"),
+]
+
+# What runs on a CPU with nothing but torch; of how many of the card's cases each has a form.
+ON_CPU = {
+    "rms_norm": ("F.rms_norm",),
+    "experts": ("grouped_mm",),
+    "context_attention": ("flash", "flex"),
+    "append_attention": ("sdpa", "flex"),
+    "causal_attention": ("flash", "flex"),
+    "block_diffusion_attention": ("flex",),
+    "sample": ("logits",),
+    "head_sample": ("logits",),
+    "mamba_block": ("apart",),
+    "mamba_advance": ("apart",),
+    "mamba_step": ("apart",),
+    "linear_cross_entropy": ("F.linear_cross_entropy",),
+}
+PAIRS = [(op, name) for op, names in ON_CPU.items() for name in names]
+
+
+@pytest.mark.parametrize(("op", "name"), PAIRS)
+def test_equal_results(op: str, name: str) -> None:
+    """Held to the bound of our own kernels: the same mathematics in the same dtype."""
+    if name == "F.linear_cross_entropy" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("this torch has none")
+    card, peer, right = OPS[op], peers.REGISTRY[op][name], 0
+    for dims in card.cases:
+        kwargs, want = make(card, dims, torch.float32), make(card, dims, torch.float32)
+        high, low = results(card, card.reference, double(want)), results(card, card.reference, want)
+        card.reference(**want)
+        try:
+            with torch.no_grad():
+                found = peer.results(card, peer.call(card, kwargs)())
+        except peers.Unavailable:
+            continue
+        if name == "apart":
+            found |= {written: leaves(kwargs)[written] for written in card.writes}
+        for output, got in found.items():
+            assert_as_good(output, got.to(low[output].dtype), low[output], high[output], 0.0, card.rms)
+        if op == "append_attention":  # all of its peers enter the keys and values
+            assert all(torch.equal(kwargs[written], want[written]) for written in card.writes)
+        right += 1
+        if right == 3:
+            break
+    assert right, "no case of the card has a form of it"
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "dims"),
+    [
+        ("rms_norm", "F.rms_norm", dict(T=5, D=37)),
+        ("experts", "grouped_mm", dict(T=245, D=16, N=16, E=2, K=1, M=32)),
+        ("causal_attention", "flash", dict(B=2, N=5, Hq=4, Hkv=2, P=3)),
+    ],
+)
+def test_equal_gradients(op: str, name: str, dims: dict[str, int]) -> None:
+    kwargs, case = make(OPS[op], dims, torch.float32), Case(OPS[op], dims, torch.float32, True)
+    eager, peer = peers.peers_of(OPS[op], ["eager", name])
+    want, got = (named(case, who, kwargs, bind(case, who, [kwargs])[0]()) for who in (eager, peer))
+    assert got.keys() == want.keys() and disagreement(want, got) == ""
+    assert max(base.difference(got[k], want[k]) for k in want) < 1e-5
+
+
+@pytest.mark.parametrize("op", list(peers.REGISTRY))
+def test_who_is_missing_says_so_in_a_line(op: str) -> None:
+    """Every peer takes the arguments of the op's cases: a result or a reason, never a traceback."""
+    for peer in (peer for peer in peers.REGISTRY[op].values() if peer.name != "flex"):
+        assert set(peer.outputs or ()) <= set(OPS[op].outputs)
+        for dims in OPS[op].cases[:3]:
+            try:
+                peer.call(OPS[op], make(OPS[op], dims, torch.float32))
+            except peers.Unavailable as why:
+                assert 5 < len(str(why)) < 170 and "\n" not in str(why)
+
+
+def test_a_package_that_does_not_load_is_a_reason(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "brokenpeer.py").write_text("raise OSError('libcuda.so.1: cannot open\\nmore')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(peers.Unavailable, match=r"broken: brokenpeer does not load here: OSError: libcuda.so.1"):
+        base.needs("brokenpeer", "broken")
+    for look in (base.needs, base.bare_package):
+        with pytest.raises(peers.Unavailable, match=r"no-such is not installed \(bench/peers/README.md\)"):
+            look("no_such")
+
+
+def test_differences() -> None:
+    x = torch.randn(100)
+    assert base.difference(x, x) == 0 and base.difference(1.01 * x, x) == pytest.approx(0.01, rel=1e-3)
+    assert base.difference(x[:5], x) == float("inf")
+    assert base.difference(torch.tensor([1, 2, 3, 4], dtype=torch.int32), torch.tensor([1, 2, 3, 5])) == 0.25
+    assert disagreement({"y": x}, {"y": 1.1 * x}).startswith("other results: y is 1.0e-01")
+    assert disagreement({"y": x}, {"y": x, "z": x}) == "returns z, which we do not"
+    assert "y is nan" in disagreement({"y": x}, {"y": x * float("nan")})

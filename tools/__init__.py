@@ -1,0 +1,1 @@
+"""Tools of developers: the offline compiler and its lock, planted faults, tuning, the sanitizer."""

@@ -1,0 +1,82 @@
+"""Faults in the attention kernels."""
+
+MUTANTS = {
+    ("context_attention", "attention/lang.py"): [
+        ("the sum is not rescaled", "l = l * kept + ", "l = l + "),
+        ("the output is not rescaled", "o * kept[:, None]", "o"),
+        ("one page for a tile that spans several", "table_ptr + tokens // page_size)", "table_ptr + n // page_size)"),
+        ("page's start", "at = page * page_size + n % page_size", "at = page * page_size"),
+        ("KV head 0's values", "v = v_desc.load([at, head.to(tl.int32) * P])", "v = v_desc.load([at, 0])"),
+    ],
+    ("context_attention", "attention/context_attention_kernels.py"): [
+        ("a token past the length is seen", "(full + offs_n < end)[None, :]", "(full + offs_n <= end)[None, :]"),
+        ("a single last token is missed", "    if full < end:\n", "    if full + 1 < end:\n"),
+        ("not itself", "own[None, :] <= token[:, None]", "own[None, :] < token[:, None]"),
+        ("another KV head's queries", "head * R + rows % R", "head + rows % R"),
+        ("first token missed", "    token = rows // R\n", "    token = rows // R + 1\n"),
+        ("a token between splits is missed", "(length, start + size)", "(length, start + size - 1)"),
+        ("splits are not weighted", "tl.exp2(m - tl.max(m, axis=0))", "tl.where(m > -float('inf'), 1.0, 0.0)"),
+        (
+            "splits do not reach the end",
+            "tl.cdiv(tl.cdiv(length, splits), 64) * 64, min_tokens)",
+            "(length // splits) // 64 * 64, 1)",
+        ),
+        ("stale page", "page = page_of(table_ptr, n + BLOCK_N,", "page = page_of(table_ptr, n,"),
+    ],
+    ("context_attention", "attention/lang.py", "test_attention_context.py::test_sixteen_bits_by_tma"): [
+        ("what TMA brings from behind the end stays", "tl.where((tokens < end)[:, None], v, tl.zeros_like(v))", "v")
+    ],
+    (
+        "context_attention",
+        "attention/context_attention_kernels.py",
+        "test_attention_context.py::test_splits_of_a_row_in_a_larger_batch",
+    ): [("splits that nobody computes", "tl.maximum(fill, tl.cdiv(length, 16 * min_tokens))", "max_splits")],
+    (
+        "context_attention",
+        "attention/context_attention_launch.py",
+        "test_attention_context.py::test_splits_of_a_row_in_a_larger_batch",
+    ): [("too few splits are launched", "max(self.fill, triton.cdiv(length, 16 * self.min_tokens))", "self.fill")],
+    (
+        "append_attention",
+        "attention/context_attention_kernels.py",
+        "test_attention_context.py::test_a_length_below_zero_is_none",
+    ): [
+        ("a length below 0 writes before the row", "cache_lengths_ptr + b), 0)", "cache_lengths_ptr + b), -(1 << 30))")
+    ],
+    (
+        "context_attention",
+        "attention/lang.py",
+        "test_attention_context.py::test_nan_reaches_who_sees_it_and_nobody_else",
+    ): [("a NaN that is seen is swallowed", '(seen, s, -float("inf"))', '(seen & (s == s), s, -float("inf"))')],
+    ("append_attention", "attention/context_attention_kernels.py"): [
+        ("a slot left out", "            to = length + at\n", "            to = length + at + 1\n"),
+        ("tokens that do not count enter", "& (at < count) &", "&"),
+        ("the last that counts does not enter", "& (at < count) &", "& (at < count - 1) &"),
+        ("another page's keys overwritten", "slot = (to % page_size).to(tl.int64)", "slot = to.to(tl.int64)"),
+        ("keys as values", "(v_pages, page, slot, head, offs_p), v_new", "(v_pages, page, slot, head, offs_p), k_new"),
+        ("each tile writes the next one's tokens", "(tile * BLOCK_M + R - 1)", "(tile * BLOCK_M + BLOCK_M + R - 1)"),
+        ("one page for all tokens", "table_ptr + to // page_size", "table_ptr + length // page_size"),
+    ],
+    ("causal_attention or block_diffusion", "attention/block_attention_kernels.py"): [
+        ("a token does not see itself", "rows + 1 if CAUSAL", "rows if CAUSAL"),
+        ("own block seen clean", "else rows // S * S  # [BLOCK_M]", "else rows // S * S + 1  # [BLOCK_M]"),
+        ("earlier noisy blocks are seen", "== (rows // S)[:, None]", "<= (rows // S)[:, None]"),
+        ("one noisy block a tile", "(first + BLOCK_M - 1) // S * S + S, N)", "first // S * S + S, N)"),
+        (
+            "the diagonal runs unmasked",
+            "    least = first + 1 if CAUSAL else first // S * S",
+            "    least = first + BLOCK_M if CAUSAL else first // S * S + BLOCK_M",
+        ),
+        (
+            "another KV head's keys",
+            "_tile(k_clean, b, n + offs_n, head // R, offs_p, most, P)",
+            "_tile(k_clean, b, n + offs_n, head % R, offs_p, most, P)",
+        ),
+        ("packed sequences see each other", "        begin = tl.load(", "        begin = 0 * tl.load("),
+    ],
+    (
+        "causal_attention or block_diffusion",
+        "attention/block_attention_kernels.py",
+        "test_attention_masks.py::test_block_diffusion",
+    ): [("a block of two sequences sees the later one", "[None, :] == begin[:, None]", "[None, :] >= begin[:, None]")],
+}

@@ -1,0 +1,158 @@
+"""Attention of a block to a paged cache and to itself, and the same with the block entering the cache."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..runtime.checks import as_float, check, is_real, refuse
+from ..runtime.registry import define, takes_kernel, wants_gradients
+from .context_attention_launch import _append_attention_fwd, _context_attention_fwd
+
+
+def check_heads(op: str, q: Tensor, k: Tensor, **others: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    Hq, Hkv = q.shape[2], k.shape[2]
+    if Hq % Hkv:
+        raise ValueError(f"{op}: k has Hkv={Hkv} heads, expected a divisor of Hq={Hq}, the heads of q")
+    for name, t in dict(k=k, **others).items():
+        if t.dtype != q.dtype:
+            raise ValueError(f"{op}: {name} is {t.dtype}, expected {q.dtype}, the dtype of q")
+
+
+def scale_of(op: str, q: Tensor, scale: float | None) -> float:
+    """The factor of the scores: P^-1/2 unless the caller chooses one."""
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if not is_real(scale):
+        refuse(op, "scale", scale, "a finite number, or None")
+    return as_float(scale)
+
+
+def _check_cached(op, q, k, v, k_pages, v_pages, page_table, cache_lengths, counts=None) -> None:
+    check(
+        op,
+        7,
+        q=(q, "B L Hq P"),
+        k=(k, "B L Hkv P"),
+        v=(v, "B L Hkv P"),
+        k_pages=(k_pages, "pages page_size Hkv P"),
+        v_pages=(v_pages, "pages page_size Hkv P"),
+        page_table=(page_table, "B row_pages", int),
+        cache_lengths=(cache_lengths, "B", int),
+        counts=(counts, "B", int),
+    )
+    check_heads(op, q, k, v=v, k_pages=k_pages, v_pages=v_pages)
+
+
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cache_lengths: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Let the L tokens of each row attend to the row's cached tokens and to each other; the cache is only read.
+
+    softmax(scale q [K_cache; k]^T) [V_cache; v], without any mask for a denoiser's block. The cache is paged: all rows
+    share a pool of pages, and token s of row b lies in page page_table[b, s // page_size] at slot s % page_size. Rows
+    may have pages in common, as forks of one prompt do. For tokens that are to stay in the cache, `append_attention`.
+
+    Args:
+        q:                [B, L, Hq, P] float, any strides.
+        k, v:             [B, L, Hkv, P] float: the block's own; query head h uses head h // (Hq / Hkv).
+        k_pages, v_pages: [pages, page_size, Hkv, P] float, any strides; fastest with a page_size that 64 divides.
+        page_table:       [B, pages of a row] int; entries past a row's cached tokens may be anything.
+        cache_lengths:    [B] int, 0 or more: cached tokens. Slots past them may hold anything, NaN included.
+        causal:           a token sees the tokens of its own block up to itself, instead of all of them.
+        scale:            P^-1/2 if None; 0 and below are fine.
+    Returns:
+        o: [B, L, Hq, P] dtype of q.
+
+    Numerics: softmax and sums in fp32 (fp64 for fp64). Deterministic: a kernel's result for a row has bits that depend
+    on that row, on L, the heads and P, and through the split size on the number of rows B; not on what the other rows
+    hold, nor on the room in their pages. NaN and infinity in what a token sees reach it; in what it does not see they
+    stay away, except for the values of later tokens of its own block where `causal` (a weight of 0 times NaN). On a GPU
+    the reference, which adds its masks, holds to that only for slots past a row's cached tokens.
+    Gradients: for q, k, v and the pages; where they are wanted the reference runs.
+    Raises: ValueError for sizes, dtypes and devices that disagree, for Hkv that does not divide Hq, and in the
+    reference on a CPU for a cache length below 0 or beyond the row's pages and for a page outside the pool. Elsewhere
+    such a length is cut to 0 and to the pages; such a page is never read, and the result of its row has no meaning.
+    Cost: for S cached tokens a row 4 B L Hq (S + L) P flops and (2 B (S + L) Hkv + 2 B L Hq) P itemsize bytes.
+    Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245), pages of Kwon et al. (2309.06180).
+
+    Example:
+        >>> q, (k, v) = torch.randn(1, 16, 32, 128), torch.randn(2, 1, 16, 2, 128)
+        >>> o = context_attention(q, k, v, *torch.randn(2, 4, 64, 2, 128), torch.tensor([[2, 0]]), torch.tensor([100]))
+    """
+    tensors, places = (q, k, v, k_pages, v_pages), (page_table, cache_lengths)
+    _check_cached("context_attention", *tensors, *places)
+    if not isinstance(causal, bool):
+        refuse("context_attention", "causal", causal, "True or False")
+    scale = scale_of("context_attention", q, scale)
+    if not takes_kernel("context_attention", *tensors) or wants_gradients(*tensors):
+        return reference.context_attention(*tensors, *places, causal=causal, scale=scale)
+    return _context_fwd(*tensors, *places, causal, scale)
+
+
+def append_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cache_lengths: Tensor,
+    counts: Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of L tokens to each row's cached tokens and themselves, while their keys and values enter the
+    cache: `context_attention(..., causal=True)`, and then the first counts[b] tokens of row b are in its pages.
+
+    Writes k_pages and v_pages in place, at positions cache_lengths[b], cache_lengths[b] + 1, ... `cache_lengths` itself
+    is not written: the caller advances it once every layer has appended. Until then the cache holds what it held.
+
+    Args:
+        q:                [B, L, Hq, P] float, any strides.
+        k, v:             [B, L, Hkv, P] float: of the tokens; query head h uses head h // (Hq / Hkv).
+        k_pages, v_pages: [pages, page_size, Hkv, P] float, as in `context_attention`; written in place. Pages with a
+                          strided last dimension are copied there and back.
+        page_table:       [B, pages of a row] int; entries past the last position that is written may be anything. A
+                          page that is written is in the table once; pages that are only read may be shared.
+        cache_lengths:    [B] int, 0 or more: cached tokens.
+        counts:           [B] int: tokens that enter, cut to 0 to L; None: all L. The others are not written.
+        scale:            P^-1/2 if None; 0 and below are fine.
+    Returns:
+        o: [B, L, Hq, P] dtype of q, of all L tokens.
+
+    Numerics: as `context_attention`.
+    Gradients: for q, k and v, by the reference; none flow through the cache.
+    Raises: ValueError for sizes, dtypes and devices that disagree, for Hkv that does not divide Hq, and in the
+    reference on a CPU for a cache length below 0, for rows that outgrow their pages, for a page outside the pool and
+    for one that a row writes and the table has twice. Elsewhere lengths are cut to 0 and to the pages, and tokens
+    without a page in the pool do not enter.
+    Cost: for S cached tokens a row 4 B L Hq (S + L / 2) P flops and (2 B (S + 2 L) Hkv + 2 B L Hq) P itemsize bytes.
+    Source: as `context_attention`.
+
+    Example:
+        >>> q, (k, v) = torch.randn(1, 16, 8, 64), torch.randn(2, 1, 16, 2, 64)
+        >>> pages, cache_lengths = torch.zeros(2, 4, 64, 2, 64), torch.tensor([100])
+        >>> o = append_attention(q, k, v, *pages, torch.tensor([[2, 0]]), cache_lengths)
+    """
+    tensors, places = (q, k, v, k_pages, v_pages), (page_table, cache_lengths, counts)
+    _check_cached("append_attention", *tensors, *places)
+    scale = scale_of("append_attention", q, scale)
+    if not takes_kernel("append_attention", *tensors) or wants_gradients(q, k, v):
+        return reference.append_attention(*tensors, *places, scale=scale)
+    return _append_fwd(*tensors, *places, scale)
+
+
+_context_fwd = define(_context_attention_fwd, lambda q, *_: q.new_empty(q.shape))
+
+_append_fwd = define(_append_attention_fwd, lambda q, *_: q.new_empty(q.shape), writes=("k_pages", "v_pages"))

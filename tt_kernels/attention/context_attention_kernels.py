@@ -1,0 +1,160 @@
+"""The kernels of `context_attention` and `append_attention`: split over the context, combined by log-sum-exp."""
+
+import triton
+import triton.language as tl
+
+from .lang import attend, cached, page_of, slots, tokens_of
+
+
+@triton.jit(do_not_specialize=["fill", "pages"])
+def _context_attention_fwd_kernel(
+    q,  # Heads [B, L, Hq, P]
+    k,  # Heads [B, L, Hkv, P]: the block's own, as v
+    v,
+    k_pages,  # Pages [pages, page_size, Hkv, P], as v_pages
+    v_pages,
+    # The same pages as [pages * page_size, Hkv * P], in tiles [BLOCK_N, P], where TMA. They are arguments of their own:
+    # Triton 3.6 cannot launch a descriptor inside a tuple.
+    k_desc,
+    v_desc,
+    page_table_ptr,  # [B, pages of a row]
+    cache_lengths_ptr,  # [B]
+    counts_ptr,  # [B], or None: all L enter; where APPEND
+    o_ptr,  # [B, L, Hq, P], contiguous
+    partial_ptr,  # [splits, B, L, Hq, P] where splits > 1
+    m_ptr,  # [splits, B, L, Hq], as l: maximum and sum of a split, log2
+    l_ptr,
+    stride_table,
+    B,
+    L,
+    Hkv,
+    pages,
+    page_size,
+    room,
+    fill,  # splits of a row's context that keep the GPU busy
+    max_splits,
+    min_tokens,  # cached tokens of a split, at least
+    scale,  # times log2(e)
+    P: tl.constexpr,
+    R: tl.constexpr,  # query heads of a KV head
+    APPEND: tl.constexpr,  # the block's keys and values enter the cache behind its tokens
+    CAUSAL: tl.constexpr,
+    TMA: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # tokens that begin in a row tile, or more
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # Rows of a KV head: token after token, each with its R query heads. The row tiles of a KV head and split are
+    # neighbours in the grid, so that the keys and values that one reads are in L2 for the next.
+    tile = tl.program_id(0)
+    head = (tl.program_id(1) % Hkv).to(tl.int64)  # offsets may exceed 2^31, of b and of slots too
+    split = tl.program_id(1) // Hkv if SPLIT else 0
+    b = tl.program_id(2).to(tl.int64)
+    acc = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
+    length = tl.minimum(tl.maximum(tl.load(cache_lengths_ptr + b), 0), room).to(tl.int32)  # inside the row's pages
+    start, end = 0, length
+    if SPLIT:  # by the row's own length: its splits are equal, however much room there is
+        splits = tl.minimum(tl.maximum(fill, tl.cdiv(length, 16 * min_tokens)), max_splits)
+        size = tl.maximum(tl.cdiv(tl.cdiv(length, splits), 64) * 64, min_tokens)
+        start = split * size
+        end = tl.minimum(length, start + size)
+    table_ptr = page_table_ptr + b * stride_table
+    offs_p = tl.arange(0, BLOCK_P)
+    if APPEND:  # noqa: SIM102 (the compiler knows APPEND, but not the split)
+        if split == 0:
+            # The tokens whose first query row is in this tile: each is written once. Their positions start at `length`,
+            # where loads of cached tiles are masked: no program uses what another writes here.
+            at = (tile * BLOCK_M + R - 1) // R + tl.arange(0, BLOCK_T)
+            count = L
+            if counts_ptr is not None:
+                count = tl.minimum(tl.load(counts_ptr + b), L)
+            to = length + at
+            mask = (at < (tile * BLOCK_M + BLOCK_M + R - 1) // R) & (at < count) & (to < room)
+            page = tl.load(table_ptr + to // page_size, mask=mask, other=0).to(tl.int64)
+            slot = (to % page_size).to(tl.int64)
+            mask = mask & (page >= 0) & (page < pages)
+            mask = mask[:, None] & (offs_p < P)[None, :]
+            k_new = tl.load(tokens_of(k, b, at, head, offs_p), mask=mask)  # [BLOCK_T, BLOCK_P]
+            v_new = tl.load(tokens_of(v, b, at, head, offs_p), mask=mask)
+            tl.store(slots(k_pages, page, slot, head, offs_p), k_new, mask=mask)
+            tl.store(slots(v_pages, page, slot, head, offs_p), v_new, mask=mask)
+
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = rows // R
+    query_head = head * R + rows % R
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_q = (token < L)[:, None] & (offs_p < P)[None, :]
+    q_tile = tl.load(tokens_of(q, b, token, query_head, offs_p), mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_P]
+    m = tl.full((BLOCK_M,), -float("inf"), dtype=acc)
+    l = tl.zeros((BLOCK_M,), dtype=acc)
+    o = tl.zeros((BLOCK_M, BLOCK_P), dtype=acc)
+
+    full = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
+    # The page of a tile is looked up an iteration ahead: a look-up in the same iteration would take a stage of the
+    # pipeline, and the load of the tile could not run ahead.
+    page = page_of(table_ptr, start, end, page_size, TMA)
+    for n in tl.range(start, full, BLOCK_N):  # all of these are seen: no mask
+        k_tile, v_tile = cached(
+            *(k_pages, v_pages, k_desc, v_desc, table_ptr, page, n, end, head),
+            *(pages, page_size, P, BLOCK_N, BLOCK_P, TMA, False),
+        )
+        page = page_of(table_ptr, n + BLOCK_N, end, page_size, TMA)
+        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, True, scale, MASKED=False)
+    if full < end:
+        k_tile, v_tile = cached(
+            *(k_pages, v_pages, k_desc, v_desc, table_ptr, page, full, end, head),
+            *(pages, page_size, P, BLOCK_N, BLOCK_P, TMA, True),
+        )
+        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, (full + offs_n < end)[None, :], scale, MASKED=True)
+
+    if split == 0:  # the block's own keys and values, not from the cache
+        last = L
+        if CAUSAL:
+            last = tl.minimum(L, (tile * BLOCK_M + BLOCK_M - 1) // R + 1)
+        for n in tl.range(0, last, BLOCK_N):
+            own = n + offs_n
+            mask_n = (own < L)[:, None] & (offs_p < P)[None, :]
+            k_tile = tl.load(tokens_of(k, b, own, head, offs_p), mask=mask_n, other=0.0)  # [BLOCK_N, BLOCK_P]
+            v_tile = tl.load(tokens_of(v, b, own, head, offs_p), mask=mask_n, other=0.0)
+            seen = (own < L)[None, :]
+            if CAUSAL:
+                seen = seen & (own[None, :] <= token[:, None])
+            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, scale, MASKED=True)
+
+    out = ((split * B + b) * L + token) * (Hkv * R) + query_head
+    if SPLIT:
+        tl.store(m_ptr + out, m, mask=token < L)
+        tl.store(l_ptr + out, l, mask=token < L)
+        if (split == 0) | (start < end):
+            tl.store(partial_ptr + out[:, None] * P + offs_p[None, :], o, mask=mask_q)
+    else:
+        o = o / l[:, None]
+        tl.store(o_ptr + out[:, None] * P + offs_p[None, :], o.to(o_ptr.dtype.element_ty), mask=mask_q)
+
+
+@triton.jit
+def _combine_splits_kernel(
+    partial_ptr,  # [splits, rows, P]
+    m_ptr,  # [splits, rows], as l
+    l_ptr,
+    o_ptr,  # [rows, P]
+    rows,
+    splits,
+    P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
+    offs_p = tl.arange(0, BLOCK_P)
+    m = tl.load(m_ptr + offs_s * rows + row, mask=offs_s < splits, other=-float("inf"))  # [BLOCK_S]
+    l = tl.load(l_ptr + offs_s * rows + row, mask=offs_s < splits, other=0.0)
+    weight = tl.exp2(m - tl.max(m, axis=0))  # finite: split 0 has seen the token itself
+    # A split that starts past the row's length has written m = -inf and no partial result.
+    mask = (m > -float("inf"))[:, None] & (offs_p < P)[None, :]
+    at = (offs_s[:, None] * rows + row) * P + offs_p[None, :]
+    o = tl.load(partial_ptr + at, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_P]
+    o = tl.sum(o * weight[:, None], axis=0) / tl.sum(l * weight, axis=0)
+    tl.store(o_ptr + row * P + offs_p, o.to(o_ptr.dtype.element_ty), mask=offs_p < P)

@@ -1,0 +1,181 @@
+"""The launches of `context_attention` and `append_attention`."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..reference.common import compute_dtype
+from ..runtime.launch import Launch, architecture, run, tuned
+from .context_attention_kernels import _combine_splits_kernel, _context_attention_fwd_kernel
+from .lang import Pages, heads, side_by_side
+
+
+class Splits(NamedTuple):
+    """How a row's context is split."""
+
+    fill: int  # splits that keep the GPU busy
+    max_splits: int
+    min_tokens: int  # cached tokens of a split, at least
+
+    def of(self, length: int) -> int:
+        """Splits that a row of so many tokens, or fewer, takes at most."""
+        wanted = max(self.fill, triton.cdiv(length, 16 * self.min_tokens))
+        return max(1, min(self.max_splits, wanted, triton.cdiv(length, self.min_tokens)))
+
+
+def context_splits(batch: int, rows: int, heads: int) -> Splits:
+    """A row of S tokens goes into n = max(fill, S / (16 min_tokens)) splits, at most max_splits, of
+    max(min_tokens, S / n, rounded up to 64) tokens. The kernel computes n on the device: neither what other rows hold
+    nor the room in the cache changes a row's bits.
+
+    max_splits makes 128 programs of equal work for the 132 multiprocessors of an H200, one wave without a tail: 32 for
+    the published block alone (2 KV heads of 256 rows, 128 to a program) from 8K tokens on, 64 for one token (16 rows a
+    head), and from L = 257 on, as in a prompt's stretches of 2048, one, without a workspace.
+
+    A split writes fp32 results and reads them back, 2 rows / tokens of the bytes of its K and V in 16 bits: twice as
+    many at min_tokens, an eighth at 16 min_tokens. One row may take that, 8.5 MB at P = 128, which stay in L2; 32
+    splits of each of 64 rows of 8K would be 1.6 GB beside 537 MB of K and V. So B rows share the splits that fill the
+    GPU, and their 8.5 MB, and a row is split further where that costs an eighth (2 splits each of those 64), so that a
+    long row does not run alone. From 16 min_tokens * max_splits tokens on (128K) the batch does not matter.
+    """
+    programs = triton.cdiv(rows, 128) * heads
+    max_splits = min(64, max(1, 128 // programs))
+    fill = min(max_splits, max(1, 128 // (programs * max(batch, 1))))
+    return Splits(fill, max_splits, triton.cdiv(rows, 64) * 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextAttentionLaunch(Launch):
+    BLOCK_P: int
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def context_attention_launch(
+    batch: int, rows: int, room: int, P: int, itemsize: int, architecture: int
+) -> ContextAttentionLaunch:
+    """Query rows of a program:
+
+    | where                           | rows     | reason                                                            |
+    |---------------------------------|----------|-------------------------------------------------------------------|
+    | up to 8K tokens in all, and 8K  | 64       | bound by latency: what wgmma takes, on more programs              |
+    | rows a KV head                  |          |                                                                   |
+    | above                           | 128      | bound by products (256 rows a KV head do 256 flops a byte): rows  |
+    |                                 |          | share a tile of keys, and the second half finds it in L2          |
+    | fp32, fp64, P > 128             | 16 to 64 | operands are registers: 64 rows of 128 would spill 9 KB a thread  |
+
+    Keys of a tile: 64 on sm_90, three tiles in shared memory, two of which are on their way (TMA) while one is used.
+    Without wgmma operands live in registers, of which sm_80 has enough for 32.
+    """
+    block_p = max(16, triton.next_power_of_2(P))
+    block_m = min(max(16, triton.next_power_of_2(rows)), 64 if batch * room <= 8192 and rows <= 8192 else 128)
+    if itemsize > 2 or block_p > 128:
+        block_m = min(block_m, 64 if itemsize == 2 else max(16, 1024 // block_p))
+        return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=32)
+    warps = 8 if block_m >= 64 else 4
+    if architecture == 90:
+        return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=64, num_warps=warps, num_stages=3)
+    block_m, block_n = 128 if block_m >= 64 else block_m, 64 if architecture > 90 else 32
+    return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps)
+
+
+def _tiles(pages: Tensor, launch: Launch) -> TensorDescriptor | None:
+    """Pages as a matrix for TMA, where the GPU has it, a tile of tokens lies in one page and rows are multiples of 16
+    bytes."""
+    n, page_size, H, P = pages.shape
+    # Splits begin at multiples of 64: larger tiles would cross pages.
+    fits = page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64 and P == launch.BLOCK_P
+    aligned = pages.is_meta or pages.data_ptr() % 16 == 0
+    # Coordinates of TMA are 32 bits.
+    plain = pages.is_contiguous() and 0 < n * page_size < 2**31 and pages.element_size() == 2
+    if not (architecture(pages) >= 90 and fits and aligned and plain):
+        return None
+    return TensorDescriptor.from_tensor(pages.view(n * page_size, H * P), [launch.BLOCK_N, P])
+
+
+def _context_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cache_lengths: Tensor,
+    causal: bool,
+    scale: float,
+    *,
+    append: bool = False,
+    counts: Tensor | None = None,
+) -> Tensor:
+    page_table = page_table.contiguous()
+    k_pages, v_pages = side_by_side(k_pages), side_by_side(v_pages)
+    B, L, Hq, P = q.shape
+    Hkv, page_size = k.shape[2], k_pages.shape[1]
+    R, room = Hq // Hkv, page_table.shape[1] * page_size if len(k_pages) else 0
+    o = q.new_empty(q.shape)
+    itemsize, arch = q.element_size(), architecture(q)
+    default = context_attention_launch(B, L * R, room, P, itemsize, arch)
+    batch, near = triton.next_power_of_2(B), triton.next_power_of_2(room)
+    launch = tuned(
+        "_context_attention_fwd_kernel", default, arch, batch=batch, rows=L * R, room=near, P=P, itemsize=itemsize
+    )
+    limits = context_splits(B, max(L, 1) * R, Hkv)
+    splits = limits.of(room)
+    k_desc, v_desc = _tiles(k_pages, launch), _tiles(v_pages, launch)
+    if k_desc is None or v_desc is None:
+        k_desc = v_desc = None
+    m = l = partial = None
+    if splits > 1:
+        m, l = torch.empty(2, splits, B, L, Hq, dtype=compute_dtype(q.dtype), device=q.device)
+        partial = torch.empty(splits, B, L, Hq, P, dtype=m.dtype, device=q.device)
+    run(
+        _context_attention_fwd_kernel,
+        (triton.cdiv(L * R, launch.BLOCK_M), Hkv * splits, B),
+        *(heads(q), heads(k), heads(v), *(Pages(t, *t.stride()[:3]) for t in (k_pages, v_pages)), k_desc, v_desc),
+        *(page_table, cache_lengths.contiguous(), None if counts is None else counts.contiguous(), o, partial, m, l),
+        *(page_table.stride(0), B, L, Hkv, len(k_pages), page_size, room, *limits, scale * 1.4426950408889634),
+        P=P,
+        R=R,
+        APPEND=append,
+        CAUSAL=causal and L > 1,
+        TMA=k_desc is not None,
+        SPLIT=splits > 1,
+        BLOCK_T=triton.next_power_of_2(triton.cdiv(launch.BLOCK_M, R)) if append else 1,
+        launch=launch,
+    )
+    if splits > 1:
+        # max_splits, not `splits`: the order in which they are added must not depend on the room.
+        block_s = triton.next_power_of_2(limits.max_splits)
+        run(
+            _combine_splits_kernel,
+            (B * L * Hq,),
+            *(partial, m, l, o, B * L * Hq, splits),
+            P=P,
+            launch=Launch(BLOCK_S=block_s, BLOCK_P=launch.BLOCK_P),
+        )
+    return o
+
+
+def _append_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cache_lengths: Tensor,
+    counts: Tensor | None,
+    scale: float,
+) -> Tensor:
+    pages = side_by_side(k_pages), side_by_side(v_pages)
+    o = _context_attention_fwd(q, k, v, *pages, page_table, cache_lengths, True, scale, append=True, counts=counts)
+    for written, place in zip(pages, (k_pages, v_pages), strict=True):
+        if written is not place:
+            place.copy_(written)
+    return o

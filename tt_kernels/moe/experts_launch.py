@@ -1,0 +1,365 @@
+"""Launches of the experts: their tiles, and rows times up with the activation, times down, summed by token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..reference.moe import PlainWeights
+from ..runtime.checks import refuse
+from ..runtime.launch import L, Launch, architecture, by_tma, multiprocessors, run, tuned
+from .experts_kernels import _experts_combine_kernel, _experts_down_kernel, _experts_schedule_kernel, _experts_up_kernel
+from .lang import ABSENT, Operands
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """`rows` rows, K long, sorted by `experts` experts of [N, K]; two: a gate beside up, or a second product."""
+
+    rows: int
+    experts: int
+    N: int
+    K: int
+    itemsize: int = 2
+    architecture: int = 90
+    two: bool = False
+
+    @staticmethod
+    def of(x: Tensor, *, rows: int, experts: int, N: int, K: int, two: bool) -> "Sizes":
+        return Sizes(rows, experts, N, K, x.element_size(), architecture(x), two)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductLaunch(Launch):
+    BLOCK_T: int
+    BLOCK_N: int
+    BLOCK_K: int
+    SWAP: int  # weights are the M operand of the tensor cores
+    PERSISTENT: int  # programs a multiprocessor that walk the tiles; 0: a program a tile
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpLaunch(ProductLaunch):
+    SORTED: int  # rows are gathered into sorted order first
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenLaunch(Launch):
+    BLOCK_T: int
+    BLOCK_N: int
+    BLOCK_K: int
+    SORTED: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsLaunch(Launch):
+    BLOCK_P: int
+    BLOCK_Q: int
+    BLOCK_R: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def measured(kernel: str, launch: L, s: Sizes, **more: int) -> L:
+    """The measured launch for these sizes, else this one. Rows count by powers of two."""
+    rows = triton.next_power_of_2(s.rows)
+    key = dict(rows=rows, experts=s.experts, N=s.N, K=s.K, two=int(s.two), itemsize=s.itemsize)
+    return tuned(kernel, launch, s.architecture, **key, **more)
+
+
+def tile(size: int, most: int) -> int:
+    """The tile of a dimension: a power of two, no larger than it needs to be, 16 at least for the tensor cores."""
+    return min(max(triton.next_power_of_2(size), 16), most)
+
+
+# By the rows of an expert if the choice were even, up to: (BLOCK_T, BLOCK_N, BLOCK_K, warps, stages).
+_TILES = (
+    (18, (16, 64, 128, 4, 5)),  # reading weights is all: 64 of them as wgmma's M; two programs keep 160 KB on their way
+    (40, (32, 128, 64, 4, 4)),  # rows are loaded often enough to count: more weights a tile; still two programs
+    (120, (64, 128, 64, 4, 4)),  # the same for more rows
+    (float("inf"), (128, 256, 64, 8, 3)),  # bound by operations: the tiles that load the fewest bytes for each
+)
+
+
+def product_launch(s: Sizes) -> UpLaunch:
+    """By `_TILES`. From 120 rows an expert on persistent on Hopper, rows gathered once, so that TMA loads them too. A
+    gate or second product takes a second weight tile a stage and a second accumulator. sm_80 has 163 KiB of shared
+    memory for what Hopper keeps in 227, and pointers in registers: half the tile, fewer stages. Elements of 4 bytes are
+    multiplied without tensor cores, by threads that hold 16 of K of both operands in registers: 64 by 64 tiles."""
+    mean, old = s.rows / s.experts, s.architecture < 90
+    many = mean >= 120
+    t, n, k, warps, stages = next(tiles for most, tiles in _TILES if mean < most)
+    n = max(n >> (s.two + old), 64)
+    if s.two and not many:
+        k, stages = 64, 4
+    if s.two and many and old:
+        k = 32  # 64 spill
+    if old:
+        stages = min(stages, 2 if s.two and not many else 3)
+    if s.itemsize > 2:
+        t, n, k, warps, stages = min(t, 64), 64, 16, 4 if mean < 18 else 8, 3
+    persistent = int(many and not old)
+    return UpLaunch(
+        BLOCK_T=tile(s.rows, t),
+        BLOCK_N=tile(s.N, n),
+        BLOCK_K=tile(s.K, k),
+        SWAP=int(not many),
+        PERSISTENT=persistent,
+        SORTED=persistent,
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
+def up_launch(s: Sizes) -> UpLaunch:
+    return measured("_experts_up_kernel", product_launch(s), s)
+
+
+def down_launch(s: Sizes, transposed: bool = False) -> ProductLaunch:
+    """As up's without SORTED, since rows are sorted here. Transposed weights come by TMA where K is whole tiles, so
+    tiles are 64 of K: 1856 = 29 * 64."""
+    options = {name: value for name, value in product_launch(s).options.items() if name != "SORTED"}
+    if transposed and options["BLOCK_K"] > 64:
+        options |= dict(BLOCK_K=64, num_stages=2 * options["num_stages"])
+    return measured("_experts_down_kernel", ProductLaunch(**options), s, transposed=int(transposed))
+
+
+def hidden_launch(s: Sizes) -> HiddenLaunch:
+    """Two accumulators of tokens by N (three with a gate): 128 by 128 in 8 warps, 64 wide with a gate. Few rows an
+    expert take the smallest tile whose rows, the M operand, are wgmma: 64. A tile has two loops, so no persistent form;
+    three stages leave room for two programs. Rows are gathered once: two tensors by pointer would take 70 registers
+    more. sm_80 has no TMA, and takes 8 warps and 64 of N for what it holds in registers; with a gate half of
+    them each way, two stages, and 32 of K, as 64 spill under Triton 3.6. Elements of 4 bytes as in `product_launch`."""
+    few, old = s.rows / s.experts < 96, s.architecture < 90
+    crowded, wide = s.two and old, s.itemsize > 2
+    t = 64 if few or crowded else 128
+    n, k = (64, 16) if wide else (32 if crowded else 64 if s.two or old else 128, 32 if crowded else 64)
+    launch = HiddenLaunch(
+        BLOCK_T=tile(s.rows, 64) if wide or (t == 64 and s.N < 64) else t,
+        BLOCK_N=tile(s.N, n),
+        BLOCK_K=k if wide else tile(s.K, k),
+        SORTED=int(s.N >= 64 and not old),
+        num_warps=4 if few and not (old or wide) else 8,
+        num_stages=2 if crowded and not wide else 3,
+    )
+    return measured("_experts_bwd_hidden_kernel", launch, s)
+
+
+def weights_launch(s: Sizes) -> WeightsLaunch:
+    """128 by 128 of a gradient a program, 64 rows of an expert at a time: 32 KB a stage in 16 bits. Of elements of
+    4 bytes 16, as in `product_launch`."""
+    launch = WeightsLaunch(
+        BLOCK_P=tile(s.N, 128),
+        BLOCK_Q=tile(s.K, 128),
+        BLOCK_R=tile(s.rows, 64 if s.itemsize == 2 else 16),
+        num_warps=8 if min(s.N, s.K) > 64 else 4,
+    )
+    return measured("_experts_bwd_weights_kernel", launch, s)
+
+
+def most_tiles(rows: int, experts: int, block: int) -> int:
+    """Tiles that `rows` rows over `experts` experts can need at most: as many experts as can be hit have a row, and
+    what is left fills whole tiles. A grid that is safe without knowing the choice."""
+    hit = min(experts, rows)
+    return hit + (rows - hit) // block
+
+
+class Pairs:
+    """The sorted pairs of one call and their lists of tiles, one for each BLOCK_T that its kernels ask for."""
+
+    def __init__(self, order: Tensor, offsets: Tensor):
+        self.order, self.offsets = order, offsets
+        self.lists: dict[int, Tensor] = {}
+
+    def tiles(self, block: int) -> tuple[Tensor, int]:
+        """[1 + tiles] int64 and how many tiles there can be."""
+        rows, E = len(self.order), len(self.offsets)
+        tiles = most_tiles(rows, E, block)
+        if block not in self.lists:
+            listed = self.lists[block] = self.offsets.new_empty(1 + tiles, dtype=torch.int64)
+            launch = Launch(BLOCK_T=block, BLOCK_E=triton.next_power_of_2(E), BLOCK_TILES=32)
+            grid = (triton.cdiv(tiles, launch.BLOCK_TILES),)
+            run(_experts_schedule_kernel, grid, self.offsets, listed, rows, E, tiles, launch=launch)
+        return self.lists[block], tiles
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The tokens of the pairs, a row each, in sorted order."""
+        return x.index_select(0, (self.order // (len(self.order) // len(x))).clamp(0, len(x) - 1))
+
+
+class Extents(NamedTuple):
+    """Sizes that both product kernels take."""
+
+    T: int
+    top_k: int
+    D: int
+    N: int
+    M: int  # width of the shared expert, 0 without
+    shared_tiles: int
+
+
+def described(tensors: Sequence[Any], block: tuple[int, int] | None, architecture: int) -> list[Any]:
+    """Descriptors of tiles of this shape in place of the tensors, if TMA can load them all; block None: never."""
+    if block is None or not all(by_tma(t, architecture) for t in tensors if isinstance(t, Tensor)):
+        return list(tensors)
+    return [TensorDescriptor.from_tensor(t, list(block)) if isinstance(t, Tensor) else t for t in tensors]
+
+
+def one_by_one(
+    both: Sequence[Operands | None], architecture: int, rows: tuple[int, int] | None, weights: tuple[int, int] | None
+) -> list[Any]:
+    """What both have, as kernels take it, and None for all of one that is not there: a and a2, w and w2 as descriptors
+    of tiles of these shapes where `described` makes them."""
+    given = [o for o in both if o is not None]
+    a = iter(described([t for o in given for t in (o.a, o.a2)], rows, architecture))
+    w = iter(described([t for o in given for t in (o.w, o.w2)], weights, architecture))
+    absent = (None,) * len(Operands._fields)
+    both = [o and o._replace(a=next(a), a2=next(a), w=next(w), w2=next(w)) for o in both]
+    return [part for o in both for part in o or absent]
+
+
+def stacked(weights: Tensor) -> Tensor:
+    """[E, N, D] or [N, D] as the rows of one matrix."""
+    return weights.contiguous().flatten(0, -2)
+
+
+def operands(a: Tensor, w: Tensor, w2: Tensor | None, a2: Tensor | None = None) -> Operands:
+    second = ABSENT if w2 is None else stacked(w2)
+    return Operands(a, stacked(w), second, ABSENT if a2 is None else a2)
+
+
+def programs(launch: ProductLaunch, tiles: int, x: Tensor) -> tuple[int]:
+    """The grid: a program a tile, or PERSISTENT of them a multiprocessor."""
+    return (min(tiles, launch.PERSISTENT * multiprocessors(x)) if launch.PERSISTENT else tiles,)
+
+
+def rows_up(
+    x: Tensor, pairs: Pairs, weights: PlainWeights, shared: PlainWeights | None, activation: str
+) -> tuple[Tensor, Tensor | None]:
+    """h [R, N] in sorted order and shared h [T, M]: activation(x up^T), with a gate activation(x gate^T) (x up^T).
+
+    Reads the N D elements of every expert that is hit, and again through L2 for each further tile of its rows; 2 R N D
+    flops. At 16 tokens 68.6 of 128 experts of 1856 by 2688 in bf16, 684 MB, and the shared expert's 20 MB. From 120
+    rows an expert on rows are gathered first: 2 R D elements more, 5 % at 4096 tokens.
+    """
+    (T, D), (E, N), R = x.shape, weights.up.shape[:2], len(pairs.order)
+    sizes = Sizes.of(x, rows=R, experts=E, N=N, K=D, two=weights.gate is not None)
+    launch = up_launch(sizes)
+    M = 0 if shared is None else len(shared.up)
+    h, shared_h = x.new_empty(R, N), None if shared is None else x.new_empty(T, M)
+    listed, most = pairs.tiles(launch.BLOCK_T)
+    shared_tiles = triton.cdiv(T, launch.BLOCK_T) * triton.cdiv(M, launch.BLOCK_N)
+    rows = pairs.tokens(x) if launch.SORTED else x
+    both = (
+        operands(rows, weights.up, weights.gate)._replace(out=h),
+        None if shared is None else operands(x, shared.up, shared.gate)._replace(out=shared_h),
+    )
+    row_block, block = (launch.BLOCK_T, launch.BLOCK_K), (launch.BLOCK_N, launch.BLOCK_K)
+    run(
+        _experts_up_kernel,
+        programs(launch, shared_tiles + most * triton.cdiv(N, launch.BLOCK_N), x),
+        *one_by_one(both, sizes.architecture, row_block if launch.SORTED else None, block),
+        *(pairs.order, listed, Extents(T, R // T, D, N, M, shared_tiles)),
+        GATED=weights.gate is not None,
+        ACTIVATION=activation,
+        launch=launch,
+    )
+    return h, shared_h
+
+
+def rows_down(
+    routed: Operands, shared: Operands | None, pairs: Pairs, D: int, *, transposed: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """y [R, D], every pair in its own row, and shared y [T, D]: a w^T, or a w + a2 w2 where transposed.
+
+    Reads weights as `rows_up` does, and 2 R N D flops, twice that with a2.
+
+    In the persistent form, from 2560 tokens on, the shared expert is a launch of its own: in one grid its K of another
+    length would keep the loops over tiles and over K from becoming one, which hides a tile's beginning and end.
+    """
+    R, N = routed.a.shape
+    two = routed.a2 is not ABSENT
+    sizes = Sizes.of(routed.a, rows=R, experts=len(pairs.offsets), N=D, K=N, two=two)
+    launch = down_launch(sizes, transposed)
+    y, shared_y = routed.a.new_empty(R, D), None
+    if shared is not None and launch.PERSISTENT:
+        each = torch.arange(len(shared.a), device=y.device)
+        alone = Pairs(each, pairs.offsets.new_full((1,), len(each)))
+        shared_y, _ = rows_down(shared, None, alone, D, transposed=transposed)
+        shared = None
+    elif shared is not None:
+        shared_y = y.new_empty(len(shared.a), D)
+        shared = shared._replace(out=shared_y)
+    T, M = (0, 0) if shared is None else shared.a.shape
+    listed, most = pairs.tiles(launch.BLOCK_T)
+    d_tiles = triton.cdiv(D, launch.BLOCK_N)
+    shared_tiles = triton.cdiv(T, launch.BLOCK_T) * d_tiles
+    whole = not transposed or (N % launch.BLOCK_K == 0 and M % launch.BLOCK_K == 0)  # else a tile runs into the next
+    block = (launch.BLOCK_K, launch.BLOCK_N) if transposed else (launch.BLOCK_N, launch.BLOCK_K)
+    both = (routed._replace(out=y), shared)
+    run(
+        _experts_down_kernel,
+        programs(launch, shared_tiles + most * d_tiles, y),
+        *one_by_one(both, sizes.architecture, (launch.BLOCK_T, launch.BLOCK_K), block if whole else None),
+        *(pairs.order, listed, R, Extents(T, 1, D, N, M, shared_tiles)),
+        TWO=two,
+        TRANSPOSED=transposed,
+        launch=launch,
+    )
+    return y, shared_y
+
+
+def combine(
+    pairs: Tensor, topk_ids: Tensor, y: Tensor, E: int, *, topk_weights: Tensor | None = None, shared: Tensor | None
+) -> Tensor:
+    """Writes the sum over a token's pairs to y: (K + 1) T D itemsize bytes read, T D written: at 16 tokens 0.7 MB."""
+    T, D = y.shape
+    # Eight elements a thread: 16-byte loads; several programs a token while tokens are few.
+    block = min(triton.next_power_of_2(D), 1024)
+    run(
+        _experts_combine_kernel,
+        (T, triton.cdiv(D, block)),
+        *(pairs, topk_ids, topk_weights, shared, y, E, D),
+        K=topk_ids.shape[1],
+        launch=Launch(BLOCK_D=block, num_warps=max(block // 256, 1)),
+    )
+    return y
+
+
+def by_owner(matrices: Sequence[Tensor | None]) -> tuple[PlainWeights, PlainWeights | None]:
+    """The routed experts' weights and the shared one's from the registered ops' flat list."""
+    up, down, gate, shared_up, shared_down, shared_gate = matrices
+    assert up is not None and down is not None
+    if shared_up is None or shared_down is None:
+        return PlainWeights(up, down, gate), None
+    return PlainWeights(up, down, gate), PlainWeights(shared_up, shared_down, shared_gate)
+
+
+def _experts_fwd(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    sorted_pairs: Tensor,
+    offsets: Tensor,
+    matrices: Sequence[Tensor | None],
+    activation: str,
+) -> Tensor:
+    weights, shared = by_owner(matrices)
+    if len(sorted_pairs) != topk_ids.numel():  # callers that skip checks, and graphs, have not been checked
+        refuse("experts", "sorted_pairs", list(sorted_pairs.shape), f"T*K={topk_ids.numel()} pairs")
+    if len(offsets) != len(weights.up):
+        refuse("experts", "offsets", list(offsets.shape), f"E={len(weights.up)} of them")
+    x, pairs = x.contiguous(), Pairs(sorted_pairs.contiguous(), offsets.contiguous())
+    h, shared_h = rows_up(x, pairs, weights, shared, activation)
+    alone = None if shared is None or shared_h is None else operands(shared_h, shared.down, None)
+    rows, shared_y = rows_down(operands(h, weights.down, None), alone, pairs, x.shape[1])
+    y, topk_weights = x.new_empty(x.shape), topk_weights.contiguous()
+    return combine(rows, topk_ids.contiguous(), y, len(weights.up), topk_weights=topk_weights, shared=shared_y)

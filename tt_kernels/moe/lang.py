@@ -1,0 +1,122 @@
+"""What the experts' kernels share: the list of tiles, a tile's matrix product, the sum over a token's experts."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..runtime.lang import sigmoid
+
+ABSENT = 1  # An operand that is not there. None in a NamedTuple stops Triton 3.6 at the next branch; 1 is a constexpr.
+
+
+class Operands(NamedTuple):
+    """What a tile's program multiplies, and where the result goes: tensors, or descriptors of a, a2, w and w2.
+
+    Kernels take the parts one by one: Triton 3.6 cannot launch a descriptor inside a tuple."""
+
+    a: Any  # rows of [*, K]
+    w: Any  # [experts * N, K], or [experts * K, N] where transposed
+    w2: Any = ABSENT
+    a2: Any = ABSENT
+    out: Any = ABSENT
+
+
+# The host does not look at a caller's sorted_pairs and offsets: it would wait for the device. Kernels clamp what they
+# read to the rows and pairs that there are, so wrong lists give wrong numbers and touch no other memory.
+
+
+@triton.jit
+def end_of(offsets_ptr, expert, mask, R):
+    """Where an expert's rows end, as listed, within 0 to R."""
+    return tl.minimum(tl.maximum(tl.load(offsets_ptr + expert, mask=mask, other=0), 0), R).to(tl.int32)
+
+
+@triton.jit
+def pairs_of(sorted_pairs_ptr, rows, mask, R):
+    """The pairs t * K + k of sorted rows, as listed, within 0 to R - 1."""
+    return tl.minimum(tl.maximum(tl.load(sorted_pairs_ptr + rows, mask=mask, other=0), 0), R - 1).to(tl.int64)
+
+
+@triton.jit
+def find_tile(tiles_ptr, tile, T, DENSE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """(expert or -1, first row, end of its rows). DENSE: one expert sees all T rows and nothing is listed."""
+    if DENSE:
+        expert, first, end = tile * 0, tile * BLOCK_T, tile * 0 + T
+    else:
+        entry = tl.load(tiles_ptr + 1 + tile)  # one load: a program waits for it before anything else
+        expert, first = (entry >> 41).to(tl.int32), entry.to(tl.int32)
+        end = first + ((entry >> 32) & 511).to(tl.int32)
+    return expert, first, end
+
+
+@triton.jit
+def weight_tile(w, row, n0, k, N, K, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile of the matrix whose rows begin at `row`: [BLOCK_N, BLOCK_K] of [N, K]; [BLOCK_K, BLOCK_N] of [K, N] if
+    TRANSPOSED. Outside of [N, K] it is 0 along K; along N it may be the next expert's."""
+    if isinstance(w, tl.tensor_descriptor):
+        tile = w.load([row + k, n0]) if TRANSPOSED else w.load([row + n0, k])
+    else:
+        offs_n, offs_k = n0 + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
+        if TRANSPOSED:
+            at = w + (row + offs_k).to(tl.int64)[:, None] * N + offs_n[None, :]
+            tile = tl.load(at, mask=(offs_k < K)[:, None] & (offs_n < N)[None, :], other=0.0)
+        else:
+            at = w + (row + offs_n).to(tl.int64)[:, None] * K + offs_k[None, :]
+            tile = tl.load(at, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def dot_tile(a, w, acc, TRANSPOSED: tl.constexpr, SWAP: tl.constexpr):
+    """acc + a w^T. SWAP: acc is [BLOCK_N, BLOCK_T], weights are the M operand of the tensor cores."""
+    if SWAP:
+        if TRANSPOSED:
+            w = tl.trans(w)
+        acc = tl.dot(w, tl.trans(a), acc, input_precision="ieee", out_dtype=acc.dtype)
+    else:
+        if not TRANSPOSED:
+            w = tl.trans(w)
+        acc = tl.dot(a, w, acc, input_precision="ieee", out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit
+def product(
+    acc, second, a, w, w2, rows, mask_t, first, row, n0, N, K, TWO: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SWAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + a w^T, and second + a w2^T where TWO, for BLOCK_T rows of a and BLOCK_N rows of w.
+
+    a: pointer of [*, K], read at `rows` [BLOCK_T] where mask_t, or descriptor, read from row `first` on.
+    w, w2: pointers or descriptors of all experts' matrices; this one's begins at `row`.
+    """
+    for k in range(0, K, BLOCK_K):
+        w_tile = weight_tile(w, row, n0, k, N, K, TRANSPOSED, BLOCK_N, BLOCK_K)
+        if isinstance(a, tl.tensor_descriptor):
+            a_tile = a.load([first, k])  # [BLOCK_T, BLOCK_K]
+        else:
+            offs_k = k + tl.arange(0, BLOCK_K)
+            at = a + rows[:, None] * K + offs_k[None, :]
+            a_tile = tl.load(at, mask=mask_t[:, None] & (offs_k < K)[None, :], other=0.0)
+        acc = dot_tile(a_tile, w_tile, acc, TRANSPOSED, SWAP)
+        if TWO:
+            w2_tile = weight_tile(w2, row, n0, k, N, K, TRANSPOSED, BLOCK_N, BLOCK_K)
+            second = dot_tile(a_tile, w2_tile, second, TRANSPOSED, SWAP)
+    return acc, second
+
+
+# `ACTIVATIONS` of reference/moe.py, with the derivatives: where no backward asks for one it costs nothing.
+
+
+@triton.jit
+def activate(h, ACTIVATION: tl.constexpr):
+    """(act(h), act'(h))"""
+    if ACTIVATION == "relu2":
+        h = tl.maximum(h, 0, propagate_nan=tl.PropagateNan.ALL)
+        a, da = h * h, 2 * h
+    else:
+        tl.static_assert(ACTIVATION == "silu", "an activation without a kernel")
+        s = sigmoid(h)
+        a, da = h * s, s * (1 + h * (1 - s))
+    return a, da

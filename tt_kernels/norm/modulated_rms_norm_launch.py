@@ -1,0 +1,109 @@
+"""The launches of `modulated_rms_norm`, forward and backward."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..reference.common import compute_dtype
+from ..runtime.launch import Launch, multiprocessors, run
+from ..runtime.structs import rows_of
+from .modulated_rms_norm_kernels import _modulated_rms_norm_bwd_kernel, _modulated_rms_norm_fwd_kernel
+
+
+def rms_norm_launch(D: int, elements: int) -> Launch:
+    """A row a program, `elements` of it a thread; masked lanes past D cost no traffic.
+
+    Forward 16: two 16-byte loads in 16 bits leave registers for the six vectors of a row.
+    Backward 8: up to eleven vectors of a row live at once.
+    """
+    block = triton.next_power_of_2(D)
+    return Launch(BLOCK_D=block, num_warps=min(max(block // (32 * elements), 1), 16))
+
+
+def bwd_rows(B: int, L: int, multiprocessors: int) -> int:
+    """Rows a program of the backward: two programs a multiprocessor bound the partial sums, one sequence at most."""
+    return max(1, min(L, triton.cdiv(B * L, 2 * multiprocessors)))
+
+
+class NormGradients(NamedTuple):
+    """Empty where there was no argument; dbranch too where there is no gate: it is dx then."""
+
+    dx: Tensor
+    dweight: Tensor
+    dshift: Tensor
+    dscale: Tensor
+    dbranch: Tensor
+    dgate: Tensor
+
+
+def _modulated_rms_norm_fwd(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    norm_first: bool,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = _modulated_rms_norm_fwd_fake(x, weight, eps, dtype, norm_first, shift, scale, branch, gate)
+    D, L = x.shape[-1], x.shape[-2] if x.dim() > 1 else 1
+    run(
+        _modulated_rms_norm_fwd_kernel,
+        (x.shape[:-1].numel() if D else 0,),
+        *(rows_of(x), weight.contiguous(), *map(rows_of, (shift, scale, branch, gate)), *out, L, D),
+        EPS=eps,
+        NORM_FIRST=norm_first,
+        launch=rms_norm_launch(D, elements=16),
+    )
+    return out
+
+
+def _modulated_rms_norm_bwd(
+    dy: Tensor,
+    dresidual: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    norm_first: bool,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+) -> NormGradients:
+    out = _modulated_rms_norm_bwd_fake(dy, dresidual, residual, weight, rstd, norm_first, shift, scale, branch, gate)
+    D, L = residual.shape[-1], residual.shape[-2] if residual.dim() > 1 else 1
+    B = residual.shape[:-2].numel()
+    rows = bwd_rows(B, L, multiprocessors(residual))
+    chunks = max(1, triton.cdiv(L, rows))
+    sums = rstd.new_empty(4 if gate is not None else 3 if shift is not None else 1, B * chunks, D)
+    run(
+        _modulated_rms_norm_bwd_kernel,
+        (B * chunks if D else 0,),
+        *(rows_of(dy), rows_of(dresidual), rows_of(residual), weight.contiguous()),
+        *(*map(rows_of, (shift, scale, branch, gate)), rstd, out.dx, out.dbranch, sums, L, D, chunks, rows),
+        NORM_FIRST=norm_first,
+        launch=rms_norm_launch(D, elements=8),
+    )
+    out.dweight.copy_(sums[0].sum(0))
+    for i, gradient in enumerate((out.dshift, out.dscale, out.dgate), start=1):
+        if gradient.numel():
+            gradient.copy_(sums[i].unflatten(0, (B, chunks)).sum(1).view_as(gradient))
+    return out
+
+
+def _modulated_rms_norm_fwd_fake(x, weight, eps, dtype, norm_first, shift, scale, branch, gate):
+    y = x.new_empty(x.shape, dtype=dtype)
+    residual = x.new_empty(0 if branch is None else x.shape)
+    return y, residual, x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype, weight.dtype))
+
+
+def _modulated_rms_norm_bwd_fake(dy, dresidual, residual, weight, rstd, norm_first, shift, scale, branch, gate):
+    def like(t: Tensor | None) -> Tensor:
+        return residual.new_empty(0) if t is None else t.new_empty(t.shape)
+
+    dbranch = like(None if gate is None else branch)
+    return NormGradients(like(residual), like(weight), like(shift), like(scale), dbranch, like(gate))

@@ -1,0 +1,248 @@
+"""The unmasking step: counter-based Gumbel noise, prediction with its confidence, the commit rule."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import can_look, compute_dtype, full_precision, head_logits
+
+
+class Sampling(NamedTuple):
+    """How the token of each row is chosen: one number a row, so that requests with different settings share a batch.
+
+    [*] are the rows of the logits; `unmask` takes one number for each block of the batch. A new sampling rule is a
+    field here that may be None, a line in `bounds`, and its specification in `tt_kernels/sampling/options.py`.
+    """
+
+    temperature: Tensor  # [*] float, 0 or more, inf too: 0 takes the best token, above 0 one is drawn
+    seed: Tensor  # [*] int, any 64 bits: key of the noise, with position and step
+    position: Tensor  # [*] int: of the token in its sequence, of which the lower 32 bits count
+    step: Tensor  # [*] int: the denoising step, as position
+    # [*] int: draw among the k best and all that equal the k-th; 0, or V and above: no limit.
+    top_k: Tensor | None = None
+    # [*] float, above 0: draw among the best whose probabilities first exceed p; 1: no limit.
+    top_p: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        rows: int,
+        *,
+        temperature: float | Tensor = 0.0,
+        seed: int | Tensor = 0,
+        position: int | Tensor = 0,
+        step: int | Tensor = 0,
+        top_k: int | Tensor | None = None,
+        top_p: float | Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Sampling":
+        """Settings of so many rows: a number holds for all of them, a tensor is taken as it is."""
+
+        def of_rows(value: float | Tensor, dtype: torch.dtype) -> Tensor:
+            return value if isinstance(value, Tensor) else torch.full((rows,), value, dtype=dtype, device=device)
+
+        return cls(
+            temperature=of_rows(temperature, torch.float64),
+            seed=of_rows(seed, torch.int64),
+            position=of_rows(position, torch.int64),
+            step=of_rows(step, torch.int64),
+            top_k=None if top_k is None else of_rows(top_k, torch.int64),
+            top_p=None if top_p is None else of_rows(top_p, torch.float64),
+        )
+
+    def select(self, rows: Tensor | slice) -> "Sampling":
+        """The settings of some rows."""
+        return Sampling(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
+
+
+class Sampled(NamedTuple):
+    """A prediction for each row."""
+
+    token: Tensor  # [*] int64
+    confidence: Tensor  # [*] fp32, or fp64: the token's probability at temperature 1
+
+
+class Committed(NamedTuple):
+    """A block after the commit rule."""
+
+    block: Tensor  # [B, L] dtype of the block that came in, in new memory
+    committed: Tensor  # [B, L] bool: what took its prediction now
+    masked: Tensor  # [B] int64: how many positions are masked still
+
+
+class Unmasked(NamedTuple):
+    """A block after one unmasking step."""
+
+    block: Tensor  # [B, L] dtype of the block that came in, in new memory
+    committed: Tensor  # [B, L] bool: what took its prediction now
+    confidence: Tensor  # [B, L] fp32, or fp64: of the predictions; 0 where nothing was masked
+    masked: Tensor  # [B] int64: how many positions are masked still
+
+
+_WORD = 0xFFFFFFFF  # 32 bits
+_ROUND = ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))  # Philox4x32: multipliers, key increments
+
+
+def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011) on int64 tensors that hold unsigned 32-bit words and broadcast."""
+    (m0, m1), increments = _ROUND
+    c0, c1, c2, c3 = counter
+    rounds = torch.arange(10, device=c0.device)
+    keys = (((k.unsqueeze(-1) + rounds * step) & _WORD).unbind(-1) for k, step in zip(key, increments, strict=True))
+    for key0, key1 in zip(*keys, strict=True):
+        p0, p1 = c0 * m0, c2 * m1  # the low 64 bits survive the wrap
+        c0, c1, c2, c3 = (p1 >> 32 & _WORD) ^ c1 ^ key0, p1 & _WORD, (p0 >> 32 & _WORD) ^ c3 ^ key1, p0 & _WORD
+    return [c0, c1, c2, c3]
+
+
+@full_precision
+def gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, *, vocab_size: int) -> Tensor:
+    seed, position, step = (t.long().unsqueeze(-1) for t in (seed, position, step))
+    in_graph = torch.compiler.is_compiling()
+    # Four words of noise a counter. Two counters too many in a graph, where sizes that may be 1 are another graph's.
+    quads = torch.arange(vocab_size // 4 + 2 if in_graph else -(-vocab_size // 4), device=seed.device)
+    counter = [quads, position & _WORD, step & _WORD, torch.zeros_like(seed)]
+    words = _philox(counter, [seed & _WORD, seed >> 32 & _WORD])
+    if in_graph:  # without a size that is compared with another
+        ids = torch.arange(vocab_size, device=seed.device)
+        bits = torch.stack(words, -1)[..., ids // 4, ids % 4]
+    else:
+        bits = torch.stack(words, -1).flatten(-2)[..., :vocab_size]
+    uniform = bits.double().add_(0.5).mul_(2.0**-32)  # in (0, 1)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """Of equals the first. On a CPU `max` takes a fifth of the time of `argmax`."""
+    return scores.max(-1).indices
+
+
+_EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
+
+
+def split_temperature(temperature: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A temperature as divisor * unit, where unit is the power of 2, at most 1, that leaves a divisor of 1 or more.
+
+    logits / divisor + unit * noise are the bits of logits / temperature + noise with another exponent, so their order
+    is the same, but no quotient overflows. What is below the least normal number of dtype counts as that; what is
+    infinite in dtype is 2^64 times its largest number, which leaves nothing of any logit beside the noise.
+    """
+    integer, exponent = _EXPONENT[dtype]
+    t = temperature.to(dtype).clamp(min=torch.finfo(dtype).tiny)
+    power = (t.view(integer) & exponent).view(dtype)  # of 2, at or below t
+    unit = power.clamp(max=1)
+    return (t / unit).clamp(max=torch.finfo(dtype).max), torch.where(power.isinf(), 2.0**64, unit)
+
+
+def bounds(scaled: Tensor, unit: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What of scaled logits [*, V] may be drawn: the least of them, and the last token of those that equal it.
+
+    Every row is looked at by itself: what it gets does not depend on the limits of others.
+    """
+    V = scaled.shape[-1]
+    if top_p is None and top_k is not None and can_look(top_k):  # the best few take much less time than a sort
+        ordered, index = scaled.topk(max((k for k in top_k.flatten().tolist() if 0 < k < V), default=1), dim=-1)
+    else:
+        ordered, index = scaled.sort(dim=-1, descending=True, stable=True)
+    least, last = torch.full_like(scaled[..., 0], -math.inf), torch.full_like(index[..., 0], V)
+    if top_k is not None:
+        limited = (top_k > 0) & (top_k < V)
+        kth = ordered.gather(-1, torch.where(limited, top_k - 1, 0).long().unsqueeze(-1)).squeeze(-1)
+        least = torch.where(limited, kth, least)
+    if top_p is not None:
+        ordered = ordered.masked_fill(ordered < least.unsqueeze(-1), -math.inf)
+        shares = (ordered - ordered[..., :1]).div_(unit.unsqueeze(-1)).softmax(-1)  # without the unit differences fit
+        before = F.pad(shares.cumsum(-1), (1, -1))  # the probability of all better tokens
+        late = before > top_p.clamp(min=0).to(before).unsqueeze(-1)
+        end = V - 1 - late.sum(-1, keepdim=True)
+        lowest, end = ordered.gather(-1, end).squeeze(-1), index.gather(-1, end).squeeze(-1)
+        tighter = (top_p < 1) & ~(lowest < least)  # at 1 rounding may bring a sum above it before the last token
+        least, last = torch.where(tighter, lowest, least), torch.where(tighter, end, last)
+    return least, last
+
+
+def _narrow(scaled: Tensor, unit: Tensor, sampling: Sampling) -> Tensor:
+    """Scaled logits with -inf in place of all that top_k and top_p leave out."""
+    if sampling.top_k is None and sampling.top_p is None:
+        return scaled
+    least, last = (t.unsqueeze(-1) for t in bounds(scaled, unit, sampling.top_k, sampling.top_p))
+    ids = torch.arange(scaled.shape[-1], device=scaled.device)
+    return scaled.masked_fill((scaled < least) | ((scaled == least) & (ids > last)), -math.inf)
+
+
+def _confidence(logits: Tensor, token: Tensor) -> Tensor:
+    """How sure a prediction is: its probability at temperature 1. Another rule for this is a function of the same
+    arguments here. Its kernel: `Record` and all that makes, merges, stores or reads one, and `combine`, in
+    `tt_kernels/sampling/lang.py`; the planes in `records.py`; the launchers of the three ops that sample."""
+    return (logits.gather(-1, token.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
+
+
+@full_precision
+def sample(logits: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Sampled:
+    logits = logits.detach().to(compute_dtype(logits.dtype))
+    if suppress is not None:
+        logits = logits.index_fill(-1, torch.tensor([suppress], device=logits.device), -math.inf)
+    token = _argmax(logits)
+    hot = sampling.temperature > 0
+    if torch.compiler.is_compiling() or bool(hot.any()):  # a graph is for all temperatures and reads nothing
+        divisor, unit = split_temperature(sampling.temperature, logits.dtype)
+        scaled = _narrow(logits / divisor.unsqueeze(-1), unit, sampling)
+        noise = gumbel_noise(sampling.seed, sampling.position, sampling.step, vocab_size=logits.shape[-1])
+        token = torch.where(hot, _argmax(torch.addcmul(scaled, noise.to(scaled), unit.unsqueeze(-1))), token)
+    if suppress == 0:  # else the first of a row where everything is -inf
+        token = token.clamp(min=1)
+    return Sampled(token, _confidence(logits, token))
+
+
+@full_precision
+def head_sample(hidden: Tensor, weight: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Sampled:
+    return sample(head_logits(hidden.detach(), weight.detach()), sampling, suppress=suppress)
+
+
+@full_precision
+def commit(
+    block: Tensor, token: Tensor, confidence: Tensor, *, mask_token_id: int, threshold: Tensor, steps_left: Tensor
+) -> Committed:
+    masked = block == mask_token_id  # [B, L]
+    m = masked.sum(-1)
+    above = (masked & (confidence > threshold.to(confidence).unsqueeze(-1))).sum(-1)
+    share = -(-m // steps_left.clamp(min=1))  # ceil(m / steps left)
+    count = torch.minimum(m, torch.maximum(above, share).clamp(min=1))
+    order = (-confidence).argsort(dim=-1, stable=True)  # ascending, where NaN is last
+    ranked = masked.gather(-1, order)
+    committed = torch.zeros_like(masked).scatter(-1, order, ranked & (ranked.cumsum(-1) <= count.unsqueeze(-1)))
+    return Committed(torch.where(committed, token, block), committed, m - count)
+
+
+@full_precision
+def unmask(
+    hidden: Tensor,
+    weight: Tensor,
+    block: Tensor,
+    sampling: Sampling,
+    *,
+    mask_token_id: int,
+    threshold: Tensor,
+    steps_left: Tensor,
+) -> Unmasked:
+    masked = block == mask_token_id
+    token = block.clone()
+    confidence = torch.zeros(block.shape, dtype=compute_dtype(hidden.dtype, weight.dtype), device=block.device)
+    in_graph = torch.compiler.is_compiling()
+    if in_graph:  # the number of masked positions is no size there: logits of all
+        rows, cols = (torch.arange(n, device=block.device) for n in block.shape)
+        rows = rows.unsqueeze(-1).expand(block.shape)
+    else:
+        rows, cols = masked.nonzero(as_tuple=True)
+        hidden = hidden[rows, cols]
+    mine = sampling.select(rows)
+    found, sure = head_sample(hidden, weight, mine._replace(position=mine.position + cols), suppress=mask_token_id)
+    if in_graph:
+        token, confidence = torch.where(masked, found.to(token.dtype), token), torch.where(masked, sure, confidence)
+    else:
+        token[rows, cols], confidence[rows, cols] = found.to(token.dtype), sure
+    result = commit(block, token, confidence, mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
+    return Unmasked(result.block, result.committed, confidence, result.masked)

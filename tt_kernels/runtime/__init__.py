@@ -1,0 +1,1 @@
+"""What every op shares: registration and dispatch, checks, launches, helpers inside kernels."""

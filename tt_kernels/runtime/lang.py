@@ -1,0 +1,88 @@
+"""Functions inside kernels that two or more of them share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x):
+    return 1 / (1 + tl.exp2(-1.4426950408889634 * x))  # one ex2.approx; tl.exp adds range checks
+
+
+@triton.jit
+def silu(x):
+    return x * sigmoid(x)
+
+
+@triton.jit
+def load_row(rows, i, cols, mask, ACC: tl.constexpr):
+    """Columns of row i of an operand `Rows`, in the dtype of sums."""
+    return tl.load(rows.ptr + i * rows.stride + cols, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def row_count(counts_ptr, b, L):
+    """How many of row b's L tokens enter: what counts [rows] say, cut to 0 .. L; None: all."""
+    count = L
+    if counts_ptr is not None:
+        count = tl.minimum(tl.maximum(tl.load(counts_ptr + b), 0), L).to(tl.int32)
+    return count
+
+
+@triton.jit
+def at_slot(slots, row):
+    """Where the state of a row (64-bit) begins: in the slot that its index names, cut to those that exist."""
+    if slots.indices is not None:
+        row = tl.minimum(tl.maximum(tl.load(slots.indices + row), 0), slots.number - 1).to(tl.int64)
+    return slots.ptr + row * slots.stride
+
+
+@triton.jit
+def philox(seed, c0, c1, c2):
+    """Four words of Philox4x32-10 at counter (c0, c1, c2, 0) and key (seed mod 2^32, seed >> 32)."""
+    c0 = c0.to(tl.uint32)
+    return tl.philox(seed.to(tl.int64), c0, c1.to(tl.uint32), c2.to(tl.uint32), tl.zeros_like(c0), n_rounds=10)
+
+
+@triton.jit
+def _gumbel32(word):
+    u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    rest = ((0xFFFFFFFF - word).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 1 - u, rounded
+    e = -tl.log(rest)
+    # That rounding is as large as a small u itself; -log(rest) / (1 - rest) hardly feels it.
+    e = tl.where(word < 0x80000000, tl.where(rest < 1, e / (1 - rest), 1.0) * u, e)
+    return -tl.log(e)
+
+
+@triton.jit
+def gumbel(word, WIDE: tl.constexpr):
+    """-log(-log(1 - u)) with u = (word + 1/2) / 2^32: WIDE in fp64, where 1 - u is exact, else in fp32, off by at most
+    1.1e-6, where rounding the exact noise to fp32 is off by 1e-6."""
+    return -tl.log(-tl.log((4294967295.5 - word.to(tl.float64)) * 2.3283064365386963e-10)) if WIDE else _gumbel32(word)
+
+
+@triton.jit
+def gumbel_tile(seed, position, step, start, BLOCK_V: tl.constexpr, WIDE: tl.constexpr):
+    """Noise of BLOCK_V tokens from start on for each of the rows: [BLOCK_V, rows]. Every token computes the four words
+    of its counter: to share them takes more registers than a tile of products leaves."""
+    ids = start + tl.arange(0, BLOCK_V)[:, None] + tl.zeros_like(seed).to(tl.int32)[None, :]
+    w0, w1, w2, w3 = philox(seed[None, :], ids // 4, position[None, :], step[None, :])
+    odd = (ids & 1) != 0
+    word = tl.where((ids & 2) != 0, tl.where(odd, w3, w2), tl.where(odd, w1, w0))
+    return gumbel(word, WIDE=WIDE)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), to a rounding also where exp(x) is small; x itself above 20."""
+    e = tl.exp2(-1.4426950408889634 * tl.abs(x))
+    u = 1 + e
+    # u has rounded e, and log(u) / (u - 1) hardly feels it. Where u is 1 nothing is left of e, which is the logarithm.
+    log = tl.where(u > 1, tl.log(u) * (e / tl.where(u > 1, u - 1, u)), e)
+    return tl.where(x > 20, x, tl.maximum(x, 0.0) + log)
+
+
+@triton.jit
+def decay(log):
+    """exp, and 0 at e^-64 and below; also at -inf. NaN stays NaN."""
+    return tl.where(log <= -64, 0.0, tl.exp2(1.4426950408889634 * log))

@@ -1,0 +1,32 @@
+"""Operands of kernels: a tensor with its strides as one argument."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """A tensor [rows, D] whose rows lie `stride` elements apart, and whose elements of a row lie side by side."""
+
+    ptr: Tensor
+    stride: int
+
+
+def _rows(t: Tensor) -> Rows:
+    if t.dim() != 2:
+        t = t.flatten(0, -2) if t.dim() > 2 else t.unsqueeze(0)
+    row, one = t.stride()
+    if one != 1 and t.shape[1] != 1:
+        t = t.contiguous()
+        row = t.stride(0)
+    return Rows(t, row)
+
+
+def rows_of(t: Tensor | None) -> Rows | None:
+    """[*, D] as an operand: a view where that is possible. None stays None."""
+    return None if t is None else _rows(t)
+
+
+def by_row(t: Tensor) -> Tensor:
+    """[*, D] as rows whose elements lie side by side; a view where that is possible."""
+    return _rows(t).ptr

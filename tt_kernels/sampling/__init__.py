@@ -1,0 +1,14 @@
+"""The unmasking step: head, prediction with its confidence, and the commit rule.
+
+Noise is counter-based: Philox4x32-10 of (row's seed, position in the sequence, denoising step, token id) and of nothing
+else, so a token does not depend on batch slot, batch size or tiling.
+"""
+
+from ..reference import Committed, Sampled, Sampling, Unmasked
+from .commit import commit
+from .gumbel_noise import gumbel_noise
+from .head_sample import head_sample
+from .sample import sample
+from .unmask import unmask
+
+__all__ = ["Committed", "Sampled", "Sampling", "Unmasked", "commit", "gumbel_noise", "head_sample", "sample", "unmask"]

@@ -1,0 +1,158 @@
+"""How the head and the sampling from its logits are launched."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..reference.common import compute_dtype
+from ..runtime.launch import Launch, architecture, by_row, by_tma, multiprocessors, run, tuned
+from .head_sample_kernels import _head_kernel
+from .lang import Store
+from .records import Rows, combine_records, new_records
+from .sample import ROWS, narrows, record_logits, sample_parts
+
+SUB = 16  # the fewest rows that tensor cores take; more would not fit registers beside the products
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLaunch(Launch):
+    BLOCK_V: int
+    BLOCK_T: int
+    BLOCK_K: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def _tiles(BLOCK_T: int, BLOCK_K: int, num_warps: int, num_stages: int) -> HeadLaunch:
+    return HeadLaunch(BLOCK_V=128, BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K, num_warps=num_warps, num_stages=num_stages)
+
+
+# For 16-bit products, by architecture: launches for up to so many rows, the last for all that are more.
+HEAD = {
+    80: (
+        (16, _tiles(16, 64, 4, 6)),  # little shared memory: deep stages of few channels
+        (0, _tiles(64, 64, 8, 4)),  # the products take more registers than four warps have
+    ),
+    90: (
+        (16, _tiles(16, 128, 4, 3)),  # up to 64 rows two programs share a multiprocessor, 100 KB of stages each:
+        (32, _tiles(32, 64, 4, 5)),  # one loads while the other samples
+        (64, _tiles(64, 64, 4, 4)),
+        (0, _tiles(128, 64, 8, 5)),  # the head goes from the cache to a multiprocessor once for more rows
+    ),
+    100: (  # as 90; a tile takes more registers, which eight warps have
+        (16, _tiles(16, 128, 8, 3)),
+        (32, _tiles(32, 64, 8, 5)),
+        (64, _tiles(64, 64, 8, 4)),
+        (0, _tiles(128, 64, 8, 5)),
+    ),
+}
+# 32-bit products run on no tensor core: small tiles, whose operands fit registers.
+FP32 = HeadLaunch(BLOCK_V=64, BLOCK_T=16, BLOCK_K=32)
+
+
+def head_launch(R: int, V: int, D: int, itemsize: int, architecture: int) -> HeadLaunch:
+    """Up to some 180 rows reading the head takes the time; more rows take wider tiles."""
+    table = HEAD[max(known for known in HEAD if known <= architecture)]
+    launch = FP32 if itemsize > 2 else next(launch for most, launch in table if not most or most >= R)
+    block_v, block_k = (max(16, triton.next_power_of_2(n)) for n in (V, D))
+    return replace(launch, BLOCK_V=min(launch.BLOCK_V, block_v), BLOCK_K=min(launch.BLOCK_K, block_k))
+
+
+def rows_sampled(launch: HeadLaunch, architecture: int) -> int:
+    """Rows sampled at a time. On sm_100, where all products of 128 rows come into registers at once, 16 would spill."""
+    return SUB // 2 if launch.BLOCK_T == 128 and architecture >= 100 else SUB
+
+
+def _launch(R: int, hidden: Tensor, weight: Tensor) -> HeadLaunch:
+    V, D = weight.shape
+    itemsize = max(hidden.itemsize, weight.itemsize)
+    rows = 16 if R <= 16 else 32 if R <= 32 else 64 if R <= 64 else 128
+    default = head_launch(R, V, D, itemsize, architecture(hidden))
+    return tuned("_head_kernel", default, architecture(hidden), R=rows, V=V, D=D, itemsize=itemsize)
+
+
+class Pieces(NamedTuple):
+    """How the vocabulary is divided."""
+
+    number: int
+    tiles: int  # of BLOCK_V tokens a piece
+    depth: int  # pieces a part
+
+
+def head_pieces(launch: HeadLaunch, V: int, multiprocessors: int) -> Pieces:
+    """Parts are two a multiprocessor at most and the same however many rows there are, so that a row's sums have one
+    order: up to 16 rows a piece is a part, whose tiles a program merges; of more rows a piece is a tile, and the kernel
+    that combines the records merges a part's first."""
+    count = triton.cdiv(V, launch.BLOCK_V)
+    tiles = max(1, triton.cdiv(count, 2 * multiprocessors))
+    return Pieces(triton.cdiv(count, tiles), tiles, 1) if launch.BLOCK_T == SUB else Pieces(count, 1, tiles)
+
+
+def _run_head(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Rows,
+    launch: HeadLaunch,
+    suppress: int | None,
+    *,
+    records: Store | None = None,
+    logits: Tensor | None = None,
+    first: int = 0,
+) -> None:
+    """Write all records, or the logits [R, V] of records first to first + R."""
+    V, D = weight.shape
+    programs = 2 * multiprocessors(hidden)
+    pieces = head_pieces(launch, V, multiprocessors(hidden))
+    R = rows.N if logits is None else len(logits)
+    tma = by_tma(weight, architecture(weight))
+    run(
+        _head_kernel,
+        (min(triton.cdiv(R, launch.BLOCK_T) * pieces.number, programs),),
+        hidden,
+        TensorDescriptor.from_tensor(weight, [launch.BLOCK_V, launch.BLOCK_K]) if tma else weight,
+        *(hidden.stride(0), weight.stride(0), rows.settings, rows.listed, records, logits),
+        *(R, first, V, D, pieces.tiles, pieces.number, -1 if suppress is None else suppress),
+        TMA=tma,
+        SUB=rows_sampled(launch, architecture(weight)),
+        launch=launch,
+    )
+
+
+def head_records(hidden: Tensor, weight: Tensor, rows: Rows, suppress: int | None) -> Store:
+    """Records of all rows of hidden [N, D], or of those listed. top_k and top_p want whole rows of logits in memory:
+    ROWS at a time, of all N rows, for how many are listed only the device knows."""
+    weight = by_row(weight)
+    V, dtype = len(weight), compute_dtype(hidden.dtype, weight.dtype)
+    if not narrows(rows.sampling):
+        launch = _launch(rows.N, hidden, weight)
+        pieces = head_pieces(launch, V, multiprocessors(hidden))
+        records = new_records(rows.N, pieces.number, hidden, dtype, pieces.depth)
+        _run_head(hidden, weight, rows, launch, suppress, records=records)
+        return records
+    logits = hidden.new_empty(min(ROWS, rows.N), V, dtype=dtype)
+    launch = _launch(len(logits), hidden, weight)
+    records = new_records(rows.N, sample_parts(logits), hidden, dtype)
+    for first in range(0, rows.N, ROWS):
+        some = logits[: rows.N - first]
+        _run_head(hidden, weight, rows, launch, suppress, logits=some, first=first)
+        record_logits(some, rows, records, suppress, first)
+    return records
+
+
+def _head_sample(
+    hidden: Tensor, weight: Tensor, suppress: int | None, *settings: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    token, confidence = _head_sample_fake(hidden, weight)
+    rows = Rows.of(settings)
+    if rows.N:
+        combine_records(head_records(by_row(hidden), weight, rows, suppress), rows, token, confidence)
+    return token, confidence
+
+
+def _head_sample_fake(hidden: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    shape, dtype = hidden.shape[:-1], compute_dtype(hidden.dtype, weight.dtype)
+    return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=dtype)

@@ -1,0 +1,227 @@
+"""What the kernels that sample share: settings of rows, a tile of logits folded into its rows' records, their sum.
+
+A record says of one row and one piece of the vocabulary: the largest logit m and s = sum(exp(logit - m)) for the
+confidence, the best score (at a temperature above 0 with its noise), its token and that token's own logit. Records are
+combined in the order of the vocabulary, so equal scores go to the lowest token and two runs are equal bit for bit.
+A confidence that needs more of the logits (the second best, say) is a field of `Record` and a plane of `Store`.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..runtime.lang import gumbel_tile
+
+
+class Settings(NamedTuple):
+    """Pointers to the settings of sequences of L rows: row r has those of sequence r // L."""
+
+    temperature: Any  # [rows / L], as the next three
+    seed: Any
+    position: Any  # of a sequence's first row
+    step: Any
+    L: Any
+
+
+class Listed(NamedTuple):
+    """Which rows are sampled, where not all are: record n is of row index[n], and there are count[0] records."""
+
+    index: Any
+    count: Any
+
+
+class Limits(NamedTuple):
+    """What of each row may be drawn, of its scaled logits: the least, and the last token of those that equal it."""
+
+    least: Any
+    last: Any
+
+
+class Store(NamedTuple):
+    """Where records lie. Piece p of the vocabulary is in slot [p % depth, p // depth] of its row."""
+
+    stats: Any  # [4, N, depth, parts]: m, s, best, raw
+    tokens: Any  # [N, depth, parts]
+    pieces: Any  # records a row: the last part may have fewer than depth
+    depth: Any
+    parts: Any
+    plane: Any  # N * depth * parts
+
+
+class Record(NamedTuple):
+    """What is known of rows after a piece of the vocabulary."""
+
+    m: Any
+    s: Any
+    best: Any
+    token: Any
+    raw: Any
+
+
+LARGEST32 = tl.constexpr(3.4028234663852886e38)
+
+LARGEST64 = tl.constexpr(1.7976931348623157e308)
+
+
+@triton.jit
+def is_any_hot(row, mask, settings):
+    """Whether one of the rows is above temperature 0."""
+    hot = tl.load(settings.temperature + row // settings.L, mask=mask, other=0.0) > 0
+    return tl.max(hot.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def empty_record(N: tl.constexpr, dtype: tl.constexpr):
+    """A record of N rows before the first tile: merged with that tile's it is that tile's."""
+    m = tl.full((N,), float("-inf"), dtype=dtype)
+    return Record(m, tl.zeros((N,), dtype=dtype), m + float("nan"), tl.zeros((N,), dtype=tl.int32), m)
+
+
+@triton.jit
+def order(score, WIDE: tl.constexpr):
+    """Numbers in the order of torch.max, where NaN is above inf: inf for NaN, the largest finite number for inf."""
+    limited = tl.minimum(score, LARGEST64 if WIDE else LARGEST32)
+    return tl.where(score == score, limited, float("inf"))
+
+
+@triton.jit
+def split_temperature(temperature, WIDE: tl.constexpr):
+    """Divisor and unit of the reference's `split_temperature`, of temperatures above 0."""
+    if WIDE:
+        t = tl.maximum(temperature.to(tl.float64), 2.2250738585072014e-308)
+        power = (t.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+        unit = tl.minimum(power, 1.0)
+        divisor = tl.minimum(t / unit, LARGEST64)
+    else:
+        t = tl.maximum(temperature.to(tl.float32), 1.1754943508222875e-38)
+        power = (t.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        unit = tl.minimum(power, 1.0)
+        divisor = tl.minimum(tl.div_rn(t, unit), LARGEST32)
+    return divisor, tl.where(power == float("inf"), 18446744073709551616.0, unit)  # 2^64
+
+
+@triton.jit
+def sum_pairs(x):
+    """Sum over axis 0 of [BLOCK, N], neighbours first. Written out, for the order of tl.sum is the layout's, which
+    changes with warps and tiles, and a sum of two has but one order."""
+    for _ in tl.static_range(20):  # a tensor has at most 2^20 elements
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), axis=1)
+    return tl.reshape(x, (x.shape[1],))
+
+
+@triton.jit
+def tile_record(
+    x,  # [BLOCK_V, rows]: logits of tokens from start on, fp32 or fp64
+    start,
+    any_hot,
+    row,  # [rows]
+    mask,  # [rows]: which of them there are
+    settings,
+    limits,  # Limits, or None
+    offs,  # [rows]: which limits are theirs
+    V,
+    suppress,
+    PAIRS: tl.constexpr,  # the sum by pairs, which several tiles of rows must have in one order
+    BLOCK_V: tl.constexpr,
+):
+    """The record of one tile."""
+    local = tl.arange(0, BLOCK_V)[:, None]
+    ids = start + local
+    x = tl.where((ids < V) & (ids != suppress), x, float("-inf"))
+    WIDE: tl.constexpr = x.dtype == tl.float64
+    if any_hot:
+        # Loaded here and not before: in registers they would be in the way of the products.
+        b = row // settings.L
+        temperature = tl.load(settings.temperature + b, mask=mask, other=0.0)
+        seed = tl.load(settings.seed + b, mask=mask, other=0)
+        position = tl.load(settings.position + b, mask=mask, other=0) + row % settings.L
+        step = tl.load(settings.step + b, mask=mask, other=0)
+        hot = temperature > 0  # in its own dtype: narrowed, a temperature may become 0
+        divisor, unit = split_temperature(tl.where(hot, temperature, 1.0), WIDE)
+        divisor = divisor[None, :] + tl.zeros_like(x)
+        scaled = x / divisor if WIDE else tl.div_rn(x, divisor)
+        score = scaled + unit[None, :] * gumbel_tile(seed, position, step, start, BLOCK_V, WIDE)
+        if limits is not None:
+            least = tl.load(limits.least + offs, mask=mask, other=0.0)
+            last = tl.load(limits.last + offs, mask=mask, other=0)
+            out = (scaled < least[None, :]) | ((scaled == least[None, :]) & (ids > last[None, :]))
+            score = tl.where(out, float("-inf"), score)
+        best, at = tl.max(order(tl.where(hot[None, :], score, x), WIDE), axis=0, return_indices=True)
+        raw = tl.sum(tl.where(local == at[None, :], x, 0.0), axis=0)
+        m = tl.max(x, axis=0)
+    else:
+        best, at = tl.max(order(x, WIDE), axis=0, return_indices=True)
+        raw = tl.minimum(best, LARGEST64 if WIDE else LARGEST32)
+        m = raw  # below an infinite or missing number, which makes s infinite or NaN
+    shift = tl.where(m == float("-inf"), 0.0, m)  # -inf - -inf is no number
+    # The difference first: what is rounded then is as small as the term is.
+    terms = tl.exp2((x - shift[None, :]) * 1.4426950408889634)
+    s = sum_pairs(terms) if PAIRS else tl.sum(terms, axis=0)
+    token = start + at
+    token = tl.where(token == suppress, token + 1, token)  # where all are -inf: not the suppressed one
+    return Record(m, s, best, token, raw)
+
+
+@triton.jit
+def merge(a, b):
+    """Record a with the next one in the order of the vocabulary."""
+    upper, lower = tl.maximum(a.m, b.m), tl.minimum(a.m, b.m)
+    shift = tl.where(upper == float("-inf"), 0.0, upper)
+    first = a.m >= b.m
+    # Only the smaller of the two is rescaled, and the product is fused with the sum wherever this is compiled.
+    s = tl.where(first, a.s, b.s) + tl.where(first, b.s, a.s) * tl.exp2((lower - shift) * 1.4426950408889634)
+    kept = b.best <= a.best  # of equals the first; never where a.best is the NaN of no record
+    best, token = tl.where(kept, a.best, b.best), tl.where(kept, a.token, b.token)
+    return Record(upper, s, best, token, tl.where(kept, a.raw, b.raw))
+
+
+@triton.jit
+def write_record(store, row, mask, slot, record):
+    at = row.to(tl.int64) * (store.depth * store.parts) + slot
+    stats = store.stats + at
+    tl.store(stats, record.m, mask=mask)
+    stats += store.plane  # one by one: 32 bits may hold one plane and not three
+    tl.store(stats, record.s, mask=mask)
+    stats += store.plane
+    tl.store(stats, record.best, mask=mask)
+    stats += store.plane
+    tl.store(stats, record.raw, mask=mask)
+    tl.store(store.tokens + at, record.token, mask=mask)
+
+
+@triton.jit
+def read_record(store, at, mask):
+    stats = store.stats + at
+    m = tl.load(stats, mask=mask, other=float("-inf"))
+    stats += store.plane
+    s = tl.load(stats, mask=mask, other=0.0)
+    stats += store.plane
+    best = tl.load(stats, mask=mask, other=float("-inf"))
+    stats += store.plane
+    raw = tl.load(stats, mask=mask, other=0.0)
+    return Record(m, s, best, tl.load(store.tokens + at, mask=mask, other=0), raw)
+
+
+@triton.jit
+def combine(store, row, mask, BLOCK_S: tl.constexpr):
+    """Token and confidence of rows [n] from all their records: a part's first, as a program that walks it does."""
+    offs_s = tl.arange(0, BLOCK_S)[None, :]
+    at = row.to(tl.int64)[:, None] * (store.depth * store.parts) + offs_s  # [n, BLOCK_S]
+    mask = mask[:, None] & (offs_s < store.parts)
+    record = read_record(store, at, mask)
+    for tile in range(1, store.depth):
+        there = mask & (offs_s * store.depth + tile < store.pieces)  # the last part may have fewer
+        record = merge(record, read_record(store, at + tile * store.parts, there))
+    top = tl.max(record.m, axis=1)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    # The second `where` keeps the product from being fused into a sum: which sum would depend on the layout.
+    terms = tl.where(mask, record.s * tl.exp2((record.m - shift[:, None]) * 1.4426950408889634), 0.0)
+    total = sum_pairs(tl.trans(terms))
+    _, winner = tl.max(record.best, axis=1, return_indices=True)
+    won = offs_s == winner[:, None]
+    token = tl.sum(tl.where(won, record.token, 0), axis=1)
+    raw = tl.sum(tl.where(won, record.raw, 0.0), axis=1)
+    confidence = tl.exp2((raw - top) * 1.4426950408889634) / total
+    return token, tl.where(total < float("inf"), confidence, float("nan"))

@@ -1,0 +1,193 @@
+"""Sampling from logits in memory, with the token's confidence; top-k and top-p."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from ..reference import Sampled, Sampling
+from ..reference.common import compute_dtype
+from ..reference.sampling import bounds, split_temperature
+from ..runtime.checks import check
+from ..runtime.launch import Launch, architecture, by_row, run, tuned
+from ..runtime.registry import define, takes_kernel
+from .lang import Limits, Store, empty_record, is_any_hot, merge, tile_record, write_record
+from .options import check_range, check_token, flat, specs
+from .records import Rows, combine_records, new_records
+
+
+@triton.jit(do_not_specialize=["R", "first"])
+def _sample_kernel(
+    logits_ptr,  # [R, V]: of records first to first + R
+    stride_logits,
+    settings,  # Settings of the rows
+    listed,  # Listed, or None: record n is of row n
+    limits,  # Limits of the R records, or None
+    store,  # Store of all records; a part is a piece here
+    R,
+    first,
+    V,
+    suppress,
+    BLOCK_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TILES: tl.constexpr,  # of BLOCK_V tokens a part
+):
+    part = tl.program_id(0)
+    offs_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < R
+    row = first + offs_t
+    if listed is not None:
+        count = tl.load(listed.count)
+        if first + tl.program_id(1) * BLOCK_T >= count:
+            return
+        mask_t = mask_t & (first + offs_t < count)
+        row = tl.load(listed.index + row, mask=mask_t, other=0)
+    acc_dtype = store.stats.dtype.element_ty
+    any_hot = is_any_hot(row, mask_t, settings)
+    start = part * TILES * BLOCK_V
+    record = empty_record(BLOCK_T, acc_dtype)
+    for tile in range(start, min(start + TILES * BLOCK_V, V), BLOCK_V):
+        ids = tile + tl.arange(0, BLOCK_V)
+        at = offs_t.to(tl.int64)[None, :] * stride_logits + ids[:, None]
+        x = tl.load(logits_ptr + at, mask=mask_t[None, :] & (ids[:, None] < V), other=0.0)  # [BLOCK_V, BLOCK_T]
+        found = tile_record(
+            *(x.to(acc_dtype), tile, any_hot, row, mask_t, settings, limits, offs_t, V, suppress),
+            PAIRS=False,
+            BLOCK_V=BLOCK_V,
+        )
+        record = merge(record, found)
+    write_record(store, first + offs_t, mask_t, part, record)
+
+
+# Rows whose logits lie in memory at a time where top_k or top_p is given: 34 MB in fp32 of the published vocabulary.
+ROWS = 64
+
+# Row tiles of a launch: a grid's second axis takes no more. On the first, rows cost the kernel 12 to 60 registers.
+PROGRAMS = 65535
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleLaunch(Launch):
+    BLOCK_V: int
+    BLOCK_T: int
+    TILES: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def sample_launch(V: int) -> SampleLaunch:
+    """A part is a number of tokens that depends on nothing but V, so that a row's bits do not depend on its neighbours:
+    two tiles of 2048, 32 of the published vocabulary. Narrow rows share a program."""
+    block = min(2048, max(4, triton.next_power_of_2(V)))
+    return SampleLaunch(BLOCK_V=block, BLOCK_T=max(1, min(64, 1024 // block)), TILES=2)
+
+
+def _launch(logits: Tensor) -> SampleLaunch:
+    V = logits.shape[-1]
+    return tuned("_sample_kernel", sample_launch(V), architecture(logits), V=V)
+
+
+def sample_parts(logits: Tensor) -> int:
+    launch = _launch(logits)
+    return triton.cdiv(logits.shape[-1], launch.BLOCK_V * launch.TILES)
+
+
+def narrows(sampling: Sampling) -> bool:
+    """Whether any row may have a limit: the host does not look at the rows' own."""
+    return sampling.top_k is not None or sampling.top_p is not None
+
+
+def limits_of(logits: Tensor, sampling: Sampling, suppress: int | None) -> Limits:
+    """What top_k and top_p leave of logits [R, V]; they are divided as in the kernel, so that the same are equal."""
+    divisor, unit = split_temperature(sampling.temperature, logits.dtype)
+    scaled = logits / divisor.unsqueeze(-1)
+    if suppress is not None:
+        scaled[:, suppress] = float("-inf")
+    return Limits(*bounds(scaled, unit, sampling.top_k, sampling.top_p))
+
+
+def record_logits(logits: Tensor, rows: Rows, records: Store, suppress: int | None, first: int = 0) -> None:
+    """Write records first to first + R from their logits [R, V]."""
+    R, V = logits.shape
+    launch = _launch(logits)
+    most = ROWS if narrows(rows.sampling) else PROGRAMS * launch.BLOCK_T
+    for begin in range(0, R, most):
+        some, limits, start = logits[begin : begin + most], None, first + begin
+        if narrows(rows.sampling):
+            mine = rows.records(start, len(some))
+            limits = limits_of(some.to(records.stats.dtype), mine, suppress)
+        run(
+            _sample_kernel,
+            (records.parts, triton.cdiv(len(some), launch.BLOCK_T)),
+            *(some, logits.stride(0), rows.settings, rows.listed, limits, records),
+            *(len(some), start, V, -1 if suppress is None else suppress),
+            launch=launch,
+        )
+
+
+def _sample(logits: Tensor, suppress: int | None, *settings: Tensor | None) -> tuple[Tensor, Tensor]:
+    token, confidence = _sample_fake(logits, suppress)
+    logits, rows = by_row(logits), Rows.of(settings)
+    records = new_records(rows.N, sample_parts(logits), logits, confidence.dtype)
+    record_logits(logits, rows, records, suppress)
+    combine_records(records, rows, token, confidence)
+    return token, confidence
+
+
+def _sample_fake(logits: Tensor, suppress: int | None, *_: object) -> tuple[Tensor, Tensor]:
+    shape = logits.shape[:-1]
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
+
+
+_op = define(_sample, _sample_fake, rest=Sampling)
+
+
+def sample(logits: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Sampled:
+    """Predict a token from logits, with its confidence.
+
+    At temperature 0 the argmax; above it the argmax of logits / temperature + Gumbel noise, which is a sample of
+    softmax(logits / temperature). Of equal scores the lowest id wins. The confidence is the token's probability at
+    temperature 1, under all tokens but the suppressed one.
+
+    Every row has settings of its own, and its result depends on no other row. top_k comes before top_p: that one sums
+    the probabilities, at the row's temperature, of what top_k leaves, from the best down, and keeps tokens until the
+    sum first exceeds p. Neither touches rows of temperature 0. Where both are None, no row is narrowed and no work is
+    done for it; a confidence may then differ in its last bits from that under limits which let everything pass.
+
+    Tokens of logit -inf, suppressed ones and those outside top_k and top_p are never drawn, at no temperature; an
+    infinite one draws evenly among the rest. NaN counts as larger than inf and both as above all temperatures: the
+    first NaN of a row, else its first inf, is the token. Where all are -inf it is the lowest id that is not suppressed.
+    The confidence of all three is NaN. Ids are always below V.
+
+    Args:
+        logits:   [*, V] float.
+        sampling: `Sampling` of tensors [*], one number for each row of logits: temperature (0 or more, and inf), seed,
+                  position, step, and top_k and top_p or None.
+        suppress: a token id that counts as -inf, or None; not the only one.
+    Returns:
+        token:      [*] int64.
+        confidence: [*] fp32 (fp64 for fp64 logits).
+
+    Numerics: in the dtype of the confidence, where a temperature above 0 counts as at least its least normal number
+    (1e-38 in fp32). Deterministic.
+    Gradients: none.
+    Raises: ValueError for sizes that disagree and for options out of their range. Settings are looked at on a CPU
+    alone: on a GPU, which is not waited for, and in graphs a temperature below 0 or NaN counts as 0, a top_k below 0 as
+    no limit, a top_p of 0 or less keeps the best token and a NaN is no limit.
+    Cost: R V itemsize bytes for R rows; with noise 40 R V operations; with top_k or top_p a sort of every row.
+    Source: TwoTower (2606.26493); Gumbel-max as in Maddison et al. (1411.0030).
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 9.0]])
+        >>> token, confidence = sample(logits, Sampling.of(2, temperature=0.7, top_p=0.9, seed=1))
+    """
+    check("sample", 5, logits=(logits, "* V"), **specs("sample", sampling, "*"))
+    check_range("sample", sampling)
+    if suppress is not None:
+        check_token("sample", "suppress", suppress, logits.shape[-1])
+    if not takes_kernel("sample", logits):
+        return reference.sample(logits, sampling, suppress=suppress)
+    return Sampled(*_op(logits.detach(), suppress, *flat(sampling)))

@@ -1,0 +1,60 @@
+"""One tower: embedding, pre-norm residual layers with one mixer each, final norm. B batch, L tokens, D hidden."""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tt_kernels import modulated_rms_norm, skip_checks
+
+from ..config import TwoTowerConfig
+from .attention import Attention
+from .mamba2 import Mamba2
+from .moe import MLP, MoE
+from .norm import Norm
+from .state import ForwardContext
+
+
+def make_mixer(config: TwoTowerConfig, layer: int) -> nn.Module:
+    """The mixer of a layer: M Mamba-2, * attention, E experts, - dense MLP."""
+    kind = config.pattern[layer]
+    if kind == "-":
+        return MLP(config.hidden_size, config.intermediate_size, config.mlp_hidden_act, bias=config.mlp_bias)
+    return MoE(config) if kind == "E" else (Mamba2 if kind == "M" else Attention)(config, layer)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: TwoTowerConfig, layer: int):
+        super().__init__()
+        self.is_stateful = config.pattern[layer] in "M*"  # its mixer sees more than the tokens of the pass
+        self.order = "modulate_norm" if self.is_stateful else "norm_modulate"
+        self.norm = Norm(config.hidden_size)
+        self.mixer = make_mixer(config, layer)
+
+
+class Tower(nn.Module):
+    """A copy of the backbone. Its parameters bear the published names."""
+
+    def __init__(self, config: TwoTowerConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(len(config.pattern)))
+        self.norm_f = Norm(config.hidden_size)
+
+    def forward(self, ids_BL: Tensor, ctx: ForwardContext, modulation: Tensor | None = None) -> Tensor:
+        """Hidden states [B, L, D] after the final norm. modulation: [layers, 3, B, D] (shift, scale, gate) or None."""
+        with skip_checks():
+            eps = self.config.layer_norm_epsilon
+            x = self.embeddings(ids_BL)
+            if self.config.residual_in_fp32:
+                x = x.to(torch.promote_types(x.dtype, torch.float32))
+            branch = gate = None
+            for i, layer in enumerate(cast(Iterable[Layer], self.layers)):
+                shift, scale, next_gate = (None, None, None) if modulation is None else modulation[i].unbind(0)
+                h, x = modulated_rms_norm(
+                    x, layer.norm.weight, shift, scale, branch=branch, gate=gate, order=layer.order, eps=eps
+                )
+                branch, gate = layer.mixer(h, ctx) if layer.is_stateful else layer.mixer(h), next_gate
+            return modulated_rms_norm(x, self.norm_f.weight, branch=branch, gate=gate, eps=eps)[0]

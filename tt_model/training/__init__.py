@@ -1,0 +1,1 @@
+"""Training: data, objectives, schedule, and the loop with its saved state."""

@@ -1,0 +1,183 @@
+"""The state of a training run: fp32 masters of 16-bit weights, and the file that a stopped run goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.folder import finite, some
+from ..checkpoint.keys import CONTEXT, named_parameters
+from ..files import write_atomically
+from ..modeling.two_tower import TwoTowerModel
+from .schedule import FIXED, Stretch, TrainSettings, changed_settings
+
+STATE = "training.pt"  # parameters, optimizer and history of a run that can be resumed
+
+
+class Masters:
+    """What is learned, and its optimizer: fp32 copies of 16-bit parameters, all others themselves.
+
+    bf16 has 8 bits of mantissa: a step of less than 1/256 of a weight would be rounded away, as nearly all are at the
+    learning rates that large models take.
+    """
+
+    def __init__(self, learned: Mapping[str, nn.Parameter], settings: TrainSettings):
+        self.values: dict[str, Tensor] = {}  # by the parameter's name
+        self._pairs: list[tuple[nn.Parameter, Tensor]] = []
+        for name, p in learned.items():
+            self.values[name] = p
+            if p.dtype.itemsize == 2:
+                master = p.detach().float().requires_grad_()
+                self.values[name] = master
+                self._pairs.append((p, master))
+        matrices = [p for p in self.values.values() if p.dim() >= 2]
+        vectors = [p for p in self.values.values() if p.dim() < 2]
+        groups = [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+
+    def clip_gradients(self, most: float) -> float:
+        """Move the gradients of 16-bit parameters to their masters, and scale all to a norm of at most `most`; their
+        norm before."""
+        for p, master in self._pairs:
+            master.grad, p.grad = (None if p.grad is None else p.grad.float()), None
+        return nn.utils.clip_grad_norm_(self.values.values(), most).item()
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """A step at a learning rate; then the masters are rounded into the model."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for p, master in self._pairs:
+            p.copy_(master)
+
+
+def bad_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors with NaN or Inf."""
+    flags = [(name, finite(t.detach())) for name, t in tensors if t.numel() and t.is_floating_point()]
+    if not flags or bool(torch.stack([flag.cpu() for _, flag in flags]).all()):
+        return []
+    return [name for name, flag in flags if not flag]
+
+
+def _tensors(state: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
+    yield from state["weights"].items()
+    for i, values in state["optimizer"]["state"].items():
+        yield from ((f"optimizer.{i}.{name}", v) for name, v in values.items() if isinstance(v, Tensor))
+
+
+def stage_parameters(model: TwoTowerModel, stage: str) -> dict[str, nn.Parameter]:
+    """What a run of a stage stores: the parameters of its tower, its head and, for the denoiser, the time modules."""
+    return {n: p for n, p in named_parameters(model, once=True).items() if n.startswith(CONTEXT) == (stage == "ar")}
+
+
+def save_state(
+    out: Path, model: TwoTowerModel, masters: Masters, settings: TrainSettings, stretch: Stretch, history: list[dict]
+) -> None:
+    """Write training.pt. ValueError, and the file stays as it was, when a weight or a moment is NaN or Inf."""
+    stored = stage_parameters(model, settings.stage) | masters.values
+    weights = {name: value.detach() for name, value in stored.items()}
+    state = {
+        "settings": asdict(settings),
+        "stretch": asdict(stretch),
+        "weights": weights,
+        "optimizer": masters.optimizer.state_dict(),
+        "history": history,
+    }
+    if bad := bad_names(_tensors(state)):
+        raise ValueError(f"{len(bad)} tensors hold NaN or Inf ({', '.join(bad[:3])}{', ...' * (len(bad) > 3)})")
+
+    write_atomically(out / STATE, lambda path: _write(state, path))
+
+
+class _Telling:
+    """A file for torch.save, which answers a full disk with a RuntimeError of its own: keeps the system's error."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.flush = file, file.flush
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _write(state: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        telling = _Telling(file)
+        try:
+            torch.save(state, cast(BinaryIO, telling))  # which only writes and flushes
+        except RuntimeError:
+            if telling.error is not None:
+                raise telling.error from None
+            raise
+
+
+def read_state(out: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+    """What training.pt holds; None when there is none. ValueError for one that is damaged or holds NaN or Inf."""
+    file = out / STATE
+    if not file.is_file():
+        return None
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        bad = bad_names(_tensors(state))
+        state["settings"]["stage"], state["history"][-1]["step"]
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        why = f"{type(error).__name__}; delete it to begin anew"
+        raise ValueError(f"{file}: not readable ({why})") from error
+    if bad:
+        raise ValueError(f"{file}: NaN or Inf in {', '.join(bad[:3])}: nothing can go on from it; delete it")
+    return state
+
+
+def load_state(
+    out: Path,
+    model: TwoTowerModel,
+    masters: Masters,
+    settings: TrainSettings,
+    *,
+    extend: bool = False,
+) -> tuple[list[dict], Stretch, dict[str, tuple]]:
+    """Put a stopped run back.
+
+    Returns its history ([] when there is none), its schedule's last stretch, and the settings that are new: a change
+    begins a stretch of its own.
+    Raises ValueError when the run began under other settings and `extend` does not allow it.
+    """
+    state = read_state(out, model.device)
+    if state is None:
+        return [], Stretch(), {}
+    history, stretch = state["history"], Stretch(**state.get("stretch", {}))
+    changed = changed_settings(state["settings"], settings)
+    if changed:
+        fixed = any(k in FIXED for k in changed)
+        if fixed or not extend:
+            what = "; ".join(f"{k} was {was}, now {now}" for k, (was, now) in changed.items())
+            how = "use a new folder" + ("" if fixed else ", or go on from its state (--accept settings)")
+            raise ValueError(f"{out / STATE}: this run began with other settings ({what}); {how}")
+        if settings.steps < len(history):
+            raise ValueError(f"steps is {settings.steps}, but {len(history)} are made: expected at least as many")
+        stretch = Stretch(len(history), history[-1]["learning_rate"])
+    weights, parameters = state["weights"], stage_parameters(model, settings.stage)
+    if strange := [name for name, p in parameters.items() if name not in weights or weights[name].shape != p.shape]:
+        raise ValueError(f"{out / STATE}: this run is of another model: {some(strange)}; use a new folder")
+    with torch.no_grad():
+        for name, value in (*parameters.items(), *masters.values.items()):
+            value.copy_(weights[name])
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in masters.optimizer.param_groups]
+    masters.optimizer.load_state_dict(state["optimizer"])
+    for group, ours in zip(masters.optimizer.param_groups, groups, strict=True):
+        group.update(ours)  # betas and weight decay are the settings', which may have changed
+    return history, stretch, changed
