@@ -15,8 +15,8 @@ def check_slots(op: str, pool: Tensor | None, **indices: Tensor | None) -> None:
                 raise ValueError(f"{op}: {name} is {slot}, expected 0 to {pool.shape[0] - 1}")
 
 
-def _one(pool: Tensor, indices: Tensor | None, rows: int) -> slice | None:
-    """Where the states of all rows lie as a view: without indices, and of a single row; None where they are apart."""
+def _together(pool: Tensor, indices: Tensor | None, rows: int) -> slice | None:
+    """Which slots all rows read or write, where those lie side by side: without indices, and for a single row."""
     if indices is None:
         return slice(0, rows)
     if rows != 1 or not can_look(indices):
@@ -27,7 +27,7 @@ def _one(pool: Tensor, indices: Tensor | None, rows: int) -> slice | None:
 
 def read_slots(pool: Tensor, indices: Tensor | None, rows: int, *, own: bool = False) -> Tensor:
     """What each row reads; `own`: in memory that a write to the slots does not change."""
-    lies = _one(pool, indices, rows)
+    lies = _together(pool, indices, rows)
     if indices is None or lies is not None:
         state = pool if pool.shape[0] == rows else pool[lies]
         return state.clone() if own else state
@@ -36,7 +36,7 @@ def read_slots(pool: Tensor, indices: Tensor | None, rows: int, *, own: bool = F
 
 @without_gradients
 def write_slots(pool: Tensor, new: Tensor, indices: Tensor | None) -> None:
-    lies = _one(pool, indices, new.shape[0])
+    lies = _together(pool, indices, new.shape[0])
     if indices is None or lies is not None:
         (pool if pool.shape[0] == new.shape[0] else pool[lies]).copy_(new)
     else:
