@@ -31,7 +31,7 @@ rates = st.floats(1e-9, 1.0)
 def test_no_rate_jumps_and_the_last_is_the_final_one(steps, warmup, decay, peak, share, since, before) -> None:
     final = peak * share
     whole = since + steps
-    s = TrainSettings("ar", whole, learning_rate=peak, final_learning_rate=final, warmup=warmup, decay=decay)
+    s = TrainSettings("ar", steps=whole, learning_rate=peak, final_learning_rate=final, warmup=warmup, decay=decay)
     got = [learning_rate(i, s, Stretch(since, before)) for i in range(since, whole)]
     assert got[-1] == final
     highest = max(peak, before)
