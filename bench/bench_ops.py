@@ -12,7 +12,7 @@ import torch
 from tt_kernels.runtime.launch import ON_CPU
 
 from . import clock, measure, ops, report
-from .conftest import ROWS, SHARED, chosen
+from .conftest import LINES, chosen
 from .oracle import DTYPES
 from .peers import peers_of
 
@@ -44,12 +44,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def bench(request: pytest.FixtureRequest) -> dict[str, Any]:
+def bench() -> dict[str, Any]:
+    """What rows share: the clock, judgements, the roofs of this run, where it runs."""
     found = clock.DeviceClock() if DEVICE == "cuda" else clock.HostClock()
-    shared = {"clock": found, "checked": ops.Checked(found), "where": measure.where()}
-    shared["roofs"] = clock.roofs(found) if DEVICE == "cuda" else None
-    request.config.stash[SHARED].update(shared)
-    return shared
+    roofs = clock.roofs(found) if isinstance(found, clock.DeviceClock) else None
+    return {"clock": found, "checked": ops.Checked(found), "where": measure.where(), "roofs": roofs}
 
 
 def recorded(where: Mapping[str, Any]) -> dict[str, set[str]]:
@@ -80,7 +79,8 @@ def test_row(case: ops.Case, bench: dict[str, Any], request: pytest.FixtureReque
         row = ops.measure(case, bench["clock"], bench["checked"], bench["roofs"], wanted, seconds)
     finally:
         bench["clock"].release()
-    request.config.stash[ROWS].append(row)
+    line = {"kind": "row", "machine": bench["where"], "roofs": bench["roofs"], **row.record()}
+    request.config.stash[LINES].append(line)
     if request.config.getoption("--record"):
-        measure.record({"kind": "row", "machine": bench["where"], "roofs": bench["roofs"], **row.record()})
+        measure.record(line)
     assert not row.fault, row.fault

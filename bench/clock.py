@@ -4,46 +4,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .measure import percentile
+from .measure import in_turns, percentile, wall
 
 Call = Callable[[], Any]  # the measured work on one set of operands; returns what it wrote
 Sampler = Callable[[], float]  # measures once: seconds a call
+# By name: a sampler, and how it takes time ("graph", "events", "wall"); or, for others, why there is none.
+Samplers = tuple[dict[str, Sampler], dict[str, str], dict[str, str]]
 
 
 def interleave(samplers: Mapping[str, Sampler], seconds: float, least: int = 10) -> dict[str, list[float]]:
-    """Samples of each, A B C A B C ..., after an untimed round: as many rounds as fit into `seconds`, 10 to 100."""
-    begin = time.perf_counter()
-    for sample in samplers.values():
-        sample()
-    rounds = min(max(int(seconds / (time.perf_counter() - begin + 1e-9)), least), 100)
-    times: dict[str, list[float]] = {name: [] for name in samplers}
-    for _ in range(rounds):
-        for name, sample in samplers.items():
-            times[name].append(sample())
-    return times
+    """Samples of each in turns, after an untimed one: as many rounds as fit into `seconds`, `least` to 100."""
+    taken = wall([lambda: in_turns(samplers, 1)])
+    return in_turns(samplers, min(max(int(seconds / (taken + 1e-9)), least), 100))
 
 
 class HostClock:
-    """Wall time on a CPU, on one thread: small cases gain nothing by a second. Operands are warm."""
+    """Wall time on a CPU: what DeviceClock does, as far as there is something to do. Operands are warm."""
 
     device = "cpu"
-
-    @contextmanager
-    def scope(self) -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    scope = nullcontext
 
     def sets(self, moved: int, room: float) -> int:
         return 1
@@ -54,23 +41,13 @@ class HostClock:
     def release(self) -> None:
         pass
 
-    def samplers(
-        self, calls: Mapping[str, Sequence[Call]]
-    ) -> tuple[dict[str, Sampler], dict[str, str], dict[str, str]]:
-        """A sampler for each name; how each takes time; and why the others take none."""
+    def samplers(self, calls: Mapping[str, Sequence[Call]]) -> Samplers:
         return {name: self._sampler(c) for name, c in calls.items()}, dict.fromkeys(calls, "wall"), {}
 
     def _sampler(self, calls: Sequence[Call]) -> Sampler:
-        def sample(repeats: int) -> float:
-            begin = time.perf_counter()
-            for _ in range(repeats):
-                for call in calls:
-                    call()
-            return (time.perf_counter() - begin) / (repeats * len(calls))
-
-        sample(1)
-        repeats = max(1, round(5e-4 / (sample(1) * len(calls) + 1e-9)))  # half a millisecond at a time
-        return lambda: sample(repeats)
+        wall(calls)
+        repeats = max(1, round(5e-4 / (wall(calls) * len(calls) + 1e-9)))  # half a millisecond at a time
+        return lambda: wall(calls, repeats)
 
 
 class DeviceClock:
@@ -118,21 +95,17 @@ class DeviceClock:
         self.cuda.synchronize()
         self.cuda.empty_cache()
 
-    def samplers(
-        self, calls: Mapping[str, Sequence[Call]]
-    ) -> tuple[dict[str, Sampler], dict[str, str], dict[str, str]]:
-        """A sampler for each name; how each takes time; and why the others take none.
-
-        What waits for the device on the way cannot be captured: it is timed from one event to another, the host's share
-        included, and named "events". The graphs share one pool of memory: none of them reads what another wrote.
-        """
+    def samplers(self, calls: Mapping[str, Sequence[Call]]) -> Samplers:
+        """What waits for the device on the way cannot be captured: it is timed from one event to another, the host's
+        share included. The graphs share one pool of memory: none of them reads what another wrote."""
         pool = self.cuda.graph_pool_handle()
         found, how, errors = {}, {}, {}
         begun = len(self.broken)
         for name, c in calls.items():
             try:
                 waits = self._waits(c[0])
-                found[name] = self._eager(c) if waits else self._graph(c, pool)
+                eager = lambda c=c: [call() for call in c]
+                found[name] = self._sampler(eager, len(c)) if waits else self._graph(c, pool)
                 how[name] = "events" if waits else "graph"
             except Exception as error:
                 errors[name] = reason(error)
@@ -181,10 +154,7 @@ class DeviceClock:
             self.scratch.zero_()
         return pool
 
-    def _eager(self, calls: Sequence[Call]) -> Sampler:
-        return self._sampler(lambda: [call() for call in calls], len(calls), pause=0)
-
-    def _sampler(self, run: Callable[[], Any], count: int, pause: int) -> Sampler:
+    def _sampler(self, run: Callable[[], Any], count: int, pause: int = 0) -> Sampler:
         start, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
 
         def sample() -> float:
@@ -253,16 +223,12 @@ def _rates(clock: DeviceClock, dtype: torch.dtype, steps: int) -> dict[str, floa
     programs = 4 * clock.cuda.get_device_properties().multi_processor_count  # all at once: 64 KB in flight on each
     x = torch.randn(steps * programs * BLOCK, device=clock.device)  # 4.4 GB on 132 multiprocessors
     source, target = x.chunk(2)
-    size = min(8192, 16 * steps)
-    a, b = torch.randn(2, size, size, device=clock.device).to(dtype)
+    a, b = torch.randn(2, min(8192, 16 * steps), min(8192, 16 * steps), device=clock.device).to(dtype)
     product = torch.empty_like(a)
-    work: dict[str, tuple[Call, float]] = {
-        "read": (read_stream(x, programs), 4.0 * x.numel()),
-        "copy": (lambda: target.copy_(source), 4.0 * x.numel()),
-        "product": (lambda: torch.mm(a, b, out=product), 2.0 * size**3),
-    }
-    samplers, _, errors = clock.samplers({name: [call] * 4 for name, (call, _) in work.items()})
+    read, copy, multiply = read_stream(x, programs), lambda: target.copy_(source), lambda: torch.mm(a, b, out=product)
+    samplers, _, errors = clock.samplers({"read": [read] * 4, "copy": [copy] * 4, "product": [multiply] * 4})
     if errors:
         raise RuntimeError(f"no roof to measure against: {errors}")
+    amounts = {"read": 4.0 * x.numel(), "copy": 4.0 * x.numel(), "product": 2.0 * len(a) ** 3}
     times = interleave(samplers, seconds=1.0)
-    return {name: amount / percentile(times[name], 0.5) for name, (_, amount) in work.items()}
+    return {name: amount / percentile(times[name], 0.5) for name, amount in amounts.items()}

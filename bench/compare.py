@@ -11,7 +11,6 @@ other. Exits with 1 if something is slower.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -21,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .measure import ROOT, around, faster, in_a_line, percentiles, positive, table, where
+from .measure import ROOT, around, faster, in_a_line, parser, percentiles, positive, table, where
 
 LINE = re.compile(r"^(\S.*?) {2,}(\d+(?:\.\d+)?) ms\b", re.MULTILINE)
 
@@ -84,13 +83,11 @@ def compare(trees: Sequence[Path], command: Sequence[str], rounds: int) -> tuple
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("reference", metavar="REF", help="a commit, branch or tag")
-    parser.add_argument("command", nargs="+", metavar="MODULE ARGS", help="what python -m runs, after --")
-    parser.add_argument("--rounds", type=positive, default=5, help="turns of each (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    p = parser("bench.compare", __doc__)
+    p.add_argument("reference", metavar="REF", help="a commit, branch or tag")
+    p.add_argument("command", nargs="+", metavar="MODULE ARGS", help="what python -m runs, after --")
+    p.add_argument("--rounds", type=positive, default=5, help="turns of each (default: %(default)s)")
+    options = p.parse_args(arguments)
     try:
         with worktree(options.reference) as base:
             print(in_a_line(where()) + f"; base: {options.reference}\n", flush=True)

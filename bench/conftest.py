@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,10 @@ import torch
 from tools.sticky import pytest_runtest_makereport  # noqa: F401  a hook
 
 from .measure import in_a_line, no_commit
-from .ops import Row
 from .peers import names
 from .report import roofs_of, row_table
 
-ROWS = pytest.StashKey[list[Row]]()
-SHARED = pytest.StashKey[dict]()  # what rows share: the clock, judgements, the roofs of this run, where it runs
+LINES = pytest.StashKey[list[dict[str, Any]]]()  # of the rows so far, as they are recorded
 GPU_ONLY = ("compiled", "flex")  # they would run: compiled for half a minute a row, flex_attention unfused
 
 
@@ -30,26 +29,15 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("measurements")
-    group.addoption("--record", action="store_true", help="append a JSON line for each row to bench/results/")
-    group.addoption(
-        "--missing",
-        action="store_true",
-        help="skip rows that bench/results/ has already, of this machine, commit and tuned launches, with these peers",
-    )
-    group.addoption(
-        "--also",
-        action="append",
-        default=[],
-        metavar="OP:b=4,L=32",
-        help="a forward row with other sizes than the card's first, recorded and not in SPEED.md; more than once",
-    )
-    group.addoption(
-        "--peers",
-        default="all",
-        help=f"whom rows are compared with: names of {', '.join(names())}; compiling takes seconds a row "
-        "(default: %(default)s that are installed; empty: nobody)",
-    )
+    option = parser.getgroup("measurements").addoption
+    missing = "skip rows that bench/results/ has already, of this machine, commit and tuned launches, with these peers"
+    also = "a forward row with other sizes than the card's first, recorded and not in SPEED.md; more than once"
+    peers = f"whom rows are compared with: names of {', '.join(names())}; compiling takes seconds a row "
+    peers += "(default: %(default)s that are installed; empty: nobody)"
+    option("--record", action="store_true", help="append a JSON line for each row to bench/results/")
+    option("--missing", action="store_true", help=missing)
+    option("--also", action="append", default=[], metavar="OP:b=4,L=32", help=also)
+    option("--peers", default="all", help=peers)
 
 
 def chosen(option: str, device: str) -> list[str]:
@@ -67,14 +55,12 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen(getattr(config.option, "peers", ""), "cuda")  # refuses at once whom nobody knows
     if getattr(config.option, "record", False) and (why := no_commit()):
         raise pytest.UsageError(f"--record: {why}")
-    config.stash[ROWS], config.stash[SHARED] = [], {}
+    config.stash[LINES] = []
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if rows := config.stash[ROWS]:
-        shared = config.stash[SHARED]
-        lines = [row.record() | {"roofs": shared["roofs"]} for row in rows]
+    if lines := config.stash[LINES]:
         first = roofs_of(lines) or "CPU: references at small shapes, no claim about kernels."
         terminalreporter.section("ops", sep="=")
-        for text in (in_a_line(shared["where"]), first, *row_table(lines)):
+        for text in (in_a_line(lines[0]["machine"]), first, *row_table(lines)):
             terminalreporter.write_line(f"{text}\n")

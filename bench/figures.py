@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,16 @@ MARKERS = "osD^vP*X<>"
 
 
 class Figure(NamedTuple):
-    """A figure that a machine's results have something for."""
+    """A figure between the texts of SPEED.md."""
 
     file: str
+    about: str
     title: str
     lines: Sequence[Line]
     maker: Callable[[Sequence[Any], Any], None]
+
+    def __str__(self) -> str:
+        return f"![{self.about}](docs/{self.file})"
 
     @property
     def digest(self) -> str:
@@ -82,22 +87,19 @@ def decoding(lines: Sequence[Line], axes: Any, over: str) -> None:
     axes.xaxis.minorticks_off()
 
 
-def expected(name: str, gpu: str, lines: Mapping[str, Sequence[Line]]) -> dict[str, Figure]:
-    """The figures that a machine's results have something for, by name."""
-    title, found = gpu or "CPU: no claim about kernels", {}
-    if rows := [row for row in lines["row"] if row["p50"] and row.get("roofs") and row["flops"]]:
-        found["roofline"] = Figure(f"speed_{name}_roofline.svg", title, rows, roofline)
-    for model, dtype in dict.fromkeys((line["model"], line["dtype"]) for line in lines["decode"]):
-        mine = [line for line in lines["decode"] if (line["model"], line["dtype"]) == (model, dtype)]
-        for over in (over for over in ("batch", "context") if len({line[over] for line in mine}) > 1):
-            kind, maker = of_model(over, model, dtype), lambda lines, axes, over=over: decoding(lines, axes, over)
-            found[kind] = Figure(f"speed_{name}_{kind}.svg", f"{title}: {model}, {dtype}", mine, maker)
-    return found
+def of_rows(machine: str, title: str, rows: Sequence[Line]) -> Iterator[Figure]:
+    """The roofline, if roofs were measured."""
+    if timed := [row for row in rows if row["p50"] and row.get("roofs") and row["flops"]]:
+        yield Figure(f"speed_{machine}_roofline.svg", "roofline", title, timed, roofline)
 
 
-def of_model(over: str, model: str, dtype: str) -> str:
-    """The name of a model's figure of tokens a second."""
-    return "_".join([over, "-".join(re.findall(r"[a-z0-9]+", model.lower())), dtype])
+def of_decoding(machine: str, title: str, lines: Sequence[Line]) -> Iterator[Figure]:
+    """Tokens a second of one model in one dtype, over what there is several of."""
+    model, dtype = lines[0]["model"], lines[0]["dtype"]
+    words = "-".join(re.findall(r"[a-z0-9]+", model.lower()))
+    for over in (over for over in ("batch", "context") if len({line[over] for line in lines}) > 1):
+        about, maker = f"{model}, {dtype}: tokens/s over {over}", partial(decoding, over=over)
+        yield Figure(f"speed_{machine}_{over}_{words}_{dtype}.svg", about, f"{title}: {model}, {dtype}", lines, maker)
 
 
 def draw(figures: Iterable[Figure], folder: Path) -> None:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ import torch
 
 from tt_kernels import Sampling, head_sample
 from tt_model import TwoTower, TwoTowerConfig
-from tt_model.cli import sizes
 from tt_model.engine import generate as decoder
 from tt_model.engine.generate import MODES
 from tt_model.modeling.moe import MoE
@@ -33,11 +33,13 @@ from tt_model.modeling.state import Cache
 from tt_model.two_tower import ASSETS
 
 from . import clock, measure, whole
-from .measure import percentile, percentiles, positive
+from .measure import parser, percentile, percentiles, positive
 from .models import PUBLISHED, random_on_device
 from .oracle import DTYPES
+from .targets import H200
 from .whole import AR, COMMIT, DENOISER
 
+Line = dict[str, Any]
 RUNS_IN = {name: dtype for dtype, name in DTYPES.items() if name != "fp64"}
 
 
@@ -53,6 +55,24 @@ class Subject:
     def gpu(self) -> bool:
         return self.model.device.type == "cuda"
 
+    def paper(self, kind: str, batch: int, context: int) -> whole.Pass:
+        """A pass on paper."""
+        stored = "fp32" if self.model.dtype == torch.float32 else "bf16"
+        return whole.Pass(self.model.config, kind, batch, context, whole.FORMATS[stored])
+
+    def line(self, kind: str, batch: int, context: int, **found: Any) -> Line:
+        of = {"kind": kind, "model": self.name, "dtype": DTYPES[self.model.dtype], "batch": batch, "context": context}
+        return of | found
+
+    def seconds(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        """By the wall, until the device has done it; and what it returns."""
+        synchronize = torch.cuda.synchronize if self.gpu else lambda: None
+        synchronize()
+        begin = time.perf_counter()
+        result = call()
+        synchronize()
+        return time.perf_counter() - begin, result
+
     def prompts(self, batch: int, context: int) -> torch.Tensor:
         g = torch.Generator().manual_seed(0)
         return torch.randint(4, self.model.config.vocab_size, (batch, context), generator=g)
@@ -63,19 +83,13 @@ def load(name: str, device: str, dtype: torch.dtype | None = None) -> Subject:
     if name == "published":
         config = replace(PUBLISHED, dtype=dtype or PUBLISHED.dtype)
         return Subject("published size, random weights", random_on_device(config, device, config.dtype), None)
-    path = None if name == "bundled" else name
-    shown = name if path is None else Path(path).resolve().name
+    path, shown = (None, name) if name == "bundled" else (name, Path(name).resolve().name)
     return Subject(shown, TwoTower.from_pretrained(path, device=device, dtype=dtype), None)
 
 
 def config_of(name: str) -> TwoTowerConfig:
     """Without its weights."""
     return PUBLISHED if name == "published" else TwoTowerConfig.from_file(ASSETS if name == "bundled" else name)
-
-
-def synchronize(subject: Subject) -> None:
-    if subject.gpu:
-        torch.cuda.synchronize()
 
 
 def timed(
@@ -88,12 +102,7 @@ def timed(
     """
     walls, devices = [], []
     for i in range(rounds + 1):
-        call = ready()
-        synchronize(subject)
-        begin = time.perf_counter()
-        call()
-        synchronize(subject)
-        walls.append(time.perf_counter() - begin)
+        walls.append(subject.seconds(ready())[0])
         if subject.gpu and i:
             call = ready()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -126,7 +135,7 @@ def denoiser_pass(subject: Subject, cache: Cache, batch: int) -> Callable[[], An
 
 
 @torch.inference_mode()
-def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[dict[str, Any]]:
+def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[Line]:
     """A line for each pass after `context` tokens of every row. A denoiser's block is half masked, as in its middle."""
     model, c = subject.model, subject.model.config
     S = c.block_size
@@ -134,9 +143,6 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
     block = subject.prompts(batch, S).to(model.device)
     denoise = denoiser_pass(subject, cache, batch)
     cold = Sampling.of(batch, device=model.device)
-
-    def denoiser() -> Callable[[], Any]:
-        return denoise
 
     def commit() -> Callable[[], Any]:
         mine = cache.fork()  # states of its own; the pages past the context are written again and again
@@ -151,35 +157,24 @@ def passes(subject: Subject, batch: int, context: int, rounds: int) -> Iterator[
 
         return step
 
-    for kind, ready in ((DENOISER, denoiser), (COMMIT, commit), (AR, ar)):
+    for kind, ready in ((DENOISER, lambda: denoise), (COMMIT, commit), (AR, ar)):
         seconds, walls, how = timed(subject, ready, rounds)
-        tokens = batch * (1 if kind == AR else S)
-        roofs = subject.roofs
-        yield {
-            "kind": "pass",
-            "model": subject.name,
-            "config": c.to_dict(),
-            "dtype": DTYPES[model.dtype],
+        least = subject.paper(kind, batch, context)
+        measured = {
             "pass": kind,
-            "batch": batch,
-            "context": context,
+            "config": c.to_dict(),
             "clock": how,
             "rounds": len(seconds),
             **percentiles(seconds),
             "wall": percentile(walls, 0.5) if walls else None,
-            "flops": whole.pass_flops(c, kind, batch=batch, context=context),
-            "bytes": sum(sizes.pass_bytes(c, format_of(model), kind, batch=batch, context=context).values()),
-            "floor": None
-            if roofs is None
-            else whole.floor(c, kind, batch=batch, context=context, roofs=roofs, format=format_of(model)),
-            "roofs": roofs,
+            "flops": least.flops,
+            "bytes": least.bytes,
+            "floor": least.floor(subject.roofs) if subject.roofs else None,
+            "roofs": subject.roofs,
             "experts": experts_hit(model, ready()),
-            "experts_worst": sizes.distinct_experts(c, tokens),
+            "experts_worst": least.experts,
         }
-
-
-def format_of(model: TwoTower) -> sizes.Format:
-    return whole.format_named(DTYPES[model.dtype])
+        yield subject.line("pass", batch, context, **measured)
 
 
 def experts_hit(model: TwoTower, call: Callable[[], Any]) -> float | None:
@@ -197,20 +192,14 @@ def experts_hit(model: TwoTower, call: Callable[[], Any]) -> float | None:
     return sum(used) / len(used) if used else None
 
 
-def decoding(
-    subject: Subject, batch: int, context: int, mode: str, *, new: int, threshold: float, rounds: int
-) -> dict[str, Any]:
+def decoding(subject: Subject, batch: int, context: int, mode: str, *, new: int, threshold: float, rounds: int) -> Line:
     """A line of tokens a second, prefill excluded: the time of `new` tokens less that of none. Where that is half of it
     or more, the difference would be noise: then the line is of the whole, and says so."""
     prompts = subject.prompts(batch, context).tolist()
     options = dict(mode=mode, confidence_threshold=threshold, eos_token_id=None, seed=0)
 
     def run(tokens: int) -> tuple[float, Any]:
-        synchronize(subject)
-        begin = time.perf_counter()
-        out = subject.model.generate(prompts, max_new_tokens=tokens, **options)
-        synchronize(subject)
-        return time.perf_counter() - begin, out
+        return subject.seconds(lambda: subject.model.generate(prompts, max_new_tokens=tokens, **options))
 
     run(new)
     samples = [(run(new), run(0)[0]) for _ in range(rounds)]
@@ -220,13 +209,8 @@ def decoding(
     p20, p50, p80 = (percentile(times, share) - (0 if included else prefill) for share in (0.2, 0.5, 0.8))
     out = samples[0][0][1]
     written, nfe = sum(map(len, out.tokens)), sum(out.nfe)
-    return {
-        "kind": "decode",
-        "model": subject.name,
-        "dtype": DTYPES[subject.model.dtype],
+    measured = {
         "mode": mode,
-        "batch": batch,
-        "context": context,
         "threshold": threshold if mode == "mask_diffusion" else None,
         "new": new,
         "prefill_included": included,
@@ -236,13 +220,12 @@ def decoding(
         "tokens_per_pass": written / nfe if nfe else None,
         "rounds": rounds,
     }
+    return subject.line("decode", batch, context, **measured)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
-    p = argparse.ArgumentParser(
-        prog="python -m bench.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = parser("bench.generate", __doc__)
     many = lambda name, default, of: p.add_argument(name, type=positive, nargs="+", default=default, help=of)
     p.add_argument("--model", default="published" if gpu else "bundled", help="published, bundled or a folder")
     p.add_argument("--dtype", choices=RUNS_IN, help="of weights and activations (default: the model's own)")
@@ -270,8 +253,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = measure.where()
     subject.roofs = clock.roofs(clock.DeviceClock()) if gpu else None
     print(measure.in_a_line(where) + "\n")
-    print("\n\n".join(whole.card(c, o.batch, o.context, subject.roofs or whole.H200)), flush=True)
-    found = measured(subject, o, lambda line: measure.record({"machine": where, **line}))
+    print("\n\n".join(whole.card(c, o.batch, o.context, subject.roofs or H200)), flush=True)
+    found: dict[str, list[Line]] = {"pass": [], "decode": []}
+    for line in lines(subject, o):
+        found[line["kind"]].append(line)
+        if o.record:
+            measure.record({"machine": where, **line})
     if not found["pass"]:
         p.error("nothing of it fits into memory")
     print(f"\n{whole.pass_table(found['pass'])}")
@@ -282,30 +269,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measured(
-    subject: Subject, options: argparse.Namespace, record: Callable[[dict[str, Any]], Any]
-) -> dict[str, list[dict[str, Any]]]:
-    """Lines of passes and of decoding, each recorded, where that is asked for, as soon as it is there."""
-    found: dict[str, list[dict[str, Any]]] = {"pass": [], "decode": []}
-
-    def lines(batch: int, context: int) -> Iterator[dict[str, Any]]:
-        yield from passes(subject, batch, context, options.rounds)
-        for mode in () if options.no_decoding else options.modes:
-            rounds = max(5, options.rounds // 2)
-            yield decoding(subject, batch, context, mode, new=options.new, threshold=options.threshold, rounds=rounds)
-
-    for context in options.context:
-        for batch in options.batch:
-            try:
-                for line in lines(batch, context):
-                    found[line["kind"]].append(line)
-                    if options.record:
-                        record(line)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                    raise  # a CPU has no error of its own for it
-                print(f"batch {batch}, context {context}: out of memory", flush=True)
-    return found
+def lines(subject: Subject, o: argparse.Namespace) -> Iterator[Line]:
+    """Of passes and of decoding at every context and batch, each as soon as it is there."""
+    for context, batch in product(o.context, o.batch):
+        try:
+            yield from passes(subject, batch, context, o.rounds)
+            for mode in () if o.no_decoding else o.modes:
+                rounds = max(5, o.rounds // 2)
+                yield decoding(subject, batch, context, mode, new=o.new, threshold=o.threshold, rounds=rounds)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU has no error of its own for it
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            print(f"batch {batch}, context {context}: out of memory", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from tt_kernels.runtime import launch
@@ -33,10 +34,7 @@ RECORDED = ("bench/results", "bench/tuning", "SPEED.md", "docs/speed_*")
 
 def percentile(samples: Sequence[float], share: float) -> float:
     """The value below which that share of the samples lies, between two samples in proportion."""
-    ordered, place = sorted(samples), share * (len(samples) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return float(np.quantile(samples, share))
 
 
 def percentiles(samples: Sequence[float]) -> dict[str, float]:
@@ -49,21 +47,31 @@ def faster(one: Sequence[float], other: Sequence[float], gain: float = 0.03) -> 
     return gained and percentile(one, 0.8) < percentile(other, 0.2)
 
 
-def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
-    """Seconds of each function in each of `rounds` rounds: A B C A B C ..., after one untimed round.
+def wall(calls: Sequence[Callable[[], Any]], repeats: int = 1) -> float:
+    """Seconds a call, of all of them so many times one after the other."""
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        for call in calls:
+            call()
+    return (time.perf_counter() - begin) / (repeats * len(calls))
 
-    What slows the machine for a while slows all of them, so medians over rounds compare well. `repeats` calls are timed
-    together, for functions that take microseconds.
-    """
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(rounds + 1):
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            for _ in range(repeats):
-                function()
-            if i > 0:
-                times[name].append((time.perf_counter() - begin) / repeats)
+
+def in_turns(samplers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Samples of each, A B C A B C ...: what slows the machine for a while slows all of them, so medians over rounds
+    compare well."""
+    times: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(rounds):
+        for name, sample in samplers.items():
+            times[name].append(sample())
     return times
+
+
+def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+    """Seconds of each function in each of `rounds` turns, after an untimed one. `repeats` calls are timed together, for
+    functions that take microseconds."""
+    samplers = {name: partial(wall, [function], repeats) for name, function in functions.items()}
+    in_turns(samplers, 1)
+    return in_turns(samplers, rounds)
 
 
 def ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> float:
@@ -72,6 +80,12 @@ def ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> float:
 
 
 # ---- words and tables ----
+
+
+def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """Of `python -m MODULE`, its documentation printed as it stands."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"python -m {module}", description=doc, formatter_class=form)
 
 
 def positive(text: str) -> int:
@@ -115,6 +129,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([line(lines[0]), line(rule), *map(line, lines[1:])])
 
 
+def table_of(lines: Sequence[Any], columns: Mapping[str, Callable[[Any], object]]) -> str:
+    """A table of those columns that some line has something for, others being None."""
+    cells = {name: [of(line) for line in lines] for name, of in columns.items()}
+    cells = {name: column for name, column in cells.items() if any(cell is not None for cell in column)}
+    rows = [["-" if cell is None else cell for cell in row] for row in zip(*cells.values(), strict=True)]
+    return table(list(cells), rows)
+
+
 # ---- what it ran on ----
 
 
@@ -131,22 +153,6 @@ def installed(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
-
-
-def machine() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
-    if info.is_file() and (found := re.search(r"^model name\s*:\s*(.+)", info.read_text(), re.MULTILINE)):
-        name = found[1]
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": f"{name} ({torch.backends.cpu.get_cpu_capability()})",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),  # processes that wanted a core before the measurement began
-        "python": platform.python_version(),
-        **{package: installed(package) for package in ("torch", "transformers")},
-    }
 
 
 @cache
@@ -174,8 +180,21 @@ def tuned_hash(architecture: int) -> str:
 
 
 def where(**known: Any) -> dict[str, Any]:
-    """`machine`, the commit, Triton, and the GPU; `known` says better what it was, such as threads."""
-    found = machine() | {"triton": installed("triton"), "commit": commit() or "unknown"}
+    """What a figure depends on: machine, versions, commit, and the GPU; `known` says better what it was, such as
+    threads."""
+    info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    if info.is_file() and (model := re.search(r"^model name\s*:\s*(.+)", info.read_text(), re.MULTILINE)):
+        name = model[1]
+    found = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": f"{name} ({torch.backends.cpu.get_cpu_capability()})",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),  # processes that wanted a core before the measurement began
+        "python": platform.python_version(),
+        **{package: installed(package) for package in ("torch", "transformers", "triton")},
+        "commit": commit() or "unknown",
+    }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties()
         found |= {
@@ -191,12 +210,12 @@ def where(**known: Any) -> dict[str, Any]:
 
 
 def in_a_line(found: Mapping[str, Any]) -> str:
-    gpu = f"{found['gpu']}, driver {found['driver']}, CUDA {found['cuda']}; " if "gpu" in found else ""
-    return (
-        f"{gpu}{found['cpu']}, {found['threads']} threads of {found['cores']} cores, load {found['load']} before, "
-        f"Python {found['python']}, torch {found['torch']}, Triton {found['triton']}, "
-        f"transformers {found['transformers']}, {found['date']}, commit {found['commit']}"
-    )
+    words = [f"commit {found['commit']}" if "commit" in found else "its commit is not recorded"]
+    words += [found["gpu"]] if "gpu" in found else []
+    named = ("driver", "CUDA", "Triton", "Python", "torch", "transformers")
+    words += [f"{name} {found[name.lower()]}" for name in named if name.lower() in found]
+    words += [found["cpu"], f"{found['threads']} threads of {found['cores']} cores"]
+    return ", ".join([*words, f"load {found['load']} before", found["date"]])
 
 
 # ---- results ----

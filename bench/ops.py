@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from tt_kernels.testing import copies_of_written, leaves, with_leaves
 from .clock import Call, interleave, reason
 from .measure import percentile, percentiles, ratio
 from .oracle import DTYPES, Clock, Judgement, make, oracle
-from .peers import TOLERANCE, Peer, Unavailable, difference, peers_of, results
+from .peers import TOLERANCE, Peer, Unavailable, difference, peers_of
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ class Checked:
         key = (case.name, tuple(case.dims.items()), case.dtype, grads)
         if key not in self.known:
             found, judgement = oracle(case.op, case.dims, case.dtype, self.clock, grads)
-            whole = found.wide == torch.float64 and found.dims == case.dims
-            self.known[key] = ("fp64" if whole else found.note, judgement)
+            self.known[key] = (found.note, judgement)
             del found
             self.clock.release()
         note, judgement = self.known[key]
@@ -116,31 +116,24 @@ class Row:
     roof: float = 0.0  # seconds that the measured bandwidth and products would take; 0: not measured
     memory: float = 0.0  # bytes that a call needs besides its arguments, at its peak; 0: not measured
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)  # seconds, ratio to ours, clock; or why not
-    samples: list[float] = field(default_factory=list, repr=False)
 
     @property
     def share(self) -> float:
         return self.roof / self.p50 if self.p50 else 0.0
 
     def record(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "samples"} | {"share": self.share}
+        return vars(self) | {"share": self.share}
 
 
-def bind(case: Case, fn: Callable[..., Any], sets: Sequence[dict[str, Any]]) -> list[Call]:
-    """The measured call for every set of operands; a backward's forward runs here."""
-    return bind_peer(case, Peer("ours", lambda **kwargs: lambda: fn(**kwargs), backward=True), sets)
+def ours(op: Op) -> Peer:
+    return Peer("ours", lambda a: partial(op.fn, **vars(a)), backward=True)
 
 
-def bind_peer(case: Case, peer: Peer, sets: Sequence[dict[str, Any]]) -> list[Call]:
-    """The same for whoever computes the op. What a call returns, `named` reads."""
+def bind(case: Case, peer: Peer, sets: Sequence[dict[str, Any]]) -> list[Call]:
+    """The measured call for every set of operands, whose result `named` reads; a backward's forward runs here."""
     if not case.backward:
-
-        def forward(kwargs: dict[str, Any]) -> Call:
-            with torch.no_grad():
-                call = peer.adapter(**kwargs)
-            return torch.no_grad()(call)
-
-        return [forward(kwargs) for kwargs in sets]
+        with torch.no_grad():
+            return [torch.no_grad()(peer.call(case.op, kwargs)) for kwargs in sets]
 
     if not peer.backward:
         raise Unavailable(f"{peer.name}: forward only")
@@ -149,7 +142,7 @@ def bind_peer(case: Case, peer: Peer, sets: Sequence[dict[str, Any]]) -> list[Ca
 
     def backward(kwargs: dict[str, Any]) -> Call:
         free = _free(case, kwargs)
-        found = results(peer, case.op.outputs, peer.adapter(**with_leaves(kwargs, free))())
+        found = peer.results(case.op, peer.call(case.op, with_leaves(kwargs, free))())
         grown = {name: t for name, t in found.items() if t.requires_grad}
         cotangents = [_cotangent(case.op.outputs.index(name), t) for name, t in grown.items()]
         wanted, outputs = list(free.values()), list(grown.values())
@@ -170,7 +163,7 @@ def _cotangent(seed: int, t: Tensor) -> Tensor:
 def named(case: Case, peer: Peer, kwargs: dict[str, Any], result: Any) -> dict[str, Tensor]:
     """What a bound call returned, by output, or by the argument whose gradient it is."""
     if not case.backward:
-        return results(peer, case.op.outputs, result)
+        return peer.results(case.op, result)
     return {f"d{name}": d for name, d in zip(_free(case, kwargs), result, strict=True) if d is not None}
 
 
@@ -212,38 +205,32 @@ def misplaced(case: Case, before: Mapping[str, Any], ours: Mapping[str, Any], th
 def operands(case: Case, clock: Clock) -> list[dict[str, Any]]:
     """Sets of arguments in memory of their own, random each: as many as the clock wants and memory holds."""
     build = lambda seed: make(case.op, case.dims, case.dtype, clock.device, seed)
-    room = clock.peak(lambda: [(kwargs := build(0)), [call() for call in bind(case, case.op.fn, [kwargs])]])
+    room = clock.peak(lambda: [(kwargs := build(0)), bind(case, ours(case.op), [kwargs])[0]()])
     return [build(seed) for seed in range(clock.sets(cost(case)[1], room))]
 
 
 def agreeing(
-    case: Case, clock: Clock, kwargs: dict[str, Any], ours: Call, wanted: Sequence[str] | None
+    case: Case, clock: Clock, kwargs: dict[str, Any], wanted: Sequence[str] | None
 ) -> tuple[dict[Peer, float], dict[str, str]]:
     """The peers that return what we do, and the bytes that each needs for a set of operands; why the others do not."""
-    want = written = None
-    before = _apart(case, kwargs)
+    # All run on copies of what is written: each is to find it as the first did.
+    before, written, own = _apart(case, kwargs), _apart(case, kwargs), ours(case.op)
+    want = named(case, own, written, bind(case, own, [written])[0]())
     rooms: dict[Peer, float] = {}
     absent: dict[str, str] = {}
     for peer in peers_of(case.op, wanted):
         try:
-            # On copies of what is written: the next one is to find it as the first did.
             mine = _apart(case, before)
-            result = bind_peer(case, peer, [mine])[0]()
-            if peer.name != "eager":  # which is the oracle itself
-                if want is None:
-                    written = _apart(case, before)
-                    call = bind(case, case.op.fn, [written])[0] if case.op.writes else ours
-                    want = named(case, Peer("ours", case.op.fn), written, call())
-                found = named(case, peer, mine, result)
-                if why := disagreement(want, found) or misplaced(case, before, written, mine):
-                    absent[peer.name] = why
-                    continue
-                del found
-            del result, mine
+            found = named(case, peer, mine, bind(case, peer, [mine])[0]())
+            eager = peer.name == "eager"  # which is the oracle itself
+            if not eager and (why := disagreement(want, found) or misplaced(case, before, written, mine)):
+                absent[peer.name] = why
+                continue
+            del found, mine
             # Of a later call: the first may compile and tune, in memory that no other needs.
-            rooms[peer] = clock.peak(lambda peer=peer: [call() for call in bind_peer(case, peer, [kwargs])])
-        except Unavailable as why:
-            absent[peer.name] = str(why)
+            rooms[peer] = clock.peak(lambda peer=peer: bind(case, peer, [kwargs])[0]())
+        except Unavailable as error:
+            absent[peer.name] = str(error)
         except Exception as error:
             absent[peer.name] = reason(error)
     return rooms, absent
@@ -271,17 +258,16 @@ def measure(
         row.roof = max(moved / roofs["bandwidth"], flops / roofs["compute"])
     with clock.scope():
         sets = operands(case, clock)
-        first = bind(case, case.op.fn, sets[:1])[0]
-        row.memory = clock.peak(first)
-        rooms, absent = agreeing(case, clock, sets[0], first, peers)
+        row.memory = clock.peak(bind(case, ours(case.op), sets[:1])[0])
+        rooms, absent = agreeing(case, clock, sets[0], peers)
         row.peers |= {name: {"why": why} for name, why in absent.items()}
         # One number of sets for everybody, as the start of a graph is shared out over its calls; and for all of them
         # together, as what was bound stays in memory.
-        del first, sets[clock.sets(moved, row.memory + sum(rooms.values())) :]
-        calls = {"ours": bind(case, case.op.fn, sets)}
+        del sets[clock.sets(moved, row.memory + sum(rooms.values())) :]
+        calls = {"ours": bind(case, ours(case.op), sets)}
         for peer in rooms:
             try:
-                calls[peer.name] = bind_peer(case, peer, sets)
+                calls[peer.name] = bind(case, peer, sets)
             except Exception as error:
                 row.peers[peer.name] = {"why": reason(error)}
         samplers, how, errors = clock.samplers(calls)
@@ -290,8 +276,8 @@ def measure(
             row.fault = errors.get("ours", "waits for the host: not fit for a CUDA graph")
             return row
         times = interleave(samplers, seconds)
-    row.samples, row.clock, row.sets, row.rounds = times["ours"], how["ours"], len(sets), len(times["ours"])
-    vars(row).update(percentiles(row.samples))
+    row.clock, row.sets, row.rounds = how["ours"], len(sets), len(times["ours"])
+    vars(row).update(percentiles(times["ours"]))
     for name in times.keys() - {"ours"}:
         taken = percentile(times[name], 0.5)
         row.peers[name] = {"seconds": taken, "ratio": ratio(times, name, "ours"), "clock": how[name]}

@@ -14,6 +14,7 @@ from cards import Op
 from tt_kernels.testing import assert_as_good, largest, values_and_gradients, widened
 
 from .clock import DeviceClock, HostClock
+from .peers import difference
 
 Clock = HostClock | DeviceClock
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -53,18 +54,15 @@ class Oracle:
     def __init__(
         self, op: Op, dims: Mapping[str, int], dtype: torch.dtype, wide: torch.dtype, device: str, grads: bool
     ):
-        self.op, self.dims, self.dtype, self.wide, self.grads = op, dims, dtype, wide, grads
+        self.op, self.dtype, self.grads = op, dtype, grads
+        self.note = DTYPES[wide]  # what it is, and over how many rows if not all
         self.kwargs = make(op, dims, dtype, device, seed=2)
         self.low = self.run(op.reference, self.kwargs)
         self.high = self.run(op.reference, widened(self.kwargs, wide))
 
     def run(self, fn: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        with nullcontext() if self.grads else torch.no_grad():
+        with torch.set_grad_enabled(self.grads):
             return values_and_gradients(self.op, fn, kwargs, self.dtype, grads=self.grads)
-
-    @property
-    def note(self) -> str:
-        return " ".join([DTYPES[self.wide], *(f"{name}={self.dims[name]}" for name in rows_of(self.dims))])
 
     def judge(self, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Judgement:
         """Run the op inside `around()` and hold each result to the tests' bound: no tolerance of its own."""
@@ -81,27 +79,18 @@ class Oracle:
             except AssertionError as error:
                 judgement.faults[name] = next(iter(str(error).splitlines()), name)
             if high.is_floating_point() and high.shape == got[name].shape == low.shape:
-                judgement.errors[name] = (relative(got[name], high), relative(low, high))
+                judgement.errors[name] = (difference(got[name], high), difference(low, high))
         return judgement
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    """The rms difference over the rms of what is wanted."""
-    size = want.double().norm().item()
-    return (got.double() - want.double()).norm().item() / size if size else 0.0
-
-
-def rows_of(dims: Mapping[str, int]) -> list[str]:
-    return [name for name in ROWS if name in dims][:1]
 
 
 def oracle(op: Op, dims: Mapping[str, int], dtype: torch.dtype, clock: Clock, grads: bool) -> tuple[Oracle, Judgement]:
     """An oracle that fits into memory, and what it says of the op: fp64, else over fewer rows, else fp32 over those."""
-    few = {**dims, **{name: min(dims[name], FEW) for name in rows_of(dims)}}
-    for size, wide in ((dims, torch.float64), (few, torch.float64), (few, torch.float32)):
+    few = {name: min(dims[name], FEW) for name in [name for name in ROWS if name in dims][:1]}
+    for fewer, wide in (({}, torch.float64), (few, torch.float64), (few, torch.float32)):
         try:
             with clock.scope():
-                found = Oracle(op, size, dtype, wide, clock.device, grads)
+                found = Oracle(op, {**dims, **fewer}, dtype, wide, clock.device, grads)
+                found.note = " ".join([found.note, *(f"{name}={size}" for name, size in fewer.items())])
                 return found, found.judge()
         except torch.OutOfMemoryError:
             found = None

@@ -6,23 +6,25 @@ give, and writes nothing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from cards import OPS
 
-from . import figures, measure, ops, whole
-from .measure import label, spread, table
+from . import measure, ops, whole
+from .figures import Figure, draw, of_rows, part_of
+from .measure import in_a_line, label, parser, spread, table, table_of
 from .oracle import DTYPES
 from .peers import names
 from .targets import says, shortfall, target_of
 
 Line = Mapping[str, Any]
+Columns = dict[str, Callable[[Line], object]]
 # What makes two lines of a kind the same measurement, of which the later one counts.
 KEYS: dict[str, tuple[str, ...]] = {
     "row": ("op", "dims", "dtype", "which"),
@@ -58,20 +60,25 @@ class Machine:
     def gpu(self) -> str:
         return next((x["machine"]["gpu"] for lines in self.lines.values() for x in lines if "gpu" in x["machine"]), "")
 
+    @property
+    def title(self) -> str:
+        """Of its figures."""
+        return self.gpu or "CPU: no claim about kernels"
+
     def run(self, line: Line) -> int:
         return 1 + list(self.runs).index(_setting(line))
 
     def said(self) -> Iterator[str]:
         """A line for each run."""
         for number, lines in enumerate(self.runs.values(), 1):
-            w = lines[-1]["machine"]
-            loads, dates = (sorted({line["machine"][name] for line in lines}) for name in ("load", "date"))
-            ends = lambda values: " to ".join(dict.fromkeys(map(str, (values[0], values[-1]))))
-            keys = (("driver", "driver"), ("CUDA", "cuda"), ("Triton", "triton"), ("Python", "python"))
-            found = [f"{name} {w[key]}" for name, key in (*keys, ("torch", "torch")) if key in w]
-            found += [f"transformers {w['transformers']}", w["cpu"], f"{w['threads']} threads of {w['cores']} cores"]
-            commit = f"commit {w['commit']}" if "commit" in w else "its commit is not recorded"
-            yield f"- Run {number}: {', '.join([commit, *found, f'load {ends(loads)} before', ends(dates)])}"
+            machines = [line["machine"] for line in lines]
+            loads, dates = ([machine[name] for machine in machines] for name in ("load", "date"))
+            yield f"- Run {number}: {in_a_line(machines[-1] | {'load': ends(loads), 'date': ends(dates)})}"
+
+
+def ends(values: Sequence[Any], text: Callable[[Any], str] = str) -> str:
+    """The least and the greatest; one of them, where both read alike."""
+    return " to ".join(dict.fromkeys(map(text, (min(values), max(values)))))
 
 
 def _setting(line: Line) -> str:
@@ -120,16 +127,6 @@ def machines(folder: Path) -> list[Machine]:
 # ---- rows ----
 
 
-def grouped(rows: Iterable[Line], key: Callable[[Line], str]) -> dict[str, list[Line]]:
-    """Rows by a key, in the order of the cards."""
-    order = list(OPS)
-    place = lambda row: order.index(row["op"]) if row["op"] in OPS else len(order)
-    found: dict[str, list[Line]] = {}
-    for row in sorted(rows, key=place):
-        found.setdefault(key(row), []).append(row)
-    return found
-
-
 def notes(row: Line) -> str:
     """What makes a row other than the rule: kernel, bf16, graph, four sets, an fp64 oracle of the whole shape."""
     found = [row["dtype"]] if row["dtype"] != "bf16" else []
@@ -147,36 +144,33 @@ def times(row: Line, name: str) -> str:
     return f"{found['ratio']:.2f}" + "*" * (found["clock"] == "events") if "ratio" in found else "-" if found else ""
 
 
-def row_table(rows: Sequence[Line], number: Callable[[Line], object] | None = None) -> Iterator[str]:
+def row_table(rows: Sequence[Line], number: Callable[[Line], object] = lambda row: None) -> Iterator[str]:
     """What rows took, of what, and beside whom; below it what is wrong or missing."""
-    roofs = any(row["roof"] for row in rows)
     timed = {name for row in rows for name, peer in row["peers"].items() if "ratio" in peer}
-    peers = [name for name in dict.fromkeys([*names(), *sorted(timed)]) if name in timed]
-    header = ["op", "shape", "pass", "us (p20-p80)", *(("TB/s", "TFLOP/s", "of roof", "target", "MB") if roofs else ())]
-    header += [*(f"{name}/ours" for name in peers[:COLUMNS]), "error (eager's)", "notes", *(["run"] if number else [])]
-    lines = []
-    for row in rows:
-        cells = [row["op"], label(row["dims"]), row["which"]]
-        if row["fault"]:
-            cells += ["RED", *[""] * (len(header) - 5 - bool(number)), "see below"]
-        else:
-            cells.append(spread(row, 1e6))
-            if roofs:
-                rates = (row["bytes"] / row["p50"] / 1e12, row["flops"] / row["p50"] / 1e12)
-                target = target_of(row["op"], row["dims"], row["which"])
-                cells += [f"{rates[0]:.2f}", f"{rates[1]:.1f}", f"{100 * row['share']:.0f} %"]
-                cells += [says(target) if target else "", f"{row['memory'] / 1e6:.1f}"]
-            cells += [times(row, name) for name in peers[:COLUMNS]]
-            cells += [f"{row['error']:.1e} ({row['eager_error']:.1e})", notes(row)]
-        lines.append([*cells, *([number(row)] if number else [])])
-    yield table(header, lines)
-    for begin in range(COLUMNS, len(peers), COLUMNS):
-        columns = peers[begin : begin + COLUMNS]
-        found = [row for row in rows if any("ratio" in row["peers"].get(name, {}) for name in columns)]
-        cells = [
-            [row["op"], label(row["dims"]), row["which"], *(times(row, name) for name in columns)] for row in found
-        ]
-        yield table(["op", "shape", "pass", *(f"{name}/ours" for name in columns)], cells)
+    known = [name for name in dict.fromkeys([*names(), *sorted(timed)]) if name in timed]
+    roofs = any(row["roof"] for row in rows)
+    first: Columns = {"op": lambda x: x["op"], "shape": lambda x: label(x["dims"]), "pass": lambda x: x["which"]}
+    unless_red = lambda of, red="": lambda x: red if x["fault"] else of(x)
+    of_roof = lambda of: lambda x: of(x) if x["roof"] and not x["fault"] else None
+    peers = lambda some: {f"{name}/ours": lambda x, name=name: times(x, name) for name in some}
+    columns: Columns = {
+        **first,
+        "us (p20-p80)": unless_red(lambda x: spread(x, 1e6), "RED"),
+        "TB/s": of_roof(lambda x: f"{x['bytes'] / x['p50'] / 1e12:.2f}"),
+        "TFLOP/s": of_roof(lambda x: f"{x['flops'] / x['p50'] / 1e12:.1f}"),
+        "of roof": of_roof(lambda x: f"{100 * x['share']:.0f} %"),
+        "target": of_roof(lambda x: says(target_of(x["op"], x["dims"], x["which"]))),
+        "MB": of_roof(lambda x: f"{x['memory'] / 1e6:.1f}"),
+        **peers(known[:COLUMNS]),
+        "error (eager's)": unless_red(lambda x: f"{x['error']:.1e} ({x['eager_error']:.1e})"),
+        "notes": unless_red(notes, "see below"),
+        "run": number,
+    }
+    yield table_of(rows, columns)
+    for begin in range(COLUMNS, len(known), COLUMNS):
+        some = known[begin : begin + COLUMNS]
+        beside = [row for row in rows if any("ratio" in row["peers"].get(name, {}) for name in some)]
+        yield table_of(beside, first | peers(some))
     below = [f"- RED {row['op']} {label(row['dims'])} {row['which']}: {row['fault']}" for row in rows if row["fault"]]
     why: dict[tuple[str, str], dict[str, None]] = {}
     for row in rows:
@@ -193,86 +187,90 @@ def roofs_of(rows: Iterable[Line]) -> str:
     found = [row["roofs"] for row in rows if row.get("roofs")]
     if not found:
         return ""
-    ends = lambda name: " to ".join(dict.fromkeys(f"{f(r[name] for r in found) / 1e12:.3g}" for f in (min, max)))
+    read, copy, compute = (
+        ends([roofs[name] for roofs in found], lambda rate: f"{rate / 1e12:.3g}")
+        for name in ("read", "copy", "compute")
+    )
     return (
-        f"Roofs, measured beside each row: read {ends('read')} TB/s, copy {ends('copy')} TB/s, cuBLAS bf16 "
-        f"{ends('compute')} TFLOP/s. A row's roof is the larger of its bytes and its flops by them."
+        f"Roofs, measured beside each row: read {read} TB/s, copy {copy} TB/s, cuBLAS bf16 {compute} TFLOP/s. "
+        "A row's roof is the larger of its bytes and its flops by them."
     )
 
 
-def ops_section(machine: Machine, drawn: Mapping[str, str]) -> Iterator[str]:
+def ops_section(machine: Machine) -> Iterator[str | Figure]:
     rows = machine.lines["row"]
     yield "### Ops"
     yield OPS_TEXT
     yield roofs_of(rows)
-    held = [(row, target_of(row["op"], row["dims"], row["which"])) for row in rows if machine.gpu]
-    if short := [(row, missed) for row, target in held if target and (missed := shortfall(target, row))]:
+    missed = {id(row): shortfall(row) for row in rows if machine.gpu}
+    if short := [row for row in rows if missed.get(id(row))]:
         yield "Short of its target (`bench/targets.py`):"
-        cells = [(r["op"], label(r["dims"]), r["which"], "; ".join(m), machine.run(r)) for r, m in short]
+        cells = [(r["op"], label(r["dims"]), r["which"], "; ".join(missed[id(r)]), machine.run(r)) for r in short]
         yield table(("op", "shape", "pass", "missed", "run"), cells)
-    if "roofline" in drawn:
-        yield f"![roofline]({drawn['roofline']})"
-    for part, mine in grouped(rows, figures.part_of).items():
+    yield from of_rows(machine.name, machine.title, rows)
+    known = list(OPS)
+    in_order = sorted(rows, key=lambda row: known.index(row["op"]) if row["op"] in OPS else len(known))
+    for part, mine in groupby(in_order, part_of):
         yield f"#### {part}"
-        for group in grouped(mine, lambda row: row["op"] if machine.gpu else "").values():
-            yield from row_table(group, machine.run)
+        for _, group in groupby(mine, lambda row: row["op"] if machine.gpu else ""):
+            yield from row_table(list(group), machine.run)
 
 
 def cpu_section(machine: Machine) -> Iterator[str]:
     """`python -m eval.cpu`: the model in plain PyTorch, the last run on each number of threads."""
     yield "### The model in plain PyTorch (`python -m eval.cpu`)"
-    rows = []
-    for line in machine.lines["cpu"]:
-        passes = ", ".join(f"{p['ratio']:.2f}" for p in line["denoiser"])
-        ours, where = next(iter(line["tokens_per_s"].values())), line["machine"]
-        rows.append(
-            (where["date"], where["threads"], f"{ours:.1f}", f"{line['speedup']:.2f}", passes, machine.run(line))
-        )
-    header = ("date", "threads", "AR tokens/s", "times the fastest transformers", "denoiser pass over its products")
-    yield table((*header, "run"), rows)
+    columns: Columns = {
+        "date": lambda x: x["machine"]["date"],
+        "threads": lambda x: x["machine"]["threads"],
+        "AR tokens/s": lambda x: f"{next(iter(x['tokens_per_s'].values())):.1f}",
+        "times the fastest transformers": lambda x: f"{x['speedup']:.2f}",
+        "denoiser pass over its products": lambda x: ", ".join(f"{p['ratio']:.2f}" for p in x["denoiser"]),
+        "run": machine.run,
+    }
+    yield table_of(machine.lines["cpu"], columns)
 
 
-def render(found: Sequence[Machine], drawn: Mapping[str, Mapping[str, str]]) -> str:
-    """SPEED.md; `drawn` are the figures of each machine, as paths from there."""
-    parts = [HEAD] if any(machine.gpu for machine in found) else [HEAD, NO_GPU]
+def speed(found: Sequence[Machine]) -> Iterator[str | Figure]:
+    """What SPEED.md has, one below the other."""
+    yield HEAD
+    if not any(machine.gpu for machine in found):
+        yield NO_GPU
     for machine in found:
         cpu = next(iter(machine.runs.values()))[0]["machine"]["cpu"]
-        parts.append(f"## {machine.gpu or f'{cpu}: CPU, references, small shapes (no claim about kernels)'}")
-        parts.append("\n".join(machine.said()))
+        yield f"## {machine.gpu or f'{cpu}: CPU, references, small shapes (no claim about kernels)'}"
+        yield "\n".join(machine.said())
         if machine.lines["row"]:
-            parts += ops_section(machine, drawn[machine.name])
-        parts += whole.section(machine.lines["pass"], machine.lines["decode"], machine.run, drawn[machine.name])
+            yield from ops_section(machine)
+        yield from whole.section(machine)
         if machine.lines["cpu"]:
-            parts += cpu_section(machine)
-    return "\n\n".join(filter(None, parts)) + "\n"
+            yield from cpu_section(machine)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=measure.RESULTS, help="folder of .jsonl (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=measure.ROOT, help="where SPEED.md and docs/ go")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if they are not what the results give")
-    options = parser.parse_args(arguments)
+    p = parser("bench.report", __doc__)
+    p.add_argument("--results", type=Path, default=measure.RESULTS, help="folder of .jsonl (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=measure.ROOT, help="where SPEED.md and docs/ go")
+    p.add_argument("--check", action="store_true", help="exit with 1 if they are not what the results give")
+    options = p.parse_args(arguments)
     target, docs = options.out / "SPEED.md", options.out / "docs"
     try:
         found = machines(options.results)
         if not found:
             raise ValueError(f"{options.results} holds no results: make bench ARGS=--record")
-        drawn = {m.name: figures.expected(m.name, m.gpu, m.lines) for m in found}
-        text = render(found, {name: {k: f"docs/{f.file}" for k, f in every.items()} for name, every in drawn.items()})
+        parts = list(filter(None, speed(found)))
+        drawn, text = [part for part in parts if isinstance(part, Figure)], "\n\n".join(map(str, parts)) + "\n"
         if options.check:
             stale = [] if target.is_file() and target.read_text(encoding="utf-8") == text else ["SPEED.md"]
-            stale += [f"docs/{f.file}" for every in drawn.values() for f in every.values() if not f.is_in(docs)]
+            stale += [f"docs/{figure.file}" for figure in drawn if not figure.is_in(docs)]
             if stale:
                 print(f"not what bench/results give: {', '.join(stale)}: python -m bench.report", file=sys.stderr)
             return int(bool(stale))
-        for every in drawn.values():
-            figures.draw(every.values(), docs)
+        draw(drawn, docs)
         target.write_text(text, encoding="utf-8")
     except (OSError, ValueError, KeyError, ImportError) as error:
         print(f"bench.report: error: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    print(f"{target}, {sum(map(len, drawn.values()))} figures in {docs}")
+    print(f"{target}, {len(drawn)} figures in {docs}")
     return 0
 
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from cards import OPS
+
+# Of an H200, where nothing was measured: a device copy (read and written) and a bf16 product.
+H200 = {"bandwidth": 4.3e12, "compute": 790e12}
+
 
 class Target(NamedTuple):
     op: str
@@ -40,15 +45,34 @@ def target_of(op: str, dims: Mapping[str, int], which: str) -> Target | None:
     return next((t for t in TARGETS if t.op == op and which == "forward" and inside(t)), None)
 
 
-def says(target: Target) -> str:
+def says(target: Target | None) -> str:
     """A target in a few words. Whom it is to be ahead of is left to the table of peers."""
+    if target is None:
+        return ""
     parts = [f"{100 * target.share:.0f} %"] * bool(target.share)
     parts += [f"{1e6 * target.seconds:.0f} us"] * bool(target.seconds)
     return ", ".join(parts + [f"{least} x {name}" for name, least in target.ahead.items() if least != 1])
 
 
-def shortfall(target: Target, row: Mapping[str, Any]) -> list[str]:
+def expected(op: str) -> str:
+    """What an H200 should show of an op at its targets, by the costs on its card. Nobody has measured it."""
+    found = []
+    for target in (target for target in TARGETS if target.op == op):
+        dims = next(dims for dims in OPS[op].shapes if target_of(op, dims, "forward") is target)
+        flops, moved = OPS[op].cost(2, **dims)
+        seconds = max(moved / H200["bandwidth"], flops / H200["compute"]) / (target.share or 1.0)
+        size = " ".join(f"{name}={dims[name]}" for name in target.dims)
+        share = f" at {100 * target.share:.0f} %" * bool(target.share)
+        ahead = "".join(f", {name} at least {least:g} times that" for name, least in target.ahead.items())
+        found.append(f"{size} {1e6 * (target.seconds or seconds):.0f} us{share}{ahead}")
+    return "; ".join(found)
+
+
+def shortfall(row: Mapping[str, Any]) -> list[str]:
     """What a recorded row misses of its target, compared as it is shown; a peer that was not there is not missed."""
+    target = target_of(row["op"], row["dims"], row["which"])
+    if target is None:
+        return []
     if row.get("fault"):
         return ["no right result"]
     missed = []

@@ -3,60 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 from tt_model import TwoTowerConfig
 from tt_model.cli import sizes
 
-from .figures import of_model
-from .measure import around, spread, table
+from .figures import Figure, of_decoding
+from .measure import around, spread, table, table_of
+from .targets import H200
 
 Line = Mapping[str, Any]
 AR, DENOISER, COMMIT = sizes.PASSES
-BF16 = next(f for f in sizes.FORMATS if f.name == "bf16")
 FORMATS = {f.name: f for f in sizes.FORMATS}
-# Of an H200, where nothing was measured: a device copy (read and written) and a bf16 product.
-H200 = {"bandwidth": 4.3e12, "compute": 790e12}
 
 
-def parts(
-    c: TwoTowerConfig, kind: str, *, batch: int, context: int, format: sizes.Format = BF16
-) -> dict[str, tuple[float, float]]:
-    """(bytes, operations) that a pass cannot do without, by what they are of: experts (routed and shared), the router,
-    the head, projections, attention, the scan."""
-    moved = sizes.pass_bytes(c, format, kind, batch=batch, context=context)
-    L = 1 if kind == AR else c.block_size
-    tokens = batch * L
-    active = sizes.active_parameters(c)
-    head = 0 if kind == COMMIT else active["head"]
-    named = ("embeddings", "norms", "head", "routed experts", "shared experts", "router")
-    others = sum(active.values()) - sum(active[name] for name in named)
-    time = batch * sizes.time_modules(c) if kind == DENOISER else 0
-    wide = len(c.layers_of("*")) * c.num_attention_heads * c.head_dim
-    states = len(c.layers_of("M")) * c.mamba_num_heads * c.mamba_head_dim * c.ssm_state_size
-    width = format.other / 8
-    shared, router, scores = active["shared experts"], active["router"], 4 * active["router"]  # the router is fp32
-    rest = moved["other weights"] - scores - (shared + head) * width
-    return {
-        "experts": (moved["experts"] + shared * width, 2 * tokens * (active["routed experts"] + shared)),
-        "router": (scores, 2 * tokens * router),
-        "head": (head * width, 2 * tokens * head),
-        "projections": (rest, 2 * (tokens * others + time)),
-        "attention": (moved["K/V"], 4 * tokens * (context + L) * wide),
-        "scan": (moved["states"], 4 * tokens * states),
-    }
+class Pass(NamedTuple):
+    """What a pass cannot do without: over a block of each of `batch` rows of `context` tokens, an AR step over one
+    token of each."""
 
+    config: TwoTowerConfig
+    kind: str
+    batch: int
+    context: int
+    format: sizes.Format = FORMATS["bf16"]
 
-def pass_flops(c: TwoTowerConfig, kind: str, *, batch: int, context: int) -> int:
-    return round(sum(flops for _, flops in parts(c, kind, batch=batch, context=context).values()))
+    @property
+    def length(self) -> int:
+        return 1 if self.kind == AR else self.config.block_size
 
+    @property
+    def experts(self) -> float:
+        """Different experts that a layer's tokens choose, by uniform routing."""
+        return sizes.distinct_experts(self.config, self.batch * self.length)
 
-def floor(
-    c: TwoTowerConfig, kind: str, *, batch: int, context: int, roofs: Mapping[str, float], format: sizes.Format = BF16
-) -> float:
-    """Seconds below which no pass can be: each part takes the longer of its bytes and its operations at the roofs."""
-    each = parts(c, kind, batch=batch, context=context, format=format).values()
-    return sum(max(moved / roofs["bandwidth"], flops / roofs["compute"]) for moved, flops in each)
+    @property
+    def moved(self) -> dict[str, float]:
+        return sizes.pass_bytes(self.config, self.format, self.kind, batch=self.batch, context=self.context)
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.moved.values())
+
+    @property
+    def flops(self) -> int:
+        return round(sum(flops for _, flops in self.parts().values()))
+
+    def parts(self) -> dict[str, tuple[float, float]]:
+        """(bytes, operations) by what they are of: experts (routed and shared), the router, the head, projections,
+        attention, the scan."""
+        c, moved, L, tokens = self.config, self.moved, self.length, self.batch * self.length
+        active = sizes.active_parameters(c)
+        head = 0 if self.kind == COMMIT else active["head"]
+        named = ("embeddings", "norms", "head", "routed experts", "shared experts", "router")
+        others = sum(active.values()) - sum(active[name] for name in named)
+        time = self.batch * sizes.time_modules(c) if self.kind == DENOISER else 0
+        wide = len(c.layers_of("*")) * c.num_attention_heads * c.head_dim
+        states = len(c.layers_of("M")) * c.mamba_num_heads * c.mamba_head_dim * c.ssm_state_size
+        width = self.format.other / 8
+        shared, router, scores = active["shared experts"], active["router"], 4 * active["router"]  # the router is fp32
+        rest = moved["other weights"] - scores - (shared + head) * width
+        return {
+            "experts": (moved["experts"] + shared * width, 2 * tokens * (active["routed experts"] + shared)),
+            "router": (scores, 2 * tokens * router),
+            "head": (head * width, 2 * tokens * head),
+            "projections": (rest, 2 * (tokens * others + time)),
+            "attention": (moved["K/V"], 4 * tokens * (self.context + L) * wide),
+            "scan": (moved["states"], 4 * tokens * states),
+        }
+
+    def floor(self, roofs: Mapping[str, float]) -> float:
+        """Seconds below which it cannot be: each part takes the longer of its bytes and its operations at the roofs."""
+        return sum(max(moved / roofs["bandwidth"], flops / roofs["compute"]) for moved, flops in self.parts().values())
 
 
 def even(c: TwoTowerConfig, ar: float, denoiser: float, commit: float) -> float | None:
@@ -82,21 +100,12 @@ def card(
     yield f"Floors at {where}; routing uniform and independent, the worst case:"
     header = ["pass", "batch", "context", "experts hit", "GB", "GFLOP", *(f"floor ms, {name}" for name in FORMATS)]
     lines = []
-    for context in contexts:
-        for batch in batches:
-            for kind in sizes.PASSES:
-                moved = sum(sizes.pass_bytes(c, BF16, kind, batch=batch, context=context).values())
-                hit = sizes.distinct_experts(c, batch * (1 if kind == AR else c.block_size))
-                flops = pass_flops(c, kind, batch=batch, context=context)
-                floors = (floor(c, kind, batch=batch, context=context, roofs=roofs, format=f) for f in FORMATS.values())
-                cells = [kind, batch, context, f"{hit:.1f}", f"{moved / 1e9:.3g}", f"{flops / 1e9:.3g}"]
-                lines.append([*cells, *(f"{1e3 * seconds:.3g}" for seconds in floors)])
+    for context, batch, kind in product(contexts, batches, sizes.PASSES):
+        p = Pass(c, kind, batch, context)
+        floors = [f"{1e3 * p._replace(format=f).floor(roofs):.3g}" for f in FORMATS.values()]
+        cells = [kind, batch, context, f"{p.experts:.1f}", f"{p.bytes / 1e9:.3g}", f"{p.flops / 1e9:.3g}"]
+        lines.append([*cells, *floors])
     yield table(header, lines)
-
-
-def format_named(dtype: str) -> sizes.Format:
-    """What a model that runs in a dtype is stored as."""
-    return FORMATS["fp32" if dtype == "fp32" else "bf16"]
 
 
 def regime(c: TwoTowerConfig, lines: Sequence[Line], tokens: float = 3.3) -> str | None:
@@ -122,32 +131,24 @@ def regime(c: TwoTowerConfig, lines: Sequence[Line], tokens: float = 3.3) -> str
     return table(("batch", "context", *header, *(f"floor: {name}" for name in header if floors)), rows)
 
 
-def section(
-    passes: Sequence[Line], decode: Sequence[Line], run: Callable[[Line], object], drawn: Mapping[str, str]
-) -> Iterator[str]:
+def section(machine: Any) -> Iterator[str | Figure]:
     """The whole model in SPEED.md: passes, the regime, decoding, of each model and dtype."""
-    kind = lambda line: (line["model"], line["dtype"])
-    for model, dtype in dict.fromkeys(map(kind, (*passes, *decode))):
-        yield f"### Whole model: `{model}`, {dtype}"
-        if mine := [line for line in passes if kind(line) == (model, dtype)]:
-            yield pass_table(mine, run)
+    of = lambda kind: [(line["model"], line["dtype"]) for line in machine.lines[kind]]
+    for model in dict.fromkeys(of("pass") + of("decode")):
+        mine, found = (
+            [line for line in machine.lines[kind] if (line["model"], line["dtype"]) == model]
+            for kind in ("pass", "decode")
+        )
+        yield f"### Whole model: `{model[0]}`, {model[1]}"
+        if mine:
+            yield pass_table(mine, machine.run)
             if text := regime(TwoTowerConfig.from_dict(mine[-1]["config"]), mine):
                 yield "When diffusion beats AR, by these passes:"
                 yield text
-        if found := [line for line in decode if kind(line) == (model, dtype)]:
+        if found:
             yield "Decoding, prefill excluded (*: included, it is half of the time or more):"
-            yield decode_table(found, run)
-            for over in ("batch", "context"):
-                if path := drawn.get(of_model(over, model, dtype)):
-                    yield f"![{model}, {dtype}: tokens/s over {over}]({path})"
-
-
-def _columns(lines: Sequence[Line], columns: Mapping[str, Callable[[Any], object]]) -> str:
-    """A table of the columns that some line has something for."""
-    cells = {name: [of(line) for line in lines] for name, of in columns.items()}
-    cells = {name: column for name, column in cells.items() if any(cell is not None for cell in column)}
-    rows = [["-" if cell is None else cell for cell in row] for row in zip(*cells.values(), strict=True)]
-    return table(list(cells), rows)
+            yield decode_table(found, machine.run)
+            yield from of_decoding(machine.name, machine.title, found)
 
 
 def pass_table(lines: Sequence[Line], run: Callable[[Line], object] = lambda line: None) -> str:
@@ -165,7 +166,7 @@ def pass_table(lines: Sequence[Line], run: Callable[[Line], object] = lambda lin
         "clock": lambda x: x["clock"],
         "run": run,
     }
-    return _columns(lines, columns)
+    return table_of(lines, columns)
 
 
 def rate(x: Line) -> str:
@@ -187,4 +188,4 @@ def decode_table(lines: Sequence[Line], run: Callable[[Line], object] = lambda l
         "tokens a denoiser pass": lambda x: f"{x['tokens_per_pass']:.2f}" if x.get("tokens_per_pass") else None,
         "run": run,
     }
-    return _columns(lines, columns)
+    return table_of(lines, columns)

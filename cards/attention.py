@@ -1,11 +1,7 @@
 """Cards of attention: against a paged cache, and with the masks of training."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from tt_kernels import reference
 from tt_kernels.attention.block_attention import block_diffusion_attention, causal_attention
 from tt_kernels.attention.block_attention_launch import BlockAttentionLaunch
 from tt_kernels.attention.context_attention import append_attention, context_attention
@@ -14,19 +10,7 @@ from tt_kernels.attention.context_attention_launch import ContextAttentionLaunch
 from .op import Op
 
 
-def _context_attention_inputs(
-    dtype: torch.dtype,
-    B: int,
-    L: int,
-    Hq: int,
-    Hkv: int,
-    P: int,
-    S: int,
-    page_size: int = 64,
-    causal: int = 0,
-    shuffled: int = 1,
-    wide: int = 0,
-) -> dict[str, Any]:
+def _context_attention_inputs(dtype, B, L, Hq, Hkv, P, S, page_size=64, causal=0, shuffled=1, wide=0):
     """Rows of S tokens in pages in order; shuffled=1: of S and fewer, in shuffled pages; 2: of S, in shuffled pages; 3:
     as 1, with cache_lengths around the ends of pages. wide: table and lengths in 64 bits."""
     row = max(1, -(-S // page_size))
@@ -50,14 +34,12 @@ def _context_attention_inputs(
     )
 
 
-def _context_attention_cost(
-    itemsize: int, *, B: int, L: int, Hq: int, Hkv: int, P: int, S: int, causal: int = 0, **_: int
-) -> tuple[int, int]:
+def _context_attention_cost(itemsize, *, B, L, Hq, Hkv, P, S, causal=0, **_):
     own = (L + 1) / 2 if causal else L  # that a token sees of its block
     return int(4 * B * L * Hq * (S + own) * P), (2 * B * (S + L) * Hkv + 2 * B * L * Hq) * P * itemsize
 
 
-def _append_inputs(dtype: torch.dtype, *, B: int, L: int, S: int, counted: int = 0, **dims: int) -> dict[str, Any]:
+def _append_inputs(dtype, *, B, L, S, counted=0, **dims):
     """Room for S tokens a row and L more. counted: the rows take none, one, ... of them in turn."""
     inputs = _context_attention_inputs(dtype, B=B, L=L, S=S + L, **dims)
     del inputs["causal"]
@@ -65,36 +47,24 @@ def _append_inputs(dtype: torch.dtype, *, B: int, L: int, S: int, counted: int =
     return inputs | dict(counts=(torch.arange(B) % (L + 1)).to(inputs["cache_lengths"].dtype) if counted else None)
 
 
-def _append_cost(itemsize: int, **dims: int) -> tuple[int, int]:
+def _append_cost(itemsize, **dims):
     flops, moved = _context_attention_cost(itemsize, causal=1, **dims)
     return flops, moved + 2 * dims["B"] * dims["L"] * dims["Hkv"] * dims["P"] * itemsize
 
 
-_CONTEXT_CANDIDATES = dict(
-    _context_attention_fwd_kernel=tuple(
-        ContextAttentionLaunch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=64, num_warps=warps, num_stages=stages)
-        for m, warps, stages in ((16, 4, 4), (64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 8, 3), (128, 8, 4))
-    )
-)
-
-_PUBLISHED = dict(Hq=32, Hkv=2, P=128, shuffled=2)
-
-
-def _causal(dtype: torch.dtype, B: int, N: int, Hq: int, Hkv: int, P: int, packed: int = 0) -> dict[str, Tensor | None]:
+def _causal(dtype, B, N, Hq, Hkv, P, packed=0):
     k, v = torch.randn(2, B, N, Hkv, P, dtype=dtype)
     cu_seqlens = torch.tensor([0, N // 3, N // 2, B * N]) if packed else None
     return dict(q=torch.randn(B, N, Hq, P, dtype=dtype), k=k, v=v, cu_seqlens=cu_seqlens)
 
 
-def _causal_cost(itemsize: int, B: int, N: int, Hq: int, Hkv: int, P: int, packed: int = 0) -> tuple[int, int]:
+def _causal_cost(itemsize, B, N, Hq, Hkv, P, packed=0):
     pieces = (N // 3, N // 2 - N // 3, N - N // 2) if packed else (N,)  # of the first row; the others are whole
     pairs = sum(n * n for n in pieces) + (B - 1) * N * N
     return 2 * Hq * pairs * P, 2 * B * N * (Hq + Hkv) * P * itemsize
 
 
-def _blocks(
-    dtype: torch.dtype, B: int, N: int, Hq: int, Hkv: int, P: int, S: int, packed: int = 0
-) -> dict[str, object]:
+def _blocks(dtype, B, N, Hq, Hkv, P, S, packed=0):
     k_clean, v_clean = torch.randn(2, B, N, Hkv, P, dtype=dtype)
     cu_seqlens = torch.tensor([0, S, 3 * S, B * N]) if packed else None
     inputs = _causal(dtype, B, N, Hq, Hkv, P)
@@ -102,22 +72,40 @@ def _blocks(
 
 
 _HEADS = dict(Hq=32, Hkv=2, P=128)
+_PUBLISHED = dict(_HEADS, shuffled=2)
 
-_BLOCK_CANDIDATES = dict(
-    _block_attention_fwd_kernel=tuple(
-        BlockAttentionLaunch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
-        for m, n, warps, stages in (
-            *((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)),
-            *((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2)),
+# What the two ops on a paged cache share, and the two with the masks of training.
+_PAGED = dict(
+    grows=dict(B=64, L=64, S=131072),
+    outputs=("o",),
+    kernels=("_context_attention_fwd_kernel", "_combine_splits_kernel"),
+    tensor_cores={"_context_attention_fwd_kernel": "BLOCK_M"},
+    candidates=dict(
+        _context_attention_fwd_kernel=tuple(
+            ContextAttentionLaunch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=64, num_warps=warps, num_stages=stages)
+            for m, warps, stages in ((16, 4, 4), (64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 8, 3), (128, 8, 4))
         )
-    )
+    ),
 )
-
+_MASKED = dict(
+    grows=dict(N=1024),
+    outputs=("o",),
+    kernels=("_block_attention_fwd_kernel",),
+    tensor_cores={"_block_attention_fwd_kernel": "BLOCK_M"},
+    candidates=dict(
+        _block_attention_fwd_kernel=tuple(
+            BlockAttentionLaunch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
+            for m, n, warps, stages in (
+                *((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)),
+                *((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2)),
+            )
+        )
+    ),
+)
 
 OPS = (
     Op(
         fn=context_attention,
-        reference=reference.context_attention,
         inputs=_context_attention_inputs,
         cases=(
             dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
@@ -142,18 +130,12 @@ OPS = (
             dict(B=1, L=2048, S=32768, causal=1, **_PUBLISHED),
             dict(B=1, L=4096, S=0, causal=1, **_PUBLISHED),
         ),
-        grows=dict(B=64, L=64, S=131072),
-        outputs=("o",),
         grads=("q", "k", "v", "k_pages", "v_pages"),
         cost=_context_attention_cost,
-        kernels=("_context_attention_fwd_kernel", "_combine_splits_kernel"),
-        forward_only=True,
-        tensor_cores={"_context_attention_fwd_kernel": "BLOCK_M"},
-        candidates=_CONTEXT_CANDIDATES,
+        **_PAGED,
     ),
     Op(
         fn=append_attention,
-        reference=reference.append_attention,
         inputs=_append_inputs,
         cases=(
             dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
@@ -173,23 +155,13 @@ OPS = (
             dict(B=1, L=2048, S=0, counted=1, **_PUBLISHED),
             dict(B=1, L=2048, S=0, counted=1, wide=1, **_PUBLISHED),
         ),
-        grows=dict(B=64, L=64, S=131072),
-        outputs=("o",),
         grads=("q", "k", "v"),
         writes=("k_pages", "v_pages"),
         cost=_append_cost,
-        kernels=("_context_attention_fwd_kernel", "_combine_splits_kernel"),
-        forward_only=True,
-        tensor_cores={"_context_attention_fwd_kernel": "BLOCK_M"},
-        candidates=_CONTEXT_CANDIDATES,
+        **_PAGED,
     ),
     Op(
         fn=causal_attention,
-        kernels=("_block_attention_fwd_kernel",),
-        forward_only=True,
-        tensor_cores={"_block_attention_fwd_kernel": "BLOCK_M"},
-        candidates=_BLOCK_CANDIDATES,
-        reference=reference.causal_attention,
         inputs=_causal,
         cases=(
             dict(B=2, N=5, Hq=4, Hkv=2, P=3),
@@ -200,18 +172,12 @@ OPS = (
             dict(B=2, N=70, Hq=2, Hkv=1, P=8, packed=1),
         ),
         shapes=(dict(B=1, N=4096, **_HEADS), dict(B=1, N=4096, packed=1, **_HEADS)),
-        grows=dict(N=1024),
-        outputs=("o",),
         grads=("q", "k", "v"),
         cost=_causal_cost,
+        **_MASKED,
     ),
     Op(
         fn=block_diffusion_attention,
-        kernels=("_block_attention_fwd_kernel",),
-        forward_only=True,
-        tensor_cores={"_block_attention_fwd_kernel": "BLOCK_M"},
-        candidates=_BLOCK_CANDIDATES,
-        reference=reference.block_diffusion_attention,
         inputs=_blocks,
         cases=(
             dict(B=2, N=6, Hq=4, Hkv=2, P=3, S=2),
@@ -227,12 +193,11 @@ OPS = (
             dict(B=1, N=8192, S=16, **_HEADS),
             dict(B=1, N=4096, S=16, packed=1, **_HEADS),
         ),
-        grows=dict(N=1024),
-        outputs=("o",),
         grads=("q", "k", "v", "k_clean", "v_clean"),
-        cost=lambda itemsize, B, N, Hq, Hkv, P, S, packed=0: (
+        cost=lambda itemsize, B, N, Hq, Hkv, P, S, **_: (
             2 * B * Hq * N * (N + S) * P,
             2 * B * N * (Hq + 2 * Hkv) * P * itemsize,
         ),
+        **_MASKED,
     ),
 )

@@ -1,18 +1,14 @@
 """The convolution: every channel with its own taps, then SiLU."""
 
 import torch
-from torch import Tensor
 
-from tt_kernels import reference
 from tt_kernels.conv1d.causal_conv1d import CausalConv1dLaunch, causal_conv1d
 from tt_kernels.conv1d.conv_states import conv_advance, conv_block_states
 
 from .op import Op
 
 
-def _conv(
-    dtype: torch.dtype, B: int, L: int, C: int, K: int, seeded: int = 1, packed: int = 0, placed: int = 0
-) -> dict[str, Tensor | None]:
+def _conv(dtype, B, L, C, K, seeded=1, packed=0, placed=0):
     return dict(
         x=torch.randn(B, L, C, dtype=dtype),
         weight=torch.randn(C, K, dtype=dtype),
@@ -23,9 +19,7 @@ def _conv(
     )
 
 
-def _advance_inputs(
-    dtype: torch.dtype, B: int, L: int, C: int, K: int, ragged: int = 1, placed: int = 0
-) -> dict[str, Tensor | None]:
+def _advance_inputs(dtype, B, L, C, K, ragged=1, placed=0):
     counts = torch.randint(0, L + 1, (B,)) if ragged else None
     state = torch.randn(2 * B if placed else B, C, K, dtype=dtype)
     slots = torch.randperm(2 * B, dtype=torch.int32).split(B) if placed else (None, None)
@@ -33,17 +27,16 @@ def _advance_inputs(
     return dict(x=x, conv_state=state, counts=counts, state_indices=slots[0], out_indices=slots[1])
 
 
-def _block_states_inputs(
-    dtype: torch.dtype, B: int, N: int, C: int, K: int, S: int, packed: int = 0
-) -> dict[str, object]:
+def _block_states_inputs(dtype, B, N, C, K, S, packed=0):
     cu_seqlens = torch.tensor([0, S, B * N]) if packed else None
     return dict(x=torch.randn(B, N, C, dtype=dtype), block_size=S, kernel_size=K, cu_seqlens=cu_seqlens)
 
 
+_CHANNELS = dict(C=6144, K=4)
+
 OPS = (
     Op(
         fn=causal_conv1d,
-        reference=reference.causal_conv1d,
         inputs=_conv,
         cases=(
             dict(B=2, L=5, C=6, K=4),
@@ -57,15 +50,14 @@ OPS = (
             dict(B=2, L=5, C=6, K=4, placed=1),
         ),
         shapes=(
-            *(dict(B=B, L=L, C=6144, K=4) for B, L in ((1, 1), (64, 1), (1, 16), (64, 16), (1, 64), (1, 8192))),
-            dict(B=1, L=4096, C=6144, K=4, seeded=0),
-            dict(B=1, L=8192, C=6144, K=4, seeded=0, packed=1),
+            *(dict(B=B, L=L, **_CHANNELS) for B, L in ((1, 1), (64, 1), (1, 16), (64, 16), (1, 64), (1, 8192))),
+            dict(B=1, L=4096, **_CHANNELS, seeded=0),
+            dict(B=1, L=8192, **_CHANNELS, seeded=0, packed=1),
         ),
         grows=dict(B=1024, L=64),
         outputs=("y",),
         grads=("x", "weight", "bias", "conv_state"),
         kernels=("_causal_conv1d_kernel",),
-        forward_only=True,
         candidates=dict(
             _causal_conv1d_kernel=tuple(
                 CausalConv1dLaunch(BLOCK_L=rows, BLOCK_C=channels, num_warps=warps)
@@ -79,14 +71,10 @@ OPS = (
                 )
             )
         ),
-        cost=lambda itemsize, B, L, C, K, seeded=1, packed=0, placed=0: (
-            2 * K * B * L * C,
-            (2 * B * L * C + C * K) * itemsize,
-        ),
+        cost=lambda itemsize, B, L, C, K, **_: (2 * K * B * L * C, (2 * B * L * C + C * K) * itemsize),
     ),
     Op(
         fn=conv_advance,
-        reference=reference.conv_advance,
         inputs=_advance_inputs,
         cases=(
             dict(B=3, L=5, C=6, K=4),
@@ -95,21 +83,19 @@ OPS = (
             dict(B=2, L=3, C=5, K=4, placed=1),
         ),
         shapes=(
-            dict(B=1, L=16, C=6144, K=4),
-            dict(B=1, L=1, C=6144, K=4, ragged=0),
-            dict(B=64, L=16, C=6144, K=4),
-            dict(B=1, L=4096, C=6144, K=4, ragged=0),
-            dict(B=64, L=16, C=6144, K=4, placed=1),
+            dict(B=1, L=16, **_CHANNELS),
+            dict(B=1, L=1, **_CHANNELS, ragged=0),
+            dict(B=64, L=16, **_CHANNELS),
+            dict(B=1, L=4096, **_CHANNELS, ragged=0),
+            dict(B=64, L=16, **_CHANNELS, placed=1),
         ),
         outputs=(),
         writes=("conv_state",),
         kernels=("_conv_advance_kernel",),
-        forward_only=True,
-        cost=lambda itemsize, B, L, C, K, ragged=1, placed=0: (0, 2 * B * C * K * itemsize),
+        cost=lambda itemsize, B, L, C, K, **_: (0, 2 * B * C * K * itemsize),
     ),
     Op(
         fn=conv_block_states,
-        reference=reference.conv_block_states,
         inputs=_block_states_inputs,
         cases=(
             dict(B=2, N=12, C=5, K=4, S=4),
@@ -117,11 +103,10 @@ OPS = (
             dict(B=1, N=16, C=3, K=4, S=4, packed=1),
             dict(B=1, N=0, C=3, K=4, S=4),
         ),
-        shapes=(dict(B=1, N=4096, C=6144, K=4, S=16), dict(B=1, N=8192, C=6144, K=4, S=16, packed=1)),
+        shapes=(dict(B=1, N=4096, **_CHANNELS, S=16), dict(B=1, N=8192, **_CHANNELS, S=16, packed=1)),
         outputs=("states",),
         grads=("x",),
         kernels=("_conv_block_states_kernel",),
-        forward_only=True,
-        cost=lambda itemsize, B, N, C, K, S, packed=0: (0, 2 * B * -(-N // S) * C * K * itemsize),
+        cost=lambda itemsize, B, N, C, K, S, **_: (0, 2 * B * -(-N // S) * C * K * itemsize),
     ),
 )

@@ -2,7 +2,6 @@
 
 import torch
 
-from tt_kernels import reference
 from tt_kernels.reference import MambaState, MambaWeights
 from tt_kernels.ssm.launch import StepLaunch, TileLaunch
 from tt_kernels.ssm.mamba_block import mamba_advance, mamba_block
@@ -10,26 +9,13 @@ from tt_kernels.ssm.mamba_extend import mamba_extend
 from tt_kernels.ssm.mamba_step import mamba_step
 
 from .op import Op
-from .ssm import places, scan_inputs
-
-_PLACED = dict(placed=1)
+from .ssm import PUBLISHED, places, scan_inputs
 
 
-def mamba_inputs(
-    dtype: torch.dtype,
-    b: int,
-    L: int,
-    H: int,
-    P: int,
-    G: int,
-    N: int,
-    K: int,
-    biased: int = 1,
-    placed: int = 0,
-    writes: bool = False,
-) -> dict[str, object]:
+def mamba_inputs(dtype, K, biased=1, placed=0, writes=False, **dims):
     """Time steps, A and states as of `scan_inputs`; xBC and dt are views of one projection, behind a gate of H P."""
-    scan, C = scan_inputs(dtype, b, L, H, P, G, N, placed=placed), H * P + 2 * G * N
+    scan, (b, L, H, P, G, N) = scan_inputs(dtype, placed=placed, **dims), (dims[name] for name in "bLHPGN")
+    C = H * P + 2 * G * N
     _, xBC, dt = torch.randn(b, L, H * P + C + H, dtype=dtype).split_with_sizes([H * P, C, H], -1)
     weight = torch.randn(C, K, dtype=dtype) / K**0.5
     bias = torch.randn(C, dtype=dtype) if biased else None
@@ -41,33 +27,19 @@ def mamba_inputs(
     return dict(xBC=xBC, dt=dt, weights=MambaWeights(weight, bias, scan["A"], scan["D"], scan["dt_bias"]), state=state)
 
 
-def _mamba_block_cost(
-    itemsize: int, b: int, L: int, H: int, P: int, G: int, N: int, K: int, biased: int = 1, placed: int = 0
-) -> tuple[int, int]:
+def _mamba_block_cost(itemsize, b, L, H, P, G, N, K, **_):
     C = H * P + 2 * G * N
     flops = 2 * b * L * (L * (G * N + H * P) + H * P * N + K * C)
     return flops, (b * L * (C + H * P + H) + (b + 1) * K * C) * itemsize + 4 * b * H * P * N
 
 
-def _mamba_advance_inputs(dtype: torch.dtype, ragged: int = 1, **dims: int) -> dict[str, object]:
+def _mamba_advance_inputs(dtype, ragged=1, **dims):
     inputs = mamba_inputs(dtype, writes=True, **dims)
     counts = torch.randint(0, dims["L"] + 1, (dims["b"],)) if ragged else None
     return inputs | dict(weights=inputs["weights"]._replace(D=None), counts=counts)
 
 
-def _mamba_advance_cost(
-    itemsize: int,
-    b: int,
-    L: int,
-    H: int,
-    P: int,
-    G: int,
-    N: int,
-    K: int,
-    biased: int = 1,
-    ragged: int = 1,
-    placed: int = 0,
-) -> tuple[int, int]:
+def _mamba_advance_cost(itemsize, b, L, H, P, G, N, K, **_):
     C, own = H * P + 2 * G * N, H * P + G * N
     moved = (b * L * (own + H) + (2 * b + 1) * K * C) * itemsize + 8 * b * H * P * N
     return 2 * b * L * (H * P * N + K * own), moved
@@ -86,31 +58,30 @@ _MAMBA_BLOCK_CASES = (
 )
 
 
-def _mamba_step_inputs(dtype: torch.dtype, **dims: int) -> dict[str, object]:
+def _mamba_step_inputs(dtype, **dims):
     inputs = mamba_inputs(dtype, L=1, writes=True, **dims)
     return inputs | {name: inputs[name].squeeze(1) for name in ("xBC", "dt")}
 
 
-def _mamba_step_cost(
-    itemsize: int, b: int, H: int, P: int, G: int, N: int, K: int, biased: int = 1, placed: int = 0
-) -> tuple[int, int]:
+def _mamba_step_cost(itemsize, b, H, P, G, N, K, **_):
     C = H * P + 2 * G * N
     moved = 8 * b * H * P * N + (b * (C + H * P + H) + (2 * b + 1) * K * C) * itemsize
     return b * (6 * H * P * N + 2 * K * C), moved
 
 
+_PUBLISHED = PUBLISHED | dict(K=4)
 _MAMBA_GRADS = (
     *("xBC", "dt", "weights.conv_weight", "weights.conv_bias", "weights.A", "weights.D", "weights.dt_bias"),
     *("state.conv", "state.ssm"),
 )
 
 
-def _mamba_extend_inputs(dtype: torch.dtype, ragged: int = 1, **dims: int) -> dict[str, object]:
+def _mamba_extend_inputs(dtype, ragged=1, **dims):
     counts = torch.randint(0, dims["L"] + 1, (dims["b"],)) if ragged else None
     return mamba_inputs(dtype, writes=True, **dims) | dict(counts=counts)
 
 
-def _mamba_extend_cost(itemsize: int, b: int, L: int, ragged: int = 1, **dims: int) -> tuple[int, int]:
+def _mamba_extend_cost(itemsize, b, L, ragged=1, **dims):
     """Of the form: a block's work and an advance's, or for long stretches what grows with L."""
     short = min(L, 64)
     flops, moved = _mamba_block_cost(itemsize, b, short, **dims)
@@ -118,70 +89,50 @@ def _mamba_extend_cost(itemsize: int, b: int, L: int, ragged: int = 1, **dims: i
     return (flops + more_flops) * max(1, L // 64), moved + more if L <= 64 else moved * (L // 64)
 
 
+def _tiles(*heads: int) -> tuple[TileLaunch, ...]:
+    """With so many of a head's channels a program; those with fewer tokens than the block give wrong results and drop
+    out."""
+    rows = ((16, 4), (16, 8), (32, 8))
+    return tuple(TileLaunch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128, num_warps=warps) for t, warps in rows for p in heads)
+
+
 OPS = (
     Op(
         fn=mamba_block,
-        reference=reference.mamba_block,
         inputs=mamba_inputs,
         cases=_MAMBA_BLOCK_CASES,
         shapes=(
-            *(
-                dict(b=b, L=L, H=64, P=64, G=8, N=128, K=4)
-                for b, L in ((1, 16), (1, 1), (1, 32), (1, 64), (64, 1), (64, 16), (64, 32), (64, 64))
-            ),
-            dict(b=1, L=16, H=64, P=64, G=8, N=128, K=4, placed=1),
+            *(dict(b=1, L=L, **_PUBLISHED) for L in (16, 1, 32, 64)),
+            *(dict(b=64, L=L, **_PUBLISHED) for L in (1, 16, 32, 64)),
+            dict(b=1, L=16, **_PUBLISHED, placed=1),
         ),
         grows=dict(b=64, L=64),
         outputs=("y",),
         grads=_MAMBA_GRADS,
         cost=_mamba_block_cost,
         kernels=("_mamba_block_kernel", "_causal_conv1d_kernel", "_ssd_block_kernel"),
-        forward_only=True,
-        candidates=dict(  # those with fewer tokens than the block give wrong results and drop out
-            _mamba_block_kernel=tuple(
-                TileLaunch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128, num_warps=warps)
-                for t, warps in ((16, 4), (16, 8), (32, 8))
-                for p in (16, 32, 64)
-            )
-        ),
+        candidates=dict(_mamba_block_kernel=_tiles(16, 32, 64)),
     ),
     Op(
         fn=mamba_advance,
-        reference=reference.mamba_advance,
         inputs=_mamba_advance_inputs,
         cases=(*_MAMBA_BLOCK_CASES, dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4, ragged=0)),
         shapes=(
-            *(
-                dict(b=b, L=L, H=64, P=64, G=8, N=128, K=4, ragged=ragged)
-                for b, L, ragged in (
-                    (1, 16, 0),
-                    (1, 16, 1),
-                    (1, 1, 0),
-                    (1, 32, 1),
-                    (1, 64, 1),
-                    (64, 16, 1),
-                    (64, 64, 1),
-                )
-            ),
-            dict(b=1, L=16, H=64, P=64, G=8, N=128, K=4, placed=1),
+            dict(b=1, L=16, **_PUBLISHED, ragged=0),
+            dict(b=1, L=16, **_PUBLISHED, ragged=1),
+            dict(b=1, L=1, **_PUBLISHED, ragged=0),
+            *(dict(b=b, L=L, **_PUBLISHED, ragged=1) for b, L in ((1, 32), (1, 64), (64, 16), (64, 64))),
+            dict(b=1, L=16, **_PUBLISHED, placed=1),
         ),
         grows=dict(b=64, L=64),
         outputs=(),
         writes=("state.conv", "state.ssm"),
         cost=_mamba_advance_cost,
         kernels=("_mamba_advance_kernel", "_causal_conv1d_kernel", "_ssd_advance_kernel", "_conv_advance_kernel"),
-        forward_only=True,
-        candidates=dict(
-            _mamba_advance_kernel=tuple(
-                TileLaunch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128, num_warps=warps)
-                for t, warps in ((16, 4), (16, 8), (32, 8))
-                for p in (16, 32)
-            )
-        ),
+        candidates=dict(_mamba_advance_kernel=_tiles(16, 32)),
     ),
     Op(
         fn=mamba_step,
-        reference=reference.mamba_step,
         inputs=_mamba_step_inputs,
         cases=(
             dict(b=2, H=4, P=3, G=2, N=5, K=4),
@@ -189,15 +140,12 @@ OPS = (
             dict(b=0, H=2, P=3, G=1, N=4, K=4),
             dict(b=2, H=2, P=4, G=1, N=8, K=4, placed=1),
         ),
-        shapes=tuple(
-            dict(b=b, H=64, P=64, G=8, N=128, K=4, **extra) for b, extra in ((1, {}), (64, {}), (64, _PLACED))
-        ),
+        shapes=(dict(b=1, **_PUBLISHED), dict(b=64, **_PUBLISHED), dict(b=64, **_PUBLISHED, placed=1)),
         grows=dict(b=64),
         outputs=("y",),
         writes=("state.conv", "state.ssm"),
         cost=_mamba_step_cost,
         kernels=("_mamba_step_kernel",),
-        forward_only=True,
         candidates=dict(
             _mamba_step_kernel=tuple(
                 StepLaunch(BLOCK_P=p, BLOCK_N=128, num_warps=warps)
@@ -207,7 +155,6 @@ OPS = (
     ),
     Op(
         fn=mamba_extend,
-        reference=reference.mamba_extend,
         inputs=_mamba_extend_inputs,
         cases=(
             dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4),
@@ -218,7 +165,7 @@ OPS = (
             dict(b=2, L=67, H=2, P=4, G=1, N=8, K=3, biased=0, ragged=0, placed=1),
             dict(b=0, L=3, H=2, P=3, G=1, N=4, K=4),
         ),
-        shapes=tuple(dict(b=1, L=L, H=64, P=64, G=8, N=128, K=4, ragged=0) for L in (1, 16, 2048)),
+        shapes=tuple(dict(b=1, L=L, **_PUBLISHED, ragged=0) for L in (1, 16, 2048)),
         outputs=("y",),
         writes=("state.conv", "state.ssm"),
         cost=_mamba_extend_cost,
@@ -226,6 +173,5 @@ OPS = (
             *("_mamba_step_kernel", "_mamba_block_kernel", "_mamba_advance_kernel", "_causal_conv1d_kernel"),
             *("_chunk_steps_kernel", "_chunk_states_kernel", "_chunk_scan_kernel", "_conv_advance_kernel"),
         ),
-        forward_only=True,
     ),
 )

@@ -2,7 +2,6 @@
 
 import torch
 
-from tt_kernels import reference
 from tt_kernels.moe.experts import experts
 from tt_kernels.moe.experts_launch import HiddenLaunch, ProductLaunch, UpLaunch, WeightsLaunch
 from tt_kernels.moe.route import route
@@ -12,9 +11,7 @@ from tt_kernels.reference.moe import ACTIVATIONS, ExpertWeights, Routing
 from .op import Op
 
 
-def _experts_inputs(
-    dtype: torch.dtype, T: int, D: int, N: int, E: int, K: int, gated: int = 0, M: int = 0, act: int | None = None
-) -> dict[str, object]:
+def _experts_inputs(dtype, T, D, N, E, K, gated=0, M=0, act=None):
     """act: index of the activation in ACTIVATIONS; None: silu with a gate, relu2 without."""
     up, gate = torch.randn(2, E, N, D, dtype=dtype) * D**-0.5
     down = torch.randn(E, D, N, dtype=dtype) * N**-0.5
@@ -33,16 +30,14 @@ def _experts_inputs(
     )
 
 
-def _experts_cost(
-    itemsize: int, T: int, D: int, N: int, E: int, K: int, gated: int = 0, M: int = 0, act: int | None = None
-) -> tuple[int, int]:
+def _experts_cost(itemsize, T, D, N, E, K, gated=0, M=0, **_):
     hit = round(E * (1 - (1 - K / E) ** T))  # expected, with even choices
     matrices = 2 + gated
     return 2 * matrices * T * D * (K * N + M), (matrices * D * (hit * N + M) + 2 * T * D) * itemsize
 
 
-# (BLOCK_T, BLOCK_N, BLOCK_K, num_warps, num_stages, SWAP, PERSISTENT, SORTED) of launches worth measuring
-_PRODUCTS = (
+_OPTIONS = ("BLOCK_T", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "SWAP", "PERSISTENT", "SORTED")
+_PRODUCTS = (  # worth measuring
     *((16, 64, k, 4, stages, 1, 0, 0) for k, stages in ((128, 5), (128, 4), (128, 3), (64, 10), (64, 7), (256, 3))),
     *((16, 128, k, 4, stages, 1, 0, 0) for k, stages in ((128, 5), (64, 6), (64, 5))),
     *((16, 64, 128, 4, 5, 1, 2, 0), (16, 128, 64, 4, 5, 1, 2, 0), (16, 128, 128, 4, 5, 1, 1, 0)),
@@ -55,19 +50,12 @@ _PRODUCTS = (
 )
 
 
-def _up(t: int, n: int, k: int, warps: int, stages: int, swap: int, persistent: int, gathered: int) -> UpLaunch:
-    return UpLaunch(
-        **dict(BLOCK_T=t, BLOCK_N=n, BLOCK_K=k, SWAP=swap, PERSISTENT=persistent, SORTED=gathered),
-        **dict(num_warps=warps, num_stages=stages),
-    )
-
-
 def _down(up: UpLaunch) -> ProductLaunch:
     """The same without SORTED: rows of the down product are."""
     return ProductLaunch(**{name: value for name, value in up.options.items() if name != "SORTED"})
 
 
-UP = tuple(_up(*row) for row in _PRODUCTS)
+UP = tuple(UpLaunch(**dict(zip(_OPTIONS, row, strict=True))) for row in _PRODUCTS)
 CANDIDATES = {
     "_experts_up_kernel": UP,
     "_experts_down_kernel": tuple(dict.fromkeys(map(_down, UP))),
@@ -85,9 +73,7 @@ CANDIDATES = {
 }
 
 
-def _route_inputs(
-    dtype: torch.dtype, T: int, D: int, E: int, K: int, groups: int = 1, kept: int = 1
-) -> dict[str, object]:
+def _route_inputs(dtype, T, D, E, K, groups=1, kept=1):
     wide = torch.promote_types(dtype, torch.float32)
     return dict(
         x=torch.randn(T, D, dtype=dtype),
@@ -98,10 +84,6 @@ def _route_inputs(
         topk_group=kept,
         scale=2.5,
     )
-
-
-def _route_cost(itemsize: int, T: int, D: int, E: int, K: int, groups: int = 1, kept: int = 1) -> tuple[int, int]:
-    return 2 * T * E * D, T * D * itemsize + 4 * E * D + 20 * T * K + 4 * E
 
 
 def _few(splits: int, block_e: int, rows: int = 16) -> FewLaunch:
@@ -115,7 +97,6 @@ def _scores(block_t: int, block_e: int, block_d: int, warps: int) -> ScoresLaunc
 OPS = (
     Op(
         fn=experts,
-        reference=reference.experts,
         inputs=_experts_inputs,
         cases=(
             dict(T=5, D=6, N=11, E=4, K=2, M=9),
@@ -155,7 +136,6 @@ OPS = (
     ),
     Op(
         fn=route,
-        reference=reference.route,
         inputs=_route_inputs,
         cases=(
             dict(T=3, D=5, E=8, K=3),
@@ -180,15 +160,13 @@ OPS = (
         candidates={
             "_route_few_kernel": (
                 *(_few(splits, 16) for splits in (1, 2, 4, 8)),
-                _few(1, 32),
-                _few(2, 32),
-                _few(4, 16, 8),
+                *(_few(1, 32), _few(2, 32), _few(4, 16, 8)),
             ),
             "_route_scores_kernel": (
                 *(_scores(32, 32, 32, 4), _scores(64, 32, 32, 4), _scores(64, 64, 32, 8)),
                 *(_scores(32, 64, 32, 8), _scores(64, 64, 64, 8)),
             ),
         },
-        cost=_route_cost,
+        cost=lambda itemsize, T, D, E, K, **_: (2 * T * E * D, T * D * itemsize + 4 * E * D + 20 * T * K + 4 * E),
     ),
 )

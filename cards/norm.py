@@ -1,9 +1,7 @@
 """Cards of the RMS norms."""
 
 import torch
-from torch import Tensor
 
-from tt_kernels import reference
 from tt_kernels.norm.gated_group_norm import gated_group_norm
 from tt_kernels.norm.modulated_rms_norm import modulated_rms_norm
 from tt_kernels.norm.rms_norm import rms_norm
@@ -11,12 +9,12 @@ from tt_kernels.norm.rms_norm import rms_norm
 from .op import Op
 
 
-def _gated(dtype: torch.dtype, T: int, D: int, groups: int) -> dict[str, object]:
+def _gated(dtype, T, D, groups):
     x, z = torch.randn(2, T, D, dtype=dtype)
     return dict(x=x, z=z, weight=torch.randn(D, dtype=dtype), groups=groups)
 
 
-def _modulated(dtype: torch.dtype, B: int, L: int, D: int, plain: int = 0, norm_first: int = 0) -> dict[str, object]:
+def _modulated(dtype, B, L, D, plain=0, norm_first=0):
     x, branch = torch.randn(2, B, L, D, dtype=dtype)
     weight = torch.randn(D, dtype=dtype)
     if plain:
@@ -26,14 +24,9 @@ def _modulated(dtype: torch.dtype, B: int, L: int, D: int, plain: int = 0, norm_
     return dict(x=x, weight=weight, shift=shift, scale=scale, branch=branch, gate=gate, order=order)
 
 
-def _rows(dtype: torch.dtype, T: int, D: int) -> dict[str, Tensor]:
-    return dict(x=torch.randn(T, D, dtype=dtype), weight=torch.randn(D, dtype=dtype))
-
-
 OPS = (
     Op(
         fn=gated_group_norm,
-        reference=reference.gated_group_norm,
         inputs=_gated,
         cases=(
             dict(T=3, D=24, groups=4),
@@ -50,25 +43,26 @@ OPS = (
     ),
     Op(
         fn=modulated_rms_norm,
-        reference=reference.modulated_rms_norm,
         inputs=_modulated,
         cases=(
-            *(dict(B=2, L=3, D=29), dict(B=2, L=3, D=29, norm_first=1), dict(B=2, L=1, D=64, plain=1)),
-            *(dict(B=3, L=13, D=6), dict(B=1, L=0, D=8)),
+            dict(B=2, L=3, D=29),
+            dict(B=2, L=3, D=29, norm_first=1),
+            dict(B=2, L=1, D=64, plain=1),
+            dict(B=3, L=13, D=6),
+            dict(B=1, L=0, D=8),
         ),
         shapes=(
-            *(dict(B=1, L=16, D=2688), dict(B=1, L=16, D=2688, norm_first=1)),
-            *(dict(B=1, L=16, D=2688, plain=1), dict(B=256, L=16, D=2688)),
+            *(dict(B=1, L=16, D=2688, **order) for order in ({}, dict(norm_first=1), dict(plain=1))),
+            dict(B=256, L=16, D=2688),
         ),
         outputs=("y", "residual"),
         grads=("x", "weight", "shift", "scale", "branch", "gate"),
         kernels=("_modulated_rms_norm_fwd_kernel", "_modulated_rms_norm_bwd_kernel"),
-        cost=lambda itemsize, B, L, D, plain=0, norm_first=0: (9 * B * L * D, 4 * B * L * D * itemsize),
+        cost=lambda itemsize, B, L, D, **_: (9 * B * L * D, 4 * B * L * D * itemsize),
     ),
     Op(
         fn=rms_norm,
-        reference=reference.rms_norm,
-        inputs=_rows,
+        inputs=lambda dtype, T, D: dict(x=torch.randn(T, D, dtype=dtype), weight=torch.randn(D, dtype=dtype)),
         cases=(dict(T=5, D=37), dict(T=19, D=5), dict(T=3, D=64), dict(T=1, D=1), dict(T=0, D=8)),
         shapes=(dict(T=16, D=2688), dict(T=4096, D=2688)),
         outputs=("y",),

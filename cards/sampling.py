@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tt_kernels import Sampling, reference
+from tt_kernels import Sampling
 from tt_kernels.sampling.commit import commit
 from tt_kernels.sampling.gumbel_noise import gumbel_noise
 from tt_kernels.sampling.head_sample import head_sample
@@ -19,48 +19,34 @@ def keys(R: int) -> dict[str, Tensor]:
     return dict(seed=torch.randint(-(2**63), 2**63 - 1, (R,)), position=torch.arange(R) * 7, step=torch.arange(R) % 3)
 
 
-def _gumbel_noise_inputs(dtype: torch.dtype, R: int, V: int) -> dict[str, object]:
-    return dict(**keys(R), vocab_size=V)
-
-
-def temperatures(R: int, hot: int) -> Tensor:
-    """Every other row at temperature 0, the rest at 0.1 to 1; hot=0: all at 0. In fp64, as a model holds them."""
-    return hot * torch.linspace(0.1, 1, R, dtype=torch.float64) * (torch.arange(R) % 2)
-
-
 def sampling(R: int, V: int, hot: int = 1, narrow: int = 0) -> Sampling:
-    """narrow: 1 top_k and top_p, 2 top_k, 3 top_p; of each row its own, and of every fourth and fifth row no limit."""
+    """Every other row at temperature 0, the rest at 0.1 to 1; hot=0: all at 0. In fp64, as a model holds them.
+    narrow: 1 top_k and top_p, 2 top_k, 3 top_p; of each row its own, and of every fourth and fifth row no limit."""
     row = torch.arange(R)
     top_k, top_p = (row % 4 < 3) * (1 + V // (2 + row % 3)), torch.where(row % 5 < 4, 0.5 + 0.1 * (row % 5), 1.0)
     return Sampling(
-        temperatures(R, hot),
+        hot * torch.linspace(0.1, 1, R, dtype=torch.float64) * (row % 2),
         **keys(R),
         top_k=top_k if narrow in (1, 2) else None,
         top_p=top_p if narrow in (1, 3) else None,
     )
 
 
-def _sample_inputs(dtype: torch.dtype, R: int, V: int, hot: int = 1, narrow: int = 0) -> dict[str, object]:
-    return dict(logits=3 * torch.randn(R, V, dtype=dtype), sampling=sampling(R, V, hot, narrow), suppress=V // 2)
+def _sample_inputs(dtype, R, V, **rest):
+    return dict(logits=3 * torch.randn(R, V, dtype=dtype), sampling=sampling(R, V, **rest), suppress=V // 2)
 
 
-def head_inputs(dtype: torch.dtype, R: int, D: int, V: int, hot: int = 1, narrow: int = 0) -> dict[str, object]:
+def head_inputs(dtype, R, D, V, **rest):
     weight = 3 * D**-0.5 * torch.randn(V, D, dtype=dtype)
     hidden = torch.randn(R, D, dtype=dtype)
-    return dict(hidden=hidden, weight=weight, sampling=sampling(R, V, hot, narrow), suppress=V // 2)
+    return dict(hidden=hidden, weight=weight, sampling=sampling(R, V, **rest), suppress=V // 2)
 
 
 CANDIDATES = tuple(  # all of one BLOCK_V: it orders a row's sums, whichever launch its number of rows is given
     HeadLaunch(BLOCK_V=128, BLOCK_T=t, BLOCK_K=k, num_warps=warps, num_stages=stages)
     for t, k, warps, stages in (
-        (16, 128, 4, 4),
-        (16, 64, 4, 6),
-        (32, 128, 4, 4),
-        (64, 64, 4, 5),
-        (64, 64, 8, 5),
-        (64, 128, 8, 4),
-        (128, 64, 8, 4),
-        (128, 64, 8, 6),
+        *((16, 128, 4, 4), (16, 64, 4, 6), (32, 128, 4, 4), (64, 64, 4, 5)),
+        *((64, 64, 8, 5), (64, 128, 8, 4), (128, 64, 8, 4), (128, 64, 8, 6)),
     )
 )
 
@@ -75,24 +61,24 @@ def commit_inputs(B: int, L: int, V: int) -> dict[str, object]:
     )
 
 
-def _commit_inputs(dtype: torch.dtype, B: int, L: int, V: int) -> dict[str, object]:
+def _commit_inputs(dtype, B, L, V):
     confidence = torch.rand(B, L, dtype=torch.promote_types(dtype, torch.float32))
     return dict(**commit_inputs(B, L, V), token=torch.randint(V - 1, (B, L)), confidence=confidence)
 
 
-def _unmask_inputs(
-    dtype: torch.dtype, B: int, L: int, D: int, V: int, hot: int = 1, narrow: int = 0
-) -> dict[str, object]:
-    inputs = head_inputs(dtype, B, D, V, hot, narrow)
+def _unmask_inputs(dtype, B, L, D, V, **rest):
+    inputs = head_inputs(dtype, B, D, V, **rest)
     del inputs["suppress"]
     return dict(inputs, hidden=torch.randn(B, L, D, dtype=dtype), **commit_inputs(B, L, V))
 
 
+_HEAD = dict(D=2688, V=131072)
+_HEAD_KERNELS = ("_head_kernel", "_sample_kernel", "_combine_kernel")
+
 OPS = (
     Op(
         fn=gumbel_noise,
-        reference=reference.gumbel_noise,
-        inputs=_gumbel_noise_inputs,
+        inputs=lambda dtype, R, V: dict(**keys(R), vocab_size=V),
         cases=(dict(R=3, V=11), dict(R=1, V=64), dict(R=2, V=1030), dict(R=0, V=4)),
         shapes=(dict(R=16, V=131072),),
         outputs=("noise",),
@@ -101,7 +87,6 @@ OPS = (
     ),
     Op(
         fn=sample,
-        reference=reference.sample,
         inputs=_sample_inputs,
         cases=(
             dict(R=6, V=11),
@@ -113,11 +98,7 @@ OPS = (
             dict(R=1, V=3),
             dict(R=0, V=5),
         ),
-        shapes=(
-            dict(R=1, V=131072, hot=0),
-            dict(R=16, V=131072),
-            dict(R=16, V=131072, narrow=1),
-        ),
+        shapes=(dict(R=1, V=131072, hot=0), dict(R=16, V=131072), dict(R=16, V=131072, narrow=1)),
         outputs=("token", "confidence"),
         kernels=("_sample_kernel", "_combine_kernel"),
         candidates=dict(
@@ -126,11 +107,10 @@ OPS = (
                 for block, tiles, warps in ((1024, 4, 4), (2048, 1, 4), (2048, 2, 4), (2048, 4, 8), (4096, 1, 8))
             )
         ),
-        cost=lambda itemsize, R, V, hot=1, narrow=0: (40 * R * V, R * V * itemsize),
+        cost=lambda itemsize, R, V, **_: (40 * R * V, R * V * itemsize),
     ),
     Op(
         fn=head_sample,
-        reference=reference.head_sample,
         inputs=head_inputs,
         cases=(
             dict(R=6, D=16, V=37),
@@ -143,24 +123,19 @@ OPS = (
             dict(R=0, D=4, V=5),
         ),
         shapes=(
-            dict(R=1, D=2688, V=131072, hot=0),
-            dict(R=16, D=2688, V=131072),
-            dict(R=32, D=2688, V=131072),
-            dict(R=64, D=2688, V=131072),
-            dict(R=128, D=2688, V=131072),
-            dict(R=512, D=2688, V=131072),
-            dict(R=16, D=2688, V=131072, narrow=1),
+            dict(R=1, **_HEAD, hot=0),
+            *(dict(R=R, **_HEAD) for R in (16, 32, 64, 128, 512)),
+            dict(R=16, **_HEAD, narrow=1),
         ),
         grows=dict(R=512),
         outputs=("token", "confidence"),
-        kernels=("_head_kernel", "_sample_kernel", "_combine_kernel"),
+        kernels=_HEAD_KERNELS,
         tensor_cores={"_head_kernel": "BLOCK_V"},
         candidates=dict(_head_kernel=CANDIDATES),
-        cost=lambda itemsize, R, D, V, hot=1, narrow=0: (2 * R * V * D, (V * D + R * D) * itemsize),
+        cost=lambda itemsize, R, D, V, **_: (2 * R * V * D, (V * D + R * D) * itemsize),
     ),
     Op(
         fn=commit,
-        reference=reference.commit,
         inputs=_commit_inputs,
         cases=(
             dict(B=4, L=7, V=11),
@@ -178,7 +153,6 @@ OPS = (
     ),
     Op(
         fn=unmask,
-        reference=reference.unmask,
         inputs=_unmask_inputs,
         cases=(
             dict(B=4, L=5, D=16, V=37),
@@ -192,25 +166,14 @@ OPS = (
             dict(B=2, L=0, D=4, V=5),
         ),
         shapes=(
-            dict(B=1, L=16, D=2688, V=131072),
-            dict(B=4, L=16, D=2688, V=131072),
-            dict(B=8, L=16, D=2688, V=131072),
-            dict(B=64, L=16, D=2688, V=131072),
-            dict(B=1, L=128, D=2688, V=131072),
-            dict(B=4, L=16, D=2688, V=131072, narrow=1),
+            *(dict(B=B, L=L, **_HEAD) for B, L in ((1, 16), (4, 16), (8, 16), (64, 16), (1, 128))),
+            dict(B=4, L=16, **_HEAD, narrow=1),
         ),
         grows=dict(B=64, L=64),
         outputs=("block", "committed", "confidence", "masked"),
-        kernels=(
-            "_masked_rows_kernel",
-            "_head_kernel",
-            "_sample_kernel",
-            "_combine_kernel",
-            "_finish_kernel",
-            "_commit_kernel",
-        ),
+        kernels=("_masked_rows_kernel", *_HEAD_KERNELS, "_finish_kernel", "_commit_kernel"),
         tensor_cores={"_head_kernel": "BLOCK_V"},
         candidates=dict(_head_kernel=CANDIDATES),
-        cost=lambda itemsize, B, L, D, V, hot=1, narrow=0: (2 * B * L * V * D, (V * D + B * L * D) * itemsize),
+        cost=lambda itemsize, B, L, D, V, **_: (2 * B * L * V * D, (V * D + B * L * D) * itemsize),
     ),
 )

@@ -13,11 +13,9 @@ import re
 import sys
 from collections.abc import Sequence
 
-from bench.measure import table
+from bench.measure import parser, table
 from cards import OPS
 from tools.aot import LOCK
-
-from .common import parser, shape_of
 
 # A multiprocessor of each target: registers, bytes of shared memory (1 KB of each program's is the system's), threads,
 # programs.
@@ -40,14 +38,14 @@ def programs(architecture: int, registers: int, shared: int, warps: int) -> tupl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = parser("aot", __doc__)
-    p.add_argument("ops", nargs="+", metavar="OP")
+    p = parser("profiling.aot", __doc__)
+    p.add_argument("ops", nargs="+", choices=[name for name, op in OPS.items() if op.kernels], metavar="OP")
     p.add_argument("--sm", type=int, choices=tuple(LIMITS), default=90, help="target (default: %(default)s)")
     p.add_argument("--find", default="", metavar="TEXT", help='only launches that hold it: "BLOCK_T=16 "')
     o = p.parse_args(arguments)
     locks = json.loads(LOCK.read_text())
     version = max(locks, key=lambda name: [int(part) for part in name.split(".")])
-    kernels = [kernel for name in o.ops if shape_of(p, name, None) for kernel in OPS[name].kernels]
+    kernels = [kernel for name in o.ops for kernel in OPS[name].kernels]
     rows = {}  # forms that differ in alignment only: one line
     for key, found in locks[version].items():
         kernel, sm, launch = key.split(" ", 2)
@@ -56,14 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         warps = re.search(r"num_warps=(\d+)", options)
         fit, limit = programs(o.sm, found["registers"], found["shared"], int(warps[1]) if warps else 4)
+        shared, tensor = found["shared"], found["tensor"] or "-"
         cells = (
             found["registers"],
             found["stack"],
-            f"{found['shared'] / 1024:.0f}",
+            f"{shared / 1024:.0f}",
             found["load"],
-            found["tensor"] or "-",
+            tensor,
+            "yes" * found["tma"],
         )
-        rows[(kernel, *cells, "yes" * found["tma"], fit, limit, f"{fit * found['shared'] / 1024:.0f}", options)] = None
+        rows[(kernel, *cells, fit, limit, f"{fit * shared / 1024:.0f}", options)] = None
     print(f"Triton {version}, sm_{o.sm}\n\n{table(('kernel', *COLUMNS, 'launch'), list(rows))}")
     return 0
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,12 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.clock import DeviceClock
 from bench.generate import config_of, denoiser_pass, load, timed
-from bench.measure import in_a_line, percentile, positive, table, where
+from bench.measure import in_a_line, parser, percentile, percentiles, positive, table, wall, where
 from tt_kernels.runtime.launch import recording
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.modeling.state import Cache
-
-from .common import parser
 
 
 class Operators(TorchDispatchMode):
@@ -65,15 +62,11 @@ def run(o: Any) -> int:
         with Operators() as operators:
             call()
         kernels = collections.Counter(kernel.__name__ for kernel, *_ in launches[first:])
-        samples = []
-        for _ in range(o.rounds):
-            begin = time.perf_counter()
-            call()
-            samples.append(time.perf_counter() - begin)
+        samples = [wall([call]) for _ in range(o.rounds)]
     from tt_model.modeling.two_tower import _frequencies
 
     _frequencies.cache_clear()  # made on the meta device here
-    p20, p50, p80 = (1e3 * percentile(samples, share) for share in (0.2, 0.5, 0.8))
+    p20, p50, p80 = (1e3 * seconds for seconds in percentiles(samples).values())
     print(in_a_line(where()) + "\n")
     print(f"{o.model}, batch {o.batch}, {o.context} tokens before: a denoiser pass without its head, on meta tensors\n")
     print(f"kernels of ours launched  {sum(kernels.values())}")
@@ -91,9 +84,9 @@ def on_device(o: Any) -> None:
     subject = load(o.model, "cuda")
     call = denoiser_pass(subject, subject.model.prefill(subject.prompts(o.batch, o.context)), o.batch)
     devices, walls, _ = timed(subject, lambda: call, o.rounds)
-    device, wall = percentile(devices, 0.5), percentile(walls, 0.5)
-    times = f"by the wall {1e3 * wall:.2f} ms, the device alone {1e3 * device:.2f} ms"
-    print(f"\n{times}: {1e3 * (wall - device):.2f} ms of the host show")
+    device, waited = percentile(devices, 0.5), percentile(walls, 0.5)
+    times = f"by the wall {1e3 * waited:.2f} ms, the device alone {1e3 * device:.2f} ms"
+    print(f"\n{times}: {1e3 * (waited - device):.2f} ms of the host show")
     watch = DeviceClock()
     with watch.scope():
         samplers, how, errors = watch.samplers({"pass": [call]})
@@ -106,7 +99,7 @@ def on_device(o: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = parser("host", __doc__)
+    p = parser("profiling.host", __doc__)
     p.add_argument("--model", choices=("published", "bundled"), default="published", help="default: %(default)s")
     p.add_argument("--batch", type=positive, default=1)
     p.add_argument("--context", type=positive, default=2048)

@@ -8,9 +8,11 @@ own: for how long a pass takes use python -m bench.generate, for where it goes t
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,41 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import clock, whole
-from bench.generate import denoiser_pass, format_of, load
-from bench.measure import in_a_line, interleaved, percentile, positive, table, where
+from bench.generate import denoiser_pass, load
+from bench.measure import in_a_line, interleaved, parser, percentile, positive, table, where
 from cards import OPS
 from tt_model import TwoTowerConfig
-from tt_model.cli import sizes
 
-from .common import RANGE, labelled, parser
+RANGE = "op "  # what the name of a range in a profile begins with
+
+
+@contextmanager
+def labelled() -> Iterator[None]:
+    """Every op that the model calls, and every linear layer, as a named range in whatever profiles meanwhile."""
+    names = {op.fn: name for name, op in OPS.items()}
+    undo: list[tuple[Any, str, Any]] = []
+
+    def put(owner: Any, attribute: str, label: str) -> None:
+        fn = getattr(owner, attribute)
+
+        @functools.wraps(fn)
+        def ranged(*args: Any, **kwargs: Any) -> Any:
+            with torch.profiler.record_function(RANGE + label):
+                return fn(*args, **kwargs)
+
+        undo.append((owner, attribute, fn))
+        setattr(owner, attribute, ranged)
+
+    for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "tt_model"]:
+        for attribute, value in list(vars(module).items()):
+            if callable(value) and getattr(value, "__hash__", None) and value in names:
+                put(module, attribute, names[value])
+    put(torch.nn.Linear, "forward", "linear")
+    try:
+        yield
+    finally:
+        for owner, attribute, fn in reversed(undo):
+            setattr(owner, attribute, fn)
 
 
 def dims_of_pass(c: TwoTowerConfig, batch: int, context: int) -> dict[str, dict[str, int]]:
@@ -46,20 +76,14 @@ def dims_of_pass(c: TwoTowerConfig, batch: int, context: int) -> dict[str, dict[
     }
 
 
-def floors(
-    calls: Mapping[str, float],
-    c: TwoTowerConfig,
-    batch: int,
-    context: int,
-    format: sizes.Format,
-    roofs: Mapping[str, float],
-) -> dict[str, float]:
+def floors(calls: Mapping[str, float], paper: whole.Pass, roofs: Mapping[str, float]) -> dict[str, float]:
     """Seconds a pass below which the calls of each op cannot be. Of linear layers, which have no card, what the whole
     pass's are on paper."""
     least = lambda flops, moved: max(moved / roofs["bandwidth"], flops / roofs["compute"])
-    dims = {name: dims for name, dims in dims_of_pass(c, batch, context).items() if name in calls}
-    found = {name: calls[name] * least(*OPS[name].cost(format.other // 8, **dims[name])) for name in dims}
-    moved, flops = whole.parts(c, whole.DENOISER, batch=batch, context=context, format=format)["projections"]
+    dims = dims_of_pass(paper.config, paper.batch, paper.context)
+    width = paper.format.other // 8
+    found = {name: calls[name] * least(*OPS[name].cost(width, **dims[name])) for name in dims.keys() & calls.keys()}
+    moved, flops = paper.parts()["projections"]
     return found | {"linear": least(flops, moved)}
 
 
@@ -112,7 +136,7 @@ def kernel_table(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
-    p = parser("timeline", __doc__)
+    p = parser("profiling.timeline", __doc__)
     p.add_argument("--model", default="published" if gpu else "bundled", help="published, bundled or a folder")
     p.add_argument("--batch", type=positive, default=1)
     p.add_argument(
@@ -142,14 +166,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mine = [e for e in events if kind in str(e.device_type) and not e.key.startswith(RANGE)]
     took = lambda e: (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1e6 / o.passes
     found, busy = by_op(events, o.passes, gpu), sum(map(took, mine)) if gpu else wall
-    c, format = subject.model.config, format_of(subject.model)
-    least = floors({name: calls for name, (calls, _) in found.items()}, c, o.batch, o.context, format, roofs)
-    bound = whole.floor(c, whole.DENOISER, batch=o.batch, context=o.context, format=format, roofs=roofs)
+    paper = subject.paper(whole.DENOISER, o.batch, o.context)
+    least = floors({name: calls for name, (calls, _) in found.items()}, paper, roofs)
     print(in_a_line(where()) + "\n")
     print(f"{subject.name}; batch {o.batch}, {o.context} tokens before, {o.passes} passes")
     print(f"roofs here: {roofs['bandwidth'] / 1e9:.1f} GB/s, {roofs['compute'] / 1e9:.0f} GFLOP/s")
     print(f"a pass under the profiler: {1e3 * wall:.2f} ms by the wall, {1e3 * busy:.2f} ms busy")
-    print(f"floor of the whole pass: {1e3 * bound:.3g} ms\n")
+    print(f"floor of the whole pass: {1e3 * paper.floor(roofs):.3g} ms\n")
     print(op_table(found, busy, least))
     print(f"\n{kernel_table(mine, took, o.passes, o.rows, found)}")
     print(f"\n{o.out}: open it in ui.perfetto.dev")

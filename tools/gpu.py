@@ -31,15 +31,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "rich", "pytest", "pytest_timeout", "hypothesis")
 STATE, LOGS, ARCHIVE = ROOT / ".gpu.json", ROOT / ".gpu", ROOT / ".gpu/gpu.tar.gz"
-KEPT = (
-    "bench/results/*",
-    "bench/tuning/*",
-    "tt_kernels/tuned/*",
-    "SPEED.md",
-    "docs/speed_*",
-    "profiles/*",
-    ".gpu/*.log",
-)
+KEPT = ("bench/results/*", "bench/tuning/*", "tt_kernels/tuned/*", "SPEED.md", "docs/speed_*", "profiles/*")
 LIMIT, LEAST, REPORT, TURNS = 530, 60, 60, 3  # seconds of a task; to begin one with; for SPEED.md; turns of a cut one
 BEGIN = time.monotonic()  # of the process: what loads until the first task runs is part of a visit
 
@@ -48,16 +40,10 @@ def run(task: Task, limit: float) -> str:
     """ "passed", "failed (status)" or "cut"; what it prints goes to its log, and the end of that to the terminal."""
     log = LOGS / f"{task.name}.log"
     print(f"==== {task.name}: expected {task.expected}", flush=True)
+    env = os.environ | dict(task.env) | {"PYTHONUNBUFFERED": "1"}  # all of what it prints, also when cut
+    options = dict(cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
     with log.open("ab") as out:
-        process = subprocess.Popen(
-            task.command,
-            cwd=ROOT,
-            env=os.environ | dict(task.env) | {"PYTHONUNBUFFERED": "1"},  # all of it, also when cut
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = subprocess.Popen(task.command, stdout=out, **options)
         try:
             status = process.wait(limit)
             outcome = "passed" if status == 0 else f"failed ({status})"
@@ -75,7 +61,7 @@ def pack(archive: Path) -> None:
     archive.parent.mkdir(parents=True, exist_ok=True)
     new = archive.with_name(archive.name + ".new")
     with tarfile.open(new, "w:gz") as file:
-        for path in (path for pattern in (*KEPT, STATE.name) for path in sorted(ROOT.glob(pattern))):
+        for path in (path for pattern in (*KEPT, ".gpu/*.log", STATE.name) for path in sorted(ROOT.glob(pattern))):
             file.add(path, path.relative_to(ROOT).as_posix())
     new.replace(archive)
 
@@ -141,11 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     head = commit().rstrip("+")  # tuning changes the checkout
 
     def show() -> str:
-        done = read_state(head)
-        outcome = lambda task: (
-            done.get(task.name, {}).get("outcome") or (f"would skip: {task.lacks}" if task.lacks else "")
-        )
-        return table(("task", "outcome", "expected"), [(task.name, outcome(task), task.expected) for task in chosen])
+        outcomes = {t.name: f"would skip: {t.lacks}" if t.lacks else "" for t in chosen}
+        outcomes |= {name: str(known["outcome"]) for name, known in read_state(head).items()}
+        return table(("task", "outcome", "expected"), [(t.name, outcomes[t.name], t.expected) for t in chosen])
 
     if o.list:
         print(show())

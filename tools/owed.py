@@ -1,7 +1,6 @@
 """What is owed from a GPU: commands with what they are expected to show, in order of worth. `make gpu` runs them.
 
-Expected times are an H200's: the bytes and flops on the op's card over 4.3 TB/s and 790 TFLOP/s, over the share of that
-roof that the kernel is built for. Nobody has measured them. Rows measure their own roofs: compare shares.
+Expected times are those of `bench/targets.py`. Rows measure their own roofs: compare shares.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from bench import ops
 from bench.peers import REGISTRY
+from bench.targets import expected
 from cards import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -25,36 +25,12 @@ SMALL = 64e6  # bytes: what a published shape moves in the smoke test
 TUNED_AT_ONCE = 2  # shapes, each with some thirty launches that compile first
 # What is measured first; then the others.
 WORTH = ("experts", "head_sample", "unmask", "context_attention", "mamba_block", "route", "append_attention", "moe")
-FIRST = {"experts": ("T16", "T64", "T128", "T512"), **dict.fromkeys(("head_sample", "unmask"), ("",))}
-FIRST |= dict.fromkeys(("context_attention", "mamba_block"), ("",))
+FIRST = {"experts": ("T16-", "T64-", "T128-", "T512-"), "head_sample": ("",), "unmask": ("",)}
+FIRST |= {"context_attention": ("",), "mamba_block": ("",)}
 # Where two launches of mamba_block may overtake one: around 4 rows of 16 tokens, 2 of 32; above 32 it takes two.
 CROSSING = ((4, 16), (5, 16), (8, 16), (2, 32), (3, 32), (1, 33), (4, 64))
 # Tests of what no card shows: neighbours, ties, NaN, tickets over streams and graphs, all lengths, masks of training.
 DEVICE_TESTS = ("attention_*", "graphs_*", "launches_*", "packed", "route_stress", "sampling*", "scan*", "strides_*")
-
-EXPECTED = {
-    "experts": "T=16 1.42 GB: 412 us at 80 %; T=64, 128, 512: 677, 710, 711 us at 85 %, ahead of vLLM's fused_moe; T=1 "
-    "53 us; T=4096 1170 us at 71 % (560 TFLOP/s), backward 2550 us, ahead of torch._grouped_mm",
-    "route": "to 64 tokens latency, below 5 us (two dependent tickets: 7 us likely at 64); 4096 tokens 50 to 60 us",
-    "head_sample": "16 rows 705 MB: 193 us at 85 %; no more than 3 % slower than before 3025a43 (sums by pairs)",
-    "unmask": "a block 193 us at 85 %; 64 blocks 722 GFLOP if all is masked: 913 us at the roof, the card masks 60 %",
-    "context_attention": "16 tokens at 128 K 72 us, 32 K 18 us (60 %), 4 K 7 us; 8 and 64 rows at 8 K 36, 290 us; at "
-    "1 K 9, 37 us; ahead of FA3 with its best number of splits at 32 K and 128 K",
-    "append_attention": "as context_attention: 4 K 7 us, 128 K 72 us",
-    "block_diffusion_attention": "4096, 8192 tokens 306, 1220 us at 57 %; at 8192 1.2 times as fast as flex_attention",
-    "causal_attention": "as block_diffusion_attention; level with cuDNN",
-    "mamba_block": "one block of 16: below 6 us, faster than causal_conv1d and ssd_block apart, and than "
-    "causal_conv1d+mamba_ssm; 64 sequences 61 us at 70 %",
-    "mamba_step": "one token: below 6 us; of 64 sequences 90 us at 70 %",
-    "causal_conv1d": "4096 tokens 28 us at 85 %, backward 41 us, ahead of causal-conv1d",
-    "ssd_block": "16 tokens, one sequence: latency, 4 to 6 us, ahead of mamba_ssm and fla",
-    "ssd_step": "one token of 64 sequences 270 MB: 90 us at 70 %",
-    "ssd_chunk": "4096 tokens in chunks of 64 117 us at 70 %, of 16 385 us; without states 8192 tokens below 120 us, "
-    "ahead of mamba_ssm",
-    "norm": "4096 rows at 85 %: rms_norm 12 us, modulated 24, gated 28, backward 18, 37, 46 us, torch.compile no "
-    "faster, modulated ahead of Liger; 16 rows 2 to 3 us",
-    "linear_cross_entropy": "whatever it takes while it is a reference: what its kernel has to beat",
-}
 
 
 class Task(NamedTuple):
@@ -118,7 +94,7 @@ def tasks() -> Iterator[Task]:
     yield Task("smoke", (*PYTEST, *smoke()), right)
     for name, words in FIRST.items():
         chosen = " or ".join(f"[{name}-{word}" for word in words)
-        yield Task(f"first-{name}", rows(f"forward and ({chosen})", "eager"), EXPECTED[name])
+        yield Task(f"first-{name}", rows(f"forward and ({chosen})", "eager"), expected(name))
     generate = (*PYTHON, "bench.generate", "--record", "--batch")
     yield Task("first-passes", (*generate, "1", "--no-decoding"), "beside its floor, and the experts that tokens hit")
 
@@ -140,8 +116,8 @@ def tasks() -> Iterator[Task]:
     yield Task("golden-bf16", (*PYTHON, "eval.golden", str(golden)), small, {}, no_golden)
 
     for part, names in parts().items():
-        expected = "; ".join(f"{name}: {EXPECTED[name]}" for name in (part, *names) if name in EXPECTED)
-        yield Task(f"rows-{part}", rows(named(names), "eager,compiled"), expected or "none is red; oracle fp64")
+        targets = "; ".join(f"{name}: {text}" for name in names if (text := expected(name)))
+        yield Task(f"rows-{part}", rows(named(names), "eager,compiled"), targets or "none is red; oracle fp64")
     sizes = [word for b, L in CROSSING for word in ("--also", f"mamba_block:b={b},L={L}")]
     words = " or ".join(f"[mamba_block-b{b}-L{L}-" for b, L in CROSSING)
     level = "one launch no slower than two (apart) at 4 sequences; if ahead by much, the bound in_one_launch may rise"
@@ -166,9 +142,9 @@ def tasks() -> Iterator[Task]:
             command = (*PYTHON, "tools.tune", name, "--missing", *wanted)
             yield Task(f"tune-{name}-{1 + i // TUNED_AT_ONCE}", command, "rows in tt_kernels/tuned where 3 % is won")
         yield Task(f"again-{name}", rows(named([name]), "eager,compiled"), "as rows, no slower")
+    ahead = "ahead of all that are installed (bench/peers/README.md says how to get them)"
     for name in by_worth(list(REGISTRY)):
-        ahead = EXPECTED.get(name, "ahead of all that are installed (bench/peers/README.md says how to get them)")
-        yield Task(f"peers-{name}", rows(named([name]), "all"), ahead)
+        yield Task(f"peers-{name}", rows(named([name]), "all"), expected(name) or ahead)
 
     trace = (*PYTHON, "profiling.timeline", "--passes", "3", "--out", "profiles/denoiser_pass.json.gz")
     yield Task("timeline", trace, "experts most of it; what lies between the ops is launches")
@@ -176,11 +152,11 @@ def tasks() -> Iterator[Task]:
     no_ncu = "" if shutil.which("ncu") else "ncu is not on the PATH: it comes with the CUDA toolkit (nsight-compute)"
     for name, shape, share in (("experts", "T=16", 80), ("context_attention", "L=16,S=131072", 60)):
         command = (*PYTHON, "profiling.ncu", name, "--shape", shape, "--out", f"profiles/{name}")
-        expected = f"memory above {share} % of its peak; if not, what warps wait for"
-        yield Task(f"ncu-{name}", command, expected, {}, no_ncu)
+        above = f"memory above {share} % of its peak; if not, what warps wait for"
+        yield Task(f"ncu-{name}", command, above, {}, no_ncu)
     sanitizer = shutil.which("compute-sanitizer")
     lacks = "" if sanitizer else "compute-sanitizer is not on the PATH"
-    for tool, expected in (("memcheck", "no error"), ("racecheck", "no hazard")):
+    for tool, nothing in (("memcheck", "no error"), ("racecheck", "no hazard")):
         for part, names in parts().items():
             chosen = named([name for name in names if name in kernels])
             small = ("tests/kernels/test_kernels.py", "-k", f"test_matches_reference and bfloat16 and ({chosen})")
@@ -188,4 +164,4 @@ def tasks() -> Iterator[Task]:
             # Each tensor in memory of its own, so that a read past its end is one past an allocation.
             alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             if chosen:
-                yield Task(f"{tool}-{part}", command, expected, alone, lacks)
+                yield Task(f"{tool}-{part}", command, nothing, alone, lacks)

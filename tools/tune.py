@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ import torch
 from bench import measure
 from bench.clock import DeviceClock, interleave, reason
 from bench.measure import around, faster, percentile, percentiles
-from bench.ops import Case, bind, low_dtype, operands
+from bench.ops import Case, bind, cases, operands, ours
 from bench.oracle import Clock, oracle
 from cards import OPS, Op
 from tt_kernels.runtime import launch
 from tt_kernels.runtime.launch import Launch, overriding
+from tt_model.files import write_atomically
 
 SAMPLES = measure.ROOT / "bench/tuning"
 HEURISTIC = "heuristic"
@@ -44,7 +46,7 @@ def within(kernel: str, candidate: Launch | None, call: Callable[[], Any]) -> Ca
 def trial(case: Case, kernel: str, candidates: Sequence[Launch], clock: Clock, seconds: float) -> Line | None:
     """Measure every candidate for one kernel; None where the pass does not ask for it at this shape."""
     with clock.scope():
-        call = bind(case, case.op.fn, operands(case, clock)[:1])[0]
+        call = bind(case, ours(case.op), operands(case, clock)[:1])[0]
         with overriding(kernel, None) as asked:
             call()
         del call
@@ -68,7 +70,7 @@ def trial(case: Case, kernel: str, candidates: Sequence[Launch], clock: Clock, s
     clock.release()
     with clock.scope():
         sets = operands(case, clock)
-        calls = {n: [within(kernel, c, call) for call in bind(case, case.op.fn, sets)] for n, c in right.items()}
+        calls = {n: [within(kernel, c, call) for call in bind(case, ours(case.op), sets)] for n, c in right.items()}
         samplers, how, errors = clock.samplers(calls)
         if HEURISTIC in errors or how[HEURISTIC] == "events":
             raise ValueError(f"{case.id}: {errors.get(HEURISTIC, 'waits for the host')}")
@@ -107,7 +109,7 @@ def known(machine: Mapping[str, Any]) -> dict[tuple[str, str], Line]:
 
 
 def keep(kernel: str, key: str, chosen: Mapping[str, int] | None, machine: Mapping[str, Any]) -> None:
-    """Put a key's launch into the table of tuned ones, or take it out: a reader sees all of the file or nothing."""
+    """Put a key's launch into the table of tuned ones, or take it out."""
     file = launch.TUNED / f"sm_{machine['architecture']}.json"
     found = json.loads(file.read_text()) if file.exists() else {"provenance": [], "launches": {}}
     rows = found["launches"].setdefault(kernel, {})
@@ -116,19 +118,14 @@ def keep(kernel: str, key: str, chosen: Mapping[str, int] | None, machine: Mappi
     found["launches"] = {name: dict(sorted(rows.items())) for name, rows in sorted(found["launches"].items()) if rows}
     found["provenance"] += [machine] * (machine not in found["provenance"])
     file.parent.mkdir(exist_ok=True)
-    new = file.with_name(file.name + ".new")
-    new.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(new, file)
+    write_atomically(file, lambda new: new.write_text(json.dumps(found, indent=1) + "\n"))
     launch._table.cache_clear()  # what is tuned next runs beside what has been
 
 
 def tune(op: Op, clock: Clock, machine: Mapping[str, Any], o: argparse.Namespace) -> None:
     """Every kernel of an op that has candidates, every shape and pass."""
     shapes = [dims for dims in op.shapes if not o.shape or any(wanted.items() <= dims.items() for wanted in o.shape)]
-    cases = [
-        Case(op, dims, low_dtype(op), backward) for dims in shapes for backward in (False, True)[: 1 + bool(op.grads)]
-    ]
-    for kernel, case in ((kernel, case) for kernel in op.candidates for case in cases):
+    for kernel, case in product(op.candidates, cases("cuda", {"": replace(op, shapes=tuple(shapes))})):
         if o.missing and (kernel, case.id) in known(machine):
             continue
         found = trial(case, kernel, op.candidates[kernel], clock, o.seconds)
@@ -141,24 +138,22 @@ def tune(op: Op, clock: Clock, machine: Mapping[str, Any], o: argparse.Namespace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.tune", description=__doc__)
-    parser.add_argument("op", choices=[name for name, op in OPS.items() if op.candidates], metavar="OP")
-    parser.add_argument(
-        "--shape", action="append", type=measure.sizes, metavar="T=16,..", help="only these of the card's"
-    )
-    parser.add_argument("--seconds", type=float, default=1.0, help="of samples a shape (default: %(default)s)")
-    parser.add_argument("--missing", action="store_true", help="skip what bench/tuning/ has of this GPU and commit")
-    options = parser.parse_args(arguments)
+    p = measure.parser("tools.tune", __doc__)
+    p.add_argument("op", choices=[name for name, op in OPS.items() if op.candidates], metavar="OP")
+    p.add_argument("--shape", action="append", type=measure.sizes, metavar="T=16,..", help="only these of the card's")
+    p.add_argument("--seconds", type=float, default=1.0, help="of samples a shape (default: %(default)s)")
+    p.add_argument("--missing", action="store_true", help="skip what bench/tuning/ has of this GPU and commit")
+    options = p.parse_args(arguments)
     if not torch.cuda.is_available():
-        parser.error("launches are measured on an NVIDIA GPU, and there is none")
+        p.error("launches are measured on an NVIDIA GPU, and there is none")
     if why := measure.no_commit():
-        parser.error(why)
+        p.error(why)
     machine = measure.where()
     print(measure.in_a_line(machine))
     try:
         tune(OPS[options.op], DeviceClock(), machine, options)
     except ValueError as error:
-        parser.exit(1, f"tools.tune: error: {error}\n")
+        p.exit(1, f"tools.tune: error: {error}\n")
     return 0
 
 

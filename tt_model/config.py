@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -47,17 +48,14 @@ _SIZES = {
     "-": ("intermediate_size",),
 }
 _POSITIVE = (*_REQUIRED, "chunk_size", "n_group", "topk_group", "max_position_embeddings", "block_size")
-_INTEGERS = {
-    *_POSITIVE,
-    *(name for names in _SIZES.values() for name in names),
-    "moe_shared_expert_intermediate_size",
-    "conv_kernel",
-    "mask_token_id",
-    "time_embedding_size",
+# What a field may hold, by its annotation: types, and what they are called.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "an integer"),
+    "int | None": ((int, NoneType), "an integer or null"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
 }
-_BOOLEANS = {"attention_bias", "mlp_bias", "use_bias", "use_conv_bias", "norm_topk_prob", "residual_in_fp32"}
 _NULLABLE = {"bos_token_id", "eos_token_id", "pad_token_id"}
-_NUMBERS = {"routed_scaling_factor", "layer_norm_epsilon"}
 # Fields that would change the result and that this model has in one form only: (value, what is supported).
 _ONLY = {
     "mamba_hidden_act": ("silu", "only silu is supported"),
@@ -71,6 +69,19 @@ _ONLY = {
 
 def _refuse(field: str, value: object, why: str) -> ValueError:
     return ValueError(f"config: {field} is {value!r}: {why}")
+
+
+def _is(value: object, *types: type) -> bool:
+    """Whether a value is of one of the types; a truth value is no integer."""
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
+
+
+def _check_pattern(field: str, pattern: object) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise _refuse(field, pattern, "expected a string of one letter per layer")
+    if unknown := next((letter for letter in pattern if letter not in LAYER_KINDS), None):
+        known = ", ".join(f"{k} ({v})" for k, v in LAYER_KINDS.items())
+        raise _refuse(field, pattern, f"{unknown!r} is not a layer kind: expected {known}")
 
 
 def _special_float(value: object) -> object:
@@ -136,98 +147,69 @@ class TwoTowerConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        if not self.pattern:
-            raise _refuse("pattern", self.pattern, "it needs one letter per layer")
-        for letter in self.pattern:
-            if letter not in LAYER_KINDS:
-                known = ", ".join(f"{k} ({v})" for k, v in LAYER_KINDS.items())
-                raise _refuse("pattern", self.pattern, f"{letter!r} is not a layer kind: expected {known}")
         for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise _refuse(name, getattr(self, name), "it must be at least 1")
+            self._need(getattr(self, name) >= 1, name, "it must be at least 1")
         for kind, names in _SIZES.items():
             for name in names:
-                value = getattr(self, name)
-                if value < 0 or (value == 0 and kind in self.pattern):
-                    raise _refuse(name, value, f"it must be at least 1 (the pattern has {LAYER_KINDS[kind]} layers)")
+                why = f"it must be at least 1 (the pattern has {LAYER_KINDS[kind]} layers)"
+                self._need(getattr(self, name) >= (kind in self.pattern), name, why)
         self._check_values()
+
+    def _need(self, fits: bool, field: str, why: str) -> None:
+        """ValueError that names a field, its value and what is expected, unless it fits."""
+        if not fits:
+            raise _refuse(field, getattr(self, field), why)
 
     def _check_types(self) -> None:
         for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if name in _INTEGERS and (not isinstance(value, int) or isinstance(value, bool)):
-                raise _refuse(name, value, "expected an integer")
-            if name in _BOOLEANS and not isinstance(value, bool):
-                raise _refuse(name, value, "expected true or false")
-            if name in _NUMBERS and (not isinstance(value, int | float) or isinstance(value, bool)):
-                raise _refuse(name, value, "expected a number")
-        if not isinstance(self.pattern, str):
-            raise _refuse("pattern", self.pattern, "expected a string of one letter per layer")
-        if self.dtype not in DTYPES.values():
-            raise _refuse("dtype", self.dtype, f"expected one of {', '.join(DTYPES)}")
-        for name in ("bos_token_id", "pad_token_id"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise _refuse(name, value, "expected an integer or null")
-        eos = self.eos_token_id
-        if isinstance(eos, list):  # what JSON has; frozen, so that a config stays hashable
-            object.__setattr__(self, "eos_token_id", eos := tuple(eos))
-        if not all(isinstance(e, int) and not isinstance(e, bool) for e in self.eos_token_ids):
-            raise _refuse("eos_token_id", eos, "expected an integer, a list of integers or null")
+            if str(field.type) in _TYPES:
+                types, expected = _TYPES[str(field.type)]
+                self._need(_is(getattr(self, field.name), *types), field.name, f"expected {expected}")
+        _check_pattern("pattern", self.pattern)
+        self._need(self.dtype in DTYPES.values(), "dtype", f"expected one of {', '.join(DTYPES)}")
+        if isinstance(self.eos_token_id, list):  # what JSON has; frozen, so that a config stays hashable
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        ids = all(_is(e, int) for e in self.eos_token_ids)
+        self._need(ids, "eos_token_id", "expected an integer, a list of integers or null")
         limit = self.time_step_limit
-        if (
-            not isinstance(limit, list | tuple)
-            or len(limit) != 2
-            or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in limit)
-        ):
-            raise _refuse("time_step_limit", limit, "expected two numbers, smallest and largest")
+        two = isinstance(limit, list | tuple) and len(limit) == 2 and all(_is(v, int, float) for v in limit)
+        self._need(two, "time_step_limit", "expected two numbers, smallest and largest")
         object.__setattr__(self, "time_step_limit", (float(limit[0]), float(limit[1])))
 
     def _check_values(self) -> None:
-        if "*" in self.pattern and self.num_attention_heads % self.num_key_value_heads:
+        need = self._need
+        if "*" in self.pattern:
             why = f"it must be a multiple of num_key_value_heads ({self.num_key_value_heads})"
-            raise _refuse("num_attention_heads", self.num_attention_heads, why)
-        if "M" in self.pattern and self.mamba_num_heads % self.n_groups:
+            need(self.num_attention_heads % self.num_key_value_heads == 0, "num_attention_heads", why)
+        if "M" in self.pattern:
             why = f"it must be a multiple of n_groups ({self.n_groups})"
-            raise _refuse("mamba_num_heads", self.mamba_num_heads, why)
-        if self.conv_kernel < 2:
-            raise _refuse("conv_kernel", self.conv_kernel, "it must be at least 2")
+            need(self.mamba_num_heads % self.n_groups == 0, "mamba_num_heads", why)
+        need(self.conv_kernel >= 2, "conv_kernel", "it must be at least 2")
         low, high = self.time_step_limit
-        if not 0 <= low <= high:
-            raise _refuse("time_step_limit", self.time_step_limit, "expected 0 <= smallest <= largest")
-        if self.mlp_bias and "E" in self.pattern:
-            raise _refuse("mlp_bias", True, "only experts without bias are supported")
-        if self.mlp_hidden_act not in ACTIVATIONS:
-            raise _refuse("mlp_hidden_act", self.mlp_hidden_act, f"only {' and '.join(ACTIVATIONS)} are supported")
+        need(0 <= low <= high, "time_step_limit", "expected 0 <= smallest <= largest")
+        need(self.mlp_hidden_act in ACTIVATIONS, "mlp_hidden_act", f"only {' and '.join(ACTIVATIONS)} are supported")
         if "E" in self.pattern:
             self._check_routing()
-        if not (0 < self.layer_norm_epsilon < math.inf):
-            raise _refuse("layer_norm_epsilon", self.layer_norm_epsilon, "it must be above 0")
-        if not math.isfinite(self.routed_scaling_factor):
-            raise _refuse("routed_scaling_factor", self.routed_scaling_factor, "it must be finite")
-        if self.time_embedding_size < 2 or self.time_embedding_size % 2:
-            raise _refuse("time_embedding_size", self.time_embedding_size, "it must be even and at least 2")
+        need(0 < self.layer_norm_epsilon < math.inf, "layer_norm_epsilon", "it must be above 0")
+        need(math.isfinite(self.routed_scaling_factor), "routed_scaling_factor", "it must be finite")
+        size = self.time_embedding_size
+        need(size >= 2 and size % 2 == 0, "time_embedding_size", "it must be even and at least 2")
         bos = () if self.bos_token_id is None else (self.bos_token_id,)
-        for name, ids in (
-            ("mask_token_id", (self.mask_token_id,)),
-            ("bos_token_id", bos),
-            ("eos_token_id", self.eos_token_ids),
-        ):
-            if not all(0 <= i < self.vocab_size for i in ids):
-                raise _refuse(name, getattr(self, name), f"it is not in the vocabulary of {self.vocab_size} tokens")
+        special = {"mask_token_id": (self.mask_token_id,), "bos_token_id": bos, "eos_token_id": self.eos_token_ids}
+        for name, ids in special.items():
+            why = f"it is not in the vocabulary of {self.vocab_size} tokens"
+            need(all(0 <= i < self.vocab_size for i in ids), name, why)
 
     def _check_routing(self) -> None:
-        experts = self.n_routed_experts
-        if (shared := self.moe_shared_expert_intermediate_size) < 0:
-            raise _refuse("moe_shared_expert_intermediate_size", shared, "it must be 0 (no shared expert) or more")
-        if self.num_experts_per_tok > experts:
-            raise _refuse("num_experts_per_tok", self.num_experts_per_tok, f"there are only {experts} n_routed_experts")
-        if self.topk_group > self.n_group:
-            raise _refuse("topk_group", self.topk_group, f"there are only {self.n_group} groups (n_group)")
-        if experts % self.n_group:
-            raise _refuse("n_routed_experts", experts, f"it must be a multiple of n_group ({self.n_group})")
-        if self.n_group > 1 and experts // self.n_group < 2:
-            raise _refuse("n_group", self.n_group, "a group is scored by its best 2 experts, so it needs at least 2")
+        need, experts, groups = self._need, self.n_routed_experts, self.n_group
+        need(not self.mlp_bias, "mlp_bias", "only experts without bias are supported")
+        shared = "moe_shared_expert_intermediate_size"
+        need(getattr(self, shared) >= 0, shared, "it must be 0 (no shared expert) or more")
+        need(self.num_experts_per_tok <= experts, "num_experts_per_tok", f"there are only {experts} n_routed_experts")
+        need(self.topk_group <= groups, "topk_group", f"there are only {groups} groups (n_group)")
+        need(experts % groups == 0, "n_routed_experts", f"it must be a multiple of n_group ({groups})")
+        why = "a group is scored by its best 2 experts, so it needs at least 2"
+        need(groups == 1 or experts // groups >= 2, "n_group", why)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -292,11 +274,8 @@ class TwoTowerConfig:
             raise ValueError(f"config: {', '.join(missing)} missing (the pattern is {read['pattern']!r})")
         if isinstance(limit := read.get("time_step_limit"), list):
             read["time_step_limit"] = tuple(_special_float(v) for v in limit)
-        if "dtype" in read:
-            name = str(read["dtype"]).removeprefix("torch.")
-            if name not in DTYPES:
-                raise _refuse("dtype", read["dtype"], f"expected one of {', '.join(DTYPES)}")
-            read["dtype"] = DTYPES[name]
+        if "dtype" in read:  # one that is not known is refused as it is
+            read["dtype"] = DTYPES.get(str(read["dtype"]).removeprefix("torch."), read["dtype"])
         return cls(**read)
 
     @classmethod
@@ -336,7 +315,7 @@ class TwoTowerConfig:
             if field.name not in ("pattern", "dtype"):
                 value = getattr(self, field.name)
                 values[field.name] = list(value) if isinstance(value, tuple) else value
-        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        dtype = str(self.dtype).removeprefix("torch.")
         # What the published file says of choices that this model has in one form only, or does not make at all.
         fixed = {"mamba_hidden_act": "silu", "tie_word_embeddings": False, "expand": 2}
         shared = int(self.moe_shared_expert_intermediate_size > 0)
@@ -371,11 +350,7 @@ def _pattern(given: Mapping[str, Any]) -> str:
     found: dict[str, str] = {}
     if "hybrid_override_pattern" in given:
         pattern = given["hybrid_override_pattern"]
-        if not isinstance(pattern, str) or not pattern:
-            raise _refuse("hybrid_override_pattern", pattern, "expected one letter per layer")
-        if unknown := next((letter for letter in pattern if letter not in LAYER_KINDS), None):
-            known = ", ".join(f"{k} ({v})" for k, v in LAYER_KINDS.items())
-            raise _refuse("hybrid_override_pattern", pattern, f"{unknown!r} is not a layer kind: expected {known}")
+        _check_pattern("hybrid_override_pattern", pattern)
         found["hybrid_override_pattern"] = pattern
     for name in _PATTERN_LISTS:
         if name in given:

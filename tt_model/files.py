@@ -103,6 +103,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             raise named(error, temporary, path) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """A UTF-8 file, as `write_atomically` writes one."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def named(error: OSError, temporary: Path, target: Path) -> OSError:
     """An error of writing `temporary`, told of `target`. One about another file, as that it is missing, stays."""
     about = [Path(os.fsdecode(f)) for f in (error.filename, error.filename2) if isinstance(f, str | bytes)]

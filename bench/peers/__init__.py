@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from cards import Op
 
 from . import attention, experts, head, mamba, norm, paged, router
-from .base import TOLERANCE, Adapter, Peer, Unavailable, compiled, difference, fresh, results
+from .base import TOLERANCE, Peer, Unavailable, compiled, difference, fresh
 
-__all__ = ["GENERAL", "REGISTRY", "TOLERANCE", "Adapter", "Peer", "Unavailable", "difference", "names", "peers_of"]
-__all__ += ["results"]
+__all__ = ["GENERAL", "REGISTRY", "TOLERANCE", "Peer", "Unavailable", "difference", "names", "peers_of"]
 
 GENERAL = ("eager", "compiled")  # of every op: its reference as it stands, and under torch.compile
 
@@ -28,14 +28,7 @@ def names() -> list[str]:
 def peers_of(op: Op, wanted: Sequence[str] | None = None) -> list[Peer]:
     """The peers of an op, of those wanted (None: all), for one row."""
     fresh()
-
-    def eager(**kwargs):
-        return lambda: op.reference(**kwargs)
-
-    def inductor(**kwargs):
-        fn = compiled(op.reference)
-        return lambda: fn(**kwargs)
-
-    general = [Peer("eager", eager, backward=True), Peer("compiled", inductor, backward=True)]
-    found = [*general, *REGISTRY.get(op.fn.__name__, {}).values()]
+    eager = Peer("eager", lambda a: partial(op.reference, **vars(a)), backward=True)
+    inductor = Peer("compiled", lambda a: partial(compiled(op.reference), **vars(a)), backward=True)
+    found = [eager, inductor, *REGISTRY.get(op.fn.__name__, {}).values()]
     return [peer for peer in found if wanted is None or peer.name in wanted]

@@ -7,17 +7,15 @@ context in order with the block's own keys behind them. That favours them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
-from .base import Adapter, Peer, needs, on_gpu, once, only, prepared
-
-Call = Callable[[], Any]
-
+from .base import Arguments, Call, Peer, needs, on_gpu, once, only, prepared
 
 # ---- scaled_dot_product_attention, one backend at a time ----
 
@@ -39,26 +37,15 @@ def _sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
     return call
 
 
-def _causal(name: str) -> Adapter:
-    def adapter(
-        q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None
-    ) -> Call:
-        only(cu_seqlens is None, "SDPA has no packed sequences")
-        return _sdpa(name, q, k, v, True, scale)
-
-    return adapter
+def sdpa_causal(name: str, a: Arguments) -> Call:
+    only(a.cu_seqlens is None, "SDPA has no packed sequences")
+    return _sdpa(name, a.q, a.k, a.v, True, a.scale)
 
 
-def _context(name: str) -> Adapter:
-    def adapter(
-        q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, **rest: Any
-    ) -> Call:
-        L, S = q.shape[1], even_length(rest["cache_lengths"])
-        only(not causal or L == 1 or S == 0, "SDPA's causal mask starts at the first key")
-        keys, values = (in_order(own, rest[n], rest["page_table"], S) for own, n in ((k, "k_pages"), (v, "v_pages")))
-        return _sdpa(name, q, keys, values, causal and L > 1, scale)
-
-    return adapter
+def sdpa_context(name: str, a: Arguments) -> Call:
+    L, S = a.q.shape[1], even_length(a.cache_lengths)
+    only(not a.causal or L == 1 or S == 0, "SDPA's causal mask starts at the first key")
+    return _sdpa(name, a.q, *in_order(a, S), a.causal and L > 1, a.scale)
 
 
 def even_length(cache_lengths: Tensor) -> int:
@@ -68,139 +55,105 @@ def even_length(cache_lengths: Tensor) -> int:
     return found.pop() if found else 0
 
 
-def in_order(own: Tensor, pages: Tensor, table: Tensor, length: int) -> Tensor:
-    """[B, length + L, H, P]: the context's pages one behind the other, then the block's own."""
-    past = pages[table.long()].flatten(1, 2)[:, :length]
-    return torch.cat([past, own], 1)
+def in_order(a: Arguments, length: int) -> list[Tensor]:
+    """Keys and values, [B, length + L, H, P]: the context's pages one behind the other, then the block's own."""
+    past = [pages[a.page_table.long()].flatten(1, 2)[:, :length] for pages in (a.k_pages, a.v_pages)]
+    return [torch.cat(pair, 1) for pair in zip(past, (a.k, a.v), strict=True)]
 
 
 # ---- torch.nn.attention.varlen ----
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None) -> Call:
-    on_gpu(q, "varlen_attn")
-    only(q.dtype.itemsize == 2, "varlen_attn: 16-bit inputs only")
-    attention = needs("torch.nn.attention.varlen", "torch")
-    B, N, H = q.shape[:3]
-    ends = torch.arange(B + 1, device=q.device) * N if cu_seqlens is None else cu_seqlens
+def varlen(a: Arguments) -> Call:
+    on_gpu(a.q, "varlen_attn")
+    only(a.q.dtype.itemsize == 2, "varlen_attn: 16-bit inputs only")
+    attention = needs("torch.nn.attention.varlen", "torch").varlen_attn
+    B, N, H = a.q.shape[:3]
+    ends = torch.arange(B + 1, device=a.q.device) * N if a.cu_seqlens is None else a.cu_seqlens
     ends = ends.int()
     longest = int(ends.diff().max())
     # Heads are repeated before the clock where this torch's form has no grouped ones.
-    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    q, k, v = (t.flatten(0, 1) for t in (a.q, a.k, a.v))
     k, v = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v))
-
-    def call() -> Tensor:
-        out = attention.varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
-        return out.view(B, N, H, -1)
-
-    return call
+    options = dict(scale=a.scale, window_size=(-1, 0))
+    return lambda: attention(q, k, v, ends, ends, longest, longest, **options).view(B, N, H, -1)
 
 
 # ---- flex_attention ----
 
 
-def _flex() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    from torch.nn.attention import flex_attention
-
-    return flex_attention.flex_attention, flex_attention.create_block_mask
-
-
 def flex_call(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None) -> Call:
-    fn = prepared(_flex()[0], q)  # on a CPU unfused: to check that the mask is right
+    fn = prepared(flex_attention.flex_attention, q)  # on a CPU unfused: to check that the mask is right
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     return lambda: fn(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
-def block_mask(mask: Callable[..., Any], B: int | None, L: int, S: int, t: Tensor, *key: Any) -> Any:
+def block_mask(seen: Callable[..., Any], B: int | None, L: int, S: int, t: Tensor, *key: Any) -> Any:
     """Built once for a row: `key` is all that the mask depends on besides these sizes."""
-    build = lambda: _flex()[1](mask, B, None, L, S, device=t.device, _compile=t.is_cuda)
-    return once((mask.__qualname__, B, L, S, str(t.device), *key), build)
+    build = lambda: flex_attention.create_block_mask(seen, B, None, L, S, device=t.device, _compile=t.is_cuda)
+    return once((seen.__qualname__, B, L, S, str(t.device), *key), build)
 
 
-def _ends(t: Tensor | None) -> tuple[int, ...]:
-    return () if t is None else tuple(t.tolist())
+def _mask_of_sequences(seen: Callable[..., Any], a: Arguments, S: int, *key: Any) -> Any:
+    """A mask over N queries and S keys, N of them or twice: where sequences are packed, each sees itself only."""
+    B, N = a.q.shape[:2]
+    if a.cu_seqlens is None:
+        return block_mask(seen, None, N, S, a.q, *key)
+    tokens = torch.arange(B * N, device=a.q.device)
+    sequence = torch.searchsorted(a.cu_seqlens.long(), tokens, right=True).view(B, N)
+
+    def packed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return seen(b, h, i, j) & (sequence[b, i] == sequence[b, torch.where(j >= N, j - N, j)])
+
+    return block_mask(packed, B, N, S, a.q, *key, *a.cu_seqlens.tolist())
 
 
-def _sequence(cu_seqlens: Tensor | None, B: int, N: int, device: torch.device) -> Tensor:
-    tokens = torch.arange(B * N, device=device)
-    if cu_seqlens is None:
-        return torch.zeros(B, N, dtype=torch.long, device=device)
-    return torch.searchsorted(cu_seqlens.long(), tokens, right=True).view(B, N)
-
-
-def flex_causal(
-    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None
-) -> Call:
-    B, N = q.shape[:2]
-    sequence = _sequence(cu_seqlens, B, N, q.device)
-
+def flex_causal(a: Arguments) -> Call:
     def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return i >= j
 
-    def packed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (i >= j) & (sequence[b, i] == sequence[b, j])
-
-    mask = causal if cu_seqlens is None else packed
-    return flex_call(q, k, v, block_mask(mask, None if cu_seqlens is None else B, N, N, q, *_ends(cu_seqlens)), scale)
+    return flex_call(a.q, a.k, a.v, _mask_of_sequences(causal, a, a.q.shape[1]), a.scale)
 
 
-def flex_block_diffusion(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_clean: Tensor,
-    v_clean: Tensor,
-    *,
-    block_size: int,
-    cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
-) -> Call:
+def flex_block_diffusion(a: Arguments) -> Call:
     """Noisy queries against clean keys, then noisy ones, in one tensor of 2 N."""
-    B, N = q.shape[:2]
-    S, sequence = block_size, _sequence(cu_seqlens, B, N, q.device)
+    N, S = a.q.shape[1], a.block_size
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         own = j >= N
         block = torch.where(own, j - N, j) // S
         return torch.where(own, i // S == block, i // S > block)
 
-    def packed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return seen(b, h, i, j) & (sequence[b, i] == sequence[b, torch.where(j >= N, j - N, j)])
-
-    rows = None if cu_seqlens is None else B
-    mask = block_mask(seen if cu_seqlens is None else packed, rows, N, 2 * N, q, S, *_ends(cu_seqlens))
-    return flex_call(q, torch.cat([k_clean, k], 1), torch.cat([v_clean, v], 1), mask, scale)
+    keys, values = torch.cat([a.k_clean, a.k], 1), torch.cat([a.v_clean, a.v], 1)
+    return flex_call(a.q, keys, values, _mask_of_sequences(seen, a, 2 * N, S), a.scale)
 
 
-def flex_context(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, **rest: Any
-) -> Call:
-    (B, L), cache_lengths = q.shape[:2], rest["cache_lengths"]
+def flex_context(a: Arguments) -> Call:
+    (B, L), causal, cache_lengths = a.q.shape[:2], a.causal, a.cache_lengths
     longest = int(cache_lengths.max()) if B else 0
-    keys, values = (in_order(own, rest[n], rest["page_table"], longest) for own, n in ((k, "k_pages"), (v, "v_pages")))
     # What lies past a row's length may be anything: zeros, as 0 * NaN would show.
-    dead = (torch.arange(longest, device=q.device) >= cache_lengths.view(-1, 1)).view(B, -1, 1, 1)
-    keys, values = (t.masked_fill(F.pad(dead, (0, 0, 0, 0, 0, L)), 0) for t in (keys, values))
+    dead = (torch.arange(longest, device=a.q.device) >= cache_lengths.view(-1, 1)).view(B, -1, 1, 1)
+    keys, values = (t.masked_fill(F.pad(dead, (0, 0, 0, 0, 0, L)), 0) for t in in_order(a, longest))
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        own = j >= longest
-        return torch.where(own, (j - longest <= i) | (not causal), j < cache_lengths[b])
+        return torch.where(j >= longest, (j - longest <= i) | (not causal), j < cache_lengths[b])
 
-    return flex_call(q, keys, values, block_mask(seen, B, L, longest + L, q, causal, *_ends(cache_lengths)), scale)
+    mask = block_mask(seen, B, L, longest + L, a.q, causal, *cache_lengths.tolist())
+    return flex_call(a.q, keys, values, mask, a.scale)
 
 
 PEERS = {
     "causal_attention": (
-        Peer("flash", _causal("flash"), backward=True),
-        Peer("cudnn", _causal("cudnn"), backward=True),
+        Peer("flash", partial(sdpa_causal, "flash"), backward=True),
+        Peer("cudnn", partial(sdpa_causal, "cudnn"), backward=True),
         Peer("varlen", varlen, backward=True),
         Peer("flex", flex_causal, backward=True),
     ),
     "block_diffusion_attention": (Peer("flex", flex_block_diffusion, backward=True),),
     "context_attention": (
-        Peer("flash", _context("flash")),
-        Peer("cudnn", _context("cudnn")),
+        Peer("flash", partial(sdpa_context, "flash")),
+        Peer("cudnn", partial(sdpa_context, "cudnn")),
         Peer("flex", flex_context),
     ),
 }

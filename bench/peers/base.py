@@ -5,22 +5,26 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import math
 import sys
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace as Arguments
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cards import Op
 from tt_kernels.runtime.launch import ON_CPU
+from tt_kernels.testing import outputs
 
 HOW_TO = "bench/peers/README.md"
 
-# The rms difference that an adapter may show from our results. Peers multiply in TF32, 16 bits or fp8-free bf16 where
-# we do not, which is 1e-2 at most; a wrong mask, scale, decay or order of heads shows at 1e-1 and above.
+# The rms difference that an adapter may show from our results. Peers multiply in TF32 or 16 bits where we do not, which
+# is 1e-2 at most; a wrong mask, scale, decay or order of heads shows at 1e-1 and above.
 TOLERANCE = 3e-2
 
 
@@ -28,32 +32,40 @@ class Unavailable(Exception):
     """Why a peer takes no part in a row: not installed, not for this device, not for this form of the op."""
 
 
-Adapter = Callable[..., Callable[[], Any]]
+Call = Callable[[], Any]  # what is timed: returns the op's results
+Adapter = Callable[[Arguments], Call]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`adapter(**card inputs)` gets everything ready that a user would get ready once (masks, views, plans) and returns
-    the call to be timed; the call returns the op's results, or those named in `outputs`, in that order."""
+    """`adapter` is given all of an op's arguments, those with a default too, as attributes of one object. It gets ready
+    what a user would get ready once (masks, views, plans) and returns the call to be timed, which returns the op's
+    results, or those named in `outputs`, in that order."""
 
     name: str
     adapter: Adapter
     outputs: tuple[str, ...] | None = None  # of the op's; None: all
     backward: bool = False  # whether autograd goes through it
 
+    def call(self, op: Op, kwargs: Mapping[str, Any]) -> Call:
+        bound = inspect.signature(op.reference).bind(**kwargs)
+        bound.apply_defaults()
+        return self.adapter(Arguments(**bound.arguments))
+
+    def results(self, op: Op, result: Any) -> dict[str, Tensor]:
+        """What a call returned, by the op's names."""
+        return outputs(op if self.outputs is None else replace(op, outputs=self.outputs), result)
+
 
 def needs(module: str, package: str | None = None) -> Any:
     """The module, imported; a package that lacks it, or cannot be loaded here, is a reason and not an error."""
-    package = package or module.partition(".")[0].replace("_", "-")
-    try:
-        missing = importlib.util.find_spec(module.partition(".")[0]) is None
-    except (ImportError, ValueError):
-        missing = True
-    if missing:
-        raise Unavailable(f"{package} is not installed ({HOW_TO})")
+    top = module.partition(".")[0]
+    package = package or top.replace("_", "-")
     try:
         return importlib.import_module(module)
     except Exception as error:  # an extension built for another torch, a GPU that is not there, a moved file
+        if isinstance(error, ModuleNotFoundError) and error.name == top:
+            raise Unavailable(f"{package} is not installed ({HOW_TO})") from error
         line = next(iter(str(error).splitlines()), "")
         raise Unavailable(f"{package}: {module} does not load here: {type(error).__name__}: {line}"[:160]) from error
 
@@ -82,22 +94,19 @@ def stand_in(name: str, **attributes: Any) -> None:
         sys.modules[name] = module
 
 
+def only(condition: bool, what: str) -> None:
+    """Refuse a device, or a form of the op, that the peer does not have."""
+    if not condition:
+        raise Unavailable(what)
+
+
 def on_gpu(t: Tensor, package: str) -> None:
-    """Refuse what runs on a GPU only."""
-    if not t.is_cuda:
-        raise Unavailable(f"{package}: runs on an NVIDIA GPU only")
+    only(t.is_cuda, f"{package}: runs on an NVIDIA GPU only")
 
 
 def kernels_run(t: Tensor, package: str) -> None:
     """Refuse a Triton package where neither a GPU runs its kernels nor a tool on the CPU."""
-    if not t.is_cuda and not ON_CPU:
-        raise Unavailable(f"{package}: runs on an NVIDIA GPU only")
-
-
-def only(condition: bool, what: str) -> None:
-    """Refuse a form of the op that the peer does not have."""
-    if not condition:
-        raise Unavailable(what)
+    only(t.is_cuda or ON_CPU, f"{package}: runs on an NVIDIA GPU only")
 
 
 def difference(got: Tensor, want: Tensor) -> float:
@@ -110,13 +119,6 @@ def difference(got: Tensor, want: Tensor) -> float:
         return (got != want).double().mean().item()
     size = want.double().norm().item()
     return (got.double() - want.double()).norm().item() / size if size else got.double().norm().item()
-
-
-def results(peer: Peer, outputs: tuple[str, ...], result: Any) -> dict[str, Tensor]:
-    """What a call returned, by the op's names."""
-    result = result if isinstance(result, tuple) else () if result is None else (result,)
-    named = zip(outputs if peer.outputs is None else peer.outputs, result, strict=True)
-    return {name: t for name, t in named if t is not None}
 
 
 # What a row's adapters share over its sets of operands: compiled functions, masks.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,7 @@ from torch import Tensor
 
 from tt_kernels.reference.moe import ACTIVATIONS
 
-from .base import Peer, Unavailable, needs, on_gpu, only
-
-Call = Callable[[], Any]
+from .base import Arguments, Call, Peer, Unavailable, needs, on_gpu, only
 
 
 def _activate(h: Tensor, gate: Tensor | None, activation: str) -> Tensor:
@@ -21,29 +18,22 @@ def _activate(h: Tensor, gate: Tensor | None, activation: str) -> Tensor:
     return fn(h) if gate is None else fn(gate) * h
 
 
-def _with_shared(routed: Callable[[], Tensor], x: Tensor, shared: Any, activation: str) -> Call:
+def _with_shared(a: Arguments, routed: Callable[[], Tensor]) -> Call:
+    shared = a.shared
     if shared is None:
         return routed
 
     def call() -> Tensor:
-        h = F.linear(x, shared.up)
-        h = _activate(h, None if shared.gate is None else F.linear(x, shared.gate), activation)
-        return routed() + F.linear(h, shared.down)
+        gate = None if shared.gate is None else F.linear(a.x, shared.gate)
+        return routed() + F.linear(_activate(F.linear(a.x, shared.up), gate, a.activation), shared.down)
 
     return call
 
 
-def grouped_mm(
-    x: Tensor,
-    routing: Any,
-    weights: Any,
-    *,
-    shared: Any = None,
-    activation: str = "relu2",
-) -> Call:
+def grouped_mm(a: Arguments) -> Call:
     """Rows gathered by expert, F.grouped_mm twice, and a weighted sum: what one writes with PyTorch alone."""
-    ids, topk_weights, order, ends = routing
-    w, (T, K), E = weights, ids.shape, len(weights.up)
+    ids, topk_weights, order, ends = a.routing
+    x, w, (T, K), E = a.x, a.weights, ids.shape, len(a.weights.up)
     strides = (x.stride(0), w.up.stride(1), w.down.stride(1))
     only(all(s * x.element_size() % 16 == 0 for s in strides), "F.grouped_mm: rows of whole 16 bytes only")
     only(not x.is_cuda or x.dtype == torch.bfloat16, "F.grouped_mm: bf16 only on a GPU")
@@ -56,71 +46,46 @@ def grouped_mm(
 
     def routed() -> Tensor:
         rows = x.index_select(0, order // K)
-        h = _activate(product(rows, w.up), None if w.gate is None else product(rows, w.gate), activation)
+        h = _activate(product(rows, w.up), None if w.gate is None else product(rows, w.gate), a.activation)
         y = product(h, w.down)
         y = torch.empty_like(y).index_copy_(0, order, y).view(T, K, w.down.shape[1])
         return (topk_weights.unsqueeze(1) @ y.to(topk_weights.dtype)).squeeze(1).to(x.dtype)
 
-    return _with_shared(routed, x, shared, activation)
+    return _with_shared(a, routed)
 
 
-def vllm_fused_moe(
-    x: Tensor,
-    routing: Any,
-    weights: Any,
-    *,
-    shared: Any = None,
-    activation: str = "relu2",
-) -> Call:
+def vllm_fused_moe(a: Arguments) -> Call:
     """It sorts by itself."""
-    on_gpu(x, "vLLM's fused_moe")
+    on_gpu(a.x, "vLLM's fused_moe")
     fused = needs("vllm.model_executor.layers.fused_moe.fused_moe", "vllm")
     names = needs("vllm.model_executor.layers.fused_moe.activation", "vllm")
-    gated = weights.gate is not None
-    only(gated == (activation == "silu"), "vLLM's fused_moe: relu2 without a gate, silu with one")
+    w, gated = a.weights, a.weights.gate is not None
+    only(gated == (a.activation == "silu"), "vLLM's fused_moe: relu2 without a gate, silu with one")
     kind = names.MoEActivation.SILU if gated else names.MoEActivation.RELU2_NO_MUL
-    up = torch.cat([weights.gate, weights.up], 1) if gated else weights.up
-    few, topk_weights = routing.topk_ids.int(), routing.topk_weights.float()
-
-    def routed() -> Tensor:
-        return fused.fused_experts(x, up, weights.down, topk_weights, few, activation=kind)
-
-    return _with_shared(routed, x, shared, activation)
+    up = torch.cat([w.gate, w.up], 1) if gated else w.up
+    ids, topk_weights = a.routing.topk_ids.int(), a.routing.topk_weights.float()
+    return _with_shared(a, lambda: fused.fused_experts(a.x, up, w.down, topk_weights, ids, activation=kind))
 
 
-def triton_kernels(
-    x: Tensor,
-    routing: Any,
-    weights: Any,
-    *,
-    shared: Any = None,
-    activation: str = "relu2",
-) -> Call:
+def triton_kernels(a: Arguments) -> Call:
     """matmul_ogs twice, of vLLM's copy; its index lists are made from our ids before the clock, as ours are."""
-    on_gpu(x, "triton_kernels")
-    only(weights.gate is None, "triton_kernels: without a gate only")
+    on_gpu(a.x, "triton_kernels")
+    only(a.weights.gate is None, "triton_kernels: without a gate only")
     vllm = "vllm.model_executor.layers.fused_moe."
-    makers = None
-    for place in ("experts.gpt_oss_triton_kernels_moe", "gpt_oss_triton_kernels_moe"):
-        try:
-            makers = needs(vllm + place, "vllm")
-            ogs = needs("triton_kernels.matmul_ogs", "triton_kernels")  # vllm registers its copy under this name
-            break
-        except Unavailable as error:
-            why = error
-    if makers is None:
-        raise why
-    data, gather, scatter = makers.make_routing_data(
-        routing.topk_ids.int(), routing.topk_weights.float(), len(weights.up)
-    )
-    up, down = weights.up.mT, weights.down.mT
+    try:
+        makers = needs(f"{vllm}experts.gpt_oss_triton_kernels_moe", "vllm")
+    except Unavailable:
+        makers = needs(f"{vllm}gpt_oss_triton_kernels_moe", "vllm")
+    ogs = needs("triton_kernels.matmul_ogs", "triton_kernels")  # vllm registers its copy under this name
+    ids, topk_weights = a.routing.topk_ids.int(), a.routing.topk_weights.float()
+    data, gather, scatter = makers.make_routing_data(ids, topk_weights, len(a.weights.up))
+    up, down = a.weights.up.mT, a.weights.down.mT
 
     def routed() -> Tensor:
-        h = ogs.matmul_ogs(x, up, None, data, gather_indx=gather)
-        h = _activate(h, None, activation)
+        h = _activate(ogs.matmul_ogs(a.x, up, None, data, gather_indx=gather), None, a.activation)
         return ogs.matmul_ogs(h, down, None, data, scatter_indx=scatter, gammas=data.gate_scal)
 
-    return _with_shared(routed, x, shared, activation)
+    return _with_shared(a, routed)
 
 
 PEERS = {

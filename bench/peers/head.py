@@ -15,9 +15,7 @@ from torch import Tensor
 
 from tt_kernels import Sampling, gumbel_noise
 
-from .base import Peer, kernels_run, needs, only, prepared
-
-Call = Callable[[], Any]
+from .base import Arguments, Call, Peer, kernels_run, needs, only, prepared
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -48,50 +46,44 @@ def _noise(sampling: Sampling, V: int) -> Tensor | None:
     return gumbel_noise(sampling.seed, sampling.position, sampling.step, vocab_size=V).float() if hot else None
 
 
-def whole_logits(hidden: Tensor, weight: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Call:
-    choose, noise = prepared(_choose, hidden), _noise(sampling, len(weight))
-    return lambda: choose(_logits(hidden, weight), noise, sampling.temperature, suppress)
+def whole_logits(a: Arguments) -> Call:
+    choose, noise = prepared(_choose, a.hidden), _noise(a.sampling, len(a.weight))
+    return lambda: choose(_logits(a.hidden, a.weight), noise, a.sampling.temperature, a.suppress)
 
 
-def logits_compiled(logits: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Call:
-    choose, noise = prepared(_choose, logits), _noise(sampling, logits.shape[-1])
-    return lambda: choose(logits, noise, sampling.temperature, suppress)
+def logits_compiled(a: Arguments) -> Call:
+    choose, noise = prepared(_choose, a.logits), _noise(a.sampling, a.logits.shape[-1])
+    return lambda: choose(a.logits, noise, a.sampling.temperature, a.suppress)
 
 
 # ---- the loss ----
 
 
-def _ignored(targets: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | int]:
-    """Targets with -100 where the loss does not look, and how many are left."""
-    if mask is None:
-        return targets.flatten().long(), max(targets.numel(), 1)
-    return targets.masked_fill(~mask, -100).flatten().long(), mask.sum().clamp(min=1)
+def _summed(a: Arguments, fn: Callable[..., Tensor], **options: Any) -> Call:
+    """The sum by theirs over the number of targets: -100 is where the loss does not look."""
+    if a.mask is None:
+        targets, count = a.targets.flatten().long(), max(a.targets.numel(), 1)
+    else:
+        targets, count = a.targets.masked_fill(~a.mask, -100).flatten().long(), a.mask.sum().clamp(min=1)
+    return lambda: fn(a.hidden.flatten(0, -2), a.weight, targets, reduction="sum", **options) / count
 
 
-def torch_loss(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Call:
-    fn = getattr(F, "linear_cross_entropy", None)
-    only(fn is not None, f"torch {torch.__version__} has no F.linear_cross_entropy")
-    assert fn is not None
-    wanted, count = _ignored(targets, mask)
-    return lambda: fn(hidden.flatten(0, -2), weight, wanted, reduction="sum") / count
+def torch_loss(a: Arguments) -> Call:
+    only(hasattr(F, "linear_cross_entropy"), f"torch {torch.__version__} has no F.linear_cross_entropy")
+    return _summed(a, F.linear_cross_entropy)
 
 
-def cut_loss(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Call:
+def cut_loss(a: Arguments) -> Call:
     """Without its gradient filter, which drops small softmax entries: equal results are asked for."""
-    kernels_run(hidden, "cut-cross-entropy")
-    only(hidden.dtype.itemsize == 2, "cut-cross-entropy: 16-bit inputs only")
-    fn = needs("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
-    wanted, count = _ignored(targets, mask)
-    return lambda: fn(hidden.flatten(0, -2), weight, wanted, reduction="sum", filter_eps=None) / count
+    kernels_run(a.hidden, "cut-cross-entropy")
+    only(a.hidden.dtype.itemsize == 2, "cut-cross-entropy: 16-bit inputs only")
+    return _summed(a, needs("cut_cross_entropy").linear_cross_entropy, filter_eps=None)
 
 
-def liger_loss(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Call:
+def liger_loss(a: Arguments) -> Call:
     """It computes the gradients in its forward: compare the sum of both passes."""
-    kernels_run(hidden, "liger-kernel")
-    ops = needs("liger_kernel.transformers.functional", "liger-kernel")
-    wanted, count = _ignored(targets, mask)
-    fn = ops.liger_fused_linear_cross_entropy
-    return lambda: fn(hidden.flatten(0, -2), weight, wanted, reduction="sum") / count
+    kernels_run(a.hidden, "liger-kernel")
+    return _summed(a, needs("liger_kernel.transformers.functional", "liger-kernel").liger_fused_linear_cross_entropy)
 
 
 PEERS = {

@@ -1,56 +1,41 @@
-"""Peers of the norms: PyTorch's own, and Liger's fused kernels."""
+"""Peers of the norms: PyTorch's own, and Liger's and fla's fused kernels."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Peer, kernels_run, needs, only, prepared
+from .base import Arguments, Call, Peer, kernels_run, needs, only, prepared
 
 
-def torch_rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Callable[[], Any]:
-    only(x.dtype == weight.dtype, "F.rms_norm: x and weight of one dtype")
-    return lambda: F.rms_norm(x, weight.shape, weight, eps)
-
-
-def liger_rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Callable[[], Any]:
-    kernels_run(x, "liger-kernel")
-    ops = needs("liger_kernel.ops.rms_norm", "liger-kernel")
-    return lambda: ops.LigerRMSNormFunction.apply(x, weight, eps, 0.0, _casting(x), False)
+def torch_rms_norm(a: Arguments) -> Call:
+    only(a.x.dtype == a.weight.dtype, "F.rms_norm: x and weight of one dtype")
+    return lambda: F.rms_norm(a.x, a.weight.shape, a.weight, a.eps)
 
 
 def _casting(x: Tensor) -> str:
     """ "gemma" widens 16 bits and multiplies by the weight in fp32, as we do; "none" leaves fp32 as it is. In place,
-    which is False above and below, a backward would overwrite the cotangent."""
+    which is False below, a backward would overwrite the cotangent."""
     return "gemma" if x.dtype.itemsize == 2 else "none"
 
 
-def liger_modulated(
-    x: Tensor,
-    weight: Tensor,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    *,
-    branch: Tensor | None = None,
-    gate: Tensor | None = None,
-    order: str = "modulate_norm",
-    eps: float = 1e-5,
-) -> Callable[[], Any]:
+def liger_rms_norm(a: Arguments) -> Call:
+    kernels_run(a.x, "liger-kernel")
+    norm = needs("liger_kernel.ops.rms_norm", "liger-kernel").LigerRMSNormFunction.apply
+    return lambda: norm(a.x, a.weight, a.eps, 0.0, _casting(a.x), False)
+
+
+def liger_modulated(a: Arguments) -> Call:
     """(1 + scale) * rms_norm(x) + shift is one kernel of theirs; the gated residual before it is PyTorch, compiled."""
-    only(order == "norm_modulate", "Liger modulates after the norm only")
-    only(scale is not None and shift is not None, "Liger: with shift and scale only")
-    kernels_run(x, "liger-kernel")
-    ops = needs("liger_kernel.ops.modulated_rms_norm", "liger-kernel")
-    assert scale is not None
-    add = prepared(_residual, x)
+    only(a.order == "norm_modulate", "Liger modulates after the norm only")
+    only(a.scale is not None and a.shift is not None, "Liger: with shift and scale only")
+    kernels_run(a.x, "liger-kernel")
+    norm = needs("liger_kernel.ops.modulated_rms_norm", "liger-kernel").LigerModulatedRMSNormFunction.apply
+    add = prepared(_residual, a.x)
 
     def call() -> tuple[Tensor, Tensor]:
-        residual = x if branch is None else add(x, branch, gate)
-        norm = ops.LigerModulatedRMSNormFunction.apply
-        return norm(residual, weight, scale, shift, eps, 0.0, _casting(x), False), residual
+        residual = a.x if a.branch is None else add(a.x, a.branch, a.gate)
+        return norm(residual, a.weight, a.scale, a.shift, a.eps, 0.0, _casting(a.x), False), residual
 
     return call
 
@@ -60,12 +45,11 @@ def _residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     return (x.float() + step).to(x.dtype)
 
 
-def fla_gated(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, eps: float = 1e-5) -> Callable[[], Any]:
-    kernels_run(x, "fla-core")
-    ops = needs("fla.modules.norm.layernorm_gated", "fla-core")
-    return lambda: ops.rmsnorm_fn(
-        x, weight, None, z=z, eps=eps, group_size=x.shape[-1] // groups, norm_before_gate=False
-    )
+def fla_gated(a: Arguments) -> Call:
+    kernels_run(a.x, "fla-core")
+    norm = needs("fla.modules.norm.layernorm_gated", "fla-core").rmsnorm_fn
+    options = dict(z=a.z, eps=a.eps, group_size=a.x.shape[-1] // a.groups, norm_before_gate=False)
+    return lambda: norm(a.x, a.weight, None, **options)
 
 
 PEERS = {

@@ -9,82 +9,61 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..clock import DeviceClock, interleave
 from .attention import block_mask, even_length, flex_call, in_order
-from .base import HOW_TO, Adapter, Peer, Unavailable, needs, on_gpu, once, only, prepared
+from .base import HOW_TO, Arguments, Call, Peer, Unavailable, needs, on_gpu, once, only, prepared
 
-Call = Callable[[], Any]
+KV = tuple[Tensor, Tensor]  # keys and values
 SPLITS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # 0: FA3's heuristic
 
 
 # ---- kernels that read the block from the cache ----
 
 
-def _appended(k: Tensor, v: Tensor, length: int, rest: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pages of a cache into which the block was written, their table, cache_lengths with it."""
-    size = rest["k_pages"].shape[1]
-    both = []
-    for own, name in ((k, "k_pages"), (v, "v_pages")):
-        rows = in_order(own, rest[name], rest["page_table"], length)
-        rows = F.pad(rows, (0, 0, 0, 0, 0, -rows.shape[1] % size))
-        both.append(rows.unflatten(1, (-1, size)).flatten(0, 1).contiguous())
-    B = len(k)
-    table = torch.arange(len(both[0]), device=k.device, dtype=torch.int32).view(B, -1)
-    cache_lengths = torch.full((B,), length + k.shape[1], device=k.device, dtype=torch.int32)
-    return both[0], both[1], table, cache_lengths
+class Paged(NamedTuple):
+    """Attention of q [B, L, Hq, P] on a cache that its keys and values are in."""
+
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    cache_lengths: Tensor  # [B], with the block
+    longest: int  # of these
+    scale: float | None
+    causal: bool = True
+
+    @property
+    def starts(self) -> Tensor:
+        B, L = self.q.shape[:2]
+        return torch.arange(0, (B + 1) * L, L, device=self.q.device, dtype=torch.int32)
+
+    @property
+    def factor(self) -> float:
+        return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
 
 
-def _starts(B: int, L: int, device: torch.device) -> Tensor:
-    return torch.arange(0, (B + 1) * L, L, device=device, dtype=torch.int32)
-
-
-def _vllm(
-    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, cache_lengths: Tensor, longest: int, scale: float | None
-) -> Call:
-    """Causal; cache_lengths [B] with the block, `longest` of them."""
-    ops = needs("vllm.v1.attention.ops.triton_unified_attention")
-    (B, L, _, P), flat = q.shape, q.flatten(0, 1)
-    starts, factor = _starts(B, L, q.device), P**-0.5 if scale is None else scale
+def vllm(p: Paged) -> Call:
+    L, flat = p.q.shape[1], p.q.flatten(0, 1)
+    only(p.causal or L == 1, "vLLM's unified attention is causal only")
+    attention = needs("vllm.v1.attention.ops.triton_unified_attention").unified_attention
     out = torch.empty_like(flat)
+    options = dict(q=flat, k=p.keys, v=p.values, out=out, block_table=p.table, softmax_scale=p.factor, causal=True)
+    options |= dict(cu_seqlens_q=p.starts, max_seqlen_q=L, seqused_k=p.cache_lengths, max_seqlen_k=p.longest)
+    options |= dict(window_size=(-1, -1), softcap=0.0, q_descale=None, k_descale=None, v_descale=None)
 
     def call() -> Tensor:
-        ops.unified_attention(
-            q=flat,
-            k=keys,
-            v=values,
-            out=out,
-            cu_seqlens_q=starts,
-            max_seqlen_q=L,
-            seqused_k=cache_lengths,
-            max_seqlen_k=longest,
-            softmax_scale=factor,
-            causal=True,
-            window_size=(-1, -1),
-            block_table=table,
-            softcap=0.0,
-            q_descale=None,
-            k_descale=None,
-            v_descale=None,
-        )
-        return out.view(q.shape)
+        attention(**options)
+        return out.view(p.q.shape)
 
     return call
-
-
-def vllm_unified(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, **rest: Any
-) -> Call:
-    L, S = q.shape[1], even_length(rest["cache_lengths"])
-    on_gpu(q, "vLLM's unified attention")
-    only(causal or L == 1, "vLLM's unified attention is causal only")
-    return _vllm(q, *_appended(k, v, S, rest), S + L, scale)
 
 
 @cache
@@ -103,208 +82,130 @@ def _forward() -> Callable[..., Any]:
         raise Unavailable(f"FA3: {given} does not load with this torch: {error}"[:160]) from error
 
 
-def _seconds(call: Call) -> float:
-    """Device time of a call, of 10 the least, the L2 filled with other lines before each."""
-    others = torch.ones(1 << 26, device="cuda")  # 256 MB
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    times = []
-    for _ in range(10):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        others.sum()
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return min(times)
+def _fastest(calls: Mapping[int, Call]) -> int:
+    """By device time with a cold L2, in turns, of the least of 10 samples each."""
+    torch.cuda.synchronize()  # what they read was made on another stream
+    clock = DeviceClock()
+    with clock.scope():
+        samplers, _, errors = clock.samplers({name: [call] for name, call in calls.items()})
+        only(bool(samplers), f"FA3: {next(iter(errors.values()), '')}")
+        times = interleave(samplers, seconds=0.0)
+    return min(times, key=lambda name: min(times[name]))
 
 
-def _fa3(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    cache_lengths: Tensor,
-    longest: int,
-    scale: float | None,
-    causal: bool = True,
-) -> Call:
-    """cache_lengths [B] with the block, `longest` of them. All numbers of splits are tried once a row of the bench."""
-    forward = _forward()
-    (B, L, _, P), flat = q.shape, q.flatten(0, 1)
-    starts, factor = _starts(B, L, q.device), P**-0.5 if scale is None else scale
+def fa3(p: Paged) -> Call:
+    """All numbers of splits are tried once a row of the bench."""
+    forward, flat, L, starts = _forward(), p.q.flatten(0, 1), p.q.shape[1], p.starts
     new = rotary = descale = (None, None, None)
 
     def with_splits(splits: int) -> Call:
         def call() -> Tensor:
             out = torch.empty_like(flat)
             forward(
-                *(flat, keys, values, *new, out),
-                *(starts, None, None, None, cache_lengths, L, longest, table, None, None),
-                *(*rotary, *descale, factor, causal and L > 1, -1, -1, 0.0, True),
+                *(flat, p.keys, p.values, *new, out),
+                *(starts, None, None, None, p.cache_lengths, L, p.longest, p.table, None, None),
+                *(*rotary, *descale, p.factor, p.causal and L > 1, -1, -1, 0.0, True),
                 *(None, splits, None, 0, None, 1, 0, None),  # no plan made before
             )
-            return out.view(q.shape)
+            return out.view(p.q.shape)
 
         return call
 
-    best = once(
-        ("fa3", q.shape, longest, causal), lambda: min(SPLITS, key=lambda splits: _seconds(with_splits(splits)))
-    )
-    return with_splits(best)
+    key = ("fa3", p.q.shape, p.longest, p.causal)
+    return with_splits(once(key, lambda: _fastest({splits: with_splits(splits) for splits in SPLITS})))
 
 
-def fa3(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, **rest: Any) -> Call:
-    L, S = q.shape[1], even_length(rest["cache_lengths"])
-    on_gpu(q, "FA3")
-    return _fa3(q, *_appended(k, v, S, rest), S + L, scale, causal)
+def in_context(attention: Callable[[Paged], Call], a: Arguments) -> Call:
+    """On pages of a cache into which the block was written before the clock."""
+    on_gpu(a.q, attention.__name__)
+    (B, L), S, size = a.k.shape[:2], even_length(a.cache_lengths), a.k_pages.shape[1]
+    rows = [F.pad(t, (0, 0, 0, 0, 0, -(S + L) % size)) for t in in_order(a, S)]
+    pages = [t.unflatten(1, (-1, size)).flatten(0, 1).contiguous() for t in rows]
+    table = torch.arange(len(pages[0]), device=a.k.device, dtype=torch.int32).view(B, -1)
+    cache_lengths = torch.full((B,), S + L, device=a.k.device, dtype=torch.int32)
+    return attention(Paged(a.q, *pages, table, cache_lengths, S + L, a.scale, a.causal))
 
 
 # ---- the append: keys and values into the pages, then attention ----
 
 
-def _places(
-    L: int, size: int, table: Tensor, cache_lengths: Tensor, counts: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _places(a: Arguments) -> tuple[Tensor, ...]:
     """Row and token of all that enters, its page and slot. Reads the device: before the clock only."""
-    B = len(cache_lengths)
-    taken = torch.full((B,), L, device=cache_lengths.device) if counts is None else counts
-    row, token = (torch.arange(L, device=cache_lengths.device) < taken.view(B, 1)).nonzero(as_tuple=True)
-    position = cache_lengths.long()[row] + token
-    return row, token, table.long()[row, position // size], position % size
+    (B, L), size, lengths = a.k.shape[:2], a.k_pages.shape[1], a.cache_lengths
+    taken = torch.full((B,), L, device=lengths.device) if a.counts is None else a.counts
+    row, token = (torch.arange(L, device=lengths.device) < taken.view(B, 1)).nonzero(as_tuple=True)
+    position = lengths.long()[row] + token
+    return row, token, a.page_table.long()[row, position // size], position % size
 
 
 def _append_and_gather(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    table: Tensor,
-    places: tuple[Tensor, Tensor, Tensor, Tensor],
-    mask: Tensor,
-    scale: float | None,
+    q: Tensor, new: KV, pages: KV, table: Tensor, places: tuple[Tensor, ...], mask: Tensor, scale: float | None
 ) -> Tensor:
     """SDPA over the pages of every row one behind the other, and the tokens themselves."""
     row, token, page, slot = places
     L, Hq = q.shape[1:3]
-    past = [pages[table].flatten(1, 2)[:, : mask.shape[-1] - L] for pages in (k_pages, v_pages)]
-    keys, values = (torch.cat(pair, 1).transpose(1, 2) for pair in zip(past, (k, v), strict=True))
-    k_pages[page, slot], v_pages[page, slot] = k[row, token], v[row, token]
-    grouped = Hq != k.shape[2]
+    past = [t[table].flatten(1, 2)[:, : mask.shape[-1] - L] for t in pages]
+    keys, values = (torch.cat(pair, 1).transpose(1, 2) for pair in zip(past, new, strict=True))
+    for cached, own in zip(pages, new, strict=True):
+        cached[page, slot] = own[row, token]
+    grouped = Hq != new[0].shape[2]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
-def sdpa_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    cache_lengths: Tensor,
-    counts: Tensor | None = None,
-    *,
-    scale: float | None = None,
-) -> Call:
-    B, L = q.shape[:2]
-    longest = int(cache_lengths.max()) if B else 0
-    places = _places(L, k_pages.shape[1], page_table, cache_lengths, counts)
-    table = page_table[:, : -(-longest // k_pages.shape[1])].long().clamp(0, len(k_pages) - 1)
-    cached = torch.arange(longest, device=q.device) < cache_lengths.view(B, 1, 1)
-    own = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
+def sdpa_append(a: Arguments) -> Call:
+    (B, L), device = a.q.shape[:2], a.q.device
+    longest = int(a.cache_lengths.max()) if B else 0
+    table = a.page_table[:, : -(-longest // a.k_pages.shape[1])].long().clamp(0, len(a.k_pages) - 1)
+    cached = torch.arange(longest, device=device) < a.cache_lengths.view(B, 1, 1)
+    own = torch.ones(L, L, dtype=torch.bool, device=device).tril()
     mask = torch.cat([cached.expand(B, L, longest), own.expand(B, L, L)], -1).unsqueeze(1)
-    fn = prepared(_append_and_gather, q)
-    return lambda: fn(q, k, v, k_pages, v_pages, table, places, mask, scale)
+    fn, new, pages, places = prepared(_append_and_gather, a.q), (a.k, a.v), (a.k_pages, a.v_pages), _places(a)
+    return lambda: fn(a.q, new, pages, table, places, mask, a.scale)
 
 
-def _appending(
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    table: Tensor,
-    cache_lengths: Tensor,
-    counts: Tensor | None,
-    then: Call,
-) -> Call:
+def _appending(a: Arguments, then: Call) -> Call:
     """Write all tokens into their pages, then do what reads them there."""
-    B, L = k.shape[:2]
-    row, _, page, slot = _places(L, k_pages.shape[1], table, cache_lengths, counts)
-    only(len(row) == B * L, "reads the tokens from the cache: only where all of them enter")
-    keys, values = k.flatten(0, 1), v.flatten(0, 1)
+    row, _, page, slot = _places(a)
+    only(len(row) == a.k.shape[:2].numel(), "reads the tokens from the cache: only where all of them enter")
+    keys, values = a.k.flatten(0, 1), a.v.flatten(0, 1)
 
     def call() -> Any:
-        k_pages[page, slot], v_pages[page, slot] = keys, values
+        a.k_pages[page, slot], a.v_pages[page, slot] = keys, values
         return then()
 
     return call
 
 
-def flex_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    cache_lengths: Tensor,
-    counts: Tensor | None = None,
-    *,
-    scale: float | None = None,
-) -> Call:
+def flex_append(a: Arguments) -> Call:
     """All pages are keys of every row, as they lie: the mask says where in which row each of them is."""
-    (B, L), (n, size) = q.shape[:2], k_pages.shape[:2]
-    first = torch.arange(page_table.shape[1], device=q.device) * size  # the position that each of a row's pages begins
-    needed = first < cache_lengths.view(B, 1) + L
-    begins = torch.full((B, n), 1 << 30, device=q.device)  # nobody's: behind all that is seen
-    row, at = needed.nonzero(as_tuple=True)
-    begins[row, page_table.long()[row, at]] = first[at]
+    (B, L), (n, size), cache_lengths = a.q.shape[:2], a.k_pages.shape[:2], a.cache_lengths
+    first = torch.arange(a.page_table.shape[1], device=a.q.device) * size  # where each of a row's pages begins
+    begins = torch.full((B, n), 1 << 30, device=a.q.device)  # nobody's: behind all that is seen
+    row, at = (first < cache_lengths.view(B, 1) + L).nonzero(as_tuple=True)
+    begins[row, a.page_table.long()[row, at]] = first[at]
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return begins[b, j // size] + j % size <= cache_lengths[b] + i
 
-    key = (*page_table.flatten().tolist(), *cache_lengths.tolist())
-    mask = block_mask(seen, B, L, n * size, q, *key)
-    keys, values = (pages.flatten(0, 1).expand(B, -1, -1, -1) for pages in (k_pages, v_pages))
-    then = flex_call(q, keys, values, mask, scale)
-    return _appending(k, v, k_pages, v_pages, page_table, cache_lengths, counts, then)
+    mask = block_mask(seen, B, L, n * size, a.q, *a.page_table.flatten().tolist(), *cache_lengths.tolist())
+    keys, values = (pages.flatten(0, 1).expand(B, -1, -1, -1) for pages in (a.k_pages, a.v_pages))
+    return _appending(a, flex_call(a.q, keys, values, mask, a.scale))
 
 
-def _reading(package: str, attention: Callable[..., Call]) -> Adapter:
-    """Kernels that read the tokens from the cache, once they are there."""
-
-    def adapter(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        page_table: Tensor,
-        cache_lengths: Tensor,
-        counts: Tensor | None = None,
-        *,
-        scale: float | None = None,
-    ) -> Call:
-        on_gpu(q, package)
-        after = cache_lengths.int() + q.shape[1]
-        then = attention(q, k_pages, v_pages, page_table.int(), after, int(after.max()), scale)
-        return _appending(k, v, k_pages, v_pages, page_table, cache_lengths, counts, then)
-
-    return adapter
+def in_append(attention: Callable[[Paged], Call], a: Arguments) -> Call:
+    on_gpu(a.q, attention.__name__)
+    after = a.cache_lengths.int() + a.q.shape[1]
+    on_pages = Paged(a.q, a.k_pages, a.v_pages, a.page_table.int(), after, int(after.max()), a.scale)
+    return _appending(a, attention(on_pages))
 
 
 PEERS = {
-    "context_attention": (Peer("fa3", fa3), Peer("vllm", vllm_unified)),
+    "context_attention": (Peer("fa3", partial(in_context, fa3)), Peer("vllm", partial(in_context, vllm))),
     "append_attention": (
         Peer("sdpa", sdpa_append),
         Peer("flex", flex_append),
-        Peer("fa3", _reading("FA3", _fa3)),
-        Peer("vllm", _reading("vLLM's unified attention", _vllm)),
+        Peer("fa3", partial(in_append, fa3)),
+        Peer("vllm", partial(in_append, vllm)),
     ),
 }

@@ -172,7 +172,7 @@ def test_train_refuses(call, config: Path, tmp_path: Path) -> None:
     refused(call("ar", tmp_path / "file", *model), "file")
     refused(call("ar", tmp_path / "a", *model, "--data", "/nowhere"), "/nowhere", "does not exist")
     refused(call("ar", tmp_path / "a", *model, "--steps", 0), "steps is 0")
-    refused(call("ar", tmp_path / "a", *model, "--save-every", 0), "--save-every is 0")
+    refused(call("ar", tmp_path / "a", *model, "--save-every", 0), "--save-every", "0 is not at least 1", code=2)
     refused(call("ar", tmp_path / "a", *model, "--row-length", 30), "--row-length is 30", "block size 8")
     refused(call("ar", tmp_path / "a", *model, "--dtype", "int8"), "--dtype", "'int8'", "bfloat16", code=2)
     refused(call("ar", tmp_path / "a", *model, "--save-dtype", "int8"), "--save-dtype", "'int8'", code=2)
@@ -182,7 +182,7 @@ def test_train_refuses(call, config: Path, tmp_path: Path) -> None:
     refused(call("ar", tmp_path / "a", *model, "--warmup", "-1"), "warmup is -1")
     refused(call("ar", tmp_path / "a", *model, "--weight-decay", "inf"), "weight_decay is inf")
     refused(call("ar", tmp_path / "a", *model, "--betas", "0.9", "1"), "betas is (0.9, 1.0)")
-    refused(call("ar", tmp_path / "a", *model, "--threads", "0"), "--threads", "'0'", code=2)
+    refused(call("ar", tmp_path / "a", *model, "--threads", "0"), "--threads", "0 is not from 1 to 4096", code=2)
     refused(call("ar", tmp_path / "a", *model, "--held-out", "nan"), "held_out is nan")
     refused(call("ar", tmp_path / "a", *model, "--stop-after", 0), "nothing to save")
     refused(call("ar", tmp_path / "a", "--config", tmp_path / "none.json"), "none.json: no such file")
@@ -228,4 +228,4 @@ def test_changed_data_does_not_resume(call, config: Path, data: Path, tmp_path: 
         file.write_text(before)
     assert call("ar", out, "--config", config)[0] == 0
     (out / "run.json").write_text("{")
-    refused(call("ar", out, "--config", config), "run.json: not what this command wrote")
+    refused(call("ar", out, "--config", config), "run.json: not valid JSON")

@@ -59,6 +59,13 @@ FORMS: dict[str, tuple[Callable[..., Tensor], Any, Callable[..., list[Tensor]], 
 }
 
 
+def forms(*quick: str) -> pytest.MarkDecorator:
+    """All forms, the slow ones among them only in `make test-full`."""
+    return pytest.mark.parametrize(
+        "form", [pytest.param(form, marks=() if form in quick else pytest.mark.slow) for form in FORMS]
+    )
+
+
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.manual_seed(2)
@@ -74,7 +81,7 @@ def agree(graph: Callable[..., Tensor], fn: Callable[..., Tensor], tensors: list
     assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@forms("context causal", "append counted", "packed", "blocks")
 def test_one_graph_for_many_sizes(form: str) -> None:
     fn, _, make, sizes = FORMS[form]
     graph = torch.compile(fn, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -82,8 +89,8 @@ def test_one_graph_for_many_sizes(form: str) -> None:
         agree(graph, fn, make(*size))
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("strict", [pytest.param(True, id="strict", marks=pytest.mark.slow), False])
+@forms("context", "append counted", "packed", "packed blocks")
 def test_export(form: str, strict: bool) -> None:
     fn, dims, make, sizes = FORMS[form]
     example = tuple(t.to(DEVICE) for t in make(*sizes[0]))
@@ -92,7 +99,7 @@ def test_export(form: str, strict: bool) -> None:
         agree(graph, fn, make(*size))
 
 
-@pytest.mark.parametrize("form", ["context causal", "packed", "packed blocks", "causal"])
+@forms("packed")
 def test_gradients_of_a_graph(form: str) -> None:
     """Those of training, which run as the reference everywhere."""
     fn, _, make, sizes = FORMS[form]

@@ -199,7 +199,7 @@ def test_the_reference_on_a_device_drops_what_has_no_page() -> None:
     for page, size in ((-1, 2), (6, 2), (1, 2), (1, 9)):
         pool, qkv = Pool(6, 4), heads(2, 3)
         start = lengths(5, size)
-        reference.attention._append(*qkv[1:], pool.k, pool.v, table([3, 4], [0, page]), start, None)
+        reference.attention._append(*qkv[1:], (pool.k, pool.v, table([3, 4], [0, page]), start), None)
         assert pool.outside_is_untouched()
         for now, was, new in zip((pool.k, pool.v), pool.before[:, 6:12], qkv[1:], strict=True):
             want = was.clone()
@@ -211,5 +211,5 @@ def test_the_reference_on_a_device_drops_what_has_no_page() -> None:
             assert torch.equal(now, want)
     pool = Pool(6, 4)
     for counts in (lengths(0, 0), lengths(-3, 0)):
-        reference.attention._append(*qkv[1:], pool.k, pool.v, table([3, 4], [0, -1]), lengths(5, 2), counts)
+        reference.attention._append(*qkv[1:], (pool.k, pool.v, table([3, 4], [0, -1]), lengths(5, 2)), counts)
     assert torch.equal(pool.memory, pool.before)

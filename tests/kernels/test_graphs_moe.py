@@ -24,7 +24,7 @@ CASES = [(name, OPS[name].cases[0]) for name in GROWS] + [("experts", dict(T=20,
 EACH = pytest.mark.parametrize(
     "name,dims,dtype",
     [
-        pytest.param(name, dims, dtype, id=f"{name}-{i}-{dtype}")
+        pytest.param(name, dims, dtype, id=f"{name}-{i}-{dtype}", marks=() if dtype == DTYPES[0] else pytest.mark.slow)
         for i, (name, dims) in enumerate(CASES)
         for dtype in (DTYPES if name == "experts" else DTYPES[:1])
     ],
@@ -77,7 +77,7 @@ class Layer(nn.Module):
         return self.op.fn(**with_leaves(self.kwargs, tensors))
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "fake"])
+@pytest.mark.parametrize("strict", [pytest.param(True, id="strict", marks=pytest.mark.slow), False])
 @EACH
 def test_exports_with_sizes_left_open(name: str, dims: dict[str, int], dtype: torch.dtype, strict: bool) -> None:
     torch._dynamo.reset()

@@ -92,15 +92,8 @@ def test_experts_are_summed_in_the_dtype_of_weights() -> None:
 
 
 @pytest.mark.parametrize("op,dims", WITH_KERNELS)
-def test_two_runs_are_bitwise_equal(op: Op, dims: dict[str, int]) -> None:
-    kwargs = make(op, dims, torch.float32)
-    first, second = (values_and_gradients(op, op.fn, kwargs) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("op,dims", WITH_KERNELS)
-def test_reads_nothing_it_did_not_write(op: Op, dims: dict[str, int]) -> None:
-    """Fresh memory holds NaN, or the largest integer, until a kernel writes it."""
+def test_two_runs_are_bitwise_equal_whatever_fresh_memory_holds(op: Op, dims: dict[str, int]) -> None:
+    """In the second it holds NaN, or the largest integer, until a kernel writes it."""
     kwargs = make(op, dims, torch.float32)
     want = values_and_gradients(op, op.fn, kwargs)
     with fresh_memory_filled():
@@ -154,7 +147,7 @@ def test_registered_ops_pass_opcheck(op: Op, dims: dict[str, int]) -> None:
     for function, args in calls.seen.items():
         torch.library.opcheck(function, args)
         turned = tuple(a.mT.contiguous().mT if isinstance(a, Tensor) and a.dim() > 1 else a for a in args)
-        torch.library.opcheck(function, turned)
+        torch.library.opcheck(function, turned, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("op,dims", FIRST_WITH_KERNELS)

@@ -11,8 +11,8 @@ from tt_kernels.runtime.launch import Launch, overriding, recording, tuned
 def test_launch_is_a_value() -> None:
     one = Launch(BLOCK_T=16, num_warps=8)
     assert one == Launch(num_warps=8, BLOCK_T=16) != Launch(BLOCK_T=16)
-    assert hash(one) == hash(Launch(num_warps=8, BLOCK_T=16)) and one.BLOCK_T == 16 and one.num_stages == 3
-    assert repr(one) == "Launch(BLOCK_T=16, num_warps=8, num_stages=3)"
+    assert hash(one) == hash(Launch(num_warps=8, BLOCK_T=16)) and one.BLOCK_T == 16 and one.num_stages == 1
+    assert repr(one) == "Launch(BLOCK_T=16, num_warps=8, num_stages=1)"
     with pytest.raises(AttributeError):
         _ = one.BLOCK_N
 

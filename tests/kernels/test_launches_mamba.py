@@ -10,11 +10,10 @@ from torch import Tensor
 from tt_kernels.conv1d.causal_conv1d import causal_conv1d_launch
 from tt_kernels.runtime.launch import INTERPRET, ON_CPU, overriding, recording
 from tt_kernels.ssm import launch as shared
+from tt_kernels.ssm.launch import step_launch
 from tt_kernels.ssm.mamba_block_launch import in_one_launch, mamba_advance_launch, mamba_block_launch
-from tt_kernels.ssm.mamba_step import mamba_step_launch
 from tt_kernels.ssm.ssd_block_launch import longest_block, ssd_advance_launch, ssd_block_launch
 from tt_kernels.ssm.ssd_chunk_launch import span_tiles, ssd_chunk_launch
-from tt_kernels.ssm.ssd_step import ssd_step_launch
 
 ceil = lambda a, b: -(-a // b)
 
@@ -33,7 +32,7 @@ def test_blocks_fit_a_tile_and_fill_the_gpu(L: int, rows: int) -> None:
 def test_odd_sizes_take_whole_tiles() -> None:
     for launch in (ssd_block_launch(1, 3, 29, 5, 2), ssd_chunk_launch(3, 29, 5, 2, 90)):
         assert launch.BLOCK_N == 16 and launch.BLOCK_P in (16, 32)
-    assert ssd_step_launch(1, 29, 5).BLOCK_N == 8
+    assert step_launch(1, 29, 5, numbers=16).BLOCK_N == 8
 
 
 def test_long_blocks_are_chunked() -> None:
@@ -57,7 +56,7 @@ def test_spans_cover_all_tiles(rows: int, tiles: int) -> None:
 
 
 def test_steps_and_convolutions_fill_the_gpu() -> None:
-    assert 64 * ceil(64, ssd_step_launch(64, 64, 128).BLOCK_P) == 256
+    assert 64 * ceil(64, step_launch(64, 64, 128, numbers=16).BLOCK_P) == 256
     few, many = causal_conv1d_launch(1, 16, 6144, 2), causal_conv1d_launch(1, 8192, 6144, 2)
     assert ceil(6144, few.BLOCK_C) >= 96 and many.BLOCK_L * many.BLOCK_C == 4096
 
@@ -127,7 +126,7 @@ def test_convolution_joins_the_scan_for_few_rows(rows: int, L: int, one: bool) -
 
 
 def test_steps_of_few_rows_take_small_slices() -> None:
-    assert [mamba_step_launch(rows, 64, 128).BLOCK_P for rows in (64, 4096)] == [16, 32]
+    assert [step_launch(rows, 64, 128, numbers=32).BLOCK_P for rows in (64, 4096)] == [16, 32]
 
 
 def on_meta(**dims: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from parity import OPS, make
 from torch import Tensor
 
 from bench.peers import REGISTRY
-from bench.peers.base import Unavailable, difference, results
+from bench.peers.base import Unavailable, difference
 
 pytestmark = pytest.mark.gpu
 # Their kernels multiply in TF32 or 16 bits at places; a wrong mask, decay or state shows at 1e-1.
@@ -47,7 +47,7 @@ def test_cases_of_our_tests(op: str, name: str, dims: dict[str, int]) -> None:
     kwargs, peer = make(OPS[op], dims, torch.float32), REGISTRY[op][name]
     ours = parity.results(OPS[op], OPS[op].fn, kwargs)  # before a peer writes the states
     try:
-        theirs = results(peer, OPS[op].outputs, peer.adapter(**kwargs)())
+        theirs = peer.results(OPS[op], peer.call(OPS[op], kwargs)())
     except Unavailable as why:
         pytest.skip(str(why))
     for output, want in theirs.items():

@@ -106,7 +106,7 @@ def test_one_graph_of_any_size(name: str) -> None:
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("strict", (True, False), ids=("strict", "non-strict"))
+@pytest.mark.parametrize("strict", [pytest.param(True, id="strict", marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("name", GRAPHS)
 def test_exports_with_dynamic_sizes(name: str, strict: bool) -> None:
     torch._dynamo.reset()

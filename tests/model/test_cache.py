@@ -190,8 +190,9 @@ def test_any_tree_of_forks(model: TwoTower, data: st.DataObject) -> None:
 
 
 def test_places() -> None:
-    places = Places(2)
-    a, b = places.take(), places.take()
+    buffer = {0: torch.ones(4, 3)}  # two planes a place
+    places = Places(2, buffer)
+    a, b = places.take(2)
     assert (a, b) == (0, 1) and not places.free
     places.hold(a)
     assert places.is_shared(a) and not places.is_shared(b)
@@ -199,5 +200,5 @@ def test_places() -> None:
     assert not places.is_shared(a) and not places.free
     places.leave(a)
     assert places.free == [0]
-    places.add(2)
-    assert len(places) == 4 and [places.take() for _ in range(3)] == [0, 2, 3]
+    assert places.take(3) == [0, 2, 3] and len(places) == 4
+    assert buffer[0].shape == (8, 3) and bool((buffer[0][:4] == 1).all())

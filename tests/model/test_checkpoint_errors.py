@@ -104,7 +104,7 @@ def test_damaged_index(saved: Path) -> None:
     whole = json.loads(index.read_text())
     for text in ("{", "[]", "{}", '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}'):
         index.write_text(text)
-        with pytest.raises(ValueError, match=r"index\.json: not an index of weights"):
+        with pytest.raises(ValueError, match=r"index\.json: (not valid JSON|expected a JSON object|not an index)"):
             loaded(saved)
     # A key that the index does not know, and one that is not where the index says.
     moved = next(key for key, file in whole["weight_map"].items() if "00002" in file)

@@ -7,7 +7,7 @@ import torch
 from parity import assert_as_good, double, leaves, make, results
 
 from bench import peers
-from bench.ops import Case, bind_peer, disagreement, named
+from bench.ops import Case, bind, disagreement, named
 from bench.peers import base
 from cards import OPS
 from tt_kernels.runtime.launch import ON_CPU as AS_KERNELS
@@ -47,7 +47,7 @@ def test_equal_results(op: str, name: str) -> None:
         card.reference(**want)
         try:
             with torch.no_grad():
-                found = peers.results(peer, card.outputs, peer.adapter(**kwargs)())
+                found = peer.results(card, peer.call(card, kwargs)())
         except peers.Unavailable:
             continue
         if name == "apart":
@@ -73,7 +73,7 @@ def test_equal_results(op: str, name: str) -> None:
 def test_equal_gradients(op: str, name: str, dims: dict[str, int]) -> None:
     kwargs, case = make(OPS[op], dims, torch.float32), Case(OPS[op], dims, torch.float32, True)
     eager, peer = peers.peers_of(OPS[op], ["eager", name])
-    want, got = (named(case, who, kwargs, bind_peer(case, who, [kwargs])[0]()) for who in (eager, peer))
+    want, got = (named(case, who, kwargs, bind(case, who, [kwargs])[0]()) for who in (eager, peer))
     assert got.keys() == want.keys() and disagreement(want, got) == ""
     assert max(base.difference(got[k], want[k]) for k in want) < 1e-5
 
@@ -85,7 +85,7 @@ def test_who_is_missing_says_so_in_a_line(op: str) -> None:
         assert set(peer.outputs or ()) <= set(OPS[op].outputs)
         for dims in OPS[op].cases[:3]:
             try:
-                peer.adapter(**make(OPS[op], dims, torch.float32))
+                peer.call(OPS[op], make(OPS[op], dims, torch.float32))
             except peers.Unavailable as why:
                 assert 5 < len(str(why)) < 170 and "\n" not in str(why)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import compare, conftest, figures, generate, measure, report, whole
 from bench.models import PUBLISHED
-from bench.targets import TARGETS, shortfall, target_of
+from bench.targets import H200, TARGETS, shortfall, target_of
 from cards import OPS
 from profiling import aot, host, ncu, timeline
 from tools import gpu, owed, tune
@@ -70,32 +70,33 @@ def test_of_each_measurement_the_newest_line_counts(tmp_path: Path) -> None:
         measure.append(tmp_path / "fast.jsonl", row)
     (machine,) = report.machines(tmp_path)
     assert machine.gpu == "Fast" and machine.lines["row"] == rows[1:3], "a shape that no card has is left out"
-    text = report.render([machine], {"fast": {}})
+    parts = list(report.speed([machine]))
+    text = "\n".join(map(str, parts))
     assert (
         "commit b" in text
         and "400 (400-400)" in text
         and "an_old_name" in text
         and "| 2.00 |" in " ".join(text.split())
     )
-    drawn = figures.expected(machine.name, machine.gpu, machine.lines)
-    figures.draw(drawn.values(), tmp_path)
-    assert set(drawn) == {"roofline"} and drawn["roofline"].is_in(tmp_path)
+    (roofline,) = (part for part in parts if isinstance(part, figures.Figure))
+    figures.draw([roofline], tmp_path)
+    assert roofline.is_in(tmp_path)
 
 
 def test_targets_are_of_published_shapes() -> None:
     listed = [(name, dims) for name, op in OPS.items() for dims in op.shapes]
     assert {id(target_of(name, dims, "forward")) for name, dims in listed} >= {id(target) for target in TARGETS}
-    target = target_of("experts", OPS["experts"].shapes[0] | {"T": 16}, "forward")
-    assert target is not None and shortfall(target, a_row(share=0.795)) == [], "compared as it is shown"
-    assert len(shortfall(target, a_row(share=0.79, peers={"vllm": {"ratio": 0.9}}))) == 2
+    dims = OPS["experts"].shapes[0] | {"T": 16}
+    assert shortfall(a_row(dims=dims, share=0.795)) == [], "compared as it is shown"
+    assert len(shortfall(a_row(dims=dims, share=0.79, peers={"vllm": {"ratio": 0.9}}))) == 2
 
 
 def test_generate_measures_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert generate.main(["--batch", "1", "--context", "8", "--new", "4", "--rounds", "1"]) == 0
     out = capsys.readouterr().out
     assert out.count("| denoiser pass |") == 2 and "| mask_diffusion " in out
-    size = dict(batch=1, context=2048, roofs=whole.H200)
-    assert whole.floor(PUBLISHED, whole.DENOISER, **size) == pytest.approx(8.2e-3, rel=0.01)  # as README has it
+    paper = whole.Pass(PUBLISHED, whole.DENOISER, batch=1, context=2048)
+    assert paper.floor(H200) == pytest.approx(8.2e-3, rel=0.01)  # as README has it
 
 
 def test_two_trees_are_compared(tmp_path: Path) -> None:

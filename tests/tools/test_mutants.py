@@ -6,7 +6,8 @@ import pytest
 from _pytest.mark.expression import Expression
 
 from cards import OPS
-from tools.mutants.__main__ import ROOT, all_mutants, mutated
+from tools.mutants import all_mutants
+from tools.mutants.__main__ import ROOT, mutated
 
 MUTANTS = [mutant for listed in all_mutants().values() for mutant in listed]
 

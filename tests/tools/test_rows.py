@@ -19,9 +19,12 @@ def card(fn: Any = None, *, reference: Any = None, **fields: Any) -> Op:
     def double(x: Tensor) -> Tensor:
         return 2 * x
 
+    class Card(Op):
+        reference = property(lambda _: twin)
+
+    twin = reference or double
     given = dict(
         fn=fn or double,
-        reference=reference or double,
         inputs=lambda dtype, T, D: dict(x=torch.randn(T, D, dtype=dtype)),
         cases=(DIMS,),
         shapes=(DIMS,),
@@ -29,7 +32,7 @@ def card(fn: Any = None, *, reference: Any = None, **fields: Any) -> Op:
         grads=("x",),
         cost=lambda itemsize, T, D: (T * D, 2 * T * D * itemsize),
     )
-    return Op(**given | fields)
+    return Card(**given | fields)
 
 
 def a_case(op: Op, *, backward: bool = False, dtype: torch.dtype = torch.float32) -> ops.Case:
@@ -104,7 +107,7 @@ def test_oracles_shrink_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_row_has_times_shares_and_ratios(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    peer = Peer("compiled", lambda **kwargs: lambda: 2 * kwargs["x"], backward=True)
+    peer = Peer("compiled", lambda a: lambda: 2 * a.x, backward=True)
     monkeypatch.setattr(ops, "peers_of", lambda op, wanted: [*peers_of(op, ["eager"]), peer])
     fake = FakeClock({"ours": 2e-6, "eager": 5e-6}, errors={"compiled": "does not compile"})
     roofs = {"bandwidth": 96e6, "compute": 1e12, "read": 96e6, "copy": 90e6}
@@ -121,18 +124,18 @@ def test_a_row_has_times_shares_and_ratios(backward: bool, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_peer_with_other_results_is_not_timed(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(**kwargs: Any) -> Any:
+    def absent(a: Any) -> Any:
         raise Unavailable("not installed")
 
     def square(x: Tensor) -> Tensor:  # right in the first row only
         return torch.cat([2 * x[:1], 2.2 * x[1:]])
 
     found = [
-        Peer("wrong", lambda x: lambda: square(x), backward=True),
+        Peer("wrong", lambda a: lambda: square(a.x), backward=True),
         Peer("absent", absent, backward=True),
-        Peer("breaks", lambda x: lambda: x.view(-1, 5), backward=True),
-        Peer("forward", lambda x: lambda: 2 * x),
-        Peer("right", lambda x: lambda: x + x, backward=True),
+        Peer("breaks", lambda a: lambda: a.x.view(-1, 5), backward=True),
+        Peer("forward", lambda a: lambda: 2 * a.x),
+        Peer("right", lambda a: lambda: a.x + a.x, backward=True),
     ]
     monkeypatch.setattr(ops, "peers_of", lambda op, wanted: found)
     fake = FakeClock({"ours": 1.0, "right": 1.5, "forward": 3.0})
@@ -158,10 +161,10 @@ def test_peers_of_what_writes_are_compared_too(monkeypatch: pytest.MonkeyPatch) 
         return dict(x=torch.randn(T, D, dtype=dtype), pages=pages)
 
     found = [
-        Peer("writes", lambda **kwargs: lambda: append(**kwargs)),
-        Peer("elsewhere", lambda x, pages: lambda: append(x, pages.clone())),  # in memory of its own
-        Peer("leaves", lambda **kwargs: lambda: append(**kwargs, wrong=1.0)),
-        Peer("half", lambda x, pages: lambda: (pages[2:3].copy_(x[:1]), torch.cat([pages[:3], x[1:2]]) + 1)[1]),
+        Peer("writes", lambda a: lambda: append(a.x, a.pages)),
+        Peer("elsewhere", lambda a: lambda: append(a.x, a.pages.clone())),  # in memory of its own
+        Peer("leaves", lambda a: lambda: append(a.x, a.pages, wrong=1.0)),
+        Peer("half", lambda a: lambda: (a.pages[2:3].copy_(a.x[:1]), torch.cat([a.pages[:3], a.x[1:2]]) + 1)[1]),
     ]
     op = card(append, reference=append, inputs=inputs, grads=(), writes=("pages",))
     monkeypatch.setattr(ops, "peers_of", lambda op, wanted: found)
@@ -188,5 +191,6 @@ def test_a_kernel_that_waits_for_the_host_is_red() -> None:
     case = a_case(card(kernels=("_k_kernel",)))
     checked(case)
     on_device.device = "meta"
-    row = ops.measure(case, on_device, checked)
+    row = ops.measure(case, on_device, checked, {"bandwidth": 1e12, "compute": 1e12})
     assert row.fault == "waits for the host: not fit for a CUDA graph"
+    assert " RED | " in "\n".join(report.row_table([row.record()]))

@@ -1,19 +1,32 @@
-"""One-line faults in kernels that the suite must catch: `python -m tools.mutants`, or `make mutants`."""
+"""One-line faults in kernels that the suite must catch: `python -m tools.mutants`, or `make mutants`.
 
-from dataclasses import dataclass
+Each file has MUTANTS: whose tests must fail and the file under tt_kernels/ -> (fault, what the file has once, what the
+fault makes of it). A third part of the key is the test that must fail, where it is not made from the op's card."""
+
+import importlib
+import pkgutil
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Mutant:
-    op: str  # whose tests must fail
+class Mutant(NamedTuple):
+    op: str  # words of pytest's -k
     file: str
-    old: str  # occurs once in the file
+    fault: str
+    old: str
     new: str
-    fault: str  # in words
-    test: str = ""  # the one that must fail, where it is not made from the op's card: FILE::NAME
-    sanitize: bool = False  # only ttsem sees it for certain: run as `make sanitize` does
+    test: str  # under tests/kernels/; empty: those of the op
+    sanitize: bool  # only ttsem sees it for certain: run as `make sanitize` does
 
 
-def faults(op: str, file: str, *listed: tuple[str, str, str], sanitize: bool = False, test: str = "") -> list[Mutant]:
-    """Mutants of one file for one op's tests: (fault, old, new) each."""
-    return [Mutant(op, file, old, new, fault, test, sanitize) for fault, old, new in listed]
+def of_area(area: str) -> list[Mutant]:
+    listed = importlib.import_module(f"{__name__}.{area}").MUTANTS
+    return [
+        Mutant(op, f"tt_kernels/{file}", *change, "".join(test), area == "sanitize")
+        for (op, file, *test), changes in listed.items()
+        for change in changes
+    ]
+
+
+def all_mutants() -> dict[str, list[Mutant]]:
+    """By area: the file of this folder that lists them."""
+    return {m.name: of_area(m.name) for m in pkgutil.iter_modules(__path__) if m.name != "__main__"}

@@ -4,10 +4,8 @@ sees it: all must make them fail."""
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import os
-import pkgutil
 import shutil
 import subprocess
 import sys
@@ -15,19 +13,12 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tools import mutants
-from tools.mutants import Mutant
+from tools.mutants import Mutant, all_mutants
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("tt_kernels", "tests", "cards", "tools", "pyproject.toml")
+COPIED = ("tt_kernels", "tests", "cards", "tools")
 TESTS = ("tests/kernels/test_kernels.py", "tests/kernels/test_ops.py")
 TTSEM = importlib.util.find_spec("ttsem")
-
-
-def all_mutants() -> dict[str, tuple[Mutant, ...]]:
-    """By area: the file of this folder that lists them."""
-    areas = [m.name for m in pkgutil.iter_modules(mutants.__path__) if m.name != "__main__"]
-    return {area: importlib.import_module(f"tools.mutants.{area}").MUTANTS for area in areas}
 
 
 def mutated(source: str, mutant: Mutant) -> str:
@@ -38,15 +29,12 @@ def mutated(source: str, mutant: Mutant) -> str:
 
 def run_tests(op: str, test: str, sanitize: bool, mutant: Mutant | None = None) -> subprocess.CompletedProcess[str]:
     """An op's tests, or the one that is named, on a copy of the tree, with the mutant's fault in it or as it is."""
-    chosen = [test] if test else [*TESTS, "-k", op]
+    chosen = [f"tests/kernels/{test}"] if test else [*TESTS, "-k", op]
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
+        shutil.copy(ROOT / "pyproject.toml", tree)
         for name in COPIED:
-            source = ROOT / name
-            if source.is_dir():
-                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(source, tree / name)
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         if mutant is not None:
             file = tree / mutant.file
             file.write_text(mutated(file.read_text(), mutant))
@@ -54,15 +42,10 @@ def run_tests(op: str, test: str, sanitize: bool, mutant: Mutant | None = None) 
         if sanitize:
             chosen += ["-p", "tools.sanitize", "-m", "sanitize"]
             path, switch = [*path, str(tree / "tests"), str(Path(TTSEM.origin).parents[1])], "TT_KERNELS_ON_CPU"
-        return subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen],
-            cwd=tree,
-            env=os.environ
-            | {switch: "1", "PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(tree / "cache")},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        env = {switch: "1", "PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(tree / "cache")}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen]
+        quiet = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        return subprocess.run(command, cwd=tree, env=os.environ | env, **quiet)
 
 
 def survives(mutant: Mutant) -> str | None:
@@ -89,10 +72,8 @@ def main() -> int:
         wanted = sorted({(m.op if not m.test else "", m.test, m.sanitize) for m in chosen})
         for names, done in zip(wanted, pool.map(lambda names: run_tests(*names), wanted), strict=True):
             if done.returncode:
-                print(
-                    f"the tests of {''.join(names[:2])!r} fail without any fault planted:\n{done.stdout[-2000:]}",
-                    file=sys.stderr,
-                )
+                tests = "".join(names[:2])
+                print(f"the tests of {tests!r} fail without any fault planted:\n{done.stdout[-2000:]}", file=sys.stderr)
                 return 1
         for mutant, outcome in zip(chosen, pool.map(survives, chosen), strict=True):
             failed += outcome is not None

@@ -1,119 +1,63 @@
 """Faults in the attention kernels."""
 
-from . import Mutant, faults
-
-BLOCK_ATTENTION_KERNELS = "tt_kernels/attention/block_attention_kernels.py"
-CONTEXT_ATTENTION_KERNELS = "tt_kernels/attention/context_attention_kernels.py"
-CONTEXT_ATTENTION_LAUNCH = "tt_kernels/attention/context_attention_launch.py"
-LANG = "tt_kernels/attention/lang.py"
-
-MUTANTS: tuple[Mutant, ...] = (
-    *faults(
-        "context_attention",
-        LANG,
+MUTANTS = {
+    ("context_attention", "attention/lang.py"): [
         ("the sum is not rescaled", "l = l * kept + ", "l = l + "),
         ("the output is not rescaled", "o * kept[:, None]", "o"),
-        (
-            "one page for a tile that spans several",
-            "tl.load(table_ptr + tokens // page_size)",
-            "tl.load(table_ptr + n // page_size)",
-        ),
+        ("one page for a tile that spans several", "table_ptr + tokens // page_size)", "table_ptr + n // page_size)"),
         ("page's start", "at = page * page_size + n % page_size", "at = page * page_size"),
         ("KV head 0's values", "v = v_desc.load([at, head.to(tl.int32) * P])", "v = v_desc.load([at, 0])"),
-    ),
-    *faults(
-        "context_attention",
-        CONTEXT_ATTENTION_KERNELS,
+    ],
+    ("context_attention", "attention/context_attention_kernels.py"): [
         ("a token past the length is seen", "(full + offs_n < end)[None, :]", "(full + offs_n <= end)[None, :]"),
         ("a single last token is missed", "    if full < end:\n", "    if full + 1 < end:\n"),
         ("not itself", "own[None, :] <= token[:, None]", "own[None, :] < token[:, None]"),
         ("another KV head's queries", "head * R + rows % R", "head + rows % R"),
         ("first token missed", "    token = rows // R\n", "    token = rows // R + 1\n"),
-        (
-            "a token between splits is missed",
-            "tl.minimum(length, start + size)",
-            "tl.minimum(length, start + size - 1)",
-        ),
-        (
-            "splits are not weighted",
-            "weight = tl.exp2(m - tl.max(m, axis=0))",
-            "weight = tl.where(m > -float('inf'), 1.0, 0.0)",
-        ),
+        ("a token between splits is missed", "(length, start + size)", "(length, start + size - 1)"),
+        ("splits are not weighted", "tl.exp2(m - tl.max(m, axis=0))", "tl.where(m > -float('inf'), 1.0, 0.0)"),
         (
             "splits do not reach the end",
             "tl.cdiv(tl.cdiv(length, splits), 64) * 64, min_tokens)",
             "(length // splits) // 64 * 64, 1)",
         ),
         ("stale page", "page = page_of(table_ptr, n + BLOCK_N,", "page = page_of(table_ptr, n,"),
-    ),
-    *faults(
+    ],
+    ("context_attention", "attention/lang.py", "test_attention_context.py::test_sixteen_bits_by_tma"): [
+        ("what TMA brings from behind the end stays", "tl.where((tokens < end)[:, None], v, tl.zeros_like(v))", "v")
+    ],
+    (
         "context_attention",
-        LANG,
-        (
-            "what TMA brings from behind the end is not cleared",
-            "v = tl.where((tokens < end)[:, None], v, tl.zeros_like(v))",
-            "v = v + tl.zeros_like(v)",
-        ),
-        test="tests/kernels/test_attention_context.py::test_sixteen_bits_by_tma",
-    ),
-    *faults(
+        "attention/context_attention_kernels.py",
+        "test_attention_context.py::test_splits_of_a_row_in_a_larger_batch",
+    ): [("splits that nobody computes", "tl.maximum(fill, tl.cdiv(length, 16 * min_tokens))", "max_splits")],
+    (
         "context_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        (
-            "splits that nobody computes",
-            "tl.minimum(tl.maximum(fill, tl.cdiv(length, 16 * min_tokens)), max_splits)",
-            "max_splits",
-        ),
-        test="tests/kernels/test_attention_context.py::test_splits_of_a_row_in_a_larger_batch",
-    ),
-    *faults(
-        "context_attention",
-        CONTEXT_ATTENTION_LAUNCH,
-        ("too few splits are launched", "max(self.fill, triton.cdiv(length, 16 * self.min_tokens))", "self.fill"),
-        test="tests/kernels/test_attention_context.py::test_splits_of_a_row_in_a_larger_batch",
-    ),
-    *faults(
+        "attention/context_attention_launch.py",
+        "test_attention_context.py::test_splits_of_a_row_in_a_larger_batch",
+    ): [("too few splits are launched", "max(self.fill, triton.cdiv(length, 16 * self.min_tokens))", "self.fill")],
+    (
         "append_attention",
-        CONTEXT_ATTENTION_KERNELS,
-        (
-            "a length below 0 writes before the row",
-            "tl.maximum(tl.load(cache_lengths_ptr + b), 0)",
-            "tl.load(cache_lengths_ptr + b)",
-        ),
-        test="tests/kernels/test_attention_context.py::test_a_length_below_zero_is_none",
-    ),
-    *faults(
+        "attention/context_attention_kernels.py",
+        "test_attention_context.py::test_a_length_below_zero_is_none",
+    ): [
+        ("a length below 0 writes before the row", "cache_lengths_ptr + b), 0)", "cache_lengths_ptr + b), -(1 << 30))")
+    ],
+    (
         "context_attention",
-        LANG,
-        (
-            "a NaN that is seen is swallowed",
-            '        s = tl.where(seen, s, -float("inf"))',
-            '        s = tl.where(seen & (s == s), s, -float("inf"))',
-        ),
-        test="tests/kernels/test_attention_context.py::test_nan_reaches_who_sees_it_and_nobody_else",
-    ),
-    *faults(
-        "append_attention",
-        CONTEXT_ATTENTION_KERNELS,
+        "attention/lang.py",
+        "test_attention_context.py::test_nan_reaches_who_sees_it_and_nobody_else",
+    ): [("a NaN that is seen is swallowed", '(seen, s, -float("inf"))', '(seen & (s == s), s, -float("inf"))')],
+    ("append_attention", "attention/context_attention_kernels.py"): [
         ("a slot left out", "            to = length + at\n", "            to = length + at + 1\n"),
         ("tokens that do not count enter", "& (at < count) &", "&"),
         ("the last that counts does not enter", "& (at < count) &", "& (at < count - 1) &"),
         ("another page's keys overwritten", "slot = (to % page_size).to(tl.int64)", "slot = to.to(tl.int64)"),
-        (
-            "keys as values",
-            "tl.store(slots(v_pages, page, slot, head, offs_p), v_new,",
-            "tl.store(slots(v_pages, page, slot, head, offs_p), k_new,",
-        ),
-        (
-            "each tile writes the next one's tokens",
-            "at = (tile * BLOCK_M + R - 1) // R + tl",
-            "at = (tile * BLOCK_M + BLOCK_M + R - 1) // R + tl",
-        ),
+        ("keys as values", "(v_pages, page, slot, head, offs_p), v_new", "(v_pages, page, slot, head, offs_p), k_new"),
+        ("each tile writes the next one's tokens", "(tile * BLOCK_M + R - 1)", "(tile * BLOCK_M + BLOCK_M + R - 1)"),
         ("one page for all tokens", "table_ptr + to // page_size", "table_ptr + length // page_size"),
-    ),
-    *faults(
-        "causal_attention or block_diffusion",
-        BLOCK_ATTENTION_KERNELS,
+    ],
+    ("causal_attention or block_diffusion", "attention/block_attention_kernels.py"): [
         ("a token does not see itself", "rows + 1 if CAUSAL", "rows if CAUSAL"),
         ("own block seen clean", "else rows // S * S  # [BLOCK_M]", "else rows // S * S + 1  # [BLOCK_M]"),
         ("earlier noisy blocks are seen", "== (rows // S)[:, None]", "<= (rows // S)[:, None]"),
@@ -129,15 +73,10 @@ MUTANTS: tuple[Mutant, ...] = (
             "_tile(k_clean, b, n + offs_n, head % R, offs_p, most, P)",
         ),
         ("packed sequences see each other", "        begin = tl.load(", "        begin = 0 * tl.load("),
-    ),
-    *faults(
+    ],
+    (
         "causal_attention or block_diffusion",
-        BLOCK_ATTENTION_KERNELS,
-        (
-            "a block of two sequences sees the later one",
-            "(of[None, :] == begin[:, None])",
-            "(of[None, :] >= begin[:, None])",
-        ),
-        test="tests/kernels/test_attention_masks.py::test_block_diffusion",
-    ),
-)
+        "attention/block_attention_kernels.py",
+        "test_attention_masks.py::test_block_diffusion",
+    ): [("a block of two sequences sees the later one", "[None, :] == begin[:, None]", "[None, :] >= begin[:, None]")],
+}

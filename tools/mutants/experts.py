@@ -1,66 +1,39 @@
 """Faults in the experts."""
 
-from . import Mutant, faults
-
-EXPERTS = "tt_kernels/moe/experts.py"
-EXPERTS_BACKWARD = "tt_kernels/moe/experts_backward.py"
-EXPERTS_KERNELS = "tt_kernels/moe/experts_kernels.py"
-LANG = "tt_kernels/moe/lang.py"
-
-MUTANTS: tuple[Mutant, ...] = (
-    *faults(
-        "experts",
-        EXPERTS_KERNELS,
+MUTANTS = {
+    ("experts", "moe/experts_kernels.py"): [
         ("last tile missed", "(end - start + BLOCK_T - 1) // BLOCK_T", "(end - start) // BLOCK_T"),
         ("wrong expert", "last[None, :] <= tile[:, None]", "last[None, :] < tile[:, None]"),
         ("a tile less for who walks the list", "axis=0).to(tl.int64)", "axis=0).to(tl.int64) - 1"),
         ("a token's last expert forgotten", "tl.static_range(K)", "tl.static_range(K - 1)"),
         ("routing weights forgotten", "pair *= tl.load", "tl.load"),
         (
-            "summed without the dtype of routing weights",
-            "tl.float64 if weights_ptr.dtype.element_ty == tl.float64 else acc",
-            "acc",
+            "sums without the weights' dtype",
+            "if weights_ptr.dtype.element_ty == tl.float64 else acc",
+            "if False else acc",
         ),
         ("everybody takes the first expert", "first, expert * N, n0", "first, 0 * N, n0"),
         ("wrong token", "(pair.to(tl.int32) // sizes.top_k)", "(pair.to(tl.int32) // (sizes.top_k + 1))"),
         ("up forgotten beside the gate", "h *= a\n", "h = a\n"),
         ("dx without the gate", "y, y, h2, down2, down2,", "y, y, h, down, down,"),
-        (
-            "the shared expert sees the first row only",
-            "at = tl.where(is_shared, rows, at)\n        N",
-            "pass\n        N",
-        ),
-    ),
-    *faults(
-        "experts",
-        LANG,
+        ("the shared expert sees the first row only", "tl.where(is_shared, rows, at)\n        N", "at\n        N"),
+    ],
+    ("experts", "moe/lang.py"): [
         ("every tile reads the first rows", "a.load([first, k])", "a.load([0, k])"),
         ("relu, not its square", "h * h, 2 * h", "h, 2 * h"),
-        (
-            "sums in 16 bits",
-            "acc = dot_tile(a_tile, w_tile, acc, TRANSPOSED, SWAP)",
-            "acc = dot_tile(a_tile, w_tile, acc, TRANSPOSED, SWAP).to(tl.float16).to(acc.dtype)",
-        ),
+        ("sums in 16 bits", "acc, TRANSPOSED, SWAP)", "acc, TRANSPOSED, SWAP).to(tl.float16).to(acc.dtype)"),
         ("the shared expert misses the last row", "tile * 0 + T", "tile * 0 + T - 1"),
         ("derivative of the square without its 2", "h * h, 2 * h", "h * h, h"),
         ("derivative of sigmoid, not silu", "s * (1 + h * (1 - s))", "s * (1 - s)"),
-    ),
-    *faults(
-        "experts",
-        EXPERTS_BACKWARD,
+    ],
+    ("experts", "moe/experts_backward.py"): [
         ("routing weight forgotten in dh", "dh = d * w\n", "dh = d\n"),
         ("dweights of the first tile of N", "parts.sum(0)", "parts[0]"),
         ("the second expert takes the first's rows too", "expert - 1, expert > 0", "expert - 1, expert > 1"),
         ("last row of an expert missed", "mask_r = rows < end", "mask_r = rows < end - 1"),
         ("rows of x by pair, not by token", 'weights.up, pairs, "b"),', 'weights.up, pairs, ""),'),
-    ),
-    *faults(
-        "experts",
-        EXPERTS,
-        (
-            "pairs listed for the expert before theirs",
-            "sort_pairs(topk_ids, len(up))",
-            "sort_pairs(topk_ids - 1, len(up))",
-        ),
-    ),
-)
+    ],
+    ("experts", "moe/experts.py"): [
+        ("pairs listed for the expert before theirs", "(topk_ids, len(up))", "(topk_ids - 1, len(up))")
+    ],
+}

@@ -1,86 +1,52 @@
 """Faults in the norm kernels."""
 
-from . import Mutant, faults
-
-GATED_GROUP_NORM = "tt_kernels/norm/gated_group_norm.py"
-MODULATED_RMS_NORM_KERNELS = "tt_kernels/norm/modulated_rms_norm_kernels.py"
-MODULATED_RMS_NORM_LAUNCH = "tt_kernels/norm/modulated_rms_norm_launch.py"
-
-MUTANTS: tuple[Mutant, ...] = (
-    *faults(
-        "rms_norm and not modulated",
-        MODULATED_RMS_NORM_KERNELS,
+MUTANTS = {
+    ("rms_norm and not modulated", "norm/modulated_rms_norm_kernels.py"): [
         ("eps forgotten", "tl.sum(r * r, axis=0) / D + EPS", "tl.sum(r * r, axis=0) / D"),
         ("mean over lanes", "tl.sum(r * r, axis=0) / D + EPS", "tl.sum(r * r, axis=0) / BLOCK_D + EPS"),
         ("weight forgotten", "    y = r * rstd * weight", "    y = r * rstd"),
-        (
-            "padding counted",
-            "    return tl.load(rows.ptr + i * rows.stride + cols, mask=mask, other=0.0)",
-            "    return tl.load(rows.ptr + i * rows.stride + cols, mask=mask, other=1.0)",
-        ),
         ("the mean's gradient forgotten", "dn - n * (tl.sum(dn * n, axis=0) / D)", "dn"),
         ("weight's gradient of the last row only", "        dweight += g * n\n", "        dweight = g * n\n"),
         (
             "an fp64 weight forgotten in the dtype of sums",
-            "    acc = rstd_ptr.dtype.element_ty\n    r = _load(x,",
-            "    acc = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32\n    r = _load(x,",
+            "    acc = rstd_ptr.dtype.element_ty\n    r = load_row(x,",
+            "    acc = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32\n    r = load_row(x,",
         ),
-    ),
-    *faults(
-        "rms_norm and not modulated",
-        MODULATED_RMS_NORM_LAUNCH,
-        (
-            "last row missed",
-            "        (x.shape[:-1].numel() if D else 0,),",
-            "        (x.shape[:-1].numel() - 1 if D else 0,),",
-        ),
-    ),
-    *faults(
-        "modulated",
-        MODULATED_RMS_NORM_KERNELS,
+    ],
+    ("rms_norm and not modulated", "runtime/lang.py"): [
+        ("padding counted", "rows.stride + cols, mask=mask, other=0.0", "rows.stride + cols, mask=mask, other=1.0"),
+    ],
+    ("rms_norm and not modulated", "norm/modulated_rms_norm_launch.py"): [
+        ("last row missed", "(x.shape[:-1].numel() if D else 0,),", "(x.shape[:-1].numel() - 1 if D else 0,),")
+    ],
+    ("modulated", "norm/modulated_rms_norm_kernels.py"): [
         (
             "and in that of gradients",
             "    acc = rstd_ptr.dtype.element_ty\n    weight = ",
             "    acc = tl.float64 if residual.ptr.dtype.element_ty == tl.float64 else tl.float32\n    weight = ",
         ),
-        ("gate added", "step *= _load(gate,", "step += _load(gate,"),
-        (
-            "residual left out of the norm",
-            "        r = rounded.to(acc)  # the norm reads the residual as the next layer will",
-            "        r = step",
-        ),
+        ("gate added", "step *= load_row(gate,", "step += load_row(gate,"),
+        ("residual left out of the norm", "r = rounded.to(acc)  # the norm reads", "r = step  # the norm reads"),
         (
             "1 + forgotten",
-            "factor = 1 + _load(scale, b, cols, mask, acc)\n        if",
-            "factor = _load(scale, b, cols, mask, acc)\n        if",
+            "factor = 1 + load_row(scale, b, cols, mask, acc)\n        if",
+            "factor = load_row(scale, b, cols, mask, acc)\n        if",
         ),
         ("the first sequence's shift for all", "    b = row // L\n", "    b = row * 0\n"),
-        (
-            "orders swapped",
-            "        if not NORM_FIRST:\n            r = r",
-            "        if NORM_FIRST:\n            r = r",
-        ),
+        ("orders swapped", "        if not NORM_FIRST:\n            r = ", "        if NORM_FIRST:\n            r = "),
         ("gradient of the residual lost", "        if dresidual is not None:\n", "        if False:\n"),
-        ("gate's gradient from y alone", "            dgate += dm * _load", "            dgate += g * _load"),
+        ("gate's gradient from y alone", "            dgate += dm * load_row", "            dgate += g * load_row"),
         ("scale forgotten on the way back", "                g = g * factor\n", ""),
         ("last row of a chunk missed", "min((chunk + 1) * rows, L)", "min((chunk + 1) * rows - 1, L)"),
-    ),
-    *faults(
-        "modulated",
-        MODULATED_RMS_NORM_LAUNCH,
-        (
-            "rstd without the dtype of weight",
-            "dtype=compute_dtype(x.dtype, weight.dtype))",
-            "dtype=compute_dtype(x.dtype))",
-        ),
-    ),
-    *faults(
-        "gated_group_norm",
-        GATED_GROUP_NORM,
+    ],
+    ("modulated", "norm/modulated_rms_norm_launch.py"): [
+        ("rstd without the dtype of weight", "compute_dtype(x.dtype, weight.dtype)", "compute_dtype(x.dtype)")
+    ],
+    ("gated_group_norm", "norm/gated_group_norm.py"): [
         (
             "an fp64 weight forgotten in the dtype of sums",
-            "    acc = rstd_ptr.dtype.element_ty\n    v = _load(x,",
-            "    acc = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32\n    v = _load(x,",
+            "    acc = rstd_ptr.dtype.element_ty\n    v = load_row(x,",
+            "    acc = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32\n    v = load_row(x,",
         ),
         ("sigmoid for SiLU", "u = v * (g * sigmoid(g))", "u = v * sigmoid(g)"),
         ("mean over lanes", "tl.sum(u * u, axis=1) / N + EPS", "tl.sum(u * u, axis=1) / BLOCK_N + EPS"),
@@ -93,5 +59,5 @@ MUTANTS: tuple[Mutant, ...] = (
         ("wrong derivative of SiLU", "s * (1 + g * (1 - s))", "s * (1 + g)"),
         ("wrong mean on the way back", "(tl.sum(dn * n, axis=1) / N)[:, None]", "(tl.sum(dn, axis=1) / N)[:, None]"),
         ("weight's gradient of the last row only", "        dweight += d * n\n", "        dweight = d * n\n"),
-    ),
-)
+    ],
+}

@@ -1,85 +1,48 @@
 """Faults in the kernels of the unmasking step."""
 
-from . import Mutant, faults
-
-REFERENCE_SAMPLING = "tt_kernels/reference/sampling.py"
-RUNTIME_LANG = "tt_kernels/runtime/lang.py"
-SAMPLING_COMMIT = "tt_kernels/sampling/commit.py"
-SAMPLING_GUMBEL_NOISE = "tt_kernels/sampling/gumbel_noise.py"
-SAMPLING_HEAD_SAMPLE_KERNELS = "tt_kernels/sampling/head_sample_kernels.py"
-SAMPLING_LANG = "tt_kernels/sampling/lang.py"
-SAMPLING_RECORDS = "tt_kernels/sampling/records.py"
-SAMPLING_SAMPLE = "tt_kernels/sampling/sample.py"
-SAMPLING_UNMASK = "tt_kernels/sampling/unmask.py"
-
-MUTANTS: tuple[Mutant, ...] = (
-    *faults(
-        "gumbel_noise",
-        RUNTIME_LANG,
+MUTANTS = {
+    ("gumbel_noise", "runtime/lang.py"): [
         ("a round of Philox left out", "n_rounds=10", "n_rounds=9"),
         ("u without its half", "4294967295.5 - word", "4294967296.0 - word"),
         ("swapped", "c1.to(tl.uint32), c2.to(tl.uint32)", "c2.to(tl.uint32), c1.to(tl.uint32)"),
-    ),
-    *faults(
-        "gumbel_noise",
-        SAMPLING_GUMBEL_NOISE,
+    ],
+    ("gumbel_noise", "sampling/gumbel_noise.py"): [
         ("a word twice", "out + 3, gumbel(w3", "out + 3, gumbel(w2"),
         ("the first row's position", "tl.load(position_ptr + row)", "tl.load(position_ptr)"),
         ("the first rows only", "(tl.program_id(0) // parts)", "(tl.program_id(0) % parts)"),
         ("the first tokens only", "tl.program_id(0) % parts * BLOCK_Q", "0 * BLOCK_Q"),
         ("the last word left out", "mask=4 * quad + 3 < V", "mask=4 * quad + 7 < V"),
-    ),
-    *faults(
-        "sample and not head_sample",
-        SAMPLING_LANG,
+    ],
+    ("sample and not head_sample", "sampling/lang.py"): [
         ("the suppressed token counts", "(ids < V) & (ids != suppress)", "(ids < V)"),
         ("tokens past the vocabulary count", "(ids < V) & (ids != suppress)", "(ids != suppress)"),
         ("the sum below the lesser maximum not rescaled", "tl.exp2((lower - shift) * 1.4426950408889634)", "1.0"),
         ("a token counted from its tile", "token = start + at", "token = at"),
         ("the worse of two tiles", "kept = b.best <= a.best", "kept = b.best >= a.best"),
-        (
-            "the confidence of a score with its noise",
-            "raw = tl.sum(tl.where(local == at[None, :], x, 0.0), axis=0)",
-            "raw = best",
-        ),
-        (
-            "top-k and top-p forgotten",
-            'score = tl.where(out, float("-inf"), score)',
-            "score = tl.where(out, score, score)",
-        ),
+        ("the confidence of a score with its noise", "tl.sum(tl.where(local == at[None, :], x, 0.0), axis=0)", "best"),
+        ("top-k and top-p forgotten", 'tl.where(out, float("-inf"), score)', "tl.where(out, score, score)"),
         ("parts not rescaled", "record.s * tl.exp2((record.m - shift[:, None]) * 1.4426950408889634)", "record.s"),
-    ),
-    *faults(
-        "sample and not head_sample", RUNTIME_LANG, ("a counter for every token", "ids // 4, position", "ids, position")
-    ),
-    *faults(
-        "sample and not head_sample",
-        SAMPLING_SAMPLE,
+    ],
+    ("sample and not head_sample", "runtime/lang.py"): [
+        ("a counter for every token", "ids // 4, position", "ids, position")
+    ],
+    ("sample and not head_sample", "sampling/sample.py"): [
         ("a part's second tile missed", "min(start + TILES * BLOCK_V, V)", "min(start + BLOCK_V, V)"),
         ("programs of several rows overlap", "offs_t = tl.program_id(1) * BLOCK_T", "offs_t = tl.program_id(1)"),
         ("the first part for all", "part = tl.program_id(0)", "part = 0"),
-    ),
-    *faults(
+    ],
+    (
         "sample",
-        REFERENCE_SAMPLING,
-        ("top-p keeps the worst", "descending=True, stable", "descending=False, stable"),
-        test="tests/kernels/test_sampling.py::test_top_k_keeps_what_equals_the_kth_and_top_p_what_crosses",
-    ),
-    *faults(
-        "sample",
-        REFERENCE_SAMPLING,
-        ("a top_k beyond the vocabulary", "(top_k > 0) & (top_k < V)", "top_k > 0"),
-        test="tests/kernels/test_sampling_corners.py::test_limits_of_one_row_are_no_others",
-    ),
-    *faults(
-        "sample",
-        REFERENCE_SAMPLING,
-        ("a top_p of 1 that rounding takes for a limit", "(top_p < 1) & ~(lowest < least)", "~(lowest < least)"),
-        test="tests/kernels/test_sampling.py::test_a_top_p_of_1_is_no_limit",
-    ),
-    *faults(
-        "head_sample",
-        SAMPLING_HEAD_SAMPLE_KERNELS,
+        "reference/sampling.py",
+        "test_sampling.py::test_top_k_keeps_what_equals_the_kth_and_top_p_what_crosses",
+    ): [("top-p keeps the worst", "descending=True, stable", "descending=False, stable")],
+    ("sample", "reference/sampling.py", "test_sampling_corners.py::test_limits_of_one_row_are_no_others"): [
+        ("a top_k beyond the vocabulary", "(top_k > 0) & (top_k < V)", "top_k > 0")
+    ],
+    ("sample", "reference/sampling.py", "test_sampling.py::test_a_top_p_of_1_is_no_limit"): [
+        ("a top_p of 1 that rounding takes for a limit", "(top_p < 1) & ~(lowest < least)", "~(lowest < least)")
+    ],
+    ("head_sample", "sampling/head_sample_kernels.py"): [
         ("a channel of the next row", "mask_k = k + offs_k < D", "mask_k = k + offs_k <= D"),
         ("only the last channels", "h.T, x, input_precision", "h.T, input_precision"),
         ("the last rows missed", "row_tiles * pieces, tl.num", "pieces, tl.num"),
@@ -87,102 +50,69 @@ MUTANTS: tuple[Mutant, ...] = (
         ("the first columns' logits for all", "[None, :, None] == group", "[None, :, None] == 0"),
         ("no noise", "any_hot = is_any_hot(row, mask_t, settings)", "any_hot = False"),
         ("a tile's record in another's place", "parts + piece // store.depth", "parts + piece"),
-    ),
-    *faults(
-        "head_sample",
-        SAMPLING_LANG,
+    ],
+    ("head_sample", "sampling/lang.py"): [
         ("all but the first tile of a part forgotten", "range(1, store.depth)", "range(1, 1)"),
         ("another row's records", "* (store.depth * store.parts) + offs_s", "* store.parts + offs_s"),
         ("the largest term for the sum", "tl.sum(tl.reshape(x", "tl.max(tl.reshape(x"),
-    ),
-    *faults(
-        "commit",
-        SAMPLING_COMMIT,
+    ],
+    ("commit", "sampling/commit.py"): [
         ("the share rounded down", "1 + (m - 1) //", "m //"),
         ("a position before itself", "& (j < i)", "& (j <= i)"),
         ("positions past the first tile unranked", "range(0, L, BLOCK_J)", "range(0, BLOCK_J, BLOCK_J)"),
         ("committed ones counted", "tl.store(out.masked + b, m - count)", "tl.store(out.masked + b, m)"),
         ("all positions masked", "masked = mask_l & (block == mask_token_id)", "masked = mask_l"),
         ("the threshold forgotten", "tl.load(rule.threshold + b)", "tl.load(rule.threshold) * 0"),
-    ),
-    *faults(
-        "unmask",
-        SAMPLING_UNMASK,
+    ],
+    ("unmask", "sampling/unmask.py"): [
         ("every slot one too far", "axis=0) - masked.to(tl.int32)", "axis=0)"),
         ("slots of the second round from 0", "slot = count + tl.cumsum", "slot = tl.cumsum"),
         ("a confidence where nothing is masked", "tl.where(masked, confidence, 0.0)", "confidence"),
-    ),
-    *faults(
-        "unmask", SAMPLING_LANG, ("the block's position for all its tokens", "other=0) + row % settings.L", "other=0)")
-    ),
-    *faults(
-        "unmask",
-        SAMPLING_RECORDS,
+    ],
+    ("unmask", "sampling/lang.py"): [
+        ("the block's position for all its tokens", "other=0) + row % settings.L", "other=0)")
+    ],
+    ("unmask", "sampling/records.py"): [
         ("a token at its slot", "tl.store(token_ptr + to", "tl.store(token_ptr + row"),
         ("another row's top-k", "self.listed.index[some] // self.L", "self.listed.index[some] % 3"),
-    ),
-    *faults(
-        "unmask",
-        SAMPLING_HEAD_SAMPLE_KERNELS,
-        (
-            "another row's noise",
-            "row_s = tl.load(listed.index + first + offs_s, mask=mask_s, other=0)",
-            "row_s = first + offs_s",
-        ),
+    ],
+    ("unmask", "sampling/head_sample_kernels.py"): [
+        ("another row's noise", "tl.load(listed.index + first + offs_s, mask=mask_s, other=0)", "first + offs_s"),
         ("the last masked row missed", "tl.load(listed.count) - first", "tl.load(listed.count) - first - 1"),
-    ),
-    *faults(
-        "sample", SAMPLING_LANG, ("noise in another unit than its logits", "unit[None, :] * gumbel_tile", "gumbel_tile")
-    ),
-    *faults(
-        "sample",
-        SAMPLING_LANG,
-        (
-            "an infinite temperature as the largest number",
-            'tl.where(power == float("inf"), 18446744073709551616.0, unit)',
-            "unit",
-        ),
-        test="tests/kernels/test_sampling_corners.py::test_logits_of_any_size_at_any_temperature",
-    ),
-    *faults(
-        "sample",
-        SAMPLING_LANG,
+    ],
+    ("sample", "sampling/lang.py"): [
+        ("noise in another unit than its logits", "unit[None, :] * gumbel_tile", "gumbel_tile")
+    ],
+    ("sample", "sampling/lang.py", "test_sampling_corners.py::test_logits_of_any_size_at_any_temperature"): [
+        ("an infinite temperature as the largest number", 'power == float("inf")', "power != power")
+    ],
+    ("sample", "sampling/lang.py", "test_sampling_corners.py::test_tiny_temperatures_take_the_best"): [
         (
             "a temperature of 0 once narrowed",
-            "tl.maximum(temperature.to(tl.float32), 1.1754943508222875e-38)",
-            "temperature.to(tl.float32)",
-        ),
-        test="tests/kernels/test_sampling_corners.py::test_tiny_temperatures_take_the_best",
-    ),
-    *faults(
+            "temperature.to(tl.float32), 1.1754943508222875e-38)",
+            "temperature.to(tl.float32), 0.0)",
+        )
+    ],
+    (
         "sample",
-        SAMPLING_LANG,
-        ("-inf over inf", "tl.minimum(tl.div_rn(t, unit), LARGEST32)", "tl.div_rn(t, unit)"),
-        test="tests/kernels/test_sampling_corners.py::test_infinite_temperatures_draw_evenly_from_what_may_be_drawn",
-    ),
-    *faults(
-        "sample",
-        SAMPLING_LANG,
+        "sampling/lang.py",
+        "test_sampling_corners.py::test_infinite_temperatures_draw_evenly_from_what_may_be_drawn",
+    ): [("-inf over inf", "tl.minimum(tl.div_rn(t, unit), LARGEST32)", "tl.div_rn(t, unit)")],
+    ("sample", "sampling/lang.py", "test_sampling_corners.py::test_rows_of_infinities_and_nan"): [
         ("the suppressed token where all are -inf", "tl.where(token == suppress, token + 1, token)", "token"),
         ("a confidence in an infinite logit", 'tl.where(total < float("inf"), confidence, float("nan"))', "confidence"),
-        test="tests/kernels/test_sampling_corners.py::test_rows_of_infinities_and_nan",
-    ),
-    *faults(
-        "commit",
-        SAMPLING_COMMIT,
-        ("NaN first", "(nan_i & (confidence_j == confidence_j))", "(nan_j & (confidence_i == confidence_i))"),
-        test="tests/kernels/test_sampling_corners.py::test_commit_orders_any_floats",
-    ),
-    *faults(
-        "commit",
-        SAMPLING_COMMIT,
-        ("positions that are not masked have a rank", "tl.where(theirs, j, BLOCK_L)", "j"),
-        test="tests/kernels/test_sampling_corners.py::test_commit_beside_positions_that_are_not_masked",
-    ),
-    *faults(
+    ],
+    ("commit", "sampling/commit.py", "test_sampling_corners.py::test_commit_orders_any_floats"): [
+        ("NaN first", "(nan_i & (confidence_j == confidence_j))", "(nan_j & (confidence_i == confidence_i))")
+    ],
+    ("commit", "sampling/commit.py", "test_sampling_corners.py::test_commit_beside_positions_that_are_not_masked"): [
+        ("positions that are not masked have a rank", "tl.where(theirs, j, BLOCK_L)", "j")
+    ],
+    (
         "unmask",
-        SAMPLING_UNMASK,
-        ("positions that are not masked have a rank in one program too", "tl.where(masked, offs_l, BLOCK_L)", "offs_l"),
-        test="tests/kernels/test_sampling_corners.py::test_a_spoiled_position_is_committed_last_and_not_as_a_mask",
-    ),
-)
+        "sampling/unmask.py",
+        "test_sampling_corners.py::test_a_spoiled_position_is_committed_last_and_not_as_a_mask",
+    ): [
+        ("positions that are not masked have a rank in one program too", "tl.where(masked, offs_l, BLOCK_L)", "offs_l")
+    ],
+}

@@ -35,8 +35,8 @@ def causal_attention(
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245).
 
     Example:
-        q, (k, v) = torch.randn(1, 64, 32, 128), torch.randn(2, 1, 64, 2, 128)
-        o = causal_attention(q, k, v, cu_seqlens=torch.tensor([0, 40, 64]))
+        >>> q, (k, v) = torch.randn(1, 64, 32, 128), torch.randn(2, 1, 64, 2, 128)
+        >>> o = causal_attention(q, k, v, cu_seqlens=torch.tensor([0, 40, 64]))
     """
     check(
         "causal_attention",
@@ -87,8 +87,8 @@ def block_diffusion_attention(
     Source: Arriola et al., Block Diffusion (2503.09573), section 3.
 
     Example:
-        q, (k, v, k_clean, v_clean) = torch.randn(1, 64, 32, 128), torch.randn(4, 1, 64, 2, 128)
-        o = block_diffusion_attention(q, k, v, k_clean, v_clean, block_size=16)
+        >>> q, (k, v, k_clean, v_clean) = torch.randn(1, 64, 32, 128), torch.randn(4, 1, 64, 2, 128)
+        >>> o = block_diffusion_attention(q, k, v, k_clean, v_clean, block_size=16)
     """
     check(
         "block_diffusion_attention",
@@ -112,9 +112,4 @@ def block_diffusion_attention(
     return block_attention_fwd(q, k_clean, v_clean, cu_seqlens, scale, block_size, k, v)[0]
 
 
-block_attention_fwd = define(
-    "block_attention_fwd(Tensor q, Tensor k_clean, Tensor v_clean, Tensor? cu_seqlens, float scale, "
-    "SymInt block_size=1, Tensor? k=None, Tensor? v=None) -> (Tensor, Tensor)",
-    _block_attention_fwd,
-    _block_attention_fwd_fake,
-)
+block_attention_fwd = define(_block_attention_fwd, _block_attention_fwd_fake)

@@ -1,7 +1,6 @@
 """The launch of training's attention masks."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import triton
 from torch import Tensor
@@ -42,11 +41,6 @@ def block_attention_launch(P: int, itemsize: int, architecture: int, packed: boo
     return BlockAttentionLaunch(BLOCK_P=block_p, BLOCK_M=128, BLOCK_N=64 if architecture > 90 else 32)
 
 
-class BlockAttention(NamedTuple):
-    o: Tensor  # [B, N, Hq, P]
-    lse: Tensor  # [B, N, Hq]: log-sum-exp, natural
-
-
 def _block_attention_fwd(
     q: Tensor,
     k_clean: Tensor,
@@ -56,19 +50,16 @@ def _block_attention_fwd(
     block_size: int = 1,
     k: Tensor | None = None,
     v: Tensor | None = None,
-) -> BlockAttention:
-    """Without the noisy k and v: causal attention among the clean tokens."""
+) -> tuple[Tensor, Tensor]:
+    """The result [B, N, Hq, P] and its log-sum-exp, natural, [B, N, Hq]. Without the noisy k and v: causal attention
+    among the clean tokens."""
     B, N, Hq, P = q.shape
     out = _block_attention_fwd_fake(q, k_clean, v_clean, cu_seqlens, scale)
+    packed, itemsize, arch = cu_seqlens is not None, q.element_size(), architecture(q)
+    default = block_attention_launch(P, itemsize, arch, packed)
+    near, S = triton.next_power_of_2(N), 0 if k is None else block_size
     launch = tuned(
-        "_block_attention_fwd_kernel",
-        block_attention_launch(P, q.element_size(), architecture(q), cu_seqlens is not None),
-        architecture(q),
-        N=triton.next_power_of_2(N),
-        S=0 if k is None else block_size,
-        packed=int(cu_seqlens is not None),
-        P=P,
-        itemsize=q.element_size(),
+        "_block_attention_fwd_kernel", default, arch, N=near, S=S, packed=int(packed), P=P, itemsize=itemsize
     )
     run(
         _block_attention_fwd_kernel,
@@ -85,4 +76,4 @@ def _block_attention_fwd(
 
 
 def _block_attention_fwd_fake(q, k_clean, v_clean, cu_seqlens, scale, block_size=1, k=None, v=None):
-    return BlockAttention(q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype)))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype))

@@ -29,6 +29,22 @@ def scale_of(op: str, q: Tensor, scale: float | None) -> float:
     return as_float(scale)
 
 
+def _check_cached(op, q, k, v, k_pages, v_pages, page_table, cache_lengths, counts=None) -> None:
+    check(
+        op,
+        7,
+        q=(q, "B L Hq P"),
+        k=(k, "B L Hkv P"),
+        v=(v, "B L Hkv P"),
+        k_pages=(k_pages, "pages page_size Hkv P"),
+        v_pages=(v_pages, "pages page_size Hkv P"),
+        page_table=(page_table, "B row_pages", int),
+        cache_lengths=(cache_lengths, "B", int),
+        counts=(counts, "B", int),
+    )
+    check_heads(op, q, k, v=v, k_pages=k_pages, v_pages=v_pages)
+
+
 def context_attention(
     q: Tensor,
     k: Tensor,
@@ -71,28 +87,17 @@ def context_attention(
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245), pages of Kwon et al. (2309.06180).
 
     Example:
-        q, (k, v) = torch.randn(1, 16, 32, 128), torch.randn(2, 1, 16, 2, 128)
-        o = context_attention(q, k, v, *torch.randn(2, 4, 64, 2, 128), torch.tensor([[2, 0]]), torch.tensor([100]))
+        >>> q, (k, v) = torch.randn(1, 16, 32, 128), torch.randn(2, 1, 16, 2, 128)
+        >>> o = context_attention(q, k, v, *torch.randn(2, 4, 64, 2, 128), torch.tensor([[2, 0]]), torch.tensor([100]))
     """
-    check(
-        "context_attention",
-        7,
-        q=(q, "B L Hq P"),
-        k=(k, "B L Hkv P"),
-        v=(v, "B L Hkv P"),
-        k_pages=(k_pages, "pages page_size Hkv P"),
-        v_pages=(v_pages, "pages page_size Hkv P"),
-        page_table=(page_table, "B row_pages", int),
-        cache_lengths=(cache_lengths, "B", int),
-    )
-    check_heads("context_attention", q, k, v=v, k_pages=k_pages, v_pages=v_pages)
+    tensors, places = (q, k, v, k_pages, v_pages), (page_table, cache_lengths)
+    _check_cached("context_attention", *tensors, *places)
     if not isinstance(causal, bool):
         refuse("context_attention", "causal", causal, "True or False")
     scale = scale_of("context_attention", q, scale)
-    tensors = (q, k, v, k_pages, v_pages)
     if not takes_kernel("context_attention", *tensors) or wants_gradients(*tensors):
-        return reference.context_attention(*tensors, page_table, cache_lengths, causal=causal, scale=scale)
-    return _context_fwd(*tensors, page_table, cache_lengths, causal, scale)
+        return reference.context_attention(*tensors, *places, causal=causal, scale=scale)
+    return _context_fwd(*tensors, *places, causal, scale)
 
 
 def append_attention(
@@ -111,8 +116,7 @@ def append_attention(
     cache: `context_attention(..., causal=True)`, and then the first counts[b] tokens of row b are in its pages.
 
     Writes k_pages and v_pages in place, at positions cache_lengths[b], cache_lengths[b] + 1, ... `cache_lengths` itself
-    is not written: the caller advances it once every layer has appended. Until then the cache holds what it held for
-    whoever reads it.
+    is not written: the caller advances it once every layer has appended. Until then the cache holds what it held.
 
     Args:
         q:                [B, L, Hq, P] float, any strides.
@@ -137,39 +141,18 @@ def append_attention(
     Source: as `context_attention`.
 
     Example:
-        o = append_attention(q, k, v, k_pages, v_pages, page_table, cache_lengths)
-        cache_lengths += q.shape[1]
+        >>> q, (k, v) = torch.randn(1, 16, 8, 64), torch.randn(2, 1, 16, 2, 64)
+        >>> pages, cache_lengths = torch.zeros(2, 4, 64, 2, 64), torch.tensor([100])
+        >>> o = append_attention(q, k, v, *pages, torch.tensor([[2, 0]]), cache_lengths)
     """
-    check(
-        "append_attention",
-        7,
-        q=(q, "B L Hq P"),
-        k=(k, "B L Hkv P"),
-        v=(v, "B L Hkv P"),
-        k_pages=(k_pages, "pages page_size Hkv P"),
-        v_pages=(v_pages, "pages page_size Hkv P"),
-        page_table=(page_table, "B row_pages", int),
-        cache_lengths=(cache_lengths, "B", int),
-        counts=(counts, "B", int),
-    )
-    check_heads("append_attention", q, k, v=v, k_pages=k_pages, v_pages=v_pages)
+    tensors, places = (q, k, v, k_pages, v_pages), (page_table, cache_lengths, counts)
+    _check_cached("append_attention", *tensors, *places)
     scale = scale_of("append_attention", q, scale)
-    tensors = (q, k, v, k_pages, v_pages)
     if not takes_kernel("append_attention", *tensors) or wants_gradients(q, k, v):
-        return reference.append_attention(*tensors, page_table, cache_lengths, counts, scale=scale)
-    return _append_fwd(*tensors, page_table, cache_lengths, counts, scale)
+        return reference.append_attention(*tensors, *places, scale=scale)
+    return _append_fwd(*tensors, *places, scale)
 
 
-_context_fwd = define(
-    "context_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor page_table, "
-    "Tensor cache_lengths, bool causal, float scale) -> Tensor",
-    _context_attention_fwd,
-    lambda q, *_: q.new_empty(q.shape),
-)
+_context_fwd = define(_context_attention_fwd, lambda q, *_: q.new_empty(q.shape))
 
-_append_fwd = define(
-    "append_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, "
-    "Tensor cache_lengths, Tensor? counts, float scale) -> Tensor",
-    _append_attention_fwd,
-    lambda q, *_: q.new_empty(q.shape),
-)
+_append_fwd = define(_append_attention_fwd, lambda q, *_: q.new_empty(q.shape), writes=("k_pages", "v_pages"))

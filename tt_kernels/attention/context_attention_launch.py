@@ -29,19 +29,18 @@ class Splits(NamedTuple):
 
 def context_splits(batch: int, rows: int, heads: int) -> Splits:
     """A row of S tokens goes into n = max(fill, S / (16 min_tokens)) splits, at most max_splits, of
-    max(min_tokens, S / n, rounded up to 64) tokens. The kernel computes n on the device, so that neither what other
-    rows hold nor the room in the cache changes a row's bits.
+    max(min_tokens, S / n, rounded up to 64) tokens. The kernel computes n on the device: neither what other rows hold
+    nor the room in the cache changes a row's bits.
 
-    The published block (2 KV heads of 256 rows, 128 to a program) alone has 32 splits of 2 * 2 programs from 8K tokens
-    on: 128 of equal work for the 132 multiprocessors of an H200, one wave without a tail. One token (16 rows a head)
-    has 64 splits. From L = 257 on at the published heads, as in a prompt's stretches of 2048, there is one split and no
-    workspace.
+    max_splits makes 128 programs of equal work for the 132 multiprocessors of an H200, one wave without a tail: 32 for
+    the published block alone (2 KV heads of 256 rows, 128 to a program) from 8K tokens on, 64 for one token (16 rows a
+    head), and from L = 257 on, as in a prompt's stretches of 2048, one, without a workspace.
 
     A split writes fp32 results and reads them back, 2 rows / tokens of the bytes of its K and V in 16 bits: twice as
-    many at min_tokens, an eighth at 16 min_tokens. One row may take that, 8.5 MB at P = 128, which stay in L2; for each
-    of 64 rows of 8K, 32 splits would be 1.6 GB beside 537 MB of K and V. So B rows share the splits that fill the GPU,
-    and their 8.5 MB. A row is split further where that costs an eighth (2 splits each of those 64), so that a long row
-    does not run alone. From 16 min_tokens * max_splits tokens on (128K) the batch does not matter.
+    many at min_tokens, an eighth at 16 min_tokens. One row may take that, 8.5 MB at P = 128, which stay in L2; 32
+    splits of each of 64 rows of 8K would be 1.6 GB beside 537 MB of K and V. So B rows share the splits that fill the
+    GPU, and their 8.5 MB, and a row is split further where that costs an eighth (2 splits each of those 64), so that a
+    long row does not run alone. From 16 min_tokens * max_splits tokens on (128K) the batch does not matter.
     """
     programs = triton.cdiv(rows, 128) * heads
     max_splits = min(64, max(1, 128 // programs))
@@ -56,14 +55,6 @@ class ContextAttentionLaunch(Launch):
     BLOCK_N: int
     num_warps: int = 4
     num_stages: int = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class CombineSplitsLaunch(Launch):
-    BLOCK_S: int
-    BLOCK_P: int
-    num_warps: int = 4
-    num_stages: int = 1
 
 
 def context_attention_launch(
@@ -118,6 +109,7 @@ def _context_attention_fwd(
     cache_lengths: Tensor,
     causal: bool,
     scale: float,
+    *,
     append: bool = False,
     counts: Tensor | None = None,
 ) -> Tensor:
@@ -127,15 +119,11 @@ def _context_attention_fwd(
     Hkv, page_size = k.shape[2], k_pages.shape[1]
     R, room = Hq // Hkv, page_table.shape[1] * page_size if len(k_pages) else 0
     o = q.new_empty(q.shape)
+    itemsize, arch = q.element_size(), architecture(q)
+    default = context_attention_launch(B, L * R, room, P, itemsize, arch)
+    batch, near = triton.next_power_of_2(B), triton.next_power_of_2(room)
     launch = tuned(
-        "_context_attention_fwd_kernel",
-        context_attention_launch(B, L * R, room, P, q.element_size(), architecture(q)),
-        architecture(q),
-        batch=triton.next_power_of_2(B),
-        rows=L * R,
-        room=triton.next_power_of_2(room),
-        P=P,
-        itemsize=q.element_size(),
+        "_context_attention_fwd_kernel", default, arch, batch=batch, rows=L * R, room=near, P=P, itemsize=itemsize
     )
     limits = context_splits(B, max(L, 1) * R, Hkv)
     splits = limits.of(room)
@@ -169,7 +157,7 @@ def _context_attention_fwd(
             (B * L * Hq,),
             *(partial, m, l, o, B * L * Hq, splits),
             P=P,
-            launch=CombineSplitsLaunch(BLOCK_S=block_s, BLOCK_P=launch.BLOCK_P),
+            launch=Launch(BLOCK_S=block_s, BLOCK_P=launch.BLOCK_P),
         )
     return o
 

@@ -17,8 +17,6 @@ from ..runtime.registry import define, takes_kernel, wants_gradients
 from ..runtime.slots import Slots, check_room
 from ..runtime.varlen import resets
 
-# ---- kernels ----
-
 
 @triton.jit
 def _causal_conv1d_kernel(
@@ -81,9 +79,6 @@ def _causal_conv1d_kernel(
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(t < L)[:, None] & mask_c[None, :])
 
 
-# ---- launches ----
-
-
 @dataclass(frozen=True, kw_only=True)
 class CausalConv1dLaunch(Launch):
     BLOCK_L: int
@@ -125,13 +120,8 @@ def _causal_conv1d(
     y = x.new_empty(x.shape)
     x, state = x if x.stride(-1) == 1 else x.contiguous(), near(state)
     wide = compute_dtype(x.dtype, weight.dtype) == torch.float64
-    launch = tuned(
-        "_causal_conv1d_kernel",
-        causal_conv1d_launch(B, L, C, x.element_size()),
-        architecture(x),
-        tokens=triton.next_power_of_2(B * L),
-        C=C,
-    )
+    default = causal_conv1d_launch(B, L, C, x.element_size())
+    launch = tuned("_causal_conv1d_kernel", default, architecture(x), tokens=triton.next_power_of_2(B * L), C=C)
     tiles = triton.cdiv(L, launch.BLOCK_L)
     run(
         _causal_conv1d_kernel,
@@ -149,15 +139,7 @@ def _causal_conv1d(
     return y
 
 
-# ---- op ----
-
-
-_fwd = define(
-    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? conv_state, Tensor? state_indices, "
-    "Tensor? cu_seqlens, bool activate) -> Tensor",
-    _causal_conv1d,
-    lambda x, *_: x.new_empty(x.shape),
-)
+_fwd = define(_causal_conv1d, lambda x, *_: x.new_empty(x.shape))
 
 
 def causal_conv1d(
@@ -184,7 +166,7 @@ def causal_conv1d(
         activation:    "silu" or None.
         state_indices: [B] int: the slot of conv_state that each row reads; None: row b has slot b.
         cu_seqlens:    [sequences + 1] int, from 0, ascending, counted over the flattened B * L tokens: sequences packed
-                       in x start from zeros and do not see each other, what lies behind the last entry is one more; not
+                       in x start from zeros and do not see each other, tokens behind the last entry are one more; not
                        with a state. A row starts anew in any case.
     Returns:
         y: [B, L, C] dtype of x.

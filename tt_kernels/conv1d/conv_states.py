@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,8 +15,6 @@ from ..runtime.launch import Launch, run
 from ..runtime.registry import define, takes_kernel, wants_gradients
 from ..runtime.slots import Slots, check_room, copy_to_slots, empty_beside
 from ..runtime.varlen import resets
-
-# ---- kernels ----
 
 
 @triton.jit
@@ -100,32 +97,14 @@ def _conv_block_states_kernel(
         tl.store(out + (K - back) * C, column, mask=c < C)
 
 
-# ---- launches ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvAdvanceLaunch(Launch):
-    BLOCK_C: int
-    BLOCK_K: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvBlockStatesLaunch(Launch):
-    BLOCK_C: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def conv_advance_launch(C: int, K: int) -> ConvAdvanceLaunch:
+def conv_advance_launch(C: int, K: int) -> Launch:
     """A few numbers a thread, which are read column by column: only many programs hide that."""
-    return ConvAdvanceLaunch(BLOCK_C=min(triton.next_power_of_2(C), 128), BLOCK_K=triton.next_power_of_2(K))
+    return Launch(BLOCK_C=min(triton.next_power_of_2(C), 128), BLOCK_K=triton.next_power_of_2(K))
 
 
-def conv_block_states_launch(C: int, itemsize: int) -> ConvBlockStatesLaunch:
+def conv_block_states_launch(C: int, itemsize: int) -> Launch:
     """16 bytes a thread and column; a program copies its channels of all K columns."""
-    return ConvBlockStatesLaunch(BLOCK_C=min(triton.next_power_of_2(C), 2048 // itemsize))
+    return Launch(BLOCK_C=min(triton.next_power_of_2(C), 2048 // itemsize))
 
 
 @contextmanager
@@ -175,24 +154,13 @@ def _conv_block_states(x: Tensor, block_size: int, kernel_size: int, cu_seqlens:
     return states
 
 
-# ---- op ----
-
-
 def _conv_block_states_fake(x, block_size, kernel_size, *_):
     return x.new_empty(x.shape[0], -(-x.shape[1] // block_size), kernel_size, x.shape[2])
 
 
-_advance = define(
-    "conv_advance(Tensor x, Tensor(a!) conv_state, Tensor? counts, Tensor? state_indices, Tensor? out_indices) -> ()",
-    _conv_advance,
-    lambda *_: None,
-)
+_advance = define(_conv_advance, lambda *_: None, writes=("conv_state",))
 
-_block_states = define(
-    "conv_block_states(Tensor x, SymInt block_size, SymInt kernel_size, Tensor? cu_seqlens) -> Tensor",
-    _conv_block_states,
-    _conv_block_states_fake,
-)
+_block_states = define(_conv_block_states, _conv_block_states_fake)
 
 
 @torch.no_grad()
@@ -226,7 +194,9 @@ def conv_advance(
     Source: the conv state of causal-conv1d's `causal_conv1d_update`, whose oldest column the next token does not read.
 
     Example:
-        >>> conv_advance(xBC, conv_state, state_indices=slots, out_indices=other_slots)
+        >>> pool = torch.zeros(8, 96, 4)  # [slots, C, K]
+        >>> read, written = torch.tensor([0, 1]), torch.tensor([2, 3])
+        >>> conv_advance(torch.randn(2, 16, 96), pool, state_indices=read, out_indices=written)
     """
     check(
         "conv_advance",

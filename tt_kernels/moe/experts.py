@@ -13,10 +13,6 @@ from .experts_launch import _experts_fwd
 KERNEL_FORMATS = {None}  # of FORMATS, those that kernels read
 
 
-def _experts_fwd_fake(x, *rest):
-    return x.new_empty(x.shape)
-
-
 def _experts_bwd_fake(dy, x, topk_weights, topk_ids, sorted_pairs, offsets, matrices, activation, needed):
     grads = [
         x.new_empty(t.shape if t is not None and wanted else 0) for t, wanted in zip(matrices, needed, strict=True)
@@ -24,19 +20,9 @@ def _experts_bwd_fake(dy, x, topk_weights, topk_ids, sorted_pairs, offsets, matr
     return x.new_empty(x.shape), topk_weights.new_empty(topk_weights.shape), grads
 
 
-# matrices: up, down, gate, and the same of the shared expert.
-_ARGUMENTS = (
-    "Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor sorted_pairs, Tensor offsets, Tensor?[] matrices, "
-    "str activation"
-)
+_fwd = define(_experts_fwd, lambda x, *_: x.new_empty(x.shape))
 
-_fwd = define(f"experts_fwd({_ARGUMENTS}) -> Tensor", _experts_fwd, _experts_fwd_fake)
-
-_bwd = define(
-    f"experts_bwd(Tensor dy, {_ARGUMENTS}, bool[] needed) -> (Tensor, Tensor, Tensor[])",
-    _experts_bwd,
-    _experts_bwd_fake,
-)
+_bwd = define(_experts_bwd, _experts_bwd_fake)
 
 
 class _Experts(torch.autograd.Function):
@@ -136,8 +122,9 @@ def experts(
     Source: DeepSeek-V3 (2412.19437) routing as in Nemotron-3-Nano; sorted segments as in MegaBlocks (2211.15841).
 
     Example:
-        routing = route(x, router_weight, router_bias, top_k=6)
-        y = experts(x, routing, ExpertWeights(up, down))
+        >>> x, up, down = torch.randn(16, 64), torch.randn(8, 32, 64), torch.randn(8, 64, 32)
+        >>> routing = route(x, torch.randn(8, 64), torch.zeros(8), top_k=2)
+        >>> y = experts(x, routing, ExpertWeights(up, down))
     """
     if not isinstance(routing, Routing):
         refuse("experts", "routing", routing, "Routing")

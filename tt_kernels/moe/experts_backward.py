@@ -24,8 +24,6 @@ from .experts_launch import (
 )
 from .lang import activate, end_of, find_tile, pairs_of, product
 
-# ---- kernels ----
-
 
 @triton.jit
 def _experts_bwd_hidden_kernel(
@@ -140,9 +138,6 @@ def _experts_bwd_weights_kernel(
         out = tl.dot(tl.trans(a), b, out, input_precision="ieee", out_dtype=out.dtype)
     to = out_ptr + (expert.to(tl.int64) * P + offs_p)[:, None] * Q + offs_q[None, :]
     tl.store(to, out.to(out_ptr.dtype.element_ty), mask=mask_p[:, None] & mask_q[None, :])
-
-
-# ---- launches ----
 
 
 class Hidden(NamedTuple):

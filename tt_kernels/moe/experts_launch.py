@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.moe import PlainWeights
 from ..runtime.checks import refuse
-from ..runtime.launch import L, Launch, architecture, multiprocessors, run, tuned
+from ..runtime.launch import L, Launch, architecture, by_tma, multiprocessors, run, tuned
 from .experts_kernels import _experts_combine_kernel, _experts_down_kernel, _experts_schedule_kernel, _experts_up_kernel
 from .lang import ABSENT, Operands
 
@@ -66,22 +66,6 @@ class WeightsLaunch(Launch):
     BLOCK_R: int
     num_warps: int = 4
     num_stages: int = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleLaunch(Launch):
-    BLOCK_T: int
-    BLOCK_E: int
-    BLOCK_TILES: int = 32
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class CombineLaunch(Launch):
-    BLOCK_D: int
-    num_warps: int = 4
-    num_stages: int = 1
 
 
 def measured(kernel: str, launch: L, s: Sizes, **more: int) -> L:
@@ -140,8 +124,8 @@ def up_launch(s: Sizes) -> UpLaunch:
 
 
 def down_launch(s: Sizes, transposed: bool = False) -> ProductLaunch:
-    """As up's, whose SORTED means nothing here: rows are. Transposed weights come by TMA where K is whole tiles: 1856
-    is 29 of 64."""
+    """As up's without SORTED, since rows are sorted here. Transposed weights come by TMA where K is whole tiles, so
+    tiles are 64 of K: 1856 = 29 * 64."""
     options = {name: value for name, value in product_launch(s).options.items() if name != "SORTED"}
     if transposed and options["BLOCK_K"] > 64:
         options |= dict(BLOCK_K=64, num_stages=2 * options["num_stages"])
@@ -201,7 +185,7 @@ class Pairs:
         tiles = most_tiles(rows, E, block)
         if block not in self.lists:
             listed = self.lists[block] = self.offsets.new_empty(1 + tiles, dtype=torch.int64)
-            launch = ScheduleLaunch(BLOCK_T=block, BLOCK_E=triton.next_power_of_2(E))
+            launch = Launch(BLOCK_T=block, BLOCK_E=triton.next_power_of_2(E), BLOCK_TILES=32)
             grid = (triton.cdiv(tiles, launch.BLOCK_TILES),)
             run(_experts_schedule_kernel, grid, self.offsets, listed, rows, E, tiles, launch=launch)
         return self.lists[block], tiles
@@ -222,12 +206,6 @@ class Extents(NamedTuple):
     shared_tiles: int
 
 
-def by_tma(t: Tensor, architecture: int) -> bool:
-    """Whether TMA can load tiles of this matrix: it needs 16-byte multiples, and Hopper."""
-    aligned = t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 and t.data_ptr() % 16 == 0
-    return architecture >= 90 and aligned and t.numel() > 0
-
-
 def described(tensors: Sequence[Any], block: tuple[int, int] | None, architecture: int) -> list[Any]:
     """Descriptors of tiles of this shape in place of the tensors, if TMA can load them all; block None: never."""
     if block is None or not all(by_tma(t, architecture) for t in tensors if isinstance(t, Tensor)):
@@ -235,19 +213,17 @@ def described(tensors: Sequence[Any], block: tuple[int, int] | None, architectur
     return [TensorDescriptor.from_tensor(t, list(block)) if isinstance(t, Tensor) else t for t in tensors]
 
 
-def with_descriptors(
+def one_by_one(
     both: Sequence[Operands | None], architecture: int, rows: tuple[int, int] | None, weights: tuple[int, int] | None
-) -> list[Operands | None]:
-    """Operands whose a and a2, and w and w2, are descriptors of tiles of these shapes where `described` makes them."""
+) -> list[Any]:
+    """What both have, as kernels take it, and None for all of one that is not there: a and a2, w and w2 as descriptors
+    of tiles of these shapes where `described` makes them."""
     given = [o for o in both if o is not None]
     a = iter(described([t for o in given for t in (o.a, o.a2)], rows, architecture))
     w = iter(described([t for o in given for t in (o.w, o.w2)], weights, architecture))
-    return [o and o._replace(a=next(a), a2=next(a), w=next(w), w2=next(w)) for o in both]
-
-
-def one_by_one(both: Sequence[Operands | None]) -> list[Any]:
-    """What both have, as the kernels take it; None for all of one that is not there."""
-    return [part for o in both for part in (o or (None,) * len(Operands._fields))]
+    absent = (None,) * len(Operands._fields)
+    both = [o and o._replace(a=next(a), a2=next(a), w=next(w), w2=next(w)) for o in both]
+    return [part for o in both for part in o or absent]
 
 
 def stacked(weights: Tensor) -> Tensor:
@@ -290,7 +266,7 @@ def rows_up(
     run(
         _experts_up_kernel,
         programs(launch, shared_tiles + most * triton.cdiv(N, launch.BLOCK_N), x),
-        *one_by_one(with_descriptors(both, sizes.architecture, row_block if launch.SORTED else None, block)),
+        *one_by_one(both, sizes.architecture, row_block if launch.SORTED else None, block),
         *(pairs.order, listed, Extents(T, R // T, D, N, M, shared_tiles)),
         GATED=weights.gate is not None,
         ACTIVATION=activation,
@@ -332,9 +308,7 @@ def rows_down(
     run(
         _experts_down_kernel,
         programs(launch, shared_tiles + most * d_tiles, y),
-        *one_by_one(
-            with_descriptors(both, sizes.architecture, (launch.BLOCK_T, launch.BLOCK_K), block if whole else None)
-        ),
+        *one_by_one(both, sizes.architecture, (launch.BLOCK_T, launch.BLOCK_K), block if whole else None),
         *(pairs.order, listed, R, Extents(T, 1, D, N, M, shared_tiles)),
         TWO=two,
         TRANSPOSED=transposed,
@@ -355,7 +329,7 @@ def combine(
         (T, triton.cdiv(D, block)),
         *(pairs, topk_ids, topk_weights, shared, y, E, D),
         K=topk_ids.shape[1],
-        launch=CombineLaunch(BLOCK_D=block, num_warps=max(block // 256, 1)),
+        launch=Launch(BLOCK_D=block, num_warps=max(block // 256, 1)),
     )
     return y
 

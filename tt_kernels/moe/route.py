@@ -1,5 +1,7 @@
 """The router: which experts each token goes to, and with what weight."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,19 +12,9 @@ from ..runtime.registry import define, takes_kernel
 from .route_backward import _route_bwd, _route_bwd_fake
 from .route_launch import _route_fwd, _route_fwd_fake
 
-_fwd = define(
-    "route_fwd(Tensor x, Tensor weight, Tensor bias, SymInt K, int groups, int kept, bool norm, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _route_fwd,
-    _route_fwd_fake,
-)
+_fwd = define(_route_fwd, _route_fwd_fake)
 
-_bwd = define(
-    "route_bwd(Tensor dweights, Tensor x, Tensor weight, Tensor ids, Tensor chosen, bool norm, float scale,"
-    " bool for_x, bool for_weight) -> (Tensor, Tensor)",
-    _route_bwd,
-    _route_bwd_fake,
-)
+_bwd = define(_route_bwd, _route_bwd_fake)
 
 
 class _Route(torch.autograd.Function):
@@ -82,8 +74,8 @@ def route(
     Source: DeepSeek-V3 (2412.19437), section 2.1.2.
 
     Example:
-        routing = route(x, router_weight, router_bias, top_k=6, scale=2.5)
-        y = experts(x, routing, ExpertWeights(up, down))
+        >>> routing = route(torch.randn(16, 64), torch.randn(8, 64), torch.zeros(8), top_k=2, scale=2.5)
+        >>> ids, weights = routing.topk_ids, routing.topk_weights  # [16, 2]
     """
     check("route", 3, x=(x, "T D"), weight=(weight, "E D"), bias=(bias, "E"))
     E = weight.shape[0]
@@ -100,15 +92,7 @@ def route(
     if not torch.compiler.is_compiling() and x.shape[0] * top_k >= 2**31:
         refuse("route", "x", list(x.shape), "fewer than 2^31 pairs of a token and an expert")
     if not takes_kernel("route", x, weight, bias):
-        return reference.route(
-            x,
-            weight,
-            bias,
-            top_k=top_k,
-            n_group=n_group,
-            topk_group=topk_group,
-            norm_topk_prob=norm_topk_prob,
-            scale=scale,
-        )
+        groups: dict[str, Any] = dict(n_group=n_group, topk_group=topk_group)
+        return reference.route(x, weight, bias, top_k=top_k, **groups, norm_topk_prob=norm_topk_prob, scale=scale)
     options = int(top_k), int(n_group), int(topk_group), norm_topk_prob, float(scale)
     return Routing(*_Route.apply(x, weight, bias, *options))

@@ -1,8 +1,5 @@
 """The norm behind a Mamba-2 scan: gate by silu(z), then RMS-normalise by groups of channels."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -11,18 +8,10 @@ from torch import Tensor
 from .. import reference
 from ..reference.common import compute_dtype
 from ..runtime.checks import check, eps_of, is_whole, refuse
-from ..runtime.lang import sigmoid
+from ..runtime.lang import load_row, sigmoid
 from ..runtime.launch import Launch, multiprocessors, run
 from ..runtime.registry import define, takes_kernel
 from ..runtime.structs import rows_of
-
-# ---- kernels ----
-
-
-@triton.jit
-def _load(rows, i, cols, mask, ACC: tl.constexpr):
-    """Columns of row i of an operand `Rows`, in the dtype of sums."""
-    return tl.load(rows.ptr + i * rows.stride + cols, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -44,8 +33,8 @@ def _gated_group_norm_fwd_kernel(
     cols = group[:, None] * N + offs_n[None, :]  # [BLOCK_G, BLOCK_N]
     mask = (group[:, None] < groups) & (offs_n[None, :] < N)
     acc = rstd_ptr.dtype.element_ty
-    v = _load(x, row, cols, mask, acc)  # [BLOCK_G, BLOCK_N]
-    g = _load(z, row, cols, mask, acc)
+    v = load_row(x, row, cols, mask, acc)  # [BLOCK_G, BLOCK_N]
+    g = load_row(z, row, cols, mask, acc)
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
     u = v * (g * sigmoid(g))  # v g alone may overflow
     rstd = 1 / tl.sqrt(tl.sum(u * u, axis=1) / N + EPS)  # [BLOCK_G]
@@ -80,9 +69,9 @@ def _gated_group_norm_bwd_kernel(
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
     dweight = tl.zeros((BLOCK_G, BLOCK_N), dtype=acc)
     for row in range(program * rows, min((program + 1) * rows, T)):
-        v = _load(x, row, cols, mask, acc)
-        g = _load(z, row, cols, mask, acc)
-        d = _load(dy, row, cols, mask, acc)
+        v = load_row(x, row, cols, mask, acc)
+        g = load_row(z, row, cols, mask, acc)
+        d = load_row(dy, row, cols, mask, acc)
         rstd = tl.load(rstd_ptr + row * groups + group, mask=group < groups, other=0.0)[:, None]
         s = sigmoid(g)
         n = v * (g * s) * rstd  # normed, before the weight
@@ -95,18 +84,7 @@ def _gated_group_norm_bwd_kernel(
     tl.store(dweight_ptr + program * groups * N + cols, dweight, mask=mask)
 
 
-# ---- launches ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatedGroupNormLaunch(Launch):
-    BLOCK_G: int
-    BLOCK_N: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def gated_group_norm_launch(T: int, groups: int, N: int, *, per_warp: int = 512) -> GatedGroupNormLaunch:
+def gated_group_norm_launch(T: int, groups: int, N: int, *, per_warp: int = 512) -> Launch:
     """Groups are independent.
 
     | rows      | a program takes         | reason                                                        |
@@ -117,75 +95,55 @@ def gated_group_norm_launch(T: int, groups: int, N: int, *, per_warp: int = 512)
     block_n = triton.next_power_of_2(N)
     together = max(1, min(triton.next_power_of_2(groups), 4096 // block_n)) if T >= 512 else 1
     warps = min(max(together * block_n // per_warp, 1), 16)
-    return GatedGroupNormLaunch(BLOCK_G=together, BLOCK_N=block_n, num_warps=warps)
+    return Launch(BLOCK_G=together, BLOCK_N=block_n, num_warps=warps)
 
 
-class GroupNormForward(NamedTuple):
-    y: Tensor
-    rstd: Tensor
-
-
-class GroupNormGradients(NamedTuple):
-    dx: Tensor
-    dz: Tensor
-    dweight: Tensor
-
-
-def _gated_group_norm_fwd(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> GroupNormForward:
-    out = _gated_group_norm_fwd_fake(x, z, weight, groups, eps)
+def _gated_group_norm_fwd(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    y, rstd = _gated_group_norm_fwd_fake(x, z, weight, groups, eps)
     T, N = x.shape[:-1].numel(), x.shape[-1] // groups
     launch = gated_group_norm_launch(T, groups, N)
     run(
         _gated_group_norm_fwd_kernel,
         (T, triton.cdiv(groups, launch.BLOCK_G) if N else 0),
-        *(rows_of(x), rows_of(z), weight.contiguous(), *out, groups, N),
+        *(rows_of(x), rows_of(z), weight.contiguous(), y, rstd, groups, N),
         EPS=eps,
         launch=launch,
     )
-    return out
+    return y, rstd
 
 
-def _gated_group_norm_bwd(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, rstd: Tensor) -> GroupNormGradients:
-    out = _gated_group_norm_bwd_fake(dy, x, z, weight, rstd)
+def _gated_group_norm_bwd(
+    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dz, dweight = _gated_group_norm_bwd_fake(dy, x, z, weight, rstd)
     groups = rstd.shape[-1]
     T, N = x.shape[:-1].numel(), x.shape[-1] // groups
     launch = gated_group_norm_launch(T, groups, N, per_warp=256)
     count = max(1, triton.cdiv(T, 2 * multiprocessors(x)))  # rows a program: bounds the partial sums
-    dweight = rstd.new_empty(triton.cdiv(T, count), x.shape[-1])
+    parts = rstd.new_empty(triton.cdiv(T, count), x.shape[-1])
     run(
         _gated_group_norm_bwd_kernel,
-        (len(dweight), triton.cdiv(groups, launch.BLOCK_G) if N else 0),
-        *(rows_of(dy), rows_of(x), rows_of(z), weight.contiguous(), rstd, out.dx, out.dz, dweight),
+        (len(parts), triton.cdiv(groups, launch.BLOCK_G) if N else 0),
+        *(rows_of(dy), rows_of(x), rows_of(z), weight.contiguous(), rstd, dx, dz, parts),
         *(T, groups, N, count),
         launch=launch,
     )
-    out.dweight.copy_(dweight.sum(0))
-    return out
-
-
-# ---- op ----
+    dweight.copy_(parts.sum(0))
+    return dx, dz, dweight
 
 
 def _gated_group_norm_fwd_fake(x, z, weight, groups, eps):
     rstd = x.new_empty((*x.shape[:-1], groups), dtype=compute_dtype(x.dtype, weight.dtype))
-    return GroupNormForward(z.new_empty(z.shape), rstd)
+    return z.new_empty(z.shape), rstd
 
 
 def _gated_group_norm_bwd_fake(dy, x, z, weight, rstd):
-    return GroupNormGradients(x.new_empty(x.shape), z.new_empty(z.shape), weight.new_empty(weight.shape))
+    return x.new_empty(x.shape), z.new_empty(z.shape), weight.new_empty(weight.shape)
 
 
-_fwd = define(
-    "gated_group_norm_fwd(Tensor x, Tensor z, Tensor weight, SymInt groups, float eps) -> (Tensor, Tensor)",
-    _gated_group_norm_fwd,
-    _gated_group_norm_fwd_fake,
-)
+_fwd = define(_gated_group_norm_fwd, _gated_group_norm_fwd_fake)
 
-_bwd = define(
-    "gated_group_norm_bwd(Tensor dy, Tensor x, Tensor z, Tensor weight, Tensor rstd) -> (Tensor, Tensor, Tensor)",
-    _gated_group_norm_bwd,
-    _gated_group_norm_bwd_fake,
-)
+_bwd = define(_gated_group_norm_bwd, _gated_group_norm_bwd_fake)
 
 
 class _GatedGroupNorm(torch.autograd.Function):
@@ -220,8 +178,8 @@ def gated_group_norm(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, e
     Source: `rmsnorm_fn` of mamba_ssm with norm_before_gate=False.
 
     Example:
-        x, z = torch.randn(2, 4, 4096)
-        y = gated_group_norm(x, z, torch.ones(4096), groups=8)
+        >>> x, z = torch.randn(2, 4, 4096)
+        >>> y = gated_group_norm(x, z, torch.ones(4096), groups=8)
     """
     check("gated_group_norm", 3, x=(x, "* D"), z=(z, "* D"), weight=(weight, "D"))
     if not is_whole(groups) or groups < 1 or x.shape[-1] % groups:

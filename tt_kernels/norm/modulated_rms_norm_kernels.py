@@ -3,11 +3,7 @@
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load(rows, i, cols, mask, ACC: tl.constexpr):
-    """Row i of an operand `Rows`, in the dtype of sums."""
-    return tl.load(rows.ptr + i * rows.stride + cols, mask=mask, other=0.0).to(ACC)
+from ..runtime.lang import load_row
 
 
 @triton.jit
@@ -32,18 +28,18 @@ def _modulated_rms_norm_fwd_kernel(
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
     acc = rstd_ptr.dtype.element_ty
-    r = _load(x, row, cols, mask, acc)  # [BLOCK_D]
+    r = load_row(x, row, cols, mask, acc)  # [BLOCK_D]
     if branch is not None:
-        step = _load(branch, row, cols, mask, acc)
+        step = load_row(branch, row, cols, mask, acc)
         if gate is not None:
-            step *= _load(gate, b, cols, mask, acc)
+            step *= load_row(gate, b, cols, mask, acc)
         rounded = (r + step).to(residual_ptr.dtype.element_ty)
         tl.store(residual_ptr + row * D + cols, rounded, mask=mask)
         r = rounded.to(acc)  # the norm reads the residual as the next layer will
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
     if scale is not None:
-        add = _load(shift, b, cols, mask, acc)
-        factor = 1 + _load(scale, b, cols, mask, acc)
+        add = load_row(shift, b, cols, mask, acc)
+        factor = 1 + load_row(scale, b, cols, mask, acc)
         if not NORM_FIRST:
             r = r * factor + add
     rstd = 1 / tl.sqrt(tl.sum(r * r, axis=0) / D + EPS)
@@ -84,16 +80,16 @@ def _modulated_rms_norm_bwd_kernel(
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
     dweight = tl.zeros((BLOCK_D,), dtype=acc)
     if scale is not None:
-        add = _load(shift, b, cols, mask, acc)
-        factor = 1 + _load(scale, b, cols, mask, acc)
+        add = load_row(shift, b, cols, mask, acc)
+        factor = 1 + load_row(scale, b, cols, mask, acc)
         dshift = tl.zeros((BLOCK_D,), dtype=acc)
         dscale = tl.zeros((BLOCK_D,), dtype=acc)
     if gate is not None:
-        opening = _load(gate, b, cols, mask, acc)
+        opening = load_row(gate, b, cols, mask, acc)
         dgate = tl.zeros((BLOCK_D,), dtype=acc)
     for row in range(b * L + chunk * rows, b * L + min((chunk + 1) * rows, L)):
-        r = _load(residual, row, cols, mask, acc)
-        g = _load(dy, row, cols, mask, acc)
+        r = load_row(residual, row, cols, mask, acc)
+        g = load_row(dy, row, cols, mask, acc)
         rstd = tl.load(rstd_ptr + row)
         m = r
         if scale is not None:
@@ -112,10 +108,10 @@ def _modulated_rms_norm_bwd_kernel(
             dscale += dm * r
             dm = dm * factor
         if dresidual is not None:
-            dm += _load(dresidual, row, cols, mask, acc)
+            dm += load_row(dresidual, row, cols, mask, acc)
         tl.store(dx_ptr + row * D + cols, dm.to(dx_ptr.dtype.element_ty), mask=mask)
         if gate is not None:
-            dgate += dm * _load(branch, row, cols, mask, acc)
+            dgate += dm * load_row(branch, row, cols, mask, acc)
             tl.store(dbranch_ptr + row * D + cols, (dm * opening).to(dbranch_ptr.dtype.element_ty), mask=mask)
     sums_ptr += program * D
     size = tl.num_programs(0).to(tl.int64) * D

@@ -1,6 +1,5 @@
 """The launches of `modulated_rms_norm`, forward and backward."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,35 +11,20 @@ from ..runtime.launch import Launch, multiprocessors, run
 from ..runtime.structs import rows_of
 from .modulated_rms_norm_kernels import _modulated_rms_norm_bwd_kernel, _modulated_rms_norm_fwd_kernel
 
-# ---- launches ----
 
-
-@dataclass(frozen=True, kw_only=True)
-class RMSNormLaunch(Launch):
-    BLOCK_D: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def rms_norm_launch(D: int, elements: int) -> RMSNormLaunch:
+def rms_norm_launch(D: int, elements: int) -> Launch:
     """A row a program, `elements` of it a thread; masked lanes past D cost no traffic.
 
     Forward 16: two 16-byte loads in 16 bits leave registers for the six vectors of a row.
     Backward 8: up to eleven vectors of a row live at once.
     """
     block = triton.next_power_of_2(D)
-    return RMSNormLaunch(BLOCK_D=block, num_warps=min(max(block // (32 * elements), 1), 16))
+    return Launch(BLOCK_D=block, num_warps=min(max(block // (32 * elements), 1), 16))
 
 
 def bwd_rows(B: int, L: int, multiprocessors: int) -> int:
     """Rows a program of the backward: two programs a multiprocessor bound the partial sums, one sequence at most."""
     return max(1, min(L, triton.cdiv(B * L, 2 * multiprocessors)))
-
-
-class NormForward(NamedTuple):
-    y: Tensor
-    residual: Tensor  # empty without a branch
-    rstd: Tensor
 
 
 class NormGradients(NamedTuple):
@@ -59,12 +43,12 @@ def _modulated_rms_norm_fwd(
     weight: Tensor,
     eps: float,
     dtype: torch.dtype,
-    norm_first: bool = False,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    branch: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> NormForward:
+    norm_first: bool,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     out = _modulated_rms_norm_fwd_fake(x, weight, eps, dtype, norm_first, shift, scale, branch, gate)
     D, L = x.shape[-1], x.shape[-2] if x.dim() > 1 else 1
     run(
@@ -104,22 +88,18 @@ def _modulated_rms_norm_bwd(
         NORM_FIRST=norm_first,
         launch=rms_norm_launch(D, elements=8),
     )
-    out.dweight.copy_(sums[0].sum(0))
-    for i, gradient in enumerate((out.dshift, out.dscale, out.dgate), start=1):
+    of_weight, *of_rows = sums  # in the order of the gradients
+    out.dweight.copy_(of_weight.sum(0))
+    for gradient, parts in zip((out.dshift, out.dscale, out.dgate), of_rows, strict=False):
         if gradient.numel():
-            gradient.copy_(sums[i].unflatten(0, (B, chunks)).sum(1).view_as(gradient))
+            gradient.copy_(parts.unflatten(0, (B, chunks)).sum(1).view_as(gradient))
     return out
 
 
-# ---- op ----
-
-
-def _modulated_rms_norm_fwd_fake(
-    x, weight, eps, dtype, norm_first=False, shift=None, scale=None, branch=None, gate=None
-):
+def _modulated_rms_norm_fwd_fake(x, weight, eps, dtype, norm_first, shift, scale, branch, gate):
     y = x.new_empty(x.shape, dtype=dtype)
-    residual = x.new_empty(0) if branch is None else x.new_empty(x.shape)
-    return NormForward(y, residual, x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype, weight.dtype)))
+    residual = x.new_empty(0 if branch is None else x.shape)
+    return y, residual, x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype, weight.dtype))
 
 
 def _modulated_rms_norm_bwd_fake(dy, dresidual, residual, weight, rstd, norm_first, shift, scale, branch, gate):

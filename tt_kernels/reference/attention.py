@@ -106,20 +106,14 @@ def _past(pages: Tensor, page_table: Tensor, in_order: slice | None, cache_lengt
     return past.flatten(1, 2)[:, :longest]
 
 
+Cached = tuple[Tensor, Tensor, Tensor, Tensor]  # k_pages, v_pages, page_table, cache_lengths
+
+
 def _context(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    cache_lengths: Tensor,
-    causal: bool,
-    scale: float | None,
-    entering: list[int] | None = None,
+    op: str, q: Tensor, k: Tensor, v: Tensor, cached: Cached, causal: bool, scale: float | None, entering=None
 ) -> Tensor:
-    L = q.shape[1]
+    """entering: as `_look` takes it."""
+    (k_pages, v_pages, page_table, cache_lengths), L = cached, q.shape[1]
     causal = causal and L > 1
     longest, shortest = page_table.shape[1] * k_pages.shape[1], -1  # not known on the host: all pages, masked
     in_order = None
@@ -129,7 +123,7 @@ def _context(
         return _attend(q, k, v, None, scale, causal=causal)
     past = [_past(pages, page_table, in_order, cache_lengths, longest) for pages in (k_pages, v_pages)]
     mask = None
-    if shortest < longest:  # what lies past a row's length may be anything, NaN included
+    if shortest < longest:  # cached tokens past a row's length may hold anything, NaN included
         seen = torch.arange(longest, device=q.device) < cache_lengths.unsqueeze(1)
         past = [t.masked_fill(~seen[..., None, None], 0) for t in past]
         mask = F.pad(seen, (0, L), value=True).unsqueeze(1)  # [B, 1, longest + L]
@@ -153,7 +147,8 @@ def context_attention(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    return _context("context_attention", q, k, v, k_pages, v_pages, page_table, cache_lengths, causal, scale)
+    cached = k_pages, v_pages, page_table, cache_lengths
+    return _context("context_attention", q, k, v, cached, causal, scale)
 
 
 def _append_row(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, pages: list[int], n: int, new: int) -> None:
@@ -167,16 +162,9 @@ def _append_row(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, pages: l
         v_pages[page, slot : slot + rows.stop - rows.start] = v[rows]
 
 
-def _append(
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    cache_lengths: Tensor,
-    counts: Tensor | None,
-) -> None:
+def _append(k: Tensor, v: Tensor, cached: Cached, counts: Tensor | None) -> None:
     """Tokens that no slot is for do not enter. Nothing is read on the host."""
+    k_pages, v_pages, page_table, cache_lengths = cached
     (B, L), (pages, page_size), row_pages = k.shape[:2], k_pages.shape[:2], page_table.shape[1]
     if B * L * pages * row_pages == 0:
         return
@@ -210,16 +198,16 @@ def append_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    B, L = k.shape[:2]
-    entering = None
+    (B, L), entering = k.shape[:2], None
+    cached = k_pages, v_pages, page_table, cache_lengths
     if can_look(cache_lengths):
         entering = [L] * B if counts is None else counts.clamp(0, L).tolist()
-    o = _context("append_attention", q, k, v, k_pages, v_pages, page_table, cache_lengths, True, scale, entering)
+    o = _context("append_attention", q, k, v, cached, True, scale, entering)
     with torch.no_grad():
         if entering is not None and B == 1:
             _append_row(k[0], v[0], k_pages, v_pages, page_table[0].tolist(), int(cache_lengths), entering[0])
         else:
-            _append(k, v, k_pages, v_pages, page_table, cache_lengths, counts)
+            _append(k, v, cached, counts)
     return o
 
 

@@ -21,12 +21,10 @@ class Sampling(NamedTuple):
     seed: Tensor  # [*] int, any 64 bits: key of the noise, with position and step
     position: Tensor  # [*] int: of the token in its sequence, of which the lower 32 bits count
     step: Tensor  # [*] int: the denoising step, as position
-    top_k: Tensor | None = (
-        None  # [*] int: draw among the k best and all that equal the k-th; 0, or V and above: no limit
-    )
-    top_p: Tensor | None = (
-        None  # [*] float, above 0: draw among the best whose probabilities first exceed p; 1: no limit
-    )
+    # [*] int: draw among the k best and all that equal the k-th; 0, or V and above: no limit.
+    top_k: Tensor | None = None
+    # [*] float, above 0: draw among the best whose probabilities first exceed p; 1: no limit.
+    top_p: Tensor | None = None
 
     @classmethod
     def of(
@@ -156,7 +154,8 @@ def bounds(scaled: Tensor, unit: Tensor, top_k: Tensor | None, top_p: Tensor | N
         least = torch.where(limited, kth, least)
     if top_p is not None:
         ordered = ordered.masked_fill(ordered < least.unsqueeze(-1), -math.inf)
-        before = F.pad(probabilities(ordered, unit).cumsum(-1), (1, -1))  # the probability of all better tokens
+        shares = (ordered - ordered[..., :1]).div_(unit.unsqueeze(-1)).softmax(-1)  # without the unit differences fit
+        before = F.pad(shares.cumsum(-1), (1, -1))  # the probability of all better tokens
         late = before > top_p.clamp(min=0).to(before).unsqueeze(-1)
         end = V - 1 - late.sum(-1, keepdim=True)
         lowest, end = ordered.gather(-1, end).squeeze(-1), index.gather(-1, end).squeeze(-1)
@@ -174,15 +173,10 @@ def _narrow(scaled: Tensor, unit: Tensor, sampling: Sampling) -> Tensor:
     return scaled.masked_fill((scaled < least) | ((scaled == least) & (ids > last)), -math.inf)
 
 
-def probabilities(ordered: Tensor, unit: Tensor) -> Tensor:
-    """Softmax of descending scaled logits, out of their unit again, where only their differences are to fit."""
-    return (ordered - ordered[..., :1]).div_(unit.unsqueeze(-1)).softmax(-1)
-
-
 def _confidence(logits: Tensor, token: Tensor) -> Tensor:
     """How sure a prediction is: its probability at temperature 1. Another rule for this is a function of the same
     arguments here. Its kernel: `Record` and all that makes, merges, stores or reads one, and `combine`, in
-    `tt_kernels/sampling/lang.py`; the planes in `records.py`; launchers and schemas of the three ops that sample."""
+    `tt_kernels/sampling/lang.py`; the planes in `records.py`; the launchers of the three ops that sample."""
     return (logits.gather(-1, token.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
 
 
@@ -237,17 +231,18 @@ def unmask(
     masked = block == mask_token_id
     token = block.clone()
     confidence = torch.zeros(block.shape, dtype=compute_dtype(hidden.dtype, weight.dtype), device=block.device)
-    if torch.compiler.is_compiling():  # the number of masked positions is no size in a graph: logits of all
+    in_graph = torch.compiler.is_compiling()
+    if in_graph:  # the number of masked positions is no size there: logits of all
         rows, cols = (torch.arange(n, device=block.device) for n in block.shape)
-        mine = sampling.select(rows.unsqueeze(-1).expand(block.shape))
-        found, sure = head_sample(hidden, weight, mine._replace(position=mine.position + cols), suppress=mask_token_id)
+        rows = rows.unsqueeze(-1).expand(block.shape)
+    else:
+        rows, cols = masked.nonzero(as_tuple=True)
+        hidden = hidden[rows, cols]
+    mine = sampling.select(rows)
+    found, sure = head_sample(hidden, weight, mine._replace(position=mine.position + cols), suppress=mask_token_id)
+    if in_graph:
         token, confidence = torch.where(masked, found.to(token.dtype), token), torch.where(masked, sure, confidence)
     else:
-        rows, cols = masked.nonzero(as_tuple=True)  # only masked positions need logits
-        mine = sampling.select(rows)
-        found, sure = head_sample(
-            hidden[rows, cols], weight, mine._replace(position=mine.position + cols), suppress=mask_token_id
-        )
         token[rows, cols], confidence[rows, cols] = found.to(token.dtype), sure
     result = commit(block, token, confidence, mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
     return Unmasked(result.block, result.committed, confidence, result.masked)

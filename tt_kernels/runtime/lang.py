@@ -15,6 +15,12 @@ def silu(x):
 
 
 @triton.jit
+def load_row(rows, i, cols, mask, ACC: tl.constexpr):
+    """Columns of row i of an operand `Rows`, in the dtype of sums."""
+    return tl.load(rows.ptr + i * rows.stride + cols, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
 def row_count(counts_ptr, b, L):
     """How many of row b's L tokens enter: what counts [rows] say, cut to 0 .. L; None: all."""
     count = L

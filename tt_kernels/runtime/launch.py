@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,23 +28,19 @@ TUNED = Path(__file__).parents[1] / "tuned"
 class Launch:
     """Compile-time parameters of a kernel: tile sizes in capitals, warps, pipeline stages. Equal by value.
 
-    Each kernel's are a frozen dataclass of their own that derives from this one.
+    Those that are measured (`tuned`) are a frozen dataclass of their own that derives from this one.
     """
 
     num_warps: int
     num_stages: int
 
-    def __init__(self, *, num_warps: int = 4, num_stages: int = 3, **tiles: int):
+    def __init__(self, *, num_warps: int = 4, num_stages: int = 1, **tiles: int):
         self.__dict__.update(tiles, num_warps=num_warps, num_stages=num_stages)
 
     @property
     def options(self) -> dict[str, int]:
         """All of them, as a launch takes them."""
         return dict(vars(self))
-
-    @property
-    def tiles(self) -> dict[str, int]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("num_")}
 
     def __getattr__(self, name: str) -> int:  # for type checkers: tiles of launches that have no class of their own
         raise AttributeError(name)
@@ -59,8 +55,14 @@ class Launch:
         return f"Launch({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
 
 
-# Set by `recording` for its thread or task: who is told of launches instead of a device, and for which architecture.
-_recording: ContextVar[tuple[Callable[..., None], int] | None] = ContextVar("recording", default=None)
+class _Recorder(NamedTuple):
+    """Set by `recording` for its thread or task: what is told of launches instead of a device, and the architecture."""
+
+    tell: Callable[..., None]
+    architecture: int
+
+
+_recording: ContextVar[_Recorder | None] = ContextVar("recording", default=None)
 
 
 @contextmanager
@@ -71,7 +73,7 @@ def recording(architecture: int) -> Iterator[list[tuple[Any, tuple[int, ...], tu
     as before; backward passes run in this one.
     """
     launches: list[Any] = []
-    before = _recording.set((lambda *launch: launches.append(launch), architecture))
+    before = _recording.set(_Recorder(lambda *launch: launches.append(launch), architecture))
     try:
         with torch.autograd.set_multithreading_enabled(False):
             yield launches
@@ -99,7 +101,7 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, launch: Launch, **conste
     # Triton 3.10 flips the default of fp fusion; kernels here are meant with it.
     options = {**constexprs, **launch.options, "enable_fp_fusion": True}
     if (recorded := _recording.get()) is not None:
-        recorded[0](kernel, grid, args, options)
+        recorded.tell(kernel, grid, args, options)
         return
     device = next(_tensors(args)).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -117,11 +119,17 @@ def _properties(index: int) -> Any:
 def architecture(x: Tensor) -> int:
     """80, 90, 100, ...: what the launch of a kernel on x is chosen for. A CPU counts as 90."""
     if (recorded := _recording.get()) is not None:
-        return recorded[1]
+        return recorded.architecture
     if not x.is_cuda:
         return 90
     properties = _properties(x.device.index)
     return 10 * properties.major + properties.minor
+
+
+def by_tma(t: Tensor, architecture: int) -> bool:
+    """Whether TMA can load tiles of this matrix: it needs 16-byte multiples, and Hopper."""
+    aligned = t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 and t.data_ptr() % 16 == 0
+    return architecture >= 90 and aligned and t.numel() > 0
 
 
 def multiprocessors(x: Tensor) -> int:
@@ -138,8 +146,15 @@ def _table(architecture: int) -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(path.read_text())["launches"] if path.exists() else {}
 
 
-# Set by `overriding` for its thread or task: a launch to try in place of tables and heuristics, and the keys asked for.
-_override: ContextVar[tuple[str, Launch | None, list[str]] | None] = ContextVar("override", default=None)
+class _Override(NamedTuple):
+    """Set by `overriding` for its thread or task: a launch in place of all others, and the keys asked for."""
+
+    kernel: str
+    launch: Launch | None
+    keys: list[str]
+
+
+_override: ContextVar[_Override | None] = ContextVar("override", default=None)
 
 
 @contextmanager
@@ -147,7 +162,7 @@ def overriding(kernel: str, launch: Launch | None) -> Iterator[list[str]]:
     """Have `tuned` answer with this launch for one kernel in the `with` block (None: with the heuristic's, whatever the
     table says); collects the keys it is asked for. Other threads are not affected; backward passes run in this one."""
     keys: list[str] = []
-    before = _override.set((kernel, launch, keys))
+    before = _override.set(_Override(kernel, launch, keys))
     try:
         with torch.autograd.set_multithreading_enabled(False):
             yield keys
@@ -158,8 +173,8 @@ def overriding(kernel: str, launch: Launch | None) -> Iterator[list[str]]:
 def tuned(kernel: str, default: L, architecture: int, **key: int | str) -> L:
     """The measured launch for this key from tuned/sm_<architecture>.json, or the heuristic's."""
     name = " ".join(f"{k}={v}" for k, v in key.items())
-    if (override := _override.get()) is not None and override[0] == kernel:
-        override[2].append(name)
-        return cast(L, override[1] or default)
+    if (override := _override.get()) is not None and override.kernel == kernel:
+        override.keys.append(name)
+        return cast(L, override.launch or default)
     row = _table(architecture).get(kernel, {}).get(name)
     return default if row is None else type(default)(**row)

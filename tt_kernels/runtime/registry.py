@@ -1,10 +1,12 @@
 """Which implementation of an op runs, and the registration of kernels as operators of PyTorch."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -32,11 +34,14 @@ def use(implementation: str) -> Iterator[None]:
     """
     if implementation != "reference":
         refuse("use", "implementation", implementation, "'reference'")
+    global _open_blocks, _in_graph
     if torch.compiler.is_compiling():
-        with _used_in_graph(implementation):
+        outer, _in_graph = _in_graph, implementation
+        try:
             yield
+        finally:
+            _in_graph = outer
         return
-    global _open_blocks
     before = _implementation.set(implementation)
     with _counting:
         _open_blocks += 1
@@ -46,16 +51,6 @@ def use(implementation: str) -> Iterator[None]:
         with _counting:
             _open_blocks -= 1
         _implementation.reset(before)
-
-
-@contextmanager
-def _used_in_graph(implementation: str) -> Iterator[None]:
-    global _in_graph
-    before, _in_graph = _in_graph, implementation
-    try:
-        yield
-    finally:
-        _in_graph = before
 
 
 def _constant(ask: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,10 +89,13 @@ def takes_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
     x and others are the floats that it computes with. Raises ValueError where they are on several devices, and
     NotImplementedError for GPUs and dtypes that kernels have no form of, rather than fall back.
     """
-    if _uses_reference() or not (x.is_cuda or ON_CPU or is_recording()):
+    if _uses_reference():
         return False
     device, refused, why = x.device, None, ""
-    if x.is_cuda:
+    on_gpu = device.type == "cuda"
+    if not (on_gpu or ON_CPU or is_recording()):
+        return False
+    if on_gpu:
         if (capability := _capability(device.index)) not in SERVED:
             raise NotImplementedError(
                 f"{op}: {device} has compute capability {capability / 10}, kernels are made for "
@@ -106,13 +104,11 @@ def takes_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
         refused, why = torch.float64, f"no fp64 kernel on a GPU; {_REFERENCE}"
     elif INTERPRET:
         refused, why = torch.bfloat16, "Triton's interpreter computes bf16 wrongly; use fp16, fp32 or fp64 there"
-    for t in (x, *others):
-        if t is None:
-            continue
-        if t.device != device:
+    for t in others:
+        if t is not None and t.device != device:
             raise ValueError(f"{op}: tensors are on {device} and {t.device}, expected one device")
-        if t.dtype == refused:
-            raise NotImplementedError(f"{op}: {why}")
+    if refused is not None and any(t is not None and t.dtype == refused for t in (x, *others)):
+        raise NotImplementedError(f"{op}: {why}")
     return True
 
 
@@ -121,10 +117,50 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def define(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register <NAMESPACE>::<name> with one schema, one launcher and its shape rule; returns what calls it."""
-    name = schema.partition("(")[0]
-    _library.define(schema)
+_TYPES = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool", str: "str", torch.dtype: "ScalarType"}
+
+
+def _type(hint: Any) -> str:
+    """Of an argument, in the words of schemas."""
+    if hint in _TYPES:
+        return _TYPES[hint]
+    return _type(get_args(hint)[0]) + ("?" if get_origin(hint) is UnionType else "[]")
+
+
+def _schema(launcher: Callable[..., Any], writes: tuple[str, ...], rest: type[tuple[Any, ...]] | None) -> str:
+    parameters, hints = [*inspect.signature(launcher).parameters.values()], get_type_hints(launcher)
+    if rest is not None:
+        parameters, hints = [*parameters, *inspect.signature(rest).parameters.values()], hints | get_type_hints(rest)
+    arguments = []
+    for p in parameters:
+        if p.kind is p.POSITIONAL_OR_KEYWORD:
+            kind = _type(hints[p.name])
+            if p.name in writes:
+                kind = kind.replace("Tensor", f"Tensor({'ab'[writes.index(p.name)]}!)")
+            arguments.append(f"{kind} {p.name}" + ("" if p.default is p.empty else f"={p.default}"))
+    result = hints["return"]
+    results = [] if result is type(None) else [result]
+    if issubclass(get_origin(result) or result, tuple):
+        results = [*(get_args(result) or get_type_hints(result).values())]  # of a NamedTuple
+    return f"({', '.join(arguments)}) -> ({', '.join(map(_type, results))})"
+
+
+def define(
+    launcher: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    writes: tuple[str, ...] = (),
+    rest: type[tuple[Any, ...]] | None = None,
+) -> Callable[..., Any]:
+    """Register _name as <NAMESPACE>::name, with its signature and shape rule; returns what calls it.
+
+    Args:
+        launcher: annotated; what is keyword-only is not registered.
+        writes: its arguments that are written.
+        rest: of which NamedTuple its *arguments are the fields.
+    """
+    name = launcher.__name__.removeprefix("_")
+    _library.define(name + _schema(launcher, writes, rest))
     _library.impl(name, launcher, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -36,13 +36,6 @@ def check_room(op: str, name: str, pool: Tensor | None, rows: int, indices: Tens
         refuse(op, name, list(pool.shape), f"a slot for each of {rows} rows")
 
 
-def copied(pool: Tensor, indices: Tensor | None, rows: int) -> Tensor:
-    """The states of all rows in memory of their own, one behind the other."""
-    if indices is None:
-        return pool[:rows].clone(memory_format=torch.contiguous_format)
-    return pool.index_select(0, indices.clamp(0, pool.shape[0] - 1))
-
-
 def copy_to_slots(pool: Tensor, new: Tensor, indices: Tensor | None) -> None:
     """Write what a launch wrote beside: new [rows, ...]."""
     if indices is None:

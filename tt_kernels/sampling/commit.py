@@ -1,6 +1,5 @@
 """The commit rule: which masked positions of a block take their prediction."""
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +13,6 @@ from ..runtime.checks import check, refuse
 from ..runtime.launch import Launch, run
 from ..runtime.registry import define, takes_kernel
 from .options import check_whole
-
-# ---- kernels ----
 
 
 class Rule(NamedTuple):
@@ -92,24 +89,13 @@ def _commit_kernel(
     settle(b, offs_l, mask_l, block, token, masked, confidence, rank, rule, out, L)
 
 
-# ---- launches ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommitLaunch(Launch):
-    BLOCK_L: int  # all positions
-    BLOCK_J: int  # those they are compared with at a time
-    num_warps: int
-    num_stages: int = 1
-
-
-def commit_launch(L: int) -> CommitLaunch:
+def commit_launch(L: int) -> Launch:
     """All positions of a sequence against 32 at a time: at most 32 comparisons a thread up to 512 positions."""
     block = triton.next_power_of_2(max(L, 1))
-    return CommitLaunch(BLOCK_L=block, BLOCK_J=min(block, 32), num_warps=min(max(block // 32, 1), 16))
+    return Launch(BLOCK_L=block, BLOCK_J=min(block, 32), num_warps=min(max(block // 32, 1), 16))
 
 
-def new_committed(block: Tensor) -> Committed:
+def new_committed(block: Tensor, *_: object) -> Committed:
     """Memory for the result."""
     masked = block.new_empty(block.shape[0], dtype=torch.int64)
     return Committed(block.new_empty(block.shape), block.new_empty(block.shape, dtype=torch.bool), masked)
@@ -129,19 +115,7 @@ def _commit(
     return out
 
 
-# ---- op ----
-
-
-def _commit_fake(block: Tensor, *rest: object) -> Committed:
-    return new_committed(block)
-
-
-_op = define(
-    "commit(Tensor block, Tensor token, Tensor confidence, Tensor threshold, Tensor steps_left, int mask_token_id) "
-    "-> (Tensor, Tensor, Tensor)",
-    _commit,
-    _commit_fake,
-)
+_op = define(_commit, new_committed)
 
 
 def commit(
@@ -166,13 +140,9 @@ def commit(
         masked:    [B] int64: how many are masked still.
 
     Numerics: confidences are compared in their own dtype, to which the threshold is rounded. Deterministic.
-
     Gradients: none.
-
     Raises: ValueError for sizes and dtypes that disagree.
-
     Cost: a sort of L numbers a row.
-
     Source: TwoTower (2606.26493).
 
     Example:

@@ -1,7 +1,5 @@
 """Gumbel noise, a pure function of seed, position, step and token id."""
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +11,6 @@ from ..runtime.lang import gumbel, philox
 from ..runtime.launch import Launch, run
 from ..runtime.registry import define, takes_kernel
 from .options import check_whole
-
-# ---- kernels ----
 
 
 @triton.jit
@@ -38,19 +34,9 @@ def _gumbel_noise_kernel(
     tl.store(out + 3, gumbel(w3, WIDE=True), mask=4 * quad + 3 < V)
 
 
-# ---- launches ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class GumbelNoiseLaunch(Launch):
-    BLOCK_Q: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def gumbel_noise_launch(V: int) -> GumbelNoiseLaunch:
+def gumbel_noise_launch(V: int) -> Launch:
     """Two counters a thread: two logarithms in fp64 for each of their eight words keep a thread busy."""
-    return GumbelNoiseLaunch(BLOCK_Q=min(256, triton.next_power_of_2(triton.cdiv(V, 4))))
+    return Launch(BLOCK_Q=min(256, triton.next_power_of_2(triton.cdiv(V, 4))))
 
 
 def _gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, vocab_size: int) -> Tensor:
@@ -66,18 +52,11 @@ def _gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, vocab_size: int)
     return noise
 
 
-# ---- op ----
-
-
 def _gumbel_noise_fake(seed: Tensor, position: Tensor, step: Tensor, vocab_size: int) -> Tensor:
     return seed.new_empty((*seed.shape, vocab_size), dtype=torch.float64)
 
 
-_noise = define(
-    "gumbel_noise(Tensor seed, Tensor position, Tensor step, SymInt vocab_size) -> Tensor",
-    _gumbel_noise,
-    _gumbel_noise_fake,
-)
+_noise = define(_gumbel_noise, _gumbel_noise_fake)
 
 
 def gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, *, vocab_size: int) -> Tensor:
@@ -93,13 +72,9 @@ def gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, *, vocab_size: in
         noise: [*, V] fp64.
 
     Numerics: exact words; logarithms in fp64. Deterministic.
-
     Gradients: none.
-
     Raises: ValueError for sizes that disagree and a vocab_size below 1.
-
     Cost: about 40 integer operations and two logarithms a number, of 8 bytes.
-
     Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011); Random123.
 
     Example:

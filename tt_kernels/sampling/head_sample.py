@@ -7,13 +7,9 @@ from ..reference import Sampled, Sampling
 from ..runtime.checks import check
 from ..runtime.registry import define, takes_kernel
 from .head_sample_launch import _head_sample, _head_sample_fake
-from .options import SCHEMA, check_range, check_token, flat, specs
+from .options import check_range, check_token, flat, specs
 
-_op = define(
-    f"head_sample(Tensor hidden, Tensor weight, int? suppress, {SCHEMA}) -> (Tensor, Tensor)",
-    _head_sample,
-    _head_sample_fake,
-)
+_op = define(_head_sample, _head_sample_fake, rest=Sampling)
 
 
 def head_sample(hidden: Tensor, weight: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Sampled:
@@ -32,14 +28,10 @@ def head_sample(hidden: Tensor, weight: Tensor, sampling: Sampling, *, suppress:
 
     Numerics: products of 16-bit numbers are summed in fp32. Deterministic; kernels sum over the vocabulary in an order
     that does not depend on how many rows there are.
-
     Gradients: none.
-
     Raises: ValueError as `sample` does.
-
     Cost: 2 R V D flops and (V D + R D) itemsize bytes for R rows: bound by reading the head; with top_k or top_p also
     the logits, and a sort of every row.
-
     Source: as `sample`.
 
     Example:

@@ -8,9 +8,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..reference import Sampling
 from ..reference.common import compute_dtype
-from ..runtime.launch import Launch, architecture, by_row, multiprocessors, run, tuned
+from ..runtime.launch import Launch, architecture, by_row, by_tma, multiprocessors, run, tuned
 from .head_sample_kernels import _head_kernel
 from .lang import Store
 from .records import Rows, combine_records, new_records
@@ -86,17 +85,11 @@ class Pieces(NamedTuple):
 
 def head_pieces(launch: HeadLaunch, V: int, multiprocessors: int) -> Pieces:
     """Parts are two a multiprocessor at most and the same however many rows there are, so that a row's sums have one
-    order: up to 16 rows a piece is a part, whose tiles a program merges; of more rows a piece is a tile, and whoever
-    combines the records merges a part's first."""
+    order: up to 16 rows a piece is a part, whose tiles a program merges; of more rows a piece is a tile, and the kernel
+    that combines the records merges a part's first."""
     count = triton.cdiv(V, launch.BLOCK_V)
     tiles = max(1, triton.cdiv(count, 2 * multiprocessors))
     return Pieces(triton.cdiv(count, tiles), tiles, 1) if launch.BLOCK_T == SUB else Pieces(count, 1, tiles)
-
-
-def _takes_tma(weight: Tensor) -> bool:
-    """A row of the head must begin at a multiple of 16 bytes."""
-    row = weight.stride(0) * weight.itemsize
-    return architecture(weight) >= 90 and weight.shape[1] > 0 and row % 16 == 0 and weight.data_ptr() % 16 == 0
 
 
 def _run_head(
@@ -115,7 +108,7 @@ def _run_head(
     programs = 2 * multiprocessors(hidden)
     pieces = head_pieces(launch, V, multiprocessors(hidden))
     R = rows.N if logits is None else len(logits)
-    tma = _takes_tma(weight)
+    tma = by_tma(weight, architecture(weight))
     run(
         _head_kernel,
         (min(triton.cdiv(R, launch.BLOCK_T) * pieces.number, programs),),
@@ -150,14 +143,16 @@ def head_records(hidden: Tensor, weight: Tensor, rows: Rows, suppress: int | Non
     return records
 
 
-def _head_sample(hidden: Tensor, weight: Tensor, suppress: int | None, *settings: Tensor) -> tuple[Tensor, Tensor]:
-    token, confidence = _head_sample_fake(hidden, weight, suppress, *settings)
-    rows = Rows.of(Sampling(*settings))
+def _head_sample(
+    hidden: Tensor, weight: Tensor, suppress: int | None, *settings: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    token, confidence = _head_sample_fake(hidden, weight)
+    rows = Rows.of(settings)
     if rows.N:
         combine_records(head_records(by_row(hidden), weight, rows, suppress), rows, token, confidence)
     return token, confidence
 
 
-def _head_sample_fake(hidden: Tensor, weight: Tensor, suppress: int | None, *settings: Tensor) -> tuple[Tensor, Tensor]:
+def _head_sample_fake(hidden: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     shape, dtype = hidden.shape[:-1], compute_dtype(hidden.dtype, weight.dtype)
     return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=dtype)

@@ -9,12 +9,10 @@ from ..reference import Sampling
 from ..runtime.checks import looks_at, refuse
 
 KINDS = dict(temperature=float, seed=int, position=int, step=int, top_k=int, top_p=float)  # of `Sampling`'s fields
-# `Sampling` in the schema of an op: its fields one by one, at the end of the arguments.
-SCHEMA = ", ".join(f"Tensor{'?' if name in Sampling._field_defaults else ''} {name}" for name in Sampling._fields)
 
 
 def flat(sampling: Sampling) -> list[Tensor | None]:
-    """The fields as SCHEMA lists them: nothing is differentiated through them."""
+    """The fields, as registered ops take them: nothing is differentiated through them."""
     return [t.detach() if t is not None and t.requires_grad else t for t in sampling]
 
 

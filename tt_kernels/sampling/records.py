@@ -1,5 +1,6 @@
 """Rows that are sampled and the records of them that kernels leave to each other; what becomes of a row's records."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,6 @@ from torch import Tensor
 from ..reference import Sampling
 from ..runtime.launch import Launch, run
 from .lang import Listed, Settings, Store, combine
-
-# ---- kernels ----
 
 
 @triton.jit
@@ -35,21 +34,10 @@ def _combine_kernel(
     tl.store(confidence_ptr + to, confidence.to(confidence_ptr.dtype.element_ty), mask=mask)
 
 
-# ---- launches ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class CombineLaunch(Launch):
-    BLOCK_R: int  # rows
-    BLOCK_S: int  # parts
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def combine_launch(parts: int, depth: int = 1) -> CombineLaunch:
+def combine_launch(parts: int, depth: int = 1) -> Launch:
     """Some 1024 records a program, eight a thread, or fewer: rows by powers of two."""
     block = triton.next_power_of_2(max(parts, 1))
-    return CombineLaunch(BLOCK_R=max(1, 1024 // (block * triton.next_power_of_2(depth))), BLOCK_S=block)
+    return Launch(BLOCK_R=max(1, 1024 // (block * triton.next_power_of_2(depth))), BLOCK_S=block)
 
 
 @dataclass(frozen=True)
@@ -62,8 +50,8 @@ class Rows:
     listed: Listed | None = None
 
     @classmethod
-    def of(cls, sampling: Sampling, L: int = 1, listed: Listed | None = None) -> "Rows":
-        vectors = Sampling(*(None if t is None else t.reshape(-1).contiguous() for t in sampling))  # type: ignore[arg-type]
+    def of(cls, settings: Sequence[Tensor | None], L: int = 1, listed: Listed | None = None) -> "Rows":
+        vectors = Sampling(*(None if t is None else t.reshape(-1).contiguous() for t in settings))  # type: ignore[arg-type]
         return cls(vectors, vectors.seed.numel() * L, L, listed)
 
     @property

@@ -15,10 +15,8 @@ from ..runtime.checks import check
 from ..runtime.launch import Launch, architecture, by_row, run, tuned
 from ..runtime.registry import define, takes_kernel
 from .lang import Limits, Store, empty_record, is_any_hot, merge, tile_record, write_record
-from .options import SCHEMA, check_range, check_token, flat, specs
+from .options import check_range, check_token, flat, specs
 from .records import Rows, combine_records, new_records
-
-# ---- kernels ----
 
 
 @triton.jit(do_not_specialize=["R", "first"])
@@ -62,9 +60,6 @@ def _sample_kernel(
         )
         record = merge(record, found)
     write_record(store, first + offs_t, mask_t, part, record)
-
-
-# ---- launches ----
 
 
 # Rows whose logits lie in memory at a time where top_k or top_p is given: 34 MB in fp32 of the published vocabulary.
@@ -133,24 +128,21 @@ def record_logits(logits: Tensor, rows: Rows, records: Store, suppress: int | No
         )
 
 
-def _sample(logits: Tensor, suppress: int | None, *settings: Tensor) -> tuple[Tensor, Tensor]:
-    token, confidence = _sample_fake(logits, suppress, *settings)
-    logits, rows = by_row(logits), Rows.of(Sampling(*settings))
+def _sample(logits: Tensor, suppress: int | None, *settings: Tensor | None) -> tuple[Tensor, Tensor]:
+    token, confidence = _sample_fake(logits, suppress)
+    logits, rows = by_row(logits), Rows.of(settings)
     records = new_records(rows.N, sample_parts(logits), logits, confidence.dtype)
     record_logits(logits, rows, records, suppress)
     combine_records(records, rows, token, confidence)
     return token, confidence
 
 
-# ---- op ----
-
-
-def _sample_fake(logits: Tensor, suppress: int | None, *settings: Tensor) -> tuple[Tensor, Tensor]:
+def _sample_fake(logits: Tensor, suppress: int | None, *_: object) -> tuple[Tensor, Tensor]:
     shape = logits.shape[:-1]
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
 
 
-_op = define(f"sample(Tensor logits, int? suppress, {SCHEMA}) -> (Tensor, Tensor)", _sample, _sample_fake)
+_op = define(_sample, _sample_fake, rest=Sampling)
 
 
 def sample(logits: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Sampled:
@@ -181,15 +173,11 @@ def sample(logits: Tensor, sampling: Sampling, *, suppress: int | None = None) -
 
     Numerics: in the dtype of the confidence, where a temperature above 0 counts as at least its least normal number
     (1e-38 in fp32). Deterministic.
-
     Gradients: none.
-
     Raises: ValueError for sizes that disagree and for options out of their range. Settings are looked at on a CPU
     alone: on a GPU, which is not waited for, and in graphs a temperature below 0 or NaN counts as 0, a top_k below 0 as
     no limit, a top_p of 0 or less keeps the best token and a NaN is no limit.
-
     Cost: R V itemsize bytes for R rows; with noise 40 R V operations; with top_k or top_p a sort of every row.
-
     Source: TwoTower (2606.26493); Gumbel-max as in Maddison et al. (1411.0030).
 
     Example:

@@ -1,6 +1,5 @@
 """One unmasking step: sample the masked positions of a block, commit the most confident."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +16,8 @@ from ..runtime.registry import define, takes_kernel
 from .commit import Rule, _commit, before, new_committed, settle
 from .head_sample_launch import head_records
 from .lang import Listed, combine
-from .options import SCHEMA, check_range, check_token, flat, specs
+from .options import check_range, check_token, flat, specs
 from .records import Rows, combine_records
-
-# ---- kernels ----
 
 
 @triton.jit
@@ -72,37 +69,19 @@ def _finish_kernel(
     settle(b, offs_l, mask_l, block, token.to(block.dtype), masked, confidence, rank, rule, out, L)
 
 
-# ---- launches ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinishLaunch(Launch):
-    BLOCK_L: int
-    BLOCK_S: int
-    num_warps: int
-    num_stages: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskedRowsLaunch(Launch):
-    BLOCK: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def finish_launch(L: int, parts: int, depth: int = 1) -> FinishLaunch | None:
+def finish_launch(L: int, parts: int, depth: int = 1) -> Launch | None:
     """Records and commit rule of a sequence in one program: 16 records a thread. None above 8192 records or 64
     positions, and where parts have several, which take 200 registers and more to merge there: then programs of few
     rows combine the records, and the rule is a launch of its own."""
     block_l, block_s = triton.next_power_of_2(max(L, 1)), triton.next_power_of_2(max(parts, 1))
     if depth > 1 or block_l > 64 or block_l * block_s > 8192:
         return None
-    return FinishLaunch(BLOCK_L=block_l, BLOCK_S=block_s, num_warps=max(4, block_l * block_s // 512))
+    return Launch(BLOCK_L=block_l, BLOCK_S=block_s, num_warps=max(4, block_l * block_s // 512))
 
 
-def masked_rows_launch(N: int) -> MaskedRowsLaunch:
+def masked_rows_launch(N: int) -> Launch:
     """One program walks the batch, eight positions a thread a round: 1024 are 64 blocks of 16."""
-    return MaskedRowsLaunch(BLOCK=min(1024, triton.next_power_of_2(max(N, 1))))
+    return Launch(BLOCK=min(1024, triton.next_power_of_2(max(N, 1))))
 
 
 def _unmask(
@@ -112,7 +91,7 @@ def _unmask(
     threshold: Tensor,
     steps_left: Tensor,
     mask_token_id: int,
-    *settings: Tensor,
+    *settings: Tensor | None,
 ) -> Unmasked:
     out = _unmask_fake(hidden, weight, block)
     (B, L), N = block.shape, block.numel()
@@ -123,7 +102,7 @@ def _unmask(
     index, slot, count = (block.new_empty(n, dtype=torch.int32) for n in (N, N, 1))
     listed = Listed(index, count)
     run(_masked_rows_kernel, (1,), *(block, slot, listed, N, mask_token_id), launch=masked_rows_launch(N))
-    rows = Rows.of(Sampling(*settings), L, listed)
+    rows = Rows.of(settings, L, listed)
     records = head_records(by_row(hidden), weight, rows, mask_token_id)
     launch = finish_launch(L, records.parts, records.depth)
     if launch is None:
@@ -141,21 +120,13 @@ def _unmask(
     return out
 
 
-# ---- op ----
-
-
 def _unmask_fake(hidden: Tensor, weight: Tensor, block: Tensor, *rest: object) -> Unmasked:
     out = new_committed(block)
     confidence = hidden.new_empty(block.shape, dtype=compute_dtype(hidden.dtype, weight.dtype))
     return Unmasked(out.block, out.committed, confidence, out.masked)
 
 
-_op = define(
-    f"unmask(Tensor hidden, Tensor weight, Tensor block, Tensor threshold, Tensor steps_left, int mask_token_id, "
-    f"{SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _unmask,
-    _unmask_fake,
-)
+_op = define(_unmask, _unmask_fake, rest=Sampling)
 
 
 def unmask(
@@ -186,13 +157,9 @@ def unmask(
         masked:     [B] int64: how many are masked still.
 
     Numerics: as `head_sample`. Deterministic.
-
     Gradients: none.
-
     Raises: ValueError as `sample` does.
-
     Cost: 2 M V D flops and V D itemsize bytes for M masked positions: bound by reading the head.
-
     Source: TwoTower (2606.26493).
 
     Example:

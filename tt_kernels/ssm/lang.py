@@ -140,25 +140,13 @@ def grow(state, B, x, weight, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def pair_weights(
-    C,
-    B,
-    dt,
-    log,
-    D,
-    start,
-    part: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-):
+def pair_weights(C, B, dt, log, D, start, part: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """What token i takes of x of token j: (C_i B_j) exp(log) dt_j for i >= j, log = a[j + 1] + ... + a[i], and D of its
-    own. C is of BLOCK_T tokens, B of BLOCK_U of them from `part` on. `start` is any number of the tile: masks are then
-    made where they are used, not kept around a loop."""
-    i = (start + tl.arange(0, BLOCK_T))[:, None]
-    j = (start + part + tl.arange(0, BLOCK_U))[None, :]
+    own. B is of tokens from `part` on. `start` is any number of the tile: masks are then made where they are used, not
+    kept around a loop."""
+    ACC: tl.constexpr = dt.dtype
+    i = (start + tl.arange(0, C.shape[0]))[:, None]
+    j = (start + part + tl.arange(0, B.shape[0]))[None, :]
     if SPLIT:  # products of bf16 numbers are exact in fp32
         pairs = tl.dot(C, tl.trans(B))
     else:
@@ -168,27 +156,14 @@ def pair_weights(
 
 
 @triton.jit
-def block_outputs(
-    x,
-    B,
-    C,
-    D,
-    dt,
-    a,
-    state,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+def block_outputs(x, B, C, D, dt, a, state, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """y [BLOCK_T, BLOCK_P] of a tile of tokens: x [BLOCK_T, BLOCK_P], B and C [BLOCK_T, BLOCK_N] as they lie in memory,
     time steps dt and log-decays a [BLOCK_T], the state before them [BLOCK_N, BLOCK_P] or None."""
-    t = tl.arange(0, BLOCK_T)
-    y = tl.zeros((BLOCK_T, BLOCK_P), dtype=ACC)
+    t = tl.arange(0, x.shape[0])
+    y = tl.zeros(x.shape, dtype=dt.dtype)
     if state is not None:
         y = narrow_times_wide(C, state, y, 3, SPLIT, PRECISION) * decay(tl.cumsum(a, axis=0))[:, None]
     # Summed directly for each pair: a difference of sums would cancel.
     log = tl.cumsum(tl.where(t[:, None] > t[None, :], a[:, None], 0.0), axis=0)  # [BLOCK_T, BLOCK_T]
-    weights = pair_weights(C, B, dt[None, :], log, 0.0, 0, 0, SPLIT, PRECISION, ACC, BLOCK_T, BLOCK_T)
-    return wide_times_narrow(weights, x, y, 3, SPLIT, PRECISION) + x.to(ACC) * D
+    weights = pair_weights(C, B, dt[None, :], log, 0.0, 0, 0, SPLIT, PRECISION)
+    return wide_times_narrow(weights, x, y, 3, SPLIT, PRECISION) + x.to(y.dtype) * D

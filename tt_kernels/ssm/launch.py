@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import torch
 import triton
@@ -58,20 +58,28 @@ def measured(kernel: str, default: TileLaunch, x: Tensor, rows: int, L: int, P: 
     return tuned(kernel, default, architecture(x), **near, P=P, N=N, itemsize=x.element_size())
 
 
+def step_launch(rows: int, P: int, N: int, *, numbers: int) -> StepLaunch:
+    """`rows`: rows times heads. Reading and writing the state bounds it: `numbers` a thread in flight; at few rows
+    latency does (one round trip to memory): fewer, until an H200's 132 multiprocessors have two programs each."""
+    block_n = triton.next_power_of_2(N)
+    block_p = min(triton.next_power_of_2(P), max(1, 128 * numbers // block_n))
+    while block_p > 1 and rows * triton.cdiv(P, block_p) < 256:
+        block_p //= 2
+    return StepLaunch(BLOCK_P=block_p, BLOCK_N=block_n)
+
+
+def measured_step(kernel: str, default: StepLaunch, x: Tensor, rows: int, P: int, N: int) -> StepLaunch:
+    return tuned(kernel, default, architecture(x), rows=triton.next_power_of_2(rows), P=P, N=N)
+
+
 def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """As kernels read small ones: contiguous."""
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-@overload
-def lined_up(t: Tensor, dim: int | None = None) -> Tensor: ...
-@overload
-def lined_up(t: Tensor | None, dim: int | None = None) -> Tensor | None: ...
-def lined_up(t: Tensor | None, dim: int | None = None) -> Tensor | None:
+def lined_up(t: Tensor, dim: int | None = None) -> Tensor:
     """As kernels read it: the last dimension contiguous, and what a program takes of `dim` (64 tokens, or all P) within
     32-bit offsets of its first: those of a tile are vectors, where 64 bits would take twice the registers."""
-    if t is None:
-        return None
     reach = 0 if dim is None else (64 if dim == 1 else t.shape[dim]) * t.stride(dim) + t.shape[-1]
     return t if t.stride(-1) == 1 and reach < 2**31 else t.contiguous()
 

@@ -26,7 +26,9 @@ def check_inputs(
     counts: Tensor | None = None,
 ) -> None:
     w, s = weights, state
-    needed = dict(
+    check(
+        op,
+        7 if op == "mamba_advance" else 8,
         xBC=(xBC, f"{tokens} C"),
         dt=(dt, f"{tokens} H"),
         conv_weight=(w.conv_weight, "C K"),
@@ -34,11 +36,6 @@ def check_inputs(
         dt_bias=(w.dt_bias, "H"),
         conv=(s.conv, "conv_slots C K"),
         ssm=(s.ssm, "ssm_slots H P N"),
-    )
-    check(
-        op,
-        7 if op == "mamba_advance" else 8,
-        **needed,
         D=(w.D, "H"),
         conv_bias=(w.conv_bias, "C"),
         counts=(counts, "b", int),
@@ -85,8 +82,9 @@ def mamba_block(
     Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), sections 3, 6 and 8.
 
     Example:
-        >>> state = MambaState(conv_pool, ssm_pool, conv_indices=slots, ssm_indices=slots)
-        >>> y = mamba_block(xBC, dt, MambaWeights(conv_weight, conv_bias, A, D, dt_bias), state)
+        >>> weights = MambaWeights(torch.randn(64, 4), None, *-torch.rand(3, 4))
+        >>> state = MambaState(torch.zeros(2, 64, 4), torch.zeros(2, 4, 8, 16))
+        >>> y = mamba_block(torch.randn(2, 16, 64), torch.rand(2, 16, 4), weights, state)
     """
     w, s = weights, state
     check_inputs("mamba_block", xBC, dt, w, s, dt_limit)
@@ -132,8 +130,9 @@ def mamba_advance(
     Source: as `mamba_block`.
 
     Example:
-        >>> mamba_advance(xBC, dt, weights, state, counts=torch.tensor([16, 3]))
-        >>> y = mamba_block(next_xBC, next_dt, weights, state)  # goes on from there
+        >>> weights = MambaWeights(torch.randn(64, 4), None, *-torch.rand(3, 4))
+        >>> state = MambaState(torch.zeros(2, 64, 4), torch.zeros(2, 4, 8, 16))
+        >>> mamba_advance(torch.randn(2, 16, 64), torch.rand(2, 16, 4), weights, state, counts=torch.tensor([16, 3]))
     """
     w, s = weights, state
     check_inputs("mamba_advance", xBC, dt, w, s, dt_limit, counts=counts)
@@ -145,16 +144,7 @@ def mamba_advance(
 
 
 _block = define(
-    "mamba_block(Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor D, Tensor dt_bias, "
-    "Tensor conv, Tensor ssm, Tensor? conv_indices, Tensor? ssm_indices, float low, float high) -> Tensor",
-    _mamba_block,
-    lambda xBC, dt, weight, bias, A, D, dt_bias, conv, ssm, *_: xBC.new_empty((*dt.shape, ssm.shape[2])),
+    _mamba_block, lambda xBC, dt, weight, bias, A, D, dt_bias, conv, ssm, *_: xBC.new_empty((*dt.shape, ssm.shape[2]))
 )
 
-_advance = define(
-    "mamba_advance(Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor dt_bias, "
-    "Tensor(a!) conv, Tensor(b!) ssm, Tensor? conv_indices, Tensor? ssm_indices, Tensor? conv_out_indices, "
-    "Tensor? ssm_out_indices, Tensor? counts, float low, float high) -> ()",
-    _mamba_advance,
-    lambda *_: None,
-)
+_advance = define(_mamba_advance, lambda *_: None, writes=("conv", "ssm"))

@@ -79,7 +79,7 @@ def _mamba_block_kernel(
     C = convolved(C, conv_C, xBC_ptr, stride_xl, t, L, c_C, mask_n, K, ACC)
     B = convolved(B, conv_B, xBC_ptr, stride_xl, t, L, c_B, mask_n, K, ACC)
     x = convolved(x, conv_x, xBC_ptr, stride_xl, t, L, c_x, mask_p, K, ACC)
-    y = block_outputs(x, B, C, D, dt, a, state, SPLIT, PRECISION, ACC, BLOCK_T, BLOCK_P)
+    y = block_outputs(x, B, C, D, dt, a, state, SPLIT, PRECISION)
     out = y_ptr + ((b * L + row) * H + head)[:, None] * P + offs_p[None, :]
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask_x)
 

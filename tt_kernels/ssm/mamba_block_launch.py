@@ -5,21 +5,19 @@ from torch import Tensor
 
 from ..conv1d.causal_conv1d import _causal_conv1d
 from ..conv1d.conv_states import _conv_advance, conv_slots
+from ..reference.mamba import split_columns
 from ..runtime.launch import run
 from ..runtime.slots import Slots
 from .launch import TileLaunch, arithmetic, dense, lined_up, measured, ssm_slots
 from .mamba_block_kernels import _mamba_advance_kernel, _mamba_block_kernel
 from .ssd_block_launch import _ssd_advance, _ssd_block
 
-# ---- launches ----
-
 
 def in_one_launch(rows: int, L: int) -> bool:
-    """`rows`: rows times heads. By the compiled code, convolving B and C again for every head takes some 6000
-    instructions of a warp a head and 16 tokens, 0.8 us for 64 heads on an H200 at two a cycle; a second launch and its
-    round trip to memory take 2 to 3 us whatever the rows, and reading and writing the columns 0.1 us a row. So four
-    rows of 64 heads and 16 tokens go in one launch, more in several. Above 32 tokens the convolution's columns do not
-    fit into registers beside the pairs of tokens."""
+    """`rows`: rows times heads. One launch convolves B and C again for every head, by the compiled code some 6000
+    instructions of a warp a head and 16 tokens, which grow with the rows; several cost a launch and a round trip to
+    memory, which do not. Four rows of 64 heads and 16 tokens go in one launch, more in several. Above 32 tokens the
+    convolution's columns do not fit into registers beside the pairs of tokens."""
     return L <= 32 and rows * triton.cdiv(L, 16) <= 256
 
 
@@ -51,10 +49,7 @@ def groups(xBC: Tensor, ssm: Tensor) -> int:
 def _convolved(
     xBC: Tensor, weight: Tensor, bias: Tensor | None, conv: Tensor, conv_indices: Tensor | None, ssm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (b, L), (H, P, N), G = xBC.shape[:2], ssm.shape[1:], groups(xBC, ssm)
-    columns = _causal_conv1d(xBC, weight, bias, conv, conv_indices)
-    x, B, C = columns.split_with_sizes([H * P, G * N, G * N], -1)
-    return x.view(b, L, H, P), B.view(b, L, G, N), C.view(b, L, G, N)
+    return split_columns(_causal_conv1d(xBC, weight, bias, conv, conv_indices), ssm)
 
 
 def _mamba_block(

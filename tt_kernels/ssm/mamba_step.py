@@ -11,15 +11,13 @@ from .. import reference
 from ..conv1d.conv_states import conv_slots
 from ..reference.mamba import MambaState, MambaWeights
 from ..runtime.lang import at_slot
-from ..runtime.launch import architecture, run, tuned
+from ..runtime.launch import run
 from ..runtime.registry import define, takes_kernel
 from .conv_lang import conv_parameters, convolved_token
 from .lang import placed, stepped, time_steps
-from .launch import StepLaunch, arithmetic, dense, lined_up, ssm_slots
+from .launch import arithmetic, dense, lined_up, measured_step, ssm_slots, step_launch
 from .mamba_block import check_inputs
 from .mamba_block_launch import groups
-
-# ---- kernels ----
 
 
 @triton.jit
@@ -94,20 +92,6 @@ def _mamba_step_kernel(
         tl.store(after_conv_ptr + c_C[:, None] * stride_cc, after_C, mask=mask)
 
 
-# ---- launches ----
-
-
-def mamba_step_launch(rows: int, P: int, N: int) -> StepLaunch:
-    """`rows`: rows times heads. Reading and writing the state bounds it: 32 numbers a thread in flight, and
-    the convolution of B and C repeated for two slices of 64; at few rows latency does (one round trip to memory): 16,
-    where that gives an H200's 132 multiprocessors two programs each."""
-    block_n = triton.next_power_of_2(N)
-    block_p = min(triton.next_power_of_2(P), max(1, 4096 // block_n))
-    while block_p > 1 and rows * triton.cdiv(P, block_p) < 256:
-        block_p //= 2
-    return StepLaunch(BLOCK_P=block_p, BLOCK_N=block_n)
-
-
 def _mamba_step(
     xBC: Tensor,
     dt: Tensor,
@@ -127,14 +111,8 @@ def _mamba_step(
 ) -> Tensor:
     b, (H, P, N), G, K = xBC.shape[0], ssm.shape[1:], groups(xBC, ssm), conv_weight.shape[1]
     y, xBC = xBC.new_empty(b, H, P), lined_up(xBC)
-    launch = tuned(
-        "_mamba_step_kernel",
-        mamba_step_launch(b * H, P, N),
-        architecture(xBC),
-        rows=triton.next_power_of_2(b * H),
-        P=P,
-        N=N,
-    )
+    # 32 numbers a thread: the convolution of B and C is repeated for two slices of 64.
+    launch = measured_step("_mamba_step_kernel", step_launch(b * H, P, N, numbers=32), xBC, b * H, P, N)
     constants = arithmetic(xBC, A, dt_limit=(low, high))
     with (
         conv_slots(conv, b, conv_indices, conv_out_indices) as (columns, after_columns),
@@ -156,15 +134,10 @@ def _mamba_step(
     return y
 
 
-# ---- op ----
-
-
 _step = define(
-    "mamba_step(Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor D, Tensor dt_bias, "
-    "Tensor(a!) conv, Tensor(b!) ssm, Tensor? conv_indices, Tensor? ssm_indices, Tensor? conv_out_indices, "
-    "Tensor? ssm_out_indices, float low, float high) -> Tensor",
     _mamba_step,
     lambda xBC, dt, weight, bias, A, D, dt_bias, conv, ssm, *_: xBC.new_empty((*dt.shape, ssm.shape[2])),
+    writes=("conv", "ssm"),
 )
 
 
@@ -198,8 +171,10 @@ def mamba_step(
     Source: `causal_conv1d_update` of causal-conv1d and `selective_state_update` of mamba_ssm.
 
     Example:
-        >>> state = MambaState(conv_pool, ssm_pool, conv_indices=here, ssm_indices=slots, conv_out_indices=there)
-        >>> y = mamba_step(xBC, dt, weights, state)
+        >>> weights = MambaWeights(torch.randn(64, 4), None, *-torch.rand(3, 4))
+        >>> planes = dict(conv_indices=torch.tensor([0, 1]), conv_out_indices=torch.tensor([2, 3]))
+        >>> state = MambaState(torch.zeros(4, 64, 4), torch.zeros(2, 4, 8, 16), **planes)
+        >>> y = mamba_step(torch.randn(2, 64), torch.rand(2, 4), weights, state)
     """
     w, s = weights, state
     check_inputs("mamba_step", xBC, dt, w, s, dt_limit, tokens="b")

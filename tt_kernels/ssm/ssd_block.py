@@ -19,17 +19,22 @@ from ..runtime.slots import check_room
 from .ssd_block_launch import _ssd_advance, _ssd_block
 
 
-def check_groups(op: str, x: Tensor, B: Tensor) -> None:
-    H, G = x.shape[-2], B.shape[-2]
-    if G < 1 or H % G:
-        raise ValueError(f"{op}: B has G={G} groups, expected a divisor of H={H}, the heads of x")
-
-
 def check_limit(op: str, dt_limit: tuple[float, float]) -> None:
     pair = isinstance(dt_limit, tuple | list) and len(dt_limit) == 2
     low, high = dt_limit if pair else (math.nan, math.nan)
     if not (is_real(low) and (high == math.inf or is_real(high)) and 0 <= low <= high):
         refuse(op, "dt_limit", dt_limit, "(low, high) with 0 <= low <= high, low finite")
+
+
+def check_scan(
+    op: str, x: Tensor, B: Tensor, state: Tensor | None, indices: Tensor | None, dt_limit: tuple[float, float]
+) -> None:
+    """What `check` does not see."""
+    check_room(op, "ssm_state", state, x.shape[0], indices)
+    H, G = x.shape[-2], B.shape[-2]
+    if G < 1 or H % G:
+        raise ValueError(f"{op}: B has G={G} groups, expected a divisor of H={H}, the heads of x")
+    check_limit(op, dt_limit)
 
 
 def ssd_block(
@@ -87,9 +92,7 @@ def ssd_block(
         ssm_state=(ssm_state, "slots H P N"),
         state_indices=(state_indices, "b", int),
     )
-    check_room("ssd_block", "ssm_state", ssm_state, x.shape[0], state_indices)
-    check_groups("ssd_block", x, B)
-    check_limit("ssd_block", dt_limit)
+    check_scan("ssd_block", x, B, ssm_state, state_indices, dt_limit)
     tensors = (x, dt, A, B, C, D, dt_bias, ssm_state)
     if not takes_kernel("ssd_block", *tensors) or wants_gradients(*tensors):
         return reference.ssd_block(*tensors, state_indices=state_indices, dt_limit=dt_limit)
@@ -136,8 +139,9 @@ def ssd_advance(
     Source: as `ssd_block`.
 
     Example:
-        >>> state = torch.zeros(3, 4, 8, 5)  # three slots
-        >>> ssd_advance(x, dt, A, B, dt_bias, state, state_indices=torch.tensor([2]))
+        >>> x, B, (A, dt_bias) = torch.randn(1, 5, 4, 8), torch.randn(1, 5, 1, 16), -torch.rand(2, 4)
+        >>> pool = torch.zeros(3, 4, 8, 16)  # three slots
+        >>> ssd_advance(x, torch.rand(1, 5, 4), A, B, dt_bias, pool, state_indices=torch.tensor([2]))
     """
     check(
         "ssd_advance",
@@ -152,9 +156,7 @@ def ssd_advance(
         state_indices=(state_indices, "b", int),
         out_indices=(out_indices, "b", int),
     )
-    check_room("ssd_advance", "ssm_state", ssm_state, x.shape[0], state_indices)
-    check_groups("ssd_advance", x, B)
-    check_limit("ssd_advance", dt_limit)
+    check_scan("ssd_advance", x, B, ssm_state, state_indices, dt_limit)
     tensors = (x, dt, A, B, dt_bias, ssm_state)
     if takes_kernel("ssd_advance", *tensors):
         _advance(*tensors, counts, state_indices, out_indices, *dt_limit)
@@ -163,16 +165,6 @@ def ssd_advance(
         reference.ssd_advance(*tensors, counts, **places, dt_limit=dt_limit)
 
 
-_block = define(
-    "ssd_block(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor? ssm_state, "
-    "Tensor? state_indices, float low, float high) -> Tensor",
-    _ssd_block,
-    lambda x, *_: x.new_empty(x.shape),
-)
+_block = define(_ssd_block, lambda x, *_: x.new_empty(x.shape))
 
-_advance = define(
-    "ssd_advance(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor dt_bias, Tensor(a!) ssm_state, Tensor? counts, "
-    "Tensor? state_indices, Tensor? out_indices, float low, float high) -> ()",
-    _ssd_advance,
-    lambda *_: None,
-)
+_advance = define(_ssd_advance, lambda *_: None, writes=("ssm_state",))

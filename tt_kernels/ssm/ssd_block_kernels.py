@@ -67,7 +67,7 @@ def _ssd_block_kernel(
         at_s = at_slot(before, b) + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
         state = tl.trans(tl.load(at_s, mask=mask_p[:, None] & mask_n[None, :], other=0.0).to(ACC))  # [BLOCK_N, BLOCK_P]
     D = tl.load(D_ptr + head).to(ACC)
-    y = block_outputs(x, B, C, D, dt, a, state, SPLIT, PRECISION, ACC, BLOCK_T, BLOCK_P)
+    y = block_outputs(x, B, C, D, dt, a, state, SPLIT, PRECISION)
     out = y_ptr + ((b * L + row) * H + head)[:, None] * P + offs_p[None, :]
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask_x)
 

@@ -9,8 +9,6 @@ from .launch import TileLaunch, arithmetic, dense, lined_up, measured, ssm_slots
 from .ssd_block_kernels import _ssd_advance_kernel, _ssd_block_kernel
 from .ssd_chunk_launch import chunked, contiguous_slots
 
-# ---- launches ----
-
 
 def longest_block(architecture: int, itemsize: int) -> int:
     """Tokens whose pairs a program's registers hold; longer blocks go through the chunked scan. fp32 operands take
@@ -63,7 +61,8 @@ def _ssd_block(
         initial = Slots.of(None if ssm_state is None else contiguous_slots(ssm_state), state_indices)
         return chunked(x, dt, A, B, C, D, dt_bias, initial, Slots.of(None), dt_limit=(low, high))[0]
     y = x.new_empty(x.shape)
-    x, B, C, state = *(lined_up(t) for t in (x, B, C)), lined_up(ssm_state, 2)
+    x, B, C = (lined_up(t) for t in (x, B, C))
+    state = None if ssm_state is None else lined_up(ssm_state, 2)
     default = ssd_block_launch(b * H, L, P, N, x.element_size(), architecture(x))
     launch = measured("_ssd_block_kernel", default, x, b * H, L, P, N)
     run(

@@ -9,8 +9,7 @@ from .. import reference
 from ..reference.ssd import SSDChunk
 from ..runtime.checks import check, is_whole, refuse
 from ..runtime.registry import define, takes_kernel, wants_gradients
-from ..runtime.slots import check_room
-from .ssd_block import check_groups, check_limit
+from .ssd_block import check_scan
 from .ssd_chunk_launch import _ssd_chunk, _ssd_chunk_fake
 
 
@@ -52,7 +51,7 @@ def ssd_chunk(
         out_indices:   [b] int: the slot that each row writes, all different, none of them read by another row; None:
                        the slot that it reads.
         cu_seqlens:    [sequences + 1] int, from 0, ascending, counted over the flattened b * L tokens: sequences packed
-                       in x start from zeros, what lies behind the last entry is one more; not with a state. A row
+                       in x start from zeros, tokens behind the last entry are one more; not with a state. A row
                        starts anew in any case.
         chunk_size:    Q, tokens between the states that are returned: any number from 1 on (a tile of tokens lies in
                        one chunk: multiples of 64 fill tiles best). None: none of those, and none in memory; on their
@@ -78,8 +77,8 @@ def ssd_chunk(
     Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), section 6; `mamba_chunk_scan_combined` of mamba_ssm.
 
     Example:
-        >>> y, final_state, chunk_states = ssd_chunk(x, dt, A, B, C, D, dt_bias, chunk_size=64)
-        >>> ssd_chunk(x, dt, A, B, C, D, dt_bias, pool, state_indices=slots, chunk_size=None).y
+        >>> x, (B, C), (A, D, dt_bias) = torch.randn(1, 200, 4, 8), torch.randn(2, 1, 200, 1, 16), -torch.rand(3, 4)
+        >>> y, final_state, chunk_states = ssd_chunk(x, torch.rand(1, 200, 4), A, B, C, D, dt_bias, chunk_size=64)
     """
     check(
         "ssd_chunk",
@@ -97,9 +96,7 @@ def ssd_chunk(
         out_indices=(out_indices, "b", int),
         cu_seqlens=(cu_seqlens, "sequences+1", int),
     )
-    check_room("ssd_chunk", "ssm_state", ssm_state, x.shape[0], state_indices)
-    check_groups("ssd_chunk", x, B)
-    check_limit("ssd_chunk", dt_limit)
+    check_scan("ssd_chunk", x, B, ssm_state, state_indices, dt_limit)
     if chunk_size is not None and (not is_whole(chunk_size) or chunk_size < 1):
         refuse("ssd_chunk", "chunk_size", chunk_size, "1 or more, or None")
     if ssm_state is not None and cu_seqlens is not None:
@@ -114,10 +111,4 @@ def ssd_chunk(
     return SSDChunk(y, final if ssm_state is None else None, states)
 
 
-_chunk = define(
-    "ssd_chunk(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor(a!)? ssm_state, "
-    "Tensor? counts, Tensor? state_indices, Tensor? out_indices, Tensor? cu_seqlens, SymInt? chunk_size, float low, "
-    "float high) -> (Tensor, Tensor, Tensor)",
-    _ssd_chunk,
-    _ssd_chunk_fake,
-)
+_chunk = define(_ssd_chunk, _ssd_chunk_fake, writes=("ssm_state",))

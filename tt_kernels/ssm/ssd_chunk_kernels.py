@@ -245,7 +245,7 @@ def _chunk_scan_kernel(
             B = tl.load(at_B + (row + part) * stride_Bl + offs_B, mask=mask_u & mask_n[None, :], other=0.0)
             log = (high - tl.load(high_ptr + at_u)[None, :]) + (low - tl.load(low_ptr + at_u)[None, :])
             dt = tl.load(steps_ptr + at_u)[None, :]
-            weights = pair_weights(C, B, dt, log, D, start, part, SPLIT, PRECISION, ACC, BLOCK_T, BLOCK_U)
+            weights = pair_weights(C, B, dt, log, D, start, part, SPLIT, PRECISION)
             y = wide_times_narrow(weights, x, y, 2, SPLIT, PRECISION)  # [BLOCK_T, BLOCK_P]
             state = grow(state, B, x, tl.load(kept_ptr + at_u), SPLIT, PRECISION)
         tl.store(at_y + row * (H * P) + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask_y & mask_p[None, :])

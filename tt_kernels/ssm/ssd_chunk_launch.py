@@ -7,21 +7,12 @@ import triton
 from torch import Tensor
 
 from ..reference.common import compute_dtype
+from ..reference.slots import read_slots
 from ..runtime.launch import Launch, architecture, run, tuned
-from ..runtime.slots import Slots, copied
+from ..runtime.slots import Slots
 from ..runtime.varlen import resets
 from .launch import TileLaunch, arithmetic, dense, lined_up
 from .ssd_chunk_kernels import _chunk_scan_kernel, _chunk_states_kernel, _chunk_steps_kernel
-
-# ---- launches ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkStepsLaunch(Launch):
-    BLOCK_T: int
-    BLOCK_H: int
-    num_warps: int = 4
-    num_stages: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +80,9 @@ def chunked(
     chunk_size = chunk_size or max(L, 1)  # no chunks: the whole row is one
     x, B, C = (lined_up(t, 1) for t in (x, B, C))
     A, D, dt_bias = A.contiguous(), D.contiguous(), dt_bias.contiguous()
-    launch = tuned(
-        "_chunk_scan_kernel",
-        ssd_chunk_launch(min(chunk_size, L), P, N, x.element_size(), architecture(x)),
-        architecture(x),
-        L=triton.next_power_of_2(L),
-        chunk_size=asked,
-        P=P,
-        N=N,
-        itemsize=x.element_size(),
-    )
+    itemsize, arch, near = x.element_size(), architecture(x), triton.next_power_of_2(L)
+    default = ssd_chunk_launch(min(chunk_size, L), P, N, itemsize, arch)
+    launch = tuned("_chunk_scan_kernel", default, arch, L=near, chunk_size=asked, P=P, N=N, itemsize=itemsize)
     slices = triton.cdiv(P, launch.BLOCK_P)
     chunk_tiles = max(1, triton.cdiv(min(chunk_size, L), launch.BLOCK_T))
     tiles = max(1, triton.cdiv(L, chunk_size)) * chunk_tiles
@@ -116,14 +100,14 @@ def chunked(
         *(dt, A, dt_bias, *dense(counts), starts, steps, high_sums, low_sums, seen, kept, whole),
         *(*dt.stride(), L, H, chunk_size, chunk_tiles, tiles),
         **{name: constants.pop(name) for name in ("LOW", "HIGH")},
-        launch=ChunkStepsLaunch(BLOCK_T=launch.BLOCK_T, BLOCK_H=block_h),
+        launch=Launch(BLOCK_T=launch.BLOCK_T, BLOCK_H=block_h),
     )
     added = passed = None
     if spans > 1:
         added = states.new_empty(b, spans - 1, H, P, N)
         passed = states.new_empty(b, spans - 1, H)
         if initial.ptr is not None and final.ptr is not None:  # every span reads what the last one writes
-            initial = Slots.of(copied(initial.ptr, initial.indices, b))
+            initial = Slots.of(read_slots(initial.ptr, initial.indices, b, own=True))
         run(
             _chunk_states_kernel,
             (b * (spans - 1) * H, slices),

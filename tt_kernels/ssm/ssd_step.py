@@ -11,14 +11,11 @@ from torch import Tensor
 from .. import reference
 from ..runtime.checks import check
 from ..runtime.lang import at_slot
-from ..runtime.launch import architecture, run, tuned
+from ..runtime.launch import run
 from ..runtime.registry import define, takes_kernel
-from ..runtime.slots import check_room
 from .lang import placed, stepped, time_steps
-from .launch import StepLaunch, arithmetic, dense, lined_up, ssm_slots
-from .ssd_block import check_groups, check_limit
-
-# ---- kernels ----
+from .launch import arithmetic, dense, lined_up, measured_step, ssm_slots, step_launch
+from .ssd_block import check_scan
 
 
 @triton.jit
@@ -71,19 +68,6 @@ def _ssd_step_kernel(
     tl.store(after_ptr + offs_s, state, mask=mask_s)
 
 
-# ---- launches ----
-
-
-def ssd_step_launch(rows: int, P: int, N: int) -> StepLaunch:
-    """`rows`: rows times heads. Reading and writing the state bounds it: 16 numbers a thread in flight, which at 64
-    heads also makes 512 programs of one row."""
-    block_n = triton.next_power_of_2(N)
-    block_p = min(triton.next_power_of_2(P), max(1, 2048 // block_n))
-    while block_p > 1 and rows * triton.cdiv(P, block_p) < 256:
-        block_p //= 2
-    return StepLaunch(BLOCK_P=block_p, BLOCK_N=block_n)
-
-
 def _ssd_step(
     x: Tensor,
     dt: Tensor,
@@ -101,9 +85,8 @@ def _ssd_step(
     (b, H, P), (G, N) = x.shape, B.shape[1:]
     y = x.new_empty(x.shape)
     x, B, C = (lined_up(t) for t in (x, B, C))
-    launch = tuned(
-        "_ssd_step_kernel", ssd_step_launch(b * H, P, N), architecture(x), rows=triton.next_power_of_2(b * H), P=P, N=N
-    )
+    # 16 numbers a thread also make, at 64 heads, 512 programs of one row.
+    launch = measured_step("_ssd_step_kernel", step_launch(b * H, P, N, numbers=16), x, b * H, P, N)
     constants = arithmetic(x, A, B, C, dt_limit=(low, high))
     with ssm_slots(ssm_state, state_indices, out_indices) as (before, after):
         run(
@@ -119,15 +102,7 @@ def _ssd_step(
     return y
 
 
-# ---- op ----
-
-
-_step = define(
-    "ssd_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor(a!) ssm_state, "
-    "Tensor? state_indices, Tensor? out_indices, float low, float high) -> Tensor",
-    _ssd_step,
-    lambda x, *_: x.new_empty(x.shape),
-)
+_step = define(_ssd_step, lambda x, *_: x.new_empty(x.shape), writes=("ssm_state",))
 
 
 @torch.no_grad()
@@ -173,8 +148,9 @@ def ssd_step(
     Source: `selective_state_update` of mamba_ssm; Dao and Gu, Transformers are SSMs (Mamba-2, 2024).
 
     Example:
-        >>> pool, slots = torch.zeros(8, 4, 8, 5), torch.tensor([3, 1])
-        >>> y = ssd_step(x, dt, A, B, C, D, dt_bias, pool, state_indices=slots)
+        >>> x, (B, C), (A, D, dt_bias) = torch.randn(2, 4, 8), torch.randn(2, 2, 1, 16), -torch.rand(3, 4)
+        >>> pool, slots = torch.zeros(9, 4, 8, 16), torch.tensor([3, 1])
+        >>> y = ssd_step(x, torch.rand(2, 4), A, B, C, D, dt_bias, pool, state_indices=slots)
     """
     check(
         "ssd_step",
@@ -190,9 +166,7 @@ def ssd_step(
         state_indices=(state_indices, "b", int),
         out_indices=(out_indices, "b", int),
     )
-    check_room("ssd_step", "ssm_state", ssm_state, x.shape[0], state_indices)
-    check_groups("ssd_step", x, B)
-    check_limit("ssd_step", dt_limit)
+    check_scan("ssd_step", x, B, ssm_state, state_indices, dt_limit)
     tensors = (x, dt, A, B, C, D, dt_bias, ssm_state)
     if not takes_kernel("ssd_step", *tensors):
         places: dict[str, Any] = dict(state_indices=state_indices, out_indices=out_indices)

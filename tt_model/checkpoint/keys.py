@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import TwoTowerConfig
-from ..modeling.tower import Tower
+from ..modeling.two_tower import TwoTowerModel
 from .folder import Folder, Stored, some
 
 CONTEXT = ("context_tower.", "context_lm_head.")
@@ -54,19 +54,8 @@ def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def parameter_shapes(config: TwoTowerConfig, *, denoiser: bool) -> dict[str, tuple[int, ...]]:
     """The parameters of a model: of the context tower and its head, and with `denoiser` all others."""
     with torch.device("meta"):
-        tower = {name: tuple(p.shape) for name, p in Tower(config).named_parameters()}
-    H, size, head = config.hidden_size, config.time_embedding_size, (config.vocab_size, config.hidden_size)
-    shapes = {f"context_tower.{name}": shape for name, shape in tower.items()} | {"context_lm_head.weight": head}
-    if denoiser:
-        shapes |= {f"denoiser_tower.{name}": shape for name, shape in tower.items()} | {"lm_head.weight": head}
-        for layer, outputs, inputs in (
-            ("t_embedder.mlp.0", H, size),
-            ("t_embedder.mlp.2", H, H),
-            ("t_block.1", 3 * H, H),
-        ):
-            shapes |= {f"{layer}.weight": (outputs, inputs), f"{layer}.bias": (outputs,)}
-        shapes |= {f"scale_shift_tables.{i}": (3, H) for i in range(config.num_hidden_layers)}
-    return shapes
+        model = TwoTowerModel(config, towers="both" if denoiser else "context")
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def published_keys(name: str, shape: Sequence[int]) -> Iterable[tuple[str, int | None]]:

@@ -94,4 +94,4 @@ def place(model: nn.Module, name: str, device: torch.device, dtype: torch.dtype)
     if not here or old.dtype != dtype:
         fresh = torch.empty(old.shape, dtype=dtype, device=device)
         module.register_parameter(leaf, nn.Parameter(fresh, requires_grad=old.requires_grad))
-    return getattr(module, leaf).data
+    return getattr(module, leaf).detach()  # writes to .data would not be counted

@@ -88,8 +88,8 @@ def save(
     check_shard_bytes(max_shard_bytes)
     parameters = named_parameters(inner)
     expected = parameter_shapes(inner.config, denoiser=inner.denoiser_tower is not None)
-    strange = [name for name, p in parameters.items() if expected.get(name) != tuple(p.shape)]
-    if strange or (strange := [name for name in expected if name not in parameters]):
+    found = {name: tuple(p.shape) for name, p in parameters.items()}
+    if strange := [name for name in found | expected if found.get(name) != expected.get(name)]:
         raise ValueError(f"save: the model's parameters are not those of its config: {some(strange)}")
     if empty := [name for name, p in parameters.items() if p.is_meta]:
         raise ValueError(f"save: {len(empty)} parameters have no values: {some(empty)}")
@@ -101,10 +101,10 @@ def save(
         for key, index in published_keys(name, value.shape):
             part = value if index is None else value[index]
             entries.append(Entry(key, tuple(part.shape), stored, part.detach))
-    extras, anew = _extras(inner, Path(folder)), tuple[str, ...]()
+    anew = () if tokenizer is None else TOKENIZER_FILES
+    extras = {name: file for name, file in _extras(inner, Path(folder)).items() if name not in anew}
     if tokenizer is not None:
-        chosen, anew = tokenizer_files(tokenizer), TOKENIZER_FILES
-        extras = {name: file for name, file in extras.items() if name not in anew} | chosen
+        extras |= tokenizer_files(tokenizer)
     with atomic_folder(folder, anew=anew) as temporary:
         write(temporary, config, entries, max_shard_bytes, extras, progress)
 

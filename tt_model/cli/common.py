@@ -9,14 +9,13 @@ import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..files import partial, sync
+from ..files import naming, partial, sync
 
 if TYPE_CHECKING:
     import torch
@@ -87,13 +86,9 @@ def describe(error: Exception) -> str:
 
 def put(text: str) -> None:
     """Write to standard output; an error of it, as that the disk is full, names it."""
-    try:
+    with naming(Path("standard output")):
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 @contextmanager
@@ -112,38 +107,65 @@ def one_line_warnings() -> Iterator[None]:
         yield
 
 
-def add_machine(parser: argparse._ArgumentGroup | Parser, dtype: str) -> None:
+def add_command(
+    commands: argparse._SubParsersAction[Parser],
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    text: str,
+    description: str,
+    epilog: str,
+) -> Parser:
+    """The parser of a command that `run` carries out; `text` is its line in the list of commands."""
+    parser = commands.add_parser(name, help=text, description=description, epilog=epilog)
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def option(to: argparse._ActionsContainer, flag: str, kind: Callable, metavar: str, text: str, **more: Any) -> None:
+    """An option with a value. Its help ends in the default where it has one and `text` says nothing of it."""
+    if "default" in more and "default" not in text:
+        text += " (default: %(default)s)"
+    to.add_argument(flag, type=kind, metavar=metavar, help=text, **more)
+
+
+def number(kind: type, least: float, most: float = sys.float_info.max) -> Callable[[str], Any]:
+    """What reads an option's number and refuses one out of range."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not least <= value <= most:
+            expected = f"at least {least}" if most == sys.float_info.max else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not {expected}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it when the text is not a number
+    return read
+
+
+def add_machine(parser: argparse._ActionsContainer, dtype: str) -> None:
     """--device, --dtype, the latter with its help, and --threads."""
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    option(parser, "--device", str, "DEVICE", "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     add_dtype(parser, "--dtype", dtype)
-    parser.add_argument(
-        "--threads", type=_threads, metavar="N", help="threads of a CPU to compute with (default: one a core)"
-    )
+    threads = "threads of a CPU to compute with (default: one a core)"
+    option(parser, "--threads", number(int, 1, 4096), "N", threads)
 
 
-def add_dtype(parser: argparse._ArgumentGroup | Parser, option: str, what: str) -> None:
-    parser.add_argument(option, choices=DTYPES, metavar="TYPE", help=f"{what}: {', '.join(DTYPES)}")
+def add_dtype(parser: argparse._ActionsContainer, flag: str, what: str) -> None:
+    option(parser, flag, str, "TYPE", f"{what}: {', '.join(DTYPES)}", choices=DTYPES)
 
 
-def _threads(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 4096):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of threads, at least 1")
-    return int(text)
+def machine_of(o: argparse.Namespace) -> tuple[torch.device, torch.dtype | None]:
+    """The device and the type that the options of `add_machine` name, of which --threads is followed here.
 
-
-def use_threads(count: int | None) -> None:
-    """Compute with as many threads as --threads says."""
+    ValueError for a device that is not here.
+    """
     import torch
 
-    if count is not None:
-        torch.set_num_threads(count)
+    from ..arguments import device_of
 
-
-def device_of(name: str | None) -> torch.device:
-    """The device that --device names; ValueError for one that is not here."""
-    from ..arguments import device_of as checked
-
-    return checked(name, "--device")
+    if o.threads is not None:
+        torch.set_num_threads(o.threads)
+    return device_of(o.device, "--device"), dtype_of(o.dtype)
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -153,53 +175,40 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return None if name is None else known[name]
 
 
-class Output:
-    """The file that --output names, written whole or not at all; standard output without one.
+@contextmanager
+def output_to(path: str | None) -> Iterator[list[str]]:
+    """Pieces of text for the file that --output names, written at the end, whole or not at all; None: standard output.
 
-    Entering makes a temporary file beside it, so that a path that cannot be written fails before any work.
+    A temporary file beside it is made first, so that a path that cannot be written fails before any work.
     """
-
-    def __init__(self, path: str | None):
-        self.path = None if path is None else Path(path)
-        self._target: Path | None = None
-        self._temporary: Path | None = None
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Output:
-        if self.path is None:
-            return self
-        try:
-            target = Path(os.path.realpath(self.path))
+    pieces: list[str] = []
+    if path is None:
+        yield pieces
+        put("".join(pieces))
+        return
+    target = Path(os.path.realpath(path))
+    with ExitStack() as stack:
+        with _naming(path):
             if target.is_dir():
                 raise IsADirectoryError(None, "is a folder, expected a file")
             if target.exists() and not os.access(target, os.W_OK):
                 raise PermissionError(None, "is not writable")
-            if target.is_file() or not target.exists():
-                self._temporary = self._stack.enter_context(partial(target))
-                if target.exists():
-                    shutil.copymode(target, self._temporary)
-        except OSError as error:
-            raise self._named(error) from error
-        self._target = target
-        return self
+            replaced = target.is_file() or not target.exists()  # rather than a device or a pipe
+            temporary = stack.enter_context(partial(target)) if replaced else target
+            if target.is_file():
+                shutil.copymode(target, temporary)
+        yield pieces
+        with _naming(path):
+            temporary.write_text("".join(pieces), encoding="utf-8")
+            if replaced:
+                sync(temporary)
+                os.replace(temporary, target)
 
-    def write(self, text: str) -> None:
-        if self.path is None:
-            put(text)
-            return
-        try:
-            (self._temporary or self._target or self.path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise self._named(error) from error
 
-    def _named(self, error: OSError) -> ValueError:
-        return ValueError(f"--output {self.path}: {error.strerror}")
-
-    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        with self._stack:
-            if self._temporary is not None and self._target is not None and kind is None:
-                try:
-                    sync(self._temporary)
-                    os.replace(self._temporary, self._target)
-                except OSError as error:
-                    raise self._named(error) from error
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Errors of writing to what --output names."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--output {path}: {error.strerror}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import Parser, add_dtype, dtype_of
+from .common import Parser, add_command, add_dtype, dtype_of, option
 
 _DESCRIPTION = """\
 Make a plain Nemotron-3-Nano (or the context tower of a two-tower model) into a model of two towers: the context tower
@@ -25,23 +25,15 @@ source's space."""
 
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """The command's part of the command line."""
-    p = commands.add_parser(
-        "convert",
-        prog="twotower convert",
-        help="Nemotron-3-Nano -> two towers ready to train",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
-    p.set_defaults(run=run, parser=p)
+    text = "Nemotron-3-Nano -> two towers ready to train"
+    p = add_command(commands, "convert", run, text, _DESCRIPTION, _EPILOG)
     p.add_argument("source", metavar="SOURCE", help="folder with config.json and safetensors")
     p.add_argument("target", metavar="TARGET", help="folder to write")
     add_dtype(p, "--dtype", "what to store (default: as in the source)")
-    p.add_argument("--block-size", type=int, metavar="N", help="what the denoiser will be trained with (default: 16)")
-    p.add_argument("--mask-token-id", type=int, metavar="ID", help="id that stands for a masked token (default: 3)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the time embedder (default: %(default)s)")
-    p.add_argument(
-        "--shard-size", type=float, default=5.0, metavar="GB", help="largest file of weights (default: %(default)s)"
-    )
+    option(p, "--block-size", int, "N", "what the denoiser will be trained with (default: 16)")
+    option(p, "--mask-token-id", int, "ID", "id that stands for a masked token (default: 3)")
+    option(p, "--seed", int, "N", "of the time embedder", default=0)
+    option(p, "--shard-size", float, "GB", "largest file of weights", default=5.0)
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 
 

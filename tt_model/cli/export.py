@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from .common import Parser, add_dtype, dtype_of
+from .common import Parser, add_command, add_dtype, dtype_of
 from .facts import FACTS, read_facts, weights_digest
 
 _DESCRIPTION = """\
@@ -24,14 +24,7 @@ be where it was."""
 
 def add(stages: argparse._SubParsersAction[Parser]) -> None:
     """The command's part of the command line."""
-    p = stages.add_parser(
-        "export",
-        prog="twotower train export",
-        help="the model of a run, at any time",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
-    p.set_defaults(run=run, parser=p)
+    p = add_command(stages, "export", run, "the model of a run, at any time", _DESCRIPTION, _EPILOG)
     p.add_argument("--out", metavar="OUT", required=True, help="folder of the run")
     p.add_argument("--to", metavar="DIR", help="folder to write (default: OUT/model)")
     add_dtype(p, "--save-dtype", "what is stored (default: as computed)")

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..files import read_object, write_text
+
 FACTS = "run.json"
 # What --accept names, and the facts behind it. "settings" are those of the optimizer and the schedule.
 KINDS = {"data": ("data", "held_out", "tokens", "held_out_tokens"), "model": ("model", "weights"), "code": ("code",)}
@@ -46,13 +48,13 @@ def code_digest() -> str:
 
 def read_facts(out: Path) -> dict[str, Any] | None:
     """What run.json says; None when there is none. ValueError for a file that is something else."""
-    file = out / FACTS
-    if not file.is_file():
-        return None
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not what this command wrote: {error}") from error
+    return read_object(out / FACTS) if (out / FACTS).is_file() else None
+
+
+def steps_logged(out: Path) -> int:
+    """How many steps a run has saved."""
+    log = out / "log.jsonl"
+    return len(log.read_text(encoding="utf-8").splitlines()) if log.is_file() else 0
 
 
 def same_run(
@@ -63,8 +65,6 @@ def same_run(
     Returns (name: [old, new]) of what has changed since the run began and `accept` allows.
     Raises ValueError, with what changed and how to go on, for a change that it does not.
     """
-    from ..files import write_atomically
-
     changed: dict[str, list] = {}
     was = read_facts(out) if resumed else None
     if was is not None:
@@ -76,14 +76,10 @@ def same_run(
             if "" not in refused:
                 how += f", or go on from its state with it (--accept {' '.join(k for k in KINDS if k in kinds)})"
             raise ValueError(f"{out}: this run began otherwise ({what}); {how}")
-        log = out / "log.jsonl"
-        steps = len(log.read_text(encoding="utf-8").splitlines()) if log.is_file() else 0
-        changes = was.get("changes", []) + ([{"after_step": steps} | changed] if changed else [])
+        changes = was.get("changes", []) + ([{"after_step": steps_logged(out)} | changed] if changed else [])
         facts = was | facts | ({"changes": changes} if changes else {})
     if store:
-        write_atomically(
-            out / FACTS, lambda path: path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        )
+        write_text(out / FACTS, json.dumps(facts, indent=1) + "\n")
     return changed
 
 

@@ -6,11 +6,12 @@ import argparse
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Output, Parser, add_machine, device_of, dtype_of, use_threads
+from .common import Parser, add_command, add_machine, machine_of, number, option, output_to
 
 if TYPE_CHECKING:
     from ..config import TwoTowerConfig
@@ -43,68 +44,35 @@ A prompt is read as it is, and is best ended without a trailing space or newline
 --model is a folder with config.json, safetensors and tokenizer.json."""
 
 
-def _seed(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
-    if not 0 <= value < 2**62:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2^62 - 1")
-    return value
-
-
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """The command's part of the command line."""
-    p = commands.add_parser(
-        "generate", prog="twotower generate", help="continue a prompt", description=_DESCRIPTION, epilog=_EPILOG
-    )
-    p.set_defaults(run=run, parser=p)
+    p = add_command(commands, "generate", run, "continue a prompt", _DESCRIPTION, _EPILOG)
     source = p.add_argument_group("prompt and model")
     source.add_argument("prompt", nargs="?", help="the text to continue")
-    source.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file; -: standard input")
-    source.add_argument("--tokens", metavar="IDS", help='the prompt as token ids, "5 6 7"; ids are written, too')
-    source.add_argument("--model", metavar="DIR", help="folder of a model (default: the small one that comes along)")
-    source.add_argument("--tokenizer", metavar="DIR", help="folder of tokenizer.json (default: the model's)")
+    option(source, "--prompt-file", str, "FILE", "read the prompt from a UTF-8 file; -: standard input")
+    option(source, "--tokens", str, "IDS", 'the prompt as token ids, "5 6 7"; ids are written, too')
+    option(source, "--model", str, "DIR", "folder of a model (default: the small one that comes along)")
+    option(source, "--tokenizer", str, "DIR", "folder of tokenizer.json (default: the model's)")
     add_machine(source, "what to compute in (default: what config.json says)")
 
     s = p.add_argument_group("settings")
-    s.add_argument(
-        "--mode",
-        choices=MODES,
-        default=MODES[0],
-        metavar="MODE",
-        help=f"{', '.join(MODES[:-1])} or {MODES[-1]} (default: %(default)s)",
-    )
-    s.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    s.add_argument("--block-size", type=int, metavar="N", help="tokens denoised together (default: as trained)")
-    s.add_argument(
-        "--steps-per-block", type=int, default=16, metavar="N", help="most passes for a block (default: %(default)s)"
-    )
-    s.add_argument(
-        "--confidence-threshold",
-        type=float,
-        default=0.8,
-        metavar="P",
-        help="predictions more probable than this are all taken at once (default: %(default)s)",
-    )
-    s.add_argument(
-        "--temperature",
-        type=float,
-        default=0.1,
-        metavar="T",
-        help="0: the most probable token; above: samples (default: %(default)s, as published)",
-    )
-    s.add_argument("--top-k", type=int, metavar="K", help="sample among the K most probable tokens")
-    s.add_argument("--top-p", type=float, metavar="P", help="sample among the most probable tokens that make up P")
-    s.add_argument(
-        "--seed", type=_seed, default=0, metavar="N", help="another one, another text (default: %(default)s)"
-    )
+    option(s, "--mode", str, "MODE", f"{', '.join(MODES[:-1])} or {MODES[-1]}", choices=MODES, default=MODES[0])
+    option(s, "--max-new-tokens", int, "N", "most tokens to write", default=128)
+    option(s, "--block-size", int, "N", "tokens denoised together (default: as trained)")
+    option(s, "--steps-per-block", int, "N", "most passes for a block", default=16)
+    threshold = "predictions more probable than this are all taken at once"
+    option(s, "--confidence-threshold", float, "P", threshold, default=0.8)
+    temperature = "0: the most probable token; above: samples (default: %(default)s, as published)"
+    option(s, "--temperature", float, "T", temperature, default=0.1)
+    option(s, "--top-k", int, "K", "sample among the K most probable tokens")
+    option(s, "--top-p", float, "P", "sample among the most probable tokens that make up P")
+    option(s, "--seed", number(int, 0, 2**62 - 1), "N", "another one, another text", default=0)
     s.add_argument("--no-eos", action="store_true", help="go on after an end-of-sequence token")
 
     out = p.add_argument_group("output")
     out.add_argument("--watch", action="store_true", help="show blocks resolving, tokens coloured by confidence")
     out.add_argument("--json", action="store_true", help="one JSON object: text, tokens, passes, timings, settings")
-    out.add_argument("--output", metavar="FILE", help="write there instead of standard output, all of it or nothing")
+    option(out, "--output", str, "FILE", "write there instead of standard output, all of it or nothing")
     out.add_argument("--quiet", action="store_true", help="no figures on standard error")
 
 
@@ -114,10 +82,11 @@ def run(o: argparse.Namespace) -> None:
     if len(given) > 1:
         names = " and ".join("--" + name.replace("_", "-") if name != "prompt" else "a prompt" for name in given)
         raise ValueError(f"{names}: expected one of them")
-    with Output(o.output) as output:
+    with output_to(o.output) as output:
         prompt = _parse_ids(o.tokens) if o.tokens is not None else _read_prompt(o.prompt, o.prompt_file)
 
         from ..config import TwoTowerConfig
+        from ..engine.generate import generate
         from ..two_tower import ASSETS, TwoTower
         from .vocabulary import Vocabulary
 
@@ -128,27 +97,29 @@ def run(o: argparse.Namespace) -> None:
         if isinstance(prompt, str):
             tokenizer = folder if o.tokenizer is None else Path(o.tokenizer)
             if not (tokenizer / "tokenizer.json").is_file():
-                raise ValueError(
-                    f"{tokenizer}: no tokenizer.json; name its folder (--tokenizer) or give ids (--tokens)"
-                )
+                how = "name its folder (--tokenizer) or give ids (--tokens)"
+                raise ValueError(f"{tokenizer}: no tokenizer.json; {how}")
             vocabulary = Vocabulary(tokenizer, config)
             ids = vocabulary.encode(prompt)
         else:
-            ids = prompt
+            ids, prompt = prompt, " ".join(map(str, prompt))
         _check_prompt(ids, settings, config)
         towers = _towers(folder, settings.mode)
-        use_threads(o.threads)
-        device, dtype = device_of(o.device), dtype_of(o.dtype)
+        device, dtype = machine_of(o)
 
         began = time.perf_counter()
         model = TwoTower.from_pretrained(folder, device=device, dtype=dtype, towers=towers, progress=not o.quiet)
         load = time.perf_counter() - began
         view = _watch(prompt, len(ids), vocabulary) if o.watch else None
-        tokens, nfe, seconds = _generate(model, ids, settings, o.seed, view)
+        began = time.perf_counter()
+        with view or nullcontext():
+            out = generate(model, [ids], settings, seed=o.seed, on_step=view.step if view else None)
+        seconds = time.perf_counter() - began
 
+        tokens, nfe = out.tokens[0], out.nfe[0]
         text = None if vocabulary is None else vocabulary.decode(tokens, ids)
         record = {
-            "prompt": prompt,
+            "prompt": prompt if vocabulary else ids,
             "text": text,
             "prompt_tokens": ids,
             "tokens": tokens,
@@ -161,12 +132,13 @@ def run(o: argparse.Namespace) -> None:
             | {"dtype": str(model.dtype).removeprefix("torch.")},
         }
         if o.json:
-            output.write(json.dumps(record) + "\n")
+            output.append(json.dumps(record) + "\n")
         elif text is None:
-            output.write(" ".join(map(str, [*ids, *tokens])) + "\n")
-        elif o.output is not None or not _on_terminal(str(prompt), text, view, len(tokens)):
-            whole = str(prompt) + text
-            output.write(whole if whole.endswith("\n") else whole + "\n")
+            output.append(" ".join(map(str, [*ids, *tokens])) + "\n")
+        elif o.output is None and sys.stdout.isatty():
+            _show(prompt, text, view, len(tokens))
+        else:
+            output.append(prompt + text + "\n" * (not (prompt + text).endswith("\n")))
     if not o.quiet:
         print(_figures(record, ended=bool(tokens) and tokens[-1] in settings.eos_token_ids), file=sys.stderr)
 
@@ -174,25 +146,17 @@ def run(o: argparse.Namespace) -> None:
 def _read_prompt(prompt: str | None, file: str | None) -> str:
     """The prompt from where it is; ValueError when there is none or it is not UTF-8 text."""
     if prompt is not None:
-        where, text = "prompt", prompt
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("prompt: not UTF-8 text") from None
+        where, data = "prompt", prompt.encode(errors="surrogatepass")  # to be refused below
+    elif file not in (None, "-"):
+        where, data = f"--prompt-file {file}", Path(file).read_bytes()
+    elif file is None and sys.stdin.isatty():
+        raise ValueError('no prompt: give one (twotower generate "def main():"), a --prompt-file, or pipe one in')
     else:
-        if file in (None, "-"):
-            if file is None and sys.stdin.isatty():
-                raise ValueError(
-                    'no prompt: give one (twotower generate "def main():"), a --prompt-file, or pipe one in'
-                )
-            where, data = "standard input", sys.stdin.buffer.read()
-        else:
-            where, data = f"--prompt-file {file}", Path(file).read_bytes()
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    text = text.removeprefix("\ufeff")  # a byte order mark: training strips it, too
+        where, data = "standard input", sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8-sig")  # without a byte order mark: training strips it, too
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not text:
         raise ValueError(f"{where}: empty, expected some text to continue")
     return text
@@ -208,15 +172,10 @@ def _parse_ids(text: str) -> list[int]:
 def _settings(o: argparse.Namespace, config: TwoTowerConfig) -> Settings:
     from ..engine.generate import Settings
 
+    names = ("mode", "max_new_tokens", "steps_per_block", "confidence_threshold", "temperature", "top_k", "top_p")
     settings = Settings(
-        mode=o.mode,
-        max_new_tokens=o.max_new_tokens,
+        **{name: getattr(o, name) for name in names},
         block_size=config.block_size if o.block_size is None else o.block_size,
-        steps_per_block=o.steps_per_block,
-        confidence_threshold=o.confidence_threshold,
-        temperature=o.temperature,
-        top_k=o.top_k,
-        top_p=o.top_p,
         eos_token_ids=() if o.no_eos else config.eos_token_ids,
     )
     settings.check(config)
@@ -249,47 +208,27 @@ def _towers(folder: Path, mode: str) -> str:
     return "both"
 
 
-def _generate(
-    model: Any, ids: list[int], settings: Settings, seed: int, view: Watch | None
-) -> tuple[list[int], int, float]:
-    """New tokens, denoiser passes and seconds."""
-    from ..engine.generate import generate
-
-    began = time.perf_counter()
-    if view is None:
-        out = generate(model, [ids], settings, seed=seed)
-    else:
-        with view:
-            out = generate(model, [ids], settings, seed=seed, on_step=view.step)
-    return out.tokens[0], out.nfe[0], time.perf_counter() - began
-
-
-def _watch(prompt: str | list[int], length: int, vocabulary: Vocabulary | None) -> Watch:
+def _watch(prompt: str, length: int, vocabulary: Vocabulary | None) -> Watch:
     """A live view on the first of standard output and standard error that is a terminal."""
     from rich.console import Console
 
     from .watch import Watch
 
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-    text = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
-    return Watch(out if out.is_terminal else err, text, length, vocabulary)
+    return Watch(out if out.is_terminal else err, prompt, length, vocabulary)
 
 
-def _on_terminal(prompt: str, text: str, view: Watch | None, length: int) -> bool:
-    """Show prompt and text apart if standard output is a terminal: was it?"""
-    if not sys.stdout.isatty():
-        return False
+def _show(prompt: str, text: str, view: Watch | None, length: int) -> None:
+    """Prompt and text, told apart, on a terminal."""
     from rich.console import Console
     from rich.text import Text
 
     from .watch import Watch, visible
 
-    console = Console(highlight=False)
     plain = Text().append(visible(prompt), style=Watch.PROMPT).append(visible(text))
     shown = plain if view is None else view.coloured(length)
     # Colours only where they leave the text as it is: a tokenizer may read a token differently on its own.
-    console.print(shown if shown.plain == plain.plain else plain, soft_wrap=True)
-    return True
+    Console(highlight=False).print(shown if shown.plain == plain.plain else plain, soft_wrap=True)
 
 
 def _figures(record: dict[str, Any], ended: bool) -> str:

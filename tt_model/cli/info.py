@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Parser, put
+from .common import Parser, add_command, number, option, put
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,43 +34,14 @@ The times are lower bounds: weights, K/V and states once through the memory at f
 taken as uniform and independent; the tokens of a real block agree more and need fewer experts."""
 
 
-def _at_least(least: float, kind: type) -> Any:
-    def read(text: str) -> Any:
-        value = kind(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
-        return value
-
-    read.__name__ = kind.__name__  # argparse names it when the text is not a number
-    return read
-
-
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """The command's part of the command line."""
-    p = commands.add_parser(
-        "info",
-        prog="twotower info",
-        help="parameters, memory and speed limits",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
-    p.set_defaults(run=run, parser=p)
-    p.add_argument("--model", metavar="DIR", help="a model's folder, or a config.json (default: the bundled model)")
-    p.add_argument(
-        "--bandwidth",
-        type=_at_least(1e-6, float),
-        default=4.3,
-        metavar="TB/S",
-        help="memory bandwidth in 10^12 bytes a second (default: %(default)s, an H200 copying on the device)",
-    )
-    p.add_argument("--batch", type=_at_least(1, int), default=1, metavar="N", help="sequences (default: %(default)s)")
-    p.add_argument(
-        "--context",
-        type=_at_least(0, int),
-        default=2048,
-        metavar="N",
-        help="tokens in the cache (default: %(default)s)",
-    )
+    p = add_command(commands, "info", run, "parameters, memory and speed limits", _DESCRIPTION, _EPILOG)
+    option(p, "--model", str, "DIR", "a model's folder, or a config.json (default: the bundled model)")
+    bandwidth = "memory bandwidth in 10^12 bytes a second (default: %(default)s, an H200 copying on the device)"
+    option(p, "--bandwidth", number(float, 1e-6), "TB/S", bandwidth, default=4.3)
+    option(p, "--batch", number(int, 1), "N", "sequences", default=1)
+    option(p, "--context", number(int, 0), "N", "tokens in the cache", default=2048)
     p.add_argument("--json", action="store_true", help="all of it as one JSON object")
 
 
@@ -128,11 +99,11 @@ def gather(c: TwoTowerConfig, *, bandwidth: float, batch: int, context: int) -> 
     }
 
 
-def scaled(value: float, units: tuple[str, ...], step: float = 1000) -> str:
+def scaled(value: float, units: tuple[str, ...]) -> str:
     """Three or four digits with the largest unit that leaves at least 1 before the point."""
     i = 0
     while abs(value) >= 999.95 and i + 1 < len(units):
-        value, i = value / step, i + 1
+        value, i = value / 1000, i + 1
     digits = 0 if i == 0 and value == int(value) else max(0, 2 - len(str(int(abs(value)))) + (abs(value) < 100))
     return f"{value:.{digits}f} {units[i]}".rstrip()
 
@@ -211,18 +182,14 @@ def _situation(floors: dict[str, Any]) -> str:
 def _floors(c: TwoTowerConfig, facts: dict[str, Any]) -> list[Any]:
     from rich.text import Text
 
-    from . import sizes
-
     floors = facts["floors"]
-    names = [f.name for f in sizes.FORMATS]
     title = f"Lower bounds at {floors['bandwidth'] / 1e12:g} TB/s, {_situation(floors)}: bytes moved, and time"
-    table = _table(title, "", "tokens", *(n for n in names))
+    table = _table(title, "", "tokens", *facts["memory"])
     for kind, by_format in floors["passes"].items():
         tokens = floors["batch"] * (1 if kind == "AR step" else c.block_size)
-        cells = (by_format[n] for n in names)
-        texts = (f"{size_text(sum(x['bytes'].values()))}  {time_text(x['seconds'])}" for x in cells)
+        texts = (f"{size_text(sum(x['bytes'].values()))}  {time_text(x['seconds'])}" for x in by_format.values())
         table.add_row(kind, str(tokens), *texts)
-    even = (facts["break-even tokens per pass"][n] for n in names)
+    even = facts["break-even tokens per pass"].values()
     table.add_section()
     table.add_row("break-even*", "", *("never" if e is None else f"{e:.1f}" for e in even))
     note = "* tokens per denoiser pass at which a block moves as many bytes as its tokens do one by one.\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import random
 import shutil
 import signal
 import warnings
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from ..stops import Stopped
 from . import export
-from .common import Parser, add_dtype, add_machine, device_of, dtype_of, use_threads
-from .facts import ACCEPTED, code_digest, same_run, weights_digest
+from .common import Parser, add_command, add_dtype, add_machine, dtype_of, machine_of, number, option
+from .facts import ACCEPTED, code_digest, same_run, steps_logged, weights_digest
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from ..two_tower import TwoTower
     from .vocabulary import Vocabulary
 
-# Fields of TrainSettings: type and help. Their defaults, which a test compares, are in the help only.
+# Fields of TrainSettings, which is not imported for --help: a test compares the defaults.
 SETTINGS = {
     "steps": (int, "N", 1000, "optimizer steps"),
     "batch_size": (int, "N", 8, "rows a step"),
@@ -84,73 +83,37 @@ recipe trains with blocks of 32 first, then 16."""
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """The command's part of the command line."""
     p = commands.add_parser(
-        "train",
-        prog="twotower train",
-        help="train a context tower or a denoiser",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
+        "train", help="train a context tower or a denoiser", description=_DESCRIPTION, epilog=_EPILOG
     )
     stages = p.add_subparsers(title="stages", metavar="STAGE", dest="stage", required=True)
-    ar = stages.add_parser(
-        "ar", prog="twotower train ar", help="a context tower, on next tokens", description=_AR, epilog=_AR_EPILOG
-    )
+    ar = add_command(stages, "ar", run, "a context tower, on next tokens", _AR, _AR_EPILOG)
     start = ar.add_mutually_exclusive_group(required=True)
-    start.add_argument("--config", metavar="FILE", help="config.json of a tower to begin with random weights")
-    start.add_argument("--model", metavar="DIR", help="folder of a model whose context tower to go on with")
-    denoiser = stages.add_parser(
-        "denoiser",
-        prog="twotower train denoiser",
-        help="a denoiser, on masked tokens",
-        description=_DENOISER,
-        epilog=_DENOISER_EPILOG,
-    )
-    denoiser.add_argument("--model", metavar="DIR", required=True, help="folder of a context tower or of two towers")
-    denoiser.add_argument("--block-size", type=int, metavar="N", help="tokens of a block (default: as in config.json)")
-    denoiser.add_argument("--mask-token-id", type=int, metavar="ID", help="default: as in config.json")
+    option(start, "--config", str, "FILE", "config.json of a tower to begin with random weights")
+    option(start, "--model", str, "DIR", "folder of a model whose context tower to go on with")
+    denoiser = add_command(stages, "denoiser", run, "a denoiser, on masked tokens", _DENOISER, _DENOISER_EPILOG)
+    option(denoiser, "--model", str, "DIR", "folder of a context tower or of two towers", required=True)
+    option(denoiser, "--block-size", int, "N", "tokens of a block (default: as in config.json)")
+    option(denoiser, "--mask-token-id", int, "ID", "default: as in config.json")
     for parser in (ar, denoiser):
         _add_common(parser)
     export.add(stages)
-    ar.add_argument(
-        "--vocab-size",
-        type=int,
-        metavar="N",
-        help="of model and tokenizer, which is trained on the data (default: config)",
-    )
+    vocabulary = "of model and tokenizer, which is trained on the data (default: config)"
+    option(ar, "--vocab-size", int, "N", vocabulary)
 
 
 def _add_common(p: Parser) -> None:
-    p.set_defaults(run=run, parser=p)
-    p.add_argument(
-        "--data", metavar="SOURCE", required=True, help='a folder of *.py, *.txt and *.jsonl, a file, or "stdlib"'
-    )
-    p.add_argument("--out", metavar="OUT", required=True, help="folder of the run")
-    p.add_argument("--tokenizer", metavar="DIR", help="folder of tokenizer.json (default: the model's)")
-    p.add_argument(
-        "--held-out",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="of the files, to measure on (default: %(default)s)",
-    )
-    p.add_argument("--row-length", type=int, default=512, metavar="N", help="tokens of a row (default: %(default)s)")
+    option(p, "--data", str, "SOURCE", 'a folder of *.py, *.txt and *.jsonl, a file, or "stdlib"', required=True)
+    option(p, "--out", str, "OUT", "folder of the run", required=True)
+    option(p, "--tokenizer", str, "DIR", "folder of tokenizer.json (default: the model's)")
+    option(p, "--held-out", float, "SHARE", "of the files, to measure on", default=0.05)
+    option(p, "--row-length", number(int, 1), "N", "tokens of a row", default=512)
     for name, (kind, metavar, default, text) in SETTINGS.items():
-        flag = "--" + name.replace("_", "-")
-        p.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {default})")
-    p.add_argument("--betas", type=float, nargs=2, metavar="B", help="AdamW's betas (default: 0.9 0.95)")
-    p.add_argument(
-        "--save-every", type=int, default=200, metavar="N", help="steps between saves (default: %(default)s)"
-    )
-    p.add_argument(
-        "--stop-after", type=int, metavar="N", help="stop after so many steps of this call, as if interrupted"
-    )
-    p.add_argument(
-        "--accept",
-        nargs="+",
-        default=[],
-        choices=ACCEPTED,
-        metavar="WHAT",
-        help=f"go on although it is not what the run began with: {', '.join(ACCEPTED)}",
-    )
+        option(p, "--" + name.replace("_", "-"), kind, metavar, text, default=default)
+    option(p, "--betas", float, "B", "AdamW's betas (default: 0.9 0.95)", nargs=2, default=(0.9, 0.95))
+    option(p, "--save-every", number(int, 1), "N", "steps between saves", default=200)
+    option(p, "--stop-after", number(int, 0), "N", "stop after so many steps of this call, as if interrupted")
+    accept = f"go on although it is not what the run began with: {', '.join(ACCEPTED)}"
+    p.add_argument("--accept", nargs="+", default=[], choices=ACCEPTED, metavar="WHAT", help=accept)
     add_dtype(p, "--save-dtype", "what OUT/model stores (default: as computed)")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     add_machine(p, "what to compute in (default: float32)")
@@ -161,14 +124,7 @@ def run(o: argparse.Namespace) -> None:
     from ..files import hold
     from ..training.schedule import TrainSettings
 
-    given = {name: getattr(o, name) for name in (*SETTINGS, "betas") if getattr(o, name) is not None}
-    if "betas" in given:
-        given["betas"] = tuple(given["betas"])
-    settings = TrainSettings(o.stage, **given)
-    for name, least in (("row_length", 1), ("save_every", 1), ("stop_after", 0)):
-        value = getattr(o, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least {least}")
+    settings = TrainSettings(o.stage, betas=tuple(o.betas), **{name: getattr(o, name) for name in SETTINGS})
     if o.dtype == "float16":
         raise ValueError("--dtype is float16, in which small gradients are 0: expected bfloat16 or float32 to train in")
     out = Path(o.out)
@@ -186,8 +142,8 @@ def _run(o: argparse.Namespace, settings: TrainSettings, out: Path) -> None:
     from ..training.state import STATE
     from .vocabulary import Vocabulary
 
-    use_threads(o.threads)
-    device, dtype = device_of(o.device), dtype_of(o.dtype) or torch.float32
+    device, dtype = machine_of(o)
+    dtype = dtype or torch.float32
     config = _config(o, TwoTowerConfig.from_file(getattr(o, "config", None) or o.model))
     resumed = (out / STATE).is_file()
     tokenizer = _tokenizer(o, out, config, resumed=resumed)
@@ -228,24 +184,21 @@ def _run(o: argparse.Namespace, settings: TrainSettings, out: Path) -> None:
             raise ValueError("--stop-after is 0 and no step has been made: there is nothing to save")
         save(model, out / "model", dtype=dtype_of(o.save_dtype), tokenizer=out, progress=not o.quiet)
     except KeyboardInterrupt as stop:
-        log = out / "log.jsonl"
-        done = len(log.read_text(encoding="utf-8").splitlines()) if log.is_file() else 0
-        raise Stopped(
-            getattr(stop, "number", signal.SIGINT),
-            f"interrupted: {done} of {settings.steps} steps are saved in {out}; the same command goes on from there",
-        ) from None
+        saved = f"{steps_logged(out)} of {settings.steps} steps are saved in {out}"
+        message = f"interrupted: {saved}; the same command goes on from there"
+        raise Stopped(getattr(stop, "number", signal.SIGINT), message) from None
     _report(out, history, settings)
 
 
 def _config(o: argparse.Namespace, config: TwoTowerConfig) -> TwoTowerConfig:
     """The config with what the command line changes in it."""
-    names = ("vocab_size", "block_size", "mask_token_id")
-    chosen = {name: getattr(o, name, None) for name in names}
-    if chosen["vocab_size"] is not None and o.model:
+    given = {name: value for name, value in vars(o).items() if value is not None}
+    chosen = {name: given[name] for name in ("vocab_size", "block_size", "mask_token_id") if name in given}
+    if "vocab_size" in chosen and o.model:
         raise ValueError("--vocab-size: a model that is there has its vocabulary; it goes with --config")
-    if chosen["vocab_size"] is not None and o.tokenizer:
+    if "vocab_size" in chosen and o.tokenizer:
         raise ValueError("--vocab-size and --tokenizer: a tokenizer that is there has its size; expected one of them")
-    return dataclasses.replace(config, **{name: value for name, value in chosen.items() if value is not None})
+    return dataclasses.replace(config, **chosen)
 
 
 def _tokenizer(o: argparse.Namespace, out: Path, config: TwoTowerConfig, *, resumed: bool) -> str:
@@ -254,7 +207,7 @@ def _tokenizer(o: argparse.Namespace, out: Path, config: TwoTowerConfig, *, resu
     A resumed run keeps its own; ValueError when another one is asked for. Its hash.
     """
     from ..checkpoint import TOKENIZER_FILES
-    from ..files import write_atomically
+    from ..files import write_atomically, write_text
     from ..training.data import load_texts, train_tokenizer
 
     target = out / "tokenizer.json"
@@ -270,7 +223,7 @@ def _tokenizer(o: argparse.Namespace, out: Path, config: TwoTowerConfig, *, resu
                 write_atomically(out / name, partial(shutil.copyfile, folder / name))
     else:
         tokenizer = train_tokenizer(load_texts(o.data, "train", o.held_out), config.vocab_size)
-        write_atomically(target, lambda path: path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8"))
+        write_text(target, tokenizer.to_str(pretty=True))
     return hashlib.sha256(target.read_bytes()).hexdigest()
 
 
@@ -278,7 +231,7 @@ def _rows(
     o: argparse.Namespace, vocabulary: Vocabulary, config: TwoTowerConfig, settings: TrainSettings
 ) -> tuple[Rows, Rows | None]:
     """Training rows, and held-out rows if there are enough for one."""
-    from ..training.data import Rows, encode_documents, load_texts
+    from ..training.data import load_rows
 
     if o.row_length % config.block_size:
         raise ValueError(f"--row-length is {o.row_length}, expected a multiple of the block size {config.block_size}")
@@ -287,18 +240,13 @@ def _rows(
     eos = config.eos_token_ids[0]
     # As prompts begin; where they begin with nothing, the end of the document before is what comes first.
     bos = vocabulary.first[0] if vocabulary.first else eos
-
-    def rows(split: str) -> Rows:
-        texts = load_texts(o.data, split, o.held_out)
-        random.Random(settings.seed).shuffle(texts)
-        documents = encode_documents(texts, vocabulary.tokenizer, bos=bos, eos=eos, block_size=config.block_size)
-        return Rows(*documents, o.row_length)
-
-    train_rows = rows("train")
+    tokens = {"bos": bos, "eos": eos, "row_length": o.row_length, "block_size": config.block_size}
+    rows = partial(load_rows, o.data, vocabulary.tokenizer, **tokens, held_out=o.held_out, seed=settings.seed)
+    train_rows = rows(split="train")
     if o.held_out == 0:
         return train_rows, None
     try:
-        return train_rows, rows("held_out")
+        return train_rows, rows(split="held_out")
     except ValueError as error:
         warnings.warn(f"no held-out loss: {error}", stacklevel=2)
         return train_rows, None

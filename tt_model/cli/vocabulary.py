@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -28,28 +30,20 @@ class Vocabulary:
         known, size = config.vocab_size, self.tokenizer.get_vocab_size()
         largest = max(self.tokenizer.get_vocab().values(), default=-1)
         if largest >= known:
-            raise ValueError(
-                f"{folder / 'tokenizer.json'}: wrong vocabulary: it has ids up to {largest}, the model's vocab_size is "
-                f"{known}"
-            )
+            what = f"it has ids up to {largest}, the model's vocab_size is {known}"
+            raise ValueError(f"{folder / 'tokenizer.json'}: wrong vocabulary: {what}")
         if size < known // 2:
-            warnings.warn(
-                f"{folder / 'tokenizer.json'}: has {size} tokens, the model {known}: is it the right one?", stacklevel=2
-            )
+            what = f"has {size} tokens, the model {known}: is it the right one?"
+            warnings.warn(f"{folder / 'tokenizer.json'}: {what}", stacklevel=2)
         self.first = self._first(folder, config.bos_token_id)
 
     def _first(self, folder: Path, bos: int | None) -> list[int]:
         """The ids that every text begins with."""
         encoding = self.tokenizer.encode("x")
-        own = []
-        for token, special in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
-            if not special:
-                break
-            own.append(token)
-        stated: object = True
+        pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        own = [token for token, _ in takewhile(itemgetter(1), pairs)]
         convention = folder / "tokenizer_config.json"
-        if convention.is_file():
-            stated = read_object(convention).get("add_bos_token")
+        stated = read_object(convention).get("add_bos_token") if convention.is_file() else True
         if bos is None or stated is None:
             return own
         if stated:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from itertools import groupby
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -78,31 +80,22 @@ class Watch:
 
     def coloured(self, length: int | None = None) -> Text:
         """Prompt and tokens, up to `length` of them; masked positions are dim."""
-        with self._lock:
-            # Ctrl-C may have come between the two.
-            length = min(len(self.tokens), len(self.confidence), *([] if length is None else [length]))
-            tokens, confidence = self.tokens[:length], self.confidence[:length]
+        with self._lock:  # Ctrl-C may have come between the two lists' growing
+            pairs = list(zip(self.tokens, self.confidence, strict=False))[:length]
         out = Text().append(visible(self.prompt), style=self.PROMPT)  # not Text(style=...): that would style all of it
-        begin = 0
-        while begin < len(tokens):
-            masked = confidence[begin] is None
-            end = begin
-            while end < len(tokens) and (confidence[end] is None) == masked:
-                end += 1
+        for masked, run in groupby(pairs, key=lambda pair: pair[1] is None):
+            tokens, confidence = zip(*run, strict=True)
             if masked:
-                out.append(_MASK * (end - begin), style="dim")
+                out.append(_MASK * len(tokens), style="dim")
             else:
-                self._append(out, tokens[begin:end], [c for c in confidence[begin:end] if c is not None])
-            begin = end
+                self._append(out, tokens, confidence)
         return out
 
-    def _append(self, out: Text, tokens: list[int], confidence: list[float]) -> None:
-        if self.vocabulary is None:
-            for token, p in zip(tokens, confidence, strict=True):
-                out.append(f" {token}", style=colour(p))
-            return
+    def _append(self, out: Text, tokens: Sequence[int], confidence: Sequence[float]) -> None:
+        """Tokens in their colours, by themselves where there is no vocabulary to read them with."""
+        pieces = self.vocabulary.pieces(tokens) if self.vocabulary else ((f" {token}", 1) for token in tokens)
         i = 0
-        for text, count in self.vocabulary.pieces(tokens):
+        for text, count in pieces:
             out.append(visible(text), style=colour(min(confidence[i : i + count])))
             i += count
 

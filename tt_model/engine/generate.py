@@ -29,7 +29,7 @@ MODES = ("mask_diffusion", "ar", "mock_ar")
 HOTTEST = 1e30  # fp32 holds it, and logits divided by it are nothing beside the noise: more is the same
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to generate; `check` refuses what cannot be meant. See `TwoTower.generate`."""
 
@@ -68,8 +68,6 @@ class Settings:
         if self.temperature != 0 and not 1e-30 <= self.temperature <= sys.float_info.max:
             raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy), or 1e-30 and above, finite")
         if self.top_k is not None:
-            if not is_integer(self.top_k):
-                raise ValueError(f"top_k is {self.top_k!r}, expected an integer")
             integer("top_k", self.top_k, 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected above 0 and at most 1")
@@ -137,7 +135,7 @@ class _Rows:
     def unfinished(self, block: Tensor, masked: Tensor) -> list[bool]:
         """Which rows need a further pass over their block [R, L], of which masked [R] positions are left.
 
-        None once an end-of-sequence token is there and no mask token before it: what lies behind is dropped. A single
+        None once an end-of-sequence token is there and no mask token before it: tokens behind it are dropped. A single
         position behind is resolved all the same: the published NFE, which the golden files pin, counts that pass.
         """
         if len(self.ends):
@@ -211,17 +209,21 @@ def _denoised(rows: _Rows) -> Tensor:
     return block
 
 
+def _token(rows: _Rows, hidden: Tensor, head: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The next token of every row [R, 1] after its hidden state, and the rows that stay, as `write` says."""
+    token, confidence = head_sample(hidden, head, rows.sampling_at(None, position, 0))
+    column = token.unsqueeze(1)
+    done = torch.ones_like(column, dtype=torch.bool)
+    rows.report(range(len(rows.index)), position, 0, column, confidence.unsqueeze(1), done)
+    return column, rows.write(column.tolist())
+
+
 def _ar(rows: _Rows) -> None:
     """The context tower alone, one token a step."""
     while rows.index:
         cache = rows.cache
-        position = cache.lengths.long()
         assert cache.last_hidden is not None and cache.head is not None  # prompts have tokens
-        token, confidence = head_sample(cache.last_hidden, cache.head, rows.sampling_at(None, position, 0))
-        column = token.unsqueeze(1)
-        done = torch.ones_like(column, dtype=torch.bool)
-        rows.report(range(len(rows.index)), position, 0, column, confidence.unsqueeze(1), done)
-        stay = rows.write(column.tolist())
+        column, stay = _token(rows, cache.last_hidden, cache.head, cache.lengths.long())
         if rows.index:
             rows.model.commit(column if stay is None else column[stay], rows.cache)
 
@@ -230,15 +232,10 @@ def _mock_ar(rows: _Rows, last: Tensor) -> None:
     """The denoiser, one token a step, on a cache without the last token; then the context tower reads that token."""
     token = last.unsqueeze(1)  # [R, 1]
     while rows.index:
-        position = rows.cache.lengths.long() + 1
         hidden = rows.model.denoise(token, None, rows.cache, output="hidden")[:, -1]
-        following, confidence = head_sample(hidden, rows.model.lm_head.weight, rows.sampling_at(None, position, 0))
         for row in rows.index:
             rows.nfe[row] += 1
-        column = following.unsqueeze(1)
-        done = torch.ones_like(column, dtype=torch.bool)
-        rows.report(range(len(rows.index)), position, 0, column, confidence.unsqueeze(1), done)
-        stay = rows.write(column.tolist())
+        column, stay = _token(rows, hidden, rows.model.lm_head.weight, rows.cache.lengths.long() + 1)
         if rows.index:
             token, column = (token, column) if stay is None else (token[stay], column[stay])
             rows.model.commit(token, rows.cache)

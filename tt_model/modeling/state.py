@@ -42,6 +42,7 @@ class Pending:
     mamba: dict[int, Projected] = field(default_factory=dict)  # layer -> what its states advance by
     hidden: Tensor | None = None  # [B, L, D], after the final norm
     lengths: Tensor | None = None  # [B] of the cache when it was verified
+    cache: Cache | None = None
 
 
 @dataclass
@@ -51,9 +52,7 @@ class CleanStates:
     block_size: int
     cu_seqlens: Tensor | None
     kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> k, v [B, N, Hkv, P]
-    mamba: dict[int, MambaState] = field(
-        default_factory=dict
-    )  # layer -> the states before each of the B * N / S blocks
+    mamba: dict[int, MambaState] = field(default_factory=dict)  # layer -> states before each of the B * N / S blocks
 
 
 @dataclass(frozen=True)
@@ -78,24 +77,31 @@ class ForwardContext:
 
 
 class Places:
-    """Equal places of a buffer: which are free, and how many rows hold each of the others."""
+    """Equal places of buffers, one buffer a layer: which are free, and how many rows hold each of the others."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, *buffers: dict[int, Tensor]):
         self.holders = [0] * size
         self.free = list(range(size - 1, -1, -1))
+        self.buffers = buffers
 
     def __len__(self) -> int:
         return len(self.holders)
 
-    def add(self, more: int) -> None:
+    def take(self, count: int) -> list[int]:
+        if count > len(self.free):
+            self._grow(max(count - len(self.free), len(self)))
+        taken = [self.free.pop() for _ in range(count)]
+        for place in taken:
+            self.holders[place] = 1
+        return taken
+
+    def _grow(self, more: int) -> None:
         size = len(self)
+        for layers in self.buffers:
+            for i, old in layers.items():  # a place may be several planes
+                layers[i] = torch.cat([old, old.new_zeros(more * old.shape[0] // size, *old.shape[1:])])
         self.holders += [0] * more
         self.free = [*range(size + more - 1, size - 1, -1), *self.free]
-
-    def take(self) -> int:
-        place = self.free.pop()
-        self.holders[place] = 1
-        return place
 
     def hold(self, place: int) -> None:
         self.holders[place] += 1
@@ -119,7 +125,6 @@ class Pool:
     """
 
     def __init__(self, config: TwoTowerConfig, *, pages: int, slots: int, device: torch.device, dtype: torch.dtype):
-        self.pages, self.slots = Places(pages), Places(slots)
         kv = (pages, PAGE_SIZE, config.num_key_value_heads, config.head_dim)
         conv = (2 * slots, config.conv_dim, config.conv_kernel)
         ssm = (slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
@@ -129,24 +134,7 @@ class Pool:
         self.values = {i: torch.empty(kv, device=device, dtype=dtype) for i in attention}
         self.conv = {i: torch.zeros(conv, device=device, dtype=dtype) for i in mamba}
         self.ssm = {i: torch.zeros(ssm, device=device, dtype=wide) for i in mamba}
-
-    def take_pages(self, count: int) -> list[int]:
-        if count > len(self.pages.free):
-            self._grow(self.pages, count, self.keys, self.values)
-        return [self.pages.take() for _ in range(count)]
-
-    def take_slots(self, count: int) -> list[int]:
-        if count > len(self.slots.free):
-            self._grow(self.slots, count, self.conv, self.ssm)
-        return [self.slots.take() for _ in range(count)]
-
-    def _grow(self, places: Places, count: int, *buffers: dict[int, Tensor]) -> None:
-        more = max(count - len(places.free), len(places))
-        for layers in buffers:
-            planes = 2 if layers is self.conv else 1
-            for i, old in layers.items():
-                layers[i] = torch.cat([old, old.new_zeros(planes * more, *old.shape[1:])])
-        places.add(more)
+        self.pages, self.slots = Places(pages, self.keys, self.values), Places(slots, self.conv, self.ssm)
 
 
 @dataclass
@@ -202,7 +190,7 @@ class Cache:
         """Empty rows, in a pool with room for them and `forks` further rows of `reserve` tokens each."""
         width = max(1, -(-reserve // PAGE_SIZE))
         pool = Pool(config, pages=(batch + forks) * width, slots=batch + forks, device=device, dtype=dtype)
-        cache = cls(pool, [Row([], slot) for slot in pool.take_slots(batch)], device, width=width)
+        cache = cls(pool, [Row([], slot) for slot in pool.slots.take(batch)], device, width=width)
         cache.reserve(reserve)
         return cache
 
@@ -243,7 +231,7 @@ class Cache:
         self._widen(need)
         taken = []
         for b, row in enumerate(self._rows):
-            more = self.pool.take_pages(max(0, need - len(row.pages)))
+            more = self.pool.pages.take(max(0, need - len(row.pages)))
             taken += [(b, len(row.pages) + i, page) for i, page in enumerate(more)]
             row.pages += more
         self._enter(taken)
@@ -267,7 +255,7 @@ class Cache:
         pool, taken, copied = self.pool, [], []
         # Rows of this cache may share a slot too: all of them move, as none may write what another one reads.
         sharing = [b for b, row in enumerate(self._rows) if pool.slots.is_shared(row.slot)]
-        moved = list(zip(sharing, pool.take_slots(len(sharing)), strict=True))
+        moved = list(zip(sharing, pool.slots.take(len(sharing)), strict=True))
         for b, own in moved:
             pool.slots.leave(self._rows[b].slot)
             self._rows[b].slot = own
@@ -276,7 +264,7 @@ class Cache:
             for place in range(first, last + 1):
                 if place < len(row.pages) and not pool.pages.is_shared(row.pages[place]):
                     continue
-                (own,) = pool.take_pages(1)
+                (own,) = pool.pages.take(1)
                 if place == len(row.pages):
                     row.pages.append(own)
                 else:
@@ -318,12 +306,14 @@ class Cache:
         """Let the first counts[b] tokens of a verified block in.
 
         Args:
-            pending: from `TwoTower.verify` on this cache, which must not have changed since.
+            pending: from `TwoTower.verify` on this cache, which must not have changed since, no fork of it.
             counts:  [B] int, 0..L.
         On a GPU it waits for the device once; `commit` and `verify` do not.
         """
         if not isinstance(counts, Tensor) or counts.dim() != 1 or counts.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"advance: counts is {counts!r}, expected a tensor of integers, one for each row")
+        if pending.cache is not self:
+            raise ValueError("advance: pending is of another cache, expected what `verify` gave for this one")
         if pending.hidden is None or pending.lengths is None or len(counts) != self.batch:
             raise ValueError(f"advance: counts has {len(counts)} rows, the cache has {self.batch}")
         L = pending.hidden.shape[1]
@@ -337,7 +327,7 @@ class Cache:
         self.prepare([L] * self.batch)
         position = self.lengths.unsqueeze(1) + torch.arange(L, device=self.lengths.device)  # [B, L]
         page, offset = self.page_table.gather(1, position // PAGE_SIZE), position % PAGE_SIZE
-        for i, (k, v) in pending.kv.items():  # all L: nobody reads the tokens behind a row's length
+        for i, (k, v) in pending.kv.items():  # all L: tokens behind a row's length are not read
             keys, values = self.kv(i)
             keys[page, offset], values[page, offset] = k, v
         for i, (xBC, dt, weights, dt_limit) in pending.mamba.items():
@@ -347,14 +337,14 @@ class Cache:
     def fork(self, rows: Sequence[int] | Tensor | None = None) -> Cache:
         """A cache of some of the rows (None: all), in any order, a row as often as wanted; this one goes on as it was.
 
-        Both read the same pages and states; whoever writes first gets places of its own, and neither ever sees the
+        Both read the same pages and states; the first to write gets places of its own, and neither ever sees the
         other's tokens. Copies nothing but [R, D] hidden states; a write into a page that is shared copies that page.
 
         Args:
             rows: [R] indices of rows.
         """
-        listed = list(range(self.batch)) if rows is None else [int(row) for row in rows]
-        if not all(0 <= row < self.batch for row in listed):
+        listed = range(self.batch) if rows is None else rows.tolist() if isinstance(rows, Tensor) else list(rows)
+        if not all(isinstance(row, int) and not isinstance(row, bool) and 0 <= row < self.batch for row in listed):
             raise ValueError(f"fork: rows is {listed}, expected 0 to {self.batch - 1}")
         device = self.lengths.device
         kept = [Row(list(r.pages), r.slot, r.length) for r in (self._rows[row] for row in listed)]

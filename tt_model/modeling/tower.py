@@ -46,18 +46,15 @@ class Tower(nn.Module):
     def forward(self, ids_BL: Tensor, ctx: ForwardContext, modulation: Tensor | None = None) -> Tensor:
         """Hidden states [B, L, D] after the final norm. modulation: [layers, 3, B, D] (shift, scale, gate) or None."""
         with skip_checks():
-            return self._walk(ids_BL, ctx, modulation)
-
-    def _walk(self, ids_BL: Tensor, ctx: ForwardContext, modulation: Tensor | None) -> Tensor:
-        eps = self.config.layer_norm_epsilon
-        x = self.embeddings(ids_BL)
-        if self.config.residual_in_fp32:
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-        branch = gate = None
-        for i, layer in enumerate(cast(Iterable[Layer], self.layers)):
-            shift, scale, next_gate = (None, None, None) if modulation is None else modulation[i].unbind(0)
-            h, x = modulated_rms_norm(
-                x, layer.norm.weight, shift, scale, branch=branch, gate=gate, order=layer.order, eps=eps
-            )
-            branch, gate = layer.mixer(h, ctx) if layer.is_stateful else layer.mixer(h), next_gate
-        return modulated_rms_norm(x, self.norm_f.weight, branch=branch, gate=gate, eps=eps)[0]
+            eps = self.config.layer_norm_epsilon
+            x = self.embeddings(ids_BL)
+            if self.config.residual_in_fp32:
+                x = x.to(torch.promote_types(x.dtype, torch.float32))
+            branch = gate = None
+            for i, layer in enumerate(cast(Iterable[Layer], self.layers)):
+                shift, scale, next_gate = (None, None, None) if modulation is None else modulation[i].unbind(0)
+                h, x = modulated_rms_norm(
+                    x, layer.norm.weight, shift, scale, branch=branch, gate=gate, order=layer.order, eps=eps
+                )
+                branch, gate = layer.mixer(h, ctx) if layer.is_stateful else layer.mixer(h), next_gate
+            return modulated_rms_norm(x, self.norm_f.weight, branch=branch, gate=gate, eps=eps)[0]

@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..arguments import integer, is_integer, token_rows
 from ..config import TwoTowerConfig
@@ -141,10 +142,8 @@ class TwoTowerModel(nn.Module):
         """`prefill`, where a row may also be empty (mock-AR starts one token early)."""
         lengths = [len(row) for row in rows]
         longest = max(lengths)
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for b, row in enumerate(rows):
-            ids[b, : lengths[b]] = torch.as_tensor(row)
-        ids = self._ids("prompts", ids)
+        padded = pad_sequence([torch.as_tensor(row, dtype=torch.int64, device="cpu") for row in rows], batch_first=True)
+        ids = self._ids("prompts", padded)
         dtype = self.dtype
         if dtype != torch.float64 and torch.is_autocast_enabled(self.device.type):
             dtype = torch.get_autocast_dtype(self.device.type)  # of keys and values as they are projected
@@ -196,10 +195,10 @@ class TwoTowerModel(nn.Module):
 
         Returns:
             logits [B, L, V]: position i predicts the token after block[:, : i + 1]
-            pending: for `cache.advance(pending, lengths)`, which lets the first lengths[b] tokens in.
+            pending: for `cache.advance(pending, counts)`, which lets the first counts[b] tokens in.
         """
         block = self._block("verify", block, cache)
-        pending = Pending(lengths=cache.lengths.clone())
+        pending = Pending(lengths=cache.lengths.clone(), cache=cache)
         pending.hidden = self.context_tower(block, ForwardContext("verify", cache, pending=pending))
         return self.context_lm_head(pending.hidden), pending
 

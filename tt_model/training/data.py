@@ -17,24 +17,22 @@ import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from ..files import read_text, refuse_pointer, write_atomically
+from ..files import read_text, refuse_pointer, write_text
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")  # ids 0, 1, 2, 3
 HELD_OUT = 0.05
 SPLITS = ("train", "held_out")
 JSON_LINES = ".jsonl"  # a document a line: a JSON object with its "text"
 
-_PYTHON_CACHE = {"__pycache__"}
-_SKIPPED_FOLDERS = {  # by: is it the standard library?
-    False: _PYTHON_CACHE,
-    True: _PYTHON_CACHE | {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"},
-}
+_SKIPPED_FOLDERS = {"__pycache__"}
+_SKIPPED_OF_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
 
 # Pieces that a token never crosses, first match wins: line ends with the indentation after them; a name with one
 # space or sign before it (" self", ".append"); one digit; signs; other whitespace.
@@ -71,9 +69,10 @@ def text_files(source: str | Path) -> list[Path]:
     if root.is_file():
         return [root]
     kinds = (".py",) if stdlib else (".py", ".txt", JSON_LINES)
+    skipped = _SKIPPED_FOLDERS | (_SKIPPED_OF_STDLIB if stdlib else set())
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [d for d in subfolders if not (d.startswith(".") or d in _SKIPPED_FOLDERS[stdlib])]
+        subfolders[:] = [d for d in subfolders if not (d.startswith(".") or d in skipped)]
         paths = [Path(folder, name) for name in names if name.endswith(kinds)]
         found += [path for path in paths if path.is_file() and not (stdlib and _is_table(path.relative_to(root)))]
     if not found:
@@ -161,9 +160,8 @@ def _json_texts(path: Path, lines: str) -> Iterator[tuple[int, str]]:
             raise ValueError(f"{path}:{number}: not JSON ({error})") from None
         text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str):
-            found = (
-                f"an object with {', '.join(map(repr, value)) or 'nothing'}" if isinstance(value, dict) else "no object"
-            )
+            names = ", ".join(map(repr, value)) if isinstance(value, dict) else ""
+            found = f"an object with {names or 'nothing'}" if isinstance(value, dict) else "no object"
             raise ValueError(f'{path}:{number}: {found}, expected an object with a string "text"')
         try:
             text.encode()
@@ -266,7 +264,6 @@ class Rows:
         count = ids.numel() // row_length
         self.row_length = row_length
         self._ids, self._starts = ids[: count * row_length].view(count, row_length), starts.tolist()
-        self._orders: dict[tuple[int, int], list[int]] = {}
 
     def digest(self) -> str:
         """A hash of all tokens and of where documents begin: of what a run learns from."""
@@ -286,7 +283,7 @@ class Rows:
         if step < 0 or batch_size < 1:
             raise ValueError(f"step is {step}, batch_size is {batch_size}: expected at least 0 and at least 1")
         first = step * batch_size
-        rows = [self._order(seed, p // len(self))[p % len(self)] for p in range(first, first + batch_size)]
+        rows = [_order(len(self), seed, p // len(self))[p % len(self)] for p in range(first, first + batch_size)]
         bounds = []
         for b, row in enumerate(rows):
             begin, end = row * self.row_length, (row + 1) * self.row_length
@@ -295,14 +292,12 @@ class Rows:
         bounds.append(batch_size * self.row_length)
         return Batch(self._ids[torch.tensor(rows)].long(), torch.tensor(bounds, dtype=torch.int32))
 
-    def _order(self, seed: int, epoch: int) -> list[int]:
-        """The permutation of one epoch; the last few are kept."""
-        if (seed, epoch) not in self._orders:
-            if len(self._orders) >= 4:
-                self._orders.pop(next(iter(self._orders)))
-            generator = torch.Generator().manual_seed(_hash(f"rows {seed} {epoch}"))
-            self._orders[seed, epoch] = torch.randperm(len(self), generator=generator).tolist()
-        return self._orders[seed, epoch]
+
+@lru_cache(maxsize=4)
+def _order(rows: int, seed: int, epoch: int) -> list[int]:
+    """The permutation of one epoch."""
+    generator = torch.Generator().manual_seed(_hash(f"rows {seed} {epoch}"))
+    return torch.randperm(rows, generator=generator).tolist()
 
 
 def load_rows(
@@ -314,15 +309,19 @@ def load_rows(
     split: str = "train",
     held_out: float = HELD_OUT,
     seed: int = 0,
+    bos: int | None = None,
+    eos: int | None = None,
 ) -> Rows:
     """One split of a corpus as rows: load_texts, shuffled by `seed`, encode_documents, Rows.
 
-    Raises ValueError when row_length is not a multiple of block_size, when the tokenizer has no <bos> or <eos>, and for
-    what those refuse.
+    bos, eos: None: the tokenizer's <bos> and <eos>.
+    Raises ValueError when row_length is not a multiple of block_size, when there is no bos or eos, and for what those
+    refuse.
     """
     if block_size < 1 or row_length < 1 or row_length % block_size:
         raise ValueError(f"row_length is {row_length}: expected a multiple of block_size={block_size}")
-    bos, eos = tokenizer.token_to_id("<bos>"), tokenizer.token_to_id("<eos>")
+    bos = tokenizer.token_to_id("<bos>") if bos is None else bos
+    eos = tokenizer.token_to_id("<eos>") if eos is None else eos
     if bos is None or eos is None:
         raise ValueError("tokenizer has no <bos> or no <eos> token: expected one from train_tokenizer")
     texts = load_texts(source, split, held_out)
@@ -341,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train, held = load_texts(options.source, "train"), load_texts(options.source, "held_out")
         tokenizer = train_tokenizer(train, options.vocab_size)
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.out, lambda path: path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8"))
+        write_text(options.out, tokenizer.to_str(pretty=True))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"{options.out}: {tokenizer.get_vocab_size()} tokens")

@@ -10,7 +10,6 @@ import json
 import math
 import signal
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ..checkpoint.keys import CONTEXT, named_parameters, unwrapped
-from ..files import hold, write_atomically
+from ..files import hold, write_atomically, write_text
 from ..modeling.moe import MoE
 from ..modeling.two_tower import TwoTowerModel
 from ..stops import Stopped, handling
@@ -90,8 +89,6 @@ class _Balance:
         self.device = model.device
 
     def __enter__(self) -> Self:
-        for moe in self.layers:
-            moe.load = torch.zeros(moe.config.n_routed_experts, device=self.device)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,14 +97,13 @@ class _Balance:
 
     def reset(self) -> None:
         for moe in self.layers:
-            if moe.load is not None:
-                moe.load.zero_()
+            moe.load = torch.zeros(moe.config.n_routed_experts, device=self.device)
 
     @torch.no_grad()
     def update(self) -> None:
         for moe in self.layers:
-            if moe.load is not None:
-                moe.gate.e_score_correction_bias.add_(torch.sign(moe.load.mean() - moe.load), alpha=BIAS_RATE)
+            assert moe.load is not None  # since `reset`
+            moe.gate.e_score_correction_bias.add_(torch.sign(moe.load.mean() - moe.load), alpha=BIAS_RATE)
 
 
 def plot_losses(history: list[dict], path: Path) -> None:
@@ -151,11 +147,6 @@ class _WholeSteps:
         elif number == signal.SIGINT:
             raise Stopped(number)
 
-    def leave(self) -> None:
-        """Raise what was held back."""
-        if self.number is not None:
-            raise Stopped(self.number)
-
 
 def train(
     model: TwoTowerModel,
@@ -181,8 +172,8 @@ def train(
             It is held against other processes meanwhile.
         held_out: rows whose loss is measured at every save.
         stop_after: end this call after so many steps, as if interrupted (the run can be resumed).
-        extend: resume a run also under other `schedule.ADJUSTABLE` settings, as more steps or another learning rate.
-            The rate warms up from where it was.
+        extend: resume a run also under other settings than it began with, but for those in `schedule.FIXED`: as more
+            steps or another learning rate. The rate warms up from where it was.
         note:  what else is worth a line in the log, under "changed" of this call's first step.
         progress: show a bar on stderr.
     Returns:
@@ -202,88 +193,63 @@ def train(
         raise ValueError("dtype is float16, in which small gradients are 0: expected bfloat16 or float32 to train in")
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
-        return _train(model, rows, s, out, held_out, save_every, stop_after, extend, note or {}, progress)
+        model.requires_grad_(False)
+        learned = trainable(model, s.stage)
+        for p in learned.values():
+            p.requires_grad_(True)
+        masters = Masters(learned, s)
+        history, stretch, changed = load_state(out, model, masters, s, extend=extend)
+        changed = (note or {}) | changed
+        saved, last = len(history), s.steps if stop_after is None else min(s.steps, len(history) + stop_after)
 
-
-def _train(
-    model: TwoTowerModel,
-    rows: Rows,
-    s: TrainSettings,
-    out: Path,
-    held_out: Rows | None,
-    save_every: int,
-    stop_after: int | None,
-    extend: bool,
-    note: dict,
-    progress: bool,
-) -> list[dict]:
-    model.requires_grad_(False)
-    learned = trainable(model, s.stage)
-    for p in learned.values():
-        p.requires_grad_(True)
-    masters = Masters(learned)
-    matrices = [p for p in masters.values.values() if p.dim() >= 2]
-    vectors = [p for p in masters.values.values() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=s.betas)
-    history, stretch, changed = load_state(out, model, masters, optimizer, s, extend=extend)
-    changed = note | changed
-    saved, last = len(history), s.steps if stop_after is None else min(s.steps, len(history) + stop_after)
-
-    def stop_if(found: str, step: int) -> None:
-        """Nothing that is not finite is ever stored."""
-        if found:
+        def diverged(found: str, step: int) -> ValueError:
+            """Nothing that is not finite is ever stored."""
             kept = f"{out / STATE} stays as it was after step {saved}" if saved else "nothing is stored"
             advice = f"lower the learning rate ({s.learning_rate}), or compute in another type ({model.dtype})"
-            raise ValueError(f"step {step}: {found}; {kept}; {advice}")
+            return ValueError(f"step {step}: {found}; {kept}; {advice}")
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    stop = _WholeSteps()
-    with (
-        _Balance(model, on=s.stage == "ar") as balance,
-        Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
-        handling(stop),
-    ):
-        task = bar.add_task(f"train {s.stage}", total=s.steps, completed=len(history))
-        for step in range(len(history), last):
-            began = time.perf_counter()
-            rate = learning_rate(step, s, stretch)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            batch = rows.batch(step, s.batch_size, seed=s.seed)
-            balance.reset()
-            loss = _loss(model, batch, s, step)
-            loss.backward()
-            masters.take_gradients()
-            norm = nn.utils.clip_grad_norm_(masters.values.values(), s.clip).item()
-            entry: dict[str, Any] = {"step": step, "loss": loss.item(), "learning_rate": rate}
-            if not (math.isfinite(entry["loss"]) and math.isfinite(norm)):
-                stop_if(f"the loss is {entry['loss']}, the norm of its gradient {norm}", step)
-            optimizer.step()
-            optimizer.zero_grad()
-            masters.give_values()
-            balance.update()
-            entry["tokens_per_s"] = round(batch.ids.numel() / (time.perf_counter() - began), 1)
-            if changed:
-                entry["changed"], changed = changed, {}
-            history.append(entry)
-            stopped = stop.number is not None
-            if (step + 1) % save_every == 0 or step + 1 == last or stopped:
-                if held_out is not None and not stopped:
-                    entry["held_out"] = held_out_loss(model, held_out, s)
-                    if not math.isfinite(entry["held_out"]):
-                        stop_if(f"the held-out loss is {entry['held_out']}", step)
-                try:
-                    save_state(out, model, masters, optimizer, s, stretch, history)
-                except ValueError as error:
-                    stop_if(str(error), step)
-                saved = len(history)
-                log = "".join(json.dumps(h, allow_nan=False) + "\n" for h in history)
-                write_atomically(out / "log.jsonl", partial(Path.write_text, data=log, encoding="utf-8"))
-                plot_losses(history, out / "loss.png")
-            if stopped:
-                break
-            speed = f"loss {entry['loss']:.3f}  {entry['tokens_per_s']:.0f} tokens/s"
-            bar.update(task, advance=1, description=f"train {s.stage}  {speed}")
-    stop.leave()
-    return history
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        stop = _WholeSteps()
+        with (
+            _Balance(model, on=s.stage == "ar") as balance,
+            Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
+            handling(stop),
+        ):
+            task = bar.add_task(f"train {s.stage}", total=s.steps, completed=len(history))
+            for step in range(len(history), last):
+                began = time.perf_counter()
+                rate = learning_rate(step, s, stretch)
+                batch = rows.batch(step, s.batch_size, seed=s.seed)
+                balance.reset()
+                loss = _loss(model, batch, s, step)
+                loss.backward()
+                norm = masters.clip_gradients(s.clip)
+                entry: dict[str, Any] = {"step": step, "loss": loss.item(), "learning_rate": rate}
+                if not (math.isfinite(entry["loss"]) and math.isfinite(norm)):
+                    raise diverged(f"the loss is {entry['loss']}, the norm of its gradient {norm}", step)
+                masters.step(rate)
+                balance.update()
+                entry["tokens_per_s"] = round(batch.ids.numel() / (time.perf_counter() - began), 1)
+                if changed:
+                    entry["changed"], changed = changed, {}
+                history.append(entry)
+                stopped = stop.number is not None
+                if (step + 1) % save_every == 0 or step + 1 == last or stopped:
+                    if held_out is not None and not stopped:
+                        entry["held_out"] = held_out_loss(model, held_out, s)
+                        if not math.isfinite(entry["held_out"]):
+                            raise diverged(f"the held-out loss is {entry['held_out']}", step)
+                    try:
+                        save_state(out, model, masters, s, stretch, history)
+                    except ValueError as error:
+                        raise diverged(str(error), step) from error
+                    saved = len(history)
+                    write_text(out / "log.jsonl", "".join(json.dumps(h, allow_nan=False) + "\n" for h in history))
+                    plot_losses(history, out / "loss.png")
+                if stopped:
+                    break
+                speed = f"loss {entry['loss']:.3f}  {entry['tokens_per_s']:.0f} tokens/s"
+                bar.update(task, advance=1, description=f"train {s.stage}  {speed}")
+        if stop.number is not None:
+            raise Stopped(stop.number)
+        return history

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
-# Of a run that goes on, these may be others; the rest decides which batches and which noise a step sees.
-ADJUSTABLE = (
-    "steps",
-    "learning_rate",
-    "final_learning_rate",
-    "warmup",
-    "decay",
-    "weight_decay",
-    "betas",
-    "clip",
-)
+# These decide which batches and which noise a step sees; in a run that goes on the others may change.
+FIXED = ("stage", "batch_size", "seed")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What a run depends on besides its model and data. A run resumes under the settings that it began with; those in
-    `ADJUSTABLE` may be changed where that is asked for."""
+    """What a run depends on besides its model and data. A run resumes under the settings that it began with; those
+    that are not in `FIXED` may be changed where that is asked for."""
 
     stage: str  # "ar" or "denoiser"
+    _: KW_ONLY
     steps: int = 1000
     batch_size: int = 8  # rows a step
     learning_rate: float = 1e-4

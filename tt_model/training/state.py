@@ -14,19 +14,19 @@ from ..checkpoint.folder import finite, some
 from ..checkpoint.keys import CONTEXT, named_parameters
 from ..files import write_atomically
 from ..modeling.two_tower import TwoTowerModel
-from .schedule import ADJUSTABLE, Stretch, TrainSettings, changed_settings
+from .schedule import FIXED, Stretch, TrainSettings, changed_settings
 
 STATE = "training.pt"  # parameters, optimizer and history of a run that can be resumed
 
 
 class Masters:
-    """What the optimizer steps: fp32 copies of 16-bit parameters, all others themselves.
+    """What is learned, and its optimizer: fp32 copies of 16-bit parameters, all others themselves.
 
     bf16 has 8 bits of mantissa: a step of less than 1/256 of a weight would be rounded away, as nearly all are at the
     learning rates that large models take.
     """
 
-    def __init__(self, learned: Mapping[str, nn.Parameter]):
+    def __init__(self, learned: Mapping[str, nn.Parameter], settings: TrainSettings):
         self.values: dict[str, Tensor] = {}  # by the parameter's name
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
         for name, p in learned.items():
@@ -35,15 +35,28 @@ class Masters:
                 master = p.detach().float().requires_grad_()
                 self.values[name] = master
                 self._pairs.append((p, master))
+        matrices = [p for p in self.values.values() if p.dim() >= 2]
+        vectors = [p for p in self.values.values() if p.dim() < 2]
+        groups = [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
 
-    def take_gradients(self) -> None:
-        """Move the gradients of 16-bit parameters to their masters."""
+    def clip_gradients(self, most: float) -> float:
+        """Move the gradients of 16-bit parameters to their masters, and scale all to a norm of at most `most`; their
+        norm before."""
         for p, master in self._pairs:
             master.grad, p.grad = (None if p.grad is None else p.grad.float()), None
+        return nn.utils.clip_grad_norm_(self.values.values(), most).item()
 
     @torch.no_grad()
-    def give_values(self) -> None:
-        """Round the masters into the model."""
+    def step(self, rate: float) -> None:
+        """A step at a learning rate; then the masters are rounded into the model."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         for p, master in self._pairs:
             p.copy_(master)
 
@@ -68,13 +81,7 @@ def stage_parameters(model: TwoTowerModel, stage: str) -> dict[str, nn.Parameter
 
 
 def save_state(
-    out: Path,
-    model: TwoTowerModel,
-    masters: Masters,
-    optimizer: torch.optim.Optimizer,
-    settings: TrainSettings,
-    stretch: Stretch,
-    history: list[dict],
+    out: Path, model: TwoTowerModel, masters: Masters, settings: TrainSettings, stretch: Stretch, history: list[dict]
 ) -> None:
     """Write training.pt. ValueError, and the file stays as it was, when a weight or a moment is NaN or Inf."""
     stored = stage_parameters(model, settings.stage) | masters.values
@@ -83,7 +90,7 @@ def save_state(
         "settings": asdict(settings),
         "stretch": asdict(stretch),
         "weights": weights,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": masters.optimizer.state_dict(),
         "history": history,
     }
     if bad := bad_names(_tensors(state)):
@@ -139,7 +146,6 @@ def load_state(
     out: Path,
     model: TwoTowerModel,
     masters: Masters,
-    optimizer: torch.optim.Optimizer,
     settings: TrainSettings,
     *,
     extend: bool = False,
@@ -156,7 +162,7 @@ def load_state(
     history, stretch = state["history"], Stretch(**state.get("stretch", {}))
     changed = changed_settings(state["settings"], settings)
     if changed:
-        fixed = [k for k in changed if k not in ADJUSTABLE]
+        fixed = any(k in FIXED for k in changed)
         if fixed or not extend:
             what = "; ".join(f"{k} was {was}, now {now}" for k, (was, now) in changed.items())
             how = "use a new folder" + ("" if fixed else ", or go on from its state (--accept settings)")
@@ -170,8 +176,8 @@ def load_state(
     with torch.no_grad():
         for name, value in (*parameters.items(), *masters.values.items()):
             value.copy_(weights[name])
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, ours in zip(optimizer.param_groups, groups, strict=True):
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in masters.optimizer.param_groups]
+    masters.optimizer.load_state_dict(state["optimizer"])
+    for group, ours in zip(masters.optimizer.param_groups, groups, strict=True):
         group.update(ours)  # betas and weight decay are the settings', which may have changed
     return history, stretch, changed
