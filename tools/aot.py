@@ -51,7 +51,7 @@ MODEL, OTHERS = torch.bfloat16, (torch.float16, torch.float32)
 COLUMNS = ("registers", "stack", "shared", "load", "tensor", "tma")
 
 
-class _Target:
+class Target:
     """Stands in for Triton's driver: names a GPU that is not there, so that its own code compiles what it would run."""
 
     def __init__(self, architecture: int):
@@ -94,13 +94,13 @@ class Compiled:
         return {column: getattr(self, column) for column in (*COLUMNS, "sources")}
 
 
-def _on_meta(value: Any, grads: Sequence[str], name: str) -> Any:
+def on_meta(value: Any, grads: Sequence[str], name: str) -> Any:
     if isinstance(value, Tensor):
         value = value.to("meta")
         return value.requires_grad_() if name in grads else value
     if is_dataclass(value) or hasattr(value, "_fields"):
         names = getattr(value, "_fields", None) or [f.name for f in fields(value)]
-        return type(value)(**{part: _on_meta(getattr(value, part), grads, f"{name}.{part}") for part in names})
+        return type(value)(**{part: on_meta(getattr(value, part), grads, f"{name}.{part}") for part in names})
     return value
 
 
@@ -112,7 +112,7 @@ def launches(op: Op, dtype: torch.dtype, architecture: int, dims: Mapping[str, i
     with torch.device("meta"):
         inputs = op.inputs(dtype, **dims)
     grads = () if op.forward_only else op.grads
-    inputs = {name: _on_meta(value, grads, name) for name, value in inputs.items()}
+    inputs = {name: on_meta(value, grads, name) for name, value in inputs.items()}
     with recording(architecture) as seen:
         result = op.fn(**inputs)
         results = [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None and t.requires_grad]
@@ -193,7 +193,7 @@ def _compile_op(name: str, architecture: int, locked: Mapping[str, Mapping[str, 
     """All kernels of an op for one target, and how many were compiled; runs in a process of its own.
 
     One whose fingerprint is in a row of `locked` is taken from there."""
-    driver.set_active(_Target(architecture))
+    driver.set_active(Target(architecture))
     rows = {source: (key, row) for key, row in locked.items() for source in row.get("sources", "").split()}
     knobs.runtime.jit_cache_hook = hook = _Known(architecture, rows)
     found: dict[str, Compiled] = {}
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in names if name not in OPS or not OPS[name].kernels]:
         parser.error(f"no op with kernels is called {', '.join(unknown)}")
     if options.hazards:
-        from profiling.hazards import report
+        from profiling.predict.hazards import report
 
         report(names, options.targets)
         return 0

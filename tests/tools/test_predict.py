@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from profiling import hazards, predict, sass, trips, ttgir, walk
-from profiling.assume import expert_rows
-from profiling.rates import RATES, pipe
+from profiling.predict import __main__ as predict
+from profiling.predict import hazards, sass, trips, ttgir, walk
+from profiling.predict.assume import expert_rows
+from profiling.predict.rates import RATES, pipe
 from tt_kernels.runtime.launch import INTERPRET
 
 COMPILES = pytest.mark.skipif(INTERPRET, reason="kernels that are interpreted cannot be compiled")

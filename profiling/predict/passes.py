@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.whole import AR, COMMIT, DENOISER, floor
+from bench.whole import AR, COMMIT, DENOISER, Pass
 from tt_kernels import Sampling, head_sample, unmask
 from tt_kernels.runtime.launch import recording
 from tt_model import TwoTower, TwoTowerConfig
@@ -116,7 +116,7 @@ def make(
         t = torch.zeros(batch, length // S)
         return (lambda: model.denoise_all(states, tokens, t, output="hidden")), model, None
     L = {"ar": 1, "prefill": length}.get(kind, S)
-    cache = _cache(model, batch, context, L)
+    cache = _cache(model, batch, context, 2 * L)
     block = torch.zeros(batch, L, dtype=torch.int64)
     sampling = Sampling.of(batch, device=torch.device("meta"))
     if kind == "denoise":
@@ -149,6 +149,8 @@ def record(
         if cache is not None:
             pool = cache.pool
             kept += [t for part in (pool.conv, pool.ssm, pool.keys, pool.values) for t in part.values()]
+        with torch.inference_mode() if kind not in ("clean", "noisy") else nullcontext():
+            call()  # what is kept of the weights is made
         del launches[:]
         # Training's noisy pass keeps what a backward needs; its launches are the forward's all the same.
         with torch.inference_mode() if kind not in ("clean", "noisy") else nullcontext(), _Operations() as operations:
@@ -165,4 +167,4 @@ def least(config: TwoTowerConfig, kind: str, r: Rates, *, batch: int, context: i
     if kind not in kinds:
         return None
     roofs = {"bandwidth": r.dram, "compute": r.products}
-    return floor(config, kinds[kind], batch=batch, context=context, roofs=roofs)
+    return Pass(config, kinds[kind], batch, context).floor(roofs)

@@ -103,7 +103,7 @@ def useful(a: Launched) -> float:
 def _lengths(a: Launched, t: Tensor) -> Array:
     if a.context is not None:
         return np.full(t.numel(), a.context)
-    table, size = a.tensor("table_ptr", "page_table"), a.number("page_size") or int(a.options.get("page_size", 64))
+    table, size = a.tensor("page_table_ptr", "page_table"), a.number("page_size") or int(a.options.get("page_size", 64))
     return np.full(t.numel(), table.shape[-1] * size if table is not None else 2048)
 
 

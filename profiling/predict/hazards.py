@@ -102,7 +102,7 @@ def no_tensor_cores(opcodes: Collection[str], target: int, promised: bool, ttgir
 
 def of_op(name: str, target: int) -> Iterator[tuple[str, str, str]]:
     """(kernel, shapes, what) at the published shapes, in bf16, forward and backward."""
-    from .predict import record
+    from .__main__ import record
 
     op: Op = OPS[name]
     shapes: dict[tuple[str, str], list[str]] = {}

@@ -18,10 +18,10 @@ import numpy as np
 from torch import Tensor
 from triton.runtime import driver
 
-from tools.aot import TOOLS, _Target
+from tools.aot import TOOLS, Target
 
+from ..aot import programs
 from . import rates, sass, trips, ttgir, walk
-from .aot import programs
 from .assume import Launched, remembered, useful
 from .rates import PIPES, RATES, Rates
 
@@ -99,7 +99,7 @@ _READ: dict[bytes, Binary] = {}
 def compiled(kernel: Any, args: Sequence[Any], options: Mapping[str, Any], target: int) -> tuple[Any, Binary]:
     """Triton's compiled kernel, and what the model reads of it."""
     before = driver._active  # what reads `active` looks for a GPU
-    driver.set_active(_Target(target))
+    driver.set_active(Target(target))
     try:
         made = kernel.warmup(*args, grid=(1,), **options)
     finally:

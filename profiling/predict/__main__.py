@@ -18,14 +18,13 @@ Pipes times warps, the dependent chain times waves, and bytes each give a time, 
   limit     bytes over the memory's rate or useful products over the tensor cores', the larger; of an op the card's
   lost      (us - limit) x launches: the list is sorted by it
 
-What the model assumes stands in profiling/rates.py (rates) and profiling/assume.py (what lies in memory);
+What the model assumes stands in profiling/predict/rates.py (rates) and assume.py (what lies in memory);
 docs/measurements.md says what it cannot see. "?" after trips marks loops or branches whose mapping is not sure: --json
-has the reasons. `--fit` compares with recorded results, or measures where there is a GPU.
+has the reasons. `--fit` compares with recorded results.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -37,15 +36,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._pytree import tree_leaves
 
-from bench.measure import RESULTS, label, positive, recorded, sizes
+from bench.measure import RESULTS, label, parser, positive, recorded, sizes
 from bench.models import PUBLISHED
-from bench.ops import low_dtype
 from cards import OPS
-from tools.aot import _on_meta
+from tools.aot import on_meta
 from tt_kernels.runtime.launch import INTERPRET, recording
 
 from . import passes
-from .common import parser, shape_of
 from .model import Prediction, predict
 from .rates import RATES
 
@@ -124,7 +121,7 @@ def record(name: str, dims: Mapping[str, int], target: int, dtype: torch.dtype, 
     with torch.device("meta"):
         inputs = op.inputs(dtype, **dims)
     grads = op.grads if backward else ()
-    kwargs = {name: _on_meta(value, grads, name) for name, value in inputs.items()}
+    kwargs = {name: on_meta(value, grads, name) for name, value in inputs.items()}
     with torch.set_grad_enabled(backward), recording(target) as seen:
         result = op.fn(**kwargs)
         if backward:
@@ -239,18 +236,8 @@ def fit(lines: Sequence[Mapping[str, Any]], tell: Callable[[str], None], target:
     return mean
 
 
-def measured(name: str, dims: Mapping[str, int] | None) -> list[dict[str, Any]]:
-    """Rows by the benchmark's clock, on a GPU."""
-    from bench.clock import DeviceClock
-    from bench.ops import Case, Checked, measure
-
-    op, clock = OPS[name], DeviceClock()
-    chosen = [dims] if dims else op.shapes
-    return [measure(Case(op, d, low_dtype(op), False), clock, Checked(clock), peers=()).record() for d in chosen]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = parser("predict", __doc__)
+    p = parser("profiling.predict", __doc__)
     p.add_argument("op", nargs="?", metavar="OP", help="an op by its card's name")
     p.add_argument("--shape", type=sizes, metavar="T=16,..", help="sizes; others as in the card's nearest shape")
     p.add_argument("--backward", action="store_true", help="of the op: its backward")
@@ -272,9 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 200)
     out: list[Any] = []
     if o.fit is not None:
-        lines = [] if o.fit else measured(o.op, o.shape) if o.op and torch.cuda.is_available() else []
-        files = [Path(o.fit)] if o.fit else [] if lines else sorted(RESULTS.glob("*.jsonl"))
-        lines += [line for file in files for line in recorded(file)]
+        files = [Path(o.fit)] if o.fit else sorted(RESULTS.glob("*.jsonl"))
+        lines = [line for file in files for line in recorded(file)]
         fit([x for x in lines if not o.op or x.get("op") == o.op], console.print, o.target)
     elif o.all or o.kind:
         chosen = TABLE if o.all else ((o.kind, o.batch, 0),)
@@ -289,7 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print_rows(console, rows, f"{kind}, batch {batch}, {o.context} tokens before, sm_{o.target}: predicted")
         print_totals(console, totals)
     elif o.op:
-        base = shape_of(p, o.op, None if o.shape is None else {}) if o.shape is None else nearest(p, o.op, o.shape)
+        if o.op not in OPS or not OPS[o.op].kernels:
+            p.error(f"OP is {o.op}, expected one of {', '.join(name for name, op in OPS.items() if op.kernels)}")
+        base = nearest(o.op, o.shape or {})
         rows = of_op(o.op, base, o.target, DTYPES[o.dtype], o.backward)
         flops, moved = OPS[o.op].cost(DTYPES[o.dtype].itemsize, **base)
         r = RATES[o.target]
@@ -305,10 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def nearest(p: argparse.ArgumentParser, name: str, wanted: Mapping[str, int]) -> dict[str, int]:
+def nearest(name: str, wanted: Mapping[str, int]) -> dict[str, int]:
     """The card's shape that shares most of the sizes wanted, with the others changed to them."""
-    shapes = OPS[name].shapes if shape_of(p, name, None) else ()
-    best = max(shapes, key=lambda dims: sum(dims.get(k) == v for k, v in wanted.items()))
+    best = max(OPS[name].shapes, key=lambda dims: sum(dims.get(k) == v for k, v in wanted.items()))
     return {**best, **wanted}
 
 
