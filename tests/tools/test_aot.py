@@ -115,7 +115,7 @@ def test_a_changed_source_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> N
     """The fingerprint follows the kernel, its helpers, its arguments and its options."""
     ((_, (kernel, args, options)), *_) = aot.to_compile(OPS["rms_norm"], 90)
     known: set[str] = set()
-    monkeypatch.setattr(aot.driver, "_active", aot._Target(90))
+    monkeypatch.setattr(aot.driver, "_active", aot.Target(90))
     monkeypatch.setattr(aot.knobs.runtime, "jit_cache_hook", lambda **given: not known.add(sources(**given)))
 
     def sources(**given: object) -> str:
