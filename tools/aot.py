@@ -40,6 +40,8 @@ from triton.runtime import driver
 from cards import OPS, Op
 from tt_kernels.runtime.launch import INTERPRET, recording
 
+from . import hazards
+
 LOCK = Path(os.environ.get("TT_AOT_LOCK", Path(__file__).parent / "aot.lock.json"))
 TARGETS = (80, 90, 100)
 SHARED = {80: 163, 90: 227, 100: 227}  # KiB a program may have
@@ -83,6 +85,7 @@ class Compiled:
     stores: bool = field(default=True, compare=False)  # anything at all to memory
     dtype: torch.dtype = field(default=MODEL, compare=False)  # what its op was called with
     tiles: dict[str, int] = field(default_factory=dict, compare=False)
+    hazards: tuple[str, ...] = ()  # what tools/hazards.py finds
     sources: str = field(default="", compare=False)  # fingerprints of what the compiler was given for this row
 
     @property
@@ -91,7 +94,8 @@ class Compiled:
 
     @property
     def row(self) -> dict[str, Any]:
-        return {column: getattr(self, column) for column in (*COLUMNS, "sources")}
+        row = {column: getattr(self, column) for column in (*COLUMNS, "sources")}
+        return row | (dict(hazards=list(self.hazards)) if self.hazards else {})
 
 
 def on_meta(value: Any, grads: Sequence[str], name: str) -> Any:
@@ -207,12 +211,13 @@ def _compile_op(name: str, architecture: int, locked: Mapping[str, Mapping[str, 
         if binary is None:
             key, row = rows[hook.source]
             launch = key.split(" ", 2)[2]
-            facts = {column: row[column] for column in COLUMNS}
+            facts = {column: row[column] for column in COLUMNS} | dict(hazards=tuple(row.get("hazards", ())))
         else:
             count += 1
             signature = " ".join(str(t) for t in binary.src.signature.values() if t != "constexpr")
             launch = " ".join(f"{k}={v}" for k, v in shown.items()) + f" ({signature})"
             facts = dict(shared=binary.metadata.shared, **_inspect(binary.asm["cubin"]))
+            facts["hazards"] = hazards.found(binary.asm["ttgir"], facts["tensor"].split())
         new = Compiled(kernel.__name__, architecture, launch, dtype=dtype, tiles=shown, sources=hook.source, **facts)
         found[new.key] = worse(new, found.get(new.key))
     return list(found.values()), count
@@ -229,6 +234,7 @@ def worse(a: Compiled, b: Compiled | None) -> Compiled:
         tensor=" ".join(sorted({*a.tensor.split()} & {*b.tensor.split()})),
         tma=a.tma and b.tma,
         stores=a.stores and b.stores,
+        hazards=tuple(sorted({*a.hazards, *b.hazards})),
         sources=" ".join(sorted({*a.sources.split(), *b.sources.split()})),
     )
 
@@ -278,6 +284,7 @@ def faults(compiled: Compiled, lock: dict[str, Any] | None, *, wgmma: bool = Fal
         found.append(f"compiles to {compiled.tensor or 'no tensor-core instruction'}, locked {locked['tensor']}")
     if locked["tma"] and not compiled.tma:
         found.append("has lost its TMA loads")
+    found += [hazard for hazard in compiled.hazards if hazard not in locked.get("hazards", ())]
     return found
 
 

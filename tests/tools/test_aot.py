@@ -12,7 +12,16 @@ from tools import aot
 from tt_kernels.runtime.launch import INTERPRET
 
 SOUND = aot.Compiled(
-    "_x_kernel", 90, "BLOCK=64", registers=100, stack=0, shared=1024, load=128, tensor="HGMMA", tma=True
+    "_x_kernel",
+    90,
+    "BLOCK=64",
+    registers=100,
+    stack=0,
+    shared=1024,
+    load=128,
+    tensor="HGMMA",
+    tma=True,
+    hazards=("waits",),
 )
 LOCK = {SOUND.key: SOUND.row}
 COMPILES = pytest.mark.skipif(INTERPRET, reason="kernels that are interpreted cannot be compiled")
@@ -27,6 +36,7 @@ COMPILES = pytest.mark.skipif(INTERPRET, reason="kernels that are interpreted ca
         (dict(load=64), "loads 64 bits at a time, locked 128"),
         (dict(tensor="HMMA"), "compiles to HMMA, locked HGMMA"),
         (dict(tma=False), "has lost its TMA loads"),
+        (dict(hazards=("waits", "repeats")), "repeats"),
         (dict(launch="BLOCK=32"), "is not in the lock"),
     ],
 )

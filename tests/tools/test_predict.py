@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from profiling.predict import __main__ as predict
-from profiling.predict import hazards, sass, trips, ttgir, walk
+from profiling.predict import sass, trips, ttgir, walk
 from profiling.predict.assume import expert_rows
+from profiling.predict.hazards import busy
 from profiling.predict.rates import RATES, pipe
+from tools import hazards
 from tt_kernels.runtime.launch import INTERPRET
 
 COMPILES = pytest.mark.skipif(INTERPRET, reason="kernels that are interpreted cannot be compiled")
@@ -201,15 +203,13 @@ def test_warps_that_compute_the_same_rows() -> None:
 
 
 def test_kernels_busier_with_integers_than_with_memory() -> None:
-    assert hazards.busy({"alu": 5e-6, "special": 2e-6}, 6e-6) == []
-    assert hazards.busy({"alu": 5e-6, "special": 9e-6, "tensor": 10e-6}, 4e-6) == []
-    assert hazards.busy({"alu": 5e-6, "special": 2e-6}, 4e-6) == ["integer time 5.0 us, memory's 4.0"]
-    assert hazards.busy({"alu": 5e-7}, 1e-7) == []  # a kernel that only waits
+    assert busy({"alu": 5e-6, "special": 2e-6}, 6e-6) == []
+    assert busy({"alu": 5e-6, "special": 9e-6, "tensor": 10e-6}, 4e-6) == []
+    assert busy({"alu": 5e-6, "special": 2e-6}, 4e-6) == ["integer time 5.0 us, memory's 4.0"]
+    assert busy({"alu": 5e-7}, 1e-7) == []  # a kernel that only waits
 
 
 def test_missing_tensor_cores() -> None:
-    assert hazards.no_tensor_cores({"HGMMA.64x16x16.F32.BF16"}, 90, True, PRODUCT) == []
-    assert hazards.no_tensor_cores({"HMMA.16816.F32.BF16"}, 90, False, PRODUCT) == []
-    assert hazards.no_tensor_cores({"HMMA.16816.F32.BF16"}, 90, True, PRODUCT) == ["promises HGMMA or QGMMA, has HMMA"]
-    assert hazards.no_tensor_cores({"DFMA"}, 100, False, PRODUCT) == ["products without a tensor-core instruction"]
-    assert hazards.no_tensor_cores({"FFMA"}, 100, False, "") == []
+    (missing,) = hazards.found(PRODUCT, ())
+    assert missing == "products without a tensor-core instruction"
+    assert hazards.found(PRODUCT, ("HMMA",)) == hazards.found("", ()) == ()

@@ -21,8 +21,8 @@ from .constants import Constant
 from .state import Cache, CleanStates, ForwardContext, Pending
 from .tower import Tower
 
-# Tokens of all prompts that go through the tower at a time: bounds memory, to less than a gigabyte of activations of the
-# published model. Every stretch reads all experts: 59 GB, 14 ms of an H200's memory; 2048 tokens' products take 18 ms.
+# Tokens of all prompts that go through the tower at a time: bounds memory, to less than a gigabyte of activations of
+# the published model. Every stretch reads all experts: 59 GB, 14 ms of an H200's memory; 2048 tokens' products 18 ms.
 PREFILL_CHUNK = 8192
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
