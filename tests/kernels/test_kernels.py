@@ -145,6 +145,8 @@ def test_registered_ops_pass_opcheck(op: Op, dims: dict[str, int]) -> None:
         values_and_gradients(op, op.fn, make(op, dims, torch.float32))
     assert calls.seen, "it runs no registered op"
     for function, args in calls.seen.items():
+        if function.__name__.partition(".")[0] in OPS.keys() - {op.fn.__name__}:
+            continue  # another op's, which its own case checks
         torch.library.opcheck(function, args)
         turned = tuple(a.mT.contiguous().mT if isinstance(a, Tensor) and a.dim() > 1 else a for a in args)
         torch.library.opcheck(function, turned, test_utils=("test_schema", "test_faketensor"))

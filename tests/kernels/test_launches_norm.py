@@ -28,7 +28,7 @@ def test_partial_sums_of_the_backward_are_bounded(B: int, L: int, multiprocessor
 
 
 @pytest.mark.parametrize("T", [1, 16, 511, 512, 4096])
-@pytest.mark.parametrize("groups,N", [(8, 512), (1, 4096), (3, 5), (64, 64), (1, 16384)])
+@pytest.mark.parametrize("groups,N", [(8, 512), (1, 4096), (3, 5), (64, 64), (64, 512), (1, 16384)])
 def test_groups_go_together_where_tokens_are_many(T: int, groups: int, N: int) -> None:
     for per_warp in (512, 256):  # 16 numbers a thread forward, 8 backward
         launch = gated_group_norm_launch(T, groups, N, per_warp=per_warp)
