@@ -12,7 +12,6 @@ from parity import (
     KERNELS,
     WITH_KERNELS,
     assert_op_as_good,
-    fresh_memory_filled,
     make,
     results,
     values_and_gradients,
@@ -35,7 +34,8 @@ FIRST_WITH_KERNELS = [pytest.param(op, op.cases[0], id=name) for name, op in OPS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op,dims", WITH_KERNELS)
 def test_matches_reference(op: Op, dims: dict[str, int], dtype: torch.dtype) -> None:
-    assert_op_as_good(op, dims, dtype)
+    """In fp32 whatever fresh memory holds, and twice the same bits."""
+    assert_op_as_good(op, dims, dtype, twice=dtype == torch.float32)
 
 
 # Op, dtype of all other floats, and who has one of its own.
@@ -91,16 +91,6 @@ def test_experts_are_summed_in_the_dtype_of_weights() -> None:
     assert torch.equal(y, torch.full((2, 4), 48 * 2.0**-30))
 
 
-@pytest.mark.parametrize("op,dims", WITH_KERNELS)
-def test_two_runs_are_bitwise_equal_whatever_fresh_memory_holds(op: Op, dims: dict[str, int]) -> None:
-    """In the second it holds NaN, or the largest integer, until a kernel writes it."""
-    kwargs = make(op, dims, torch.float32)
-    want = values_and_gradients(op, op.fn, kwargs)
-    with fresh_memory_filled():
-        got = values_and_gradients(op, op.fn, kwargs)
-    assert all(torch.equal(got[name], want[name]) for name in want)
-
-
 @pytest.mark.parametrize("name", ["conv_advance", "ssd_advance", "ssd_chunk", "mamba_advance"])
 def test_counts_are_cut_to_the_row(name: str) -> None:
     """A kernel cannot refuse what it would have to wait for: below 0 counts as 0, above L as L."""
@@ -145,6 +135,8 @@ def test_registered_ops_pass_opcheck(op: Op, dims: dict[str, int]) -> None:
         values_and_gradients(op, op.fn, make(op, dims, torch.float32))
     assert calls.seen, "it runs no registered op"
     for function, args in calls.seen.items():
+        if function.__name__.partition(".")[0] in OPS.keys() - {op.fn.__name__}:
+            continue  # another op's, which its own case checks
         torch.library.opcheck(function, args)
         turned = tuple(a.mT.contiguous().mT if isinstance(a, Tensor) and a.dim() > 1 else a for a in args)
         torch.library.opcheck(function, turned, test_utils=("test_schema", "test_faketensor"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from tt_kernels.conv1d.causal_conv1d import causal_conv1d_launch
 from tt_kernels.runtime.launch import INTERPRET, ON_CPU, overriding, recording
 from tt_kernels.ssm import launch as shared
-from tt_kernels.ssm.launch import step_launch
+from tt_kernels.ssm.launch import TileLaunch, step_launch
 from tt_kernels.ssm.mamba_block_launch import in_one_launch, mamba_advance_launch, mamba_block_launch
 from tt_kernels.ssm.ssd_block_launch import longest_block, ssd_advance_launch, ssd_block_launch
 from tt_kernels.ssm.ssd_chunk_launch import span_tiles, ssd_chunk_launch
@@ -18,33 +18,76 @@ from tt_kernels.ssm.ssd_chunk_launch import span_tiles, ssd_chunk_launch
 ceil = lambda a, b: -(-a // b)
 
 
+ARCHITECTURES = (80, 90, 100)
+
+
+def covers(block: int, n: int, least: int = 16) -> bool:
+    """A power of two that holds n and less than twice as many, or the least that tensor cores take."""
+    return block & (block - 1) == 0 and n <= block and (block < 2 * n or block == least)
+
+
+def fits_registers(launch: TileLaunch, itemsize: int) -> bool:
+    """Of the 255 that a thread has: its part of a state, operands of 32 bits beside it, and of the pairs of tokens."""
+    threads = 32 * launch.num_warps
+    state = launch.BLOCK_P * launch.BLOCK_N * max(itemsize, 2) // 2 // threads
+    return state <= 64 and launch.BLOCK_T**2 // threads <= 16
+
+
 @pytest.mark.parametrize("L", [1, 5, 16, 17, 32, 64])
 @pytest.mark.parametrize("rows", [1, 64, 4096])
 def test_blocks_fit_a_tile_and_fill_the_gpu(L: int, rows: int) -> None:
-    launch = ssd_block_launch(rows, L, 64, 128, 2)
-    assert max(L, 16) <= launch.BLOCK_T and launch.BLOCK_N == 128
-    assert rows * ceil(64, launch.BLOCK_P) >= min(256, 4 * rows) or L > 16
-    assert ssd_block_launch(rows, L, 64, 128, 4).BLOCK_P <= 32
-    launch = ssd_advance_launch(rows, L, 64, 128, 2)
-    assert launch.BLOCK_T <= 32 and rows * ceil(64, launch.BLOCK_P) >= min(256, 4 * rows)
+    """At least 16 numbers of P a program: of few rows four programs a head are all there are."""
+    for architecture in ARCHITECTURES:
+        for itemsize in (2, 4):
+            block = ssd_block_launch(rows, L, 64, 128, itemsize, architecture)
+            advance = ssd_advance_launch(rows, L, 64, 128, itemsize)
+            if longest_block(architecture, itemsize) >= L:
+                assert covers(block.BLOCK_T, L) and covers(block.BLOCK_N, 128) and fits_registers(block, itemsize)
+                assert rows * ceil(64, block.BLOCK_P) >= min(256, 4 * rows) or L > 16
+                assert L <= 16 or itemsize > 2 or block.BLOCK_P >= 32, "every slice repeats the products of B and C"
+            assert covers(advance.BLOCK_T, min(L, advance.BLOCK_T)) and covers(advance.BLOCK_N, 128)
+            assert fits_registers(advance, itemsize) and rows * ceil(64, advance.BLOCK_P) >= min(256, 4 * rows)
 
 
-def test_odd_sizes_take_whole_tiles() -> None:
-    for launch in (ssd_block_launch(1, 3, 29, 5, 2), ssd_chunk_launch(3, 29, 5, 2, 90)):
-        assert launch.BLOCK_N == 16 and launch.BLOCK_P in (16, 32)
-    assert step_launch(1, 29, 5, numbers=16).BLOCK_N == 8
+@pytest.mark.parametrize("P,N", [(29, 5), (1, 1), (17, 33), (64, 128)])
+def test_odd_sizes_take_whole_tiles(P: int, N: int) -> None:
+    for itemsize in (2, 4):
+        launches = [ssd_block_launch(1, 3, P, N, itemsize), ssd_advance_launch(1, 3, P, N, itemsize)]
+        launches += [ssd_chunk_launch(3, P, N, itemsize, 90), mamba_block_launch(1, 3, P, N)]
+        for launch in (*launches, mamba_advance_launch(P, N)):
+            assert covers(launch.BLOCK_N, N) and launch.BLOCK_P >= 16 and covers(launch.BLOCK_P, min(P, launch.BLOCK_P))
+            assert covers(launch.BLOCK_T, 3)
+    launch = step_launch(1, P, N, numbers=16)
+    assert covers(launch.BLOCK_N, N, 1) and launch.BLOCK_P < 2 * P
 
 
 def test_long_blocks_are_chunked() -> None:
-    assert [longest_block(architecture, 2) for architecture in (80, 90, 100)] == [32, 64, 64]
-    assert longest_block(90, 4) == 32
+    """A block of 32 tokens is one program's everywhere; what is longer only where its pairs fit registers."""
+    for itemsize in (2, 4):
+        most = [longest_block(architecture, itemsize) for architecture in ARCHITECTURES]
+        assert most == sorted(most) and most[0] >= 32
+        for architecture, L in zip(ARCHITECTURES, most, strict=True):
+            assert fits_registers(ssd_block_launch(64, L, 64, 128, itemsize, architecture), itemsize)
+            assert longest_block(architecture, 4) <= longest_block(architecture, 2)
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_chunks_take_the_tensor_cores_rows(architecture: int) -> None:
-    long, short = (ssd_chunk_launch(Q, 64, 128, 2, architecture) for Q in (64, 16))
-    assert (32 if architecture == 80 else 64) == long.BLOCK_T and long.BLOCK_T % long.BLOCK_U == 0
-    assert short.BLOCK_T == 16 == ssd_chunk_launch(64, 64, 128, 4, architecture).BLOCK_T
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_chunks_take_the_tensor_cores_rows(itemsize: int, architecture: int) -> None:
+    tiles = []
+    for Q in (1, 16, 20, 32, 64, 256):
+        launch = ssd_chunk_launch(Q, 64, 128, itemsize, architecture)
+        tiles.append(launch.BLOCK_T)
+        assert launch.BLOCK_T % 16 == 0 == launch.BLOCK_T % launch.BLOCK_U and launch.BLOCK_U >= 16
+        threads = 32 * launch.num_warps
+        assert launch.BLOCK_T * launch.BLOCK_U // threads <= 16 and launch.BLOCK_P * launch.BLOCK_N // threads <= 64
+        assert max(16, 2 * Q) >= launch.BLOCK_T, "of a short chunk less than half is padding"
+        if launch.BLOCK_T >= 64:
+            assert launch.BLOCK_P == 64, "a head whole: products of B and C once"
+    assert tiles == sorted(tiles)
+    if itemsize == 2 and architecture >= 90:
+        assert tiles[-2] % 64 == 0, "rows of wgmma and tcgen05"
+    assert tiles[-1] <= ssd_chunk_launch(256, 64, 128, 2, architecture).BLOCK_T, "32 bits have room for less"
 
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 64, 255, 256, 4096])
@@ -55,10 +98,28 @@ def test_spans_cover_all_tiles(rows: int, tiles: int) -> None:
     assert spans == 1 or (tiles > 4 and rows < 256)
 
 
-def test_steps_and_convolutions_fill_the_gpu() -> None:
-    assert 64 * ceil(64, step_launch(64, 64, 128, numbers=16).BLOCK_P) == 256
-    few, many = causal_conv1d_launch(1, 16, 6144, 2), causal_conv1d_launch(1, 8192, 6144, 2)
-    assert ceil(6144, few.BLOCK_C) >= 96 and many.BLOCK_L * many.BLOCK_C == 4096
+@pytest.mark.parametrize("numbers", [16, 32])
+def test_steps_fill_the_gpu(numbers: int) -> None:
+    """Few rows take small slices; of many a thread holds as many numbers as it may."""
+    slices = []
+    for rows in (1, 64, 256, 4096):
+        launch = step_launch(rows, 64, 128, numbers=numbers)
+        slices.append(launch.BLOCK_P)
+        assert rows * ceil(64, launch.BLOCK_P) >= min(256, 64 * rows)
+        assert numbers * 32 * launch.num_warps >= launch.BLOCK_P * launch.BLOCK_N
+    assert slices == sorted(slices) and slices[-1] * 128 == numbers * 128
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("B,L", [(1, 16), (64, 1), (256, 16), (1, 8192), (8, 1000)])
+def test_convolutions_fill_the_gpu(B: int, L: int, itemsize: int) -> None:
+    launch = causal_conv1d_launch(B, L, 6144, itemsize)
+    tiles, slices = ceil(L, launch.BLOCK_L), ceil(6144, launch.BLOCK_C)
+    assert covers(launch.BLOCK_L, min(L, launch.BLOCK_L), 1) and launch.BLOCK_C * itemsize >= 128
+    assert B * tiles * slices >= 96
+    assert 32 * 32 * launch.num_warps >= launch.BLOCK_L * launch.BLOCK_C, "numbers of a thread"
+    assert (tiles - 1) * 3 <= 0.1 * L, "rows read twice"
+    assert causal_conv1d_launch(B, L, 5, itemsize).BLOCK_C == 8
 
 
 kernels = pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU")
@@ -113,20 +174,26 @@ def test_what_lies_past_a_row_does_not_show(name: str, dims: dict[str, Any]) -> 
         assert all(torch.equal(got["y"][b, :n], want["y"][b, :n]) for b, n in enumerate(kwargs["counts"].tolist()))
 
 
-@pytest.mark.parametrize(
-    "rows,L,one", [(64, 16, True), (256, 16, True), (64, 32, True), (256, 32, False), (64, 33, False)]
-)
-def test_convolution_joins_the_scan_for_few_rows(rows: int, L: int, one: bool) -> None:
-    assert in_one_launch(rows, L) is one
-    if one:
-        launch = mamba_block_launch(rows, L, 64, 128)
-        assert max(L, 16) <= launch.BLOCK_T and launch.num_warps == 8
-        assert rows * ceil(64, launch.BLOCK_P) >= 128 or L > 16
-    assert mamba_advance_launch(64, 128).BLOCK_P == 32 and mamba_block_launch(1, 3, 29, 5).BLOCK_P == 32
+def test_convolution_joins_the_scan_for_few_rows() -> None:
+    lengths, many = (1, 16, 17, 32, 33, 64), (1, 64, 256, 257, 1024, 4096)
+    joined = [[in_one_launch(rows, L) for L in lengths] for rows in many]
+    for line in (*joined, *zip(*joined, strict=True)):
+        assert list(line) == sorted(line, reverse=True), "where it pays it pays for fewer rows and tokens"
+    assert in_one_launch(64, 16) and in_one_launch(64, 32) and not in_one_launch(4096, 1) and not in_one_launch(1, 33)
 
 
-def test_steps_of_few_rows_take_small_slices() -> None:
-    assert [step_launch(rows, 64, 128, numbers=32).BLOCK_P for rows in (64, 4096)] == [16, 32]
+@pytest.mark.parametrize("rows,L", [(1, 1), (64, 16), (256, 16), (64, 17), (64, 32)])
+def test_the_joined_launch_gives_every_multiprocessor_a_program(rows: int, L: int) -> None:
+    launch = mamba_block_launch(rows, L, 64, 128)
+    assert covers(launch.BLOCK_T, L) and covers(launch.BLOCK_N, 128)
+    slices = ceil(64, launch.BLOCK_P)
+    assert rows * slices >= min(128, 2 * rows) or L > 16
+    assert slices == 1 or rows * slices <= 132, "every slice repeats the convolution of B and C"
+    for one in (launch, mamba_advance_launch(64, 128)):
+        threads = 32 * one.num_warps  # a state and the columns of x, B and C, all in registers
+        assert one.BLOCK_P * one.BLOCK_N // threads <= 32
+        assert one.BLOCK_T * (one.BLOCK_P + 2 * one.BLOCK_N) // threads <= 40
+    assert ceil(64, mamba_advance_launch(64, 128).BLOCK_P) * 64 >= 128
 
 
 def on_meta(**dims: int) -> dict[str, Any]:

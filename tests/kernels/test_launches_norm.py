@@ -16,6 +16,7 @@ def test_a_row_is_one_program(D: int) -> None:
         assert D <= launch.BLOCK_D < 2 * D or D == launch.BLOCK_D == 1
         assert launch.num_warps in (1, 2, 4, 8, 16)
         assert 32 * elements * launch.num_warps >= launch.BLOCK_D or launch.num_warps == 16
+        assert 32 * elements * launch.num_warps <= launch.BLOCK_D or launch.num_warps == 1, "fewer bytes a load"
 
 
 @pytest.mark.parametrize("multiprocessors", [4, 108, 132, 148])
@@ -27,14 +28,18 @@ def test_partial_sums_of_the_backward_are_bounded(B: int, L: int, multiprocessor
 
 
 @pytest.mark.parametrize("T", [1, 16, 511, 512, 4096])
-@pytest.mark.parametrize("groups,N", [(8, 512), (1, 4096), (3, 5), (64, 64)])
+@pytest.mark.parametrize("groups,N", [(8, 512), (1, 4096), (3, 5), (64, 64), (64, 512), (1, 16384)])
 def test_groups_go_together_where_tokens_are_many(T: int, groups: int, N: int) -> None:
-    launch = gated_group_norm_launch(T, groups, N)
-    assert N <= launch.BLOCK_N < 2 * N and launch.num_warps in (1, 2, 4, 8, 16)
-    if T < 512:
-        assert launch.BLOCK_G == 1
-    else:
-        assert max(4096, launch.BLOCK_N) >= launch.BLOCK_G * launch.BLOCK_N and 2 * groups > launch.BLOCK_G
+    for per_warp in (512, 256):  # 16 numbers a thread forward, 8 backward
+        launch = gated_group_norm_launch(T, groups, N, per_warp=per_warp)
+        held = launch.BLOCK_G * launch.BLOCK_N
+        assert N <= launch.BLOCK_N < 2 * N and launch.num_warps in (1, 2, 4, 8, 16)
+        assert launch.BLOCK_G == 1 or (2 * groups > launch.BLOCK_G and held <= 4096)
+        assert held <= per_warp * launch.num_warps or launch.num_warps == 16
+        assert held >= per_warp * launch.num_warps or launch.num_warps == 1
+        programs = T * -(-groups // launch.BLOCK_G)
+        assert programs >= min(2 * 148, T * groups), "two for each multiprocessor, where there are groups for them"
+        assert T < 4096 or held >= min(2048, groups * N), "bytes in flight, where programs are more than enough"
 
 
 @pytest.mark.kernels

@@ -3,6 +3,9 @@
 Memory that nobody writes costs nothing: a view's storage is gigabytes of addresses, a few pages of memory.
 """
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 from parity import KERNELS, OPS, leaves, make, results, with_leaves
@@ -47,14 +50,19 @@ def views() -> list[tuple[str, str, int]]:
     return found
 
 
-@pytest.mark.parametrize("name,argument,dim", views(), ids=str)
-def test_any_dimension_may_be_far_apart(name: str, argument: str, dim: int) -> None:
+@functools.cache
+def dense(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A case's arguments and its results."""
     op = OPS[name]
     kwargs = make(op, CASES[name], torch.float16)
-    tensors = leaves(kwargs)
     # A case in fp32 would take twice the addresses.
-    kwargs = with_leaves(kwargs, {k: t.half() for k, t in tensors.items() if t.is_floating_point()})
-    far = with_leaves(kwargs, {argument: far_apart(leaves(kwargs)[argument], dim)})
-    got, want = results(op, op.fn, far), results(op, op.fn, kwargs)
+    kwargs = with_leaves(kwargs, {k: t.half() for k, t in leaves(kwargs).items() if t.is_floating_point()})
+    return kwargs, results(op, op.fn, kwargs)
+
+
+@pytest.mark.parametrize("name,argument,dim", views(), ids=str)
+def test_any_dimension_may_be_far_apart(name: str, argument: str, dim: int) -> None:
+    op, (kwargs, want) = OPS[name], dense(name)
+    got = results(op, op.fn, with_leaves(kwargs, {argument: far_apart(leaves(kwargs)[argument], dim)}))
     for key in want:
         assert torch.equal(got[key], want[key]), key
