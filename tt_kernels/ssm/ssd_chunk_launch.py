@@ -29,14 +29,15 @@ class ChunkScanLaunch(TileLaunch):
 def ssd_chunk_launch(chunk_size: int, P: int, N: int, itemsize: int, architecture: int) -> ChunkScanLaunch:
     """64 tokens a tile, what wgmma takes, and a head whole, so that products of B and C are made once. Tokens are seen
     32 at a time: registers hold no more; on sm_100 results lie elsewhere and eight warps take all. Chunks below 32
-    tokens are bound by writing the states before them: 16 tokens a tile. sm_80 and fp32 have room for half of that."""
+    tokens are bound by writing the states before them: 16 tokens a tile. sm_80 and fp32 have room for half of that, and
+    with whole heads they spill."""
     wide = itemsize > 2
     block_t = 16 if wide or chunk_size < 32 else 64 if architecture >= 90 else 32
     large = block_t == 64 and architecture >= 100
     return ChunkScanLaunch(
         BLOCK_T=block_t,
         BLOCK_U=block_t if large else min(block_t, 32),
-        BLOCK_P=min(max(16, triton.next_power_of_2(P)), 64 if block_t == 64 else 32),
+        BLOCK_P=min(max(16, triton.next_power_of_2(P)), 32 if wide or architecture < 90 else 64),
         BLOCK_N=max(16, triton.next_power_of_2(N)),
         num_warps=8 if large else 4,
     )

@@ -17,9 +17,14 @@ from tt_kernels import (
 )
 
 from ..config import TwoTowerConfig
+from .constants import Constant
 from .norm import Norm
 from .state import ForwardContext, Projected
 from .wide import Wide
+
+
+def decay_rates(A_log: Tensor) -> Tensor:
+    return -A_log.exp()
 
 
 class Mamba2(Wide):
@@ -36,13 +41,16 @@ class Mamba2(Wide):
         self.dt_bias = self.parameter(H)
         self.A_log = self.parameter(H)
         self.D = self.parameter(H)
+        self.A = Constant(decay_rates)
         self.norm = Norm(inner)
         self.out_proj = nn.Linear(inner, D, bias=config.use_bias)
 
     def forward(self, h_BLD: Tensor, ctx: ForwardContext) -> Tensor:
         c = self.config
         z_BLI, xBC_BLC, dt_BLH = self.in_proj(h_BLD).split_with_sizes(self.projected, -1)
-        weights = MambaWeights(self.conv1d.weight.squeeze(1), self.conv1d.bias, -self.A_log.exp(), self.D, self.dt_bias)
+        weights = MambaWeights(
+            self.conv1d.weight.squeeze(1), self.conv1d.bias, self.A(self.A_log), self.D, self.dt_bias
+        )
         if (cache := ctx.cache) is not None:
             state = cache.mamba(self.layer)
             if ctx.kind == "extend":
