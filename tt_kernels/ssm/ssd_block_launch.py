@@ -20,7 +20,7 @@ def ssd_block_launch(rows: int, L: int, P: int, N: int, itemsize: int, architect
     """`rows`: rows times heads. Reading the state bounds it, so at few rows its P dimension is cut in slices, until
     some 256 programs share an H200's 132 multiprocessors; above 16 tokens the products of B and C, which every slice
     repeats, take longer than the state. 64 tokens fill the registers with pairs, fp32 operands twice, and sm_80 needs
-    some for pointers. 16 tokens of a whole head are two warps' work: more programs are there whose loads overlap (by the
+    some for pointers. 16 tokens of a whole head are two warps' work: more programs overlap their loads (by the
     compiled code 31 -> 22 us for 32 rows of 64 heads)."""
     block_t = max(16, triton.next_power_of_2(L))
     block_p = max(16, triton.next_power_of_2(P))
