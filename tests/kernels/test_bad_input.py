@@ -51,26 +51,18 @@ BAD = [
     ("modulated_rms_norm", dict(shift=torch.ones(3, 29)), "shift has *=[3], but x has *=[2]"),
     ("modulated_rms_norm", dict(weight=None), "modulated_rms_norm: weight is None, expected a tensor"),
     ("modulated_rms_norm", dict(eps=float("nan")), "modulated_rms_norm: eps is nan, expected a number, 0 or more"),
-    ("gated_group_norm", dict(groups=5), "gated_group_norm: groups is 5, expected a divisor of D=24"),
-    ("gated_group_norm", dict(groups="4"), "gated_group_norm: groups is '4', expected a divisor of D=24"),
-    ("gated_group_norm", dict(groups=4.0), "gated_group_norm: groups is 4.0, expected a divisor of D=24"),
-    ("gated_group_norm", dict(groups=True), "gated_group_norm: groups is True, expected a divisor of D=24"),
+    *(
+        ("gated_group_norm", dict(groups=groups), f"gated_group_norm: groups is {groups!r}, expected a divisor of D=24")
+        for groups in (5, "4", 4.0, True)
+    ),
     ("gated_group_norm", dict(groups=torch.ones(2, 2)), "groups is a tensor [2, 2], expected a divisor of D=24"),
     ("gated_group_norm", dict(z=None), "gated_group_norm: z is None, expected a tensor"),
     ("gated_group_norm", dict(eps=None), "gated_group_norm: eps is None, expected a number, 0 or more"),
     ("causal_conv1d", dict(bias=torch.ones(5)), "causal_conv1d: bias has C=5, but x has C=6"),
     ("causal_conv1d", dict(activation="gelu"), "activation is 'gelu', expected 'silu' or None"),
     ("causal_conv1d", dict(conv_state=torch.ones(2, 6, 2)), "conv_state is [2, 6, 2], expected at least K-1=3 columns"),
-    (
-        "causal_conv1d",
-        dict(cu_seqlens=torch.tensor([0, 10])),
-        "conv_state is [2, 6, 4], expected None beside cu_seqlens",
-    ),
-    (
-        "conv_advance",
-        dict(conv_state=torch.ones(2, 6, 4)),
-        "conv_state is [2, 6, 4], expected a slot for each of 3 rows",
-    ),
+    ("causal_conv1d", dict(cu_seqlens=torch.tensor([0, 10])), "conv_state is [2, 6, 4], expected None beside"),
+    ("conv_advance", dict(conv_state=torch.ones(2, 6, 4)), "conv_state is [2, 6, 4], expected a slot for each of 3"),
     ("conv_advance", dict(state_indices=torch.tensor([0, 3, 1])), "conv_advance: state_indices is 3, expected 0 to 2"),
     ("conv_advance", dict(out_indices=torch.tensor([-1, 0, 1])), "conv_advance: out_indices is -1, expected 0 to 2"),
     ("conv_advance", dict(state_indices=torch.ones(3)), "state_indices is torch.float32, expected a tensor of ints"),
@@ -82,61 +74,52 @@ BAD = [
     ("causal_conv1d", dict(weight=torch.ones(6, 0)), "causal_conv1d: weight has K=0, expected 1 or more"),
     ("conv_advance", dict(conv_state=None), "conv_advance: conv_state is None, expected a tensor"),
     ("conv_advance", dict(x=None), "conv_advance: x is None, expected a tensor"),
-    ("ssd_advance", dict(counts=torch.tensor([-1, 6])), "ssd_advance: counts is -1, expected 0 to L=5"),
-    ("ssd_chunk", dict(counts=torch.tensor([7, 8])), "ssd_chunk: counts is 8, expected 0 to L=7"),
-    ("mamba_advance", dict(counts=torch.tensor([-1, 5])), "mamba_advance: counts is -1, expected 0 to L=5"),
-    ("mamba_extend", dict(counts=torch.tensor([6, 5])), "mamba_extend: counts is 6, expected 0 to L=5"),
+    *(
+        (name, dict(counts=torch.tensor([count, 5])), f"{name}: counts is {count}, expected 0 to L={L}")
+        for name, count, L in (
+            ("ssd_advance", -1, 5),
+            ("ssd_chunk", 8, 7),
+            ("mamba_advance", -1, 5),
+            ("mamba_extend", 6, 5),
+        )
+    ),
     ("mamba_extend", {"weights.D": None}, "mamba_extend: D is None, expected a tensor"),
-    ("conv_block_states", dict(block_size=0), "conv_block_states: block_size is 0, expected 1 or more"),
-    ("conv_block_states", dict(block_size=2.5), "conv_block_states: block_size is 2.5, expected 1 or more"),
-    ("conv_block_states", dict(block_size=True), "conv_block_states: block_size is True, expected 1 or more"),
-    ("conv_block_states", dict(kernel_size=None), "conv_block_states: kernel_size is None, expected 1 or more"),
+    *(
+        (name, {f"state.{which}": torch.tensor([0, 99])}, f"{name}: {which} is 99, expected 0 to ")
+        for name in ("mamba_block", "mamba_advance", "mamba_step", "mamba_extend")
+        for which in ("conv_indices", "ssm_indices", "conv_out_indices", "ssm_out_indices")
+    ),
+    *(
+        ("conv_block_states", {size: value}, f"conv_block_states: {size} is {value}, expected 1 or more")
+        for size, value in (("block_size", 0), ("block_size", 2.5), ("block_size", True), ("kernel_size", None))
+    ),
     *(
         ("ssd_block", dict(dt_limit=limit), f"ssd_block: dt_limit is {limit!r}, expected (low, high) with 0 <= low <= ")
         for limit in (None, 1.0, "ab", (0.0,), (0, 1, 2), (-1.0, 1.0), (True, 2.0), (0.0, NAN), (INF, INF), ("0", "1"))
     ),
     ("ssd_block", dict(D=None), "ssd_block: D is None, expected a tensor"),
-    (
-        "ssd_block",
-        dict(ssm_state=torch.ones(2, 4, 3, 5, device="meta")),
-        "ssd_block: ssm_state is on meta, but x is on",
-    ),
+    ("ssd_block", dict(ssm_state=torch.ones(2, 4, 3, 5, device="meta")), "ssm_state is on meta, but x is on"),
     ("ssd_step", dict(ssm_state=None), "ssd_step: ssm_state is None, expected a tensor"),
     ("ssd_advance", dict(dt_bias=None), "ssd_advance: dt_bias is None, expected a tensor"),
-    ("ssd_chunk", dict(chunk_size=2.5), "ssd_chunk: chunk_size is 2.5, expected 1 or more, or None"),
-    ("ssd_chunk", dict(chunk_size="64"), "ssd_chunk: chunk_size is '64', expected 1 or more, or None"),
-    ("ssd_chunk", dict(chunk_size=True), "ssd_chunk: chunk_size is True, expected 1 or more, or None"),
-    (
-        "mamba_block",
-        {"state.ssm": torch.ones(2, 4, 3, 0)},
-        "C is 32, expected H*P + 2*G*N with H=4, P=3, N=0 of the state",
+    *(
+        ("ssd_chunk", dict(chunk_size=size), f"ssd_chunk: chunk_size is {size!r}, expected 1 or more, or None")
+        for size in (2.5, "64", True)
     ),
+    ("mamba_block", {"state.ssm": torch.ones(2, 4, 3, 0)}, "C is 32, expected H*P + 2*G*N with H=4, P=3, N=0 of the"),
     ("mamba_block", {"weights.D": None}, "mamba_block: D is None, expected a tensor"),
     ("mamba_advance", dict(dt_limit=[1, 0]), "mamba_advance: dt_limit is [1, 0], expected (low, high)"),
     ("mamba_step", {"state.conv": None}, "mamba_step: conv is None, expected a tensor"),
-    (
-        "mamba_step",
-        {"weights.conv_bias": torch.ones(32).int()},
-        "mamba_step: conv_bias is torch.int32, expected a tensor of floats",
-    ),
+    ("mamba_step", {"weights.conv_bias": torch.ones(32).int()}, "conv_bias is torch.int32, expected a tensor of"),
     ("ssd_block", dict(A=torch.ones(3)), "ssd_block: A has H=3, but x has H=4"),
     ("ssd_block", dict(ssm_state=torch.ones(4, 3, 5)), "ssd_block: ssm_state is [4, 3, 5], expected [slots, H, P, N]"),
     ("ssd_block", dict(dt_limit=(1.0, 0.5)), "dt_limit is (1.0, 0.5), expected (low, high) with 0 <= low <= high"),
-    (
-        "ssd_step",
-        dict(B=torch.ones(2, 3, 5), C=torch.ones(2, 3, 5)),
-        "B has G=3 groups, expected a divisor of H=4",
-    ),
+    ("ssd_step", dict(B=torch.ones(2, 3, 5), C=torch.ones(2, 3, 5)), "B has G=3 groups, expected a divisor of H=4"),
     ("ssd_advance", dict(B=torch.ones(2, 5, 3, 5)), "B has G=3 groups, expected a divisor of H=4, the heads of x"),
     ("ssd_advance", dict(counts=torch.tensor([1])), "ssd_advance: counts has b=1, but x has b=2"),
     ("ssd_chunk", dict(chunk_size=0), "ssd_chunk: chunk_size is 0, expected 1 or more"),
     ("ssd_chunk", dict(cu_seqlens=torch.tensor([0, 14])), "ssm_state is [2, 4, 3, 5], expected None beside cu_seqlens"),
     ("mamba_block", {"weights.conv_weight": torch.ones(31, 4)}, "mamba_block: conv_weight has C=31, but xBC has C=32"),
-    (
-        "mamba_block",
-        {"state.ssm": torch.ones(2, 4, 3, 6)},
-        "C is 32, expected H*P + 2*G*N with H=4, P=3, N=6 of the state",
-    ),
+    ("mamba_block", {"state.ssm": torch.ones(2, 4, 3, 6)}, "C is 32, expected H*P + 2*G*N with H=4, P=3, N=6 of the"),
     ("mamba_block", dict(dt_limit=(1.0, 0.5)), "dt_limit is (1.0, 0.5), expected (low, high) with 0 <= low <= high"),
     ("mamba_advance", {"state.conv": torch.ones(2, 32, 3)}, "mamba_advance: conv has K=3, but conv_weight has K=4"),
     ("mamba_advance", dict(counts=torch.ones(2)), "counts is torch.float32, expected a tensor of ints"),
@@ -157,23 +140,11 @@ BAD = [
     ("route", dict(scale=None), "route: scale is None, expected a finite number"),
     ("experts", dict(activation="gelu"), "experts: activation is 'gelu', expected 'relu2' or 'silu'"),
     ("experts", dict(x=torch.ones(5, 6).half()), "up is torch.float32, expected the dtype of x, torch.float16"),
-    (
-        "experts",
-        dict(routing=ROUTING._replace(offsets=torch.ones(4).int())),
-        "sorted_pairs is None, expected sorted_pairs and",
-    ),
-    (
-        "experts",
-        dict(routing=ROUTING._replace(topk_ids=torch.zeros(5, 3).long())),
-        "topk_weights has K=2, but topk_ids has K=3",
-    ),
+    ("experts", dict(routing=ROUTING._replace(offsets=torch.ones(4).int())), "sorted_pairs is None, expected"),
+    ("experts", dict(routing=ROUTING._replace(topk_ids=torch.zeros(5, 3).long())), "topk_weights has K=2, but"),
     ("experts", dict(routing=ROUTING._replace(topk_ids=None)), "experts: topk_ids is None, expected a tensor"),
     ("experts", dict(routing=torch.ones(5, 2)), "experts: routing is a tensor [5, 2], expected Routing"),
-    (
-        "experts",
-        dict(routing=ROUTING._replace(topk_ids=torch.zeros(5, 2))),
-        "topk_ids is torch.float32, expected a tensor of ints",
-    ),
+    ("experts", dict(routing=ROUTING._replace(topk_ids=torch.zeros(5, 2))), "topk_ids is torch.float32, expected a"),
     (
         "experts",
         dict(routing=ROUTING._replace(topk_ids=torch.zeros(5, 2, device="meta").long())),
@@ -191,56 +162,24 @@ BAD = [
         "experts: up.scale is a tensor [4], expected None",
     ),
     ("experts", dict(shared=torch.ones(2)), "experts: shared is a tensor [2], expected ExpertWeights"),
-    (
-        "experts",
-        dict(weights=ExpertWeights(torch.ones(4, 11, 6), None)),
-        "experts: down is None, expected a tensor",
-    ),
-    (
-        "experts",
-        dict(shared=ExpertWeights(torch.ones(9, 6), None)),
-        "experts: shared_down is None, expected a tensor",
-    ),
+    ("experts", dict(weights=ExpertWeights(torch.ones(4, 11, 6), None)), "experts: down is None, expected a tensor"),
+    ("experts", dict(shared=ExpertWeights(torch.ones(9, 6), None)), "experts: shared_down is None, expected a tensor"),
     (
         "experts",
         dict(shared=ExpertWeights(torch.ones(9, 6), torch.ones(6, 9), torch.ones(9, 6))),
         "experts: shared_gate is a tensor [9, 6], expected None, as gate is",
     ),
     ("context_attention", dict(q=torch.ones(2, 3, 3, 5)), "k has Hkv=2 heads, expected a divisor of Hq=3"),
-    (
-        "context_attention",
-        dict(cache_lengths=torch.tensor([13, 1])),
-        "cache_lengths goes up to 13, but the page table has room for 12",
-    ),
-    (
-        "append_attention",
-        dict(cache_lengths=torch.tensor([1, 10])),
-        "cache_lengths is 10 and 3 tokens enter, but the page table has room for 12",
-    ),
-    (
-        "context_attention",
-        dict(cache_lengths=torch.tensor([-1, 1])),
-        "cache_lengths goes down to -1, expected 0 or more",
-    ),
+    ("context_attention", dict(cache_lengths=torch.tensor([13, 1])), "cache_lengths goes up to 13, but the page"),
+    ("append_attention", dict(cache_lengths=torch.tensor([1, 10])), "cache_lengths is 10 and 3 tokens enter, but"),
+    ("context_attention", dict(cache_lengths=torch.tensor([-1, 1])), "cache_lengths goes down to -1, expected 0 or"),
     ("context_attention", dict(cache_lengths=3), "context_attention: cache_lengths is 3, expected a tensor"),
     ("context_attention", dict(cache_lengths=None), "context_attention: cache_lengths is None, expected a tensor"),
     ("context_attention", dict(page_table=torch.zeros(2, 3)), "page_table is torch.float32, expected a tensor of ints"),
-    (
-        "context_attention",
-        dict(page_table=torch.zeros(2, 3).short()),
-        "page_table is torch.int16, expected a tensor of",
-    ),
+    ("context_attention", dict(page_table=torch.zeros(2, 3).short()), "page_table is torch.int16, expected a tensor"),
     ("context_attention", dict(page_table=torch.zeros(6).int()), "page_table is [6], expected [B, row_pages]"),
-    (
-        "context_attention",
-        dict(cache_lengths=torch.zeros(2, device="meta").int()),
-        "cache_lengths is on meta, but q is on cpu",
-    ),
-    (
-        "context_attention",
-        dict(v_pages=torch.zeros(6, 5, 2, 5)),
-        "v_pages has page_size=5, but k_pages has page_size=4",
-    ),
+    ("context_attention", dict(cache_lengths=torch.zeros(2, device="meta").int()), "cache_lengths is on meta, but q"),
+    ("context_attention", dict(v_pages=torch.zeros(6, 5, 2, 5)), "v_pages has page_size=5, but k_pages has"),
     ("context_attention", dict(k_pages=torch.zeros(6, 0, 2, 5)), "k_pages has page_size=0, expected 1 or more"),
     ("context_attention", dict(k=torch.zeros(2, 3, 2, 5).half()), "k is torch.float16, expected torch.float32"),
     ("context_attention", dict(q=torch.zeros(2, 3, 4, 0)), "q has P=0, expected 1 or more"),
@@ -293,17 +232,9 @@ BAD = [
     ("sample", dict(suppress=-1), "sample: suppress is -1, expected a token id below V=11"),
     ("sample", dict(suppress=False), "sample: suppress is False, expected a token id below V=11"),
     ("sample", dict(suppress=1.0), "sample: suppress is 1.0, expected a token id below V=11"),
-    (
-        "sample",
-        dict(logits=torch.ones(6, 1), suppress=0),
-        "sample: suppress is 0, expected tokens beside it, but V is 1",
-    ),
+    ("sample", dict(logits=torch.ones(6, 1), suppress=0), "suppress is 0, expected tokens beside it, but V is 1"),
     ("sample", dict(logits=torch.ones(6, 0)), "sample: logits has V=0, expected 1 or more"),
-    (
-        "head_sample",
-        sampled(temperature=torch.tensor([0, 1, 1, math.nan, 1, 1])),
-        "temperature is nan, expected 0 or more",
-    ),
+    ("head_sample", sampled(temperature=torch.tensor([0, 1, 1, math.nan, 1, 1])), "temperature is nan, expected 0"),
     ("head_sample", dict(weight=torch.ones(0, 16)), "head_sample: weight has V=0, expected 1 or more"),
     ("head_sample", sampled(top_p=torch.full((6,), 2.0)), "head_sample: top_p is 2.0, expected above 0 and up to 1"),
     ("head_sample", dict(weight=torch.ones(37, 15)), "head_sample: weight has D=15, but hidden has D=16"),
@@ -328,11 +259,7 @@ BAD = [
         "unmask: temperature is -0.5, expected 0 or more",
     ),
     ("unmask", dict(block=torch.ones(4, 5)), "unmask: block is torch.float32, expected a tensor of ints"),
-    (
-        "unmask",
-        dict(sampling=Sampling.of(4, position=torch.ones(4, 5).long())),
-        "unmask: position is [4, 5], expected [B]",
-    ),
+    ("unmask", dict(sampling=Sampling.of(4, position=torch.ones(4, 5).long())), "position is [4, 5], expected [B]"),
     ("unmask", dict(mask_token_id=None), "unmask: mask_token_id is None, expected a token id below V=37"),
     ("unmask", dict(mask_token_id=37), "unmask: mask_token_id is 37, expected a token id below V=37"),
     ("linear_cross_entropy", dict(targets=torch.ones(2, 5)), "targets is torch.float32, expected a tensor of ints"),
@@ -347,12 +274,16 @@ BAD = [
 
 @pytest.mark.parametrize("name,changes,message", BAD, ids=[f"{n}-{'-'.join(c)}-{i}" for i, (n, c, _) in enumerate(BAD)])
 def test_bad_input_is_named(name: str, changes: dict[str, Any], message: str) -> None:
-    looked_at = [changes.get(name) for name in ("cache_lengths", "counts", "state_indices", "out_indices")]
+    looked_at = [t for argument, t in changes.items() if argument.endswith(("lengths", "counts", "indices"))]
     values = any(isinstance(t, Tensor) and t.numel() > 1 and not t.is_meta for t in looked_at)
     if KERNELS and OPS[name].kernels and values:
         pytest.skip("kernels do not read lengths on the host")
+    given = args(name, **changes)
+    before = {argument: t.clone() for argument, t in leaves(given).items()}
     with pytest.raises(ValueError) as error:
-        OPS[name].fn(**args(name, **changes))
+        OPS[name].fn(**given)
+    for argument, t in leaves(given).items():  # refused before anything is written
+        assert t.is_meta or torch.allclose(t.double(), before[argument].double(), 0, 0, equal_nan=True)
     assert message in str(error.value) and str(error.value).startswith(f"{name}: ")
 
 

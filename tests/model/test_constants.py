@@ -119,7 +119,7 @@ def test_training_sees_the_parameters_themselves() -> None:
     mamba, attention = part(model, Mamba2), part(model, Attention)
     for p in (mamba.A_log, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight):
         assert p.grad is not None and p.grad.abs().max() > 0
-    assert mamba.A.of is None  # whatever an optimiser does to a parameter, it is made anew
+    assert not mamba.A.of and not attention.qkv_weight.of  # whatever an optimiser does to a parameter, it is made anew
 
 
 def test_a_frozen_tower_is_used_in_training_after_inference() -> None:

@@ -19,10 +19,25 @@ def full_precision(reference: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(reference)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch._C._is_any_autocast_enabled():  # a sixth of the time that finding the device takes
+            return reference(*args, **kwargs)
         device = next((t.device.type for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), "meta")
         if device == "meta" or not torch.is_autocast_enabled(device):
             return reference(*args, **kwargs)
         with torch.autocast(device, enabled=False):
+            return reference(*args, **kwargs)
+
+    return run
+
+
+def without_gradients(reference: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The reference under torch.no_grad(), which costs more than a small step where gradients are off already."""
+
+    @functools.wraps(reference)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch.is_grad_enabled():
+            return reference(*args, **kwargs)
+        with torch.no_grad():
             return reference(*args, **kwargs)
 
     return run
@@ -74,7 +89,7 @@ def check_starts(op: str, cu_seqlens: Tensor | None, tokens: int) -> list[int] |
 
 
 def sequence_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """[tokens + 1] int8: 1 where a packed sequence begins. What lies behind the last entry is one of its own; entries
+    """[tokens + 1] int8: 1 where a packed sequence begins. Tokens behind the last entry are one more; entries
     outside 0 to `tokens` mean nothing."""
     starts = torch.zeros(tokens + 1, dtype=torch.int8, device=cu_seqlens.device)
     return starts.index_fill_(0, cu_seqlens.long().clamp(0, tokens), 1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, check_counts, check_starts, compute_dtype, full_precision, sequence_index
+from .common import cast, check_counts, check_starts, compute_dtype, full_precision, sequence_index, without_gradients
 from .slots import check_slots, read_slots, write_slots
 
 CHUNK = 32  # tokens of a chunk where no size is asked for: pairs inside and states between cost about the same on a CPU
@@ -128,7 +128,7 @@ def ssd_block(
     return cast(y, x.dtype)
 
 
-@torch.no_grad()
+@without_gradients
 @full_precision
 def ssd_step(
     x: Tensor,
@@ -153,14 +153,14 @@ def ssd_step(
     # By groups: [b * G, R * P, N], so that no head needs a copy of B and C; rows times rows is the faster product.
     carried = state * _exp(_log_decay(dt, A, acc)).reshape(b, H, 1, 1)
     grown = (xs * dt.unsqueeze(-1)).reshape(b * G, RP, 1)
-    new = torch.addcmul(carried.reshape(b * G, RP, N), grown, cast(B, acc).reshape(b * G, 1, N))
+    new = carried.reshape(b * G, RP, N).addcmul_(grown, cast(B, acc).reshape(b * G, 1, N))
     y = torch.bmm(cast(C, acc).reshape(b * G, 1, N), new.mT).view(b, H, P)
     y = torch.addcmul(y, xs, cast(D, acc).unsqueeze(-1))
     write_slots(ssm_state, new.view(b, H, P, N), state_indices if out_indices is None else out_indices)
     return cast(y, x.dtype)
 
 
-@torch.no_grad()
+@without_gradients
 @full_precision
 def ssd_advance(
     x: Tensor,
@@ -288,7 +288,7 @@ def _node_backward(
 ) -> list[Tensor]:
     def again(*tensors):
         state = () if len(tensors) == 8 else (None,)
-        return _chunked(*tensors, *state, counts, cu_seqlens, chunk_size, low, high)
+        return _chunked(*(*tensors, *state, counts, cu_seqlens, chunk_size, low, high))
 
     return [t.contiguous() for t in torch.func.vjp(again, *tensors)[1](tuple(gradients))]
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..arguments import dtype_of, is_integer, wrapped
 from ..config import TwoTowerConfig
-from ..modeling.attention import join_projections
 from .folder import DTYPES, Folder
 from .keys import (
     CONTEXT,
@@ -62,7 +61,7 @@ def start_denoiser(model: nn.Module, *, seed: int = 0) -> None:
     if getattr(inner, "denoiser_tower", None) is None:
         raise ValueError('start_denoiser: the model has no denoiser (it was made with towers="context")')
     head: Tensor = unwrapped(inner.context_lm_head).weight
-    values, kept = _time_modules(inner.config, seed), list(inner.parameters())
+    values = _time_modules(inner.config, seed)
     for name, parameter in named_parameters(model).items():
         if name.startswith(CONTEXT):
             if parameter.is_meta:
@@ -73,7 +72,6 @@ def start_denoiser(model: nn.Module, *, seed: int = 0) -> None:
         for name, value in values.items():
             copied = name.startswith(("denoiser_tower.", "lm_head."))
             place(model, name, head.device, value.dtype if copied else head.dtype).copy_(value)
-    join_projections(inner, kept)
 
 
 def convert(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import device_of, dtype_of
-from ..modeling.attention import join_projections
 from .folder import Bar, Folder, Stored, finite, some
 from .keys import CONTEXT, DENOISER, layout_of, match, named_parameters, owner, parameter_dtype, unwrapped
 
@@ -62,7 +61,6 @@ def load(
     jobs = [(stored, name, index) for name, parts in found.items() for index, stored in parts.items()]
     jobs.sort(key=lambda job: job[0].file)  # stable: one file after the other, inside it in the model's order
     memory: dict[str, Tensor] = {}
-    kept = list(model.parameters())  # those that are not made anew
     with torch.no_grad(), Bar("loading", sum(stored.nbytes for stored, *_ in jobs), progress) as bar:
         for _, shard in groupby(jobs, key=lambda job: job[0].file):
             sound: list[tuple[Stored, Tensor]] = []
@@ -77,7 +75,6 @@ def load(
             if bad := [stored for (stored, _), flag in zip(sound, flags, strict=True) if not flag]:
                 raise _not_finite(files, bad, dtype)
     files.close()
-    join_projections(model, kept)
     unwrapped(model).source = files.path.absolute()
 
 

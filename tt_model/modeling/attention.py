@@ -3,8 +3,7 @@
 B batch, L tokens, D hidden, H heads, P head size, S block size, N tokens of a training row.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Self
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,12 @@ from torch import Tensor, nn
 from tt_kernels import append_attention, block_diffusion_attention, causal_attention, context_attention
 
 from ..config import TwoTowerConfig
-from .constants import joined, lay_side_by_side
+from .constants import Constant
 from .state import ForwardContext
+
+
+def _joined(*projections: Tensor) -> Tensor:
+    return torch.cat(projections)
 
 
 class Attention(nn.Module):
@@ -28,31 +31,20 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, config.num_key_value_heads * P, bias=bias)
         self.v_proj = nn.Linear(D, config.num_key_value_heads * P, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * P, D, bias=bias)
-        self.join()
-
-    def join(self) -> None:
-        """Let the weights of q, k and v lie side by side, so that passes without gradients take one product for all."""
-        projections = self.q_proj, self.k_proj, self.v_proj
-        lay_side_by_side([p.weight for p in projections])
-        lay_side_by_side([p.bias for p in projections])
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What every cast and move of torch.nn goes through: it moves each parameter by itself."""
-        super()._apply(fn, recurse)
-        self.join()
-        return self
+        self.qkv_weight, self.qkv_bias = Constant(_joined), Constant(_joined)
 
     def _project(self, h_BLD: Tensor) -> Sequence[Tensor]:
+        """q, k and v: one product where no gradients are wanted."""
         projections = self.q_proj, self.k_proj, self.v_proj
         # Whatever was put in a projection's place or hooked to it is called. Autocast keeps parameters that it has
         # cast, but not what is made of them.
         plain = all(type(p) is nn.Linear and not p._forward_hooks and not p._forward_pre_hooks for p in projections)
-        if plain and not torch.is_autocast_enabled(h_BLD.device.type):
-            weight, biases = joined([p.weight for p in projections]), [p.bias for p in projections]
-            bias = None if biases[0] is None else joined(biases)
-            if weight is not None and (bias is None) == (biases[0] is None):
-                return F.linear(h_BLD, weight, bias).split_with_sizes([len(p.weight) for p in projections], -1)
-        return [p(h_BLD) for p in projections]
+        together = plain and not torch._C._is_any_autocast_enabled()
+        weight = self.qkv_weight.kept(*(p.weight for p in projections)) if together else None
+        if weight is None:
+            return [p(h_BLD) for p in projections]
+        bias = None if projections[0].bias is None else self.qkv_bias(*(p.bias for p in projections))
+        return F.linear(h_BLD, weight, bias).split_with_sizes([p.out_features for p in projections], -1)
 
     def forward(self, h_BLD: Tensor, ctx: ForwardContext) -> Tensor:
         q, k, v = (t.view(*t.shape[:2], -1, self.head_dim) for t in self._project(h_BLD))  # [B, L, Hq or Hkv, P]
@@ -77,12 +69,3 @@ class Attention(nn.Module):
             if ctx.keep is not None:
                 ctx.keep.kv[self.layer] = k, v
         return self.o_proj(o.reshape(*h_BLD.shape[:2], -1))
-
-
-def join_projections(model: nn.Module, kept: Collection[nn.Parameter] = ()) -> None:
-    """After parameters were made anew one by one: q, k and v of each attention layer side by side again, but where all
-    of them are among those that were kept, whose addresses stay."""
-    ids = set(map(id, kept))
-    for module in model.modules():
-        if isinstance(module, Attention) and not ids.issuperset(map(id, module.parameters())):
-            module.join()
