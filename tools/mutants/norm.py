@@ -9,8 +9,8 @@ MUTANTS = {
         ("weight's gradient of the last row only", "        dweight += g * n\n", "        dweight = g * n\n"),
         (
             "an fp64 weight forgotten in the dtype of sums",
-            "    acc = rstd_ptr.dtype.element_ty\n    r = load_row(x,",
-            "    acc = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32\n    r = load_row(x,",
+            "    acc = rstd_ptr.dtype.element_ty\n    # All loads",
+            "    acc = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32\n    # All loads",
         ),
     ],
     ("rms_norm and not modulated", "runtime/lang.py"): [
@@ -29,11 +29,15 @@ MUTANTS = {
         ("residual left out of the norm", "r = rounded.to(acc)  # the norm reads", "r = step  # the norm reads"),
         (
             "1 + forgotten",
-            "factor = 1 + load_row(scale, b, cols, mask, acc)\n        if",
-            "factor = load_row(scale, b, cols, mask, acc)\n        if",
+            "factor = 1 + load_row(scale, b, cols, mask, acc)\n    if branch",
+            "factor = load_row(scale, b, cols, mask, acc)\n    if branch",
         ),
         ("the first sequence's shift for all", "    b = row // L\n", "    b = row * 0\n"),
-        ("orders swapped", "        if not NORM_FIRST:\n            r = ", "        if NORM_FIRST:\n            r = "),
+        (
+            "orders swapped",
+            "is not None and not NORM_FIRST:\n        r = ",
+            "is not None and NORM_FIRST:\n        r = ",
+        ),
         ("gradient of the residual lost", "        if dresidual is not None:\n", "        if False:\n"),
         ("gate's gradient from y alone", "            dgate += dm * load_row", "            dgate += g * load_row"),
         ("scale forgotten on the way back", "                g = g * factor\n", ""),

@@ -28,7 +28,12 @@ def _modulated_rms_norm_fwd_kernel(
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
     acc = rstd_ptr.dtype.element_ty
+    # All loads before the store, which they do not pass: it may write what they read. One round trip, 3.98 -> 2.04 us.
     r = load_row(x, row, cols, mask, acc)  # [BLOCK_D]
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
+    if scale is not None:
+        add = load_row(shift, b, cols, mask, acc)
+        factor = 1 + load_row(scale, b, cols, mask, acc)
     if branch is not None:
         step = load_row(branch, row, cols, mask, acc)
         if gate is not None:
@@ -36,12 +41,8 @@ def _modulated_rms_norm_fwd_kernel(
         rounded = (r + step).to(residual_ptr.dtype.element_ty)
         tl.store(residual_ptr + row * D + cols, rounded, mask=mask)
         r = rounded.to(acc)  # the norm reads the residual as the next layer will
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(acc)
-    if scale is not None:
-        add = load_row(shift, b, cols, mask, acc)
-        factor = 1 + load_row(scale, b, cols, mask, acc)
-        if not NORM_FIRST:
-            r = r * factor + add
+    if scale is not None and not NORM_FIRST:
+        r = r * factor + add
     rstd = 1 / tl.sqrt(tl.sum(r * r, axis=0) / D + EPS)
     tl.store(rstd_ptr + row, rstd)
     y = r * rstd * weight
