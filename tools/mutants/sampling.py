@@ -7,11 +7,11 @@ MUTANTS = {
         ("swapped", "c1.to(tl.uint32), c2.to(tl.uint32)", "c2.to(tl.uint32), c1.to(tl.uint32)"),
     ],
     ("gumbel_noise", "sampling/gumbel_noise.py"): [
-        ("a word twice", "out + 3, gumbel(w3", "out + 3, gumbel(w2"),
+        ("a word twice", "out + 72, gumbel(w3", "out + 72, gumbel(w2"),
         ("the first row's position", "tl.load(position_ptr + row)", "tl.load(position_ptr)"),
         ("the first rows only", "(tl.program_id(0) // parts)", "(tl.program_id(0) % parts)"),
         ("the first tokens only", "tl.program_id(0) % parts * BLOCK_Q", "0 * BLOCK_Q"),
-        ("the last word left out", "mask=4 * quad + 3 < V", "mask=4 * quad + 7 < V"),
+        ("the last word left out", "mask=token + 72 < V", "mask=token + 76 < V"),
     ],
     ("sample and not head_sample", "sampling/lang.py"): [
         ("the suppressed token counts", "(ids < V) & (ids != suppress)", "(ids < V)"),
@@ -24,7 +24,7 @@ MUTANTS = {
         ("parts not rescaled", "record.s * tl.exp2((record.m - shift[:, None]) * 1.4426950408889634)", "record.s"),
     ],
     ("sample and not head_sample", "runtime/lang.py"): [
-        ("a counter for every token", "ids // 4, position", "ids, position")
+        ("a counter for every token", "counter, position[None", "start + local, position[None")
     ],
     ("sample and not head_sample", "sampling/sample.py"): [
         ("a part's second tile missed", "min(start + TILES * BLOCK_V, V)", "min(start + BLOCK_V, V)"),

@@ -102,15 +102,18 @@ def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
 def gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, *, vocab_size: int) -> Tensor:
     seed, position, step = (t.long().unsqueeze(-1) for t in (seed, position, step))
     in_graph = torch.compiler.is_compiling()
-    # Four words of noise a counter. Two counters too many in a graph, where sizes that may be 1 are another graph's.
-    quads = torch.arange(vocab_size // 4 + 2 if in_graph else -(-vocab_size // 4), device=seed.device)
-    counter = [quads, position & _WORD, step & _WORD, torch.zeros_like(seed)]
-    words = _philox(counter, [seed & _WORD, seed >> 32 & _WORD])
+    # 32 counters for 128 tokens. More than enough of them in a graph, where sizes that may be 1 are another graph's.
+    counters = torch.arange(32 * (vocab_size // 128 + 2 if in_graph else -(-vocab_size // 128)), device=seed.device)
+    counter = [counters, position & _WORD, step & _WORD, torch.zeros_like(seed)]
+    words = torch.stack(_philox(counter, [seed & _WORD, seed >> 32 & _WORD]), -1)
     if in_graph:  # without a size that is compared with another
-        ids = torch.arange(vocab_size, device=seed.device)
-        bits = torch.stack(words, -1)[..., ids // 4, ids % 4]
-    else:
-        bits = torch.stack(words, -1).flatten(-2)[..., :vocab_size]
+        v = torch.arange(vocab_size, device=seed.device)
+        bits = words[..., (v >> 7 << 5) | (v >> 1 & 24) | (v & 7), (v >> 3 & 1) | (v >> 5 & 2)]
+    else:  # a counter's bits 3 and 4 are a token's 4 and 5, a word's bits its 3 and 6
+        bits = (
+            words.unflatten(-2, (-1, 4, 8)).unflatten(-1, (2, 2)).permute(*range(words.dim() - 2), -5, -2, -4, -1, -3)
+        )
+        bits = bits.flatten(-5)[..., :vocab_size]
     uniform = bits.double().add_(0.5).mul_(2.0**-32)  # in (0, 1)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 

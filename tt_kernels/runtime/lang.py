@@ -62,13 +62,25 @@ def gumbel(word, WIDE: tl.constexpr):
 
 
 @triton.jit
+def noise_counter(ids):
+    """The counter whose four words four tokens share: their ids differ in bits 3 and 6, the others are its bits."""
+    return (ids >> 7 << 5) | (ids >> 1 & 24) | (ids & 7)
+
+
+@triton.jit
 def gumbel_tile(seed, position, step, start, BLOCK_V: tl.constexpr, WIDE: tl.constexpr):
-    """Noise of BLOCK_V tokens from start on for each of the rows: [BLOCK_V, rows]. Every token computes the four words
-    of its counter: to share them takes more registers than a tile of products leaves."""
-    ids = start + tl.arange(0, BLOCK_V)[:, None] + tl.zeros_like(seed).to(tl.int32)[None, :]
-    w0, w1, w2, w3 = philox(seed[None, :], ids // 4, position[None, :], step[None, :])
-    odd = (ids & 1) != 0
-    word = tl.where((ids & 2) != 0, tl.where(odd, w3, w2), tl.where(odd, w1, w0))
+    """Noise of BLOCK_V tokens from start on, a multiple of BLOCK_V, for each of the rows: [BLOCK_V, rows].
+
+    A thread of four warps holds tokens of a tile of products that differ in bits 3 and 6, one of eight warps in bit 3.
+    Their counters are the same expression of the thread's place, for start enters by itself, so the compiler computes
+    the words once.
+    """
+    local = tl.arange(0, BLOCK_V)[:, None] + tl.zeros_like(seed).to(tl.int32)[None, :]
+    counter = noise_counter(start) + noise_counter(local)
+    w0, w1, w2, w3 = philox(seed[None, :], counter, position[None, :], step[None, :])
+    bits = local if BLOCK_V >= 128 else start + local
+    odd = (bits & 8) != 0
+    word = tl.where((bits & 64) != 0, tl.where(odd, w3, w2), tl.where(odd, w1, w0))
     return gumbel(word, WIDE=WIDE)
 
 

@@ -24,25 +24,30 @@ def _gumbel_noise_kernel(
     BLOCK_Q: tl.constexpr,  # counters a program: four tokens each
 ):
     row = (tl.program_id(0) // parts).to(tl.int64)
-    quad = tl.program_id(0) % parts * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    c = tl.program_id(0) % parts * BLOCK_Q + tl.arange(0, BLOCK_Q)
     position, step = tl.load(position_ptr + row), tl.load(step_ptr + row)
-    w0, w1, w2, w3 = philox(tl.load(seed_ptr + row), quad, position, step)
-    out = noise_ptr + row * V + 4 * quad
-    tl.store(out, gumbel(w0, WIDE=True), mask=4 * quad < V)
-    tl.store(out + 1, gumbel(w1, WIDE=True), mask=4 * quad + 1 < V)
-    tl.store(out + 2, gumbel(w2, WIDE=True), mask=4 * quad + 2 < V)
-    tl.store(out + 3, gumbel(w3, WIDE=True), mask=4 * quad + 3 < V)
+    w0, w1, w2, w3 = philox(tl.load(seed_ptr + row), c, position, step)
+    token = (c >> 5 << 7) | ((c & 24) << 1) | (c & 7)  # the counter's first, as `noise_counter` has it
+    out = noise_ptr + row * V + token
+    tl.store(out, gumbel(w0, WIDE=True), mask=token < V)
+    tl.store(out + 8, gumbel(w1, WIDE=True), mask=token + 8 < V)
+    tl.store(out + 64, gumbel(w2, WIDE=True), mask=token + 64 < V)
+    tl.store(out + 72, gumbel(w3, WIDE=True), mask=token + 72 < V)
+
+
+def counters(V: int) -> int:
+    return 32 * triton.cdiv(V, 128)
 
 
 def gumbel_noise_launch(V: int) -> Launch:
     """Two counters a thread: two logarithms in fp64 for each of their eight words keep a thread busy."""
-    return Launch(BLOCK_Q=min(256, triton.next_power_of_2(triton.cdiv(V, 4))))
+    return Launch(BLOCK_Q=min(256, triton.next_power_of_2(counters(V))))
 
 
 def _gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, vocab_size: int) -> Tensor:
     noise = _gumbel_noise_fake(seed, position, step, vocab_size)
     launch = gumbel_noise_launch(vocab_size)
-    parts = triton.cdiv(vocab_size, 4 * launch.BLOCK_Q)
+    parts = triton.cdiv(counters(vocab_size), launch.BLOCK_Q)
     run(
         _gumbel_noise_kernel,
         (seed.numel() * parts,),  # one axis: the others take no more than 65535
@@ -62,8 +67,10 @@ _noise = define(_gumbel_noise, _gumbel_noise_fake)
 def gumbel_noise(seed: Tensor, position: Tensor, step: Tensor, *, vocab_size: int) -> Tensor:
     """Standard Gumbel noise for every token id, a pure function of its arguments.
 
-    Word v % 4 of Philox4x32-10 at counter (v // 4, position, step, 0) and key (seed mod 2^32, seed >> 32), as
-    u = (word + 1/2) / 2^32, gives -log(-log(1 - u)), from -3.13 to 22.87.
+    Token v takes word w of Philox4x32-10 at counter (c, position, step, 0) and key (seed mod 2^32, seed >> 32): w is
+    made of bits 3 and 6 of v (w = v / 8 mod 2 + 2 (v / 64 mod 2)), c of the others in their order. So a thread that
+    holds a tile of products on tensor cores has all four tokens of a counter. u = (word + 1/2) / 2^32 gives
+    -log(-log(1 - u)), from -3.13 to 22.87.
 
     Args:
         seed, position, step: [*] int: all 64 bits of the seed, the lower 32 of position and step.
