@@ -40,6 +40,10 @@ neither: record, and render again. A run is what one commit gave with one set of
 that wanted a core when a measurement began: beside other work believe ratios, not times."""
 NO_GPU = """**No GPU results are recorded yet.** What follows is a CPU's: the references at small shapes. It says what a
 call costs and that the harness works, and nothing about kernels. `make gpu` records a GPU's."""
+PREDICTED_TEXT = """By a static model of the machine code (Triton {triton}, bf16, sm_90; what it assumes and is blind to:
+[docs/measurements.md](docs/measurements.md)), made by `python -m profiling.predict --all --record`. Passes of the
+published model, 2048 tokens before them, inside a CUDA graph. The floor is what weights, states and K/V take; the limit
+adds the activations of every launch; launches are Triton's and PyTorch's."""
 OPS_TEXT = """Before a row is timed its results are held to an fp64 oracle; RED: they failed, and there is no time. The
 error is relative, in the root mean square, with plain PyTorch's in the same dtype behind it. Peers: their time over
 ours, above 1 where ours is faster; `-`: none, for the reason below the table; `*`: the host's share is in it."""
@@ -230,7 +234,35 @@ def cpu_section(machine: Machine) -> Iterator[str]:
     yield table_of(machine.lines["cpu"], columns)
 
 
-def speed(found: Sequence[Machine]) -> Iterator[str | Figure]:
+def predicted_section(file: Path) -> Iterator[str]:
+    """What `python -m profiling.predict --all --record` has written."""
+    if not file.is_file():
+        return
+    found = json.loads(file.read_text())
+    yield "## Predictions for an H200 (nothing here is measured)"
+    yield PREDICTED_TEXT.format(triton=found["triton"])
+    ms, us = (lambda seconds: f"{1e3 * seconds:.2f}"), (lambda seconds: f"{1e6 * seconds:.3g}")
+    passes: Columns = {
+        "pass": lambda x: f"{x['kind']} {x['length'] or ''}".strip(),
+        "batch": lambda x: x["batch"],
+        "floor ms": lambda x: ms(x["floor"]) if x["floor"] else "",
+        "limit ms": lambda x: ms(x["limit"]),
+        "predicted ms": lambda x: ms(x["graph"]),
+        "over the floor, else the limit": lambda x: f"{x['graph'] / (x['floor'] or x['limit']):.2f}",
+        "launches": lambda x: f"{x['triton']} + {x['aten']}",
+    }
+    yield table_of(found["passes"], passes)
+    ops: Columns = {
+        "op": lambda x: x["op"],
+        "shape": lambda x: label(x["dims"]),
+        "limit us": lambda x: us(x["limit"]),
+        "predicted us": lambda x: us(x["seconds"]),
+        "over the limit": lambda x: f"{x['seconds'] / x['limit']:.2f}",
+    }
+    yield table_of(found["ops"], ops)
+
+
+def speed(found: Sequence[Machine], predicted: Path | None = None) -> Iterator[str | Figure]:
     """What SPEED.md has, one below the other."""
     yield HEAD
     if not any(machine.gpu for machine in found):
@@ -244,6 +276,8 @@ def speed(found: Sequence[Machine]) -> Iterator[str | Figure]:
         yield from whole.section(machine)
         if machine.lines["cpu"]:
             yield from cpu_section(machine)
+    if predicted is not None:
+        yield from predicted_section(predicted)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -257,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = machines(options.results)
         if not found:
             raise ValueError(f"{options.results} holds no results: make bench ARGS=--record")
-        parts = list(filter(None, speed(found)))
+        parts = list(filter(None, speed(found, options.results / "predicted.json")))
         drawn, text = [part for part in parts if isinstance(part, Figure)], "\n\n".join(map(str, parts)) + "\n"
         if options.check:
             stale = [] if target.is_file() and target.read_text(encoding="utf-8") == text else ["SPEED.md"]

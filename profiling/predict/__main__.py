@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from rich.console import Console
 from rich.table import Table
 from torch.utils._pytree import tree_leaves
@@ -50,6 +51,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The table of whole passes: (pass, batch, tokens of whole sequences).
 TABLE = (("denoise", 1, 0), ("denoise", 32, 0), ("commit", 1, 0), ("commit", 32, 0), ("ar", 1, 0), ("ar", 32, 0),
          ("prefill", 1, 2048), ("clean", 1, 8192), ("noisy", 1, 8192))  # fmt: skip
+
+# What --record keeps of ops: where they are furthest from their limits, and where their tiles change.
+RECORDED: tuple[tuple[str, dict[str, int]], ...] = (
+    *(("experts", dict(T=T)) for T in (16, 64, 256, 383, 512, 850, 1024, 2048, 4096, 8192)),
+    *(("route", dict(T=T)) for T in (16, 512, 2048)),
+    *(("head_sample", dict(R=R, hot=hot)) for R in (16, 64, 512) for hot in (1, 0)),
+    *(("context_attention", dict(B=1, L=16, S=S)) for S in (2048, 32768, 131072)),
+    *((name, dict(B=1, N=8192)) for name in ("causal_attention", "block_diffusion_attention")),
+    ("ssd_chunk", dict(L=8192, Q=0)),
+    ("ssd_chunk", dict(L=8192, Q=16)),
+)
+PREDICTED = RESULTS / "predicted.json"
 
 
 class Row:
@@ -159,6 +172,20 @@ def of_pass(
     return rows, totals
 
 
+def summed(
+    name: str, dims: Mapping[str, int], rows: Sequence[Row], target: int, dtype: torch.dtype, backward: bool = False
+) -> dict[str, Any]:
+    """An op's time beside its card's limit."""
+    flops, moved = OPS[name].cost(dtype.itemsize, **dims)
+    limit = max(moved / RATES[target].dram, flops / RATES[target].products) * (1 if not backward else 2)
+    return dict(op=name, dims=dict(dims), seconds=sum(row.count * row.seconds for row in rows), limit=limit)
+
+
+def of_shape(name: str, wanted: Mapping[str, int], target: int) -> dict[str, Any]:
+    dims = nearest(name, wanted)
+    return summed(name, dims, of_op(name, dims, target, torch.bfloat16), target, torch.bfloat16)
+
+
 # ---- what is printed ----
 
 
@@ -250,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--greedy", action="store_true", help="of a pass: temperature 0 (an op's shape says it: hot=0)")
     p.add_argument("--target", type=lambda text: int(text.removeprefix("sm_")), default=90, help="sm_80, sm_90, sm_100")
     p.add_argument("--json", type=Path, metavar="FILE", help="all of it, with what is not sure")
+    p.add_argument("--record", action="store_true", help="with --all: totals and some ops for SPEED.md (make report)")
     p.add_argument("--fit", nargs="?", const="", metavar="FILE", help="compare with results (default: bench/results)")
     o = p.parse_args(arguments)
     if INTERPRET:
@@ -274,18 +302,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not o.all:
                 print_rows(console, rows, f"{kind}, batch {batch}, {o.context} tokens before, sm_{o.target}: predicted")
         print_totals(console, totals)
+        if o.record and o.all:
+            ops = [of_shape(name, dims, o.target) for name, dims in RECORDED]
+            PREDICTED.write_text(json.dumps(dict(triton=triton.__version__, passes=totals, ops=ops), indent=1) + "\n")
     elif o.op:
         if o.op not in OPS or not OPS[o.op].kernels:
             p.error(f"OP is {o.op}, expected one of {', '.join(name for name, op in OPS.items() if op.kernels)}")
         base = nearest(o.op, o.shape or {})
         rows = of_op(o.op, base, o.target, DTYPES[o.dtype], o.backward)
-        flops, moved = OPS[o.op].cost(DTYPES[o.dtype].itemsize, **base)
-        r = RATES[o.target]
-        limit = max(moved / r.dram, flops / r.products) * (1 if not o.backward else 2)
         print_rows(console, rows, f"{o.op} {label(base)} {o.dtype}, sm_{o.target}: predicted, us")
-        seconds = sum(row.count * row.seconds for row in rows)
-        console.print(f"{_number(1e6 * seconds)} us, the card's limit is {_number(1e6 * limit)} us")
-        out = [dict(op=o.op, dims=base, seconds=seconds, limit=limit, rows=[row.record() for row in rows])]
+        found = summed(o.op, base, rows, o.target, DTYPES[o.dtype], o.backward)
+        console.print(f"{_number(1e6 * found['seconds'])} us, the card's limit is {_number(1e6 * found['limit'])} us")
+        out = [found | dict(rows=[row.record() for row in rows])]
     else:
         p.error("name an OP, or --pass, or --all")
     if o.json:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench import report
 from profiling.predict import __main__ as predict
 from profiling.predict import sass, trips, ttgir, walk
 from profiling.predict.assume import expert_rows
@@ -213,3 +214,12 @@ def test_missing_tensor_cores() -> None:
     (missing,) = hazards.found(PRODUCT, ())
     assert missing == "products without a tensor-core instruction"
     assert hazards.found(PRODUCT, ("HMMA",)) == hazards.found("", ()) == ()
+
+
+def test_predictions_in_speed_md_are_marked(tmp_path: Path) -> None:
+    a_pass = dict(kind="ar", length=0, batch=1, floor=1.5e-3, limit=1.6e-3, graph=2.0e-3, triton=200, aten=60)
+    an_op = dict(op="rms_norm", dims=dict(T=8192), limit=20e-6, seconds=21e-6)
+    (tmp_path / "predicted.json").write_text(json.dumps(dict(triton="3.9.0", passes=[a_pass], ops=[an_op])))
+    text = "\n".join(report.predicted_section(tmp_path / "predicted.json"))
+    assert "nothing here is measured" in text and "1.33" in text and "200 + 60" in text and "1.05" in text
+    assert not list(report.predicted_section(tmp_path / "none.json"))
