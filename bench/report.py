@@ -40,10 +40,10 @@ neither: record, and render again. A run is what one commit gave with one set of
 that wanted a core when a measurement began: beside other work believe ratios, not times."""
 NO_GPU = """**No GPU results are recorded yet.** What follows is a CPU's: the references at small shapes. It says what a
 call costs and that the harness works, and nothing about kernels. `make gpu` records a GPU's."""
-PREDICTED_TEXT = """By a static model of the machine code (Triton {triton}, bf16, sm_90; what it assumes and is blind to:
-[docs/measurements.md](docs/measurements.md)), made by `python -m profiling.predict --all --record`. Passes of the
-published model, 2048 tokens before them, inside a CUDA graph. The floor is what weights, states and K/V take; the limit
-adds the activations of every launch; launches are Triton's and PyTorch's."""
+PREDICTED_TEXT = """By a static model of the machine code (Triton {triton}, bf16, sm_90), made by
+`python -m profiling.predict --all --record`; [docs/measurements.md](docs/measurements.md) says what it assumes and is
+blind to. Passes of the published model, 2048 tokens before them, inside a CUDA graph. The floor is what weights, states
+and K/V take; the limit adds the activations of every launch; launches are Triton's and PyTorch's."""
 OPS_TEXT = """Before a row is timed its results are held to an fp64 oracle; RED: they failed, and there is no time. The
 error is relative, in the root mean square, with plain PyTorch's in the same dtype behind it. Peers: their time over
 ours, above 1 where ours is faster; `-`: none, for the reason below the table; `*`: the host's share is in it."""
