@@ -80,23 +80,28 @@ def tile(size: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), 16), most)
 
 
-# By the rows of an expert if the choice were even, up to: (BLOCK_T, BLOCK_N, BLOCK_K, warps, stages).
+# (BLOCK_T, BLOCK_N, BLOCK_K, warps, stages), the fewest rows first. Each tile of an expert reads all of its weights from
+# the L2 cache, so what counts is that nearly every expert needs one tile: with `mean` rows an expert and an even choice
+# their numbers spread by sqrt(mean), and one in ten exceeds mean + 1.3 sqrt(mean). Larger tiles than that only wait
+# longer for their first loads. So the rows of an expert are, at most,
 _TILES = (
-    (18, (16, 64, 128, 4, 5)),  # reading weights is all: 64 of them as wgmma's M; two programs keep 160 KB on their way
-    (40, (32, 128, 64, 4, 4)),  # rows are loaded often enough to count: more weights a tile; still two programs
-    (120, (64, 128, 64, 4, 4)),  # the same for more rows
-    (float("inf"), (128, 256, 64, 8, 3)),  # bound by operations: the tiles that load the fewest bytes for each
+    (16, 64, 128, 4, 5),  # 11: reading weights is all: 64 of them as wgmma's M; two programs keep 160 KB on their way
+    (32, 128, 64, 4, 4),  # 25: rows are loaded often enough to count: more weights a tile; still two programs
+    (64, 128, 64, 4, 4),  # 54: the same for more rows
+    (128, 256, 64, 8, 3),  # any: bound by operations and by the L2 cache: the tiles that load the fewest bytes for each
 )
 
 
 def product_launch(s: Sizes) -> UpLaunch:
-    """By `_TILES`. From 120 rows an expert on persistent on Hopper, rows gathered once, so that TMA loads them too. A
-    gate or second product takes a second weight tile a stage and a second accumulator. sm_80 has 163 KiB of shared
-    memory for what Hopper keeps in 227, and pointers in registers: half the tile, fewer stages. Elements of 4 bytes are
-    multiplied without tensor cores, by threads that hold 16 of K of both operands in registers: 64 by 64 tiles."""
+    """By `_TILES`. A program a tile: the persistent form, for which rows are gathered first so that TMA loads them too,
+    is there to be measured; what it hides of a tile's beginning and end it loses to the gather and to tiles that are
+    dealt out without regard to when they end. sm_80 has 163 KiB of shared memory for what Hopper keeps in 227, and
+    pointers in registers: half the tile, fewer stages. A gate or second product takes a second weight tile a stage and
+    a second accumulator. Elements of 4 bytes are multiplied without tensor cores, by threads that hold 16 of K of both
+    operands in registers: 64 by 64 tiles."""
     mean, old = s.rows / s.experts, s.architecture < 90
-    many = mean >= 120
-    t, n, k, warps, stages = next(tiles for most, tiles in _TILES if mean < most)
+    t, n, k, warps, stages = next(row for row in _TILES if mean + 1.3 * mean**0.5 <= row[0] or row is _TILES[-1])
+    many = t == 128
     n = max(n >> (s.two + old), 64)
     if s.two and not many:
         k, stages = 64, 4
@@ -105,15 +110,14 @@ def product_launch(s: Sizes) -> UpLaunch:
     if old:
         stages = min(stages, 2 if s.two and not many else 3)
     if s.itemsize > 2:
-        t, n, k, warps, stages = min(t, 64), 64, 16, 4 if mean < 18 else 8, 3
-    persistent = int(many and not old)
+        t, n, k, warps, stages = min(t, 64), 64, 16, 4 if t == 16 else 8, 3
     return UpLaunch(
         BLOCK_T=tile(s.rows, t),
         BLOCK_N=tile(s.N, n),
         BLOCK_K=tile(s.K, k),
         SWAP=int(not many),
-        PERSISTENT=persistent,
-        SORTED=persistent,
+        PERSISTENT=0,
+        SORTED=0,
         num_warps=warps,
         num_stages=stages,
     )
