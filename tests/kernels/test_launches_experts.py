@@ -1,15 +1,25 @@
 """The experts' tiles: chosen by sizes alone, counted for the worst choice of experts, within a GPU's shared memory."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from parity import KERNELS, make
+from parity import KERNELS, SANITIZE, assert_as_good, double, make
 
 from cards import OPS
-from tt_kernels.moe.experts_launch import Sizes, down_launch, hidden_launch, most_tiles, up_launch, weights_launch
+from tt_kernels.moe.experts_launch import (
+    ProductLaunch,
+    Sizes,
+    UpLaunch,
+    down_launch,
+    hidden_launch,
+    most_tiles,
+    up_launch,
+    weights_launch,
+)
 from tt_kernels.reference.moe import sort_pairs
-from tt_kernels.runtime.launch import recording
+from tt_kernels.runtime.launch import ON_CPU, overriding, recording
 
 UP = Sizes(rows=96, experts=128, N=1856, K=2688)
 DOWN = replace(UP, N=2688, K=1856)
@@ -21,10 +31,35 @@ def stage(launch, itemsize: int = 2, two: bool = False) -> int:
     return (launch.BLOCK_T + (1 + two) * launch.BLOCK_N) * launch.BLOCK_K * itemsize
 
 
-@pytest.mark.parametrize("tokens,block", [(1, 16), (16, 16), (128, 16), (383, 16), (384, 32), (1024, 64), (4096, 128)])
-def test_tiles_grow_with_the_rows_of_an_expert(tokens: int, block: int) -> None:
-    assert block == up_launch(replace(UP, rows=6 * tokens)).BLOCK_T
-    assert block == down_launch(replace(DOWN, rows=6 * tokens)).BLOCK_T
+def traffic(block: int, width: int, tokens: int, N: int) -> float:
+    """Elements that an expert's products read from the L2 cache, over K: its weights for each of its tiles, its rows
+    for each tile of N. 6 of 128 experts a token, all alike: exact, by the binomial distribution of an expert's rows."""
+    k = torch.arange(tokens + 1, dtype=torch.float64)
+    log = torch.lgamma(torch.tensor(tokens + 1.0).double()) - torch.lgamma(k + 1) - torch.lgamma(tokens - k + 1)
+    share = 6 / 128
+    p = (log + k * math.log(share) + (tokens - k) * math.log1p(-share)).exp()
+    tiles = (p * (k / block).ceil()).sum()
+    return (tiles * N + tokens * share * math.ceil(N / width)).item()
+
+
+@pytest.mark.parametrize("sizes", (UP, DOWN), ids=("up", "down"))
+def test_no_count_of_tokens_has_tiles_that_load_much_more_than_others(sizes: Sizes) -> None:
+    """A fifth at most: where the rows of many experts just exceed a tile, weights are read twice."""
+    ladder = sorted({round(2 ** (i / 8)) for i in range(13 * 8 + 1)} | {383, 850})
+    all_tiles = {(x.BLOCK_T, x.BLOCK_N) for t in ladder for x in [up_launch(replace(sizes, rows=6 * t))]}
+    assert len(all_tiles) == 4
+    for tokens in ladder:
+        for launch in (up_launch, down_launch):
+            x = launch(replace(sizes, rows=6 * tokens))
+            least = min(traffic(*tile, tokens, sizes.N) for tile in all_tiles)
+            assert traffic(x.BLOCK_T, x.BLOCK_N, tokens, sizes.N) <= 1.2 * least, (tokens, x)
+
+
+def test_few_rows_take_small_tiles() -> None:
+    """Where every tile loads the same, the smaller one waits for less before its first product."""
+    assert up_launch(replace(UP, rows=96)).BLOCK_T == 16
+    tiles = [up_launch(replace(UP, rows=6 * t)).BLOCK_T for t in range(1, 8193)]
+    assert tiles == sorted(tiles)
 
 
 @pytest.mark.parametrize("sizes", (UP, DOWN), ids=("up", "down"))
@@ -47,12 +82,11 @@ def test_two_programs_share_a_multiprocessor_while_weights_are_streamed(tokens: 
     assert 2 * taken <= 220 * 1024 and 2 * taken >= 64 * 1024
 
 
-def test_many_rows_take_the_persistent_form_on_hopper_only() -> None:
+def test_many_rows_are_the_m_operand_of_large_tiles() -> None:
     many = replace(UP, rows=6 * 4096)
     launch = up_launch(many)
-    assert launch.PERSISTENT and launch.SORTED and not launch.SWAP and launch.BLOCK_N == 256
+    assert not launch.SWAP and (launch.BLOCK_T, launch.BLOCK_N) == (128, 256)
     assert up_launch(replace(many, two=True)).BLOCK_N == 128  # two accumulators
-    assert not up_launch(replace(many, architecture=80)).PERSISTENT
 
 
 def test_small_problems_take_small_tiles() -> None:
@@ -93,14 +127,14 @@ def test_index_lists_are_those_of_the_router() -> None:
     assert (order[1:] > order[:-1])[same].all()  # within an expert by token
 
 
-@pytest.mark.parametrize("tokens,launches", [(16, 4), (4096, 6)])
-def test_a_pass_is_few_launches(tokens: int, launches: int) -> None:
-    """List, up, down, sum; the shared expert rides along, or where rows are many has its own list and down."""
+@pytest.mark.parametrize("tokens", [16, 4096])
+def test_a_pass_is_few_launches(tokens: int) -> None:
+    """List, up, down, sum; the shared expert rides along."""
     op = OPS["experts"]
     with torch.device("meta"), recording(90) as seen:
         inputs = op.inputs(torch.float16, T=tokens, D=2688, N=1856, E=128, K=6, M=3712)
         op.fn(**inputs)
-    assert len(seen) == launches
+    assert len(seen) == 4
     # 96 pairs hit at most 96 experts; the shared expert is 3712 wide.
     grids = [grid for _, grid, _, _ in seen]
     if tokens == 16:
@@ -129,3 +163,25 @@ def test_nan_stays_nan(gated: int) -> None:
     kwargs["x"][1, 2] = float("nan")
     got, want = op.fn(**kwargs), op.reference(**kwargs)
     assert torch.equal(got.isnan(), want.isnan()) and want[1].isnan().all() and not want[0].isnan().any()
+
+
+@pytest.mark.kernels
+@pytest.mark.sanitize
+@pytest.mark.skipif(not ON_CPU, reason="looks at kernels on a CPU")
+@pytest.mark.parametrize("dims", [dict(T=19, M=24), dict(T=40, M=0), dict(T=33, M=16, gated=1)])
+@pytest.mark.parametrize("form", [(1, 0, 1), (1, 1, 1), (0, 1, 1), (0, 0, 0), (1, 0, 0)])
+def test_all_forms_give_the_same(dims: dict[str, int], form: tuple[int, int, int]) -> None:
+    """Also the persistent one, which nothing but a measurement chooses: rows sorted first or gathered, either operand
+    the tensor cores' M."""
+    persistent, is_sorted, swap = form
+    op, dtype = OPS["experts"], torch.bfloat16 if SANITIZE else torch.float32
+    kwargs = make(op, dict(D=48, N=32, E=5, K=2) | dims, dtype)
+    up = UpLaunch(BLOCK_T=16, BLOCK_N=16, BLOCK_K=16, SWAP=swap, PERSISTENT=persistent, SORTED=is_sorted)
+    down = ProductLaunch(**{name: value for name, value in up.options.items() if name != "SORTED"})
+    with overriding("_experts_up_kernel", up):
+        by_up = op.fn(**kwargs)
+    with overriding("_experts_down_kernel", down):
+        by_down = op.fn(**kwargs)
+    low, high = op.reference(**kwargs), op.reference(**double(kwargs))
+    for got in (by_up, by_down):
+        assert_as_good("y", got, low, high, 0.0)
