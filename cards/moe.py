@@ -161,11 +161,11 @@ OPS = (
         candidates={
             "_route_few_kernel": (
                 *(_few(splits, 16) for splits in (1, 2, 4, 8)),
-                *(_few(1, 32), _few(2, 32), _few(4, 16, 8)),
+                *(_few(1, 32), _few(2, 32), _few(4, 16, 8), _few(8, 16, 8)),
             ),
             "_route_scores_kernel": (
                 *(_scores(32, 32, 32, 4), _scores(64, 32, 32, 4), _scores(64, 64, 32, 8)),
-                *(_scores(32, 64, 32, 8), _scores(64, 64, 64, 8)),
+                *(_scores(32, 64, 32, 8), _scores(64, 64, 64, 8), _scores(32, 64, 64, 8), _scores(32, 32, 64, 4)),
             ),
         },
         cost=lambda itemsize, T, D, E, K, **_: (2 * T * E * D, T * D * itemsize + 4 * E * D + 20 * T * K + 4 * E),
