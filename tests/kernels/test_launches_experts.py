@@ -185,3 +185,50 @@ def test_all_forms_give_the_same(dims: dict[str, int], form: tuple[int, int, int
     low, high = op.reference(**kwargs), op.reference(**double(kwargs))
     for got in (by_up, by_down):
         assert_as_good("y", got, low, high, 0.0)
+
+
+def fused(dims: dict[str, int], dtype: torch.dtype, device: str) -> tuple[dict, torch.Tensor]:
+    """A case with gates whose routed gate and up are the halves of one tensor, as transformers stores them."""
+    kwargs = make(OPS["experts"], dims, dtype) if device != "meta" else None
+    if kwargs is None:
+        with torch.device("meta"):
+            kwargs = OPS["experts"].inputs(dtype, **dims)
+    weights = kwargs["weights"]
+    both = torch.cat((weights.gate, weights.up), 1)
+    gate, up = both.chunk(2, 1)
+    assert not gate.is_contiguous()
+    return kwargs | dict(weights=weights._replace(gate=gate, up=up)), both
+
+
+def test_a_part_of_a_fused_tensor_is_read_where_it_lies() -> None:
+    kwargs, both = fused(dict(T=64, D=256, N=128, E=8, K=2, M=64, gated=1), torch.bfloat16, "meta")
+    kwargs["x"].requires_grad_()
+    with torch.device("meta"), recording(90) as seen:
+        OPS["experts"].fn(**kwargs).sum().backward()
+    read = {"_experts_up_kernel": 2, "_experts_down_kernel": 0, "_experts_bwd_hidden_kernel": 2}
+    for kernel, _, args, _ in seen:
+        tensors = [getattr(a, "base", a) for a in args]
+        mine = [t for t in tensors if isinstance(t, torch.Tensor)]
+        found = sum(t.untyped_storage()._cdata == both.untyped_storage()._cdata for t in mine)
+        if (name := kernel.__name__) in read and "shared" not in name:
+            expected = read.pop(name)
+            assert found == expected, name
+    assert not read
+
+
+@pytest.mark.kernels
+@pytest.mark.sanitize
+@pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU")
+@pytest.mark.parametrize("dims", [dict(T=9, M=24), dict(T=60, E=2, K=1)])
+def test_a_part_of_a_fused_tensor_counts_as_a_copy_of_it(dims: dict[str, int]) -> None:
+    dtype = torch.bfloat16 if SANITIZE else torch.float32
+    kwargs, _ = fused(dict(D=24, N=40, E=4, K=2, gated=1) | dims, dtype, "")
+    weights = kwargs["weights"]
+    whole = kwargs | dict(weights=weights._replace(gate=weights.gate.contiguous(), up=weights.up.contiguous()))
+    grads = []
+    for each in (kwargs, whole):
+        leaves = [each["x"].clone().requires_grad_(), *(w.detach().requires_grad_() for w in each["weights"])]
+        y = OPS["experts"].fn(**each | dict(x=leaves[0], weights=type(weights)(*leaves[1:])))
+        grads.append((y, *torch.autograd.grad(y.float().square().sum(), leaves)))
+    for got, want in zip(*grads, strict=True):
+        assert torch.equal(got, want)

@@ -20,6 +20,7 @@ from .experts_launch import (
     operands,
     rows_down,
     stacked,
+    step_of,
     weights_launch,
 )
 from .lang import activate, end_of, find_tile, pairs_of, product
@@ -29,9 +30,11 @@ from .lang import activate, end_of, find_tile, pairs_of, product
 def _experts_bwd_hidden_kernel(
     x,  # [T, D], as dy: pointers; descriptors of [R, D] in sorted order, or of [T, D] of the shared expert
     dy,
-    up,  # [E * N, D], pointer or descriptor, as gate, which may be None
+    up,  # each expert's [N, D], `step` rows apart, pointer or descriptor, as gate, which may be None
     gate,
-    down,  # [E * D, N], pointer or descriptor
+    step,
+    down,  # each expert's [D, N], `down_step` rows apart, pointer or descriptor
+    down_step,
     weights_ptr,  # [R] by pair
     du_ptr,  # [R, N] in sorted order, as dg and wh; [T, N] of the shared expert
     dg_ptr,
@@ -68,11 +71,11 @@ def _experts_bwd_hidden_kernel(
         acc = tl.float64 if du_ptr.dtype.element_ty == tl.float64 else tl.float32
         zeros = tl.zeros((BLOCK_T, BLOCK_N), dtype=acc)
         u, g = product(
-            zeros, zeros, x, up, gate, at, mask_t, first, expert * N, n0, N, D, GATED, False, False, BLOCK_N, BLOCK_K
+            zeros, zeros, x, up, gate, at, mask_t, first, expert * step, n0, N, D, GATED, False, False, BLOCK_N, BLOCK_K
         )
         # The gradient of h before the routing weight.
         d, _ = product(
-            zeros, zeros, dy, down, down, at, mask_t, first, expert * D, n0, N, D, False, True, False, BLOCK_N, BLOCK_K
+            zeros, zeros, dy, down, down, at, mask_t, first, expert * down_step, n0, N, D, False, True, False, BLOCK_N, BLOCK_K
         )
         offs_n = n0 + tl.arange(0, BLOCK_N)
         mask = mask_t[:, None] & (offs_n < N)[None, :]
@@ -175,8 +178,9 @@ def hidden_bwd(
         listed, most = pairs.tiles(launch.BLOCK_T)
         if launch.SORTED:
             x, dy = pairs.tokens(x), pairs.tokens(dy)
-    up, down = stacked(matrices.up), stacked(matrices.down)
-    gate = None if matrices.gate is None else stacked(matrices.gate)
+    step, down_step = step_of(matrices.up, matrices.gate), step_of(matrices.down)
+    up, down = stacked(matrices.up, step), stacked(matrices.down, down_step)
+    gate = None if matrices.gate is None else stacked(matrices.gate, step)
     in_order = launch.SORTED or pairs is None
     whole = D % launch.BLOCK_K == 0  # else a tile of down runs into the next expert's rows
     run(
@@ -184,7 +188,9 @@ def hidden_bwd(
         (most * n_tiles,),
         *described((x, dy), (launch.BLOCK_T, launch.BLOCK_K) if in_order else None, arch),
         *described((up, gate), (launch.BLOCK_N, launch.BLOCK_K), arch),
+        step,
         *described((down,), (launch.BLOCK_K, launch.BLOCK_N) if whole else None, arch),
+        down_step,
         *(topk_weights, du, dg, wh, parts, None if pairs is None else pairs.order, listed, T, R, top_k, D, N),
         ACTIVATION=activation,
         launch=launch,

@@ -232,14 +232,33 @@ def one_by_one(
     return [part for o in both for part in o or absent]
 
 
-def stacked(weights: Tensor) -> Tensor:
-    """[E, N, D] or [N, D] as the rows of one matrix."""
+def step_of(*weights: Tensor | None) -> int:
+    """Rows from an expert's first one to the next expert's, where [E, N, D] are read as rows of one matrix: N, but more
+    where all of the weights are such a part of a wider tensor as [:, :N] of [E, 2 N, D], which is read where it lies."""
+    given = [w for w in weights if w is not None]
+    (*_, N, D) = given[0].shape
+    steps = {w.stride(0) // D if w.dim() == 3 and w.numel() and in_rows(w) else N for w in given}
+    return steps.pop() if len(steps) == 1 else N
+
+
+def in_rows(w: Tensor) -> bool:
+    _, N, D = w.shape
+    return w.stride()[1:] == (D, 1) and w.stride(0) % D == 0 and w.stride(0) >= N * D
+
+
+def stacked(weights: Tensor, step: int) -> Tensor:
+    """[E, N, D] or [N, D] as the rows of one matrix, an expert's first ones `step` apart; a copy where they do not lie
+    so."""
+    if weights.dim() == 3 and weights.numel() and in_rows(weights) and weights.stride(0) == step * weights.shape[2]:
+        E, N, D = weights.shape
+        return weights.as_strided(((E - 1) * step + N, D), (D, 1))
     return weights.contiguous().flatten(0, -2)
 
 
 def operands(a: Tensor, w: Tensor, w2: Tensor | None, a2: Tensor | None = None) -> Operands:
-    second = ABSENT if w2 is None else stacked(w2)
-    return Operands(a, stacked(w), second, ABSENT if a2 is None else a2)
+    step = step_of(w, w2)
+    second = ABSENT if w2 is None else stacked(w2, step)
+    return Operands(a, stacked(w, step), second, ABSENT if a2 is None else a2, step=step)
 
 
 def programs(launch: ProductLaunch, tiles: int, x: Tensor) -> tuple[int]:
