@@ -75,7 +75,8 @@ def _experts_bwd_hidden_kernel(
         )
         # The gradient of h before the routing weight.
         d, _ = product(
-            zeros, zeros, dy, down, down, at, mask_t, first, expert * down_step, n0, N, D, False, True, False, BLOCK_N, BLOCK_K
+            *(zeros, zeros, dy, down, down, at, mask_t, first, expert * down_step, n0, N, D),
+            *(False, True, False, BLOCK_N, BLOCK_K),
         )
         offs_n = n0 + tl.arange(0, BLOCK_N)
         mask = mask_t[:, None] & (offs_n < N)[None, :]

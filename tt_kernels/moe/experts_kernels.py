@@ -61,7 +61,8 @@ def _up_tile(
     zeros = tl.zeros((BLOCK_N, BLOCK_T) if SWAP else (BLOCK_T, BLOCK_N), dtype=acc)
     n0 = n * BLOCK_N
     h, g = product(
-        zeros, zeros, x, up, gate, at, mask_t, first, expert * routed.step, n0, N, D, GATED, False, SWAP, BLOCK_N, BLOCK_K
+        *(zeros, zeros, x, up, gate, at, mask_t, first, expert * routed.step, n0, N, D),
+        *(GATED, False, SWAP, BLOCK_N, BLOCK_K),
     )
     if GATED:
         a, _ = activate(g, ACTIVATION)

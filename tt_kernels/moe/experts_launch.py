@@ -88,7 +88,7 @@ _TILES = (
     (16, 64, 128, 4, 5),  # 11: reading weights is all: 64 of them as wgmma's M; two programs keep 160 KB on their way
     (32, 128, 64, 4, 4),  # 25: rows are loaded often enough to count: more weights a tile; still two programs
     (64, 128, 64, 4, 4),  # 54: the same for more rows
-    (128, 256, 64, 8, 3),  # any: bound by operations and by the L2 cache: the tiles that load the fewest bytes for each
+    (128, 256, 64, 8, 3),  # any: bound by operations and by the L2 cache: the fewest bytes loaded for each
 )
 
 
@@ -233,8 +233,8 @@ def one_by_one(
 
 
 def step_of(*weights: Tensor | None) -> int:
-    """Rows from an expert's first one to the next expert's, where [E, N, D] are read as rows of one matrix: N, but more
-    where all of the weights are such a part of a wider tensor as [:, :N] of [E, 2 N, D], which is read where it lies."""
+    """Rows from an expert's first one to the next expert's, where [E, N, D] are read as rows of one matrix: N; more
+    where all of the weights are such parts of wider tensors as [:, :N] of [E, 2 N, D], which are read where they lie."""
     given = [w for w in weights if w is not None]
     (*_, N, D) = given[0].shape
     steps = {w.stride(0) // D if w.dim() == 3 and w.numel() and in_rows(w) else N for w in given}

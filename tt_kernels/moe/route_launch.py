@@ -89,9 +89,9 @@ def _route_fwd_fake(x, weight, bias, K, groups, kept, norm, scale):
 
 
 def tile_rows(T: int, columns: int) -> int:
-    """Tokens whose experts one program chooses: 2048 scores, their keys and rounds fit the registers of 8 warps. Half of
-    that up to 256 tokens, where nothing hides the rounds: warps have half as many scores each. Fewer than 8 tokens take
-    no less time, as warps would hold the same scores."""
+    """Tokens whose experts one program chooses: 2048 scores, their keys and rounds fit the registers of 8 warps. Half
+    of that up to 256 tokens, where nothing hides the rounds: warps have half as many scores each. Fewer than 8 tokens
+    take no less time, as warps would hold the same scores."""
     return min(8 if T <= 256 else 16, max(2048 // columns, 1))
 
 
