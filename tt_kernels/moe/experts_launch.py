@@ -69,9 +69,10 @@ class WeightsLaunch(Launch):
 
 
 def measured(kernel: str, launch: L, s: Sizes, **more: int) -> L:
-    """The measured launch for these sizes, else this one. Rows count by powers of two."""
+    """The measured launch for these sizes, else this one. Rows count by powers of two, and by which of `_TILES` holds
+    those of an expert: what is best for one tile is not for two."""
     rows = triton.next_power_of_2(s.rows)
-    key = dict(rows=rows, experts=s.experts, N=s.N, K=s.K, two=int(s.two), itemsize=s.itemsize)
+    key = dict(rows=rows, tile=row_of(s)[0], experts=s.experts, N=s.N, K=s.K, two=int(s.two), itemsize=s.itemsize)
     return tuned(kernel, launch, s.architecture, **key, **more)
 
 
@@ -80,16 +81,21 @@ def tile(size: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), 16), most)
 
 
-# (BLOCK_T, BLOCK_N, BLOCK_K, warps, stages), the fewest rows first. Each tile of an expert reads all of its weights from
-# the L2 cache, so what counts is that nearly every expert needs one tile: with `mean` rows an expert and an even choice
-# their numbers spread by sqrt(mean), and one in ten exceeds mean + 1.3 sqrt(mean). Larger tiles than that only wait
-# longer for their first loads. So the rows of an expert are, at most,
+# (BLOCK_T, BLOCK_N, BLOCK_K, warps, stages), the fewest rows first. Each tile of an expert reads all of its weights
+# from the L2 cache, so what counts is that nearly every expert needs one tile: with `mean` rows an expert and an even
+# choice their numbers spread by sqrt(mean), and one in ten exceeds mean + 1.3 sqrt(mean). Larger tiles than that only
+# wait longer for their first loads. So the rows of an expert are, at most,
 _TILES = (
     (16, 64, 128, 4, 5),  # 11: reading weights is all: 64 of them as wgmma's M; two programs keep 160 KB on their way
     (32, 128, 64, 4, 4),  # 25: rows are loaded often enough to count: more weights a tile; still two programs
     (64, 128, 64, 4, 4),  # 54: the same for more rows
     (128, 256, 64, 8, 3),  # any: bound by operations and by the L2 cache: the fewest bytes loaded for each
 )
+
+
+def row_of(s: Sizes) -> tuple[int, int, int, int, int]:
+    mean = s.rows / s.experts
+    return next((row for row in _TILES if mean + 1.3 * mean**0.5 <= row[0]), _TILES[-1])
 
 
 def product_launch(s: Sizes) -> UpLaunch:
@@ -99,8 +105,8 @@ def product_launch(s: Sizes) -> UpLaunch:
     pointers in registers: half the tile, fewer stages. A gate or second product takes a second weight tile a stage and
     a second accumulator. Elements of 4 bytes are multiplied without tensor cores, by threads that hold 16 of K of both
     operands in registers: 64 by 64 tiles."""
-    mean, old = s.rows / s.experts, s.architecture < 90
-    t, n, k, warps, stages = next(row for row in _TILES if mean + 1.3 * mean**0.5 <= row[0] or row is _TILES[-1])
+    old = s.architecture < 90
+    t, n, k, warps, stages = row_of(s)
     many = t == 128
     n = max(n >> (s.two + old), 64)
     if s.two and not many:
@@ -234,7 +240,8 @@ def one_by_one(
 
 def step_of(*weights: Tensor | None) -> int:
     """Rows from an expert's first one to the next expert's, where [E, N, D] are read as rows of one matrix: N; more
-    where all of the weights are such parts of wider tensors as [:, :N] of [E, 2 N, D], which are read where they lie."""
+    where all of the weights are such parts of wider tensors as [:, :N] of [E, 2 N, D], which are read where they lie.
+    """
     given = [w for w in weights if w is not None]
     (*_, N, D) = given[0].shape
     steps = {w.stride(0) // D if w.dim() == 3 and w.numel() and in_rows(w) else N for w in given}
