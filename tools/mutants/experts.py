@@ -23,11 +23,11 @@ MUTANTS = {
     (
         "experts",
         "moe/experts_launch.py",
-        "test_launches_experts.py::test_a_part_of_a_fused_tensor_counts_as_a_copy_of_it",
+        "test_launches_experts.py::test_halves_of_a_fused_tensor_give_what_copies_of_them_give",
     ): [
-        ("experts of a part follow each other", "w.stride(0) // D if", "N if True or"),
-        ("the last expert of a part cut off", "((E - 1) * step + N, D)", "((E - 1) * step, D)"),
-        ("columns of a wider tensor taken for rows", "w.stride()[1:] == (D, 1) and ", ""),
+        ("experts of a part follow each other", "step = apart // D", "step = N"),
+        ("the last expert of a part cut off", "((len(first) - 1) * step + N, D)", "((len(first) - 1) * step, D)"),
+        ("columns of a wider tensor taken for rows", "inner == [D, 1] and ", ""),
     ],
     ("experts", "moe/lang.py"): [
         ("every tile reads the first rows", "a.load([first, k])", "a.load([0, k])"),

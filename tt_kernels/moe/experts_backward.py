@@ -20,7 +20,6 @@ from .experts_launch import (
     operands,
     rows_down,
     stacked,
-    step_of,
     weights_launch,
 )
 from .lang import activate, end_of, find_tile, pairs_of, product
@@ -179,9 +178,8 @@ def hidden_bwd(
         listed, most = pairs.tiles(launch.BLOCK_T)
         if launch.SORTED:
             x, dy = pairs.tokens(x), pairs.tokens(dy)
-    step, down_step = step_of(matrices.up, matrices.gate), step_of(matrices.down)
-    up, down = stacked(matrices.up, step), stacked(matrices.down, down_step)
-    gate = None if matrices.gate is None else stacked(matrices.gate, step)
+    step, (up, gate) = stacked(matrices.up, matrices.gate)
+    down_step, (down,) = stacked(matrices.down)
     in_order = launch.SORTED or pairs is None
     whole = D % launch.BLOCK_K == 0  # else a tile of down runs into the next expert's rows
     run(

@@ -69,8 +69,8 @@ class WeightsLaunch(Launch):
 
 
 def measured(kernel: str, launch: L, s: Sizes, **more: int) -> L:
-    """The measured launch for these sizes, else this one. Rows count by powers of two, and by which of `_TILES` holds
-    those of an expert: what is best for one tile is not for two."""
+    """The measured launch for these sizes, else this one. Rows count by powers of two, and by their tile of `_TILES`:
+    sizes of one power of two may need different ones."""
     rows = triton.next_power_of_2(s.rows)
     key = dict(rows=rows, tile=row_of(s)[0], experts=s.experts, N=s.N, K=s.K, two=int(s.two), itemsize=s.itemsize)
     return tuned(kernel, launch, s.architecture, **key, **more)
@@ -81,27 +81,27 @@ def tile(size: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), 16), most)
 
 
-# (BLOCK_T, BLOCK_N, BLOCK_K, warps, stages), the fewest rows first. Each tile of an expert reads all of its weights
-# from the L2 cache, so what counts is that nearly every expert needs one tile: with `mean` rows an expert and an even
-# choice their numbers spread by sqrt(mean), and one in ten exceeds mean + 1.3 sqrt(mean). Larger tiles than that only
-# wait longer for their first loads. So the rows of an expert are, at most,
+# (BLOCK_T, BLOCK_N, BLOCK_K, warps, stages). Each tile of an expert reads all of its weights from the L2 cache, so
+# nearly every expert should need only one. Of a mean number of rows an even choice gives one expert in ten more than
+# mean + 1.3 sqrt(mean): the first row with room for those is taken. A larger tile only computes more padding.
 _TILES = (
-    (16, 64, 128, 4, 5),  # 11: reading weights is all: 64 of them as wgmma's M; two programs keep 160 KB on their way
-    (32, 128, 64, 4, 4),  # 25: rows are loaded often enough to count: more weights a tile; still two programs
-    (64, 128, 64, 4, 4),  # 54: the same for more rows
-    (128, 256, 64, 8, 3),  # any: bound by operations and by the L2 cache: the fewest bytes loaded for each
+    (16, 64, 128, 4, 5),  # mean 11: reading weights is all: 64 are wgmma's M; two programs keep 160 KB on their way
+    (32, 128, 64, 4, 4),  # mean 25: rows are loaded often enough to count: more weights a tile; still two programs
+    (64, 128, 64, 4, 4),  # mean 54: the same for more rows
+    (128, 256, 64, 8, 3),  # more: bound by operations and the L2 cache: the fewest bytes loaded for each operation
 )
 
 
 def row_of(s: Sizes) -> tuple[int, int, int, int, int]:
+    """Of `_TILES`, for an even choice of experts."""
     mean = s.rows / s.experts
     return next((row for row in _TILES if mean + 1.3 * mean**0.5 <= row[0]), _TILES[-1])
 
 
 def product_launch(s: Sizes) -> UpLaunch:
-    """By `_TILES`. A program a tile: the persistent form, for which rows are gathered first so that TMA loads them too,
-    is there to be measured; what it hides of a tile's beginning and end it loses to the gather and to tiles that are
-    dealt out without regard to when they end. sm_80 has 163 KiB of shared memory for what Hopper keeps in 227, and
+    """By `_TILES`, a program a tile. The persistent form, for which rows are gathered first so that TMA loads them too,
+    is there to be measured: it hides a tile's beginning and end, and pays with the gather and with programs that are
+    dealt their tiles in advance. sm_80 has 163 KiB of shared memory for what Hopper keeps in 227, and
     pointers in registers: half the tile, fewer stages. A gate or second product takes a second weight tile a stage and
     a second accumulator. Elements of 4 bytes are multiplied without tensor cores, by threads that hold 16 of K of both
     operands in registers: 64 by 64 tiles."""
@@ -238,34 +238,25 @@ def one_by_one(
     return [part for o in both for part in o or absent]
 
 
-def step_of(*weights: Tensor | None) -> int:
-    """Rows from an expert's first one to the next expert's, where [E, N, D] are read as rows of one matrix: N; more
-    where all of the weights are such parts of wider tensors as [:, :N] of [E, 2 N, D], which are read where they lie.
-    """
-    given = [w for w in weights if w is not None]
-    (*_, N, D) = given[0].shape
-    steps = {w.stride(0) // D if w.dim() == 3 and w.numel() and in_rows(w) else N for w in given}
-    return steps.pop() if len(steps) == 1 else N
+def stacked(*weights: Tensor | None) -> tuple[int, list[Tensor | None]]:
+    """How many rows lie between the first ones of two experts, and [E, N, D] or [N, D], alike all, as rows of a matrix.
 
-
-def in_rows(w: Tensor) -> bool:
-    _, N, D = w.shape
-    return w.stride()[1:] == (D, 1) and w.stride(0) % D == 0 and w.stride(0) >= N * D
-
-
-def stacked(weights: Tensor, step: int) -> Tensor:
-    """[E, N, D] or [N, D] as the rows of one matrix, an expert's first ones `step` apart; a copy where they do not lie
-    so."""
-    if weights.dim() == 3 and weights.numel() and in_rows(weights) and weights.stride(0) == step * weights.shape[2]:
-        E, N, D = weights.shape
-        return weights.as_strided(((E - 1) * step + N, D), (D, 1))
-    return weights.contiguous().flatten(0, -2)
+    N rows; more where all are such parts of wider tensors as [:, :N] of [E, 2 N, D], which are read where they lie.
+    What lies otherwise is copied."""
+    first, *others = (w for w in weights if w is not None)
+    *_, N, D = first.shape
+    if first.dim() == 3 and first.numel() and all(w.stride() == first.stride() for w in others):
+        apart, *inner = first.stride()
+        if inner == [D, 1] and apart % D == 0 and apart >= N * D:
+            step = apart // D
+            shape = ((len(first) - 1) * step + N, D)
+            return step, [w if w is None else w.as_strided(shape, (D, 1)) for w in weights]
+    return N, [w if w is None else w.contiguous().flatten(0, -2) for w in weights]
 
 
 def operands(a: Tensor, w: Tensor, w2: Tensor | None, a2: Tensor | None = None) -> Operands:
-    step = step_of(w, w2)
-    second = ABSENT if w2 is None else stacked(w2, step)
-    return Operands(a, stacked(w, step), second, ABSENT if a2 is None else a2, step=step)
+    step, (w, w2) = stacked(w, w2)
+    return Operands(a, w, ABSENT if w2 is None else w2, ABSENT if a2 is None else a2, step=step)
 
 
 def programs(launch: ProductLaunch, tiles: int, x: Tensor) -> tuple[int]:
@@ -279,8 +270,8 @@ def rows_up(
     """h [R, N] in sorted order and shared h [T, M]: activation(x up^T), with a gate activation(x gate^T) (x up^T).
 
     Reads the N D elements of every expert that is hit, and again through L2 for each further tile of its rows; 2 R N D
-    flops. At 16 tokens 68.6 of 128 experts of 1856 by 2688 in bf16, 684 MB, and the shared expert's 20 MB.
-    Where SORTED, rows are gathered first: 2 R D elements more.
+    flops. At 16 tokens 68.6 of 128 experts of 1856 by 2688 in bf16, 684 MB, and the shared expert's 20 MB. Where SORTED
+    rows are gathered first: 2 R D elements more.
     """
     (T, D), (E, N), R = x.shape, weights.up.shape[:2], len(pairs.order)
     sizes = Sizes.of(x, rows=R, experts=E, N=N, K=D, two=weights.gate is not None)
@@ -314,8 +305,8 @@ def rows_down(
 
     Reads weights as `rows_up` does, and 2 R N D flops, twice that with a2.
 
-    In the persistent form the shared expert is a launch of its own: in one grid its K of another
-    length would keep the loops over tiles and over K from becoming one, which hides a tile's beginning and end.
+    In the persistent form the shared expert is a launch of its own: in one grid its K of another length would keep the
+    loops over tiles and over K from becoming one, which hides a tile's beginning and end.
     """
     R, N = routed.a.shape
     two = routed.a2 is not ABSENT

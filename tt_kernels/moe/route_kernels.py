@@ -217,7 +217,7 @@ def _route_few_kernel(
     if SPLITS == 1:
         part = sigmoid64(part)  # here, where all programs share it
     tl.store(partial_ptr + (split * T + t)[None, :] * E + e[:, None], part, mask=mask_t[None, :] & (e < E)[:, None])
-    bias = bias_of(bias_ptr, E, CHOICE)  # here, so that who is last need not wait for it
+    bias = bias_of(bias_ptr, E, CHOICE)  # here: the program that comes last need not wait for it
     tl.debug_barrier()  # all of this program's stores come before its ticket
     if tl.atomic_add(tickets_ptr + tile, 1) == tl.num_programs(1) * SPLITS - 1:
         tl.store(tickets_ptr + tile, 0)

@@ -89,9 +89,9 @@ def _route_fwd_fake(x, weight, bias, K, groups, kept, norm, scale):
 
 
 def tile_rows(T: int, columns: int) -> int:
-    """Tokens whose experts one program chooses: 2048 scores, their keys and rounds fit the registers of 8 warps. Half
-    of that up to 256 tokens, where nothing hides the rounds: warps have half as many scores each. Fewer than 8 tokens
-    take no less time, as warps would hold the same scores."""
+    """Tokens whose experts one program chooses: 2048 scores, their keys and rounds fit the registers of 8 warps. 8
+    tokens up to 256 in all, where nothing hides the rounds: half as many scores a warp. Tiles of fewer take as long:
+    warps would hold the same scores."""
     return min(8 if T <= 256 else 16, max(2048 // columns, 1))
 
 
@@ -106,7 +106,7 @@ def is_few(T: int, K: int, columns: int) -> bool:
 def route_few_launch(T: int, E: int, D: int, *, columns: int) -> FewLaunch:
     """Tiles of 16 experts, as many as a tensor core takes: wider ones read and widen x less often, but leave half of a
     GPU idle up to 256 tokens. D is split until there are two programs for each multiprocessor of a large GPU, about
-    256, in 8 parts at most: who adds them reads 8 bytes for each score of each part."""
+    256, in 8 parts at most: the program that adds them reads 8 bytes for each score of each part."""
     rows = tile_rows(T, columns)
     programs = triton.cdiv(T, rows) * triton.cdiv(E, 16)
     splits = max(1, min(256 // programs, 8, triton.cdiv(D, 256)))
@@ -141,10 +141,10 @@ def route_few(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outp
 def route_scores_launch(T: int, E: int, D: int, architecture: int) -> ScoresLaunch:
     """Bound by fp64 products, so first that every multiprocessor has a tile, about 128 in all; then large tiles, for x
     is read from the L2 cache once for each tile of experts and weight once for each tile of tokens: at 32 x 32 that
-    takes as long as the products, at 64 x 64 half of it. Up to three tiles of 32 x 64 a multiprocessor beat as many as
-    they are in 64 x 64, of which some would have two and others one. 64 of D while tiles are small: half as many turns,
-    each of which waits for its conversions. From sm_100 on 32 rows, 32 of D: at 64, Triton 3.6 tries tensor-core
-    instructions that have no fp64 form, and without such instructions the turns are long as they are."""
+    takes as long as the products, at 64 x 64 half of it. With fewer than 200 tiles of 64 x 64 some multiprocessors
+    would have two and others one: 32 x 64 spread more evenly. Small tiles take 64 of D at a time: half as many turns,
+    each of which waits for its conversions. From sm_100 on 32 rows, 32 of D: at 64 rows Triton 3.6 tries tensor-core
+    instructions that have no fp64 form, and without such instructions a turn's products take longer than its waits."""
     of = lambda block_t, block_e: triton.cdiv(T, block_t) * triton.cdiv(E, block_e)
     if architecture >= 100:
         return ScoresLaunch(BLOCK_T=32, BLOCK_E=64 if of(32, 64) >= 128 else 32)
