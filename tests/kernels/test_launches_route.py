@@ -16,31 +16,30 @@ RUNS = pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET
 ON_A_CPU = pytest.mark.skipif(not ON_CPU, reason="looks at kernels on a CPU")
 
 
-def test_one_launch_for_few_tokens() -> None:
-    assert all(is_few(T, 6, 128) for T in (1, 16, 64, 256, 512))
-    assert is_few(64, 8, 1024) and not is_few(100, 8, 1024), "places of pairs in 128 KiB of shared memory"
-    assert not is_few(513, 6, 128) and not is_few(512, 7, 128)
-    assert is_few(252, 8, 512) and not is_few(253, 8, 512), "4 rows a tile, 63 tickets for tiles"
+@pytest.mark.parametrize("columns", [4, 128, 512, 1024, 4096])
+@pytest.mark.parametrize("K", [1, 6, 8, 16])
+def test_one_launch_sorts_what_one_program_holds(K: int, columns: int) -> None:
+    """16 pairs a thread at most, and where those of each tile and expert begin in half of sm_80's shared memory."""
+    few = [T for T in range(1, 1025) if is_few(T, K, columns)]
+    assert few == list(range(1, len(few) + 1))
+    tiles = -(-len(few) // tile_rows(len(few), columns))
+    assert len(few) * K <= 16 * 256 and 4 * tiles * columns <= 128 * 1024 and tiles < counters.SLOT
 
 
-@pytest.mark.parametrize("T", [1, 2, 8, 16, 17, 64, 256, 512])
+def test_a_batch_of_blocks_takes_one_launch() -> None:
+    assert all(is_few(T, 6, 128) for T in range(1, 16 * 32 + 1))
+
+
 @pytest.mark.parametrize("E", [4, 128, 512])
-def test_few_launch_fills_a_gpu_once(T: int, E: int) -> None:
-    launch = route_few_launch(T, E, 2688, columns=E)
-    tiles = -(-T // launch.BLOCK_T)
-    programs = tiles * -(-E // launch.BLOCK_E) * launch.SPLITS
-    assert launch.BLOCK_E >= 16 and launch.BLOCK_T * E <= 2048
-    assert programs <= 256 or launch.SPLITS == 1
-    # Every part of D has a chunk of its own, but for the last.
-    assert launch.SPLITS <= -(-2688 // 256)
-
-
-def test_few_launch_at_the_models_sizes() -> None:
-    """Two programs for most multiprocessors while D can be split, and then one."""
-    for T in (32, 64, 128, 256, 512):
-        launch = route_few_launch(T, 128, 2688, columns=128)
-        assert 200 <= -(-T // launch.BLOCK_T) * (128 // launch.BLOCK_E) * launch.SPLITS <= 256
-    assert route_few_launch(1, 128, 2688, columns=128).SPLITS == 8
+def test_few_launch_fills_a_gpu_once(E: int) -> None:
+    """With two programs a multiprocessor at most while D is split, each of them with columns of its own."""
+    for T in range(1, 513):
+        launch = route_few_launch(T, E, 2688, columns=E)
+        programs = -(-T // launch.BLOCK_T) * -(-E // launch.BLOCK_E) * launch.SPLITS
+        assert programs <= 2 * 132 or launch.SPLITS == 1
+        assert launch.BLOCK_E >= 16 and launch.SPLITS <= -(-2688 // 256)
+        if E == 128:  # the model: a program for nearly every multiprocessor, for one tile of tokens half of them
+            assert programs >= (128 if T > launch.BLOCK_T else 64)
 
 
 def test_tiles_keep_their_scores_in_registers() -> None:
