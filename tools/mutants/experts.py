@@ -43,6 +43,7 @@ MUTANTS = {
         ("dweights of the first tile of N", "parts.sum(0)", "parts[0]"),
         ("the second expert takes the first's rows too", "expert - 1, expert > 0", "expert - 1, expert > 1"),
         ("last row of an expert missed", "mask_r = rows < end", "mask_r = rows < end - 1"),
+        ("tokens of the turn before", "r + BLOCK_R, end, T", "r, end, T"),
         ("rows of x by pair, not by token", 'weights.up, pairs, "b"),', 'weights.up, pairs, ""),'),
     ],
     ("experts", "moe/experts.py"): [

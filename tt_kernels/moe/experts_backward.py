@@ -99,6 +99,15 @@ def _experts_bwd_hidden_kernel(
 
 
 @triton.jit
+def _tokens_of(sorted_pairs_ptr, first, end, T, top_k, GATHER: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The tokens of sorted rows first to first + BLOCK_R - 1, where they are asked for."""
+    rows = first + tl.arange(0, BLOCK_R).to(tl.int64)
+    if GATHER:
+        rows = (pairs_of(sorted_pairs_ptr, rows, rows < end, T * top_k).to(tl.int32) // top_k).to(tl.int64)
+    return rows
+
+
+@triton.jit
 def _experts_bwd_weights_kernel(
     a_ptr,  # [R, P] in sorted order, or [T, P]
     b_ptr,  # [R, Q], or [T, Q]
@@ -127,15 +136,15 @@ def _experts_bwd_weights_kernel(
         start = end_of(offsets_ptr, expert - 1, expert > 0, T * top_k)
     acc = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     out = tl.zeros((BLOCK_P, BLOCK_Q), dtype=acc)
+    GATHER: tl.constexpr = GATHER_A or GATHER_B
+    # A turn ahead: the pipeline would not overlap loads with products where they wait for other loads of their turn.
+    at = _tokens_of(sorted_pairs_ptr, start, end, T, top_k, GATHER, BLOCK_R)
     for r in range(start, end, BLOCK_R):
         rows = r + tl.arange(0, BLOCK_R).to(tl.int64)
         mask_r = rows < end
-        at_a = rows
-        at_b = rows
-        if GATHER_A:
-            at_a = (pairs_of(sorted_pairs_ptr, rows, mask_r, T * top_k).to(tl.int32) // top_k).to(tl.int64)
-        if GATHER_B:
-            at_b = (pairs_of(sorted_pairs_ptr, rows, mask_r, T * top_k).to(tl.int32) // top_k).to(tl.int64)
+        at_a = at if GATHER_A else rows
+        at_b = at if GATHER_B else rows
+        at = _tokens_of(sorted_pairs_ptr, r + BLOCK_R, end, T, top_k, GATHER, BLOCK_R)
         a = tl.load(a_ptr + at_a[:, None] * P + offs_p[None, :], mask=mask_r[:, None] & mask_p[None, :], other=0.0)
         b = tl.load(b_ptr + at_b[:, None] * Q + offs_q[None, :], mask=mask_r[:, None] & mask_q[None, :], other=0.0)
         out = tl.dot(tl.trans(a), b, out, input_precision="ieee", out_dtype=out.dtype)
