@@ -26,7 +26,7 @@ MUTANTS = {
         "test_launches_experts.py::test_halves_of_a_fused_tensor_give_what_copies_of_them_give",
     ): [
         ("experts of a part follow each other", "step = apart // D", "step = N"),
-        ("the last expert of a part cut off", "((len(first) - 1) * step + N, D)", "((len(first) - 1) * step, D)"),
+        ("the last expert of a part cut off", "((len(w) - 1) * step + N, D)", "((len(w) - 1) * step, D)"),
         ("columns of a wider tensor taken for rows", "inner == [D, 1] and ", ""),
     ],
     ("experts", "moe/lang.py"): [

@@ -187,8 +187,8 @@ def hidden_bwd(
         listed, most = pairs.tiles(launch.BLOCK_T)
         if launch.SORTED:
             x, dy = pairs.tokens(x), pairs.tokens(dy)
-    step, (up, gate) = stacked(matrices.up, matrices.gate)
-    down_step, (down,) = stacked(matrices.down)
+    step, up, gate = stacked(matrices.up, matrices.gate)
+    down_step, down, _ = stacked(matrices.down)
     in_order = launch.SORTED or pairs is None
     whole = D % launch.BLOCK_K == 0  # else a tile of down runs into the next expert's rows
     run(

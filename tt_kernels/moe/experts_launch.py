@@ -143,12 +143,13 @@ def down_launch(s: Sizes, transposed: bool = False) -> ProductLaunch:
 
 
 def hidden_launch(s: Sizes) -> HiddenLaunch:
-    """Two accumulators of tokens by N (three with a gate): 128 by 128 in 8 warps, 64 wide with a gate. Few rows an
-    expert take the smallest tile whose rows, the M operand, are wgmma: 64. A tile has two loops, so no persistent form;
-    three stages leave room for two programs. Rows are gathered once: two tensors by pointer would take 70 registers
-    more. sm_80 has no TMA, and takes 8 warps and 64 of N for what it holds in registers; with a gate half of
-    them each way, two stages, and 32 of K, as 64 spill under Triton 3.6. Elements of 4 bytes as in `product_launch`."""
-    few, old = s.rows / s.experts < 96, s.architecture < 90
+    """Two accumulators of tokens by N (three with a gate): 128 by 128 in 8 warps, 64 wide with a gate. Where
+    `_TILES` has room in 64 rows, the smallest tile whose rows, the M operand, are wgmma: 64. A tile has two loops, so no
+    persistent form; three stages leave room for two programs. Rows are gathered once: two tensors by pointer would take
+    70 registers more. sm_80 has no TMA, and takes 8 warps and 64 of N for what it holds in registers; with a gate half
+    of them each way, two stages, and 32 of K, as 64 spill under Triton 3.6. Elements of 4 bytes as in
+    `product_launch`."""
+    few, old = row_of(s)[0] < 128, s.architecture < 90
     crowded, wide = s.two and old, s.itemsize > 2
     t = 64 if few or crowded else 128
     n, k = (64, 16) if wide else (32 if crowded else 64 if s.two or old else 128, 32 if crowded else 64)
@@ -238,24 +239,23 @@ def one_by_one(
     return [part for o in both for part in o or absent]
 
 
-def stacked(*weights: Tensor | None) -> tuple[int, list[Tensor | None]]:
-    """How many rows lie between the first ones of two experts, and [E, N, D] or [N, D], alike all, as rows of a matrix.
+def stacked(w: Tensor, w2: Tensor | None = None) -> tuple[int, Tensor, Tensor | None]:
+    """How many rows lie between the first ones of two experts, and [E, N, D] or [N, D] as rows of a matrix.
 
-    N rows; more where all are such parts of wider tensors as [:, :N] of [E, 2 N, D], which are read where they lie.
-    What lies otherwise is copied."""
-    first, *others = (w for w in weights if w is not None)
-    *_, N, D = first.shape
-    if first.dim() == 3 and first.numel() and all(w.stride() == first.stride() for w in others):
-        apart, *inner = first.stride()
+    N rows; more where w, and w2 alike, is such a part of a wider tensor as [:, :N] of [E, 2 N, D], which is read where
+    it lies. What lies otherwise is copied."""
+    N, D = w.shape[-2:]
+    if w.dim() == 3 and not w.is_contiguous() and (w2 is None or w2.stride() == w.stride()):
+        apart, *inner = w.stride()
         if inner == [D, 1] and apart % D == 0 and apart >= N * D:
             step = apart // D
-            shape = ((len(first) - 1) * step + N, D)
-            return step, [w if w is None else w.as_strided(shape, (D, 1)) for w in weights]
-    return N, [w if w is None else w.contiguous().flatten(0, -2) for w in weights]
+            shape = ((len(w) - 1) * step + N, D)
+            return step, w.as_strided(shape, (D, 1)), None if w2 is None else w2.as_strided(shape, (D, 1))
+    return N, w.contiguous().flatten(0, -2), None if w2 is None else w2.contiguous().flatten(0, -2)
 
 
 def operands(a: Tensor, w: Tensor, w2: Tensor | None, a2: Tensor | None = None) -> Operands:
-    step, (w, w2) = stacked(w, w2)
+    step, w, w2 = stacked(w, w2)
     return Operands(a, w, ABSENT if w2 is None else w2, ABSENT if a2 is None else a2, step=step)
 
 
