@@ -143,8 +143,8 @@ def down_launch(s: Sizes, transposed: bool = False) -> ProductLaunch:
 
 
 def hidden_launch(s: Sizes) -> HiddenLaunch:
-    """Two accumulators of tokens by N (three with a gate): 128 by 128 in 8 warps, 64 wide with a gate. Where
-    `_TILES` has room in 64 rows, 64, the smallest tile whose rows, the M operand, are wgmma. A tile has two loops, so no
+    """Two accumulators of tokens by N (three with a gate): 128 by 128 in 8 warps, 64 wide with a gate. Where `_TILES`
+    has 64 rows or fewer, 64: the smallest tile whose rows, the M operand, are wgmma. A tile has two loops, so no
     persistent form; three stages leave room for two programs. Rows are gathered once: two tensors by pointer would take
     70 registers more. sm_80 has no TMA, and takes 8 warps and 64 of N for what it holds in registers; with a gate half
     of them each way, two stages, and 32 of K, as 64 spill under Triton 3.6. Elements of 4 bytes as in
