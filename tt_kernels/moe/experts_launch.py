@@ -101,20 +101,20 @@ def row_of(s: Sizes) -> tuple[int, int, int, int, int]:
 def product_launch(s: Sizes) -> UpLaunch:
     """By `_TILES`, a program a tile. The persistent form, for which rows are gathered first so that TMA loads them too,
     is there to be measured: it hides a tile's beginning and end, and pays with the gather and with programs that are
-    dealt their tiles in advance. sm_80 has 163 KiB of shared memory for what Hopper keeps in 227, and
-    pointers in registers: half the tile, fewer stages. A gate or second product takes a second weight tile a stage and
-    a second accumulator. Elements of 4 bytes are multiplied without tensor cores, by threads that hold 16 of K of both
-    operands in registers: 64 by 64 tiles."""
+    dealt their tiles in advance. sm_80 has 163 KiB of shared memory for what Hopper keeps in 227, and pointers in
+    registers: half the tile, fewer stages. A gate or second product takes a second weight tile a stage and a second
+    accumulator. Elements of 4 bytes are multiplied without tensor cores, by threads that hold 16 of K of both operands
+    in registers: 64 by 64 tiles."""
     old = s.architecture < 90
     t, n, k, warps, stages = row_of(s)
     many = t == 128
     n = max(n >> (s.two + old), 64)
+    if old:
+        stages = min(stages, 3)
     if s.two and not many:
         k, stages = 64, 4
     if s.two and many and old:
         k = 32  # 64 spill
-    if old:
-        stages = min(stages, 2 if s.two and not many else 3)
     if s.itemsize > 2:
         t, n, k, warps, stages = min(t, 64), 64, 16, 4 if t == 16 else 8, 3
     return UpLaunch(
@@ -147,7 +147,7 @@ def hidden_launch(s: Sizes) -> HiddenLaunch:
     has 64 rows or fewer, 64: the smallest tile whose rows, the M operand, are wgmma. A tile has two loops, so no
     persistent form; three stages leave room for two programs. Rows are gathered once: two tensors by pointer would take
     70 registers more. sm_80 has no TMA, and takes 8 warps and 64 of N for what it holds in registers; with a gate half
-    of them each way, two stages, and 32 of K, as 64 spill under Triton 3.6. Elements of 4 bytes as in
+    of them each way and 32 of K, as 64 spill under Triton 3.6, and a stage more. Elements of 4 bytes as in
     `product_launch`."""
     few, old = row_of(s)[0] < 128, s.architecture < 90
     crowded, wide = s.two and old, s.itemsize > 2
@@ -159,7 +159,7 @@ def hidden_launch(s: Sizes) -> HiddenLaunch:
         BLOCK_K=k if wide else tile(s.K, k),
         SORTED=int(s.N >= 64 and not old),
         num_warps=4 if few and not (old or wide) else 8,
-        num_stages=2 if crowded and not wide else 3,
+        num_stages=4 if crowded and not wide else 3,
     )
     return measured("_experts_bwd_hidden_kernel", launch, s)
 
