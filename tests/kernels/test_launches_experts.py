@@ -113,6 +113,16 @@ def test_fits_shared_memory(sizes: Sizes, architecture: int, two: bool, itemsize
         assert launch.num_stages * (launch.BLOCK_P + launch.BLOCK_Q) * launch.BLOCK_R * itemsize <= limit
 
 
+@pytest.mark.parametrize("architecture", (80, 90, 100))
+@pytest.mark.parametrize("two", (False, True))
+def test_a_product_does_not_wait_for_the_loads_it_has_just_begun(architecture: int, two: bool) -> None:
+    """Three stages: two turns' loads are on their way while a third is multiplied. With two, Triton waits for all."""
+    for tokens in TOKENS:
+        s = replace(UP, rows=6 * tokens, architecture=architecture, two=two)
+        for launch in (up_launch(s), down_launch(s), down_launch(s, True), hidden_launch(s), weights_launch(s)):
+            assert launch.num_stages >= 3, launch
+
+
 @pytest.mark.parametrize("tokens", (1, 16, 64, 128, 512, 1024))
 def test_two_programs_share_a_multiprocessor_while_weights_are_streamed(tokens: int) -> None:
     launch = up_launch(replace(UP, rows=6 * tokens))
