@@ -30,16 +30,20 @@ def test_a_batch_of_blocks_takes_one_launch() -> None:
     assert all(is_few(T, 6, 128) for T in range(1, 16 * 32 + 1))
 
 
-@pytest.mark.parametrize("E", [4, 128, 512])
-def test_few_launch_fills_a_gpu_once(E: int) -> None:
-    """With two programs a multiprocessor at most while D is split, each of them with columns of its own."""
+@pytest.mark.parametrize("E,D", [(4, 29), (128, 2688), (256, 7168), (512, 2048)])
+def test_few_launch_fills_a_gpu_once(E: int, D: int) -> None:
+    """While D is split there are two programs a multiprocessor at most, and all have columns; with more parts there
+    would be more programs than that, or they would be as long, or more than 8."""
+    turns, splits = -(-D // 256), set()
     for T in range(1, 513):
-        launch = route_few_launch(T, E, 2688, columns=E)
+        launch = route_few_launch(T, E, D, columns=E)
+        splits.add(launch.SPLITS)
         programs = -(-T // launch.BLOCK_T) * -(-E // launch.BLOCK_E) * launch.SPLITS
-        assert programs <= 2 * 132 or launch.SPLITS == 1
-        assert launch.BLOCK_E >= 16 and launch.SPLITS <= -(-2688 // 256)
-        if E == 128:  # the model: a program for nearly every multiprocessor, for one tile of tokens half of them
-            assert programs >= (128 if T > launch.BLOCK_T else 64)
+        each = -(-turns // launch.SPLITS)
+        assert launch.BLOCK_E >= 16 and (launch.SPLITS == 1 or programs <= 2 * 132)
+        assert (launch.SPLITS - 1) * each < turns
+        assert 2 * programs > 256 or each == -(-turns // 8)
+    assert len(splits) <= 4  # each is a kernel to compile
 
 
 def test_tiles_keep_their_scores_in_registers() -> None:

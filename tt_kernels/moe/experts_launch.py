@@ -196,7 +196,7 @@ class Pairs:
         tiles = most_tiles(rows, E, block)
         if block not in self.lists:
             listed = self.lists[block] = self.offsets.new_empty(1 + tiles, dtype=torch.int64)
-            # Two tiles by one warp: no barriers, and each program's sums over the experts are short.
+            # Two tiles by one warp: it waits for no other, and its sums over the experts are short.
             block_e = triton.next_power_of_2(E)
             launch = Launch(BLOCK_T=block, BLOCK_E=block_e, BLOCK_TILES=2, num_warps=1 if block_e <= 256 else 4)
             grid = (triton.cdiv(tiles, launch.BLOCK_TILES),)

@@ -106,10 +106,13 @@ def is_few(T: int, K: int, columns: int) -> bool:
 def route_few_launch(T: int, E: int, D: int, *, columns: int) -> FewLaunch:
     """Tiles of 16 experts, as many as a tensor core takes: wider ones read and widen x less often, but leave half of a
     GPU idle up to 256 tokens. D is split until there are two programs for each multiprocessor of a large GPU, about
-    256, in 8 parts at most: the program that adds them reads 8 bytes for each score of each part."""
+    256, in 8 parts at most: the program that adds them reads 8 bytes for each score of each part. Few counts of parts,
+    as each is a kernel of its own, and none that leaves programs without columns: 2688 are 11 times 256, 6 parts."""
     rows = tile_rows(T, columns)
     programs = triton.cdiv(T, rows) * triton.cdiv(E, 16)
-    splits = max(1, min(256 // programs, 8, triton.cdiv(D, 256)))
+    turns = max(triton.cdiv(D, 256), 1)
+    most = next(splits for splits in (8, 4, 2, 1) if splits == 1 or splits * programs <= 256)
+    splits = triton.cdiv(turns, triton.cdiv(turns, most))
     # A warp takes 32 columns at a time, eight warps 256: each reads whole 64-byte lines of 16-bit rows. Of more than
     # 128 experts eight warps spill a register or two of the choice, whatever its tile; four do not.
     warps = 8 if columns <= 128 else 4
