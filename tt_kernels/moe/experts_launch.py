@@ -104,7 +104,7 @@ def product_launch(s: Sizes) -> UpLaunch:
     dealt their tiles in advance. sm_80 has 163 KiB of shared memory for what Hopper keeps in 227, and pointers in
     registers: half the tile, fewer stages. A gate or second product takes a second weight tile a stage and a second
     accumulator. Elements of 4 bytes are multiplied without tensor cores, by threads that hold 16 of K of both operands
-    in registers: 64 by 64 tiles."""
+    in registers: 64 by 64 tiles, of which those of rows by weights spill."""
     old = s.architecture < 90
     t, n, k, warps, stages = row_of(s)
     many = t == 128
@@ -121,7 +121,7 @@ def product_launch(s: Sizes) -> UpLaunch:
         BLOCK_T=tile(s.rows, t),
         BLOCK_N=tile(s.N, n),
         BLOCK_K=tile(s.K, k),
-        SWAP=int(not many),
+        SWAP=int(not many or s.itemsize > 2),
         PERSISTENT=0,
         SORTED=0,
         num_warps=warps,
