@@ -135,6 +135,15 @@ def tasks() -> Iterator[Task]:
     yield Task("checkpoint-diffusion", write, "fluent text; both towers take 126 GB", {}, no_checkpoint)
     yield Task("checkpoint-ar", (*write, "--mode", "ar"), "fluent text in 63 GB", {}, no_checkpoint)
 
+    # Where tiles change with the number of tokens; times in us as a static model predicts them for an H200.
+    predicted = {"experts": {256: 608, 383: 612, 768: 631, 1536: 660, 2048: 683, 8192: 2296}}
+    predicted |= {"route": {8: 5.3, 16: 7.4, 32: 7.5, 128: 11, 2048: 46}}
+    for name, times in predicted.items():
+        sizes = [word for T in times for word in ("--also", f"{name}:T={T}")]
+        words = " or ".join(f"[{name}-T{T}-" for T in times)
+        expect = "predicted: " + ", ".join(f"T={T} {us} us" for T, us in times.items())
+        yield Task(f"tiles-{name}", rows(f"forward and ({words})", "eager", *sizes), expect)
+
     for name in by_worth([name for name, op in OPS.items() if op.candidates]):
         shapes = [",".join(f"{k}={v}" for k, v in dims.items()) for dims in OPS[name].shapes]
         for i in range(0, len(shapes), TUNED_AT_ONCE):

@@ -14,7 +14,7 @@ from tt_kernels.reference.moe import sort_pairs
 
 pytestmark = pytest.mark.kernels
 OP = OPS["experts"]
-# One token, few, many (the persistent form), and rows that fit grouped_mm.
+# One token, few, many (rows are the products' M), and rows that fit grouped_mm.
 SIZES = [
     dict(T=1, D=8, N=16, E=4, K=3, M=8),
     dict(T=9, D=8, N=16, E=6, K=3, M=8, gated=1),

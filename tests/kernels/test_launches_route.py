@@ -16,45 +16,48 @@ RUNS = pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET
 ON_A_CPU = pytest.mark.skipif(not ON_CPU, reason="looks at kernels on a CPU")
 
 
-def test_one_launch_for_few_tokens() -> None:
-    assert all(is_few(T, 6, 128) for T in (1, 16, 64, 256, 512))
-    assert is_few(64, 8, 1024) and not is_few(100, 8, 1024), "places of pairs in 128 KiB of shared memory"
-    assert not is_few(513, 6, 128) and not is_few(512, 7, 128)
-    assert is_few(252, 8, 512) and not is_few(253, 8, 512), "4 rows a tile, 63 tickets for tiles"
+@pytest.mark.parametrize("columns", [4, 128, 512, 1024, 4096])
+@pytest.mark.parametrize("K", [1, 6, 8, 16])
+def test_one_launch_sorts_what_one_program_holds(K: int, columns: int) -> None:
+    """16 pairs a thread at most, and where those of each tile and expert begin in half of sm_80's shared memory."""
+    few = [T for T in range(1, 1025) if is_few(T, K, columns)]
+    assert few == list(range(1, len(few) + 1))
+    tiles = -(-len(few) // tile_rows(len(few), columns))
+    assert len(few) * K <= 16 * 256 and 4 * tiles * columns <= 128 * 1024 and tiles < counters.SLOT
 
 
-@pytest.mark.parametrize("T", [1, 2, 8, 16, 17, 64, 256, 512])
-@pytest.mark.parametrize("E", [4, 128, 512])
-def test_few_launch_fills_a_gpu_once(T: int, E: int) -> None:
-    launch = route_few_launch(T, E, 2688, columns=E)
-    tiles = -(-T // launch.BLOCK_T)
-    programs = tiles * -(-E // launch.BLOCK_E) * launch.SPLITS
-    assert launch.BLOCK_E >= 16 and launch.BLOCK_T * E <= 2048
-    assert programs <= 128 or launch.SPLITS == 1
-    # Every part of D has a chunk of its own, but for the last.
-    assert launch.SPLITS <= -(-2688 // 256)
+def test_a_batch_of_blocks_takes_one_launch() -> None:
+    assert all(is_few(T, 6, 128) for T in range(1, 16 * 32 + 1))
 
 
-def test_few_launch_at_the_models_sizes() -> None:
-    found = {T: route_few_launch(T, 128, 2688, columns=128) for T in (1, 16, 64, 256, 512)}
-    assert {T: (x.BLOCK_T, x.BLOCK_E, x.SPLITS) for T, x in found.items()} == {
-        1: (1, 16, 8),
-        16: (16, 16, 4),
-        64: (16, 16, 4),
-        256: (16, 16, 1),
-        512: (16, 16, 1),
-    }
+@pytest.mark.parametrize("E,D", [(4, 29), (128, 2688), (256, 7168), (512, 2048)])
+def test_few_launch_fills_a_gpu_once(E: int, D: int) -> None:
+    """While D is split there are two programs a multiprocessor at most, and all have columns; with more parts there
+    would be more programs than that, or they would be as long, or more than 8."""
+    turns, splits = -(-D // 256), set()
+    for T in range(1, 513):
+        launch = route_few_launch(T, E, D, columns=E)
+        splits.add(launch.SPLITS)
+        programs = -(-T // launch.BLOCK_T) * -(-E // launch.BLOCK_E) * launch.SPLITS
+        each = -(-turns // launch.SPLITS)
+        assert launch.BLOCK_E >= 16 and (launch.SPLITS == 1 or programs <= 2 * 132)
+        assert (launch.SPLITS - 1) * each < turns
+        assert 2 * programs > 256 or each == -(-turns // 8)
+    assert len(splits) <= 4  # each is a kernel to compile
 
 
 def test_tiles_keep_their_scores_in_registers() -> None:
-    assert [tile_rows(T, 128) for T in (0, 1, 3, 9, 1000)] == [1, 1, 4, 16, 16]
-    assert tile_rows(1000, 512) == 4 and tile_rows(1000, 4096) == 1
+    assert all(tile_rows(T, E) * E <= 2048 for T in (0, 1, 3, 9, 256, 1000) for E in (4, 128, 512, 2048))
+    assert tile_rows(1000, 4096) == 1
 
 
-def test_scores_launch_grows_with_tokens() -> None:
-    tiles = [(x.BLOCK_T, x.BLOCK_E) for T in (600, 2048, 4096) for x in [route_scores_launch(T, 128, 2688, 90)]]
-    assert tiles == [(32, 32), (32, 64), (64, 64)]
-    assert route_scores_launch(4096, 128, 2688, 100).BLOCK_T == 32
+@pytest.mark.parametrize("architecture", (80, 90, 100))
+def test_scores_launch_fills_a_gpu_evenly(architecture: int) -> None:
+    """Who has most products has at most twice the mean, once there is a tile for everybody."""
+    for T in range(1024, 16385, 64):
+        launch = route_scores_launch(T, 128, 2688, architecture)
+        tiles = -(-T // launch.BLOCK_T) * (128 // launch.BLOCK_E)
+        assert tiles >= 128 and (tiles < 132 or -(-tiles // 132) <= 2 * tiles / 132)
 
 
 def test_a_stream_has_tickets_of_its_own() -> None:

@@ -4,7 +4,6 @@ MUTANTS = {
     ("experts", "moe/experts_kernels.py"): [
         ("last tile missed", "(end - start + BLOCK_T - 1) // BLOCK_T", "(end - start) // BLOCK_T"),
         ("wrong expert", "last[None, :] <= tile[:, None]", "last[None, :] < tile[:, None]"),
-        ("a tile less for who walks the list", "axis=0).to(tl.int64)", "axis=0).to(tl.int64) - 1"),
         ("a token's last expert forgotten", "tl.static_range(K)", "tl.static_range(K - 1)"),
         ("routing weights forgotten", "pair *= tl.load", "tl.load"),
         (
@@ -12,11 +11,23 @@ MUTANTS = {
             "if weights_ptr.dtype.element_ty == tl.float64 else acc",
             "if False else acc",
         ),
-        ("everybody takes the first expert", "first, expert * N, n0", "first, 0 * N, n0"),
+        ("everybody takes the first expert", "first, expert * routed.step, n0", "first, 0 * routed.step, n0"),
         ("wrong token", "(pair.to(tl.int32) // sizes.top_k)", "(pair.to(tl.int32) // (sizes.top_k + 1))"),
         ("up forgotten beside the gate", "h *= a\n", "h = a\n"),
         ("dx without the gate", "y, y, h2, down2, down2,", "y, y, h, down, down,"),
         ("the shared expert sees the first row only", "tl.where(is_shared, rows, at)\n        N", "at\n        N"),
+    ],
+    ("experts", "moe/experts_kernels.py", "test_launches_experts.py::test_all_forms_give_the_same"): [
+        ("a tile less for who walks the list", "axis=0).to(tl.int64)", "axis=0).to(tl.int64) - 1"),
+    ],
+    (
+        "experts",
+        "moe/experts_launch.py",
+        "test_launches_experts.py::test_halves_of_a_fused_tensor_give_what_copies_of_them_give",
+    ): [
+        ("experts of a part follow each other", "step = apart // D", "step = N"),
+        ("the last expert of a part cut off", "((len(w) - 1) * step + N, D)", "((len(w) - 1) * step, D)"),
+        ("columns of a wider tensor taken for rows", "inner == [D, 1] and ", ""),
     ],
     ("experts", "moe/lang.py"): [
         ("every tile reads the first rows", "a.load([first, k])", "a.load([0, k])"),
@@ -27,10 +38,12 @@ MUTANTS = {
         ("derivative of sigmoid, not silu", "s * (1 + h * (1 - s))", "s * (1 - s)"),
     ],
     ("experts", "moe/experts_backward.py"): [
+        ("hidden rows of the first expert", "first, expert * step, n0", "first, 0 * step, n0"),
         ("routing weight forgotten in dh", "dh = d * w\n", "dh = d\n"),
         ("dweights of the first tile of N", "parts.sum(0)", "parts[0]"),
         ("the second expert takes the first's rows too", "expert - 1, expert > 0", "expert - 1, expert > 1"),
         ("last row of an expert missed", "mask_r = rows < end", "mask_r = rows < end - 1"),
+        ("tokens of the turn before", "r + BLOCK_R, end, T", "r, end, T"),
         ("rows of x by pair, not by token", 'weights.up, pairs, "b"),', 'weights.up, pairs, ""),'),
     ],
     ("experts", "moe/experts.py"): [

@@ -29,9 +29,11 @@ from .lang import activate, end_of, find_tile, pairs_of, product
 def _experts_bwd_hidden_kernel(
     x,  # [T, D], as dy: pointers; descriptors of [R, D] in sorted order, or of [T, D] of the shared expert
     dy,
-    up,  # [E * N, D], pointer or descriptor, as gate, which may be None
+    up,  # each expert's [N, D], `step` rows apart, pointer or descriptor, as gate, which may be None
     gate,
-    down,  # [E * D, N], pointer or descriptor
+    step,
+    down,  # each expert's [D, N], `down_step` rows apart, pointer or descriptor
+    down_step,
     weights_ptr,  # [R] by pair
     du_ptr,  # [R, N] in sorted order, as dg and wh; [T, N] of the shared expert
     dg_ptr,
@@ -68,11 +70,12 @@ def _experts_bwd_hidden_kernel(
         acc = tl.float64 if du_ptr.dtype.element_ty == tl.float64 else tl.float32
         zeros = tl.zeros((BLOCK_T, BLOCK_N), dtype=acc)
         u, g = product(
-            zeros, zeros, x, up, gate, at, mask_t, first, expert * N, n0, N, D, GATED, False, False, BLOCK_N, BLOCK_K
+            zeros, zeros, x, up, gate, at, mask_t, first, expert * step, n0, N, D, GATED, False, False, BLOCK_N, BLOCK_K
         )
         # The gradient of h before the routing weight.
         d, _ = product(
-            zeros, zeros, dy, down, down, at, mask_t, first, expert * D, n0, N, D, False, True, False, BLOCK_N, BLOCK_K
+            *(zeros, zeros, dy, down, down, at, mask_t, first, expert * down_step, n0, N, D),
+            *(False, True, False, BLOCK_N, BLOCK_K),
         )
         offs_n = n0 + tl.arange(0, BLOCK_N)
         mask = mask_t[:, None] & (offs_n < N)[None, :]
@@ -93,6 +96,15 @@ def _experts_bwd_hidden_kernel(
             tl.store(dg_ptr + to, (dh * u * da).to(dg_ptr.dtype.element_ty), mask=mask)
         else:
             tl.store(du_ptr + to, (dh * da).to(du_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tokens_of(sorted_pairs_ptr, first, end, T, top_k, GATHER: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The tokens of sorted rows first to first + BLOCK_R - 1, where they are asked for."""
+    rows = first + tl.arange(0, BLOCK_R).to(tl.int64)
+    if GATHER:
+        rows = (pairs_of(sorted_pairs_ptr, rows, rows < end, T * top_k).to(tl.int32) // top_k).to(tl.int64)
+    return rows
 
 
 @triton.jit
@@ -124,15 +136,15 @@ def _experts_bwd_weights_kernel(
         start = end_of(offsets_ptr, expert - 1, expert > 0, T * top_k)
     acc = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     out = tl.zeros((BLOCK_P, BLOCK_Q), dtype=acc)
+    GATHER: tl.constexpr = GATHER_A or GATHER_B
+    # A turn ahead: the pipeline would not overlap loads with products where they wait for other loads of their turn.
+    at = _tokens_of(sorted_pairs_ptr, start, end, T, top_k, GATHER, BLOCK_R)
     for r in range(start, end, BLOCK_R):
         rows = r + tl.arange(0, BLOCK_R).to(tl.int64)
         mask_r = rows < end
-        at_a = rows
-        at_b = rows
-        if GATHER_A:
-            at_a = (pairs_of(sorted_pairs_ptr, rows, mask_r, T * top_k).to(tl.int32) // top_k).to(tl.int64)
-        if GATHER_B:
-            at_b = (pairs_of(sorted_pairs_ptr, rows, mask_r, T * top_k).to(tl.int32) // top_k).to(tl.int64)
+        at_a = at if GATHER_A else rows
+        at_b = at if GATHER_B else rows
+        at = _tokens_of(sorted_pairs_ptr, r + BLOCK_R, end, T, top_k, GATHER, BLOCK_R)
         a = tl.load(a_ptr + at_a[:, None] * P + offs_p[None, :], mask=mask_r[:, None] & mask_p[None, :], other=0.0)
         b = tl.load(b_ptr + at_b[:, None] * Q + offs_q[None, :], mask=mask_r[:, None] & mask_q[None, :], other=0.0)
         out = tl.dot(tl.trans(a), b, out, input_precision="ieee", out_dtype=out.dtype)
@@ -175,8 +187,8 @@ def hidden_bwd(
         listed, most = pairs.tiles(launch.BLOCK_T)
         if launch.SORTED:
             x, dy = pairs.tokens(x), pairs.tokens(dy)
-    up, down = stacked(matrices.up), stacked(matrices.down)
-    gate = None if matrices.gate is None else stacked(matrices.gate)
+    step, up, gate = stacked(matrices.up, matrices.gate)
+    down_step, down, _ = stacked(matrices.down)
     in_order = launch.SORTED or pairs is None
     whole = D % launch.BLOCK_K == 0  # else a tile of down runs into the next expert's rows
     run(
@@ -184,7 +196,9 @@ def hidden_bwd(
         (most * n_tiles,),
         *described((x, dy), (launch.BLOCK_T, launch.BLOCK_K) if in_order else None, arch),
         *described((up, gate), (launch.BLOCK_N, launch.BLOCK_K), arch),
+        step,
         *described((down,), (launch.BLOCK_K, launch.BLOCK_N) if whole else None, arch),
+        down_step,
         *(topk_weights, du, dg, wh, parts, None if pairs is None else pairs.order, listed, T, R, top_k, D, N),
         ACTIVATION=activation,
         launch=launch,

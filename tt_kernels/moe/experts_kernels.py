@@ -61,7 +61,8 @@ def _up_tile(
     zeros = tl.zeros((BLOCK_N, BLOCK_T) if SWAP else (BLOCK_T, BLOCK_N), dtype=acc)
     n0 = n * BLOCK_N
     h, g = product(
-        zeros, zeros, x, up, gate, at, mask_t, first, expert * N, n0, N, D, GATED, False, SWAP, BLOCK_N, BLOCK_K
+        *(zeros, zeros, x, up, gate, at, mask_t, first, expert * routed.step, n0, N, D),
+        *(GATED, False, SWAP, BLOCK_N, BLOCK_K),
     )
     if GATED:
         a, _ = activate(g, ACTIVATION)
@@ -78,15 +79,17 @@ def _up_tile(
 @triton.jit
 def _experts_up_kernel(
     a,  # Operands: [R, D] in sorted order where SORTED, else x [T, D]
-    w,  # [E * N, D]: up; w2: gate
+    w,  # up: each expert's [N, D], `step` rows apart; w2: gate
     w2,
     a2,
     out,  # [R, N]: h in sorted order
+    step,
     shared_a,  # Operands of the shared expert: x [T, D]; None: there is none
     shared_w,  # [M, D]
     shared_w2,
     shared_a2,
     shared_out,  # [T, M]
+    shared_step,
     sorted_pairs_ptr,  # [R] int64: pairs t * top_k + k
     tiles_ptr,
     sizes,  # Extents
@@ -101,10 +104,10 @@ def _experts_up_kernel(
 ):
     n_tiles, m_tiles = tl.cdiv(sizes.N, BLOCK_N), tl.cdiv(sizes.M, BLOCK_N)
     SHARED: tl.constexpr = shared_a is not None
-    routed = Operands(a, w, w2, a2, out)
+    routed = Operands(a, w, w2, a2, out, step)
     shared = routed
     if SHARED:
-        shared = Operands(shared_a, shared_w, shared_w2, shared_a2, shared_out)
+        shared = Operands(shared_a, shared_w, shared_w2, shared_a2, shared_out, shared_step)
     if PERSISTENT:
         count = sizes.shared_tiles + tl.load(tiles_ptr).to(tl.int32) * n_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
@@ -144,7 +147,7 @@ def _down_tile(
                 h2, down2 = shared.a2, shared.w2
     acc = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     y = tl.zeros((BLOCK_N, BLOCK_T) if SWAP else (BLOCK_T, BLOCK_N), dtype=acc)
-    row = expert * (N if TRANSPOSED else D)
+    row = expert * routed.step
     d0 = d * BLOCK_N
     y, _ = product(
         y, y, h, down, down, rows, mask_t, first, row, d0, D, N, False, TRANSPOSED, SWAP, BLOCK_N, BLOCK_K
@@ -169,15 +172,17 @@ def _down_tile(
 @triton.jit
 def _experts_down_kernel(
     a,  # Operands: [R, N] in sorted order, as a2
-    w,  # [E * D, N], or [E * N, D] where TRANSPOSED; as w2
+    w,  # each expert's [D, N], or [N, D] where TRANSPOSED, `step` rows apart; as w2
     w2,
     a2,
     out,  # [R, D]: pair t * top_k + k in its row
+    step,
     shared_a,  # Operands of the shared expert: [T, M], as shared_a2; None: there is none
     shared_w,  # [D, M] or [M, D], as shared_w2
     shared_w2,
     shared_a2,
     shared_out,  # [T, D]
+    shared_step,
     sorted_pairs_ptr,
     tiles_ptr,
     R,
@@ -192,10 +197,10 @@ def _experts_down_kernel(
 ):
     d_tiles = tl.cdiv(sizes.D, BLOCK_N)
     SHARED: tl.constexpr = shared_a is not None
-    routed = Operands(a, w, w2, a2, out)
+    routed = Operands(a, w, w2, a2, out, step)
     shared = routed
     if SHARED:
-        shared = Operands(shared_a, shared_w, shared_w2, shared_a2, shared_out)
+        shared = Operands(shared_a, shared_w, shared_w2, shared_a2, shared_out, shared_step)
     if PERSISTENT:
         count = sizes.shared_tiles + tl.load(tiles_ptr).to(tl.int32) * d_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):

@@ -69,9 +69,10 @@ class WeightsLaunch(Launch):
 
 
 def measured(kernel: str, launch: L, s: Sizes, **more: int) -> L:
-    """The measured launch for these sizes, else this one. Rows count by powers of two."""
+    """The measured launch for these sizes, else this one. Rows count by powers of two, and by their tile of `_TILES`:
+    sizes of one power of two may need different ones."""
     rows = triton.next_power_of_2(s.rows)
-    key = dict(rows=rows, experts=s.experts, N=s.N, K=s.K, two=int(s.two), itemsize=s.itemsize)
+    key = dict(rows=rows, tile=row_of(s)[0], experts=s.experts, N=s.N, K=s.K, two=int(s.two), itemsize=s.itemsize)
     return tuned(kernel, launch, s.architecture, **key, **more)
 
 
@@ -80,40 +81,49 @@ def tile(size: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), 16), most)
 
 
-# By the rows of an expert if the choice were even, up to: (BLOCK_T, BLOCK_N, BLOCK_K, warps, stages).
+# (BLOCK_T, BLOCK_N, BLOCK_K, warps, stages). Each tile of an expert reads all of its weights from the L2 cache, so
+# nearly every expert should need only one. Of a mean number of rows an even choice gives one expert in ten more than
+# mean + 1.3 sqrt(mean): the first row with room for those is taken. A larger tile only computes more padding.
 _TILES = (
-    (18, (16, 64, 128, 4, 5)),  # reading weights is all: 64 of them as wgmma's M; two programs keep 160 KB on their way
-    (40, (32, 128, 64, 4, 4)),  # rows are loaded often enough to count: more weights a tile; still two programs
-    (120, (64, 128, 64, 4, 4)),  # the same for more rows
-    (float("inf"), (128, 256, 64, 8, 3)),  # bound by operations: the tiles that load the fewest bytes for each
+    (16, 64, 128, 4, 5),  # mean 11: reading weights is all: 64 are wgmma's M; two programs keep 160 KB on their way
+    (32, 128, 64, 4, 4),  # mean 25: rows are loaded often enough to count: more weights a tile; still two programs
+    (64, 128, 64, 4, 4),  # mean 54: the same for more rows
+    (128, 256, 64, 8, 3),  # more: bound by operations and the L2 cache: the fewest bytes loaded for each operation
 )
 
 
+def row_of(s: Sizes) -> tuple[int, int, int, int, int]:
+    """Of `_TILES`, for an even choice of experts."""
+    mean = s.rows / s.experts
+    return next((row for row in _TILES if mean + 1.3 * mean**0.5 <= row[0]), _TILES[-1])
+
+
 def product_launch(s: Sizes) -> UpLaunch:
-    """By `_TILES`. From 120 rows an expert on persistent on Hopper, rows gathered once, so that TMA loads them too. A
-    gate or second product takes a second weight tile a stage and a second accumulator. sm_80 has 163 KiB of shared
-    memory for what Hopper keeps in 227, and pointers in registers: half the tile, fewer stages. Elements of 4 bytes are
-    multiplied without tensor cores, by threads that hold 16 of K of both operands in registers: 64 by 64 tiles."""
-    mean, old = s.rows / s.experts, s.architecture < 90
-    many = mean >= 120
-    t, n, k, warps, stages = next(tiles for most, tiles in _TILES if mean < most)
+    """By `_TILES`, a program a tile. The persistent form, for which rows are gathered first so that TMA loads them too,
+    is there to be measured: it hides a tile's beginning and end, and pays with the gather and with programs that are
+    dealt their tiles in advance. sm_80 has 163 KiB of shared memory for what Hopper keeps in 227, and pointers in
+    registers: half the tile, fewer stages. A gate or second product takes a second weight tile a stage and a second
+    accumulator. Elements of 4 bytes are multiplied without tensor cores, by threads that hold 16 of K of both operands
+    in registers: 64 by 64 tiles, of which those of rows by weights spill."""
+    old = s.architecture < 90
+    t, n, k, warps, stages = row_of(s)
+    many = t == 128
     n = max(n >> (s.two + old), 64)
+    if old:
+        stages = min(stages, 3)
     if s.two and not many:
         k, stages = 64, 4
     if s.two and many and old:
         k = 32  # 64 spill
-    if old:
-        stages = min(stages, 2 if s.two and not many else 3)
     if s.itemsize > 2:
-        t, n, k, warps, stages = min(t, 64), 64, 16, 4 if mean < 18 else 8, 3
-    persistent = int(many and not old)
+        t, n, k, warps, stages = min(t, 64), 64, 16, 4 if t == 16 else 8, 3
     return UpLaunch(
         BLOCK_T=tile(s.rows, t),
         BLOCK_N=tile(s.N, n),
         BLOCK_K=tile(s.K, k),
-        SWAP=int(not many),
-        PERSISTENT=persistent,
-        SORTED=persistent,
+        SWAP=int(not many or s.itemsize > 2),
+        PERSISTENT=0,
+        SORTED=0,
         num_warps=warps,
         num_stages=stages,
     )
@@ -133,12 +143,13 @@ def down_launch(s: Sizes, transposed: bool = False) -> ProductLaunch:
 
 
 def hidden_launch(s: Sizes) -> HiddenLaunch:
-    """Two accumulators of tokens by N (three with a gate): 128 by 128 in 8 warps, 64 wide with a gate. Few rows an
-    expert take the smallest tile whose rows, the M operand, are wgmma: 64. A tile has two loops, so no persistent form;
-    three stages leave room for two programs. Rows are gathered once: two tensors by pointer would take 70 registers
-    more. sm_80 has no TMA, and takes 8 warps and 64 of N for what it holds in registers; with a gate half of
-    them each way, two stages, and 32 of K, as 64 spill under Triton 3.6. Elements of 4 bytes as in `product_launch`."""
-    few, old = s.rows / s.experts < 96, s.architecture < 90
+    """Two accumulators of tokens by N (three with a gate): 128 by 128 in 8 warps, 64 wide with a gate. Where `_TILES`
+    has 64 rows or fewer, 64: the smallest tile whose rows, the M operand, are wgmma. A tile has two loops, so no
+    persistent form; three stages leave room for two programs. Rows are gathered once: two tensors by pointer would take
+    70 registers more. sm_80 has no TMA, and takes 8 warps and 64 of N for what it holds in registers; with a gate half
+    of them each way and 32 of K, as 64 spill under Triton 3.6, and a stage more. Elements of 4 bytes as in
+    `product_launch`."""
+    few, old = row_of(s)[0] < 128, s.architecture < 90
     crowded, wide = s.two and old, s.itemsize > 2
     t = 64 if few or crowded else 128
     n, k = (64, 16) if wide else (32 if crowded else 64 if s.two or old else 128, 32 if crowded else 64)
@@ -148,7 +159,7 @@ def hidden_launch(s: Sizes) -> HiddenLaunch:
         BLOCK_K=k if wide else tile(s.K, k),
         SORTED=int(s.N >= 64 and not old),
         num_warps=4 if few and not (old or wide) else 8,
-        num_stages=2 if crowded and not wide else 3,
+        num_stages=4 if crowded and not wide else 3,
     )
     return measured("_experts_bwd_hidden_kernel", launch, s)
 
@@ -185,7 +196,9 @@ class Pairs:
         tiles = most_tiles(rows, E, block)
         if block not in self.lists:
             listed = self.lists[block] = self.offsets.new_empty(1 + tiles, dtype=torch.int64)
-            launch = Launch(BLOCK_T=block, BLOCK_E=triton.next_power_of_2(E), BLOCK_TILES=32)
+            # Two tiles by one warp: it waits for no other, and its sums over the experts are short.
+            block_e = triton.next_power_of_2(E)
+            launch = Launch(BLOCK_T=block, BLOCK_E=block_e, BLOCK_TILES=2, num_warps=1 if block_e <= 256 else 4)
             grid = (triton.cdiv(tiles, launch.BLOCK_TILES),)
             run(_experts_schedule_kernel, grid, self.offsets, listed, rows, E, tiles, launch=launch)
         return self.lists[block], tiles
@@ -226,14 +239,24 @@ def one_by_one(
     return [part for o in both for part in o or absent]
 
 
-def stacked(weights: Tensor) -> Tensor:
-    """[E, N, D] or [N, D] as the rows of one matrix."""
-    return weights.contiguous().flatten(0, -2)
+def stacked(w: Tensor, w2: Tensor | None = None) -> tuple[int, Tensor, Tensor | None]:
+    """How many rows lie between the first ones of two experts, and [E, N, D] or [N, D] as rows of a matrix.
+
+    N rows; more where w, and w2 alike, is such a part of a wider tensor as [:, :N] of [E, 2 N, D], which is read where
+    it lies. What lies otherwise is copied."""
+    N, D = w.shape[-2:]
+    if w.dim() == 3 and not w.is_contiguous() and (w2 is None or w2.stride() == w.stride()):
+        apart, *inner = w.stride()
+        if inner == [D, 1] and apart % D == 0 and apart >= N * D:
+            step = apart // D
+            shape = ((len(w) - 1) * step + N, D)
+            return step, w.as_strided(shape, (D, 1)), None if w2 is None else w2.as_strided(shape, (D, 1))
+    return N, w.contiguous().flatten(0, -2), None if w2 is None else w2.contiguous().flatten(0, -2)
 
 
 def operands(a: Tensor, w: Tensor, w2: Tensor | None, a2: Tensor | None = None) -> Operands:
-    second = ABSENT if w2 is None else stacked(w2)
-    return Operands(a, stacked(w), second, ABSENT if a2 is None else a2)
+    step, w, w2 = stacked(w, w2)
+    return Operands(a, w, ABSENT if w2 is None else w2, ABSENT if a2 is None else a2, step=step)
 
 
 def programs(launch: ProductLaunch, tiles: int, x: Tensor) -> tuple[int]:
@@ -247,8 +270,8 @@ def rows_up(
     """h [R, N] in sorted order and shared h [T, M]: activation(x up^T), with a gate activation(x gate^T) (x up^T).
 
     Reads the N D elements of every expert that is hit, and again through L2 for each further tile of its rows; 2 R N D
-    flops. At 16 tokens 68.6 of 128 experts of 1856 by 2688 in bf16, 684 MB, and the shared expert's 20 MB. From 120
-    rows an expert on rows are gathered first: 2 R D elements more, 5 % at 4096 tokens.
+    flops. At 16 tokens 68.6 of 128 experts of 1856 by 2688 in bf16, 684 MB, and the shared expert's 20 MB. Where SORTED
+    rows are gathered first: 2 R D elements more.
     """
     (T, D), (E, N), R = x.shape, weights.up.shape[:2], len(pairs.order)
     sizes = Sizes.of(x, rows=R, experts=E, N=N, K=D, two=weights.gate is not None)
@@ -282,8 +305,8 @@ def rows_down(
 
     Reads weights as `rows_up` does, and 2 R N D flops, twice that with a2.
 
-    In the persistent form, from 2560 tokens on, the shared expert is a launch of its own: in one grid its K of another
-    length would keep the loops over tiles and over K from becoming one, which hides a tile's beginning and end.
+    In the persistent form the shared expert is a launch of its own: in one grid its K of another length would keep the
+    loops over tiles and over K from becoming one, which hides a tile's beginning and end.
     """
     R, N = routed.a.shape
     two = routed.a2 is not ABSENT

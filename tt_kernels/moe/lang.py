@@ -16,10 +16,11 @@ class Operands(NamedTuple):
     Kernels take the parts one by one: Triton 3.6 cannot launch a descriptor inside a tuple."""
 
     a: Any  # rows of [*, K]
-    w: Any  # [experts * N, K], or [experts * K, N] where transposed
+    w: Any  # all experts' [N, K], or [K, N] where transposed, as rows of one matrix
     w2: Any = ABSENT
     a2: Any = ABSENT
     out: Any = ABSENT
+    step: Any = 0  # rows from an expert's first one to the next expert's, of w and of w2
 
 
 # The host does not look at a caller's sorted_pairs and offsets: it would wait for the device. Kernels clamp what they

@@ -97,9 +97,16 @@ def within_groups(biased, GROUPS: tl.constexpr, TOPK_GROUP: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def bias_of(bias_ptr, E, CHOICE: tl.constexpr):
+    """The bias of each column: [H, C]."""
+    expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
+    return tl.load(bias_ptr + expert, mask=real, other=0.0).to(tl.float64)
+
+
+@triton.jit
 def choose(
     scores,  # [R, H, C] fp64
-    bias_ptr,
+    bias,  # [H, C] fp64
     rows,  # [R]: the tokens
     out,  # Outputs
     T,
@@ -111,7 +118,6 @@ def choose(
     Returns, [R, H, C] each: the pair t * K + k of a token and an expert, whether there is one, and how many of the
     tile's earlier tokens chose the same expert; [H, C]: how many did in all."""
     expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
-    bias = tl.load(bias_ptr + expert, mask=real, other=0.0).to(tl.float64)
     biased = scores + bias[None, :, :]
     if CHOICE.GROUPS > 1:
         masked = tl.where(real[None, :, :], biased, -float("inf"))
@@ -211,6 +217,7 @@ def _route_few_kernel(
     if SPLITS == 1:
         part = sigmoid64(part)  # here, where all programs share it
     tl.store(partial_ptr + (split * T + t)[None, :] * E + e[:, None], part, mask=mask_t[None, :] & (e < E)[:, None])
+    bias = bias_of(bias_ptr, E, CHOICE)  # here: the program that comes last need not wait for it
     tl.debug_barrier()  # all of this program's stores come before its ticket
     if tl.atomic_add(tickets_ptr + tile, 1) == tl.num_programs(1) * SPLITS - 1:
         tl.store(tickets_ptr + tile, 0)
@@ -223,7 +230,7 @@ def _route_few_kernel(
             scores += tl.load(part_ptrs + s * T * E, mask=mask, other=0.0, cache_modifier=".cg")
         if SPLITS > 1:
             scores = sigmoid64(scores)
-        pair, paired, rank, counts = choose(scores, bias_ptr, rows, out, T, E, CHOICE)
+        pair, paired, rank, counts = choose(scores, bias, rows, out, T, E, CHOICE)
         if ONE_TILE:
             ends = tl.reshape(tl.cumsum(tl.reshape(counts, (CHOICE.BLOCK_P,)), axis=0), counts.shape)
             tl.store(out.offsets + expert, ends, mask=real)
@@ -286,7 +293,7 @@ def _route_choose_kernel(
     expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
     mask = (rows < T)[:, None, None] & real[None, :, :]
     scores = tl.load(scores_ptr + rows[:, None, None] * E + expert[None, :, :], mask=mask, other=0.0)
-    pair, paired, rank, counts = choose(scores, bias_ptr, rows, out, T, E, CHOICE)
+    pair, paired, rank, counts = choose(scores, bias_of(bias_ptr, E, CHOICE), rows, out, T, E, CHOICE)
     tl.store(rank_ptr + pair, rank, mask=paired)
     tl.store(counts_ptr + tile * E + expert, counts, mask=real)
 

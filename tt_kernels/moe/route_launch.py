@@ -89,8 +89,10 @@ def _route_fwd_fake(x, weight, bias, K, groups, kept, norm, scale):
 
 
 def tile_rows(T: int, columns: int) -> int:
-    """Tokens whose experts one program chooses: 2048 scores, their keys and rounds fit the registers of 8 warps."""
-    return min(triton.next_power_of_2(max(T, 1)), 16, max(2048 // columns, 1))
+    """Tokens whose experts one program chooses: 2048 scores, their keys and rounds fit the registers of 8 warps. 8
+    tokens up to 256 in all, where nothing hides the rounds: half as many scores a warp. Tiles of fewer take as long:
+    warps would hold the same scores."""
+    return min(8 if T <= 256 else 16, max(2048 // columns, 1))
 
 
 def is_few(T: int, K: int, columns: int) -> bool:
@@ -103,12 +105,14 @@ def is_few(T: int, K: int, columns: int) -> bool:
 
 def route_few_launch(T: int, E: int, D: int, *, columns: int) -> FewLaunch:
     """Tiles of 16 experts, as many as a tensor core takes: wider ones read and widen x less often, but leave half of a
-    GPU idle up to 256 tokens. D is split until there is a program for each multiprocessor of a large GPU, about 128,
-    in 4 parts at most: the program that adds them reads 8 bytes for each score of each part, and beyond 4 that takes
-    longer than the product saves."""
+    GPU idle up to 256 tokens. D is split until there are two programs for each multiprocessor of a large GPU, about
+    256, in 8 parts at most: the program that adds them reads 8 bytes for each score of each part. Few counts of parts,
+    as each is a kernel of its own, and none that leaves programs without columns: 2688 are 11 times 256, 6 parts."""
     rows = tile_rows(T, columns)
     programs = triton.cdiv(T, rows) * triton.cdiv(E, 16)
-    splits = max(1, min(128 // programs, 4 if rows > 8 else 8, triton.cdiv(D, 256)))
+    turns = max(triton.cdiv(D, 256), 1)
+    most = next(splits for splits in (8, 4, 2, 1) if splits == 1 or splits * programs <= 256)
+    splits = triton.cdiv(turns, triton.cdiv(turns, most))
     # A warp takes 32 columns at a time, eight warps 256: each reads whole 64-byte lines of 16-bit rows. Of more than
     # 128 experts eight warps spill a register or two of the choice, whatever its tile; four do not.
     warps = 8 if columns <= 128 else 4
@@ -140,12 +144,18 @@ def route_few(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outp
 def route_scores_launch(T: int, E: int, D: int, architecture: int) -> ScoresLaunch:
     """Bound by fp64 products, so first that every multiprocessor has a tile, about 128 in all; then large tiles, for x
     is read from the L2 cache once for each tile of experts and weight once for each tile of tokens: at 32 x 32 that
-    takes as long as the products, at 64 x 64 half of it. From sm_100 on 32 rows: at 64, Triton 3.6 tries tensor-core
-    instructions that have no fp64 form."""
-    for block_t, block_e, warps in ((64, 64, 8), (32, 64, 4)) if architecture < 100 else ((32, 64, 4),):
-        if triton.cdiv(T, block_t) * triton.cdiv(E, block_e) >= 128:
-            return ScoresLaunch(BLOCK_T=block_t, BLOCK_E=block_e, num_warps=warps)
-    return ScoresLaunch(BLOCK_T=32, BLOCK_E=32)
+    takes as long as the products, at 64 x 64 half of it. With fewer than 200 tiles of 64 x 64 some multiprocessors
+    would have two and others one: 32 x 64 spread more evenly. Small tiles take 64 of D at a time: half as many turns,
+    each of which waits for its conversions. From sm_100 on 32 rows, 32 of D: at 64 rows Triton 3.6 tries tensor-core
+    instructions that have no fp64 form, and without such instructions a turn's products take longer than its waits."""
+    of = lambda block_t, block_e: triton.cdiv(T, block_t) * triton.cdiv(E, block_e)
+    if architecture >= 100:
+        return ScoresLaunch(BLOCK_T=32, BLOCK_E=64 if of(32, 64) >= 128 else 32)
+    if of(64, 64) >= 200:
+        return ScoresLaunch(BLOCK_T=64, BLOCK_E=64, num_warps=8)
+    if of(32, 64) >= 128:
+        return ScoresLaunch(BLOCK_T=32, BLOCK_E=64, BLOCK_D=64, num_warps=8)
+    return ScoresLaunch(BLOCK_T=32, BLOCK_E=32, BLOCK_D=64)
 
 
 def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outputs) -> None:
@@ -161,7 +171,7 @@ def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Out
         *(x, weight, scores, x.stride(0), weight.stride(0), T, E, D),
         launch=launch,
     )
-    choose = Launch(BLOCK_T=tile_rows(16, choice.BLOCK_P), num_warps=8)  # a tile as in the launch of few tokens
+    choose = Launch(BLOCK_T=tile_rows(T, choice.BLOCK_P), num_warps=8)  # a tile as in the launch of few tokens
     tiles = triton.cdiv(T, choose.BLOCK_T)
     counts = x.new_empty(tiles, E, dtype=torch.int32)
     total = x.new_empty(E, dtype=torch.int32)
