@@ -63,7 +63,7 @@ def test_what_splits_leave_behind_is_bounded(batch: int, S: int) -> None:
 def test_a_block_against_a_long_context_keeps_the_gpu_busy(length: int) -> None:
     """One wave of programs, two of half the size at 8K: the rounding to 64 and the last split cost a quarter of the
     time there, a tenth from 32K on."""
-    launch = context_attention_launch(1, 256, length, 128, 2, 90)
+    launch = context_attention_launch(256, 128, 2, 90)
     size, tiles = size_of_a_split(length, context_splits(1, 256, 2)), 256 // launch.BLOCK_M
     together = MULTIPROCESSORS * 128 // launch.BLOCK_M
     assert 2 * tiles * -(-length // size) <= together
@@ -83,27 +83,31 @@ def test_partial_results_are_bounded_whatever_the_context(L: int, heads: int, R:
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("rows", [1, 2, 16, 100, 256, 32768])
-@pytest.mark.parametrize("room", [64, 8192, 32768, 131072])
-def test_context_launch(rows: int, room: int, architecture: int) -> None:
-    launch = context_attention_launch(1, rows, room, 128, 2, architecture)
+def test_context_launch(rows: int, architecture: int) -> None:
+    launch = context_attention_launch(rows, 128, 2, architecture)
     assert launch.BLOCK_P == 128 and 64 % launch.BLOCK_N == 0  # a tile lies in one page
     assert 16 <= launch.BLOCK_M <= 128 and min(rows, 64) <= launch.BLOCK_M
     shared = 2 * launch.BLOCK_P * (launch.BLOCK_M + 2 * launch.BLOCK_N * launch.num_stages)
     assert shared <= (163 if architecture == 80 else 227) * 1024
 
 
-def test_single_tokens_take_the_smallest_tile() -> None:
-    assert context_attention_launch(1, 16, 4096, 128, 2, 90).BLOCK_M == 16
-    assert context_attention_launch(1, 256, 4096, 128, 2, 90).BLOCK_M == 64
-    assert context_attention_launch(64, 256, 4096, 128, 2, 90).BLOCK_M == 128
-    assert context_attention_launch(1, 256, 131072, 128, 2, 90).BLOCK_M == 128
-    assert context_attention_launch(1, 32768, 4096, 128, 2, 90).BLOCK_M == 128
-    assert context_attention_launch(1, 256, 4096, 5, 4, 90).BLOCK_P == 16
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("rows", [1, 16, 40, 256, 32768])
+def test_no_warp_computes_rows_of_another(rows: int, architecture: int) -> None:
+    """Warps of a product lie along its rows, 16 each, from 64 rows on."""
+    launch = context_attention_launch(rows, 128, 2, architecture)
+    assert launch.BLOCK_M < 64 or 16 * launch.num_warps <= launch.BLOCK_M
+
+
+def test_tiles_of_rows() -> None:
+    assert context_attention_launch(16, 128, 2, 80).BLOCK_M == 16
+    assert context_attention_launch(16, 128, 2, 90).BLOCK_M == 64  # wgmma
+    assert context_attention_launch(256, 5, 4, 90).BLOCK_P == 16
 
 
 def test_fp32_holds_few_rows_of_wide_heads() -> None:
     """Its operands are registers: 16 rows of 64 numbers are what does not spill."""
-    assert [context_attention_launch(1, 256, 4096, P, 4, 90).BLOCK_M for P in (16, 32, 64, 128)] == [64, 32, 16, 16]
+    assert [context_attention_launch(256, P, 4, 90).BLOCK_M for P in (16, 32, 64, 128)] == [64, 32, 16, 16]
 
 
 @pytest.mark.parametrize("name", ["context_attention", "append_attention"])
@@ -119,9 +123,8 @@ def test_small_cases_take_tma_as_the_published_shapes_do(name: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("packed", [False, True])
-def test_block_launch(architecture: int, packed: bool) -> None:
-    launch = block_attention_launch(128, 2, architecture, packed)
+def test_block_launch(architecture: int) -> None:
+    launch = block_attention_launch(128, 2, architecture)
     shared = 2 * 128 * (launch.BLOCK_M + 2 * launch.BLOCK_N * launch.num_stages)
     assert shared <= (163 if architecture == 80 else 227) * 1024
-    assert block_attention_launch(128, 4, architecture, packed).BLOCK_M == 32
+    assert block_attention_launch(128, 4, architecture).BLOCK_M == 32

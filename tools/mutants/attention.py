@@ -69,8 +69,8 @@ MUTANTS = {
         ),
         (
             "another KV head's keys",
-            "_tile(k_clean, b, n + offs_n, head // R, offs_p, most, P)",
-            "_tile(k_clean, b, n + offs_n, head % R, offs_p, most, P)",
+            "tile_of(k_clean, b, n + offs_n, head // R, offs_p, most, P)",
+            "tile_of(k_clean, b, n + offs_n, head % R, offs_p, most, P)",
         ),
         ("packed sequences see each other", "        begin = tl.load(", "        begin = 0 * tl.load("),
     ],

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, architecture, run, tuned
 from .context_attention_kernels import _combine_splits_kernel, _context_attention_fwd_kernel
-from .lang import Pages, heads, side_by_side
+from .lang import Pages, heads, in_tiles, log2_scale, side_by_side
 
 
 class Splits(NamedTuple):
@@ -57,32 +57,33 @@ class ContextAttentionLaunch(Launch):
     num_stages: int = 2
 
 
-def context_attention_launch(
-    batch: int, rows: int, room: int, P: int, itemsize: int, architecture: int
-) -> ContextAttentionLaunch:
+def context_attention_launch(rows: int, P: int, itemsize: int, architecture: int) -> ContextAttentionLaunch:
     """Query rows of a program:
 
-    | where                           | rows     | reason                                                            |
-    |---------------------------------|----------|-------------------------------------------------------------------|
-    | up to 8K tokens in all, and 8K  | 64       | bound by latency: what wgmma takes, on more programs              |
-    | rows a KV head                  |          |                                                                   |
-    | above                           | 128      | bound by products (256 rows a KV head do 256 flops a byte): rows  |
-    |                                 |          | share a tile of keys, and the second half finds it in L2          |
-    | fp32, fp64, P > 128             | 16 to 64 | operands are registers: 64 rows of 128 would spill 9 KB a thread  |
+    | where                       | rows     | warps | reason                                                        |
+    |-----------------------------|----------|-------|---------------------------------------------------------------|
+    | sm_90 and above             | 64       | 4     | what wgmma takes, of one token too; a second program of the   |
+    |                             |          |       | multiprocessor multiplies while this one computes weights     |
+    | the same, above 8K rows a   | 128      | 8     | a prompt's stretches read each key for more rows: with 64     |
+    | KV head                     |          |       | they are bound by L2                                          |
+    | below                       | 16, 32,  | 4     | without wgmma operands live in registers                      |
+    |                             | 128      | 8     |                                                               |
+    | fp32, fp64, P > 128         | 16 to 64 | 4     | the same: 64 rows of 128 in fp32 would spill 9 KB a thread    |
 
     Keys of a tile: 64 on sm_90, three tiles in shared memory, two of which are on their way (TMA) while one is used.
-    Without wgmma operands live in registers, of which sm_80 has enough for 32.
+    sm_80 has registers for 32.
     """
     block_p = max(16, triton.next_power_of_2(P))
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64 if batch * room <= 8192 and rows <= 8192 else 128)
+    block_m = max(16, triton.next_power_of_2(rows))
     if itemsize > 2 or block_p > 128:
-        block_m = min(block_m, 64 if itemsize == 2 else max(16, 1024 // block_p))
+        block_m = min(block_m, 64 if itemsize == 2 else min(64, max(16, 1024 // block_p)))
         return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=32)
-    warps = 8 if block_m >= 64 else 4
-    if architecture == 90:
-        return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=64, num_warps=warps, num_stages=3)
-    block_m, block_n = 128 if block_m >= 64 else block_m, 64 if architecture > 90 else 32
-    return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps)
+    if architecture >= 90:
+        block_m, block_n = 64 if rows <= 8192 else 128, 64
+    else:
+        block_m, block_n = 128 if block_m >= 64 else block_m, 32
+    warps = 8 if block_m == 128 else 4
+    return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=3)
 
 
 def _tiles(pages: Tensor, launch: Launch) -> TensorDescriptor | None:
@@ -120,7 +121,7 @@ def _context_attention_fwd(
     R, room = Hq // Hkv, page_table.shape[1] * page_size if len(k_pages) else 0
     o = q.new_empty(q.shape)
     itemsize, arch = q.element_size(), architecture(q)
-    default = context_attention_launch(B, L * R, room, P, itemsize, arch)
+    default = context_attention_launch(L * R, P, itemsize, arch)
     batch, near = triton.next_power_of_2(B), triton.next_power_of_2(room)
     launch = tuned(
         "_context_attention_fwd_kernel", default, arch, batch=batch, rows=L * R, room=near, P=P, itemsize=itemsize
@@ -130,6 +131,13 @@ def _context_attention_fwd(
     k_desc, v_desc = _tiles(k_pages, launch), _tiles(v_pages, launch)
     if k_desc is None or v_desc is None:
         k_desc = v_desc = None
+    log2, sign = log2_scale(scale)
+    long = L > launch.BLOCK_N
+    k_own = v_own = None
+    if long:
+        k_own, v_own = (in_tiles(t, launch.BLOCK_N, launch.BLOCK_P, arch) for t in (k, v))
+        if k_own is None or v_own is None:
+            k_own = v_own = None
     m = l = partial = None
     if splits > 1:
         m, l = torch.empty(2, splits, B, L, Hq, dtype=compute_dtype(q.dtype), device=q.device)
@@ -138,14 +146,20 @@ def _context_attention_fwd(
         _context_attention_fwd_kernel,
         (triton.cdiv(L * R, launch.BLOCK_M), Hkv * splits, B),
         *(heads(q), heads(k), heads(v), *(Pages(t, *t.stride()[:3]) for t in (k_pages, v_pages)), k_desc, v_desc),
+        *(k_own, v_own),
         *(page_table, cache_lengths.contiguous(), None if counts is None else counts.contiguous(), o, partial, m, l),
-        *(page_table.stride(0), B, L, Hkv, len(k_pages), page_size, room, *limits, scale * 1.4426950408889634),
+        *(page_table.stride(0), B, L, Hkv, len(k_pages), page_size, room, *limits, log2),
         P=P,
         R=R,
         APPEND=append,
         CAUSAL=causal and L > 1,
+        SIGN=sign,
+        IN_PAGE=page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64,  # splits begin at multiples of 64
         TMA=k_desc is not None,
         SPLIT=splits > 1,
+        LONG=long,
+        # Below 64 rows four warps lie side by side along the keys, 8 each.
+        BLOCK_L=min(launch.BLOCK_N, max(16 if launch.BLOCK_M >= 64 else 32, triton.next_power_of_2(L))),
         BLOCK_T=triton.next_power_of_2(triton.cdiv(launch.BLOCK_M, R)) if append else 1,
         launch=launch,
     )

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..runtime.launch import by_tma
 
 
 class Heads(NamedTuple):
@@ -34,26 +37,58 @@ def heads(t: Tensor) -> Heads:
     return Heads(t, *t.stride()[:3])
 
 
+def log2_scale(scale: float) -> tuple[float, int]:
+    """The scale that `weigh` takes, above 0, and what the queries are multiplied with instead: 1, -1 or 0."""
+    return abs(scale or 1.0) * 1.4426950408889634, (scale > 0) - (scale < 0)
+
+
+def in_tiles(t: Tensor, block_n: int, block_p: int, architecture: int) -> TensorDescriptor | None:
+    """[B, N, H, P] as the matrix [B * N, H * P] for TMA, in tiles [block_n, P], where the GPU has it, tokens of all
+    rows have one stride and strides are multiples of 16 bytes."""
+    B, N, H, P = t.shape
+    strides = (t.stride(0) if B > 1 else N * t.stride(1), t.stride(2) if H > 1 else P, t.stride(3))
+    if strides != (N * t.stride(1), P, 1) or t.element_size() != 2 or block_p != P or B * N >= 2**31:
+        return None
+    rows = t.as_strided((B * N, H * P), (t.stride(1), 1))
+    return TensorDescriptor.from_tensor(rows, [block_n, P]) if by_tma(rows, architecture) else None
+
+
 @triton.jit
-def attend(q, k, v, m, l, o, seen, scale, MASKED: tl.constexpr):
-    """One tile of keys: the running maximum m, sum l and output o of rows q [BLOCK_M, BLOCK_P], in the dtype of m.
+def scores(q, k, acc: tl.constexpr):
+    """Products of rows with keys, not scaled: [BLOCK_M, BLOCK_N]."""
+    return tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=acc)
+
+
+@triton.jit
+def weigh(s, m, l, seen, scale, MASKED: tl.constexpr):
+    """The running maximum m (not scaled) and sum l of rows after a tile of scores, the tile's weights, and what is kept
+    of earlier results. scale: above 0, times log2(e).
 
     MASKED: keys that are not `seen`, [BLOCK_M, BLOCK_N] or [1, BLOCK_N], get a weight of 0. NaN times 0 is NaN: the
     caller clears values that are not to be seen."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=m.dtype) * scale  # [BLOCK_M, BLOCK_N], log2
     if MASKED:
         s = tl.where(seen, s, -float("inf"))
-        new = tl.maximum(m, tl.max(s, axis=1))
-        # A row that has seen no key yet has new = -inf; subtracting it would give NaN.
-        shift = tl.where(new == -float("inf"), 0.0, new)
-    else:
-        new = tl.maximum(m, tl.max(s, axis=1))
-        shift = new
-    p = tl.exp2(s - shift[:, None])
-    kept = tl.exp2(m - shift)
+    new = tl.maximum(m, tl.max(s, axis=1))
+    shift = new * scale
+    if MASKED:  # a row that has seen no key yet has new = -inf; subtracting it would give NaN
+        shift = tl.where(new == -float("inf"), 0.0, shift)
+    p = tl.exp2(s * scale - shift[:, None])
+    kept = tl.exp2(m * scale - shift)
     l = l * kept + tl.sum(p, axis=1)
-    o = tl.dot(p.to(v.dtype), v, o * kept[:, None], input_precision="ieee", out_dtype=m.dtype)
-    return new, l, o
+    return new, l, p, kept
+
+
+@triton.jit
+def add_values(p, v, o, kept):
+    """The output of rows [BLOCK_M, BLOCK_P] with a tile of values."""
+    return tl.dot(p.to(v.dtype), v, o * kept[:, None], input_precision="ieee", out_dtype=o.dtype)
+
+
+@triton.jit
+def attend(q, k, v, m, l, o, seen, scale, MASKED: tl.constexpr):
+    """One tile of keys and values: m and l of rows q as `weigh` has them, and their output o."""
+    m, l, p, kept = weigh(scores(q, k, m.dtype), m, l, seen, scale, MASKED)
+    return m, l, add_values(p, v, o, kept)
 
 
 @triton.jit
@@ -64,6 +99,59 @@ def tokens_of(x, b, token, head, offs_p):
 
 
 @triton.jit
+def tile_of(x, b, offs_n, head, offs_p, N, P):
+    """Tokens below N of an operand `Heads`: [tokens, P]."""
+    mask = (offs_n < N)[:, None] & (offs_p < P)[None, :]
+    return tl.load(tokens_of(x, b, offs_n, head, offs_p), mask=mask, other=0.0)
+
+
+@triton.jit
+def _whole(x, desc, b, n, head, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Tokens n and on of `Heads`, all below N: [BLOCK_N, BLOCK_P]."""
+    if desc is None:
+        return tile_of(x, b, n + tl.arange(0, BLOCK_N), head, tl.arange(0, BLOCK_P), N, P)
+    else:
+        return desc.load([b.to(tl.int32) * N + n, head.to(tl.int32) * P])
+
+
+@triton.jit
+def attend_whole(
+    q,
+    k,  # Heads, as v
+    v,
+    k_desc,  # the same for TMA, as v_desc; or None
+    v_desc,
+    b,
+    head,
+    start,
+    end,
+    N,
+    P,
+    m,
+    l,
+    o,
+    scale,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """`attend` for tokens start to end, all seen, in whole tiles.
+
+    The values of a tile are multiplied while the weights of the next are computed: o is a tile behind m and l. The
+    weights are carried in the dtype of m: operands in 16 bits would go through shared memory."""
+    if start < end:
+        s = scores(q, _whole(k, k_desc, b, start, head, N, P, BLOCK_N, BLOCK_P), m.dtype)  # [BLOCK_M, BLOCK_N]
+        m, l, p, kept = weigh(s, m, l, True, scale, MASKED=False)
+        for n in tl.range(start + BLOCK_N, end, BLOCK_N):
+            k_tile = _whole(k, k_desc, b, n, head, N, P, BLOCK_N, BLOCK_P)  # [BLOCK_N, BLOCK_P]
+            v_tile = _whole(v, v_desc, b, n - BLOCK_N, head, N, P, BLOCK_N, BLOCK_P)
+            s = scores(q, k_tile, m.dtype)
+            o = add_values(p, v_tile, o, kept)
+            m, l, p, kept = weigh(s, m, l, True, scale, MASKED=False)
+        o = add_values(p, _whole(v, v_desc, b, end - BLOCK_N, head, N, P, BLOCK_N, BLOCK_P), o, kept)
+    return m, l, o
+
+
+@triton.jit
 def slots(pages, page, slot, head, offs_p):
     """Pointers to slots of an operand `Pages`: [tokens, P]."""
     at = page * pages.stride_page + slot * pages.stride_slot + head * pages.stride_h
@@ -71,10 +159,10 @@ def slots(pages, page, slot, head, offs_p):
 
 
 @triton.jit
-def page_of(table_ptr, n, end, page_size, TMA: tl.constexpr):
+def page_of(table_ptr, n, end, page_size, IN_PAGE: tl.constexpr):
     """The page of cached token n, where a tile lies in one page."""
     page = 0
-    if TMA:
+    if IN_PAGE:
         page = tl.load(table_ptr + n // page_size, mask=n < end, other=0).to(tl.int32)
     return page
 
@@ -95,6 +183,7 @@ def cached(
     P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    IN_PAGE: tl.constexpr,  # a tile lies in one page, `page`
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -111,8 +200,9 @@ def cached(
         mask = (offs_p < P)[None, :]
         if MASKED:
             mask = mask & (tokens < end)[:, None]
+        if not IN_PAGE and MASKED:
             page = tl.load(table_ptr + tokens // page_size, mask=tokens < end, other=0)
-        else:
+        elif not IN_PAGE:
             page = tl.load(table_ptr + tokens // page_size)
         page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)  # inside the pool, as TMA does by itself
         slot = (tokens % page_size).to(tl.int64)
