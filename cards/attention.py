@@ -117,6 +117,7 @@ OPS = (
             dict(B=1, L=2, Hq=2, Hkv=1, P=8, S=65, shuffled=0),
             dict(B=2, L=2, Hq=2, Hkv=1, P=8, S=90, page_size=16),
             dict(B=2, L=20, Hq=2, Hkv=1, P=16, S=100, causal=1),
+            dict(B=1, L=140, Hq=2, Hkv=1, P=16, S=30, causal=1, shuffled=2),  # its own keys by TMA in 16 bits
             dict(B=6, L=3, Hq=4, Hkv=2, P=16, S=150, shuffled=3),  # in 16 bits with TMA, as the next two
             dict(B=4, L=5, Hq=2, Hkv=1, P=128, S=130, page_size=128, causal=1, shuffled=3, wide=1),
             dict(B=2, L=17, Hq=4, Hkv=1, P=128, S=120, shuffled=2),
@@ -170,6 +171,7 @@ OPS = (
             dict(B=1, N=1, Hq=2, Hkv=1, P=29),
             dict(B=1, N=0, Hq=2, Hkv=1, P=8),
             dict(B=2, N=70, Hq=2, Hkv=1, P=8, packed=1),
+            dict(B=1, N=200, Hq=2, Hkv=1, P=16),  # in 16 bits with TMA
         ),
         shapes=(dict(B=1, N=4096, **_HEADS), dict(B=1, N=4096, packed=1, **_HEADS)),
         grads=("q", "k", "v"),
@@ -187,6 +189,7 @@ OPS = (
             dict(B=2, N=140, Hq=2, Hkv=1, P=8, S=16),
             dict(B=1, N=96, Hq=2, Hkv=2, P=29, S=12, packed=1),
             dict(B=1, N=90, Hq=1, Hkv=1, P=8, S=48),
+            dict(B=2, N=260, Hq=2, Hkv=2, P=16, S=16),  # in 16 bits with TMA
         ),
         shapes=(
             dict(B=1, N=4096, S=16, **_HEADS),

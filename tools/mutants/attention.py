@@ -22,6 +22,11 @@ MUTANTS = {
             "(length // splits) // 64 * 64, 1)",
         ),
         ("stale page", "page = page_of(table_ptr, n + BLOCK_N,", "page = page_of(table_ptr, n,"),
+        (
+            "own tiles at the diagonal run unmasked",
+            "tile * BLOCK_M // R + 1) // BLOCK_N",
+            "tile * BLOCK_M // R + BLOCK_N) // BLOCK_N",
+        ),
     ],
     ("context_attention", "attention/lang.py", "test_attention_context.py::test_sixteen_bits_by_tma"): [
         ("what TMA brings from behind the end stays", "tl.where((tokens < end)[:, None], v, tl.zeros_like(v))", "v")
@@ -48,6 +53,20 @@ MUTANTS = {
         "attention/lang.py",
         "test_attention_context.py::test_nan_reaches_who_sees_it_and_nobody_else",
     ): [("a NaN that is seen is swallowed", '(seen, s, -float("inf"))', '(seen & (s == s), s, -float("inf"))')],
+    ("append_attention", "attention/context_attention_kernels.py", "test_attention_lse.py"): [
+        ("the sum of a split is not in the logarithm", "(most + tl.log2(l))", "most"),
+        ("the largest score is not scaled in the logarithm", "(m * scale + tl.log2(l))", "(m + tl.log2(l))"),
+        ("the sign of the scale is lost", "q_tile * SIGN", "q_tile * SIGN * SIGN"),
+    ],
+    ("causal_attention or block_diffusion", "attention/lang.py"): [
+        ("the last tile's values are left out", "o = add_values(p, _whole(v,", "add_values(p, _whole(v,"),
+        ("values of the tile whose weights are to come", "n - BLOCK_N, head, N", "n, head, N"),
+        (
+            "earlier results are kept whole",
+            "o = add_values(p, v_tile, o, kept)",
+            "o = add_values(p, v_tile, o, kept * 0 + 1)",
+        ),
+    ],
     ("append_attention", "attention/context_attention_kernels.py"): [
         ("a slot left out", "            to = length + at\n", "            to = length + at + 1\n"),
         ("tokens that do not count enter", "& (at < count) &", "&"),

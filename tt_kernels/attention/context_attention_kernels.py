@@ -23,6 +23,7 @@ def _context_attention_fwd_kernel(
     cache_lengths_ptr,  # [B]
     counts_ptr,  # [B], or None: all L enter; where APPEND
     o_ptr,  # [B, L, Hq, P], contiguous
+    lse_ptr,  # [B, L, Hq]: log-sum-exp, natural
     partial_ptr,  # [splits, B, L, Hq, P] where splits > 1
     m_ptr,  # [splits, B, L, Hq], as l: maximum and sum of a split, log2
     l_ptr,
@@ -149,6 +150,7 @@ def _context_attention_fwd_kernel(
             tl.store(partial_ptr + out[:, None] * P + offs_p[None, :], o, mask=mask_q)
     else:
         o = o / l[:, None]
+        tl.store(lse_ptr + out, (m * scale + tl.log2(l)) * 0.6931471805599453, mask=token < L)
         tl.store(o_ptr + out[:, None] * P + offs_p[None, :], o.to(o_ptr.dtype.element_ty), mask=mask_q)
 
 
@@ -158,6 +160,7 @@ def _combine_splits_kernel(
     m_ptr,  # [splits, rows], as l
     l_ptr,
     o_ptr,  # [rows, P]
+    lse_ptr,  # [rows]
     rows,
     splits,
     P: tl.constexpr,
@@ -169,10 +172,13 @@ def _combine_splits_kernel(
     offs_p = tl.arange(0, BLOCK_P)
     m = tl.load(m_ptr + offs_s * rows + row, mask=offs_s < splits, other=-float("inf"))  # [BLOCK_S]
     l = tl.load(l_ptr + offs_s * rows + row, mask=offs_s < splits, other=0.0)
-    weight = tl.exp2(m - tl.max(m, axis=0))  # finite: split 0 has seen the token itself
+    most = tl.max(m, axis=0)  # finite: split 0 has seen the token itself
+    weight = tl.exp2(m - most)
+    l = tl.sum(l * weight, axis=0)
     # A split that starts past the row's length has written m = -inf and no partial result.
     mask = (m > -float("inf"))[:, None] & (offs_p < P)[None, :]
     at = (offs_s[:, None] * rows + row) * P + offs_p[None, :]
     o = tl.load(partial_ptr + at, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_P]
-    o = tl.sum(o * weight[:, None], axis=0) / tl.sum(l * weight, axis=0)
+    o = tl.sum(o * weight[:, None], axis=0) / l
+    tl.store(lse_ptr + row, (most + tl.log2(l)) * 0.6931471805599453)
     tl.store(o_ptr + row * P + offs_p, o.to(o_ptr.dtype.element_ty), mask=offs_p < P)

@@ -113,13 +113,13 @@ def _context_attention_fwd(
     *,
     append: bool = False,
     counts: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     page_table = page_table.contiguous()
     k_pages, v_pages = side_by_side(k_pages), side_by_side(v_pages)
     B, L, Hq, P = q.shape
     Hkv, page_size = k.shape[2], k_pages.shape[1]
     R, room = Hq // Hkv, page_table.shape[1] * page_size if len(k_pages) else 0
-    o = q.new_empty(q.shape)
+    out = _context_attention_fake(q)
     itemsize, arch = q.element_size(), architecture(q)
     default = context_attention_launch(L * R, P, itemsize, arch)
     batch, near = triton.next_power_of_2(B), triton.next_power_of_2(room)
@@ -147,7 +147,8 @@ def _context_attention_fwd(
         (triton.cdiv(L * R, launch.BLOCK_M), Hkv * splits, B),
         *(heads(q), heads(k), heads(v), *(Pages(t, *t.stride()[:3]) for t in (k_pages, v_pages)), k_desc, v_desc),
         *(k_own, v_own),
-        *(page_table, cache_lengths.contiguous(), None if counts is None else counts.contiguous(), o, partial, m, l),
+        *(page_table, cache_lengths.contiguous(), None if counts is None else counts.contiguous(), *out),
+        *(partial, m, l),
         *(page_table.stride(0), B, L, Hkv, len(k_pages), page_size, room, *limits, log2),
         P=P,
         R=R,
@@ -169,11 +170,15 @@ def _context_attention_fwd(
         run(
             _combine_splits_kernel,
             (B * L * Hq,),
-            *(partial, m, l, o, B * L * Hq, splits),
+            *(partial, m, l, *out, B * L * Hq, splits),
             P=P,
             launch=Launch(BLOCK_S=block_s, BLOCK_P=launch.BLOCK_P),
         )
-    return o
+    return out
+
+
+def _context_attention_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype))
 
 
 def _append_attention_fwd(
@@ -186,10 +191,10 @@ def _append_attention_fwd(
     cache_lengths: Tensor,
     counts: Tensor | None,
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     pages = side_by_side(k_pages), side_by_side(v_pages)
-    o = _context_attention_fwd(q, k, v, *pages, page_table, cache_lengths, True, scale, append=True, counts=counts)
+    out = _context_attention_fwd(q, k, v, *pages, page_table, cache_lengths, True, scale, append=True, counts=counts)
     for written, place in zip(pages, (k_pages, v_pages), strict=True):
         if written is not place:
             place.copy_(written)
-    return o
+    return out
