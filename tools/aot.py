@@ -182,7 +182,9 @@ class _Known:
         self.architecture, self.known, self.source = architecture, known, ""
 
     def __call__(self, *, fn: Any, compile: Mapping[str, Any], **_: Any) -> bool:
-        given = (triton.__version__, self.architecture, fn.jit_function.cache_key, compile["specialization_data"])
+        data = json.loads(compile["specialization_data"])
+        del data["key"], data["options"]["extern_libs"]  # which name folders of this machine
+        given = (triton.__version__, self.architecture, fn.jit_function.cache_key, json.dumps(data, sort_keys=True))
         self.source = hashlib.sha256(repr(given).encode()).hexdigest()[:12]
         return self.source in self.known
 

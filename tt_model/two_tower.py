@@ -98,7 +98,7 @@ class TwoTower(TwoTowerModel):
             ValueError: a setting, prompt or token id that cannot be meant, before any work. Warns when block_size is
             above the trained one, and when a prompt holds the mask token.
         Cost: a prefill, then per block at most steps_per_block denoiser passes and one context pass; in the block in
-            which a row ends, passes until its end and all before it are committed and what lies behind could only be
+            which a row ends, passes until its end and all before it are committed and tokens behind it could only be
             dropped (a last pass over one such position is made all the same: the published NFE counts it).
         Source: the published implementation's generation loop (arXiv 2606.26493), one row at a time there.
         """

@@ -18,7 +18,7 @@ from tt_kernels.runtime.launch import INTERPRET, ON_CPU
 
 pytestmark = pytest.mark.kernels
 # Per-row settings, in fp64 on purpose: no dtype of theirs is refused.
-SETTINGS = {"temperature", "threshold"}
+SETTINGS = {"sampling.temperature", "threshold"}
 COMPUTED_WITH = [
     pytest.param(name, leaf, id=f"{name}-{leaf}")
     for name, op in OPS.items()

@@ -3,7 +3,9 @@
 What the results mean is the business of test_reference.py and test_sampling.py. 20 s on one core.
 """
 
+import doctest
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -82,8 +84,19 @@ def test_docstring_is_whole(name: str) -> None:
     listed = {word for line in arguments.splitlines() for word in line.partition(":")[0].replace(",", " ").split()}
     assert set(inspect.signature(op.fn).parameters) <= listed
     assert all(f"{output}:" in results for output in op.outputs)
-    for word in ("Cost", "Raises", "radients"):
-        assert word in results, f"{name} does not say: {word}"
+    labels = re.findall(r"^([A-Z]\w+):", results, re.M)
+    assert labels == ["Numerics", "Gradients", "Raises", "Cost", "Source", "Example"]
+
+
+@pytest.mark.skipif(KERNELS, reason="its tensors are for the reference")
+@pytest.mark.parametrize("name", NAMES)
+def test_example_runs(name: str) -> None:
+    example = inspect.getdoc(OPS[name].fn).partition("Example:")[2]
+    parsed = doctest.DocTestParser().get_examples(example)
+    assert 1 <= len(parsed) <= 4
+    known = {"torch": torch, **{public: getattr(tt_kernels, public) for public in tt_kernels.__all__}}
+    for line in parsed:
+        exec(line.source, known)
 
 
 @pytest.mark.parametrize("op,dims", CASES)

@@ -165,3 +165,13 @@ def call_at(name: str, kwargs: dict[str, Any], slot: int) -> tuple[dict[str, Ten
     kwargs = with_leaves(kwargs, places)
     result = outputs(OPS[name], OPS[name].fn(**kwargs))
     return result, {pool: leaves(kwargs)[pool] for pool in POOLS if pool in places}
+
+
+def test_one_token_takes_the_step() -> None:
+    """Decoding is as fast as its cheapest form, on the reference too: bit for bit what the step gives."""
+    kwargs = make(OPS["mamba_extend"], dict(b=1, L=1, H=8, P=16, G=1, N=32, K=4), torch.float32) | dict(counts=None)
+    again = with_leaves(kwargs, {name: t.clone() for name, t in leaves(kwargs).items()})
+    y = OPS["mamba_extend"].fn(**kwargs)
+    token, dt = again["xBC"][:, 0], again["dt"][:, 0]
+    assert torch.equal(y[:, 0], OPS["mamba_step"].fn(token, dt, again["weights"], again["state"]))
+    assert all(torch.equal(t, leaves(again)[name]) for name, t in leaves(kwargs).items())

@@ -152,6 +152,12 @@ BLOCK = torch.full((1, 8), 4)
         (lambda m, c: c.advance(m.verify(BLOCK, c)[1], torch.tensor([1.5])), "advance: counts is .*1.5"),
         (lambda m, c: c.fork([1]), r"fork: rows is \[1\], expected 0 to 0"),
         (lambda m, c: c.fork(torch.tensor([0, -1])), r"fork: rows is \[0, -1\], expected 0 to 0"),
+        (lambda m, c: c.fork(torch.tensor([True])), r"fork: rows is \[True\], expected 0 to 0"),
+        (lambda m, c: c.fork([0.5]), r"fork: rows is \[0.5\], expected 0 to 0"),
+        (
+            lambda m, c: c.fork().advance(m.verify(torch.tensor([[1, 2]]), c)[1], torch.tensor([1])),
+            "advance: pending is of another cache",
+        ),
         (lambda m, c: start_denoiser(m, seed=0.5), "seed is 0.5, expected an integer"),
         (lambda m, c: save(m, "nowhere", max_shard_bytes=0), "max_shard_bytes is 0, expected a number above 0"),
         (lambda m, c: save(m, "nowhere", max_shard_bytes="5GB"), "max_shard_bytes is '5GB'"),

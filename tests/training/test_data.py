@@ -1,4 +1,4 @@
-"""tt_model/data.py: the tokenizer loses nothing, the split is stable, batches are pure and know their boundaries."""
+"""tt_model/training/data.py: the tokenizer loses nothing, the split is stable, batches are pure and know boundaries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tt_model/schedule.py: the learning rate never jumps and ends where it should; settings that cannot be are refused."""
+"""tt_model/training/schedule.py: the rate never jumps and ends where it should; settings that cannot be are refused."""
 
 import dataclasses
 import math

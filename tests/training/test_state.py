@@ -1,4 +1,4 @@
-"""tt_model/state.py in training: what is stored is finite, 16-bit weights have fp32 masters, a run is extended."""
+"""tt_model/training/state.py: what is stored is finite, 16-bit weights have fp32 masters, a run is extended."""
 
 import dataclasses
 import json

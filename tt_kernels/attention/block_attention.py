@@ -35,8 +35,8 @@ def causal_attention(
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245).
 
     Example:
-        q, (k, v) = torch.randn(1, 64, 32, 128), torch.randn(2, 1, 64, 2, 128)
-        o = causal_attention(q, k, v, cu_seqlens=torch.tensor([0, 40, 64]))
+        >>> q, (k, v) = torch.randn(1, 64, 32, 128), torch.randn(2, 1, 64, 2, 128)
+        >>> o = causal_attention(q, k, v, cu_seqlens=torch.tensor([0, 40, 64]))
     """
     check(
         "causal_attention",
@@ -87,8 +87,8 @@ def block_diffusion_attention(
     Source: Arriola et al., Block Diffusion (2503.09573), section 3.
 
     Example:
-        q, (k, v, k_clean, v_clean) = torch.randn(1, 64, 32, 128), torch.randn(4, 1, 64, 2, 128)
-        o = block_diffusion_attention(q, k, v, k_clean, v_clean, block_size=16)
+        >>> q, (k, v, k_clean, v_clean) = torch.randn(1, 64, 32, 128), torch.randn(4, 1, 64, 2, 128)
+        >>> o = block_diffusion_attention(q, k, v, k_clean, v_clean, block_size=16)
     """
     check(
         "block_diffusion_attention",

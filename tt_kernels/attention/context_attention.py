@@ -125,8 +125,8 @@ def context_attention(
     Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245), pages of Kwon et al. (2309.06180).
 
     Example:
-        q, (k, v) = torch.randn(1, 16, 32, 128), torch.randn(2, 1, 16, 2, 128)
-        o = context_attention(q, k, v, *torch.randn(2, 4, 64, 2, 128), torch.tensor([[2, 0]]), torch.tensor([100]))
+        >>> q, (k, v) = torch.randn(1, 16, 32, 128), torch.randn(2, 1, 16, 2, 128)
+        >>> o = context_attention(q, k, v, *torch.randn(2, 4, 64, 2, 128), torch.tensor([[2, 0]]), torch.tensor([100]))
     """
     tensors, places = (q, k, v, k_pages, v_pages), (page_table, cache_lengths)
     _check_cached("context_attention", *tensors, *places)
@@ -188,8 +188,7 @@ def append_attention(
     cache: `context_attention(..., causal=True)`, and then the first counts[b] tokens of row b are in its pages.
 
     Writes k_pages and v_pages in place, at positions cache_lengths[b], cache_lengths[b] + 1, ... `cache_lengths` itself
-    is not written: the caller advances it once every layer has appended. Until then the cache holds what it held for
-    whoever reads it.
+    is not written: the caller advances it once every layer has appended. Until then the cache holds what it held.
 
     Args:
         q:                [B, L, Hq, P] float, any strides.
@@ -216,8 +215,9 @@ def append_attention(
     Source: as `context_attention`.
 
     Example:
-        o = append_attention(q, k, v, k_pages, v_pages, page_table, cache_lengths)
-        cache_lengths += q.shape[1]
+        >>> q, (k, v) = torch.randn(1, 16, 8, 64), torch.randn(2, 1, 16, 2, 64)
+        >>> pages, cache_lengths = torch.zeros(2, 4, 64, 2, 64), torch.tensor([100])
+        >>> o = append_attention(q, k, v, *pages, torch.tensor([[2, 0]]), cache_lengths)
     """
     tensors, places = (q, k, v, k_pages, v_pages), (page_table, cache_lengths, counts)
     _check_cached("append_attention", *tensors, *places)

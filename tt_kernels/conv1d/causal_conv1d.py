@@ -166,7 +166,7 @@ def causal_conv1d(
         activation:    "silu" or None.
         state_indices: [B] int: the slot of conv_state that each row reads; None: row b has slot b.
         cu_seqlens:    [sequences + 1] int, from 0, ascending, counted over the flattened B * L tokens: sequences packed
-                       in x start from zeros and do not see each other, what lies behind the last entry is one more; not
+                       in x start from zeros and do not see each other, tokens behind the last entry are one more; not
                        with a state. A row starts anew in any case.
     Returns:
         y: [B, L, C] dtype of x.

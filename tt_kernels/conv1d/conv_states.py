@@ -194,7 +194,9 @@ def conv_advance(
     Source: the conv state of causal-conv1d's `causal_conv1d_update`, whose oldest column the next token does not read.
 
     Example:
-        >>> conv_advance(xBC, conv_state, state_indices=slots, out_indices=other_slots)
+        >>> pool = torch.zeros(8, 96, 4)  # [slots, C, K]
+        >>> read, written = torch.tensor([0, 1]), torch.tensor([2, 3])
+        >>> conv_advance(torch.randn(2, 16, 96), pool, state_indices=read, out_indices=written)
     """
     check(
         "conv_advance",

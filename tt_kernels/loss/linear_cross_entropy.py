@@ -28,8 +28,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
     Source: TwoTower (2606.26493); without logits in memory: Wijmans et al. (2411.09009).
 
     Example:
-        hidden, targets = torch.randn(2, 64, 256), torch.randint(1000, (2, 64))
-        loss = linear_cross_entropy(hidden, torch.randn(1000, 256), targets, mask=targets > 10)
+        >>> hidden, targets = torch.randn(2, 64, 256), torch.randint(1000, (2, 64))
+        >>> loss = linear_cross_entropy(hidden, torch.randn(1000, 256), targets, mask=targets > 10)
     """
     check(
         "linear_cross_entropy",

@@ -122,8 +122,9 @@ def experts(
     Source: DeepSeek-V3 (2412.19437) routing as in Nemotron-3-Nano; sorted segments as in MegaBlocks (2211.15841).
 
     Example:
-        routing = route(x, router_weight, router_bias, top_k=6)
-        y = experts(x, routing, ExpertWeights(up, down))
+        >>> x, up, down = torch.randn(16, 64), torch.randn(8, 32, 64), torch.randn(8, 64, 32)
+        >>> routing = route(x, torch.randn(8, 64), torch.zeros(8), top_k=2)
+        >>> y = experts(x, routing, ExpertWeights(up, down))
     """
     if not isinstance(routing, Routing):
         refuse("experts", "routing", routing, "Routing")

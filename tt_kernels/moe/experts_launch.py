@@ -124,8 +124,8 @@ def up_launch(s: Sizes) -> UpLaunch:
 
 
 def down_launch(s: Sizes, transposed: bool = False) -> ProductLaunch:
-    """As up's, whose SORTED means nothing here: rows are. Transposed weights come by TMA where K is whole tiles: 1856
-    is 29 of 64."""
+    """As up's without SORTED, since rows are sorted here. Transposed weights come by TMA where K is whole tiles, so
+    tiles are 64 of K: 1856 = 29 * 64."""
     options = {name: value for name, value in product_launch(s).options.items() if name != "SORTED"}
     if transposed and options["BLOCK_K"] > 64:
         options |= dict(BLOCK_K=64, num_stages=2 * options["num_stages"])

@@ -74,8 +74,8 @@ def route(
     Source: DeepSeek-V3 (2412.19437), section 2.1.2.
 
     Example:
-        routing = route(x, router_weight, router_bias, top_k=6, scale=2.5)
-        y = experts(x, routing, ExpertWeights(up, down))
+        >>> routing = route(torch.randn(16, 64), torch.randn(8, 64), torch.zeros(8), top_k=2, scale=2.5)
+        >>> ids, weights = routing.topk_ids, routing.topk_weights  # [16, 2]
     """
     check("route", 3, x=(x, "T D"), weight=(weight, "E D"), bias=(bias, "E"))
     E = weight.shape[0]

@@ -94,9 +94,8 @@ def tile_rows(T: int, columns: int) -> int:
 
 
 def is_few(T: int, K: int, columns: int) -> bool:
-    """One program can sort 3072 pairs, and the product of 512 tokens is worth some 10 us of the whole GPU, beside which
-    one program's sorting is cheaper than two more launches. It keeps where the pairs of each tile and expert begin in
-    shared memory, 128 KiB of them at most."""
+    """One program can sort 3072 pairs, and up to 512 tokens its sorting is cheaper than two more launches. It keeps
+    where the pairs of each tile and expert begin in shared memory, 128 KiB of them at most."""
     tiles = triton.cdiv(T, tile_rows(T, columns))
     fits = 4 * triton.next_power_of_2(tiles) * columns <= 128 * 1024
     return T <= 512 and T * K <= 3072 and tiles < SLOT and fits
@@ -105,8 +104,8 @@ def is_few(T: int, K: int, columns: int) -> bool:
 def route_few_launch(T: int, E: int, D: int, *, columns: int) -> FewLaunch:
     """Tiles of 16 experts, as many as a tensor core takes: wider ones read and widen x less often, but leave half of a
     GPU idle up to 256 tokens. D is split until there is a program for each multiprocessor of a large GPU, about 128,
-    in 4 parts at most: who adds them reads 8 bytes for each score of each part, and beyond 4 that takes longer than the
-    product saves."""
+    in 4 parts at most: the program that adds them reads 8 bytes for each score of each part, and beyond 4 that takes
+    longer than the product saves."""
     rows = tile_rows(T, columns)
     programs = triton.cdiv(T, rows) * triton.cdiv(E, 16)
     splits = max(1, min(128 // programs, 4 if rows > 8 else 8, triton.cdiv(D, 256)))
@@ -117,8 +116,8 @@ def route_few_launch(T: int, E: int, D: int, *, columns: int) -> FewLaunch:
 
 
 def route_few(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outputs) -> None:
-    """64 tokens, E=128, D=2688: 1.7 MB read, 8.3 MB from the L2 cache, 45 MFLOP of fp64: 0.4, 1.5 and 0.7 us, the last
-    two at once. Launch and first reads (2 us), two tickets and K rounds of a maximum (1 us each): 7 us expected."""
+    """64 tokens, E=128, D=2688: 1.7 MB read, 8.3 MB from the L2 cache, 45 MFLOP of fp64. Latency bounds it: a
+    launch, the first reads, two tickets, and K rounds of a maximum."""
     (T, D), E, K = x.shape, len(weight), choice.TOP_K
     default = route_few_launch(T, E, D, columns=choice.BLOCK_P)
     launch = tuned("_route_few_kernel", default, architecture(x), T=triton.next_power_of_2(T), E=E, D=D)
@@ -150,8 +149,8 @@ def route_scores_launch(T: int, E: int, D: int, architecture: int) -> ScoresLaun
 
 
 def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outputs) -> None:
-    """4096 tokens, E=128, D=2688: 23 MB read and 4 MB of scores written and read again, 2.8 GFLOP of fp64: 7 us and, at
-    the 67 TFLOP/s of fp64 tensor cores, 42 us. Choice and lists are three launches, some 8 us: 50 to 60 us expected."""
+    """4096 tokens, E=128, D=2688: 23 MB read and 4 MB of scores written and read again, 2.8 GFLOP of fp64,
+    which bound it (67 TFLOP/s of fp64 tensor cores on an H200). Choice and lists are three launches."""
     (T, D), E, K = x.shape, len(weight), choice.TOP_K
     default = route_scores_launch(T, E, D, architecture(x))
     launch = tuned("_route_scores_kernel", default, architecture(x), T=triton.next_power_of_2(T), E=E, D=D)

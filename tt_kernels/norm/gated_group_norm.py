@@ -178,8 +178,8 @@ def gated_group_norm(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, e
     Source: `rmsnorm_fn` of mamba_ssm with norm_before_gate=False.
 
     Example:
-        x, z = torch.randn(2, 4, 4096)
-        y = gated_group_norm(x, z, torch.ones(4096), groups=8)
+        >>> x, z = torch.randn(2, 4, 4096)
+        >>> y = gated_group_norm(x, z, torch.ones(4096), groups=8)
     """
     check("gated_group_norm", 3, x=(x, "* D"), z=(z, "* D"), weight=(weight, "D"))
     if not is_whole(groups) or groups < 1 or x.shape[-1] % groups:

@@ -82,8 +82,8 @@ def modulated_rms_norm(
     Source: TwoTower (2606.26493) and its published implementation; adaLN-single of PixArt-alpha.
 
     Example:
-        h, x = modulated_rms_norm(x, norm.weight, shift, scale, branch=last_layer, gate=gate)
-        last_layer = mixer(h)
+        >>> (x, branch), (shift, scale, gate) = torch.randn(2, 2, 16, 256), torch.randn(3, 2, 256)
+        >>> h, x = modulated_rms_norm(x, torch.ones(256), shift, scale, branch=branch, gate=gate)
     """
     rows = dict(shift=(shift, "* D"), scale=(scale, "* D"), gate=(gate, "* D"))
     check("modulated_rms_norm", 2, x=(x, "* L D"), weight=(weight, "D"), branch=(branch, "* L D"), **rows)

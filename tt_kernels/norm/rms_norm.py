@@ -25,8 +25,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
 
     Example:
-        x = torch.randn(4, 2688)
-        y = rms_norm(x, torch.ones(2688))
+        >>> x = torch.randn(4, 2688)
+        >>> y = rms_norm(x, torch.ones(2688))
     """
     check("rms_norm", 2, x=(x, "* D"), weight=(weight, "D"))
     eps = eps_of("rms_norm", eps)

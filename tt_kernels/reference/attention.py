@@ -144,7 +144,7 @@ def _context(
         return q, k, v, None, scale, causal
     past = [_past(pages, page_table, in_order, cache_lengths, longest) for pages in (k_pages, v_pages)]
     mask = None
-    if shortest < longest:  # what lies past a row's length may be anything, NaN included
+    if shortest < longest:  # cached tokens past a row's length may hold anything, NaN included
         seen = torch.arange(longest, device=q.device) < cache_lengths.unsqueeze(1)
         past = [t.masked_fill(~seen[..., None, None], 0) for t in past]
         mask = F.pad(seen, (0, L), value=True).unsqueeze(1)  # [B, 1, longest + L]

@@ -28,6 +28,19 @@ def full_precision(reference: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
+def without_gradients(reference: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The reference under torch.no_grad(), which costs more than a small step where gradients are off already."""
+
+    @functools.wraps(reference)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch.is_grad_enabled():
+            return reference(*args, **kwargs)
+        with torch.no_grad():
+            return reference(*args, **kwargs)
+
+    return run
+
+
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums: fp32, or fp64 where an input is fp64."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
@@ -74,7 +87,7 @@ def check_starts(op: str, cu_seqlens: Tensor | None, tokens: int) -> list[int] |
 
 
 def sequence_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """[tokens + 1] int8: 1 where a packed sequence begins. What lies behind the last entry is one of its own; entries
+    """[tokens + 1] int8: 1 where a packed sequence begins. Tokens behind the last entry are one more; entries
     outside 0 to `tokens` mean nothing."""
     starts = torch.zeros(tokens + 1, dtype=torch.int8, device=cu_seqlens.device)
     return starts.index_fill_(0, cu_seqlens.long().clamp(0, tokens), 1)

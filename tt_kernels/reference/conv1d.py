@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, check_counts, check_starts, compute_dtype, full_precision, sequence_index
+from .common import cast, check_counts, check_starts, compute_dtype, full_precision, sequence_index, without_gradients
 from .slots import check_slots, read_slots, write_slots
 
 
@@ -63,7 +63,7 @@ def _state_after(x: Tensor, state: Tensor, counts: Tensor | None) -> Tensor:
     return columns.gather(1, index.expand(-1, -1, C)).transpose(1, 2)
 
 
-@torch.no_grad()
+@without_gradients
 @full_precision
 def conv_advance(
     x: Tensor,

@@ -3,10 +3,9 @@
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .common import check_counts, full_precision
+from .common import check_counts, full_precision, without_gradients
 from .conv1d import causal_conv1d, conv_advance
 from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
 
@@ -65,7 +64,7 @@ def mamba_block(
     return ssd_block(x, dt, w.A, B, C, w.D, w.dt_bias, s.ssm, state_indices=s.ssm_indices, dt_limit=dt_limit)
 
 
-@torch.no_grad()
+@without_gradients
 @full_precision
 def mamba_advance(
     xBC: Tensor,
@@ -89,7 +88,7 @@ def mamba_advance(
     conv_advance(xBC, s.conv, counts, state_indices=s.conv_indices, out_indices=s.conv_out_indices)
 
 
-@torch.no_grad()
+@without_gradients
 @full_precision
 def mamba_step(
     xBC: Tensor,
@@ -109,7 +108,7 @@ def mamba_step(
     return y
 
 
-@torch.no_grad()
+@without_gradients
 @full_precision
 def mamba_extend(
     xBC: Tensor,
@@ -122,6 +121,8 @@ def mamba_extend(
 ) -> Tensor:
     w, s = weights, state
     check_counts("mamba_extend", counts, xBC.shape[1])
+    if xBC.shape[1] == 1 and counts is None:
+        return mamba_step(xBC[:, 0], dt[:, 0], w, s, dt_limit=dt_limit).unsqueeze(1)
     if xBC.shape[1] <= SHORT:
         y = mamba_block(xBC, dt, w, s, dt_limit=dt_limit)
         mamba_advance(xBC, dt, w, s, counts, dt_limit=dt_limit)

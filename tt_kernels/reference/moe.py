@@ -105,10 +105,10 @@ def plain(weights: ExpertWeights, dtype: torch.dtype) -> PlainWeights:
 
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows of x, sorted by expert, times their own expert's weight: [R, D], [E, N, D], [E] -> [R, N]. Rows behind the
-    last offset are nobody's: 0, as is their gradient."""
+    last offset belong to no expert: they are 0, as is their gradient."""
     tracing = torch.compiler.is_compiling()
     if x.is_cuda and _fits_grouped_mm(x, weight, torch.bfloat16) and (tracing or len(x) >= len(weight)):
-        # It leaves nobody's rows as they come, in the result and in the gradient of x.
+        # It leaves rows of no expert as they come, in the result and in the gradient of x.
         real = (torch.arange(len(x), device=x.device) < offsets[-1]).unsqueeze(1)
         return torch.where(real, F.grouped_mm(torch.where(real, x, 0), weight.transpose(1, 2), offs=offsets), 0)
     return _whole_grouped_linear(x, weight, offsets) if tracing else _segments_linear(x, weight, offsets)

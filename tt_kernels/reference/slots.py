@@ -1,9 +1,8 @@
 """States in slots of a buffer: `indices` name the slot that each row reads or writes; None: row b has slot b."""
 
-import torch
 from torch import Tensor
 
-from .common import can_look
+from .common import can_look, without_gradients
 
 
 def check_slots(op: str, pool: Tensor | None, **indices: Tensor | None) -> None:
@@ -16,17 +15,29 @@ def check_slots(op: str, pool: Tensor | None, **indices: Tensor | None) -> None:
                 raise ValueError(f"{op}: {name} is {slot}, expected 0 to {pool.shape[0] - 1}")
 
 
+def _together(pool: Tensor, indices: Tensor | None, rows: int) -> slice | None:
+    """Which slots all rows read or write, where those lie side by side: without indices, and for a single row."""
+    if indices is None:
+        return slice(0, rows)
+    if rows != 1 or not can_look(indices):
+        return None
+    slot = min(max(int(indices), 0), pool.shape[0] - 1)
+    return slice(slot, slot + 1)
+
+
 def read_slots(pool: Tensor, indices: Tensor | None, rows: int, *, own: bool = False) -> Tensor:
     """What each row reads; `own`: in memory that a write to the slots does not change."""
-    if indices is not None:
-        return pool.index_select(0, indices.clamp(0, pool.shape[0] - 1))
-    state = pool if pool.shape[0] == rows else pool[:rows]
-    return state.clone() if own else state
+    lies = _together(pool, indices, rows)
+    if indices is None or lies is not None:
+        state = pool if pool.shape[0] == rows else pool[lies]
+        return state.clone() if own else state
+    return pool.index_select(0, indices.clamp(0, pool.shape[0] - 1))
 
 
-@torch.no_grad()
+@without_gradients
 def write_slots(pool: Tensor, new: Tensor, indices: Tensor | None) -> None:
-    if indices is None:
-        (pool if pool.shape[0] == new.shape[0] else pool[: new.shape[0]]).copy_(new)
+    lies = _together(pool, indices, new.shape[0])
+    if indices is None or lies is not None:
+        (pool if pool.shape[0] == new.shape[0] else pool[lies]).copy_(new)
     else:
         pool.index_copy_(0, indices.long().clamp(0, pool.shape[0] - 1), new.to(pool.dtype))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, check_counts, check_starts, compute_dtype, full_precision, sequence_index
+from .common import cast, check_counts, check_starts, compute_dtype, full_precision, sequence_index, without_gradients
 from .slots import check_slots, read_slots, write_slots
 
 CHUNK = 32  # tokens of a chunk where no size is asked for: pairs inside and states between cost about the same on a CPU
@@ -128,7 +128,7 @@ def ssd_block(
     return cast(y, x.dtype)
 
 
-@torch.no_grad()
+@without_gradients
 @full_precision
 def ssd_step(
     x: Tensor,
@@ -160,7 +160,7 @@ def ssd_step(
     return cast(y, x.dtype)
 
 
-@torch.no_grad()
+@without_gradients
 @full_precision
 def ssd_advance(
     x: Tensor,

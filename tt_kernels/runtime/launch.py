@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -55,8 +55,14 @@ class Launch:
         return f"Launch({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
 
 
-# Set by `recording` for its thread or task: who is told of launches instead of a device, and for which architecture.
-_recording: ContextVar[tuple[Callable[..., None], int] | None] = ContextVar("recording", default=None)
+class _Recorder(NamedTuple):
+    """Set by `recording` for its thread or task: what is told of launches instead of a device, and the architecture."""
+
+    tell: Callable[..., None]
+    architecture: int
+
+
+_recording: ContextVar[_Recorder | None] = ContextVar("recording", default=None)
 
 
 @contextmanager
@@ -67,7 +73,7 @@ def recording(architecture: int) -> Iterator[list[tuple[Any, tuple[int, ...], tu
     as before; backward passes run in this one.
     """
     launches: list[Any] = []
-    before = _recording.set((lambda *launch: launches.append(launch), architecture))
+    before = _recording.set(_Recorder(lambda *launch: launches.append(launch), architecture))
     try:
         with torch.autograd.set_multithreading_enabled(False):
             yield launches
@@ -95,7 +101,7 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, launch: Launch, **conste
     # Triton 3.10 flips the default of fp fusion; kernels here are meant with it.
     options = {**constexprs, **launch.options, "enable_fp_fusion": True}
     if (recorded := _recording.get()) is not None:
-        recorded[0](kernel, grid, args, options)
+        recorded.tell(kernel, grid, args, options)
         return
     device = next(_tensors(args)).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -113,7 +119,7 @@ def _properties(index: int) -> Any:
 def architecture(x: Tensor) -> int:
     """80, 90, 100, ...: what the launch of a kernel on x is chosen for. A CPU counts as 90."""
     if (recorded := _recording.get()) is not None:
-        return recorded[1]
+        return recorded.architecture
     if not x.is_cuda:
         return 90
     properties = _properties(x.device.index)
@@ -140,8 +146,15 @@ def _table(architecture: int) -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(path.read_text())["launches"] if path.exists() else {}
 
 
-# Set by `overriding` for its thread or task: a launch to try in place of tables and heuristics, and the keys asked for.
-_override: ContextVar[tuple[str, Launch | None, list[str]] | None] = ContextVar("override", default=None)
+class _Override(NamedTuple):
+    """Set by `overriding` for its thread or task: a launch in place of all others, and the keys asked for."""
+
+    kernel: str
+    launch: Launch | None
+    keys: list[str]
+
+
+_override: ContextVar[_Override | None] = ContextVar("override", default=None)
 
 
 @contextmanager
@@ -149,7 +162,7 @@ def overriding(kernel: str, launch: Launch | None) -> Iterator[list[str]]:
     """Have `tuned` answer with this launch for one kernel in the `with` block (None: with the heuristic's, whatever the
     table says); collects the keys it is asked for. Other threads are not affected; backward passes run in this one."""
     keys: list[str] = []
-    before = _override.set((kernel, launch, keys))
+    before = _override.set(_Override(kernel, launch, keys))
     try:
         with torch.autograd.set_multithreading_enabled(False):
             yield keys
@@ -160,8 +173,8 @@ def overriding(kernel: str, launch: Launch | None) -> Iterator[list[str]]:
 def tuned(kernel: str, default: L, architecture: int, **key: int | str) -> L:
     """The measured launch for this key from tuned/sm_<architecture>.json, or the heuristic's."""
     name = " ".join(f"{k}={v}" for k, v in key.items())
-    if (override := _override.get()) is not None and override[0] == kernel:
-        override[2].append(name)
-        return cast(L, override[1] or default)
+    if (override := _override.get()) is not None and override.kernel == kernel:
+        override.keys.append(name)
+        return cast(L, override.launch or default)
     row = _table(architecture).get(kernel, {}).get(name)
     return default if row is None else type(default)(**row)

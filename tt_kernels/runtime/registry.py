@@ -89,10 +89,13 @@ def takes_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
     x and others are the floats that it computes with. Raises ValueError where they are on several devices, and
     NotImplementedError for GPUs and dtypes that kernels have no form of, rather than fall back.
     """
-    if _uses_reference() or not (x.is_cuda or ON_CPU or is_recording()):
+    if _uses_reference():
         return False
     device, refused, why = x.device, None, ""
-    if x.is_cuda:
+    on_gpu = device.type == "cuda"
+    if not (on_gpu or ON_CPU or is_recording()):
+        return False
+    if on_gpu:
         if (capability := _capability(device.index)) not in SERVED:
             raise NotImplementedError(
                 f"{op}: {device} has compute capability {capability / 10}, kernels are made for "
@@ -101,13 +104,11 @@ def takes_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
         refused, why = torch.float64, f"no fp64 kernel on a GPU; {_REFERENCE}"
     elif INTERPRET:
         refused, why = torch.bfloat16, "Triton's interpreter computes bf16 wrongly; use fp16, fp32 or fp64 there"
-    for t in (x, *others):
-        if t is None:
-            continue
-        if t.device != device:
+    for t in others:
+        if t is not None and t.device != device:
             raise ValueError(f"{op}: tensors are on {device} and {t.device}, expected one device")
-        if t.dtype == refused:
-            raise NotImplementedError(f"{op}: {why}")
+    if refused is not None and any(t is not None and t.dtype == refused for t in (x, *others)):
+        raise NotImplementedError(f"{op}: {why}")
     return True
 
 

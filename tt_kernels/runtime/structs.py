@@ -12,15 +12,21 @@ class Rows(NamedTuple):
     stride: int
 
 
+def _rows(t: Tensor) -> Rows:
+    if t.dim() != 2:
+        t = t.flatten(0, -2) if t.dim() > 2 else t.unsqueeze(0)
+    row, one = t.stride()
+    if one != 1 and t.shape[1] != 1:
+        t = t.contiguous()
+        row = t.stride(0)
+    return Rows(t, row)
+
+
 def rows_of(t: Tensor | None) -> Rows | None:
     """[*, D] as an operand: a view where that is possible. None stays None."""
-    if t is None:
-        return None
-    t = by_row(t)
-    return Rows(t, t.stride(0))
+    return None if t is None else _rows(t)
 
 
 def by_row(t: Tensor) -> Tensor:
     """[*, D] as rows whose elements lie side by side; a view where that is possible."""
-    t = t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return _rows(t).ptr

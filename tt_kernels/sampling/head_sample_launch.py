@@ -85,8 +85,8 @@ class Pieces(NamedTuple):
 
 def head_pieces(launch: HeadLaunch, V: int, multiprocessors: int) -> Pieces:
     """Parts are two a multiprocessor at most and the same however many rows there are, so that a row's sums have one
-    order: up to 16 rows a piece is a part, whose tiles a program merges; of more rows a piece is a tile, and whoever
-    combines the records merges a part's first."""
+    order: up to 16 rows a piece is a part, whose tiles a program merges; of more rows a piece is a tile, and the kernel
+    that combines the records merges a part's first."""
     count = triton.cdiv(V, launch.BLOCK_V)
     tiles = max(1, triton.cdiv(count, 2 * multiprocessors))
     return Pieces(triton.cdiv(count, tiles), tiles, 1) if launch.BLOCK_T == SUB else Pieces(count, 1, tiles)

@@ -82,8 +82,9 @@ def mamba_block(
     Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), sections 3, 6 and 8.
 
     Example:
-        >>> state = MambaState(conv_pool, ssm_pool, conv_indices=slots, ssm_indices=slots)
-        >>> y = mamba_block(xBC, dt, MambaWeights(conv_weight, conv_bias, A, D, dt_bias), state)
+        >>> weights = MambaWeights(torch.randn(64, 4), None, *-torch.rand(3, 4))
+        >>> state = MambaState(torch.zeros(2, 64, 4), torch.zeros(2, 4, 8, 16))
+        >>> y = mamba_block(torch.randn(2, 16, 64), torch.rand(2, 16, 4), weights, state)
     """
     w, s = weights, state
     check_inputs("mamba_block", xBC, dt, w, s, dt_limit)
@@ -129,8 +130,9 @@ def mamba_advance(
     Source: as `mamba_block`.
 
     Example:
-        >>> mamba_advance(xBC, dt, weights, state, counts=torch.tensor([16, 3]))
-        >>> y = mamba_block(next_xBC, next_dt, weights, state)  # goes on from there
+        >>> weights = MambaWeights(torch.randn(64, 4), None, *-torch.rand(3, 4))
+        >>> state = MambaState(torch.zeros(2, 64, 4), torch.zeros(2, 4, 8, 16))
+        >>> mamba_advance(torch.randn(2, 16, 64), torch.rand(2, 16, 4), weights, state, counts=torch.tensor([16, 3]))
     """
     w, s = weights, state
     check_inputs("mamba_advance", xBC, dt, w, s, dt_limit, counts=counts)

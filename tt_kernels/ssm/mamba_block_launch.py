@@ -14,11 +14,10 @@ from .ssd_block_launch import _ssd_advance, _ssd_block
 
 
 def in_one_launch(rows: int, L: int) -> bool:
-    """`rows`: rows times heads. By the compiled code, convolving B and C again for every head takes some 6000
-    instructions of a warp a head and 16 tokens, 0.8 us for 64 heads on an H200 at two a cycle; a second launch and its
-    round trip to memory take 2 to 3 us whatever the rows, and reading and writing the columns 0.1 us a row. So four
-    rows of 64 heads and 16 tokens go in one launch, more in several. Above 32 tokens the convolution's columns do not
-    fit into registers beside the pairs of tokens."""
+    """`rows`: rows times heads. One launch convolves B and C again for every head, by the compiled code some 6000
+    instructions of a warp a head and 16 tokens, which grow with the rows; several cost a launch and a round trip to
+    memory, which do not. Four rows of 64 heads and 16 tokens go in one launch, more in several. Above 32 tokens the
+    convolution's columns do not fit into registers beside the pairs of tokens."""
     return L <= 32 and rows * triton.cdiv(L, 16) <= 256
 
 

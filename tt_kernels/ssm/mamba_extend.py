@@ -51,8 +51,9 @@ def mamba_extend(
     Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), sections 3, 6 and 8.
 
     Example:
-        >>> y = mamba_extend(xBC, dt, weights, MambaState(conv, ssm))
-        >>> y = mamba_extend(next_xBC, next_dt, weights, MambaState(conv, ssm))  # goes on from there
+        >>> weights = MambaWeights(torch.randn(64, 4), None, *-torch.rand(3, 4))
+        >>> state = MambaState(torch.zeros(2, 64, 4), torch.zeros(2, 4, 8, 16))
+        >>> y = mamba_extend(torch.randn(2, 16, 64), torch.rand(2, 16, 4), weights, state)
     """
     w, s = weights, state
     check_inputs("mamba_extend", xBC, dt, w, s, dt_limit, counts=counts)

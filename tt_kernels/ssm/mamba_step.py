@@ -171,8 +171,10 @@ def mamba_step(
     Source: `causal_conv1d_update` of causal-conv1d and `selective_state_update` of mamba_ssm.
 
     Example:
-        >>> state = MambaState(conv_pool, ssm_pool, conv_indices=here, ssm_indices=slots, conv_out_indices=there)
-        >>> y = mamba_step(xBC, dt, weights, state)
+        >>> weights = MambaWeights(torch.randn(64, 4), None, *-torch.rand(3, 4))
+        >>> planes = dict(conv_indices=torch.tensor([0, 1]), conv_out_indices=torch.tensor([2, 3]))
+        >>> state = MambaState(torch.zeros(4, 64, 4), torch.zeros(2, 4, 8, 16), **planes)
+        >>> y = mamba_step(torch.randn(2, 64), torch.rand(2, 4), weights, state)
     """
     w, s = weights, state
     check_inputs("mamba_step", xBC, dt, w, s, dt_limit, tokens="b")

@@ -139,8 +139,9 @@ def ssd_advance(
     Source: as `ssd_block`.
 
     Example:
-        >>> state = torch.zeros(3, 4, 8, 5)  # three slots
-        >>> ssd_advance(x, dt, A, B, dt_bias, state, state_indices=torch.tensor([2]))
+        >>> x, B, (A, dt_bias) = torch.randn(1, 5, 4, 8), torch.randn(1, 5, 1, 16), -torch.rand(2, 4)
+        >>> pool = torch.zeros(3, 4, 8, 16)  # three slots
+        >>> ssd_advance(x, torch.rand(1, 5, 4), A, B, dt_bias, pool, state_indices=torch.tensor([2]))
     """
     check(
         "ssd_advance",

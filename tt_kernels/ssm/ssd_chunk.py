@@ -51,7 +51,7 @@ def ssd_chunk(
         out_indices:   [b] int: the slot that each row writes, all different, none of them read by another row; None:
                        the slot that it reads.
         cu_seqlens:    [sequences + 1] int, from 0, ascending, counted over the flattened b * L tokens: sequences packed
-                       in x start from zeros, what lies behind the last entry is one more; not with a state. A row
+                       in x start from zeros, tokens behind the last entry are one more; not with a state. A row
                        starts anew in any case.
         chunk_size:    Q, tokens between the states that are returned: any number from 1 on (a tile of tokens lies in
                        one chunk: multiples of 64 fill tiles best). None: none of those, and none in memory; on their
@@ -77,8 +77,8 @@ def ssd_chunk(
     Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), section 6; `mamba_chunk_scan_combined` of mamba_ssm.
 
     Example:
-        >>> y, final_state, chunk_states = ssd_chunk(x, dt, A, B, C, D, dt_bias, chunk_size=64)
-        >>> ssd_chunk(x, dt, A, B, C, D, dt_bias, pool, state_indices=slots, chunk_size=None).y
+        >>> x, (B, C), (A, D, dt_bias) = torch.randn(1, 200, 4, 8), torch.randn(2, 1, 200, 1, 16), -torch.rand(3, 4)
+        >>> y, final_state, chunk_states = ssd_chunk(x, torch.rand(1, 200, 4), A, B, C, D, dt_bias, chunk_size=64)
     """
     check(
         "ssd_chunk",

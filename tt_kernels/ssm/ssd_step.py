@@ -148,8 +148,9 @@ def ssd_step(
     Source: `selective_state_update` of mamba_ssm; Dao and Gu, Transformers are SSMs (Mamba-2, 2024).
 
     Example:
-        >>> pool, slots = torch.zeros(8, 4, 8, 5), torch.tensor([3, 1])
-        >>> y = ssd_step(x, dt, A, B, C, D, dt_bias, pool, state_indices=slots)
+        >>> x, (B, C), (A, D, dt_bias) = torch.randn(2, 4, 8), torch.randn(2, 2, 1, 16), -torch.rand(3, 4)
+        >>> pool, slots = torch.zeros(9, 4, 8, 16), torch.tensor([3, 1])
+        >>> y = ssd_step(x, torch.rand(2, 4), A, B, C, D, dt_bias, pool, state_indices=slots)
     """
     check(
         "ssd_step",

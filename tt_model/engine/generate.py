@@ -135,7 +135,7 @@ class _Rows:
     def unfinished(self, block: Tensor, masked: Tensor) -> list[bool]:
         """Which rows need a further pass over their block [R, L], of which masked [R] positions are left.
 
-        None once an end-of-sequence token is there and no mask token before it: what lies behind is dropped. A single
+        None once an end-of-sequence token is there and no mask token before it: tokens behind it are dropped. A single
         position behind is resolved all the same: the published NFE, which the golden files pin, counts that pass.
         """
         if len(self.ends):

@@ -42,6 +42,7 @@ class Pending:
     mamba: dict[int, Projected] = field(default_factory=dict)  # layer -> what its states advance by
     hidden: Tensor | None = None  # [B, L, D], after the final norm
     lengths: Tensor | None = None  # [B] of the cache when it was verified
+    cache: Cache | None = None
 
 
 @dataclass
@@ -305,12 +306,14 @@ class Cache:
         """Let the first counts[b] tokens of a verified block in.
 
         Args:
-            pending: from `TwoTower.verify` on this cache, which must not have changed since.
+            pending: from `TwoTower.verify` on this cache, which must not have changed since, no fork of it.
             counts:  [B] int, 0..L.
         On a GPU it waits for the device once; `commit` and `verify` do not.
         """
         if not isinstance(counts, Tensor) or counts.dim() != 1 or counts.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"advance: counts is {counts!r}, expected a tensor of integers, one for each row")
+        if pending.cache is not self:
+            raise ValueError("advance: pending is of another cache, expected what `verify` gave for this one")
         if pending.hidden is None or pending.lengths is None or len(counts) != self.batch:
             raise ValueError(f"advance: counts has {len(counts)} rows, the cache has {self.batch}")
         L = pending.hidden.shape[1]
@@ -324,7 +327,7 @@ class Cache:
         self.prepare([L] * self.batch)
         position = self.lengths.unsqueeze(1) + torch.arange(L, device=self.lengths.device)  # [B, L]
         page, offset = self.page_table.gather(1, position // PAGE_SIZE), position % PAGE_SIZE
-        for i, (k, v) in pending.kv.items():  # all L: nobody reads the tokens behind a row's length
+        for i, (k, v) in pending.kv.items():  # all L: tokens behind a row's length are not read
             keys, values = self.kv(i)
             keys[page, offset], values[page, offset] = k, v
         for i, (xBC, dt, weights, dt_limit) in pending.mamba.items():
@@ -334,14 +337,14 @@ class Cache:
     def fork(self, rows: Sequence[int] | Tensor | None = None) -> Cache:
         """A cache of some of the rows (None: all), in any order, a row as often as wanted; this one goes on as it was.
 
-        Both read the same pages and states; whoever writes first gets places of its own, and neither ever sees the
+        Both read the same pages and states; the first to write gets places of its own, and neither ever sees the
         other's tokens. Copies nothing but [R, D] hidden states; a write into a page that is shared copies that page.
 
         Args:
             rows: [R] indices of rows.
         """
-        listed = list(range(self.batch)) if rows is None else [int(row) for row in rows]
-        if not all(0 <= row < self.batch for row in listed):
+        listed = range(self.batch) if rows is None else rows.tolist() if isinstance(rows, Tensor) else list(rows)
+        if not all(isinstance(row, int) and not isinstance(row, bool) and 0 <= row < self.batch for row in listed):
             raise ValueError(f"fork: rows is {listed}, expected 0 to {self.batch - 1}")
         device = self.lengths.device
         kept = [Row(list(r.pages), r.slot, r.length) for r in (self._rows[row] for row in listed)]

@@ -195,10 +195,10 @@ class TwoTowerModel(nn.Module):
 
         Returns:
             logits [B, L, V]: position i predicts the token after block[:, : i + 1]
-            pending: for `cache.advance(pending, lengths)`, which lets the first lengths[b] tokens in.
+            pending: for `cache.advance(pending, counts)`, which lets the first counts[b] tokens in.
         """
         block = self._block("verify", block, cache)
-        pending = Pending(lengths=cache.lengths.clone())
+        pending = Pending(lengths=cache.lengths.clone(), cache=cache)
         pending.hidden = self.context_tower(block, ForwardContext("verify", cache, pending=pending))
         return self.context_lm_head(pending.hidden), pending
 
