@@ -25,8 +25,8 @@ def _block_attention_fwd_kernel(
     lse_ptr,  # [B, N, Hq]: log-sum-exp, natural
     N,
     Hq,
-    P,
     scale,  # its magnitude, times log2(e); 1 for 0
+    P: tl.constexpr,
     R: tl.constexpr,  # query heads of a KV head
     S: tl.constexpr,  # block size
     SIGN: tl.constexpr,  # of the scale: 1, -1 or 0

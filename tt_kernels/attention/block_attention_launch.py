@@ -58,16 +58,15 @@ def _block_attention_fwd(
         "_block_attention_fwd_kernel", default, arch, N=near, S=S, packed=int(packed), P=P, itemsize=itemsize
     )
     log2, sign = log2_scale(scale)
-    descs = [in_tiles(t, launch.BLOCK_N, launch.BLOCK_P, arch) for t in (k_clean, v_clean)]
-    if None in descs:
-        descs = [None, None]
     run(
         _block_attention_fwd_kernel,
         (triton.cdiv(N, launch.BLOCK_M), Hq, B),
-        *(heads(q), heads(k_clean), heads(v_clean), *descs),
+        *(heads(q), heads(k_clean), heads(v_clean)),
+        *in_tiles(k_clean, v_clean, launch.BLOCK_N, launch.BLOCK_P, arch),
         *(None if t is None else heads(t) for t in (k, v)),
         *(None if cu_seqlens is None else begins(cu_seqlens, B, N), *out),
-        *(N, Hq, P, log2),
+        *(N, Hq, log2),
+        P=P,
         R=Hq // k_clean.shape[2],
         S=block_size,
         SIGN=sign,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .lang import attend, attend_whole, cached, page_of, slots, tile_of, tokens_of
+from .lang import attend, attend_whole, cached, pages_of, slots, tile_of, tokens_of
 
 
 @triton.jit(do_not_specialize=["fill", "pages"])
@@ -17,7 +17,7 @@ def _context_attention_fwd_kernel(
     # Triton 3.6 cannot launch a descriptor inside a tuple.
     k_desc,
     v_desc,
-    k_own_desc,  # k and v as matrices (`in_tiles`) where LONG; or None
+    k_own_desc,  # k and v as matrices (`in_tiles`), where they are longer than a tile; or None
     v_own_desc,
     page_table_ptr,  # [B, pages of a row]
     cache_lengths_ptr,  # [B]
@@ -46,7 +46,6 @@ def _context_attention_fwd_kernel(
     IN_PAGE: tl.constexpr,  # a tile of cached tokens lies in one page
     TMA: tl.constexpr,
     SPLIT: tl.constexpr,
-    LONG: tl.constexpr,  # L > BLOCK_N
     BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr,  # tokens that begin in a row tile, or more
     BLOCK_M: tl.constexpr,
@@ -56,7 +55,7 @@ def _context_attention_fwd_kernel(
     # Rows of a KV head: token after token, each with its R query heads. The row tiles of a KV head and split are
     # neighbours in the grid, so that the keys and values that one reads are in L2 for the next.
     tile = tl.program_id(0)
-    if CAUSAL and LONG:  # the longest rows first: the programs that start last are then short
+    if CAUSAL:  # the longest rows first: the programs that start last are then short
         tile = tl.num_programs(0) - 1 - tile
     head = (tl.program_id(1) % Hkv).to(tl.int64)  # offsets may exceed 2^31, of b and of slots too
     split = tl.program_id(1) // Hkv if SPLIT else 0
@@ -105,11 +104,13 @@ def _context_attention_fwd_kernel(
     # The block's own keys and values, not from the cache: first, they come while the cache's pages are looked up.
     if split == 0:
         seen_by_all, last = 0, L
-        if LONG:
-            seen_by_all = L // BLOCK_N * BLOCK_N
+        if CAUSAL:
+            last = tl.minimum(L, (tile * BLOCK_M + BLOCK_M - 1) // R + 1)
+        if k_own_desc is not None:
+            seen_by_all = L
             if CAUSAL:
-                seen_by_all = tl.minimum(L, tile * BLOCK_M // R + 1) // BLOCK_N * BLOCK_N
-                last = tl.minimum(L, (tile * BLOCK_M + BLOCK_M - 1) // R + 1)
+                seen_by_all = tl.minimum(L, tile * BLOCK_M // R + 1)
+            seen_by_all = seen_by_all // BLOCK_N * BLOCK_N
             m, l, o = attend_whole(
                 *(q_tile, k, v, k_own_desc, v_own_desc, b, head, 0, seen_by_all, L, P, m, l, o, scale),
                 *(BLOCK_N, BLOCK_P),
@@ -125,20 +126,20 @@ def _context_attention_fwd_kernel(
 
     offs_n = tl.arange(0, BLOCK_N)
     full = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
-    # The page of a tile is looked up an iteration ahead: a look-up in the same iteration would take a stage of the
+    # A tile's pages are looked up an iteration ahead: a look-up in the same iteration would take a stage of the
     # pipeline, and the load of the tile could not run ahead.
-    page = page_of(table_ptr, start, end, page_size, IN_PAGE)
+    page = pages_of(table_ptr, start, end, page_size, BLOCK_N, IN_PAGE)
     for n in tl.range(start, full, BLOCK_N):  # all of these are seen: no mask
         k_tile, v_tile = cached(
-            *(k_pages, v_pages, k_desc, v_desc, table_ptr, page, n, end, head),
-            *(pages, page_size, P, BLOCK_N, BLOCK_P, IN_PAGE, TMA, False),
+            *(k_pages, v_pages, k_desc, v_desc, page, n, end, head, pages, page_size),
+            *(P, BLOCK_N, BLOCK_P, TMA, False),
         )
-        page = page_of(table_ptr, n + BLOCK_N, end, page_size, IN_PAGE)
+        page = pages_of(table_ptr, n + BLOCK_N, end, page_size, BLOCK_N, IN_PAGE)
         m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, True, scale, MASKED=False)
     if full < end:
         k_tile, v_tile = cached(
-            *(k_pages, v_pages, k_desc, v_desc, table_ptr, page, full, end, head),
-            *(pages, page_size, P, BLOCK_N, BLOCK_P, IN_PAGE, TMA, True),
+            *(k_pages, v_pages, k_desc, v_desc, page, full, end, head, pages, page_size),
+            *(P, BLOCK_N, BLOCK_P, TMA, True),
         )
         m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, (full + offs_n < end)[None, :], scale, MASKED=True)
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, architecture, run, tuned
@@ -57,18 +56,23 @@ class ContextAttentionLaunch(Launch):
     num_stages: int = 2
 
 
-def context_attention_launch(rows: int, P: int, itemsize: int, architecture: int) -> ContextAttentionLaunch:
+def context_attention_launch(
+    batch: int, rows: int, room: int, P: int, itemsize: int, architecture: int
+) -> ContextAttentionLaunch:
     """Query rows of a program:
 
-    | where                       | rows     | warps | reason                                                        |
-    |-----------------------------|----------|-------|---------------------------------------------------------------|
-    | sm_90 and above             | 64       | 4     | what wgmma takes, of one token too; a second program of the   |
-    |                             |          |       | multiprocessor multiplies while this one computes weights     |
-    | the same, above 8K rows a   | 128      | 8     | a prompt's stretches read each key for more rows: with 64     |
-    | KV head                     |          |       | they are bound by L2                                          |
-    | below                       | 16, 32,  | 4     | without wgmma operands live in registers                      |
-    |                             | 128      | 8     |                                                               |
-    | fp32, fp64, P > 128         | 16 to 64 | 4     | the same: 64 rows of 128 in fp32 would spill 9 KB a thread    |
+    | where                           | rows     | warps | reason                                                    |
+    |---------------------------------|----------|-------|-----------------------------------------------------------|
+    | sm_90 and above: 64 rows a KV   | 64       | 4     | bound by latency or memory: what wgmma takes, of one      |
+    | head, or 8K tokens in all and   |          |       | token too, and two programs a multiprocessor, of which    |
+    | 8K rows a KV head               |          |       | one multiplies while the other computes weights           |
+    | the same, above                 | 128      | 8     | bound by products (256 rows a KV head do 256 flops a      |
+    |                                 |          |       | byte): with 64 rows keys come from L2 twice as often, at  |
+    |                                 |          |       | 400 TFLOP/s 6 TB/s, all that it gives                     |
+    | sm_80                           | 16, 32   | 4     | without wgmma operands live in registers                  |
+    |                                 | 128      | 8     |                                                           |
+    | fp32, fp64, P > 128             | 16 to 64 | 4     | the same: 64 rows of 128 in fp32 would spill 9 KB a       |
+    |                                 |          |       | thread                                                    |
 
     Keys of a tile: 64 on sm_90, three tiles in shared memory, two of which are on their way (TMA) while one is used.
     sm_80 has registers for 32.
@@ -76,28 +80,15 @@ def context_attention_launch(rows: int, P: int, itemsize: int, architecture: int
     block_p = max(16, triton.next_power_of_2(P))
     block_m = max(16, triton.next_power_of_2(rows))
     if itemsize > 2 or block_p > 128:
-        block_m = min(block_m, 64 if itemsize == 2 else min(64, max(16, 1024 // block_p)))
+        block_m = min(block_m, 64 if itemsize == 2 else max(16, 1024 // block_p))
         return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=32)
     if architecture >= 90:
-        block_m, block_n = 64 if rows <= 8192 else 128, 64
+        small = rows <= 64 or (batch * room <= 8192 and rows <= 8192)
+        block_m, block_n = 64 if small else 128, 64
     else:
         block_m, block_n = 128 if block_m >= 64 else block_m, 32
     warps = 8 if block_m == 128 else 4
     return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=3)
-
-
-def _tiles(pages: Tensor, launch: Launch) -> TensorDescriptor | None:
-    """Pages as a matrix for TMA, where the GPU has it, a tile of tokens lies in one page and rows are multiples of 16
-    bytes."""
-    n, page_size, H, P = pages.shape
-    # Splits begin at multiples of 64: larger tiles would cross pages.
-    fits = page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64 and P == launch.BLOCK_P
-    aligned = pages.is_meta or pages.data_ptr() % 16 == 0
-    # Coordinates of TMA are 32 bits.
-    plain = pages.is_contiguous() and 0 < n * page_size < 2**31 and pages.element_size() == 2
-    if not (architecture(pages) >= 90 and fits and aligned and plain):
-        return None
-    return TensorDescriptor.from_tensor(pages.view(n * page_size, H * P), [launch.BLOCK_N, P])
 
 
 def _context_attention_fwd(
@@ -121,23 +112,17 @@ def _context_attention_fwd(
     R, room = Hq // Hkv, page_table.shape[1] * page_size if len(k_pages) else 0
     out = _context_attention_fake(q)
     itemsize, arch = q.element_size(), architecture(q)
-    default = context_attention_launch(L * R, P, itemsize, arch)
     batch, near = triton.next_power_of_2(B), triton.next_power_of_2(room)
+    default = context_attention_launch(B, L * R, room, P, itemsize, arch)
     launch = tuned(
         "_context_attention_fwd_kernel", default, arch, batch=batch, rows=L * R, room=near, P=P, itemsize=itemsize
     )
     limits = context_splits(B, max(L, 1) * R, Hkv)
     splits = limits.of(room)
-    k_desc, v_desc = _tiles(k_pages, launch), _tiles(v_pages, launch)
-    if k_desc is None or v_desc is None:
-        k_desc = v_desc = None
+    in_page = page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64  # splits begin at multiples of 64
+    cached = in_tiles(k_pages, v_pages, launch.BLOCK_N, launch.BLOCK_P, arch) if in_page else (None, None)
+    own = in_tiles(k, v, launch.BLOCK_N, launch.BLOCK_P, arch) if L > launch.BLOCK_N else (None, None)
     log2, sign = log2_scale(scale)
-    long = L > launch.BLOCK_N
-    k_own = v_own = None
-    if long:
-        k_own, v_own = (in_tiles(t, launch.BLOCK_N, launch.BLOCK_P, arch) for t in (k, v))
-        if k_own is None or v_own is None:
-            k_own = v_own = None
     m = l = partial = None
     if splits > 1:
         m, l = torch.empty(2, splits, B, L, Hq, dtype=compute_dtype(q.dtype), device=q.device)
@@ -145,8 +130,8 @@ def _context_attention_fwd(
     run(
         _context_attention_fwd_kernel,
         (triton.cdiv(L * R, launch.BLOCK_M), Hkv * splits, B),
-        *(heads(q), heads(k), heads(v), *(Pages(t, *t.stride()[:3]) for t in (k_pages, v_pages)), k_desc, v_desc),
-        *(k_own, v_own),
+        *(heads(q), heads(k), heads(v), *(Pages(t, *t.stride()[:3]) for t in (k_pages, v_pages))),
+        *(*cached, *own),
         *(page_table, cache_lengths.contiguous(), None if counts is None else counts.contiguous(), *out),
         *(partial, m, l),
         *(page_table.stride(0), B, L, Hkv, len(k_pages), page_size, room, *limits, log2),
@@ -155,10 +140,9 @@ def _context_attention_fwd(
         APPEND=append,
         CAUSAL=causal and L > 1,
         SIGN=sign,
-        IN_PAGE=page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64,  # splits begin at multiples of 64
-        TMA=k_desc is not None,
+        IN_PAGE=in_page,
+        TMA=cached[0] is not None,
         SPLIT=splits > 1,
-        LONG=long,
         # Below 64 rows four warps lie side by side along the keys, 8 each.
         BLOCK_L=min(launch.BLOCK_N, max(16 if launch.BLOCK_M >= 64 else 32, triton.next_power_of_2(L))),
         BLOCK_T=triton.next_power_of_2(triton.cdiv(launch.BLOCK_M, R)) if append else 1,

@@ -39,18 +39,29 @@ def heads(t: Tensor) -> Heads:
 
 def log2_scale(scale: float) -> tuple[float, int]:
     """The scale that `weigh` takes, above 0, and what the queries are multiplied with instead: 1, -1 or 0."""
+    if abs(scale) < 1e-44:  # 0 in fp32, which would make NaN of the -inf of keys that are not seen
+        scale = 0.0
     return abs(scale or 1.0) * 1.4426950408889634, (scale > 0) - (scale < 0)
 
 
-def in_tiles(t: Tensor, block_n: int, block_p: int, architecture: int) -> TensorDescriptor | None:
-    """[B, N, H, P] as the matrix [B * N, H * P] for TMA, in tiles [block_n, P], where the GPU has it, tokens of all
-    rows have one stride and strides are multiples of 16 bytes."""
-    B, N, H, P = t.shape
-    strides = (t.stride(0) if B > 1 else N * t.stride(1), t.stride(2) if H > 1 else P, t.stride(3))
-    if strides != (N * t.stride(1), P, 1) or t.element_size() != 2 or block_p != P or B * N >= 2**31:
-        return None
-    rows = t.as_strided((B * N, H * P), (t.stride(1), 1))
-    return TensorDescriptor.from_tensor(rows, [block_n, P]) if by_tma(rows, architecture) else None
+def in_tiles(
+    k: Tensor, v: Tensor, block_n: int, block_p: int, architecture: int
+) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
+    """Keys and values [B, N, H, P] as matrices [B * N, H * P] for TMA, in tiles [block_n, P]; None, None where the GPU
+    has none, the tokens of all rows do not have one stride, strides are no multiples of 16 bytes, or coordinates would
+    need more than 32 bits."""
+    found = []
+    for t in (k, v):
+        B, N, H, P = t.shape
+        strides = (t.stride(0) if B > 1 else N * t.stride(1), t.stride(2) if H > 1 else P, t.stride(3))
+        plain = strides == (N * t.stride(1), P, 1) and t.stride(1) >= H * P
+        if not plain or t.element_size() != 2 or block_p != P or B * N >= 2**31:
+            return None, None
+        rows = t.as_strided((B * N, H * P), (t.stride(1), 1))
+        if not by_tma(rows, architecture):
+            return None, None
+        found.append(TensorDescriptor.from_tensor(rows, [block_n, P]))
+    return found[0], found[1]
 
 
 @triton.jit
@@ -109,7 +120,9 @@ def tile_of(x, b, offs_n, head, offs_p, N, P):
 def _whole(x, desc, b, n, head, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
     """Tokens n and on of `Heads`, all below N: [BLOCK_N, BLOCK_P]."""
     if desc is None:
-        return tile_of(x, b, n + tl.arange(0, BLOCK_N), head, tl.arange(0, BLOCK_P), N, P)
+        offs_p = tl.arange(0, BLOCK_P)
+        mask = (offs_p < P)[None, :]
+        return tl.load(tokens_of(x, b, n + tl.arange(0, BLOCK_N), head, offs_p), mask=mask, other=0.0)
     else:
         return desc.load([b.to(tl.int32) * N + n, head.to(tl.int32) * P])
 
@@ -159,11 +172,13 @@ def slots(pages, page, slot, head, offs_p):
 
 
 @triton.jit
-def page_of(table_ptr, n, end, page_size, IN_PAGE: tl.constexpr):
-    """The page of cached token n, where a tile lies in one page."""
-    page = 0
+def pages_of(table_ptr, n, end, page_size, BLOCK_N: tl.constexpr, IN_PAGE: tl.constexpr):
+    """The pages of cached tokens n and on, below `end`: [BLOCK_N]; IN_PAGE: the one that they lie in."""
     if IN_PAGE:
         page = tl.load(table_ptr + n // page_size, mask=n < end, other=0).to(tl.int32)
+    else:
+        tokens = n + tl.arange(0, BLOCK_N)
+        page = tl.load(table_ptr + tokens // page_size, mask=tokens < end, other=0).to(tl.int32)
     return page
 
 
@@ -173,8 +188,7 @@ def cached(
     v_pages,
     k_desc,  # read where TMA
     v_desc,
-    table_ptr,
-    page,
+    page,  # of `pages_of`
     n,
     end,
     head,
@@ -183,7 +197,6 @@ def cached(
     P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    IN_PAGE: tl.constexpr,  # a tile lies in one page, `page`
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -200,10 +213,6 @@ def cached(
         mask = (offs_p < P)[None, :]
         if MASKED:
             mask = mask & (tokens < end)[:, None]
-        if not IN_PAGE and MASKED:
-            page = tl.load(table_ptr + tokens // page_size, mask=tokens < end, other=0)
-        elif not IN_PAGE:
-            page = tl.load(table_ptr + tokens // page_size)
         page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)  # inside the pool, as TMA does by itself
         slot = (tokens % page_size).to(tl.int64)
         k = tl.load(slots(k_pages, page, slot, head, offs_p), mask=mask, other=0.0)  # [BLOCK_N, BLOCK_P]
