@@ -8,7 +8,7 @@ from tt_kernels import reference
 from tt_kernels.runtime.launch import Launch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Op:
     """One op's card: all that tests and benchmarks need to know about it."""
 

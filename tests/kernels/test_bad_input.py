@@ -87,6 +87,11 @@ BAD = [
     ("mamba_advance", dict(counts=torch.tensor([-1, 5])), "mamba_advance: counts is -1, expected 0 to L=5"),
     ("mamba_extend", dict(counts=torch.tensor([6, 5])), "mamba_extend: counts is 6, expected 0 to L=5"),
     ("mamba_extend", {"weights.D": None}, "mamba_extend: D is None, expected a tensor"),
+    *(
+        (name, {f"state.{which}": torch.tensor([0, 99])}, f"{name}: {which} is 99, expected 0 to ")
+        for name in ("mamba_block", "mamba_advance", "mamba_step", "mamba_extend")
+        for which in ("conv_indices", "ssm_indices", "conv_out_indices", "ssm_out_indices")
+    ),
     ("conv_block_states", dict(block_size=0), "conv_block_states: block_size is 0, expected 1 or more"),
     ("conv_block_states", dict(block_size=2.5), "conv_block_states: block_size is 2.5, expected 1 or more"),
     ("conv_block_states", dict(block_size=True), "conv_block_states: block_size is True, expected 1 or more"),
@@ -347,12 +352,16 @@ BAD = [
 
 @pytest.mark.parametrize("name,changes,message", BAD, ids=[f"{n}-{'-'.join(c)}-{i}" for i, (n, c, _) in enumerate(BAD)])
 def test_bad_input_is_named(name: str, changes: dict[str, Any], message: str) -> None:
-    looked_at = [changes.get(name) for name in ("cache_lengths", "counts", "state_indices", "out_indices")]
+    looked_at = [t for argument, t in changes.items() if argument.endswith(("lengths", "counts", "indices"))]
     values = any(isinstance(t, Tensor) and t.numel() > 1 and not t.is_meta for t in looked_at)
     if KERNELS and OPS[name].kernels and values:
         pytest.skip("kernels do not read lengths on the host")
+    given = args(name, **changes)
+    before = {argument: t.clone() for argument, t in leaves(given).items()}
     with pytest.raises(ValueError) as error:
-        OPS[name].fn(**args(name, **changes))
+        OPS[name].fn(**given)
+    for argument, t in leaves(given).items():  # refused before anything is written
+        assert t.is_meta or torch.allclose(t.double(), before[argument].double(), 0, 0, equal_nan=True)
     assert message in str(error.value) and str(error.value).startswith(f"{name}: ")
 
 

@@ -31,7 +31,7 @@ rates = st.floats(1e-9, 1.0)
 def test_no_rate_jumps_and_the_last_is_the_final_one(steps, warmup, decay, peak, share, since, before) -> None:
     final = peak * share
     whole = since + steps
-    s = TrainSettings("ar", whole, learning_rate=peak, final_learning_rate=final, warmup=warmup, decay=decay)
+    s = TrainSettings("ar", steps=whole, learning_rate=peak, final_learning_rate=final, warmup=warmup, decay=decay)
     got = [learning_rate(i, s, Stretch(since, before)) for i in range(since, whole)]
     assert got[-1] == final
     highest = max(peak, before)
@@ -44,7 +44,7 @@ def test_no_rate_jumps_and_the_last_is_the_final_one(steps, warmup, decay, peak,
 
 @given(st.integers(40, 300), st.integers(0, 10), st.floats(0, 0.5))
 def test_between_the_two_it_is_the_largest(steps, warmup, decay) -> None:
-    s = TrainSettings("ar", steps, learning_rate=0.5, final_learning_rate=0.1, warmup=warmup, decay=decay)
+    s = TrainSettings("ar", steps=steps, learning_rate=0.5, final_learning_rate=0.1, warmup=warmup, decay=decay)
     falling = max(1, round(steps * decay))
     assert {learning_rate(i, s) for i in range(max(0, warmup - 1), steps - falling)} == {0.5}
     if falling > 1:

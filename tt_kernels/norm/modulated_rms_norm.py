@@ -32,16 +32,18 @@ class ModulatedRMSNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dresidual):
-        residual, weight, rstd, *optional = ctx.saved_tensors
+        residual, weight, rstd, shift, scale, branch, gate = ctx.saved_tensors
         if dy is None:  # only the residual is used further on
             dy = residual.new_zeros(residual.shape, dtype=weight.dtype)
         if not ctx.has_branch:
             dresidual = None  # the residual is x itself: its gradient does not come through here
-        dx, dweight, *gradients = _bwd(dy, dresidual, residual, weight, rstd, ctx.norm_first, *optional)
-        found = [None if t is None else gradient for t, gradient in zip(optional, gradients, strict=True)]
-        if ctx.has_branch and found[3] is None:
-            found[2] = dx  # without a gate, whose branch is saved
-        return dx, dweight, None, None, None, *found
+        found = _bwd(dy, dresidual, residual, weight, rstd, ctx.norm_first, shift, scale, branch, gate)
+        dx, dweight, dshift, dscale, dbranch, dgate = found
+        if shift is None:
+            dshift = dscale = None
+        if gate is None:  # a branch without one is added as it is, and not saved
+            dbranch, dgate = dx if ctx.has_branch else None, None
+        return dx, dweight, None, None, None, dshift, dscale, dbranch, dgate
 
 
 def modulated_rms_norm(

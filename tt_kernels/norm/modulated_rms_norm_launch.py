@@ -88,10 +88,11 @@ def _modulated_rms_norm_bwd(
         NORM_FIRST=norm_first,
         launch=rms_norm_launch(D, elements=8),
     )
-    out.dweight.copy_(sums[0].sum(0))
-    for i, gradient in enumerate((out.dshift, out.dscale, out.dgate), start=1):
+    of_weight, *of_rows = sums  # in the order of the gradients
+    out.dweight.copy_(of_weight.sum(0))
+    for gradient, parts in zip((out.dshift, out.dscale, out.dgate), of_rows, strict=False):
         if gradient.numel():
-            gradient.copy_(sums[i].unflatten(0, (B, chunks)).sum(1).view_as(gradient))
+            gradient.copy_(parts.unflatten(0, (B, chunks)).sum(1).view_as(gradient))
     return out
 
 

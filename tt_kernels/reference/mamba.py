@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .common import check_counts, full_precision, without_gradients
 from .conv1d import causal_conv1d, conv_advance
+from .slots import check_slots
 from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
 
 SHORT = 64  # tokens from which on the chunked scan takes less work than the quadratic form of a block
@@ -39,6 +40,12 @@ class MambaState(NamedTuple):
     ssm_out_indices: Tensor | None = None
 
 
+def _check_places(op: str, s: MambaState) -> None:
+    """Refuse all that is no slot before a state is written."""
+    check_slots(op, s.conv, conv_indices=s.conv_indices, conv_out_indices=s.conv_out_indices)
+    check_slots(op, s.ssm, ssm_indices=s.ssm_indices, ssm_out_indices=s.ssm_out_indices)
+
+
 def split_columns(columns: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., H, P], B and C [..., G, N] of H P + 2 G N channels."""
     H, P, N = ssm.shape[1:]
@@ -58,6 +65,7 @@ def mamba_block(
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
     w, s = weights, state
+    _check_places("mamba_block", s)
     columns = causal_conv1d(xBC, w.conv_weight, w.conv_bias, s.conv, state_indices=s.conv_indices)
     x, B, C = split_columns(columns, s.ssm)
     assert w.D is not None
@@ -77,6 +85,7 @@ def mamba_advance(
 ) -> None:
     (b, L), (H, P, N), (w, s) = xBC.shape[:2], state.ssm.shape[1:], (weights, state)
     check_counts("mamba_advance", counts, L)
+    _check_places("mamba_advance", s)
     G = (xBC.shape[-1] - H * P) // (2 * N)
     own = H * P + G * N  # C does not enter the state
     bias = None if w.conv_bias is None else w.conv_bias[:own]
@@ -99,6 +108,7 @@ def mamba_step(
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
     token, w, s = xBC.unsqueeze(1), weights, state
+    _check_places("mamba_step", s)
     columns = causal_conv1d(token, w.conv_weight, w.conv_bias, s.conv, state_indices=s.conv_indices)
     x, B, C = split_columns(columns.squeeze(1), s.ssm)
     places = dict(state_indices=s.ssm_indices, out_indices=s.ssm_out_indices)
@@ -120,9 +130,10 @@ def mamba_extend(
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
     w, s = weights, state
-    check_counts("mamba_extend", counts, xBC.shape[1])
     if xBC.shape[1] == 1 and counts is None:
         return mamba_step(xBC[:, 0], dt[:, 0], w, s, dt_limit=dt_limit).unsqueeze(1)
+    check_counts("mamba_extend", counts, xBC.shape[1])
+    _check_places("mamba_extend", s)
     if xBC.shape[1] <= SHORT:
         y = mamba_block(xBC, dt, w, s, dt_limit=dt_limit)
         mamba_advance(xBC, dt, w, s, counts, dt_limit=dt_limit)

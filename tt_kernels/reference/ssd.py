@@ -153,7 +153,7 @@ def ssd_step(
     # By groups: [b * G, R * P, N], so that no head needs a copy of B and C; rows times rows is the faster product.
     carried = state * _exp(_log_decay(dt, A, acc)).reshape(b, H, 1, 1)
     grown = (xs * dt.unsqueeze(-1)).reshape(b * G, RP, 1)
-    new = torch.addcmul(carried.reshape(b * G, RP, N), grown, cast(B, acc).reshape(b * G, 1, N))
+    new = carried.reshape(b * G, RP, N).addcmul_(grown, cast(B, acc).reshape(b * G, 1, N))
     y = torch.bmm(cast(C, acc).reshape(b * G, 1, N), new.mT).view(b, H, P)
     y = torch.addcmul(y, xs, cast(D, acc).unsqueeze(-1))
     write_slots(ssm_state, new.view(b, H, P, N), state_indices if out_indices is None else out_indices)
@@ -288,7 +288,7 @@ def _node_backward(
 ) -> list[Tensor]:
     def again(*tensors):
         state = () if len(tensors) == 8 else (None,)
-        return _chunked(*tensors, *state, counts, cu_seqlens, chunk_size, low, high)
+        return _chunked(*(*tensors, *state, counts, cu_seqlens, chunk_size, low, high))
 
     return [t.contiguous() for t in torch.func.vjp(again, *tensors)[1](tuple(gradients))]
 

@@ -29,7 +29,7 @@ MODES = ("mask_diffusion", "ar", "mock_ar")
 HOTTEST = 1e30  # fp32 holds it, and logits divided by it are nothing beside the noise: more is the same
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to generate; `check` refuses what cannot be meant. See `TwoTower.generate`."""
 

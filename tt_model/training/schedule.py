@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 # These decide which batches and which noise a step sees; in a run that goes on the others may change.
 FIXED = ("stage", "batch_size", "seed")
@@ -16,6 +16,7 @@ class TrainSettings:
     that are not in `FIXED` may be changed where that is asked for."""
 
     stage: str  # "ar" or "denoiser"
+    _: KW_ONLY
     steps: int = 1000
     batch_size: int = 8  # rows a step
     learning_rate: float = 1e-4
