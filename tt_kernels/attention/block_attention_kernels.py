@@ -25,11 +25,11 @@ def _block_attention_fwd_kernel(
     lse_ptr,  # [B, N, Hq]: log-sum-exp, natural
     N,
     Hq,
-    scale,  # its magnitude, times log2(e); 1 for 0
+    factor,  # of the scores, times log2(e), where it is not `scale` (`log2_scale`); or None
+    scale,
     P: tl.constexpr,
     R: tl.constexpr,  # query heads of a KV head
     S: tl.constexpr,  # block size
-    SIGN: tl.constexpr,  # of the scale: 1, -1 or 0
     BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -46,8 +46,6 @@ def _block_attention_fwd_kernel(
     first = tile * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
     q_tile = tile_of(q, b, rows, head, offs_p, N, P)  # [BLOCK_M, BLOCK_P]
-    if SIGN != 1:  # products take operands that nothing is done to from shared memory, the others from registers
-        q_tile = q_tile * SIGN
     begin = tl.zeros((BLOCK_M,), dtype=tl.int32)  # of each row's sequence
     low = 0
     if PACKED:
@@ -70,7 +68,7 @@ def _block_attention_fwd_kernel(
         inner = tl.minimum((latest + BLOCK_N - 1) // BLOCK_N * BLOCK_N, tl.maximum(whole, low))
         whole = tl.maximum(whole, inner)
     m, l, o = attend_whole(
-        *(q_tile, k_clean, v_clean, k_desc, v_desc, b, head // R, inner, whole, N, P, m, l, o, scale),
+        *(q_tile, k_clean, v_clean, k_desc, v_desc, b, head // R, inner, whole, N, P, m, l, o, factor, scale),
         *(BLOCK_N, BLOCK_P),
     )
     for i in tl.range(low, inner + tl.maximum(most - whole, 0), BLOCK_N):  # the tiles on both sides of those
@@ -78,7 +76,7 @@ def _block_attention_fwd_kernel(
         k_tile = tile_of(k_clean, b, n + offs_n, head // R, offs_p, most, P)
         v_tile = tile_of(v_clean, b, n + offs_n, head // R, offs_p, most, P)
         seen = ((n + offs_n)[None, :] < limit[:, None]) & ((n + offs_n)[None, :] >= begin[:, None])
-        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, scale, MASKED=True)
+        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, scale, MASKED=True)
     if not CAUSAL:  # its own noisy block, both ways
         end = tl.minimum((first + BLOCK_M - 1) // S * S + S, N)
         for n in tl.range(first // S * S // BLOCK_N * BLOCK_N, end, BLOCK_N):
@@ -89,7 +87,7 @@ def _block_attention_fwd_kernel(
             if PACKED:  # a block may be of two sequences
                 of = tl.load(starts_ptr + b * N + n + offs_n, mask=n + offs_n < N, other=0)
                 seen = seen & (of[None, :] == begin[:, None])
-            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, scale, MASKED=True)
+            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, scale, MASKED=True)
 
     out = (b * N + rows) * Hq + head
     mask_o = (rows < N)[:, None] & (offs_p < P)[None, :]

@@ -57,7 +57,6 @@ def _block_attention_fwd(
     launch = tuned(
         "_block_attention_fwd_kernel", default, arch, N=near, S=S, packed=int(packed), P=P, itemsize=itemsize
     )
-    log2, sign = log2_scale(scale)
     run(
         _block_attention_fwd_kernel,
         (triton.cdiv(N, launch.BLOCK_M), Hq, B),
@@ -65,11 +64,10 @@ def _block_attention_fwd(
         *in_tiles(k_clean, v_clean, launch.BLOCK_N, launch.BLOCK_P, arch),
         *(None if t is None else heads(t) for t in (k, v)),
         *(None if cu_seqlens is None else begins(cu_seqlens, B, N), *out),
-        *(N, Hq, log2),
+        *(N, Hq, *log2_scale(scale)),
         P=P,
         R=Hq // k_clean.shape[2],
         S=block_size,
-        SIGN=sign,
         launch=launch,
     )
     return out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.attention import AttentionWithLSE
+from ..reference import AttentionWithLSE
 from ..runtime.checks import as_float, check, is_real, refuse
 from ..runtime.registry import define, takes_kernel, wants_gradients
 from .context_attention_launch import _append_attention_fwd, _context_attention_fake, _context_attention_fwd

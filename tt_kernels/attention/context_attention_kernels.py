@@ -37,12 +37,12 @@ def _context_attention_fwd_kernel(
     fill,  # splits of a row's context that keep the GPU busy
     max_splits,
     min_tokens,  # cached tokens of a split, at least
-    scale,  # its magnitude, times log2(e); 1 for 0
+    factor,  # of the scores, times log2(e), where it is not `scale` (`log2_scale`); or None
+    scale,
     P: tl.constexpr,
     R: tl.constexpr,  # query heads of a KV head
     APPEND: tl.constexpr,  # the block's keys and values enter the cache behind its tokens
     CAUSAL: tl.constexpr,
-    SIGN: tl.constexpr,  # of the scale: 1, -1 or 0
     IN_PAGE: tl.constexpr,  # a tile of cached tokens lies in one page
     TMA: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -95,8 +95,6 @@ def _context_attention_fwd_kernel(
     offs_l = tl.arange(0, BLOCK_L)
     mask_q = (token < L)[:, None] & (offs_p < P)[None, :]
     q_tile = tl.load(tokens_of(q, b, token, query_head, offs_p), mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_P]
-    if SIGN != 1:  # products take operands that nothing is done to from shared memory, the others from registers
-        q_tile = q_tile * SIGN
     m = tl.full((BLOCK_M,), -float("inf"), dtype=acc)
     l = tl.zeros((BLOCK_M,), dtype=acc)
     o = tl.zeros((BLOCK_M, BLOCK_P), dtype=acc)
@@ -112,7 +110,7 @@ def _context_attention_fwd_kernel(
                 seen_by_all = tl.minimum(L, tile * BLOCK_M // R + 1)
             seen_by_all = seen_by_all // BLOCK_N * BLOCK_N
             m, l, o = attend_whole(
-                *(q_tile, k, v, k_own_desc, v_own_desc, b, head, 0, seen_by_all, L, P, m, l, o, scale),
+                *(q_tile, k, v, k_own_desc, v_own_desc, b, head, 0, seen_by_all, L, P, m, l, o, factor, scale),
                 *(BLOCK_N, BLOCK_P),
             )
         for n in tl.range(seen_by_all, last, BLOCK_L):
@@ -122,7 +120,7 @@ def _context_attention_fwd_kernel(
             seen = (own < L)[None, :]
             if CAUSAL:
                 seen = seen & (own[None, :] <= token[:, None])
-            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, scale, MASKED=True)
+            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, scale, MASKED=True)
 
     offs_n = tl.arange(0, BLOCK_N)
     full = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
@@ -135,13 +133,13 @@ def _context_attention_fwd_kernel(
             *(P, BLOCK_N, BLOCK_P, TMA, False),
         )
         page = pages_of(table_ptr, n + BLOCK_N, end, page_size, BLOCK_N, IN_PAGE)
-        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, True, scale, MASKED=False)
+        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, True, factor, scale, MASKED=False)
     if full < end:
         k_tile, v_tile = cached(
             *(k_pages, v_pages, k_desc, v_desc, page, full, end, head, pages, page_size),
             *(P, BLOCK_N, BLOCK_P, TMA, True),
         )
-        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, (full + offs_n < end)[None, :], scale, MASKED=True)
+        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, (full + offs_n < end)[None, :], factor, scale, MASKED=True)
 
     out = ((split * B + b) * L + token) * (Hkv * R) + query_head
     if SPLIT:

@@ -61,30 +61,29 @@ def context_attention_launch(
 ) -> ContextAttentionLaunch:
     """Query rows of a program:
 
-    | where                           | rows     | warps | reason                                                    |
-    |---------------------------------|----------|-------|-----------------------------------------------------------|
-    | sm_90 and above: 64 rows a KV   | 64       | 4     | bound by latency or memory: what wgmma takes, of one      |
-    | head, or 8K tokens in all and   |          |       | token too, and two programs a multiprocessor, of which    |
-    | 8K rows a KV head               |          |       | one multiplies while the other computes weights           |
-    | the same, above                 | 128      | 8     | bound by products (256 rows a KV head do 256 flops a      |
-    |                                 |          |       | byte): with 64 rows keys come from L2 twice as often, at  |
-    |                                 |          |       | 400 TFLOP/s 6 TB/s, all that it gives                     |
-    | sm_80                           | 16, 32   | 4     | without wgmma operands live in registers                  |
-    |                                 | 128      | 8     |                                                           |
-    | fp32, fp64, P > 128             | 16 to 64 | 4     | the same: 64 rows of 128 in fp32 would spill 9 KB a       |
-    |                                 |          |       | thread                                                    |
+    | where                             | rows     | warps | reason                                                  |
+    |-----------------------------------|----------|-------|---------------------------------------------------------|
+    | up to 64 rows a KV head, or 8K of | 64       | 4     | bound by latency or memory: what wgmma takes, and two   |
+    | them against 8K tokens in all     |          |       | programs a multiprocessor: one multiplies, one weighs   |
+    | above                             | 128      | 8     | bound by products (256 rows a KV head do 256 flops a    |
+    |                                   |          |       | byte): with 64 rows keys come from L2 twice as often,   |
+    |                                   |          |       | 6 TB/s at 400 TFLOP/s, all that it gives                |
+    | sm_80, up to 32 rows              | 16, 32   | 4     | no wgmma                                                |
+    | sm_80, above                      | 128      | 8     | with 64 four warps spill                                |
+    | fp32, fp64, P > 128               | 16 to 64 | 4     | operands are registers: 64 rows of 128 in fp32 would    |
+    |                                   |          |       | spill 9 KB a thread                                     |
 
-    Keys of a tile: 64 on sm_90, three tiles in shared memory, two of which are on their way (TMA) while one is used.
-    sm_80 has registers for 32.
+    Keys of a tile: 64, three tiles in shared memory, two of which are on their way while one is used. On sm_80, where
+    operands live in registers, they are 32.
     """
     block_p = max(16, triton.next_power_of_2(P))
     block_m = max(16, triton.next_power_of_2(rows))
     if itemsize > 2 or block_p > 128:
         block_m = min(block_m, 64 if itemsize == 2 else max(16, 1024 // block_p))
         return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=32)
+    few = rows <= 64 or (batch * room <= 8192 and rows <= 8192)
     if architecture >= 90:
-        small = rows <= 64 or (batch * room <= 8192 and rows <= 8192)
-        block_m, block_n = 64 if small else 128, 64
+        block_m, block_n = 64 if few else 128, 64
     else:
         block_m, block_n = 128 if block_m >= 64 else block_m, 32
     warps = 8 if block_m == 128 else 4
@@ -122,7 +121,6 @@ def _context_attention_fwd(
     in_page = page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64  # splits begin at multiples of 64
     cached = in_tiles(k_pages, v_pages, launch.BLOCK_N, launch.BLOCK_P, arch) if in_page else (None, None)
     own = in_tiles(k, v, launch.BLOCK_N, launch.BLOCK_P, arch) if L > launch.BLOCK_N else (None, None)
-    log2, sign = log2_scale(scale)
     m = l = partial = None
     if splits > 1:
         m, l = torch.empty(2, splits, B, L, Hq, dtype=compute_dtype(q.dtype), device=q.device)
@@ -134,12 +132,11 @@ def _context_attention_fwd(
         *(*cached, *own),
         *(page_table, cache_lengths.contiguous(), None if counts is None else counts.contiguous(), *out),
         *(partial, m, l),
-        *(page_table.stride(0), B, L, Hkv, len(k_pages), page_size, room, *limits, log2),
+        *(page_table.stride(0), B, L, Hkv, len(k_pages), page_size, room, *limits, *log2_scale(scale)),
         P=P,
         R=R,
         APPEND=append,
         CAUSAL=causal and L > 1,
-        SIGN=sign,
         IN_PAGE=in_page,
         TMA=cached[0] is not None,
         SPLIT=splits > 1,

@@ -37,11 +37,11 @@ def heads(t: Tensor) -> Heads:
     return Heads(t, *t.stride()[:3])
 
 
-def log2_scale(scale: float) -> tuple[float, int]:
-    """The scale that `weigh` takes, above 0, and what the queries are multiplied with instead: 1, -1 or 0."""
-    if abs(scale) < 1e-44:  # 0 in fp32, which would make NaN of the -inf of keys that are not seen
-        scale = 0.0
-    return abs(scale or 1.0) * 1.4426950408889634, (scale > 0) - (scale < 0)
+def log2_scale(scale: float) -> tuple[float | None, float]:
+    """factor and scale, as kernels take them: the scale of the scores, times log2(e), is `scale` where it can be folded
+    into exponents (`weigh`), as those of models can; where it is 0, negative or above 1 it is `factor`."""
+    log2 = scale * 1.4426950408889634
+    return (None, log2) if 1e-30 < scale <= 1 else (log2, 1.0)
 
 
 def in_tiles(
@@ -65,15 +65,21 @@ def in_tiles(
 
 
 @triton.jit
-def scores(q, k, acc: tl.constexpr):
-    """Products of rows with keys, not scaled: [BLOCK_M, BLOCK_N]."""
-    return tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=acc)
+def scores(q, k, factor, acc: tl.constexpr):
+    """Products of rows with keys, times `factor` unless None: [BLOCK_M, BLOCK_N]."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=acc)
+    if factor is not None:
+        s = s * factor
+    return s
 
 
 @triton.jit
 def weigh(s, m, l, seen, scale, MASKED: tl.constexpr):
     """The running maximum m (not scaled) and sum l of rows after a tile of scores, the tile's weights, and what is kept
     of earlier results. scale: above 0, times log2(e).
+
+    s * scale - shift is one instruction and rounded once: of a row's largest score it is the error of `shift`, 2^-24 of
+    it. That cancels, but for scores above 2^30 its power of two would not be finite, unless the scale is 1.
 
     MASKED: keys that are not `seen`, [BLOCK_M, BLOCK_N] or [1, BLOCK_N], get a weight of 0. NaN times 0 is NaN: the
     caller clears values that are not to be seen."""
@@ -96,9 +102,9 @@ def add_values(p, v, o, kept):
 
 
 @triton.jit
-def attend(q, k, v, m, l, o, seen, scale, MASKED: tl.constexpr):
+def attend(q, k, v, m, l, o, seen, factor, scale, MASKED: tl.constexpr):
     """One tile of keys and values: m and l of rows q as `weigh` has them, and their output o."""
-    m, l, p, kept = weigh(scores(q, k, m.dtype), m, l, seen, scale, MASKED)
+    m, l, p, kept = weigh(scores(q, k, factor, m.dtype), m, l, seen, scale, MASKED)
     return m, l, add_values(p, v, o, kept)
 
 
@@ -143,6 +149,7 @@ def attend_whole(
     m,
     l,
     o,
+    factor,
     scale,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -152,12 +159,12 @@ def attend_whole(
     The values of a tile are multiplied while the weights of the next are computed: o is a tile behind m and l. The
     weights are carried in the dtype of m: operands in 16 bits would go through shared memory."""
     if start < end:
-        s = scores(q, _whole(k, k_desc, b, start, head, N, P, BLOCK_N, BLOCK_P), m.dtype)  # [BLOCK_M, BLOCK_N]
+        s = scores(q, _whole(k, k_desc, b, start, head, N, P, BLOCK_N, BLOCK_P), factor, m.dtype)  # [BLOCK_M, BLOCK_N]
         m, l, p, kept = weigh(s, m, l, True, scale, MASKED=False)
         for n in tl.range(start + BLOCK_N, end, BLOCK_N):
             k_tile = _whole(k, k_desc, b, n, head, N, P, BLOCK_N, BLOCK_P)  # [BLOCK_N, BLOCK_P]
             v_tile = _whole(v, v_desc, b, n - BLOCK_N, head, N, P, BLOCK_N, BLOCK_P)
-            s = scores(q, k_tile, m.dtype)
+            s = scores(q, k_tile, factor, m.dtype)
             o = add_values(p, v_tile, o, kept)
             m, l, p, kept = weigh(s, m, l, True, scale, MASKED=False)
         o = add_values(p, _whole(v, v_desc, b, end - BLOCK_N, head, N, P, BLOCK_N, BLOCK_P), o, kept)
