@@ -123,7 +123,7 @@ OPS = (
             dict(B=2, L=17, Hq=4, Hkv=1, P=128, S=120, shuffled=2),
         ),
         shapes=(
-            *(dict(B=1, L=16, S=S, **_PUBLISHED) for S in (256, 4096, 32768, 131072)),
+            *(dict(B=1, L=16, S=S, **_PUBLISHED) for S in (256, 4096, 8192, 32768, 131072)),
             *(dict(B=1, L=1, S=S, **_PUBLISHED) for S in (4096, 131072)),
             *(dict(B=B, L=16, S=S, **_PUBLISHED) for B, S in ((8, 1024), (8, 8192), (64, 1024), (64, 8192))),
             dict(B=1, L=16, S=4096, causal=1, **_PUBLISHED),
@@ -173,7 +173,11 @@ OPS = (
             dict(B=2, N=70, Hq=2, Hkv=1, P=8, packed=1),
             dict(B=1, N=200, Hq=2, Hkv=1, P=16),  # in 16 bits with TMA
         ),
-        shapes=(dict(B=1, N=4096, **_HEADS), dict(B=1, N=4096, packed=1, **_HEADS)),
+        shapes=(
+            dict(B=1, N=4096, **_HEADS),
+            dict(B=1, N=8192, **_HEADS),
+            dict(B=1, N=4096, packed=1, **_HEADS),
+        ),
         grads=("q", "k", "v"),
         cost=_causal_cost,
         **_MASKED,

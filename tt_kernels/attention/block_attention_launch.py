@@ -26,15 +26,24 @@ def block_attention_launch(P: int, itemsize: int, architecture: int) -> BlockAtt
 
     | where               | queries x keys | stages | reason                                                         |
     |---------------------|----------------|--------|----------------------------------------------------------------|
-    | fp32, fp64, P > 128 | 32 x 32        | 2      | exactness, not speed: operands are registers                   |
     | sm_90 and above     | 128 x 64       | 3      | two warpgroups; two tiles are on their way while one is used   |
-    | below               | 128 x 32       | 4      | operands live in registers; with fewer stages they do not fit  |
+    | the same, P > 128   | 128 x 32       | 3      | 64 keys spill                                                  |
+    | sm_80               | 128 x 32       | 4      | operands live in registers; with fewer stages they do not fit  |
+    | the same, P > 128   | 16 x 32        | 3      | 32 queries spill                                               |
+    | P > 256             | 16 x 32        | 2      | shared memory                                                  |
+    | fp32, fp64          | 32 x 32        | 2      | exactness, not speed: operands are registers                   |
     """
     block_p = max(16, triton.next_power_of_2(P))
-    if itemsize > 2 or block_p > 128:
-        return BlockAttentionLaunch(BLOCK_P=block_p, BLOCK_M=32, BLOCK_N=32, num_warps=4)
-    block_n, stages = (64, 3) if architecture >= 90 else (32, 4)
-    return BlockAttentionLaunch(BLOCK_P=block_p, BLOCK_M=128, BLOCK_N=block_n, num_stages=stages)
+    if itemsize > 2:
+        block_m, block_n, stages = 32, 32, 2
+    elif block_p > 256:
+        block_m, block_n, stages = 16, 32, 2
+    elif architecture >= 90:
+        block_m, block_n, stages = 128, 64 if block_p <= 128 else 32, 3
+    else:
+        block_m, block_n, stages = (128, 32, 4) if block_p <= 128 else (16, 32, 3)
+    warps = 8 if block_m == 128 else 4
+    return BlockAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
 
 
 def _block_attention_fwd(

@@ -68,26 +68,32 @@ def context_attention_launch(
     | above                             | 128      | 8     | bound by products (256 rows a KV head do 256 flops a    |
     |                                   |          |       | byte): with 64 rows keys come from L2 twice as often,   |
     |                                   |          |       | 6 TB/s at 400 TFLOP/s, all that it gives                |
+    | sm_100, P > 128                   | 64       | 8     | both of the above spill                                 |
     | sm_80, up to 32 rows              | 16, 32   | 4     | no wgmma                                                |
     | sm_80, above                      | 128      | 8     | with 64 four warps spill                                |
-    | fp32, fp64, P > 128               | 16 to 64 | 4     | operands are registers: 64 rows of 128 in fp32 would    |
-    |                                   |          |       | spill 9 KB a thread                                     |
+    | sm_80, P > 128; P > 256           | 16       | 4     | more spill, by hundreds of bytes                        |
+    | fp32, fp64                        | 16 to 64 | 4     | operands are registers: 64 rows of 128 would spill 9 KB |
+    |                                   |          |       | a thread                                                |
 
-    Keys of a tile: 64, three tiles in shared memory, two of which are on their way while one is used. On sm_80, where
-    operands live in registers, they are 32.
+    Keys of a tile: 64, three tiles in shared memory, two of which are on their way while one is used. They are 32 on
+    sm_80, where operands live in registers, and for P > 128.
     """
-    block_p = max(16, triton.next_power_of_2(P))
-    block_m = max(16, triton.next_power_of_2(rows))
-    if itemsize > 2 or block_p > 128:
-        block_m = min(block_m, 64 if itemsize == 2 else max(16, 1024 // block_p))
-        return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=32)
+    block_p, block_m = max(16, triton.next_power_of_2(P)), max(16, triton.next_power_of_2(rows))
     few = rows <= 64 or (batch * room <= 8192 and rows <= 8192)
-    if architecture >= 90:
-        block_m, block_n = 64 if few else 128, 64
+    block_n, warps, stages = 32, 4, 3
+    if itemsize > 2:
+        block_m, stages = min(block_m, 64, max(16, 1024 // block_p)), 2
+    elif block_p > 256:
+        block_m, stages = 16, 2
+    elif architecture < 90:
+        block_m = 16 if block_p > 128 else 128 if block_m >= 64 else block_m
+    elif block_p > 128 and architecture >= 100:
+        block_m, warps = 64, 8
     else:
-        block_m, block_n = 128 if block_m >= 64 else block_m, 32
-    warps = 8 if block_m == 128 else 4
-    return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=3)
+        block_m, block_n = 64 if few else 128, 64 if block_p <= 128 else 32
+    if block_m == 128:
+        warps = 8
+    return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
 
 
 def _context_attention_fwd(
@@ -120,7 +126,8 @@ def _context_attention_fwd(
     splits = limits.of(room)
     in_page = page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64  # splits begin at multiples of 64
     cached = in_tiles(k_pages, v_pages, launch.BLOCK_N, launch.BLOCK_P, arch) if in_page else (None, None)
-    own = in_tiles(k, v, launch.BLOCK_N, launch.BLOCK_P, arch) if L > launch.BLOCK_N else (None, None)
+    own_whole = L > launch.BLOCK_N and P <= 128  # wider ones lack the registers
+    own = in_tiles(k, v, launch.BLOCK_N, launch.BLOCK_P, arch) if own_whole else (None, None)
     m = l = partial = None
     if splits > 1:
         m, l = torch.empty(2, splits, B, L, Hq, dtype=compute_dtype(q.dtype), device=q.device)
