@@ -68,8 +68,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float |
         if causal:
             seen = torch.ones(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
         return _masked(q, k, v, seen, scale)
-    if scale <= 0:  # PyTorch multiplies with the mask in place, whose infinities turn
-        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+    # PyTorch multiplies with the mask in place, whose infinities turn, or are NaN where the scale is 0 in fp32.
+    if abs(scale) < 1e-44:
+        q, scale = q * 0, 1.0
+    elif scale < 0:
+        q, scale = -q, -scale
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mask = None if seen is None else seen.unsqueeze(1)
     out = F.scaled_dot_product_attention(
