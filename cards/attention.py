@@ -117,12 +117,13 @@ OPS = (
             dict(B=1, L=2, Hq=2, Hkv=1, P=8, S=65, shuffled=0),
             dict(B=2, L=2, Hq=2, Hkv=1, P=8, S=90, page_size=16),
             dict(B=2, L=20, Hq=2, Hkv=1, P=16, S=100, causal=1),
+            dict(B=1, L=140, Hq=2, Hkv=1, P=16, S=30, causal=1, shuffled=2),  # its own keys by TMA in 16 bits
             dict(B=6, L=3, Hq=4, Hkv=2, P=16, S=150, shuffled=3),  # in 16 bits with TMA, as the next two
             dict(B=4, L=5, Hq=2, Hkv=1, P=128, S=130, page_size=128, causal=1, shuffled=3, wide=1),
             dict(B=2, L=17, Hq=4, Hkv=1, P=128, S=120, shuffled=2),
         ),
         shapes=(
-            *(dict(B=1, L=16, S=S, **_PUBLISHED) for S in (256, 4096, 32768, 131072)),
+            *(dict(B=1, L=16, S=S, **_PUBLISHED) for S in (256, 4096, 8192, 32768, 131072)),
             *(dict(B=1, L=1, S=S, **_PUBLISHED) for S in (4096, 131072)),
             *(dict(B=B, L=16, S=S, **_PUBLISHED) for B, S in ((8, 1024), (8, 8192), (64, 1024), (64, 8192))),
             dict(B=1, L=16, S=4096, causal=1, **_PUBLISHED),
@@ -170,8 +171,13 @@ OPS = (
             dict(B=1, N=1, Hq=2, Hkv=1, P=29),
             dict(B=1, N=0, Hq=2, Hkv=1, P=8),
             dict(B=2, N=70, Hq=2, Hkv=1, P=8, packed=1),
+            dict(B=1, N=200, Hq=2, Hkv=1, P=16),  # in 16 bits with TMA
         ),
-        shapes=(dict(B=1, N=4096, **_HEADS), dict(B=1, N=4096, packed=1, **_HEADS)),
+        shapes=(
+            dict(B=1, N=4096, **_HEADS),
+            dict(B=1, N=8192, **_HEADS),
+            dict(B=1, N=4096, packed=1, **_HEADS),
+        ),
         grads=("q", "k", "v"),
         cost=_causal_cost,
         **_MASKED,
@@ -187,6 +193,7 @@ OPS = (
             dict(B=2, N=140, Hq=2, Hkv=1, P=8, S=16),
             dict(B=1, N=96, Hq=2, Hkv=2, P=29, S=12, packed=1),
             dict(B=1, N=90, Hq=1, Hkv=1, P=8, S=48),
+            dict(B=2, N=260, Hq=2, Hkv=2, P=16, S=16),  # in 16 bits with TMA
         ),
         shapes=(
             dict(B=1, N=4096, S=16, **_HEADS),

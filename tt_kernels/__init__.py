@@ -15,7 +15,13 @@ except ImportError as _error:
         raise AttributeError(f"module 'tt_kernels' has no attribute {name!r}")
 
 else:
-    from .attention import append_attention, block_diffusion_attention, causal_attention, context_attention
+    from .attention import (
+        AttentionWithLSE,
+        append_attention,
+        block_diffusion_attention,
+        causal_attention,
+        context_attention,
+    )
     from .conv1d import causal_conv1d, conv_advance, conv_block_states
     from .loss import linear_cross_entropy
     from .moe import ExpertWeights, Matrix, Routing, experts, route
@@ -38,6 +44,7 @@ else:
     )
 
 __all__ = [
+    "AttentionWithLSE",
     "Committed",
     "ExpertWeights",
     "MambaState",

@@ -126,7 +126,7 @@ def test_values_that_no_token_of_the_row_sees() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [0.0, -0.0, -0.5, 0, -1, 0.3])
+@pytest.mark.parametrize("scale", [0.0, -0.0, -0.5, 0, -1, 0.3, 1e-50])
 def test_any_scale(scale: float, dtype: torch.dtype) -> None:
     q, k, v, k_clean, v_clean = heads(9, dtype)
     token = torch.arange(9, device=DEVICE)

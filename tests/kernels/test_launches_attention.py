@@ -5,11 +5,17 @@ import torch
 import triton
 
 from cards import OPS
-from tools.aot import launches
-from tt_kernels.attention.block_attention_launch import block_attention_launch
-from tt_kernels.attention.context_attention_launch import Splits, context_attention_launch, context_splits
+from tools.aot import SHARED, TARGETS, launches
+from tt_kernels.attention.block_attention_launch import BlockAttentionLaunch, block_attention_launch
+from tt_kernels.attention.context_attention_launch import (
+    ContextAttentionLaunch,
+    Splits,
+    context_attention_launch,
+    context_splits,
+)
 
 MULTIPROCESSORS = 132  # of an H200
+HEAD_SIZES = (5, 64, 80, 96, 128, 256)
 SHAPES = [(L, heads, R) for L in (1, 2, 16, 32, 64, 100, 2048) for heads, R in ((1, 1), (2, 16), (8, 4), (32, 1))]
 BATCHES = (1, 2, 3, 8, 64, 300)
 LENGTHS = (0, 1, 63, 64, 65, 1000, 4095, 4096, 8192, 33_000, 131_072, 1_000_000)
@@ -81,29 +87,46 @@ def test_partial_results_are_bounded_whatever_the_context(L: int, heads: int, R:
         assert max_splits == 1
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("rows", [1, 2, 16, 100, 256, 32768])
-@pytest.mark.parametrize("room", [64, 8192, 32768, 131072])
-def test_context_launch(rows: int, room: int, architecture: int) -> None:
-    launch = context_attention_launch(1, rows, room, 128, 2, architecture)
-    assert launch.BLOCK_P == 128 and 64 % launch.BLOCK_N == 0  # a tile lies in one page
-    assert 16 <= launch.BLOCK_M <= 128 and min(rows, 64) <= launch.BLOCK_M
-    shared = 2 * launch.BLOCK_P * (launch.BLOCK_M + 2 * launch.BLOCK_N * launch.num_stages)
-    assert shared <= (163 if architecture == 80 else 227) * 1024
+def assert_fits(
+    launch: ContextAttentionLaunch | BlockAttentionLaunch, P: int, itemsize: int, architecture: int
+) -> None:
+    """Queries, and the keys and values of every stage, are in shared memory together, in 16 bits three stages: a tile
+    is on its way while others are used. No warp computes rows of another: they lie along the rows of a product, 16
+    each, from 64 rows on."""
+    assert max(16, triton.next_power_of_2(P)) == launch.BLOCK_P
+    shared = itemsize * launch.BLOCK_P * (launch.BLOCK_M + 2 * launch.BLOCK_N * launch.num_stages)
+    assert shared <= SHARED[architecture] * 1024
+    assert itemsize > 2 or P > 256 or launch.num_stages >= 3
+    assert (
+        launch.BLOCK_M < 64 or 16 * launch.num_warps <= launch.BLOCK_M or architecture >= 100
+    )  # tcgen05: once for all
 
 
-def test_single_tokens_take_the_smallest_tile() -> None:
-    assert context_attention_launch(1, 16, 4096, 128, 2, 90).BLOCK_M == 16
-    assert context_attention_launch(1, 256, 4096, 128, 2, 90).BLOCK_M == 64
-    assert context_attention_launch(64, 256, 4096, 128, 2, 90).BLOCK_M == 128
-    assert context_attention_launch(1, 256, 131072, 128, 2, 90).BLOCK_M == 128
-    assert context_attention_launch(1, 32768, 4096, 128, 2, 90).BLOCK_M == 128
-    assert context_attention_launch(1, 256, 4096, 5, 4, 90).BLOCK_P == 16
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("P", HEAD_SIZES)
+def test_context_launch(P: int, itemsize: int, architecture: int) -> None:
+    for batch, room in ((1, 64), (1, 8192), (64, 8192), (1, 131_072)):
+        for rows in (1, 16, 40, 100, 256, 32_768):
+            launch = context_attention_launch(batch, rows, room, P, itemsize, architecture)
+            assert_fits(launch, P, itemsize, architecture)
+            assert 64 % launch.BLOCK_N == 0  # a tile lies in one page
+            if itemsize == 2 and P <= 256 and architecture >= 90:
+                assert launch.BLOCK_M >= 64  # of wgmma
+
+
+def test_many_products_read_keys_for_more_rows() -> None:
+    """With 64 rows a tile the four of a published block read each key from L2: few programs take that, not many."""
+    small, batch, long = (
+        context_attention_launch(B, 256, S, 128, 2, 90) for B, S in ((1, 8192), (64, 8192), (1, 2**17))
+    )
+    assert min(batch.BLOCK_M, long.BLOCK_M) > small.BLOCK_M
 
 
 def test_fp32_holds_few_rows_of_wide_heads() -> None:
     """Its operands are registers: 16 rows of 64 numbers are what does not spill."""
-    assert [context_attention_launch(1, 256, 4096, P, 4, 90).BLOCK_M for P in (16, 32, 64, 128)] == [64, 32, 16, 16]
+    rows = [context_attention_launch(1, 256, 4096, P, 4, 90).BLOCK_M for P in (16, 32, 64, 128)]
+    assert rows == sorted(rows, reverse=True) and rows[2] == 16
 
 
 @pytest.mark.parametrize("name", ["context_attention", "append_attention"])
@@ -118,10 +141,8 @@ def test_small_cases_take_tma_as_the_published_shapes_do(name: str) -> None:
     assert {launch["P"] for (launch,) in options[:3]} == {16, 128}
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("packed", [False, True])
-def test_block_launch(architecture: int, packed: bool) -> None:
-    launch = block_attention_launch(128, 2, architecture, packed)
-    shared = 2 * 128 * (launch.BLOCK_M + 2 * launch.BLOCK_N * launch.num_stages)
-    assert shared <= (163 if architecture == 80 else 227) * 1024
-    assert block_attention_launch(128, 4, architecture, packed).BLOCK_M == 32
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("P", HEAD_SIZES)
+def test_block_launch(P: int, itemsize: int, architecture: int) -> None:
+    assert_fits(block_attention_launch(P, itemsize, architecture), P, itemsize, architecture)

@@ -4,7 +4,11 @@ MUTANTS = {
     ("context_attention", "attention/lang.py"): [
         ("the sum is not rescaled", "l = l * kept + ", "l = l + "),
         ("the output is not rescaled", "o * kept[:, None]", "o"),
-        ("one page for a tile that spans several", "table_ptr + tokens // page_size)", "table_ptr + n // page_size)"),
+        (
+            "one page for a tile that spans several",
+            "tl.load(table_ptr + tokens // page",
+            "tl.load(table_ptr + n // page",
+        ),
         ("page's start", "at = page * page_size + n % page_size", "at = page * page_size"),
         ("KV head 0's values", "v = v_desc.load([at, head.to(tl.int32) * P])", "v = v_desc.load([at, 0])"),
     ],
@@ -15,13 +19,18 @@ MUTANTS = {
         ("another KV head's queries", "head * R + rows % R", "head + rows % R"),
         ("first token missed", "    token = rows // R\n", "    token = rows // R + 1\n"),
         ("a token between splits is missed", "(length, start + size)", "(length, start + size - 1)"),
-        ("splits are not weighted", "tl.exp2(m - tl.max(m, axis=0))", "tl.where(m > -float('inf'), 1.0, 0.0)"),
+        ("splits are not weighted", "tl.exp2(m - most)", "tl.where(m > -float('inf'), 1.0, 0.0)"),
         (
             "splits do not reach the end",
             "tl.cdiv(tl.cdiv(length, splits), 64) * 64, min_tokens)",
             "(length // splits) // 64 * 64, 1)",
         ),
-        ("stale page", "page = page_of(table_ptr, n + BLOCK_N,", "page = page_of(table_ptr, n,"),
+        ("stale page", "page = pages_of(table_ptr, n + BLOCK_N,", "page = pages_of(table_ptr, n,"),
+        (
+            "own tiles at the diagonal run unmasked",
+            "seen_by_all = tl.minimum(L, tile * BLOCK_M // R + 1)",
+            "seen_by_all = tl.minimum(L, tile * BLOCK_M // R + BLOCK_N)",
+        ),
     ],
     ("context_attention", "attention/lang.py", "test_attention_context.py::test_sixteen_bits_by_tma"): [
         ("what TMA brings from behind the end stays", "tl.where((tokens < end)[:, None], v, tl.zeros_like(v))", "v")
@@ -48,6 +57,24 @@ MUTANTS = {
         "attention/lang.py",
         "test_attention_context.py::test_nan_reaches_who_sees_it_and_nobody_else",
     ): [("a NaN that is seen is swallowed", '(seen, s, -float("inf"))', '(seen & (s == s), s, -float("inf"))')],
+    ("append_attention", "attention/context_attention_kernels.py", "test_attention_lse.py"): [
+        ("the sum of a split is not in the logarithm", "(most + tl.log2(l))", "most"),
+        ("the largest score is not scaled in the logarithm", "(m * scale + tl.log2(l))", "(m + tl.log2(l))"),
+    ],
+    ("append_attention", "attention/lang.py", "test_attention_nan.py::test_any_scale"): [
+        ("the sign of the scale is lost", "s = s * factor", "s = s * tl.abs(factor)"),
+        ("a scale that is 0 in fp32 gives NaN", "if 1e-30 < scale <= 1 else", "if 0 < scale <= 1 else"),
+    ],
+    ("causal_attention or block_diffusion", "attention/lang.py"): [
+        ("the last tile's values are left out", "o = add_values(p, _whole(v,", "add_values(p, _whole(v,"),
+        ("values of the tile whose weights are to come", "n - BLOCK_N, head, N", "n, head, N"),
+        ("another row's keys by TMA", "desc.load([b.to(tl.int32) * N + n,", "desc.load([n,"),
+        (
+            "earlier results are kept whole",
+            "o = add_values(p, v_tile, o, kept)",
+            "o = add_values(p, v_tile, o, kept * 0 + 1)",
+        ),
+    ],
     ("append_attention", "attention/context_attention_kernels.py"): [
         ("a slot left out", "            to = length + at\n", "            to = length + at + 1\n"),
         ("tokens that do not count enter", "& (at < count) &", "&"),
@@ -69,8 +96,8 @@ MUTANTS = {
         ),
         (
             "another KV head's keys",
-            "_tile(k_clean, b, n + offs_n, head // R, offs_p, most, P)",
-            "_tile(k_clean, b, n + offs_n, head % R, offs_p, most, P)",
+            "tile_of(k_clean, b, n + offs_n, head // R, offs_p, most, P)",
+            "tile_of(k_clean, b, n + offs_n, head % R, offs_p, most, P)",
         ),
         ("packed sequences see each other", "        begin = tl.load(", "        begin = 0 * tl.load("),
     ],

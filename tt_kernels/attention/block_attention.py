@@ -24,9 +24,9 @@ def causal_attention(
     Returns:
         o: [B, N, Hq, P] dtype of q.
 
-    Numerics: softmax and sums in fp32 (fp64 for fp64). Deterministic, except for the reference on a GPU. NaN and
-    infinity in what a token sees reach it; in v they may also reach tokens of the same row which do not see them (a
-    weight of 0 times NaN), and in k where the reference, which adds its masks there, runs on a GPU.
+    Numerics: softmax and sums in fp32 (fp64 for fp64), of scores up to 2^30. Deterministic, except for the reference on
+    a GPU. NaN and infinity in what a token sees reach it; in v they may also reach tokens of the same row which do not
+    see them (a weight of 0 times NaN), and in k where the reference, which adds its masks there, runs on a GPU.
     Gradients: for q, k and v; where they are wanted the reference runs.
     Raises: ValueError for sizes, dtypes and devices that disagree, for Hkv that does not divide Hq, and in the
     reference on a CPU for a cu_seqlens that is not from 0 and ascending up to B * N. Kernels take every entry for the

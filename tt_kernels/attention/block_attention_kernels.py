@@ -7,14 +7,7 @@ row sees whole run without a mask; the tiles at the diagonal and the row's own b
 import triton
 import triton.language as tl
 
-from .lang import attend, tokens_of
-
-
-@triton.jit
-def _tile(x, b, offs_n, head, offs_p, N, P):
-    """Tokens below N of an operand `Heads`: [tokens, BLOCK_P]."""
-    mask = (offs_n < N)[:, None] & (offs_p < P)[None, :]
-    return tl.load(tokens_of(x, b, offs_n, head, offs_p), mask=mask, other=0.0)
+from .lang import attend, attend_whole, tile_of
 
 
 @triton.jit
@@ -22,6 +15,9 @@ def _block_attention_fwd_kernel(
     q,  # Heads [B, N, Hq, P]
     k_clean,  # Heads [B, N, Hkv, P]: of the clean sequence, as v_clean
     v_clean,
+    # The same as matrices (`in_tiles`); None: no TMA. Triton 3.6 cannot launch one inside a tuple.
+    k_desc,
+    v_desc,
     k,  # Heads [B, N, Hkv, P]: of the noisy tokens, as v; None: causal attention among the clean tokens
     v,
     starts_ptr,  # [B, N] int32: where each token's sequence begins in its row; None: at the row's start
@@ -29,8 +25,9 @@ def _block_attention_fwd_kernel(
     lse_ptr,  # [B, N, Hq]: log-sum-exp, natural
     N,
     Hq,
-    P,
-    scale,  # times log2(e)
+    factor,  # of the scores, times log2(e), where it is not `scale` (`log2_scale`); or None
+    scale,
+    P: tl.constexpr,
     R: tl.constexpr,  # query heads of a KV head
     S: tl.constexpr,  # block size
     BLOCK_P: tl.constexpr,
@@ -48,7 +45,7 @@ def _block_attention_fwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     first = tile * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
-    q_tile = _tile(q, b, rows, head, offs_p, N, P)  # [BLOCK_M, BLOCK_P]
+    q_tile = tile_of(q, b, rows, head, offs_p, N, P)  # [BLOCK_M, BLOCK_P]
     begin = tl.zeros((BLOCK_M,), dtype=tl.int32)  # of each row's sequence
     low = 0
     if PACKED:
@@ -70,31 +67,31 @@ def _block_attention_fwd_kernel(
         latest = tl.max(tl.where(rows < N, begin, 0), axis=0)
         inner = tl.minimum((latest + BLOCK_N - 1) // BLOCK_N * BLOCK_N, tl.maximum(whole, low))
         whole = tl.maximum(whole, inner)
-    for n in tl.range(inner, whole, BLOCK_N):
-        k_tile = _tile(k_clean, b, n + offs_n, head // R, offs_p, N, P)  # [BLOCK_N, BLOCK_P]
-        v_tile = _tile(v_clean, b, n + offs_n, head // R, offs_p, N, P)
-        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, True, scale, MASKED=False)
+    m, l, o = attend_whole(
+        *(q_tile, k_clean, v_clean, k_desc, v_desc, b, head // R, inner, whole, N, P, m, l, o, factor, scale),
+        *(BLOCK_N, BLOCK_P),
+    )
     for i in tl.range(low, inner + tl.maximum(most - whole, 0), BLOCK_N):  # the tiles on both sides of those
         n = i if i < inner else i - inner + whole
-        k_tile = _tile(k_clean, b, n + offs_n, head // R, offs_p, most, P)
-        v_tile = _tile(v_clean, b, n + offs_n, head // R, offs_p, most, P)
+        k_tile = tile_of(k_clean, b, n + offs_n, head // R, offs_p, most, P)
+        v_tile = tile_of(v_clean, b, n + offs_n, head // R, offs_p, most, P)
         seen = ((n + offs_n)[None, :] < limit[:, None]) & ((n + offs_n)[None, :] >= begin[:, None])
-        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, scale, MASKED=True)
+        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, scale, MASKED=True)
     if not CAUSAL:  # its own noisy block, both ways
         end = tl.minimum((first + BLOCK_M - 1) // S * S + S, N)
         for n in tl.range(first // S * S // BLOCK_N * BLOCK_N, end, BLOCK_N):
-            k_tile = _tile(k, b, n + offs_n, head // R, offs_p, N, P)
-            v_tile = _tile(v, b, n + offs_n, head // R, offs_p, N, P)
+            k_tile = tile_of(k, b, n + offs_n, head // R, offs_p, N, P)
+            v_tile = tile_of(v, b, n + offs_n, head // R, offs_p, N, P)
             seen = ((n + offs_n) // S)[None, :] == (rows // S)[:, None]
             seen = seen & ((n + offs_n) < N)[None, :]
             if PACKED:  # a block may be of two sequences
                 of = tl.load(starts_ptr + b * N + n + offs_n, mask=n + offs_n < N, other=0)
                 seen = seen & (of[None, :] == begin[:, None])
-            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, scale, MASKED=True)
+            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, scale, MASKED=True)
 
     out = (b * N + rows) * Hq + head
     mask_o = (rows < N)[:, None] & (offs_p < P)[None, :]
     o = o / tl.where(rows < N, l, 1.0)[:, None]
     tl.store(o_ptr + out[:, None] * P + offs_p[None, :], o.to(o_ptr.dtype.element_ty), mask=mask_o)
-    lse = (m + tl.log2(tl.where(rows < N, l, 1.0))) * 0.6931471805599453
+    lse = (m * scale + tl.log2(tl.where(rows < N, l, 1.0))) * 0.6931471805599453
     tl.store(lse_ptr + out, lse, mask=rows < N)

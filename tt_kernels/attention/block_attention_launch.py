@@ -9,7 +9,7 @@ from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, architecture, run, tuned
 from ..runtime.varlen import begins
 from .block_attention_kernels import _block_attention_fwd_kernel
-from .lang import heads
+from .lang import heads, in_tiles, log2_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,24 +21,29 @@ class BlockAttentionLaunch(Launch):
     num_stages: int = 2
 
 
-def block_attention_launch(P: int, itemsize: int, architecture: int, packed: bool) -> BlockAttentionLaunch:
+def block_attention_launch(P: int, itemsize: int, architecture: int) -> BlockAttentionLaunch:
     """A tile of queries and keys:
 
-    | where               | queries x keys | stages | reason                                                 |
-    |---------------------|----------------|--------|--------------------------------------------------------|
-    | fp32, fp64, P > 128 | 32 x 32        | 2      | exactness, not speed: operands are registers           |
-    | sm_90               | 128 x 128      | 2      | two warpgroups keep wgmma fed                          |
-    | sm_90, packed       | 128 x 64       | 3      | masks of sequences take the registers of half the keys |
-    | above sm_90         | 128 x 64       | 2      | operands live in registers                             |
-    | below               | 128 x 32       | 2      | the same                                               |
+    | where               | queries x keys | stages | reason                                                         |
+    |---------------------|----------------|--------|----------------------------------------------------------------|
+    | sm_90 and above     | 128 x 64       | 3      | two warpgroups; two tiles are on their way while one is used   |
+    | the same, P > 128   | 128 x 32       | 3      | 64 keys spill                                                  |
+    | sm_80               | 128 x 32       | 4      | operands live in registers; with fewer stages they do not fit  |
+    | the same, P > 128   | 16 x 32        | 3      | 32 queries spill                                               |
+    | P > 256             | 16 x 32        | 2      | shared memory                                                  |
+    | fp32, fp64          | 32 x 32        | 2      | exactness, not speed: operands are registers                   |
     """
     block_p = max(16, triton.next_power_of_2(P))
-    if itemsize > 2 or block_p > 128:
-        return BlockAttentionLaunch(BLOCK_P=block_p, BLOCK_M=32, BLOCK_N=32, num_warps=4)
-    if architecture == 90:
-        block_n, stages = (64, 3) if packed else (128, 2)
-        return BlockAttentionLaunch(BLOCK_P=block_p, BLOCK_M=128, BLOCK_N=block_n, num_stages=stages)
-    return BlockAttentionLaunch(BLOCK_P=block_p, BLOCK_M=128, BLOCK_N=64 if architecture > 90 else 32)
+    if itemsize > 2:
+        block_m, block_n, stages = 32, 32, 2
+    elif block_p > 256:
+        block_m, block_n, stages = 16, 32, 2
+    elif architecture >= 90:
+        block_m, block_n, stages = 128, 64 if block_p <= 128 else 32, 3
+    else:
+        block_m, block_n, stages = (128, 32, 4) if block_p <= 128 else (16, 32, 3)
+    warps = 8 if block_m == 128 else 4
+    return BlockAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
 
 
 def _block_attention_fwd(
@@ -56,7 +61,7 @@ def _block_attention_fwd(
     B, N, Hq, P = q.shape
     out = _block_attention_fwd_fake(q, k_clean, v_clean, cu_seqlens, scale)
     packed, itemsize, arch = cu_seqlens is not None, q.element_size(), architecture(q)
-    default = block_attention_launch(P, itemsize, arch, packed)
+    default = block_attention_launch(P, itemsize, arch)
     near, S = triton.next_power_of_2(N), 0 if k is None else block_size
     launch = tuned(
         "_block_attention_fwd_kernel", default, arch, N=near, S=S, packed=int(packed), P=P, itemsize=itemsize
@@ -65,9 +70,11 @@ def _block_attention_fwd(
         _block_attention_fwd_kernel,
         (triton.cdiv(N, launch.BLOCK_M), Hq, B),
         *(heads(q), heads(k_clean), heads(v_clean)),
+        *in_tiles(k_clean, v_clean, launch.BLOCK_N, launch.BLOCK_P, arch),
         *(None if t is None else heads(t) for t in (k, v)),
         *(None if cu_seqlens is None else begins(cu_seqlens, B, N), *out),
-        *(N, Hq, P, scale * 1.4426950408889634),
+        *(N, Hq, *log2_scale(scale)),
+        P=P,
         R=Hq // k_clean.shape[2],
         S=block_size,
         launch=launch,

@@ -1,12 +1,15 @@
 """Attention of a block to a paged cache and to itself, and the same with the block entering the cache."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..reference import AttentionWithLSE
 from ..runtime.checks import as_float, check, is_real, refuse
 from ..runtime.registry import define, takes_kernel, wants_gradients
-from .context_attention_launch import _append_attention_fwd, _context_attention_fwd
+from .context_attention_launch import _append_attention_fwd, _context_attention_fake, _context_attention_fwd
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, **others: Tensor) -> None:
@@ -45,6 +48,38 @@ def _check_cached(op, q, k, v, k_pages, v_pages, page_table, cache_lengths, coun
     check_heads(op, q, k, v=v, k_pages=k_pages, v_pages=v_pages)
 
 
+@overload
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cache_lengths: Tensor,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cache_lengths: Tensor,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> AttentionWithLSE: ...
+
+
 def context_attention(
     q: Tensor,
     k: Tensor,
@@ -56,7 +91,8 @@ def context_attention(
     *,
     causal: bool = False,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | AttentionWithLSE:
     """Let the L tokens of each row attend to the row's cached tokens and to each other; the cache is only read.
 
     softmax(scale q [K_cache; k]^T) [V_cache; v], without any mask for a denoiser's block. The cache is paged: all rows
@@ -71,14 +107,16 @@ def context_attention(
         cache_lengths:    [B] int, 0 or more: cached tokens. Slots past them may hold anything, NaN included.
         causal:           a token sees the tokens of its own block up to itself, instead of all of them.
         scale:            P^-1/2 if None; 0 and below are fine.
+        return_lse:       also give the logarithm of each token's sum of exponents, by which results over parts of a
+                          context are joined: o = sum_i exp(lse_i - lse) o_i with lse = log sum_i exp(lse_i).
     Returns:
-        o: [B, L, Hq, P] dtype of q.
+        o: [B, L, Hq, P] dtype of q; with return_lse (o, lse), lse [B, L, Hq] in fp32 (fp64 for fp64), natural.
 
-    Numerics: softmax and sums in fp32 (fp64 for fp64). Deterministic: a kernel's result for a row has bits that depend
-    on that row, on L, the heads and P, and through the split size on the number of rows B; not on what the other rows
-    hold, nor on the room in their pages. NaN and infinity in what a token sees reach it; in what it does not see they
-    stay away, except for the values of later tokens of its own block where `causal` (a weight of 0 times NaN). On a GPU
-    the reference, which adds its masks, holds to that only for slots past a row's cached tokens.
+    Numerics: softmax and sums in fp32 (fp64 for fp64), of scores up to 2^30. Deterministic: a kernel's result for a row
+    has bits that depend on that row, on L, the heads and P, and through the split size on the number of rows B; not on
+    what the other rows hold, nor on the room in their pages. NaN and infinity in what a token sees reach it; in what it
+    does not see they stay away, except for the values of later tokens of its own block where `causal` (a weight of 0
+    times NaN). On a GPU the reference, which adds its masks, holds to that only for slots past a row's cached tokens.
     Gradients: for q, k, v and the pages; where they are wanted the reference runs.
     Raises: ValueError for sizes, dtypes and devices that disagree, for Hkv that does not divide Hq, and in the
     reference on a CPU for a cache length below 0 or beyond the row's pages and for a page outside the pool. Elsewhere
@@ -96,8 +134,41 @@ def context_attention(
         refuse("context_attention", "causal", causal, "True or False")
     scale = scale_of("context_attention", q, scale)
     if not takes_kernel("context_attention", *tensors) or wants_gradients(*tensors):
-        return reference.context_attention(*tensors, *places, causal=causal, scale=scale)
-    return _context_fwd(*tensors, *places, causal, scale)
+        return reference.context_attention(*tensors, *places, causal=causal, scale=scale, return_lse=return_lse)
+    out = AttentionWithLSE(*_context_fwd(*tensors, *places, causal, scale))
+    return out if return_lse else out.o
+
+
+@overload
+def append_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cache_lengths: Tensor,
+    counts: Tensor | None = ...,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def append_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cache_lengths: Tensor,
+    counts: Tensor | None = ...,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> AttentionWithLSE: ...
 
 
 def append_attention(
@@ -111,7 +182,8 @@ def append_attention(
     counts: Tensor | None = None,
     *,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | AttentionWithLSE:
     """Causal attention of L tokens to each row's cached tokens and themselves, while their keys and values enter the
     cache: `context_attention(..., causal=True)`, and then the first counts[b] tokens of row b are in its pages.
 
@@ -128,8 +200,10 @@ def append_attention(
         cache_lengths:    [B] int, 0 or more: cached tokens.
         counts:           [B] int: tokens that enter, cut to 0 to L; None: all L. The others are not written.
         scale:            P^-1/2 if None; 0 and below are fine.
+        return_lse:       also give the logarithm of each token's sum of exponents, by which results over parts of a
+                          context are joined: o = sum_i exp(lse_i - lse) o_i with lse = log sum_i exp(lse_i).
     Returns:
-        o: [B, L, Hq, P] dtype of q, of all L tokens.
+        o: [B, L, Hq, P] dtype of q, of all L tokens; with return_lse as in `context_attention`.
 
     Numerics: as `context_attention`.
     Gradients: for q, k and v, by the reference; none flow through the cache.
@@ -149,10 +223,11 @@ def append_attention(
     _check_cached("append_attention", *tensors, *places)
     scale = scale_of("append_attention", q, scale)
     if not takes_kernel("append_attention", *tensors) or wants_gradients(q, k, v):
-        return reference.append_attention(*tensors, *places, scale=scale)
-    return _append_fwd(*tensors, *places, scale)
+        return reference.append_attention(*tensors, *places, scale=scale, return_lse=return_lse)
+    out = AttentionWithLSE(*_append_fwd(*tensors, *places, scale))
+    return out if return_lse else out.o
 
 
-_context_fwd = define(_context_attention_fwd, lambda q, *_: q.new_empty(q.shape))
+_context_fwd = define(_context_attention_fwd, _context_attention_fake)
 
-_append_fwd = define(_append_attention_fwd, lambda q, *_: q.new_empty(q.shape), writes=("k_pages", "v_pages"))
+_append_fwd = define(_append_attention_fwd, _context_attention_fake, writes=("k_pages", "v_pages"))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .lang import attend, cached, page_of, slots, tokens_of
+from .lang import attend, attend_whole, cached, pages_of, slots, tile_of, tokens_of
 
 
 @triton.jit(do_not_specialize=["fill", "pages"])
@@ -17,10 +17,13 @@ def _context_attention_fwd_kernel(
     # Triton 3.6 cannot launch a descriptor inside a tuple.
     k_desc,
     v_desc,
+    k_own_desc,  # k and v as matrices (`in_tiles`), where they are longer than a tile; or None
+    v_own_desc,
     page_table_ptr,  # [B, pages of a row]
     cache_lengths_ptr,  # [B]
     counts_ptr,  # [B], or None: all L enter; where APPEND
     o_ptr,  # [B, L, Hq, P], contiguous
+    lse_ptr,  # [B, L, Hq]: log-sum-exp, natural
     partial_ptr,  # [splits, B, L, Hq, P] where splits > 1
     m_ptr,  # [splits, B, L, Hq], as l: maximum and sum of a split, log2
     l_ptr,
@@ -34,21 +37,26 @@ def _context_attention_fwd_kernel(
     fill,  # splits of a row's context that keep the GPU busy
     max_splits,
     min_tokens,  # cached tokens of a split, at least
-    scale,  # times log2(e)
+    factor,  # of the scores, times log2(e), where it is not `scale` (`log2_scale`); or None
+    scale,
     P: tl.constexpr,
     R: tl.constexpr,  # query heads of a KV head
     APPEND: tl.constexpr,  # the block's keys and values enter the cache behind its tokens
     CAUSAL: tl.constexpr,
+    IN_PAGE: tl.constexpr,  # a tile of cached tokens lies in one page
     TMA: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr,  # tokens that begin in a row tile, or more
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,  # keys of a tile of the block's own
 ):
     # Rows of a KV head: token after token, each with its R query heads. The row tiles of a KV head and split are
     # neighbours in the grid, so that the keys and values that one reads are in L2 for the next.
     tile = tl.program_id(0)
+    if CAUSAL:  # the longest rows first: the programs that start last are then short
+        tile = tl.num_programs(0) - 1 - tile
     head = (tl.program_id(1) % Hkv).to(tl.int64)  # offsets may exceed 2^31, of b and of slots too
     split = tl.program_id(1) // Hkv if SPLIT else 0
     b = tl.program_id(2).to(tl.int64)
@@ -84,53 +92,64 @@ def _context_attention_fwd_kernel(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     token = rows // R
     query_head = head * R + rows % R
-    offs_n = tl.arange(0, BLOCK_N)
+    offs_l = tl.arange(0, BLOCK_L)
     mask_q = (token < L)[:, None] & (offs_p < P)[None, :]
     q_tile = tl.load(tokens_of(q, b, token, query_head, offs_p), mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_P]
     m = tl.full((BLOCK_M,), -float("inf"), dtype=acc)
     l = tl.zeros((BLOCK_M,), dtype=acc)
     o = tl.zeros((BLOCK_M, BLOCK_P), dtype=acc)
 
-    full = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
-    # The page of a tile is looked up an iteration ahead: a look-up in the same iteration would take a stage of the
-    # pipeline, and the load of the tile could not run ahead.
-    page = page_of(table_ptr, start, end, page_size, TMA)
-    for n in tl.range(start, full, BLOCK_N):  # all of these are seen: no mask
-        k_tile, v_tile = cached(
-            *(k_pages, v_pages, k_desc, v_desc, table_ptr, page, n, end, head),
-            *(pages, page_size, P, BLOCK_N, BLOCK_P, TMA, False),
-        )
-        page = page_of(table_ptr, n + BLOCK_N, end, page_size, TMA)
-        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, True, scale, MASKED=False)
-    if full < end:
-        k_tile, v_tile = cached(
-            *(k_pages, v_pages, k_desc, v_desc, table_ptr, page, full, end, head),
-            *(pages, page_size, P, BLOCK_N, BLOCK_P, TMA, True),
-        )
-        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, (full + offs_n < end)[None, :], scale, MASKED=True)
-
-    if split == 0:  # the block's own keys and values, not from the cache
-        last = L
+    # The block's own keys and values, not from the cache: first, they come while the cache's pages are looked up.
+    if split == 0:
+        seen_by_all, last = 0, L
         if CAUSAL:
             last = tl.minimum(L, (tile * BLOCK_M + BLOCK_M - 1) // R + 1)
-        for n in tl.range(0, last, BLOCK_N):
-            own = n + offs_n
-            mask_n = (own < L)[:, None] & (offs_p < P)[None, :]
-            k_tile = tl.load(tokens_of(k, b, own, head, offs_p), mask=mask_n, other=0.0)  # [BLOCK_N, BLOCK_P]
-            v_tile = tl.load(tokens_of(v, b, own, head, offs_p), mask=mask_n, other=0.0)
+        if k_own_desc is not None:
+            seen_by_all = L
+            if CAUSAL:
+                seen_by_all = tl.minimum(L, tile * BLOCK_M // R + 1)
+            seen_by_all = seen_by_all // BLOCK_N * BLOCK_N
+            m, l, o = attend_whole(
+                *(q_tile, k, v, k_own_desc, v_own_desc, b, head, 0, seen_by_all, L, P, m, l, o, factor, scale),
+                *(BLOCK_N, BLOCK_P),
+            )
+        for n in tl.range(seen_by_all, last, BLOCK_L):
+            own = n + offs_l
+            k_tile = tile_of(k, b, own, head, offs_p, L, P)  # [BLOCK_L, BLOCK_P]
+            v_tile = tile_of(v, b, own, head, offs_p, L, P)
             seen = (own < L)[None, :]
             if CAUSAL:
                 seen = seen & (own[None, :] <= token[:, None])
-            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, scale, MASKED=True)
+            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, scale, MASKED=True)
+
+    offs_n = tl.arange(0, BLOCK_N)
+    full = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
+    # A tile's pages are looked up an iteration ahead: a look-up in the same iteration would take a stage of the
+    # pipeline, and the load of the tile could not run ahead.
+    page = pages_of(table_ptr, start, end, page_size, BLOCK_N, IN_PAGE)
+    for n in tl.range(start, full, BLOCK_N):  # all of these are seen: no mask
+        k_tile, v_tile = cached(
+            *(k_pages, v_pages, k_desc, v_desc, page, n, end, head, pages, page_size),
+            *(P, BLOCK_N, BLOCK_P, TMA, False),
+        )
+        page = pages_of(table_ptr, n + BLOCK_N, end, page_size, BLOCK_N, IN_PAGE)
+        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, True, factor, scale, MASKED=False)
+    if full < end:
+        k_tile, v_tile = cached(
+            *(k_pages, v_pages, k_desc, v_desc, page, full, end, head, pages, page_size),
+            *(P, BLOCK_N, BLOCK_P, TMA, True),
+        )
+        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, (full + offs_n < end)[None, :], factor, scale, MASKED=True)
 
     out = ((split * B + b) * L + token) * (Hkv * R) + query_head
     if SPLIT:
-        tl.store(m_ptr + out, m, mask=token < L)
+        tl.store(m_ptr + out, m * scale, mask=token < L)
         tl.store(l_ptr + out, l, mask=token < L)
         if (split == 0) | (start < end):
             tl.store(partial_ptr + out[:, None] * P + offs_p[None, :], o, mask=mask_q)
     else:
         o = o / l[:, None]
+        tl.store(lse_ptr + out, (m * scale + tl.log2(l)) * 0.6931471805599453, mask=token < L)
         tl.store(o_ptr + out[:, None] * P + offs_p[None, :], o.to(o_ptr.dtype.element_ty), mask=mask_q)
 
 
@@ -140,6 +159,7 @@ def _combine_splits_kernel(
     m_ptr,  # [splits, rows], as l
     l_ptr,
     o_ptr,  # [rows, P]
+    lse_ptr,  # [rows]
     rows,
     splits,
     P: tl.constexpr,
@@ -151,10 +171,13 @@ def _combine_splits_kernel(
     offs_p = tl.arange(0, BLOCK_P)
     m = tl.load(m_ptr + offs_s * rows + row, mask=offs_s < splits, other=-float("inf"))  # [BLOCK_S]
     l = tl.load(l_ptr + offs_s * rows + row, mask=offs_s < splits, other=0.0)
-    weight = tl.exp2(m - tl.max(m, axis=0))  # finite: split 0 has seen the token itself
+    most = tl.max(m, axis=0)  # finite: split 0 has seen the token itself
+    weight = tl.exp2(m - most)
+    l = tl.sum(l * weight, axis=0)
     # A split that starts past the row's length has written m = -inf and no partial result.
     mask = (m > -float("inf"))[:, None] & (offs_p < P)[None, :]
     at = (offs_s[:, None] * rows + row) * P + offs_p[None, :]
     o = tl.load(partial_ptr + at, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_P]
-    o = tl.sum(o * weight[:, None], axis=0) / tl.sum(l * weight, axis=0)
+    o = tl.sum(o * weight[:, None], axis=0) / l
+    tl.store(lse_ptr + row, (most + tl.log2(l)) * 0.6931471805599453)
     tl.store(o_ptr + row * P + offs_p, o.to(o_ptr.dtype.element_ty), mask=offs_p < P)

@@ -6,12 +6,11 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, architecture, run, tuned
 from .context_attention_kernels import _combine_splits_kernel, _context_attention_fwd_kernel
-from .lang import Pages, heads, side_by_side
+from .lang import Pages, heads, in_tiles, log2_scale, side_by_side
 
 
 class Splits(NamedTuple):
@@ -62,41 +61,39 @@ def context_attention_launch(
 ) -> ContextAttentionLaunch:
     """Query rows of a program:
 
-    | where                           | rows     | reason                                                            |
-    |---------------------------------|----------|-------------------------------------------------------------------|
-    | up to 8K tokens in all, and 8K  | 64       | bound by latency: what wgmma takes, on more programs              |
-    | rows a KV head                  |          |                                                                   |
-    | above                           | 128      | bound by products (256 rows a KV head do 256 flops a byte): rows  |
-    |                                 |          | share a tile of keys, and the second half finds it in L2          |
-    | fp32, fp64, P > 128             | 16 to 64 | operands are registers: 64 rows of 128 would spill 9 KB a thread  |
+    | where                             | rows     | warps | reason                                                  |
+    |-----------------------------------|----------|-------|---------------------------------------------------------|
+    | up to 64 rows a KV head, or 8K of | 64       | 4     | bound by latency or memory: what wgmma takes, and two   |
+    | them against 8K tokens in all     |          |       | programs a multiprocessor: one multiplies, one weighs   |
+    | above                             | 128      | 8     | bound by products (256 rows a KV head do 256 flops a    |
+    |                                   |          |       | byte): with 64 rows keys come from L2 twice as often,   |
+    |                                   |          |       | 6 TB/s at 400 TFLOP/s, all that it gives                |
+    | sm_100, P > 128                   | 64       | 8     | both of the above spill                                 |
+    | sm_80, up to 32 rows              | 16, 32   | 4     | no wgmma                                                |
+    | sm_80, above                      | 128      | 8     | with 64 four warps spill                                |
+    | sm_80, P > 128; P > 256           | 16       | 4     | more spill, by hundreds of bytes                        |
+    | fp32, fp64                        | 16 to 64 | 4     | operands are registers: 64 rows of 128 would spill 9 KB |
+    |                                   |          |       | a thread                                                |
 
-    Keys of a tile: 64 on sm_90, three tiles in shared memory, two of which are on their way (TMA) while one is used.
-    Without wgmma operands live in registers, of which sm_80 has enough for 32.
+    Keys of a tile: 64, three tiles in shared memory, two of which are on their way while one is used. They are 32 on
+    sm_80, where operands live in registers, and for P > 128.
     """
-    block_p = max(16, triton.next_power_of_2(P))
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64 if batch * room <= 8192 and rows <= 8192 else 128)
-    if itemsize > 2 or block_p > 128:
-        block_m = min(block_m, 64 if itemsize == 2 else max(16, 1024 // block_p))
-        return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=32)
-    warps = 8 if block_m >= 64 else 4
-    if architecture == 90:
-        return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=64, num_warps=warps, num_stages=3)
-    block_m, block_n = 128 if block_m >= 64 else block_m, 64 if architecture > 90 else 32
-    return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps)
-
-
-def _tiles(pages: Tensor, launch: Launch) -> TensorDescriptor | None:
-    """Pages as a matrix for TMA, where the GPU has it, a tile of tokens lies in one page and rows are multiples of 16
-    bytes."""
-    n, page_size, H, P = pages.shape
-    # Splits begin at multiples of 64: larger tiles would cross pages.
-    fits = page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64 and P == launch.BLOCK_P
-    aligned = pages.is_meta or pages.data_ptr() % 16 == 0
-    # Coordinates of TMA are 32 bits.
-    plain = pages.is_contiguous() and 0 < n * page_size < 2**31 and pages.element_size() == 2
-    if not (architecture(pages) >= 90 and fits and aligned and plain):
-        return None
-    return TensorDescriptor.from_tensor(pages.view(n * page_size, H * P), [launch.BLOCK_N, P])
+    block_p, block_m = max(16, triton.next_power_of_2(P)), max(16, triton.next_power_of_2(rows))
+    few = rows <= 64 or (batch * room <= 8192 and rows <= 8192)
+    block_n, warps, stages = 32, 4, 3
+    if itemsize > 2:
+        block_m, stages = min(block_m, 64, max(16, 1024 // block_p)), 2
+    elif block_p > 256:
+        block_m, stages = 16, 2
+    elif architecture < 90:
+        block_m = 16 if block_p > 128 else 128 if block_m >= 64 else block_m
+    elif block_p > 128 and architecture >= 100:
+        block_m, warps = 64, 8
+    else:
+        block_m, block_n = 64 if few else 128, 64 if block_p <= 128 else 32
+    if block_m == 128:
+        warps = 8
+    return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
 
 
 def _context_attention_fwd(
@@ -112,24 +109,25 @@ def _context_attention_fwd(
     *,
     append: bool = False,
     counts: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     page_table = page_table.contiguous()
     k_pages, v_pages = side_by_side(k_pages), side_by_side(v_pages)
     B, L, Hq, P = q.shape
     Hkv, page_size = k.shape[2], k_pages.shape[1]
     R, room = Hq // Hkv, page_table.shape[1] * page_size if len(k_pages) else 0
-    o = q.new_empty(q.shape)
+    out = _context_attention_fake(q)
     itemsize, arch = q.element_size(), architecture(q)
-    default = context_attention_launch(B, L * R, room, P, itemsize, arch)
     batch, near = triton.next_power_of_2(B), triton.next_power_of_2(room)
+    default = context_attention_launch(B, L * R, room, P, itemsize, arch)
     launch = tuned(
         "_context_attention_fwd_kernel", default, arch, batch=batch, rows=L * R, room=near, P=P, itemsize=itemsize
     )
     limits = context_splits(B, max(L, 1) * R, Hkv)
     splits = limits.of(room)
-    k_desc, v_desc = _tiles(k_pages, launch), _tiles(v_pages, launch)
-    if k_desc is None or v_desc is None:
-        k_desc = v_desc = None
+    in_page = page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64  # splits begin at multiples of 64
+    cached = in_tiles(k_pages, v_pages, launch.BLOCK_N, launch.BLOCK_P, arch) if in_page else (None, None)
+    own_whole = L > launch.BLOCK_N and P <= 128  # wider ones lack the registers
+    own = in_tiles(k, v, launch.BLOCK_N, launch.BLOCK_P, arch) if own_whole else (None, None)
     m = l = partial = None
     if splits > 1:
         m, l = torch.empty(2, splits, B, L, Hq, dtype=compute_dtype(q.dtype), device=q.device)
@@ -137,15 +135,20 @@ def _context_attention_fwd(
     run(
         _context_attention_fwd_kernel,
         (triton.cdiv(L * R, launch.BLOCK_M), Hkv * splits, B),
-        *(heads(q), heads(k), heads(v), *(Pages(t, *t.stride()[:3]) for t in (k_pages, v_pages)), k_desc, v_desc),
-        *(page_table, cache_lengths.contiguous(), None if counts is None else counts.contiguous(), o, partial, m, l),
-        *(page_table.stride(0), B, L, Hkv, len(k_pages), page_size, room, *limits, scale * 1.4426950408889634),
+        *(heads(q), heads(k), heads(v), *(Pages(t, *t.stride()[:3]) for t in (k_pages, v_pages))),
+        *(*cached, *own),
+        *(page_table, cache_lengths.contiguous(), None if counts is None else counts.contiguous(), *out),
+        *(partial, m, l),
+        *(page_table.stride(0), B, L, Hkv, len(k_pages), page_size, room, *limits, *log2_scale(scale)),
         P=P,
         R=R,
         APPEND=append,
         CAUSAL=causal and L > 1,
-        TMA=k_desc is not None,
+        IN_PAGE=in_page,
+        TMA=cached[0] is not None,
         SPLIT=splits > 1,
+        # Below 64 rows four warps lie side by side along the keys, 8 each.
+        BLOCK_L=min(launch.BLOCK_N, max(16 if launch.BLOCK_M >= 64 else 32, triton.next_power_of_2(L))),
         BLOCK_T=triton.next_power_of_2(triton.cdiv(launch.BLOCK_M, R)) if append else 1,
         launch=launch,
     )
@@ -155,11 +158,15 @@ def _context_attention_fwd(
         run(
             _combine_splits_kernel,
             (B * L * Hq,),
-            *(partial, m, l, o, B * L * Hq, splits),
+            *(partial, m, l, *out, B * L * Hq, splits),
             P=P,
             launch=Launch(BLOCK_S=block_s, BLOCK_P=launch.BLOCK_P),
         )
-    return o
+    return out
+
+
+def _context_attention_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype))
 
 
 def _append_attention_fwd(
@@ -172,10 +179,10 @@ def _append_attention_fwd(
     cache_lengths: Tensor,
     counts: Tensor | None,
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     pages = side_by_side(k_pages), side_by_side(v_pages)
-    o = _context_attention_fwd(q, k, v, *pages, page_table, cache_lengths, True, scale, append=True, counts=counts)
+    out = _context_attention_fwd(q, k, v, *pages, page_table, cache_lengths, True, scale, append=True, counts=counts)
     for written, place in zip(pages, (k_pages, v_pages), strict=True):
         if written is not place:
             place.copy_(written)
-    return o
+    return out

@@ -5,7 +5,13 @@ function here, or a kernel that must agree with it. Shapes: B rows, L tokens of 
 H heads (G groups of them), P head size, N state size, C channels, K taps or chosen experts, E experts, V vocabulary.
 """
 
-from .attention import append_attention, block_diffusion_attention, causal_attention, context_attention
+from .attention import (
+    AttentionWithLSE,
+    append_attention,
+    block_diffusion_attention,
+    causal_attention,
+    context_attention,
+)
 from .conv1d import causal_conv1d, conv_advance, conv_block_states
 from .loss import linear_cross_entropy
 from .mamba import MambaState, MambaWeights, mamba_advance, mamba_block, mamba_extend, mamba_step
@@ -15,6 +21,7 @@ from .sampling import Committed, Sampled, Sampling, Unmasked, commit, gumbel_noi
 from .ssd import SSDChunk, ssd_advance, ssd_block, ssd_chunk, ssd_step
 
 __all__ = [
+    "AttentionWithLSE",
     "Committed",
     "ExpertWeights",
     "MambaState",

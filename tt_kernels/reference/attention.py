@@ -2,12 +2,20 @@
 
 import math
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .common import can_look, check_starts, compute_dtype, full_precision, sequence_index
+
+
+class AttentionWithLSE(NamedTuple):
+    """What attention gives with return_lse."""
+
+    o: Tensor  # [B, L, Hq, P]
+    lse: Tensor  # [B, L, Hq]: natural logarithm of the sum of exp(scores)
 
 
 def _largest(t: Tensor) -> float:
@@ -40,6 +48,18 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) 
     return torch.einsum("bgrls,bsgp->blgrp", scores.softmax(-1), v.to(acc)).flatten(2, 3).to(q.dtype)
 
 
+def _log_sums(q: Tensor, k: Tensor, seen: Tensor | None, scale: float | None, causal: bool) -> Tensor:
+    """[B, L, Hq]: log sum exp of the scores, of the arguments of `_attend`."""
+    acc, Hkv = compute_dtype(q.dtype), k.shape[2]
+    grouped = q.to(acc).unflatten(2, (Hkv, q.shape[2] // Hkv))
+    scores = torch.einsum("blgrp,bsgp->blgrs", grouped, k.to(acc)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        seen = torch.ones(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, :, None, None], -math.inf)
+    return scores.logsumexp(-1).flatten(2)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None, causal: bool = False) -> Tensor:
     """[B, L, Hq, P] against [B, S, Hkv, P], of which queries see those in `seen` [B or 1, L or 1, S], or where causal
     those up to themselves; softmax in fp32 or better."""
@@ -48,8 +68,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float |
         if causal:
             seen = torch.ones(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
         return _masked(q, k, v, seen, scale)
-    if scale <= 0:  # PyTorch multiplies with the mask in place, whose infinities turn
-        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+    # PyTorch multiplies with the mask in place, whose infinities turn, or are NaN where the scale is 0 in fp32.
+    if abs(scale) < 1e-44:
+        q, scale = q * 0, 1.0
+    elif scale < 0:
+        q, scale = -q, -scale
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mask = None if seen is None else seen.unsqueeze(1)
     out = F.scaled_dot_product_attention(
@@ -107,12 +130,13 @@ def _past(pages: Tensor, page_table: Tensor, in_order: slice | None, cache_lengt
 
 
 Cached = tuple[Tensor, Tensor, Tensor, Tensor]  # k_pages, v_pages, page_table, cache_lengths
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float | None, bool]  # of `_attend`
 
 
 def _context(
     op: str, q: Tensor, k: Tensor, v: Tensor, cached: Cached, causal: bool, scale: float | None, entering=None
-) -> Tensor:
-    """entering: as `_look` takes it."""
+) -> Arguments:
+    """The arguments of `_attend`. entering: as `_look` takes it."""
     (k_pages, v_pages, page_table, cache_lengths), L = cached, q.shape[1]
     causal = causal and L > 1
     longest, shortest = page_table.shape[1] * k_pages.shape[1], -1  # not known on the host: all pages, masked
@@ -120,7 +144,7 @@ def _context(
     if can_look(cache_lengths):
         longest, shortest, in_order = _look(op, k_pages, page_table, cache_lengths, entering)
     if longest == 0 or k_pages.shape[0] == 0:
-        return _attend(q, k, v, None, scale, causal=causal)
+        return q, k, v, None, scale, causal
     past = [_past(pages, page_table, in_order, cache_lengths, longest) for pages in (k_pages, v_pages)]
     mask = None
     if shortest < longest:  # cached tokens past a row's length may hold anything, NaN included
@@ -131,7 +155,13 @@ def _context(
         own = torch.ones(1, L, L, dtype=torch.bool, device=q.device).tril()
         own = F.pad(own, (longest, 0), value=True)
         mask = own if mask is None else mask & own
-    return _attend(q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), mask, scale)
+    return q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), mask, scale, False
+
+
+def _result(arguments: Arguments, return_lse: bool) -> Tensor | AttentionWithLSE:
+    q, k, v, seen, scale, causal = arguments
+    o = _attend(q, k, v, seen, scale, causal)
+    return AttentionWithLSE(o, _log_sums(q, k, seen, scale, causal)) if return_lse else o
 
 
 @full_precision
@@ -146,9 +176,10 @@ def context_attention(
     *,
     causal: bool = False,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | AttentionWithLSE:
     cached = k_pages, v_pages, page_table, cache_lengths
-    return _context("context_attention", q, k, v, cached, causal, scale)
+    return _result(_context("context_attention", q, k, v, cached, causal, scale), return_lse)
 
 
 def _append_row(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, pages: list[int], n: int, new: int) -> None:
@@ -197,18 +228,19 @@ def append_attention(
     counts: Tensor | None = None,
     *,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | AttentionWithLSE:
     (B, L), entering = k.shape[:2], None
     cached = k_pages, v_pages, page_table, cache_lengths
     if can_look(cache_lengths):
         entering = [L] * B if counts is None else counts.clamp(0, L).tolist()
-    o = _context("append_attention", q, k, v, cached, True, scale, entering)
+    out = _result(_context("append_attention", q, k, v, cached, True, scale, entering), return_lse)
     with torch.no_grad():
         if entering is not None and B == 1:
             _append_row(k[0], v[0], k_pages, v_pages, page_table[0].tolist(), int(cache_lengths), entering[0])
         else:
             _append(k, v, cached, counts)
-    return o
+    return out
 
 
 @full_precision
