@@ -5,14 +5,16 @@ Expected times are those of `bench/targets.py`. Rows measure their own roofs: co
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench import ops
+from bench.measure import RESULTS, label
 from bench.peers import REGISTRY
 from bench.targets import expected
 from cards import OPS
@@ -27,10 +29,6 @@ TUNED_AT_ONCE = 2  # shapes, each with some thirty launches that compile first
 WORTH = ("experts", "head_sample", "unmask", "context_attention", "mamba_block", "route", "append_attention", "moe")
 FIRST = {"experts": ("T16-", "T64-", "T128-", "T512-"), "head_sample": ("",), "unmask": ("",)}
 FIRST |= {"context_attention": ("",), "mamba_block": ("",)}
-# Predicted, not measured: (op, shape, what the model of its machine code says).
-PREDICTED = (
-    ("block_diffusion_attention", "B1-N8192", "1010 us, 545 TFLOP/s; above 1045 products and weights do not overlap"),
-)
 # Where two launches of mamba_block may overtake one: around 4 rows of 16 tokens, 2 of 32; above 32 it takes two.
 CROSSING = ((4, 16), (5, 16), (8, 16), (2, 32), (3, 32), (1, 33), (4, 64))
 # Tests of what no card shows: neighbours, ties, NaN, tickets over streams and graphs, all lengths, masks of training.
@@ -74,6 +72,15 @@ def rows(words: str, peers: str, *more: str) -> tuple[str, ...]:
     return (*PYTEST, "bench/bench_ops.py", *options, "-k", f"test_row and ({words})")
 
 
+def predictions() -> dict[str, list[Any]]:
+    """By op, the shapes that the static model was recorded at (`python -m profiling.predict --all --record`)."""
+    file = RESULTS / "predicted.json"
+    found: dict[str, list[Any]] = {}
+    for line in json.loads(file.read_text())["ops"] if file.is_file() else ():
+        found.setdefault(line["op"], []).append(line)
+    return found
+
+
 def smoke() -> Iterator[str]:
     """Tests of a minute or two: whether each kernel runs at all, and right."""
     for name, op in OPS.items():
@@ -99,8 +106,6 @@ def tasks() -> Iterator[Task]:
     for name, words in FIRST.items():
         chosen = " or ".join(f"[{name}-{word}" for word in words)
         yield Task(f"first-{name}", rows(f"forward and ({chosen})", "eager"), expected(name))
-    for name, word, shown in PREDICTED:
-        yield Task(f"predicted-{name}-{word}", rows(f"forward and [{name}-{word}-", "eager"), shown)
     generate = (*PYTHON, "bench.generate", "--record", "--batch")
     yield Task("first-passes", (*generate, "1", "--no-decoding"), "beside its floor, and the experts that tokens hit")
 
@@ -141,14 +146,15 @@ def tasks() -> Iterator[Task]:
     yield Task("checkpoint-diffusion", write, "fluent text; both towers take 126 GB", {}, no_checkpoint)
     yield Task("checkpoint-ar", (*write, "--mode", "ar"), "fluent text in 63 GB", {}, no_checkpoint)
 
-    # Where tiles change with the number of tokens; times in us as a static model predicts them for an H200.
-    predicted = {"experts": {256: 608, 383: 612, 768: 631, 1536: 660, 2048: 683, 8192: 2296}}
-    predicted |= {"route": {8: 5.3, 16: 7.4, 32: 7.5, 128: 11, 2048: 46}}
-    for name, times in predicted.items():
-        sizes = [word for T in times for word in ("--also", f"{name}:T={T}")]
-        words = " or ".join(f"[{name}-T{T}-" for T in times)
-        expect = "predicted: " + ", ".join(f"T={T} {us} us" for T, us in times.items())
-        yield Task(f"tiles-{name}", rows(f"forward and ({words})", "eager", *sizes), expect)
+    for name, found in predictions().items():
+        ids = (f"[{name}-{'-'.join(f'{k}{v}' for k, v in x['dims'].items())}-" for x in found)
+        new = [x["dims"] for x in found if x["dims"] not in OPS[name].shapes]
+        sizes = [w for dims in new for w in ("--also", f"{name}:{','.join(f'{k}={v}' for k, v in dims.items())}")]
+        shown = "; ".join(f"{label(x['dims'])}: {1e6 * x['seconds']:.3g} us" for x in found)
+        wanted = rows(f"forward and ({' or '.join(ids)})", "eager", *sizes)
+        yield Task(f"predicted-{name}", wanted, f"predicted, not measured: {shown}")
+    fit = (*PYTHON, "profiling.predict", "--fit")
+    yield Task("predicted-error", fit, "the mean error of the static model; correct profiling/predict/rates.py by it")
 
     for name in by_worth([name for name, op in OPS.items() if op.candidates]):
         shapes = [",".join(f"{k}={v}" for k, v in dims.items()) for dims in OPS[name].shapes]
