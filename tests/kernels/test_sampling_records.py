@@ -117,6 +117,25 @@ def test_bits_do_not_depend_on_the_number_of_rows(dtype: torch.dtype) -> None:
 
 
 @runs_kernels
+def test_tiles_that_cannot_win_are_left_out_exactly() -> None:
+    """The best of some rows comes first and of others last; NaN and infinity win wherever they are."""
+    torch.manual_seed(3)
+    temperatures = (0.05, 0.3, 1.0, 2.0, 0.05, 0.1, 0.1, 0.0)
+    logits = 4 * torch.randn(8, 9000)
+    logits[0] = logits[0].sort(descending=True).values
+    logits[1] = logits[1].sort().values - 100  # scores below 0
+    logits[2] = logits[2].sort().values
+    logits[4:7, 3] = 1e4
+    logits[5, 8000], logits[6, 8000] = math.nan, math.inf
+    same("sample", logits=logits.to(DEVICE), sampling=settings(*temperatures))
+    # Eighths: products are exact in any order. 70 rows: their logits are written.
+    hidden, weight = (torch.randint(-9, 10, shape).half() / 8 for shape in ((70, 24), (1100, 24)))
+    order = (weight.double() @ hidden[0].double()).argsort(descending=True)
+    kwargs = dict(hidden=hidden.to(DEVICE), weight=weight[order].to(DEVICE))
+    same("head_sample", **kwargs, sampling=settings(*[0, 0.05, 0.1, 0.5, 1.0, 0.05, 3.0] * 10))
+
+
+@runs_kernels
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
 def test_bits_of_a_block_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     torch.manual_seed(1)

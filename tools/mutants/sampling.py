@@ -83,6 +83,14 @@ MUTANTS = {
     ("sample", "sampling/lang.py"): [
         ("noise in another unit than its logits", "unit[None, :] * gumbel_tile", "gumbel_tile")
     ],
+    ("sample", "sampling/lang.py", "test_sampling_records.py::test_tiles_that_cannot_win_are_left_out_exactly"): [
+        ("a tile that noise may lift left out", "+ unit * LARGEST_NOISE", "+ unit"),
+        ("a missing number left out", " & (s == s))", ")"),
+        ("scores below 0 in the wrong order", "(0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF)", "0"),
+    ],
+    ("sample", "sampling/sample.py", "test_sampling_records.py::test_tiles_that_cannot_win_are_left_out_exactly"): [
+        ("another row's best score", "known_ptr += first + offs_t", "known_ptr += first"),
+    ],
     ("sample", "sampling/lang.py", "test_sampling_corners.py::test_logits_of_any_size_at_any_temperature"): [
         ("an infinite temperature as the largest number", 'power == float("inf")', "power != power")
     ],

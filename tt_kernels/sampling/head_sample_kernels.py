@@ -69,7 +69,9 @@ def _head_kernel(
                 tl.store(at, x, mask=mask_t[None, :] & (offs_v < V)[:, None])
             elif BLOCK_T == SUB:
                 tile = tile_record(
-                    *(x, start, any_hot, row, mask_t, settings, None, None, V, suppress), PAIRS=True, BLOCK_V=BLOCK_V
+                    *(x, start, any_hot, row, mask_t, settings, None, None, V, suppress, record.best),
+                    PAIRS=True,
+                    BLOCK_V=BLOCK_V,
                 )
                 record = merge(record, tile)
             else:
@@ -84,7 +86,7 @@ def _head_kernel(
                     if listed is not None:
                         row_s = tl.load(listed.index + first + offs_s, mask=mask_s, other=0)
                     tile = tile_record(
-                        *(some, start, any_hot, row_s, mask_s, settings, None, None, V, suppress),
+                        *(some, start, any_hot, row_s, mask_s, settings, None, None, V, suppress, record.best),
                         PAIRS=True,
                         BLOCK_V=BLOCK_V,
                     )

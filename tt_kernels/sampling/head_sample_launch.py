@@ -13,8 +13,10 @@ from ..runtime.launch import Launch, architecture, by_row, by_tma, multiprocesso
 from .head_sample_kernels import _head_kernel
 from .lang import Store
 from .records import Rows, combine_records, new_records
-from .sample import ROWS, narrows, record_logits, sample_parts
+from .sample import SampleLaunch, narrows, record_logits, sample_parts
 
+MERGED = 64  # rows up to which the products are sampled as they come; wider ones are on tensor cores only
+WRITTEN = 512  # rows whose logits lie in memory at a time: 268 MB in fp32 of the published vocabulary
 SUB = 16  # the fewest rows that tensor cores take; more would not fit registers beside the products
 
 
@@ -41,7 +43,8 @@ HEAD = {
         (16, _tiles(16, 128, 4, 3)),  # up to 64 rows two programs share a multiprocessor, 100 KB of stages each:
         (32, _tiles(32, 64, 4, 5)),  # one loads while the other samples
         (64, _tiles(64, 64, 4, 4)),
-        (0, _tiles(128, 64, 8, 5)),  # the head goes from the cache to a multiprocessor once for more rows
+        (128, _tiles(128, 64, 8, 5)),
+        (0, _tiles(256, 64, 8, 3)),  # the head goes from the cache to a multiprocessor once for more rows
     ),
     100: (  # as 90; a tile takes more registers, which eight warps have
         (16, _tiles(16, 128, 8, 3)),
@@ -55,22 +58,17 @@ FP32 = HeadLaunch(BLOCK_V=64, BLOCK_T=16, BLOCK_K=32)
 
 
 def head_launch(R: int, V: int, D: int, itemsize: int, architecture: int) -> HeadLaunch:
-    """Up to some 180 rows reading the head takes the time; more rows take wider tiles."""
+    """Up to some 180 rows reading the head takes the time. More rows take wider tiles, whose logits are written."""
     table = HEAD[max(known for known in HEAD if known <= architecture)]
     launch = FP32 if itemsize > 2 else next(launch for most, launch in table if not most or most >= R)
     block_v, block_k = (max(16, triton.next_power_of_2(n)) for n in (V, D))
     return replace(launch, BLOCK_V=min(launch.BLOCK_V, block_v), BLOCK_K=min(launch.BLOCK_K, block_k))
 
 
-def rows_sampled(launch: HeadLaunch, architecture: int) -> int:
-    """Rows sampled at a time. On sm_100, where all products of 128 rows come into registers at once, 16 would spill."""
-    return SUB // 2 if launch.BLOCK_T == 128 and architecture >= 100 else SUB
-
-
 def _launch(R: int, hidden: Tensor, weight: Tensor) -> HeadLaunch:
     V, D = weight.shape
     itemsize = max(hidden.itemsize, weight.itemsize)
-    rows = 16 if R <= 16 else 32 if R <= 32 else 64 if R <= 64 else 128
+    rows = next((most for most in (16, 32, 64, 128) if most >= R), 256)
     default = head_launch(R, V, D, itemsize, architecture(hidden))
     return tuned("_head_kernel", default, architecture(hidden), R=rows, V=V, D=D, itemsize=itemsize)
 
@@ -117,29 +115,36 @@ def _run_head(
         *(hidden.stride(0), weight.stride(0), rows.settings, rows.listed, records, logits),
         *(R, first, V, D, pieces.tiles, pieces.number, -1 if suppress is None else suppress),
         TMA=tma,
-        SUB=rows_sampled(launch, architecture(weight)),
+        SUB=SUB,
         launch=launch,
     )
 
 
 def head_records(hidden: Tensor, weight: Tensor, rows: Rows, suppress: int | None) -> Store:
-    """Records of all rows of hidden [N, D], or of those listed. top_k and top_p want whole rows of logits in memory:
-    ROWS at a time, of all N rows, for how many are listed only the device knows."""
+    """Records of all rows of hidden [N, D], or of those listed.
+
+    Above 64 rows their logits lie in memory: a tile of products that keeps the tensor cores busy leaves no room for a
+    second program, which would multiply while this one samples, and by the compiled code sampling takes twice as long
+    as the products; to write and read logits takes a quarter. So it is for top_k and top_p, which want whole rows.
+    WRITTEN rows at a time, of all N, for how many are listed only the device knows.
+    """
     weight = by_row(weight)
     V, dtype = len(weight), compute_dtype(hidden.dtype, weight.dtype)
-    if not narrows(rows.sampling):
-        launch = _launch(rows.N, hidden, weight)
-        pieces = head_pieces(launch, V, multiprocessors(hidden))
+    launch, narrowed = _launch(rows.N, hidden, weight), narrows(rows.sampling)
+    pieces = head_pieces(launch, V, multiprocessors(hidden))
+    if not narrowed and (rows.N <= MERGED or launch.BLOCK_T == SUB):
         records = new_records(rows.N, pieces.number, hidden, dtype, pieces.depth)
         _run_head(hidden, weight, rows, launch, suppress, records=records)
         return records
-    logits = hidden.new_empty(min(ROWS, rows.N), V, dtype=dtype)
-    launch = _launch(len(logits), hidden, weight)
-    records = new_records(rows.N, sample_parts(logits), hidden, dtype)
-    for first in range(0, rows.N, ROWS):
+    logits = hidden.new_empty(min(WRITTEN, rows.N), V, dtype=dtype)
+    # Where nothing is narrowed, pieces and sums as of fewer rows: a row's bits do not depend on its neighbours.
+    sampler = SampleLaunch(BLOCK_V=launch.BLOCK_V, BLOCK_T=4, TILES=pieces.depth, PAIRS=1)
+    parts = sample_parts(logits) if narrowed else triton.cdiv(pieces.number, pieces.depth)
+    records = new_records(rows.N, parts, hidden, dtype)
+    for first in range(0, rows.N, WRITTEN):
         some = logits[: rows.N - first]
         _run_head(hidden, weight, rows, launch, suppress, logits=some, first=first)
-        record_logits(some, rows, records, suppress, first)
+        record_logits(some, rows, records, suppress, first, None if narrowed else sampler)
     return records
 
 

@@ -63,6 +63,8 @@ LARGEST32 = tl.constexpr(3.4028234663852886e38)
 
 LARGEST64 = tl.constexpr(1.7976931348623157e308)
 
+LARGEST_NOISE = tl.constexpr(22.9)  # that of word 0 is 22.87; approximate logarithms are off by less
+
 
 @triton.jit
 def is_any_hot(row, mask, settings):
@@ -112,6 +114,25 @@ def sum_pairs(x):
 
 
 @triton.jit
+def sum_of_exp(x, m, PAIRS: tl.constexpr):
+    """sum(exp(x - m)) over axis 0."""
+    shift = tl.where(m == float("-inf"), 0.0, m)  # -inf - -inf is no number
+    # The difference first: what is rounded then is as small as the term is.
+    terms = tl.exp2((x - shift[None, :]) * 1.4426950408889634)
+    return sum_pairs(terms) if PAIRS else tl.sum(terms, axis=0)
+
+
+@triton.jit
+def flip(number, dtype: tl.constexpr):
+    """Bits of a float as an int of its order, and back: the sign says whether the others are reversed."""
+    if number.dtype.is_floating():
+        number = number.to(tl.int64 if number.dtype == tl.float64 else tl.int32, bitcast=True)
+    WIDE: tl.constexpr = number.dtype == tl.int64
+    flipped = number ^ ((number >> (63 if WIDE else 31)) & (0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF))
+    return flipped.to(dtype, bitcast=True)
+
+
+@triton.jit
 def tile_record(
     x,  # [BLOCK_V, rows]: logits of tokens from start on, fp32 or fp64
     start,
@@ -123,10 +144,11 @@ def tile_record(
     offs,  # [rows]: which limits are theirs
     V,
     suppress,
+    known,  # [rows]: a score that a token of each row has reached; NaN: none is known
     PAIRS: tl.constexpr,  # the sum by pairs, which several tiles of rows must have in one order
     BLOCK_V: tl.constexpr,
 ):
-    """The record of one tile."""
+    """The record of one tile. Where no row of it can win any more there is no noise: its tokens then score -inf."""
     local = tl.arange(0, BLOCK_V)[:, None]
     ids = start + local
     x = tl.where((ids < V) & (ids != suppress), x, float("-inf"))
@@ -140,25 +162,31 @@ def tile_record(
         step = tl.load(settings.step + b, mask=mask, other=0)
         hot = temperature > 0  # in its own dtype: narrowed, a temperature may become 0
         divisor, unit = split_temperature(tl.where(hot, temperature, 1.0), WIDE)
-        divisor = divisor[None, :] + tl.zeros_like(x)
-        scaled = x / divisor if WIDE else tl.div_rn(x, divisor)
-        score = scaled + unit[None, :] * gumbel_tile(seed, position, step, start, BLOCK_V, WIDE)
-        if limits is not None:
-            least = tl.load(limits.least + offs, mask=mask, other=0.0)
-            last = tl.load(limits.last + offs, mask=mask, other=0)
-            out = (scaled < least[None, :]) | ((scaled == least[None, :]) & (ids > last[None, :]))
-            score = tl.where(out, float("-inf"), score)
-        best, at = tl.max(order(tl.where(hot[None, :], score, x), WIDE), axis=0, return_indices=True)
-        raw = tl.sum(tl.where(local == at[None, :], x, 0.0), axis=0)
         m = tl.max(x, axis=0)
+        s = sum_of_exp(x, m, PAIRS)
+        # Division and sum are monotone and a product with the unit is exact, so no score of the tile is above this,
+        # unless a logit is NaN: the maximum may miss it, s does not. What equals a known score may still be first.
+        most = (m / divisor if WIDE else tl.div_rn(m, divisor)) + unit * LARGEST_NOISE
+        loses = ~mask | (hot & (most < known) & (s == s))
+        best = tl.full(m.shape, float("-inf"), dtype=m.dtype)
+        at = tl.zeros(m.shape, dtype=tl.int32)
+        raw = best
+        if tl.min(loses.to(tl.int32), axis=0) == 0:
+            divisors = divisor[None, :] + tl.zeros_like(x)
+            scaled = x / divisors if WIDE else tl.div_rn(x, divisors)
+            score = scaled + unit[None, :] * gumbel_tile(seed, position, step, start, BLOCK_V, WIDE)
+            if limits is not None:
+                least = tl.load(limits.least + offs, mask=mask, other=0.0)
+                last = tl.load(limits.last + offs, mask=mask, other=0)
+                out = (scaled < least[None, :]) | ((scaled == least[None, :]) & (ids > last[None, :]))
+                score = tl.where(out, float("-inf"), score)
+            best, at = tl.max(order(tl.where(hot[None, :], score, x), WIDE), axis=0, return_indices=True)
+            raw = tl.sum(tl.where(local == at[None, :], x, 0.0), axis=0)
     else:
         best, at = tl.max(order(x, WIDE), axis=0, return_indices=True)
         raw = tl.minimum(best, LARGEST64 if WIDE else LARGEST32)
         m = raw  # below an infinite or missing number, which makes s infinite or NaN
-    shift = tl.where(m == float("-inf"), 0.0, m)  # -inf - -inf is no number
-    # The difference first: what is rounded then is as small as the term is.
-    terms = tl.exp2((x - shift[None, :]) * 1.4426950408889634)
-    s = sum_pairs(terms) if PAIRS else tl.sum(terms, axis=0)
+        s = sum_of_exp(x, m, PAIRS)
     token = start + at
     token = tl.where(token == suppress, token + 1, token)  # where all are -inf: not the suppressed one
     return Record(m, s, best, token, raw)

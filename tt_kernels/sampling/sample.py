@@ -14,9 +14,13 @@ from ..reference.sampling import bounds, split_temperature
 from ..runtime.checks import check
 from ..runtime.launch import Launch, architecture, by_row, run, tuned
 from ..runtime.registry import define, takes_kernel
-from .lang import Limits, Store, empty_record, is_any_hot, merge, tile_record, write_record
+from .lang import Limits, Store, empty_record, flip, is_any_hot, merge, tile_record, write_record
 from .options import check_range, check_token, flat, specs
 from .records import Rows, combine_records, new_records
+
+UNKNOWN32 = tl.constexpr(-(2**31))  # NaN by `flip`: no score is known
+
+UNKNOWN64 = tl.constexpr(-(2**63))
 
 
 @triton.jit(do_not_specialize=["R", "first"])
@@ -27,6 +31,7 @@ def _sample_kernel(
     listed,  # Listed, or None: record n is of row n
     limits,  # Limits of the R records, or None
     store,  # Store of all records; a part is a piece here
+    known_ptr,  # [N] of `flip`: the best score of each record's row so far, which other parts have found
     R,
     first,
     V,
@@ -34,6 +39,7 @@ def _sample_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
     TILES: tl.constexpr,  # of BLOCK_V tokens a part
+    PAIRS: tl.constexpr,  # sums in the order of the head's own records
 ):
     part = tl.program_id(0)
     offs_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -49,20 +55,30 @@ def _sample_kernel(
     any_hot = is_any_hot(row, mask_t, settings)
     start = part * TILES * BLOCK_V
     record = empty_record(BLOCK_T, acc_dtype)
+    known_ptr += first + offs_t
+    known = tl.full((BLOCK_T,), UNKNOWN64 if acc_dtype == tl.float64 else UNKNOWN32, dtype=known_ptr.dtype.element_ty)
+    if any_hot:
+        # Read by an atomic, as other programs write it meanwhile. What they have not written yet costs time, no token.
+        found = tl.atomic_max(known_ptr, known, mask=mask_t, sem="relaxed")
+        known = tl.where(mask_t, found, known)
+    known = flip(known, acc_dtype)
     for tile in range(start, min(start + TILES * BLOCK_V, V), BLOCK_V):
         ids = tile + tl.arange(0, BLOCK_V)
         at = offs_t.to(tl.int64)[None, :] * stride_logits + ids[:, None]
         x = tl.load(logits_ptr + at, mask=mask_t[None, :] & (ids[:, None] < V), other=0.0)  # [BLOCK_V, BLOCK_T]
-        found = tile_record(
-            *(x.to(acc_dtype), tile, any_hot, row, mask_t, settings, limits, offs_t, V, suppress),
-            PAIRS=False,
+        mine = tile_record(
+            *(x.to(acc_dtype), tile, any_hot, row, mask_t, settings, limits, offs_t, V, suppress, known),
+            PAIRS=PAIRS,
             BLOCK_V=BLOCK_V,
         )
-        record = merge(record, found)
+        record = merge(record, mine)
+        known = tl.where(known >= record.best, known, record.best)
     write_record(store, first + offs_t, mask_t, part, record)
+    if any_hot:
+        tl.atomic_max(known_ptr, flip(record.best, known_ptr.dtype.element_ty), mask=mask_t, sem="relaxed")
 
 
-# Rows whose logits lie in memory at a time where top_k or top_p is given: 34 MB in fp32 of the published vocabulary.
+# Rows whose scaled logits are sorted at a time where top_k or top_p is given: 34 MB in fp32 of the published model.
 ROWS = 64
 
 # Row tiles of a launch: a grid's second axis takes no more. On the first, rows cost the kernel 12 to 60 registers.
@@ -74,6 +90,7 @@ class SampleLaunch(Launch):
     BLOCK_V: int
     BLOCK_T: int
     TILES: int
+    PAIRS: int = 0
     num_warps: int = 4
     num_stages: int = 2
 
@@ -109,10 +126,19 @@ def limits_of(logits: Tensor, sampling: Sampling, suppress: int | None) -> Limit
     return Limits(*bounds(scaled, unit, sampling.top_k, sampling.top_p))
 
 
-def record_logits(logits: Tensor, rows: Rows, records: Store, suppress: int | None, first: int = 0) -> None:
+def nothing_known(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the kernel keeps of the best score of each row, before the first."""
+    integer = torch.int64 if dtype == torch.float64 else torch.int32
+    return like.new_full((rows,), torch.iinfo(integer).min, dtype=integer)
+
+
+def record_logits(
+    logits: Tensor, rows: Rows, records: Store, suppress: int | None, first: int = 0, launch: SampleLaunch | None = None
+) -> None:
     """Write records first to first + R from their logits [R, V]."""
     R, V = logits.shape
-    launch = _launch(logits)
+    launch = launch or _launch(logits)
+    known = nothing_known(rows.N, logits, records.stats.dtype)
     most = ROWS if narrows(rows.sampling) else PROGRAMS * launch.BLOCK_T
     for begin in range(0, R, most):
         some, limits, start = logits[begin : begin + most], None, first + begin
@@ -122,7 +148,7 @@ def record_logits(logits: Tensor, rows: Rows, records: Store, suppress: int | No
         run(
             _sample_kernel,
             (records.parts, triton.cdiv(len(some), launch.BLOCK_T)),
-            *(some, logits.stride(0), rows.settings, rows.listed, limits, records),
+            *(some, logits.stride(0), rows.settings, rows.listed, limits, records, known),
             *(len(some), start, V, -1 if suppress is None else suppress),
             launch=launch,
         )
