@@ -79,7 +79,7 @@ OPS = (
     Op(
         fn=gumbel_noise,
         inputs=lambda dtype, R, V: dict(**keys(R), vocab_size=V),
-        cases=(dict(R=3, V=11), dict(R=1, V=64), dict(R=2, V=1030), dict(R=0, V=4)),
+        cases=(dict(R=3, V=11), dict(R=1, V=64), dict(R=2, V=1101), dict(R=0, V=4)),
         shapes=(dict(R=16, V=131072),),
         outputs=("noise",),
         kernels=("_gumbel_noise_kernel",),
