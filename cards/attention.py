@@ -78,10 +78,10 @@ _PUBLISHED = dict(_HEADS, shuffled=2)
 _PAGED = dict(
     grows=dict(B=64, L=64, S=131072),
     outputs=("o",),
-    kernels=("_context_attention_fwd_kernel", "_combine_splits_kernel"),
-    tensor_cores={"_context_attention_fwd_kernel": "BLOCK_M"},
+    kernels=("_context_attention_kernel", "_combine_splits_kernel"),
+    tensor_cores={"_context_attention_kernel": "BLOCK_M"},
     candidates=dict(
-        _context_attention_fwd_kernel=tuple(
+        _context_attention_kernel=tuple(
             ContextAttentionLaunch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=64, num_warps=warps, num_stages=stages)
             for m, warps, stages in ((16, 4, 4), (64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 8, 3), (128, 8, 4))
         )
@@ -90,10 +90,10 @@ _PAGED = dict(
 _MASKED = dict(
     grows=dict(N=1024),
     outputs=("o",),
-    kernels=("_block_attention_fwd_kernel",),
-    tensor_cores={"_block_attention_fwd_kernel": "BLOCK_M"},
+    kernels=("_block_attention_kernel",),
+    tensor_cores={"_block_attention_kernel": "BLOCK_M"},
     candidates=dict(
-        _block_attention_fwd_kernel=tuple(
+        _block_attention_kernel=tuple(
             BlockAttentionLaunch(BLOCK_P=128, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
             for m, n, warps, stages in (
                 *((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)),

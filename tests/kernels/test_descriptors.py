@@ -29,5 +29,5 @@ def test_small_cases_take_the_forms_with_descriptors_and_without() -> None:
                 assert not any(isinstance(part, TensorDescriptor) for part in operands), "Triton 3.6 cannot launch that"
     assert {kernel for kernel, forms in seen.items() if len(forms) == 2} == {
         *("_experts_up_kernel", "_experts_down_kernel", "_experts_bwd_hidden_kernel"),
-        *("_context_attention_fwd_kernel", "_head_kernel"),
+        *("_context_attention_kernel", "_head_kernel"),
     }

@@ -5,7 +5,7 @@ from torch import Tensor
 from .. import reference
 from ..runtime.checks import check, is_whole, refuse
 from ..runtime.registry import define, takes_kernel, wants_gradients
-from .block_attention_launch import _block_attention_fwd, _block_attention_fwd_fake
+from .block_attention_launch import _block_attention, _block_attention_fake
 from .context_attention import check_heads, scale_of
 
 
@@ -50,7 +50,7 @@ def causal_attention(
     scale = scale_of("causal_attention", q, scale)
     if not takes_kernel("causal_attention", q, k, v) or wants_gradients(q, k, v):
         return reference.causal_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale)
-    return block_attention_fwd(q, k, v, cu_seqlens, scale)[0]
+    return _block(q, k, v, cu_seqlens, scale)[0]
 
 
 def block_diffusion_attention(
@@ -109,7 +109,7 @@ def block_diffusion_attention(
         return reference.block_diffusion_attention(
             q, k, v, k_clean, v_clean, block_size=block_size, cu_seqlens=cu_seqlens, scale=scale
         )
-    return block_attention_fwd(q, k_clean, v_clean, cu_seqlens, scale, block_size, k, v)[0]
+    return _block(q, k_clean, v_clean, cu_seqlens, scale, block_size, k, v)[0]
 
 
-block_attention_fwd = define(_block_attention_fwd, _block_attention_fwd_fake)
+_block = define(_block_attention, _block_attention_fake)

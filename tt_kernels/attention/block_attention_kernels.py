@@ -11,7 +11,7 @@ from .lang import attend, attend_whole, tile_of
 
 
 @triton.jit
-def _block_attention_fwd_kernel(
+def _block_attention_kernel(
     q,  # Heads [B, N, Hq, P]
     k_clean,  # Heads [B, N, Hkv, P]: of the clean sequence, as v_clean
     v_clean,

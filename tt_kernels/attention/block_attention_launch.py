@@ -8,7 +8,7 @@ from torch import Tensor
 from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, architecture, run, tuned
 from ..runtime.varlen import begins
-from .block_attention_kernels import _block_attention_fwd_kernel
+from .block_attention_kernels import _block_attention_kernel
 from .lang import heads, in_tiles, log2_scale
 
 
@@ -46,7 +46,7 @@ def block_attention_launch(P: int, itemsize: int, architecture: int) -> BlockAtt
     return BlockAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
 
 
-def _block_attention_fwd(
+def _block_attention(
     q: Tensor,
     k_clean: Tensor,
     v_clean: Tensor,
@@ -59,15 +59,13 @@ def _block_attention_fwd(
     """The result [B, N, Hq, P] and its log-sum-exp, natural, [B, N, Hq]. Without the noisy k and v: causal attention
     among the clean tokens."""
     B, N, Hq, P = q.shape
-    out = _block_attention_fwd_fake(q, k_clean, v_clean, cu_seqlens, scale)
+    out = _block_attention_fake(q, k_clean, v_clean, cu_seqlens, scale)
     packed, itemsize, arch = cu_seqlens is not None, q.element_size(), architecture(q)
     default = block_attention_launch(P, itemsize, arch)
     near, S = triton.next_power_of_2(N), 0 if k is None else block_size
-    launch = tuned(
-        "_block_attention_fwd_kernel", default, arch, N=near, S=S, packed=int(packed), P=P, itemsize=itemsize
-    )
+    launch = tuned("_block_attention_kernel", default, arch, N=near, S=S, packed=int(packed), P=P, itemsize=itemsize)
     run(
-        _block_attention_fwd_kernel,
+        _block_attention_kernel,
         (triton.cdiv(N, launch.BLOCK_M), Hq, B),
         *(heads(q), heads(k_clean), heads(v_clean)),
         *in_tiles(k_clean, v_clean, launch.BLOCK_N, launch.BLOCK_P, arch),
@@ -82,5 +80,5 @@ def _block_attention_fwd(
     return out
 
 
-def _block_attention_fwd_fake(q, k_clean, v_clean, cu_seqlens, scale, block_size=1, k=None, v=None):
+def _block_attention_fake(q, k_clean, v_clean, cu_seqlens, scale, block_size=1, k=None, v=None):
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype))

@@ -9,7 +9,7 @@ from .. import reference
 from ..reference import AttentionWithLSE
 from ..runtime.checks import as_float, check, is_real, refuse
 from ..runtime.registry import define, takes_kernel, wants_gradients
-from .context_attention_launch import _append_attention_fwd, _context_attention_fake, _context_attention_fwd
+from .context_attention_launch import _append_attention, _context_attention, _context_attention_fake
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, **others: Tensor) -> None:
@@ -135,7 +135,7 @@ def context_attention(
     scale = scale_of("context_attention", q, scale)
     if not takes_kernel("context_attention", *tensors) or wants_gradients(*tensors):
         return reference.context_attention(*tensors, *places, causal=causal, scale=scale, return_lse=return_lse)
-    out = AttentionWithLSE(*_context_fwd(*tensors, *places, causal, scale))
+    out = AttentionWithLSE(*_context(*tensors, *places, causal, scale))
     return out if return_lse else out.o
 
 
@@ -224,10 +224,10 @@ def append_attention(
     scale = scale_of("append_attention", q, scale)
     if not takes_kernel("append_attention", *tensors) or wants_gradients(q, k, v):
         return reference.append_attention(*tensors, *places, scale=scale, return_lse=return_lse)
-    out = AttentionWithLSE(*_append_fwd(*tensors, *places, scale))
+    out = AttentionWithLSE(*_append(*tensors, *places, scale))
     return out if return_lse else out.o
 
 
-_context_fwd = define(_context_attention_fwd, _context_attention_fake)
+_context = define(_context_attention, _context_attention_fake)
 
-_append_fwd = define(_append_attention_fwd, _context_attention_fake, writes=("k_pages", "v_pages"))
+_append = define(_append_attention, _context_attention_fake, writes=("k_pages", "v_pages"))

@@ -7,7 +7,7 @@ from .lang import attend, attend_whole, cached, pages_of, slots, tile_of, tokens
 
 
 @triton.jit(do_not_specialize=["fill", "pages"])
-def _context_attention_fwd_kernel(
+def _context_attention_kernel(
     q,  # Heads [B, L, Hq, P]
     k,  # Heads [B, L, Hkv, P]: the block's own, as v
     v,

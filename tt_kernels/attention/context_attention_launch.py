@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, architecture, run, tuned
-from .context_attention_kernels import _combine_splits_kernel, _context_attention_fwd_kernel
+from .context_attention_kernels import _combine_splits_kernel, _context_attention_kernel
 from .lang import Pages, heads, in_tiles, log2_scale, side_by_side
 
 
@@ -96,7 +96,7 @@ def context_attention_launch(
     return ContextAttentionLaunch(BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
 
 
-def _context_attention_fwd(
+def _context_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -120,7 +120,7 @@ def _context_attention_fwd(
     batch, near = triton.next_power_of_2(B), triton.next_power_of_2(room)
     default = context_attention_launch(B, L * R, room, P, itemsize, arch)
     launch = tuned(
-        "_context_attention_fwd_kernel", default, arch, batch=batch, rows=L * R, room=near, P=P, itemsize=itemsize
+        "_context_attention_kernel", default, arch, batch=batch, rows=L * R, room=near, P=P, itemsize=itemsize
     )
     limits = context_splits(B, max(L, 1) * R, Hkv)
     splits = limits.of(room)
@@ -133,7 +133,7 @@ def _context_attention_fwd(
         m, l = torch.empty(2, splits, B, L, Hq, dtype=compute_dtype(q.dtype), device=q.device)
         partial = torch.empty(splits, B, L, Hq, P, dtype=m.dtype, device=q.device)
     run(
-        _context_attention_fwd_kernel,
+        _context_attention_kernel,
         (triton.cdiv(L * R, launch.BLOCK_M), Hkv * splits, B),
         *(heads(q), heads(k), heads(v), *(Pages(t, *t.stride()[:3]) for t in (k_pages, v_pages))),
         *(*cached, *own),
@@ -169,7 +169,7 @@ def _context_attention_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype))
 
 
-def _append_attention_fwd(
+def _append_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -181,7 +181,7 @@ def _append_attention_fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     pages = side_by_side(k_pages), side_by_side(v_pages)
-    out = _context_attention_fwd(q, k, v, *pages, page_table, cache_lengths, True, scale, append=True, counts=counts)
+    out = _context_attention(q, k, v, *pages, page_table, cache_lengths, True, scale, append=True, counts=counts)
     for written, place in zip(pages, (k_pages, v_pages), strict=True):
         if written is not place:
             place.copy_(written)

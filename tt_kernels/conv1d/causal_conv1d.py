@@ -139,7 +139,7 @@ def _causal_conv1d(
     return y
 
 
-_fwd = define(_causal_conv1d, lambda x, *_: x.new_empty(x.shape))
+_conv = define(_causal_conv1d, lambda x, *_: x.new_empty(x.shape))
 
 
 def causal_conv1d(
@@ -206,4 +206,4 @@ def causal_conv1d(
     if not takes_kernel("causal_conv1d", *tensors) or wants_gradients(*tensors):
         options: dict[str, Any] = dict(activation=activation, state_indices=state_indices, cu_seqlens=cu_seqlens)
         return reference.causal_conv1d(*tensors, **options)
-    return _fwd(*tensors, state_indices, cu_seqlens, activation == "silu")
+    return _conv(*tensors, state_indices, cu_seqlens, activation == "silu")
