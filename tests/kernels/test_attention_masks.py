@@ -9,7 +9,7 @@ from parity import DEVICE, KERNELS
 from torch import Tensor
 
 from tt_kernels import block_diffusion_attention, causal_attention
-from tt_kernels.attention.block_attention import _run
+from tt_kernels.attention.block_attention import _block
 
 pytestmark = pytest.mark.kernels
 DTYPE = torch.float32 if DEVICE == "cuda" else torch.float64  # a GPU has no fp64 kernels
@@ -53,7 +53,7 @@ def test_causal(N: int) -> None:
     o, lse = want(q, k, v, torch.ones(2, N, N).tril().bool())
     close(causal_attention(q, k, v), o)
     if KERNELS:
-        close(_run(q, k, v, None, 0.5)[1], lse)
+        close(_block(q, k, v, None, 0.5)[1], lse)
 
 
 @pytest.mark.parametrize("ends", [[0, 40], [0, 1, 2, 35, 80], [0, 32, 48, 64], [0, 40, 41, 80]])
@@ -65,7 +65,7 @@ def test_causal_packed(ends: list[int]) -> None:
     rows = slice(0, 2) if ends[-1] == 80 else slice(0, 1)  # tokens of no sequence are whatever they are
     close(causal_attention(q, k, v, cu_seqlens=cu_seqlens)[rows][:, : ends[-1]], o[rows][:, : ends[-1]])
     if KERNELS:
-        got = _run(q, k, v, cu_seqlens, 0.5)[1]
+        got = _block(q, k, v, cu_seqlens, 0.5)[1]
         close(got[rows][:, : ends[-1]], lse[rows][:, : ends[-1]])
 
 
@@ -104,7 +104,7 @@ def test_block_diffusion(S: int, N: int, ends: list[int] | None) -> None:
     cu_seqlens = None if ends is None else torch.tensor(ends, device=DEVICE)
     close(block_diffusion_attention(q, k, v, k_clean, v_clean, block_size=S, cu_seqlens=cu_seqlens), o)
     if KERNELS:
-        close(_run(q, k_clean, v_clean, cu_seqlens, 0.5, S, k, v)[1], lse)
+        close(_block(q, k_clean, v_clean, cu_seqlens, 0.5, S, k, v)[1], lse)
 
 
 def test_block_diffusion_of_packed_rows() -> None:
