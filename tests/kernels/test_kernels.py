@@ -101,7 +101,7 @@ def test_two_runs_are_bitwise_equal_whatever_fresh_memory_holds(op: Op, dims: di
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-@pytest.mark.parametrize("name", ["conv_advance", "ssd_advance", "ssd_chunk", "mamba_advance"])
+@pytest.mark.parametrize("name", ["conv_advance", "ssd_advance", "ssd_chunk", "mamba_advance", "mamba_extend"])
 def test_counts_are_cut_to_the_row(name: str) -> None:
     """A kernel cannot refuse what it would have to wait for: below 0 counts as 0, above L as L."""
     op, B = OPS[name], "B" if name == "conv_advance" else "b"
