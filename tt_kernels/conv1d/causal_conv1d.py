@@ -31,8 +31,8 @@ def _causal_conv1d_kernel(
     y_ptr,  # [B, L, C], contiguous
     stride_xb,
     stride_xl,
-    stride_sc: tl.constexpr,  # constants: whether columns or channels lie side by side decides how wide loads are
-    stride_sk: tl.constexpr,
+    stride_sc,
+    stride_sk,
     L,
     C,
     S,
