@@ -17,7 +17,7 @@ MUTANTS = {
             "_ssd_advance(x, dt, A, B, dt_bias, ssm, None,",
         ),
         ("all enter the conv states", "columns, after_columns, counts)", "columns, after_columns)"),
-        ("all of few rows", "before, after_columns, after, counts", "before, after_columns, after, None"),
+        ("all of few rows", "after_columns, after, counts,", "after_columns, after, None,"),
         ("all of a long stretch", "ssm, counts, *places, None, None", "ssm, None, *places, None, None"),
     ],
     ("mamba_extend", "ssm/lang.py"): [
@@ -56,7 +56,7 @@ MUTANTS = {
         ),
     ],
     ("mamba_extend", "conv1d/causal_conv1d.py"): [
-        ("row 0's conv state", "at_slot(after, b)", "at_slot(after, 0 * b)"),
+        ("row 0's conv state", "at_slot(after_state, b)", "at_slot(after_state, 0 * b)"),
         ("counts forgotten", "row_count(counts_ptr, b, L)", "L"),
         ("only rows of one tile", "        if start == 0:", "        if tiles == 1:"),
     ],

@@ -25,7 +25,7 @@ def _causal_conv1d_kernel(
     weight_ptr,  # [C, K], contiguous
     bias_ptr,  # [C]; None: zeros
     state,  # Slots of [C, S]; none: zeros
-    after,  # Slots of [C, K]: the states that are written, which none reads, of the same strides; none: y is all
+    after_state,  # Slots of [C, K]: the states that are written, which none reads, of the same strides; none: y is all
     counts_ptr,  # [B]: tokens that enter those; None: all L
     resets_ptr,  # [B * L]; None: no sequence starts
     y_ptr,  # [B, L, C], contiguous
@@ -40,6 +40,7 @@ def _causal_conv1d_kernel(
     K: tl.constexpr,
     ACC: tl.constexpr,
     SILU: tl.constexpr,
+    CLOSE: tl.constexpr,  # a channel's columns lie side by side in a state
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -55,6 +56,8 @@ def _causal_conv1d_kernel(
     y = tl.zeros((BLOCK_L, BLOCK_C), dtype=ACC)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, :]
+    if CLOSE:
+        stride_sc, stride_sk = K, 1
     state_at = None
     if state.ptr is not None:
         state_at = at_slot(state, b)
@@ -80,9 +83,9 @@ def _causal_conv1d_kernel(
         y = silu(y)
     at = y_ptr + (b * L + t)[:, None] * C + c[None, :]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(t < L)[:, None] & mask_c[None, :])
-    if after.ptr is not None:  # noqa: SIM102
+    if after_state.ptr is not None:  # noqa: SIM102
         if start == 0:  # once for a row; what it reads lies in L1
-            count, x_ptr, after_ptr = row_count(counts_ptr, b, L), x_ptr + b * stride_xb, at_slot(after, b)
+            count, x_ptr, after_ptr = row_count(counts_ptr, b, L), x_ptr + b * stride_xb, at_slot(after_state, b)
             move_on(x_ptr, state_at, after_ptr, stride_xl, 1, stride_sc, stride_sk, count, c, mask_c, K, BLOCK_K)
 
 
@@ -145,6 +148,8 @@ def convolve(
     wide = compute_dtype(x.dtype, weight.dtype) == torch.float64
     default = causal_conv1d_launch(B, L, C, x.element_size())
     launch = tuned("_causal_conv1d_kernel", default, architecture(x), tokens=triton.next_power_of_2(B * L), C=C)
+    # Wide stores of the states. With 32 tokens to a tile it takes registers that programs are short of.
+    close = after.ptr is not None and state.ptr.stride()[1:] == (K, 1)
     tiles = triton.cdiv(L, launch.BLOCK_L)
     run(
         _causal_conv1d_kernel,
@@ -156,6 +161,7 @@ def convolve(
         K=K,
         ACC=tl.float64 if wide else tl.float32,
         SILU=activate,
+        CLOSE=close and launch.BLOCK_L <= 16,
         BLOCK_K=triton.next_power_of_2(K),
         launch=launch,
     )

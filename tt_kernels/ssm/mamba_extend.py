@@ -42,12 +42,12 @@ def _mamba_extend(
     low: float,
     high: float,
 ) -> Tensor:
-    (b, L), limits = xBC.shape[:2], dict(dt_limit=(low, high))
+    b, L = xBC.shape[:2]
     with conv_slots(conv, b, conv_indices, conv_out_indices) as (columns, after_columns):
         if in_one_wave(b * ssm.shape[1], L):
             with ssm_slots(ssm, ssm_indices, ssm_out_indices) as (before, after):
-                states = columns, before, after_columns, after, counts
-                return joined(xBC, dt, conv_weight, conv_bias, A, D, dt_bias, *states, **limits)
+                tensors, states = (xBC, dt, conv_weight, conv_bias, A, D, dt_bias), (columns, before)
+                return joined(*tensors, *states, after_columns, after, counts, dt_limit=(low, high))
         x, B, C = split_columns(convolve(xBC, conv_weight, conv_bias, columns, after_columns, counts), ssm)
     places = ssm_indices, ssm_out_indices
     if L > SHORT:
