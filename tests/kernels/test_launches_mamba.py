@@ -135,14 +135,14 @@ def test_states_are_written_beside_y_by_one_wave(rows: int, L: int) -> None:
     """Of programs that are alone on their multiprocessors; H200s have 132."""
     if in_one_wave(rows, L):
         assert in_one_launch(rows, L) and rows * ceil(64, mamba_block_launch(rows, L, 64, 128).BLOCK_P) <= 132
-    assert in_one_wave(64, 16) and in_one_wave(64, 32)
+    assert in_one_wave(64, 16) and in_one_wave(128, 2)
 
 
 EXTENDED = [
     (1, 2, 1),
     (1, 16, 1),
     (2, 16, 1),
-    (1, 32, 1),
+    (1, 32, 3),
     (32, 16, 3),
     (1, 33, 3),
     (32, 64, 3),
@@ -172,19 +172,17 @@ def test_what_enters_takes_few_launches(b: int, L: int, most: int) -> None:
 @kernels
 @pytest.mark.parametrize("b,L", [(2, 3), (3, 16), (2, 29), (2, 40)])
 def test_extending_is_a_block_and_an_advance(b: int, L: int) -> None:
-    """Bit for bit: y of `mamba_block`, the states of `mamba_advance`; for few rows that one sums 17 to 32 tokens
-    in two tiles."""
+    """Bit for bit: y of `mamba_block`, the states of `mamba_advance`; to rounding where these take one launch and
+    `mamba_extend` several: 17 to 32 tokens of few rows."""
     dims = dict(b=b, L=L, H=4, P=5, G=2, N=8, K=4, placed=1)
     extend, block, advance = (OPS[f"mamba_{name}"] for name in ("extend", "block", "advance"))
     kwargs = make(extend, dims, HALF)
     got = results(extend, extend.fn, kwargs)
     want = results(advance, advance.fn, kwargs)
-    y = results(block, block.fn, {k: v for k, v in kwargs.items() if k != "counts"})["y"]
-    assert torch.equal(got["y"], y) and torch.equal(got["state.conv"], want["state.conv"])
-    if 16 < L <= 32:
-        torch.testing.assert_close(got["state.ssm"], want["state.ssm"], rtol=1e-5, atol=1e-5)
-    else:
-        assert torch.equal(got["state.ssm"], want["state.ssm"])
+    want |= results(block, block.fn, {k: v for k, v in kwargs.items() if k != "counts"})
+    same = torch.equal if not 16 < L <= 32 else lambda a, b: torch.allclose(a.float(), b.float(), rtol=0.02, atol=0.02)
+    assert torch.equal(got["state.conv"], want["state.conv"])
+    assert same(got["y"], want["y"]) and same(got["state.ssm"], want["state.ssm"])
 
 
 def test_steps_of_few_rows_take_small_slices() -> None:

@@ -79,7 +79,7 @@ def mamba_extend(
     | tokens | form |
     |---|---|
     | 1, all of them entering | `mamba_step`: one launch |
-    | up to 32, of few rows | `mamba_block`, with the states: one launch, the state is read and written once |
+    | up to 16, of few rows | `mamba_block`, with the states: one launch, the state is read and written once |
     | up to 64 | `causal_conv1d`, with its states, `ssd_block`, `ssd_advance`: quadratic in L |
     | more | `causal_conv1d`, with its states, `ssd_chunk`: linear in L |
 
