@@ -16,7 +16,7 @@ from ..conv1d.causal_conv1d import convolve
 from ..conv1d.conv_states import conv_slots
 from ..reference.mamba import SHORT, MambaState, MambaWeights, split_columns
 from ..runtime.registry import define, takes_kernel
-from .launch import ssm_slots
+from .launch import arithmetic, ssm_slots
 from .mamba_block import check_inputs
 from .mamba_block_launch import in_one_wave, joined
 from .mamba_step import mamba_step
@@ -44,7 +44,9 @@ def _mamba_extend(
 ) -> Tensor:
     b, L = xBC.shape[:2]
     with conv_slots(conv, b, conv_indices, conv_out_indices) as (columns, after_columns):
-        if in_one_wave(b * ssm.shape[1], L):
+        constants = arithmetic(xBC, A, dt_limit=(low, high))
+        tf32 = constants["PRECISION"] == "tf32x3" and not constants["SPLIT"]
+        if in_one_wave(b * ssm.shape[1], L, tf32):
             with ssm_slots(ssm, ssm_indices, ssm_out_indices) as (before, after):
                 tensors, states = (xBC, dt, conv_weight, conv_bias, A, D, dt_bias), (columns, before)
                 return joined(*tensors, *states, after_columns, after, counts, dt_limit=(low, high))
@@ -79,7 +81,7 @@ def mamba_extend(
     | tokens | form |
     |---|---|
     | 1, all of them entering | `mamba_step`: one launch |
-    | up to 16, of few rows | `mamba_block`, with the states: one launch, the state is read and written once |
+    | up to 16, of few rows, not fp16 | `mamba_block`, with the states: one launch, the state is read and written once |
     | up to 64 | `causal_conv1d`, with its states, `ssd_block`, `ssd_advance`: quadratic in L |
     | more | `causal_conv1d`, with its states, `ssd_chunk`: linear in L |
 
