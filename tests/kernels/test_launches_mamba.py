@@ -100,7 +100,7 @@ def dirty(t: Tensor, counts: Tensor) -> Tensor:
         ("ssd_chunk", dict(b=3, L=100, H=2, P=4, G=1, N=8, Q=20)),
         ("conv_advance", dict(B=3, L=9, C=5, K=4)),
         ("mamba_advance", dict(b=3, L=20, H=2, P=4, G=1, N=8, K=4)),
-        ("mamba_extend", dict(b=3, L=20, H=2, P=4, G=1, N=8, K=4)),
+        ("mamba_extend", dict(b=3, L=15, H=2, P=4, G=1, N=8, K=4)),
         ("mamba_extend", dict(b=3, L=40, H=2, P=4, G=1, N=8, K=4)),
         ("mamba_extend", dict(b=3, L=70, H=2, P=4, G=1, N=8, K=4)),
     ],

@@ -39,7 +39,6 @@ MUTANTS = {
         ("NaN of x past the count", "= tl.where(enters, x, 0.0), tl.where(enters, B", "= x, tl.where(enters, B"),
         ("NaN of B past the count", "tl.where(enters, B, 0.0)", "B"),
         ("NaN of dt past the count", "* tl.where(t < count, dt, 0.0)", "* dt"),
-        ("NaN where nothing enters", "if count > 0:", "if count >= 0:"),
     ],
     ("mamba_extend", "ssm/mamba_block_kernels.py"): [
         ("only group 0's conv state", "        if (head % R == 0) &", "        if (head == 0) &"),
