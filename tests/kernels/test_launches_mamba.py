@@ -136,6 +136,7 @@ def test_states_are_written_beside_y_by_one_wave(rows: int, L: int) -> None:
     if in_one_wave(rows, L):
         assert in_one_launch(rows, L) and rows * ceil(64, mamba_block_launch(rows, L, 64, 128).BLOCK_P) <= 132
     assert in_one_wave(64, 16) and in_one_wave(128, 2)
+    assert in_one_wave(4096, 0) and in_one_wave(1, 0, tf32=True)  # the only one that copies states without tokens
 
 
 EXTENDED = [
