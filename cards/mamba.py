@@ -81,12 +81,11 @@ def _mamba_extend_inputs(dtype, ragged=1, **dims):
     return mamba_inputs(dtype, writes=True, **dims) | dict(counts=counts)
 
 
-def _mamba_extend_cost(itemsize, b, L, ragged=1, **dims):
-    """Of the form: a block's work and an advance's, or for long stretches what grows with L."""
-    short = min(L, 64)
-    flops, moved = _mamba_block_cost(itemsize, b, short, **dims)
-    more_flops, more = _mamba_advance_cost(itemsize, b, short, **dims)
-    return (flops + more_flops) * max(1, L // 64), moved + more if L <= 64 else moved * (L // 64)
+def _mamba_extend_cost(itemsize, b, L, H, P, G, N, K, **_):
+    """The state read and written once; pairs of tokens in tiles of 64."""
+    C = H * P + 2 * G * N
+    flops = 2 * b * L * (min(L, 64) * (G * N + H * P) + 2 * H * P * N + K * C)
+    return flops, (b * L * (C + H * P + H) + (2 * b + 1) * K * C) * itemsize + 8 * b * H * P * N
 
 
 def _tiles(*heads: int) -> tuple[TileLaunch, ...]:
@@ -161,17 +160,26 @@ OPS = (
             dict(b=2, L=1, H=4, P=3, G=2, N=5, K=4, ragged=0, placed=1),
             dict(b=2, L=1, H=2, P=4, G=1, N=8, K=4, placed=1),
             dict(b=2, L=6, H=2, P=4, G=1, N=8, K=4, placed=1),
+            dict(b=1, L=16, H=3, P=4, G=3, N=8, K=3, biased=0),
+            dict(b=1, L=29, H=2, P=35, G=1, N=17, K=2),
+            dict(b=1, L=0, H=2, P=3, G=1, N=4, K=4, placed=1),
+            dict(b=2, L=35, H=2, P=4, G=1, N=8, K=4, placed=1),
             dict(b=2, L=70, H=2, P=4, G=1, N=8, K=4),
             dict(b=2, L=67, H=2, P=4, G=1, N=8, K=3, biased=0, ragged=0, placed=1),
             dict(b=0, L=3, H=2, P=3, G=1, N=4, K=4),
         ),
-        shapes=tuple(dict(b=1, L=L, **_PUBLISHED, ragged=0) for L in (1, 16, 2048)),
+        shapes=(
+            *(dict(b=1, L=L, **_PUBLISHED, ragged=0) for L in (16, 1, 2048)),
+            *(dict(b=b, L=L, **_PUBLISHED, ragged=1) for b, L in ((1, 16), (1, 32), (32, 16), (32, 64))),
+            dict(b=1, L=16, **_PUBLISHED, placed=1),
+        ),
+        grows=dict(b=64, L=64),
         outputs=("y",),
         writes=("state.conv", "state.ssm"),
         cost=_mamba_extend_cost,
         kernels=(
-            *("_mamba_step_kernel", "_mamba_block_kernel", "_mamba_advance_kernel", "_causal_conv1d_kernel"),
-            *("_chunk_steps_kernel", "_chunk_states_kernel", "_chunk_scan_kernel", "_conv_advance_kernel"),
+            *("_mamba_step_kernel", "_mamba_block_kernel", "_causal_conv1d_kernel", "_ssd_block_kernel"),
+            *("_ssd_advance_kernel", "_chunk_steps_kernel", "_chunk_states_kernel", "_chunk_scan_kernel"),
         ),
     ),
 )

@@ -38,6 +38,8 @@ CASES = [
     ("mamba_step", dict(b=2, K=4, **SCAN)),
     ("mamba_step", dict(b=2, K=4, placed=1, **SCAN)),
     ("mamba_advance", dict(b=2, L=5, K=4, placed=1, **SCAN)),
+    ("mamba_extend", dict(b=2, L=5, K=4, placed=1, **SCAN)),
+    ("mamba_extend", dict(b=2, L=5, K=4, **SCAN)),
     ("ssd_chunk", dict(b=2, L=6, Q=0, placed=1, **SCAN)),
 ]
 FIRST = dict(reversed(CASES))

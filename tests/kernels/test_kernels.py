@@ -91,7 +91,7 @@ def test_experts_are_summed_in_the_dtype_of_weights() -> None:
     assert torch.equal(y, torch.full((2, 4), 48 * 2.0**-30))
 
 
-@pytest.mark.parametrize("name", ["conv_advance", "ssd_advance", "ssd_chunk", "mamba_advance"])
+@pytest.mark.parametrize("name", ["conv_advance", "ssd_advance", "ssd_chunk", "mamba_advance", "mamba_extend"])
 def test_counts_are_cut_to_the_row(name: str) -> None:
     """A kernel cannot refuse what it would have to wait for: below 0 counts as 0, above L as L."""
     op, B = OPS[name], "B" if name == "conv_advance" else "b"

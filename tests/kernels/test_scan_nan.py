@@ -121,6 +121,10 @@ def test_convolution_and_scan(argument: str, place: tuple[int, ...]) -> None:
     between(y, lost(values.kernels.mamba_block, kwargs)[0], with_earlier(y, L))
     for got, want in zip(lost(values.kernels.mamba_advance, kwargs, "D"), states, strict=True):
         assert torch.equal(got, want)
+    seen, *after = lost(values.kernels.mamba_extend, kwargs)
+    between(y, seen, with_earlier(y, L))
+    for got, want in zip(after, states, strict=True):
+        assert torch.equal(got, want)
     token = kwargs | {k: kwargs[k][:, TOKEN] for k in ("xBC", "dt")}
     for got, want in zip(lost(values.kernels.mamba_step, token), lost(values.reference.mamba_step, token), strict=True):
         assert torch.equal(got, want)

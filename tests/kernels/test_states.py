@@ -28,6 +28,9 @@ CASES = [
     ("mamba_advance", dict(b=3, L=5, K=4, **SCAN)),
     ("mamba_advance", dict(b=3, L=35, K=4, ragged=0, **SCAN)),
     ("mamba_step", dict(b=3, K=4, **SCAN)),
+    ("mamba_extend", dict(b=3, L=5, K=4, **SCAN)),
+    ("mamba_extend", dict(b=3, L=35, K=4, ragged=0, **SCAN)),
+    ("mamba_extend", dict(b=2, L=70, K=4, **SCAN)),
 ]
 WRITING = [case for case in CASES if OPS[case[0]].writes]
 POOLS = ("conv_state", "ssm_state", "state.conv", "state.ssm")

@@ -29,6 +29,7 @@ CASES = {
     "mamba_block": BLOCK | dict(K=3),
     "mamba_advance": BLOCK | dict(K=3),
     "mamba_step": STEP | dict(K=3),
+    "mamba_extend": BLOCK | dict(K=3),
 }
 
 

@@ -55,6 +55,12 @@ def of(ops: ModuleType) -> SimpleNamespace:
         ops.mamba_advance(xBC, dt, weights, MambaState(*states), counts, dt_limit=dt_limit)
         return states
 
+    def mamba_extend(
+        xBC, dt, weight, bias, A, D, dt_bias, conv_state, state, counts=None, *, dt_limit=NO_LIMIT
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        states, weights = (conv_state.clone(), state.clone()), MambaWeights(weight, bias, A, D, dt_bias)
+        return ops.mamba_extend(xBC, dt, weights, MambaState(*states), counts, dt_limit=dt_limit), *states
+
     def mamba_step(
         xBC, dt, weight, bias, A, D, dt_bias, conv_state, state, *, dt_limit=NO_LIMIT
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,11 +5,59 @@ MUTANTS = {
         ("0 * -inf", "tl.maximum(A, -3e38, propagate_nan=tl.PropagateNan.ALL)", "A")
     ],
     ("mamba_extend", "ssm/mamba_extend.py"): [
-        ("one token enters", "if L == 1 and counts is None:", "if L == 1:"),
-        ("a block's states stay where they were", "mamba_advance(xBC, dt, w, s, counts, dt_limit=dt_limit)", "pass"),
-        ("all", "mamba_advance(xBC, dt, w, s, counts,", "mamba_advance(xBC, dt, w, s, None,"),
-        ("all of a long stretch", "counts=counts, chunk_size", "chunk_size"),
-        ("written to the plane that was read", "s.conv_indices, out_indices=s.conv_out_indices", "s.conv_indices"),
+        ("one token enters", "if xBC.shape[1] == 1 and counts is None:", "if xBC.shape[1] == 1:"),
+        (
+            "many rows' scan states stay",
+            "    _ssd_advance(x, dt, A, B, dt_bias, ssm, counts,",
+            "    (x, dt, A, B, ssm,",
+        ),
+        (
+            "all enter the scan of many rows",
+            "_ssd_advance(x, dt, A, B, dt_bias, ssm, counts,",
+            "_ssd_advance(x, dt, A, B, dt_bias, ssm, None,",
+        ),
+        ("all enter the conv states", "columns, after_columns, counts)", "columns, after_columns)"),
+        ("all of few rows", "after_columns, after, counts,", "after_columns, after, None,"),
+        ("all of a long stretch", "ssm, counts, *places, None, None", "ssm, None, *places, None, None"),
+    ],
+    ("mamba_extend", "ssm/lang.py"): [
+        ("own decay counted", "tl.where(t + 1 < count, after, 0.0)", "tl.where(t < count, a, 0.0)"),
+        ("what does not enter decays tokens", "tl.where(t + 1 < count, after, 0.0)", "after"),
+        (
+            "what does not enter decays the state",
+            "decay(tl.sum(tl.where(t < count, a, 0.0), axis=0))",
+            "decay(tl.sum(a, axis=0))",
+        ),
+        ("step forgotten", "* tl.where(t < count, dt, 0.0)", "* tl.where(t < count, 1.0, 0.0)"),
+        (
+            "state does not decay",
+            "grow(state * left, B, x, weight, SPLIT, PRECISION)",
+            "grow(state, B, x, weight, SPLIT, PRECISION)",
+        ),
+    ],
+    ("mamba_extend", "ssm/lang.py", "test_launches_mamba.py::test_what_lies_past_a_row_does_not_show"): [
+        ("NaN of x past the count", "= tl.where(enters, x, 0.0), tl.where(enters, B", "= x, tl.where(enters, B"),
+        ("NaN of B past the count", "tl.where(enters, B, 0.0)", "B"),
+        ("NaN of dt past the count", "* tl.where(t < count, dt, 0.0)", "* dt"),
+    ],
+    ("mamba_extend", "ssm/mamba_block_kernels.py"): [
+        ("only group 0's conv state", "        if (head % R == 0) &", "        if (head == 0) &"),
+        (
+            "row 0's conv state",
+            "        after_conv_ptr = at_slot(after_columns, b)",
+            "        after_conv_ptr = at_slot(after_columns, 0 * b)",
+        ),
+        ("row 0's state", "b, L), at_slot(after, b) +", "b, L), at_slot(after, 0 * b) +"),
+        (
+            "the last head's state",
+            "at_slot(after, b) + head * stride_sh\n        after_conv",
+            "at_slot(after, b) + (H - 1) * stride_sh\n        after_conv",
+        ),
+    ],
+    ("mamba_extend", "conv1d/causal_conv1d.py"): [
+        ("row 0's conv state", "at_slot(after_state, b)", "at_slot(after_state, 0 * b)"),
+        ("counts forgotten", "row_count(counts_ptr, b, L)", "L"),
+        ("only rows of one tile", "        if start == 0:", "        if tiles == 1:"),
     ],
     ("causal_conv1d", "conv1d/causal_conv1d.py"): [
         ("taps in reverse", "(k == K - 1 - back)", "(k == back)"),
@@ -113,8 +161,12 @@ MUTANTS = {
     ("mamba_advance", "ssm/mamba_block_kernels.py"): [
         ("state does not decay", "grow(state * left, B", "grow(state, B"),
         ("counts forgotten", "count = row_count(counts_ptr, b, L)", "count = L"),
-        ("only group 0's conv state", "if (head % R == 0) &", "if (head == 0) &"),
-        ("row 0's conv state", "at_slot(after_columns, b)", "at_slot(after_columns, 0 * b)"),
+        ("only group 0's conv state", "\n    if (head % R == 0) &", "\n    if (head == 0) &"),
+        (
+            "row 0's conv state",
+            "\n    after_conv_ptr = at_slot(after_columns, b)",
+            "\n    after_conv_ptr = at_slot(after_columns, 0 * b)",
+        ),
     ],
     ("mamba_advance", "runtime/lang.py"): [
         ("below 0", "tl.maximum(tl.load(counts_ptr + b), 0)", "tl.load(counts_ptr + b) + 0")
@@ -161,8 +213,8 @@ MUTANTS |= {
         (
             "causal_conv1d-conv_state-1",
             "conv1d/causal_conv1d.py",
-            "x.contiguous(), near(state)",
-            "x.contiguous(), state",
+            "Slots.of(near(state), state_indices)",
+            "Slots.of(state, state_indices)",
         ),
         ("conv_advance-x-2", "conv1d/conv_states.py", "c.to(tl.int64) * stride_xc", "c * stride_xc"),
         (

@@ -11,11 +11,12 @@ from torch import Tensor
 from .. import reference
 from ..reference.common import compute_dtype
 from ..runtime.checks import check, refuse
-from ..runtime.lang import at_slot, silu
+from ..runtime.lang import at_slot, row_count, silu
 from ..runtime.launch import Launch, architecture, run, tuned
 from ..runtime.registry import define, takes_kernel, wants_gradients
-from ..runtime.slots import Slots, check_room
+from ..runtime.slots import NO_STATES, Slots, check_room
 from ..runtime.varlen import resets
+from .conv_states import move_on
 
 
 @triton.jit
@@ -24,6 +25,8 @@ def _causal_conv1d_kernel(
     weight_ptr,  # [C, K], contiguous
     bias_ptr,  # [C]; None: zeros
     state,  # Slots of [C, S]; none: zeros
+    after_state,  # Slots of [C, K]: the states that are written, which none reads, of the same strides; none: y is all
+    counts_ptr,  # [B]: tokens that enter those; None: all L
     resets_ptr,  # [B * L]; None: no sequence starts
     y_ptr,  # [B, L, C], contiguous
     stride_xb,
@@ -37,6 +40,7 @@ def _causal_conv1d_kernel(
     K: tl.constexpr,
     ACC: tl.constexpr,
     SILU: tl.constexpr,
+    CLOSE: tl.constexpr,  # a channel's columns lie side by side in a state
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -52,6 +56,8 @@ def _causal_conv1d_kernel(
     y = tl.zeros((BLOCK_L, BLOCK_C), dtype=ACC)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, :]
+    if CLOSE:
+        stride_sc, stride_sk = K, 1
     state_at = None
     if state.ptr is not None:
         state_at = at_slot(state, b)
@@ -77,6 +83,10 @@ def _causal_conv1d_kernel(
         y = silu(y)
     at = y_ptr + (b * L + t)[:, None] * C + c[None, :]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(t < L)[:, None] & mask_c[None, :])
+    if after_state.ptr is not None:  # noqa: SIM102
+        if start == 0:  # once for a row; what it reads lies in L1
+            count, x_ptr, after_ptr = row_count(counts_ptr, b, L), x_ptr + b * stride_xb, at_slot(after_state, b)
+            move_on(x_ptr, state_at, after_ptr, stride_xl, 1, stride_sc, stride_sk, count, c, mask_c, K, BLOCK_K)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,23 +126,42 @@ def _causal_conv1d(
     cu_seqlens: Tensor | None = None,
     activate: bool = True,
 ) -> Tensor:
+    before = Slots.of(near(state), state_indices)
+    return convolve(x, weight, bias, before, cu_seqlens=cu_seqlens, activate=activate)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Slots,
+    after: Slots = NO_STATES,
+    counts: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    activate: bool = True,
+) -> Tensor:
+    """y, and where `after` has slots the states after the first counts[b] tokens, which lie as those that are read."""
     (B, L, C), K = x.shape, weight.shape[1]
     y = x.new_empty(x.shape)
-    x, state = x if x.stride(-1) == 1 else x.contiguous(), near(state)
+    x = x if x.stride(-1) == 1 else x.contiguous()
     wide = compute_dtype(x.dtype, weight.dtype) == torch.float64
     default = causal_conv1d_launch(B, L, C, x.element_size())
     launch = tuned("_causal_conv1d_kernel", default, architecture(x), tokens=triton.next_power_of_2(B * L), C=C)
+    # Wide stores of the states. With 32 tokens to a tile it takes registers that programs are short of.
+    close = after.ptr is not None and state.ptr.stride()[1:] == (K, 1)
     tiles = triton.cdiv(L, launch.BLOCK_L)
     run(
         _causal_conv1d_kernel,
         (B * tiles, triton.cdiv(C, launch.BLOCK_C)),
         *(x, weight.contiguous(), None if bias is None else bias.contiguous()),
-        *(Slots.of(state, state_indices), resets(cu_seqlens, B, L), y),
-        *(*x.stride()[:2], *((0, 0) if state is None else state.stride()[1:])),
-        *(L, C, 0 if state is None else state.shape[2], tiles),
+        *(state, after, None if counts is None else counts.contiguous(), resets(cu_seqlens, B, L), y),
+        *(*x.stride()[:2], *((0, 0) if state.ptr is None else state.ptr.stride()[1:])),
+        *(L, C, 0 if state.ptr is None else state.ptr.shape[2], tiles),
         K=K,
         ACC=tl.float64 if wide else tl.float32,
         SILU=activate,
+        CLOSE=close and launch.BLOCK_L <= 16,
         BLOCK_K=triton.next_power_of_2(K),
         launch=launch,
     )

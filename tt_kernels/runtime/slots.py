@@ -28,6 +28,9 @@ class Slots(NamedTuple):
         return Slots(pool, None if indices is None else indices.contiguous(), pool.shape[0], pool.stride(0))
 
 
+NO_STATES = Slots.of(None)
+
+
 def check_room(op: str, name: str, pool: Tensor | None, rows: int, indices: Tensor | None) -> None:
     """Refuse a buffer with fewer slots than rows, or with none where indices say which slot a row has."""
     if pool is None or torch.compiler.is_compiling():

@@ -140,6 +140,29 @@ def grow(state, B, x, weight, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def entered(dt, a, dt_ptr, stride_dtl, L, count, bias, A, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK_T: tl.constexpr):
+    """As `replayed`, of a tile that holds all L tokens and whose time steps dt and log-decays a are known: what is read
+    does not wait for `count`."""
+    t = tl.arange(0, BLOCK_T)
+    at, there = dt_ptr + t.to(tl.int64) * stride_dtl, t + 1 < L
+    _, after = log_decays(at + stride_dtl, there, bias, A, None, there, LOW, HIGH)
+    left = decay(tl.sum(tl.where(t < count, a, 0.0), axis=0))
+    return left, decays_to_end(tl.where(t + 1 < count, after, 0.0)) * tl.where(t < count, dt, 0.0)
+
+
+@triton.jit
+def extended(state, x, B, left, weight, count, counts_ptr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """The state after the first `count` of a tile's tokens, which enter with what `entered` returns. Registers hold the
+    others too: they are cut out, not just weighted with 0, which a NaN outlives."""
+    if count > 0:  # not only to save work: products in one region are cut into warps alike, which sm_80 spills over
+        if counts_ptr is not None:
+            enters = (tl.arange(0, x.shape[0]) < count)[:, None]
+            x, B = tl.where(enters, x, 0.0), tl.where(enters, B, 0.0)
+        state = grow(state * left, B, x, weight, SPLIT, PRECISION)
+    return state
+
+
+@triton.jit
 def pair_weights(C, B, dt, log, D, start, part: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """What token i takes of x of token j: (C_i B_j) exp(log) dt_j for i >= j, log = a[j + 1] + ... + a[i], and D of its
     own. B is of tokens from `part` on. `start` is any number of the tile: masks are then made where they are used, not

@@ -1,4 +1,5 @@
-"""The kernels of `mamba_block` and `mamba_advance`: convolution and scan in one launch, for few rows.
+"""The kernels of `mamba_block`, `mamba_advance` and `mamba_extend`: convolution and scan in one launch, for few rows.
+`mamba_extend` has the first one write the states too.
 
 One program for each row, head and slice of its state. It convolves its own columns of x and its group's of B and C in
 registers, as the other heads of the group do again.
@@ -10,7 +11,7 @@ import triton.language as tl
 from ..conv1d.conv_states import move_on
 from ..runtime.lang import at_slot, row_count
 from .conv_lang import conv_parameters, convolved
-from .lang import block_outputs, grow, log_decays, placed, replayed
+from .lang import block_outputs, entered, extended, grow, log_decays, placed, replayed
 
 
 @triton.jit
@@ -22,8 +23,11 @@ def _mamba_block_kernel(
     A_ptr,  # [H], as D and dt_bias
     D_ptr,
     dt_bias_ptr,
-    columns,  # Slots of [C, K]
-    before,  # Slots of [H, P, N]
+    columns,  # Slots of [C, K]: the conv state that each row reads, and the one that it writes, which none reads
+    after_columns,
+    before,  # Slots of [H, P, N]: the state that each row reads, and the one that it writes; none: y is all
+    after,
+    counts_ptr,  # [b]: tokens that enter the states that are written; None: all L
     y_ptr,  # [b, L, H, P], contiguous
     stride_xb,
     stride_xl,
@@ -73,6 +77,11 @@ def _mamba_block_kernel(
     dt_bias = tl.load(dt_bias_ptr + head).to(ACC)
     at_dt = dt_ptr + b * stride_dtb + row * stride_dtl + head * stride_dth
     dt, a = log_decays(at_dt, mask_t, dt_bias, A, None, mask_t, LOW, HIGH)
+    if after.ptr is not None:
+        count, after_ptr = row_count(counts_ptr, b, L), at_slot(after, b) + head * stride_sh
+        after_conv_ptr = at_slot(after_columns, b)
+        at_dt = dt_ptr + b * stride_dtb + head * stride_dth
+        left, weight = entered(dt, a, at_dt, stride_dtl, L, count, dt_bias, A, LOW, HIGH, BLOCK_T)
     at_s = at_slot(before, b) + head * stride_sh + offs_p[:, None] * stride_sp + offs_n[None, :]
     state = tl.trans(tl.load(at_s, mask=mask_p[:, None] & mask_n[None, :], other=0.0).to(ACC))  # [BLOCK_N, BLOCK_P]
 
@@ -82,6 +91,19 @@ def _mamba_block_kernel(
     y = block_outputs(x, B, C, D, dt, a, state, SPLIT, PRECISION)
     out = y_ptr + ((b * L + row) * H + head)[:, None] * P + offs_p[None, :]
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask_x)
+
+    if after.ptr is not None:
+        state = extended(state, x, B, left, weight, count, counts_ptr, SPLIT, PRECISION)
+        at_s = after_ptr + offs_p[None, :] * stride_sp + offs_n[:, None]
+        tl.store(at_s, state, mask=mask_p[None, :] & mask_n[:, None])
+        move_on(xBC_ptr, conv_ptr, after_conv_ptr, stride_xl, 1, stride_cc, stride_ck, count, c_x, mask_p, K, BLOCK_K)
+        if (head % R == 0) & (tl.program_id(1) == 0):  # once for a group
+            move_on(
+                xBC_ptr, conv_ptr, after_conv_ptr, stride_xl, 1, stride_cc, stride_ck, count, c_B, mask_n, K, BLOCK_K
+            )
+            move_on(
+                xBC_ptr, conv_ptr, after_conv_ptr, stride_xl, 1, stride_cc, stride_ck, count, c_C, mask_n, K, BLOCK_K
+            )
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""How `mamba_block` and `mamba_advance` are launched: convolution and scan in one kernel for few rows, else apart."""
+"""How `mamba_block` and `mamba_advance` are launched: convolution and scan in one kernel for few rows, else apart.
+`mamba_extend` takes the first, with the states, by a rule of its own."""
 
 import triton
 from torch import Tensor
@@ -7,7 +8,7 @@ from ..conv1d.causal_conv1d import _causal_conv1d
 from ..conv1d.conv_states import _conv_advance, conv_slots
 from ..reference.mamba import split_columns
 from ..runtime.launch import run
-from ..runtime.slots import Slots
+from ..runtime.slots import NO_STATES, Slots
 from .launch import TileLaunch, arithmetic, dense, lined_up, measured, ssm_slots
 from .mamba_block_kernels import _mamba_advance_kernel, _mamba_block_kernel
 from .ssd_block_launch import _ssd_advance, _ssd_block
@@ -19,6 +20,15 @@ def in_one_launch(rows: int, L: int) -> bool:
     memory, which do not. Four rows of 64 heads and 16 tokens go in one launch, more in several. Above 32 tokens the
     convolution's columns do not fit into registers beside the pairs of tokens."""
     return L <= 32 and rows * triton.cdiv(L, 16) <= 256
+
+
+def in_one_wave(rows: int, L: int, tf32: bool = False) -> bool:
+    """As `in_one_launch`, of `mamba_extend`: where the kernel writes the states too it takes 200 registers and more, so
+    that a program of eight warps is alone on its multiprocessor, of which an H200 has 132. Two waves are predicted to
+    take 27 us (four rows of 64 heads, 16 tokens), three launches 14. Above 16 tokens it spills on sm_100 under
+    Triton 3.6, and with products in parts of `tf32`, as of fp16, everywhere. Where there is no token only
+    this kernel copies the states."""
+    return L == 0 or (rows <= 128 and L <= 16 and not tf32)
 
 
 def mamba_block_launch(rows: int, L: int, P: int, N: int) -> TileLaunch:
@@ -67,24 +77,44 @@ def _mamba_block(
     low: float,
     high: float,
 ) -> Tensor:
-    (b, L), (H, P, N), G, K = xBC.shape[:2], ssm.shape[1:], groups(xBC, ssm), conv_weight.shape[1]
-    if not in_one_launch(b * H, L):
+    if not in_one_launch(xBC.shape[0] * ssm.shape[1], xBC.shape[1]):
         x, B, C = _convolved(xBC, conv_weight, conv_bias, conv, conv_indices, ssm)
         return _ssd_block(x, dt, A, B, C, D, dt_bias, ssm, ssm_indices, low, high)
-    y = xBC.new_empty(b, L, H, P)
-    xBC, ssm = lined_up(xBC), lined_up(ssm, 2)
+    columns, before = Slots.of(conv, conv_indices), Slots.of(lined_up(ssm, 2), ssm_indices)
+    return joined(xBC, dt, conv_weight, conv_bias, A, D, dt_bias, columns, before, dt_limit=(low, high))
+
+
+def joined(
+    xBC: Tensor,
+    dt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    columns: Slots,
+    before: Slots,
+    after_columns: Slots = NO_STATES,
+    after: Slots = NO_STATES,
+    counts: Tensor | None = None,
+    *,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """y in one launch, and where `after_columns` and `after` have slots the states after the first counts[b] tokens."""
+    (b, L), (H, P, N), K = xBC.shape[:2], before.ptr.shape[1:], conv_weight.shape[1]
+    G, xBC, y = groups(xBC, before.ptr), lined_up(xBC), xBC.new_empty(b, L, H, P)
     launch = measured("_mamba_block_kernel", mamba_block_launch(b * H, L, P, N), xBC, b * H, L, P, N)
     run(
         _mamba_block_kernel,
-        (b * H if L else 0, triton.cdiv(P, launch.BLOCK_P)),
+        (b * H if L or after.ptr is not None else 0, triton.cdiv(P, launch.BLOCK_P)),
         *(xBC, dt, *dense(conv_weight, conv_bias, A, D, dt_bias)),
-        *(Slots.of(conv, conv_indices), Slots.of(ssm, ssm_indices), y),
-        *(*xBC.stride()[:2], *dt.stride(), *conv.stride()[1:], *ssm.stride()[1:3]),
+        *(columns, after_columns, before, after, *dense(counts), y),
+        *(*xBC.stride()[:2], *dt.stride(), *columns.ptr.stride()[1:], *before.ptr.stride()[1:3]),
         *(L, H, H // G, G),
         P=P,
         N=N,
         K=K,
-        **arithmetic(xBC, A, dt_limit=(low, high)),
+        **arithmetic(xBC, A, dt_limit=dt_limit),
         BLOCK_K=triton.next_power_of_2(K),
         launch=launch,
     )

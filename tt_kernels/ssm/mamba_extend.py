@@ -1,4 +1,10 @@
-"""Mamba-2 over tokens that enter: outputs and both states, by the form that serves their number."""
+"""Mamba-2 over tokens that enter: outputs and both states, by the form that serves their number.
+
+Many rows of up to 64 tokens take a launch for the convolution, with its states, and two for the scan. One for y and the
+states together was compiled: the state beside the products of y takes 255 registers and more (it spills on sm_90 and
+sm_100 even for 16 tokens), two programs a multiprocessor where y alone has three and the states alone four, and 57 us
+where they are predicted to take 21 and 32 (32 rows of 64 heads, 16 tokens).
+"""
 
 import math
 
@@ -6,13 +12,58 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..conv1d.causal_conv1d import causal_conv1d
-from ..conv1d.conv_states import conv_advance
+from ..conv1d.causal_conv1d import convolve
+from ..conv1d.conv_states import conv_slots
 from ..reference.mamba import SHORT, MambaState, MambaWeights, split_columns
-from ..runtime.registry import takes_kernel
-from .mamba_block import check_inputs, mamba_advance, mamba_block
+from ..runtime.registry import define, takes_kernel
+from .launch import arithmetic, ssm_slots
+from .mamba_block import check_inputs
+from .mamba_block_launch import in_one_wave, joined
 from .mamba_step import mamba_step
-from .ssd_chunk import ssd_chunk
+from .ssd_block_launch import _ssd_advance, _ssd_block
+from .ssd_chunk_launch import _ssd_chunk
+
+
+def _mamba_extend(
+    xBC: Tensor,
+    dt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    conv: Tensor,
+    ssm: Tensor,
+    conv_indices: Tensor | None,
+    ssm_indices: Tensor | None,
+    conv_out_indices: Tensor | None,
+    ssm_out_indices: Tensor | None,
+    counts: Tensor | None,
+    low: float,
+    high: float,
+) -> Tensor:
+    b, L = xBC.shape[:2]
+    with conv_slots(conv, b, conv_indices, conv_out_indices) as (columns, after_columns):
+        constants = arithmetic(xBC, A, dt_limit=(low, high))
+        tf32 = constants["PRECISION"] == "tf32x3" and not constants["SPLIT"]
+        if in_one_wave(b * ssm.shape[1], L, tf32):
+            with ssm_slots(ssm, ssm_indices, ssm_out_indices) as (before, after):
+                tensors, states = (xBC, dt, conv_weight, conv_bias, A, D, dt_bias), (columns, before)
+                return joined(*tensors, *states, after_columns, after, counts, dt_limit=(low, high))
+        x, B, C = split_columns(convolve(xBC, conv_weight, conv_bias, columns, after_columns, counts), ssm)
+    places = ssm_indices, ssm_out_indices
+    if L > SHORT:
+        return _ssd_chunk(x, dt, A, B, C, D, dt_bias, ssm, counts, *places, None, None, low, high)[0]
+    y = _ssd_block(x, dt, A, B, C, D, dt_bias, ssm, ssm_indices, low, high)
+    _ssd_advance(x, dt, A, B, dt_bias, ssm, counts, *places, low, high)
+    return y
+
+
+_extend = define(
+    _mamba_extend,
+    lambda xBC, dt, weight, bias, A, D, dt_bias, conv, ssm, *_: xBC.new_empty((*dt.shape, ssm.shape[2])),
+    writes=("conv", "ssm"),
+)
 
 
 @torch.no_grad()
@@ -30,8 +81,9 @@ def mamba_extend(
     | tokens | form |
     |---|---|
     | 1, all of them entering | `mamba_step`: one launch |
-    | up to 64 | `mamba_block` and `mamba_advance`: quadratic in L, the state is read twice and written once |
-    | more | `causal_conv1d`, `ssd_chunk`, `conv_advance`: linear in L |
+    | up to 16, of few rows, not fp16 | `mamba_block`, with the states: one launch, the state is read and written once |
+    | up to 64 | `causal_conv1d`, with its states, `ssd_block`, `ssd_advance`: quadratic in L |
+    | more | `causal_conv1d`, with its states, `ssd_chunk`: linear in L |
 
     Args:
         xBC:      [b, L, C] float, any strides, as in_proj leaves it: C = H P + 2 G N channels, of x, of B, of C.
@@ -44,10 +96,12 @@ def mamba_extend(
     Returns:
         y: [b, L, H, P] dtype of xBC.
 
-    Numerics: those of the form; forms agree to rounding.
+    Numerics: those of the form; forms agree to rounding. Tokens that do not enter do not reach the states, even where
+        they are NaN; up to 64 tokens they reach y of the row, as in `mamba_block`.
     Gradients: none; `mamba_block` and `ssd_chunk` have them.
     Raises: ValueError as `mamba_block` does.
-    Cost: that of the form; at L = 1 and 16 bound by reading and writing the state.
+    Cost: 2 b L (min(L, 64) (G N + H P) + 2 H P N + K C) flops, (b L (C + H P + H) + (2 b + 1) K C) itemsize + 8 b H P N
+        bytes: at L = 1 and 16 bound by reading and writing the state, which more than one launch reads twice.
     Source: Dao and Gu, Transformers are SSMs (Mamba-2, 2024), sections 3, 6 and 8.
 
     Example:
@@ -57,21 +111,9 @@ def mamba_extend(
     """
     w, s = weights, state
     check_inputs("mamba_extend", xBC, dt, w, s, dt_limit, counts=counts)
-    if not takes_kernel("mamba_extend", xBC, dt, *w, s.conv, s.ssm):
+    tensors = (xBC, dt, *w, s.conv, s.ssm)
+    if not takes_kernel("mamba_extend", *tensors):
         return reference.mamba_extend(xBC, dt, w, s, counts, dt_limit=dt_limit)
-    L = xBC.shape[1]
-    if L == 1 and counts is None:
+    if xBC.shape[1] == 1 and counts is None:
         return mamba_step(xBC[:, 0], dt[:, 0], w, s, dt_limit=dt_limit).unsqueeze(1)
-    if L <= SHORT:
-        y = mamba_block(xBC, dt, w, s, dt_limit=dt_limit)
-        mamba_advance(xBC, dt, w, s, counts, dt_limit=dt_limit)
-        return y
-    columns = causal_conv1d(xBC, w.conv_weight, w.conv_bias, s.conv, state_indices=s.conv_indices)
-    x, B, C = split_columns(columns, s.ssm)
-    assert w.D is not None
-    places = dict(state_indices=s.ssm_indices, out_indices=s.ssm_out_indices)
-    y = ssd_chunk(
-        x, dt, w.A, B, C, w.D, w.dt_bias, s.ssm, counts=counts, chunk_size=None, dt_limit=dt_limit, **places
-    ).y
-    conv_advance(xBC, s.conv, counts, state_indices=s.conv_indices, out_indices=s.conv_out_indices)
-    return y
+    return _extend(*tensors, *s[2:], counts, *dt_limit)
