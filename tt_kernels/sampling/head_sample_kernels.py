@@ -1,4 +1,4 @@
-"""The head and the sampling from its logits in one pass over the vocabulary: the logits never reach memory."""
+"""The kernel of the head: its logits are sampled tile by tile, or written."""
 
 import triton
 import triton.language as tl
