@@ -1,4 +1,4 @@
-"""The head and the sampling from its logits: up to 64 rows in one pass over the vocabulary, without logits in memory."""
+"""The head and the sampling from its logits: of up to 64 rows in one pass, without logits in memory."""
 
 from torch import Tensor
 
@@ -30,8 +30,8 @@ def head_sample(hidden: Tensor, weight: Tensor, sampling: Sampling, *, suppress:
     that does not depend on how many rows there are.
     Gradients: none.
     Raises: ValueError as `sample` does.
-    Cost: 2 R V D flops and (V D + R D) itemsize bytes for R rows: bound by reading the head up to some 180 rows. Above 64
-    rows also the logits, written and read, 512 rows at a time; with top_k or top_p too, and a sort of every row.
+    Cost: 2 R V D flops and (V D + R D) itemsize bytes for R rows: bound by reading the head up to some 180 rows. Above
+    64 rows also the logits, written and read, 512 rows at a time; with top_k or top_p too, and a sort of every row.
     Source: as `sample`.
 
     Example:
