@@ -28,6 +28,7 @@ def _head_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SUB: tl.constexpr,  # rows sampled at a time
+    SKIP: tl.constexpr,  # no noise where no row can win any more
 ):
     acc_dtype = (logits_ptr if store is None else store.stats).dtype.element_ty
     count = R
@@ -69,7 +70,7 @@ def _head_kernel(
                 tl.store(at, x, mask=mask_t[None, :] & (offs_v < V)[:, None])
             elif BLOCK_T == SUB:
                 tile = tile_record(
-                    *(x, start, any_hot, row, mask_t, settings, None, None, V, suppress, record.best),
+                    *(x, start, any_hot, row, mask_t, settings, None, None, V, suppress, record.best if SKIP else None),
                     PAIRS=True,
                     BLOCK_V=BLOCK_V,
                 )
@@ -86,7 +87,19 @@ def _head_kernel(
                     if listed is not None:
                         row_s = tl.load(listed.index + first + offs_s, mask=mask_s, other=0)
                     tile = tile_record(
-                        *(some, start, any_hot, row_s, mask_s, settings, None, None, V, suppress, record.best),
+                        *(
+                            some,
+                            start,
+                            any_hot,
+                            row_s,
+                            mask_s,
+                            settings,
+                            None,
+                            None,
+                            V,
+                            suppress,
+                            record.best if SKIP else None,
+                        ),
                         PAIRS=True,
                         BLOCK_V=BLOCK_V,
                     )

@@ -144,7 +144,7 @@ def tile_record(
     offs,  # [rows]: which limits are theirs
     V,
     suppress,
-    known,  # [rows]: a score that a token of each row has reached; NaN: none is known
+    known,  # [rows]: a score that a token of each row has reached; NaN: none is known; None: nothing is left out
     PAIRS: tl.constexpr,  # the sum by pairs, which several tiles of rows must have in one order
     BLOCK_V: tl.constexpr,
 ):
@@ -164,14 +164,17 @@ def tile_record(
         divisor, unit = split_temperature(tl.where(hot, temperature, 1.0), WIDE)
         m = tl.max(x, axis=0)
         s = sum_of_exp(x, m, PAIRS)
-        # Division and sum are monotone and a product with the unit is exact, so no score of the tile is above this,
-        # unless a logit is NaN: the maximum may miss it, s does not. What equals a known score may still be first.
-        most = (m / divisor if WIDE else tl.div_rn(m, divisor)) + unit * LARGEST_NOISE
-        loses = ~mask | (hot & (most < known) & (s == s))
         best = tl.full(m.shape, float("-inf"), dtype=m.dtype)
         at = tl.zeros(m.shape, dtype=tl.int32)
         raw = best
-        if tl.min(loses.to(tl.int32), axis=0) == 0:
+        lost = 0  # whether all rows are
+        if known is not None:
+            # Division and sum are monotone and a product with the unit is exact, so no score of the tile is above this,
+            # unless a logit is NaN: the maximum may miss it, s does not. What equals a known score may still be first.
+            most = (m / divisor if WIDE else tl.div_rn(m, divisor)) + unit * LARGEST_NOISE
+            loses = ~mask | (hot & (most < known) & (s == s))
+            lost = tl.min(loses.to(tl.int32), axis=0)
+        if lost == 0:
             divisors = divisor[None, :] + tl.zeros_like(x)
             scaled = x / divisors if WIDE else tl.div_rn(x, divisors)
             score = scaled + unit[None, :] * gumbel_tile(seed, position, step, start, BLOCK_V, WIDE)

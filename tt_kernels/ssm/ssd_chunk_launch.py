@@ -1,6 +1,6 @@
 """The chunked scan: how its kernels are launched."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -29,20 +29,21 @@ class ChunkScanLaunch(TileLaunch):
 def ssd_chunk_launch(chunk_size: int, P: int, N: int, itemsize: int, architecture: int) -> ChunkScanLaunch:
     """64 tokens a tile, what wgmma takes, and a head whole, so that products of B and C are made once. Tokens are seen
     32 at a time: registers hold no more; on sm_100 results lie elsewhere and eight warps take all. Chunks below 32
-    tokens are bound by writing the states before them: 16 tokens a tile. sm_80 and fp32 have room for half of that, and
-    with whole heads they spill.
+    tokens are bound by writing the states before them: 16 tokens a tile, by eight warps, as four spill 24 to 40 bytes.
+    sm_80 and fp32 have room for half of that, and with whole heads they spill.
 
     Two stages fetch a tile while the one before it is worked on, by the compiled code 204 -> 149 us for 8192 tokens on
-    sm_90. Where states before chunks are stored too, registers do not suffice (8 to 24 bytes spill)."""
+    sm_90."""
     wide = itemsize > 2
     block_t = 16 if wide or chunk_size < 32 else 64 if architecture >= 90 else 32
+    block_p = min(max(16, triton.next_power_of_2(P)), 32 if wide or architecture < 90 else 64)
     large = block_t == 64 and architecture >= 100
     return ChunkScanLaunch(
         BLOCK_T=block_t,
         BLOCK_U=block_t if large else min(block_t, 32),
-        BLOCK_P=min(max(16, triton.next_power_of_2(P)), 32 if wide or architecture < 90 else 64),
+        BLOCK_P=block_p,
         BLOCK_N=max(16, triton.next_power_of_2(N)),
-        num_warps=8 if large else 4,
+        num_warps=8 if large or (block_t == 16 and block_p == 64) else 4,
         STAGES=2 if block_t == 64 and chunk_size > 64 else 1,
     )
 
@@ -100,6 +101,8 @@ def chunked(
     tiles = max(1, triton.cdiv(L, chunk_size)) * chunk_tiles
     span = span_tiles(b * H * slices, tiles)
     spans = triton.cdiv(tiles, span)
+    if spans == 1:  # a program that writes the last state too has no registers for a second stage
+        launch = replace(launch, STAGES=1)
     starts = resets(cu_seqlens, b, L)
     shape = (L, H, H // G, chunk_size, chunk_tiles, tiles)
     constants = dict(P=P, N=N, **arithmetic(x, A, B, C, dt_limit=dt_limit))
