@@ -184,6 +184,8 @@ BAD = [
     ("context_attention", dict(k=torch.zeros(2, 3, 2, 5).half()), "k is torch.float16, expected torch.float32"),
     ("context_attention", dict(q=torch.zeros(2, 3, 4, 0)), "q has P=0, expected 1 or more"),
     ("context_attention", dict(causal="yes"), "context_attention: causal is 'yes', expected True or False"),
+    ("context_attention", dict(return_lse=1), "context_attention: return_lse is 1, expected True or False"),
+    ("append_attention", dict(return_lse=None), "append_attention: return_lse is None, expected True or False"),
     *(
         ("context_attention", dict(scale=scale), f"scale is {scale!r}, expected a finite number, or None")
         for scale in ("1", True, float("nan"), float("inf"), 1j)

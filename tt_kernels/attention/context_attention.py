@@ -130,8 +130,9 @@ def context_attention(
     """
     tensors, places = (q, k, v, k_pages, v_pages), (page_table, cache_lengths)
     _check_cached("context_attention", *tensors, *places)
-    if not isinstance(causal, bool):
-        refuse("context_attention", "causal", causal, "True or False")
+    for name, flag in (("causal", causal), ("return_lse", return_lse)):
+        if not isinstance(flag, bool):
+            refuse("context_attention", name, flag, "True or False")
     scale = scale_of("context_attention", q, scale)
     if not takes_kernel("context_attention", *tensors) or wants_gradients(*tensors):
         return reference.context_attention(*tensors, *places, causal=causal, scale=scale, return_lse=return_lse)
@@ -221,6 +222,8 @@ def append_attention(
     """
     tensors, places = (q, k, v, k_pages, v_pages), (page_table, cache_lengths, counts)
     _check_cached("append_attention", *tensors, *places)
+    if not isinstance(return_lse, bool):
+        refuse("append_attention", "return_lse", return_lse, "True or False")
     scale = scale_of("append_attention", q, scale)
     if not takes_kernel("append_attention", *tensors) or wants_gradients(q, k, v):
         return reference.append_attention(*tensors, *places, scale=scale, return_lse=return_lse)

@@ -36,6 +36,7 @@ def _gumbel_noise_kernel(
 
 
 def counters(V: int) -> int:
+    """How many give the noise of V tokens: 128 tokens have 32 between them."""
     return 32 * triton.cdiv(V, 128)
 
 

@@ -28,7 +28,7 @@ def _head_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SUB: tl.constexpr,  # rows sampled at a time
-    SKIP: tl.constexpr,  # no noise where no row can win any more
+    SKIP: tl.constexpr,  # no noise where no row can win any more, of rows whose tiles a program merges
 ):
     acc_dtype = (logits_ptr if store is None else store.stats).dtype.element_ty
     count = R
@@ -87,19 +87,7 @@ def _head_kernel(
                     if listed is not None:
                         row_s = tl.load(listed.index + first + offs_s, mask=mask_s, other=0)
                     tile = tile_record(
-                        *(
-                            some,
-                            start,
-                            any_hot,
-                            row_s,
-                            mask_s,
-                            settings,
-                            None,
-                            None,
-                            V,
-                            suppress,
-                            record.best if SKIP else None,
-                        ),
+                        *(some, start, any_hot, row_s, mask_s, settings, None, None, V, suppress, None),
                         PAIRS=True,
                         BLOCK_V=BLOCK_V,
                     )

@@ -24,10 +24,9 @@ def in_one_launch(rows: int, L: int) -> bool:
 
 def in_one_wave(rows: int, L: int, tf32: bool = False) -> bool:
     """As `in_one_launch`, of `mamba_extend`: where the kernel writes the states too it takes 200 registers and more, so
-    that a program of eight warps is alone on its multiprocessor, of which an H200 has 132. Two waves are predicted to
-    take 27 us (four rows of 64 heads, 16 tokens), three launches 14. Above 16 tokens it spills on sm_100 under
-    Triton 3.6, and with products in parts of `tf32`, as of fp16, everywhere. Where there is no token only
-    this kernel copies the states."""
+    that a program of eight warps is alone on its multiprocessor, of which an H200 has 132. By the compiled code two
+    waves take longer than three launches. Above 16 tokens it spills on sm_100 under Triton 3.6, and with products in
+    parts of `tf32`, as of fp16, everywhere. Where there is no token only this kernel copies the states."""
     return L == 0 or (rows <= 128 and L <= 16 and not tf32)
 
 

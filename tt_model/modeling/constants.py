@@ -21,9 +21,8 @@ class Constant:
 
     def __init__(self, function: Callable[..., Tensor]):
         self.function = function
-        self.of: tuple[
-            Tensor, ...
-        ] = ()  # the parameters that `value` was made of, held so that no other gets their ids
+        # The parameters that `value` was made of, held so that no other gets their ids.
+        self.of: tuple[Tensor, ...] = ()
         self.seen: list[Any] = []  # as which they were read
         self.value: Tensor | None = None
 
