@@ -4,9 +4,10 @@ Every op with kernels runs on meta tensors, forward and backward, and what its l
 sm_80, sm_90 and sm_100 instead: in bf16 at its card's shapes, and once for every other launch that a size which changes
 from call to call can get (`Op.grows`); in fp16 and fp32 at the card's first and its largest shape for sm_90. The lock
 (aot.lock.json, a part for each Triton version) keeps of every kernel its registers, stack, shared memory, widest load
-from global memory and tensor-core instructions. The run fails on spills (in bf16; elsewhere on more than the lock
-says), on more shared memory than the target has, on a kernel that stores nothing, on a narrower load, a lost
-tensor-core instruction or TMA load, and on 10 % more registers than the lock says; `--update` writes the lock anew.
+from global memory, tensor-core instructions and hazards (hazards.py). The run fails on spills (in bf16; elsewhere on
+more than the lock says), on more shared memory than the target has, on a kernel that stores nothing, on a narrower
+load, a lost tensor-core instruction or TMA load, a hazard that is not in the lock, and on 10 % more registers than it
+says; `--update` writes the lock anew.
 
 A row also keeps fingerprints of what the compiler was given. What comes out follows from that, so where a kernel's
 fingerprint is in the lock it is not compiled again; `--all` compiles it all the same.
@@ -108,7 +109,7 @@ def on_meta(value: Any, grads: Sequence[str], name: str) -> Any:
     return value
 
 
-Seen = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, options
+Seen = tuple[Any, tuple[Any, ...], dict[str, Any], tuple[int, ...]]  # kernel, arguments, options, grid
 
 
 def launches(op: Op, dtype: torch.dtype, architecture: int, dims: Mapping[str, int]) -> list[Seen]:
@@ -122,7 +123,7 @@ def launches(op: Op, dtype: torch.dtype, architecture: int, dims: Mapping[str, i
         results = [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None and t.requires_grad]
         if results:
             torch.autograd.backward(results, [torch.empty_like(t) for t in results])
-    return [(kernel, args, options) for kernel, _, args, options in seen]
+    return [(kernel, args, options, grid) for kernel, grid, args, options in seen]
 
 
 def ladder(largest: int) -> list[int]:
@@ -136,13 +137,13 @@ def _launch(seen: Seen) -> tuple[Any, ...]:
     return seen[0], *((k, v) for k, v in sorted(seen[2].items()) if type(v) is int)
 
 
-def to_compile(op: Op, architecture: int) -> Iterator[tuple[torch.dtype, Seen]]:
-    """What the lock holds of an op for a target, by the dtype that it is called with."""
+def to_compile(op: Op, architecture: int) -> Iterator[tuple[torch.dtype, Seen, bool]]:
+    """What the lock holds of an op for a target, by the dtype that it is called with; whether at a card's shape."""
     known = set()
     for dims in op.shapes:
         for seen in launches(op, MODEL, architecture, dims):
             known.add(_launch(seen))
-            yield MODEL, seen
+            yield MODEL, seen, True
     between = (
         tuple({**dims, g: n}.items()) for dims in op.shapes for g, most in op.grows.items() for n in ladder(most)
     )
@@ -150,16 +151,16 @@ def to_compile(op: Op, architecture: int) -> Iterator[tuple[torch.dtype, Seen]]:
         for seen in launches(op, MODEL, architecture, dict(sizes)):
             if (launch := _launch(seen)) not in known:
                 known.add(launch)
-                yield MODEL, seen
+                yield MODEL, seen, False
     if architecture == 90:
         largest = max(op.shapes, key=lambda dims: op.cost(2, **dims))
         for dims in (op.shapes[0], largest):
-            yield from ((dtype, seen) for dtype in OTHERS for seen in launches(op, dtype, architecture, dims))
+            yield from ((dtype, seen, True) for dtype in OTHERS for seen in launches(op, dtype, architecture, dims))
 
 
-def _inspect(cubin: bytes) -> dict[str, Any]:
+def _inspect(binary: Any, architecture: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(binary.asm["cubin"])
         file.flush()
 
         def dump(flag: str) -> str:
@@ -169,13 +170,17 @@ def _inspect(cubin: bytes) -> dict[str, Any]:
         usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage"))
         sass = dump("-sass")
     widths = [next((int(w) for w in re.findall(r"\.U?(\d+)\b", suffix)), 32) for suffix in GLOBAL_LOAD.findall(sass)]
+    tensor = sorted(set(TENSOR.findall(sass)))
+    early = [hazards.EARLY] if architecture >= 90 and hazards.starts_early(sass) else []
     return dict(
         registers=int(usage[1]),
         stack=int(usage[2]),
+        shared=binary.metadata.shared,
         load=max(widths, default=0),
-        tensor=" ".join(sorted(set(TENSOR.findall(sass)))),
+        tensor=" ".join(tensor),
         tma="UTMALDG" in sass or "UBLKCP" in sass,
         stores=STORE.search(sass) is not None,
+        hazards=(*early, *hazards.found(binary.asm["ttgir"], tensor)),
     )
 
 
@@ -197,12 +202,14 @@ def _compile_op(name: str, architecture: int, locked: Mapping[str, Mapping[str, 
     """All kernels of an op for one target, and how many were compiled; runs in a process of its own.
 
     One whose fingerprint is in a row of `locked` is taken from there."""
+    from profiling.predict.model import predict
+
     driver.set_active(Target(architecture))
     rows = {source: (key, row) for key, row in locked.items() for source in row.get("sources", "").split()}
     knobs.runtime.jit_cache_hook = hook = _Known(architecture, rows)
     found: dict[str, Compiled] = {}
     count = 0
-    for dtype, (kernel, args, options) in to_compile(OPS[name], architecture):
+    for dtype, (kernel, args, options, grid), published in to_compile(OPS[name], architecture):
         hook.source = ""
         binary = kernel.warmup(*args, grid=(1,), **options)
         if not hook.source:  # met before, in this op
@@ -216,8 +223,10 @@ def _compile_op(name: str, architecture: int, locked: Mapping[str, Mapping[str, 
             count += 1
             signature = " ".join(str(t) for t in binary.src.signature.values() if t != "constexpr")
             launch = " ".join(f"{k}={v}" for k, v in shown.items()) + f" ({signature})"
-            facts = dict(shared=binary.metadata.shared, **_inspect(binary.asm["cubin"]))
-            facts["hazards"] = hazards.found(binary.asm["ttgir"], facts["tensor"].split())
+            facts = _inspect(binary, architecture)
+            if published and dtype == MODEL and architecture == 90:
+                p = predict(kernel, grid, args, options)
+                facts["hazards"] += tuple(hazards.busy(p.pipes, p.bounds["DRAM"]))
         new = Compiled(kernel.__name__, architecture, launch, dtype=dtype, tiles=shown, sources=hook.source, **facts)
         found[new.key] = worse(new, found.get(new.key))
     return list(found.values()), count
@@ -296,7 +305,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, metavar="SM")
     parser.add_argument("--update", action="store_true", help="write what comes out into the lock")
     parser.add_argument("--all", action="store_true", help="compile also what the lock has a fingerprint of")
-    parser.add_argument("--hazards", action="store_true", help="only report what kernels should not do, at card shapes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     if INTERPRET:
@@ -304,11 +312,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.ops or [name for name, op in OPS.items() if op.kernels]
     if unknown := [name for name in names if name not in OPS or not OPS[name].kernels]:
         parser.error(f"no op with kernels is called {', '.join(unknown)}")
-    if options.hazards:
-        from profiling.predict.hazards import report
-
-        report(names, options.targets)
-        return 0
     version, locks = triton.__version__, json.loads(LOCK.read_text()) if LOCK.exists() else {}
     locked = locks.get(version, {})
     lock = None if options.update else locks.get(version)

@@ -1,4 +1,5 @@
-"""What the compiler's output must not show: checks over the text of TTGIR and the names of machine instructions.
+"""What the compiler's output must not show: checks over the text of TTGIR and of machine code, and over what the static
+model (profiling/predict) makes of it.
 
 Each returns what it found in words; nothing found is an empty list. `tools.aot` keeps what is known in its lock and
 fails where more appears.
@@ -7,11 +8,17 @@ fails where more appears.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 
 COPY = re.compile(r"\bttg\.async_(?:copy_global_to_local|commit_group)\b")
 DOT = re.compile(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b(?!_wait)")
+MEMORY = re.compile(
+    r"\b(?:LDG|LDGSTS|STG|ATOMG?|RED|UTMALDG|UTMASTG|UBLKCP|UBLKRED)\b"
+)  # global memory, by machine code
+EARLY = "touches memory before it waits for the launches before it: programmatic_launch() comes first"
+BUSY = {"alu": "integer", "imad": "integer multiply", "special": "special-function"}
+SMALL = 1e-6  # s: below it a pipe's time is no fault of a kernel that only waits
 LAYOUT = re.compile(r"^(#mma\w*) = #ttg\.nvidia_mma<\{(.*)\}>$", re.MULTILINE)
 
 
@@ -71,6 +78,23 @@ def repeats_rows(ttgir: str) -> list[str]:
             each, of, whole = ("x".join(map(str, sizes)) for sizes in (warps, covered, tile))
             found.append(f"{each} warps cover {of} of a {whole} tile: computed {times:g} times")
     return list(dict.fromkeys(found))
+
+
+def starts_early(sass: str) -> bool:
+    """Whether a kernel touches global memory before it waits for the launches before it (ACQBULK, which is
+    griddepcontrol.wait): launched programmatically it could read what they have not written yet."""
+    touch, wait = MEMORY.search(sass), sass.find("ACQBULK")
+    return touch is not None and not 0 <= wait < touch.start()
+
+
+def busy(pipes: Mapping[str, float], memory: float) -> list[str]:
+    """Integer or special-function time above the memory's, and above the products', in seconds."""
+    least = max(memory, pipes.get("tensor", 0.0), SMALL)
+    return [
+        f"takes longer for {what} instructions than for memory"
+        for name, what in BUSY.items()
+        if pipes.get(name, 0.0) > least
+    ]
 
 
 def found(ttgir: str, tensor: Collection[str]) -> tuple[str, ...]:

@@ -133,7 +133,7 @@ def test_fp32_holds_few_rows_of_wide_heads() -> None:
 def test_small_cases_take_tma_as_the_published_shapes_do(name: str) -> None:
     """So that parity, memory and race checks see its tails, with and without splits, and appends beside it."""
     options = [
-        [options for kernel, _, options in launches(OPS[name], torch.float16, 90, dims) if "TMA" in options]
+        [options for kernel, _, options, _ in launches(OPS[name], torch.float16, 90, dims) if "TMA" in options]
         for dims in (*OPS[name].cases[-3:], *OPS[name].shapes)
     ]
     assert all(launch["TMA"] for (launch,) in options)

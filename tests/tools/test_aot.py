@@ -90,9 +90,11 @@ def test_ladder() -> None:
 @COMPILES
 def test_every_launch_between_the_shapes_is_compiled_once() -> None:
     op = replace(OPS["head_sample"], shapes=(OPS["head_sample"].shapes[1],), grows=dict(R=40))
-    found = [(dtype, options["BLOCK_T"]) for dtype, (_, _, options) in aot.to_compile(op, 90) if "BLOCK_T" in options]
+    found = [
+        (dtype, options["BLOCK_T"]) for dtype, (_, _, options, _), _ in aot.to_compile(op, 90) if "BLOCK_T" in options
+    ]
     assert found == [(aot.MODEL, 16), (aot.MODEL, 32), (aot.MODEL, 64), *((dtype, 16) for dtype in 2 * aot.OTHERS)]
-    assert not any(dtype in aot.OTHERS for dtype, _ in aot.to_compile(op, 80))
+    assert not any(dtype in aot.OTHERS for dtype, *_ in aot.to_compile(op, 80))
 
 
 @COMPILES
@@ -123,7 +125,7 @@ def test_one_row_holds_the_worse_of_two() -> None:
 @COMPILES
 def test_a_changed_source_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fingerprint follows the kernel, its helpers, its arguments and its options."""
-    ((_, (kernel, args, options)), *_) = aot.to_compile(OPS["rms_norm"], 90)
+    ((_, (kernel, args, options, _), _), *_) = aot.to_compile(OPS["rms_norm"], 90)
     known: set[str] = set()
     monkeypatch.setattr(aot.driver, "_active", aot.Target(90))
     monkeypatch.setattr(aot.Target, "get_current_device", lambda self: -1)  # whose cache no other test has filled

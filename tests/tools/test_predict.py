@@ -11,7 +11,6 @@ from bench import report
 from profiling.predict import __main__ as predict
 from profiling.predict import sass, trips, ttgir, walk
 from profiling.predict.assume import expert_rows
-from profiling.predict.hazards import busy
 from profiling.predict.rates import RATES, pipe
 from tools import hazards
 from tt_kernels.runtime.launch import INTERPRET
@@ -204,10 +203,18 @@ def test_warps_that_compute_the_same_rows() -> None:
 
 
 def test_kernels_busier_with_integers_than_with_memory() -> None:
-    assert busy({"alu": 5e-6, "special": 2e-6}, 6e-6) == []
-    assert busy({"alu": 5e-6, "special": 9e-6, "tensor": 10e-6}, 4e-6) == []
-    assert busy({"alu": 5e-6, "special": 2e-6}, 4e-6) == ["integer time 5.0 us, memory's 4.0"]
-    assert busy({"alu": 5e-7}, 1e-7) == []  # a kernel that only waits
+    assert hazards.busy({"alu": 5e-6, "special": 2e-6}, 6e-6) == []
+    assert hazards.busy({"alu": 5e-6, "special": 9e-6, "tensor": 10e-6}, 4e-6) == []
+    assert hazards.busy({"alu": 5e-6, "special": 2e-6}, 4e-6) == [
+        "takes longer for integer instructions than for memory"
+    ]
+    assert hazards.busy({"alu": 5e-7}, 1e-7) == []  # a kernel that only waits
+
+
+def test_a_kernel_waits_for_the_launches_before_it_touches_memory() -> None:
+    load, wait, shared = "/*0040*/ LDG.E R2, desc[UR4][R2.64] ;\n", "/*0010*/ ACQBULK ;\n", "/*0020*/ LDS R4, [R3] ;\n"
+    assert not hazards.starts_early(wait + shared + load) and not hazards.starts_early(shared)
+    assert hazards.starts_early(load) and hazards.starts_early(shared + load + wait)
 
 
 def test_missing_tensor_cores() -> None:

@@ -7,10 +7,11 @@ row sees whole run without a mask; the tiles at the diagonal and the row's own b
 import triton
 import triton.language as tl
 
+from ..runtime.lang import programmatic_launch
 from .lang import attend, attend_whole, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _block_attention_kernel(
     q,  # Heads [B, N, Hq, P]
     k_clean,  # Heads [B, N, Hkv, P]: of the clean sequence, as v_clean
@@ -34,6 +35,7 @@ def _block_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    programmatic_launch()
     CAUSAL: tl.constexpr = k is None
     PACKED: tl.constexpr = starts_ptr is not None
     # The longest rows first: the programs that start last are then short.

@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
+from ..runtime.lang import programmatic_launch
 from .lang import attend, attend_whole, cached, pages_of, slots, tile_of, tokens_of
 
 
-@triton.jit(do_not_specialize=["fill", "pages"])
+@triton.jit(do_not_specialize=["stride_table", "B", "L", "pages", "room", "fill", "max_splits"])
 def _context_attention_kernel(
     q,  # Heads [B, L, Hq, P]
     k,  # Heads [B, L, Hkv, P]: the block's own, as v
@@ -52,6 +53,7 @@ def _context_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,  # keys of a tile of the block's own
 ):
+    programmatic_launch()
     # Rows of a KV head: token after token, each with its R query heads. The row tiles of a KV head and split are
     # neighbours in the grid, so that the keys and values that one reads are in L2 for the next.
     tile = tl.program_id(0)
@@ -153,7 +155,7 @@ def _context_attention_kernel(
         tl.store(o_ptr + out[:, None] * P + offs_p[None, :], o.to(o_ptr.dtype.element_ty), mask=mask_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def _combine_splits_kernel(
     partial_ptr,  # [splits, rows, P]
     m_ptr,  # [splits, rows], as l
@@ -166,6 +168,7 @@ def _combine_splits_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    programmatic_launch()
     row = tl.program_id(0).to(tl.int64)
     offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
     offs_p = tl.arange(0, BLOCK_P)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.common import compute_dtype
 from ..runtime.checks import check, refuse
-from ..runtime.lang import at_slot, row_count, silu
+from ..runtime.lang import at_slot, programmatic_launch, row_count, silu
 from ..runtime.launch import Launch, architecture, run, tuned
 from ..runtime.registry import define, takes_kernel, wants_gradients
 from ..runtime.slots import NO_STATES, Slots, check_room
@@ -19,7 +19,7 @@ from ..runtime.varlen import resets
 from .conv_states import move_on
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "tiles"])
 def _causal_conv1d_kernel(
     x_ptr,  # [B, L, C]
     weight_ptr,  # [C, K], contiguous
@@ -45,6 +45,7 @@ def _causal_conv1d_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    programmatic_launch()
     b = (tl.program_id(0) // tiles).to(tl.int64)
     start = tl.program_id(0) % tiles * BLOCK_L
     t = start + tl.arange(0, BLOCK_L)

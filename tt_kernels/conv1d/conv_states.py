@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..runtime.checks import check, is_whole, refuse
-from ..runtime.lang import at_slot, row_count
+from ..runtime.lang import at_slot, programmatic_launch, row_count
 from ..runtime.launch import Launch, run
 from ..runtime.registry import define, takes_kernel, wants_gradients
 from ..runtime.slots import Slots, check_room, copy_to_slots, empty_beside
@@ -44,7 +44,7 @@ def move_on(
     tl.store(after_ptr + c * stride_sc + k * stride_sk, column, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _conv_advance_kernel(
     x_ptr,  # [B, L, C]
     counts_ptr,  # [B]; None: all L
@@ -61,6 +61,7 @@ def _conv_advance_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    programmatic_launch()
     b = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     count = row_count(counts_ptr, b, L)
@@ -69,7 +70,7 @@ def _conv_advance_kernel(
     move_on(x_ptr, before_ptr, after_ptr, stride_xl, stride_xc, stride_sc, stride_sk, count, c, c < C, K, BLOCK_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "blocks"])
 def _conv_block_states_kernel(
     x_ptr,  # [B, N, C]
     resets_ptr,  # [B * N]; None: no sequence starts
@@ -83,6 +84,7 @@ def _conv_block_states_kernel(
     K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    programmatic_launch()
     b = (tl.program_id(0) // blocks).to(tl.int64)
     start = tl.program_id(0) % blocks * block_size + tl.zeros((BLOCK_C,), dtype=tl.int32)  # its masks are vectors
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.common import compute_dtype
 from ..runtime.checks import check, eps_of, is_whole, refuse
-from ..runtime.lang import load_row, sigmoid
+from ..runtime.lang import load_row, programmatic_launch, sigmoid
 from ..runtime.launch import Launch, multiprocessors, run
 from ..runtime.registry import define, takes_kernel
 from ..runtime.structs import rows_of
@@ -27,6 +27,7 @@ def _gated_group_norm_fwd_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    programmatic_launch()
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     offs_n = tl.arange(0, BLOCK_N)
@@ -43,7 +44,7 @@ def _gated_group_norm_fwd_kernel(
     tl.store(y_ptr + row * groups * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "rows"])
 def _gated_group_norm_bwd_kernel(
     dy,  # Rows [T, groups * N], as x and z
     x,
@@ -60,6 +61,7 @@ def _gated_group_norm_bwd_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    programmatic_launch()
     program = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     offs_n = tl.arange(0, BLOCK_N)

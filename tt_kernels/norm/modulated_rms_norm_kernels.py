@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from ..runtime.lang import load_row
+from ..runtime.lang import load_row, programmatic_launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _modulated_rms_norm_fwd_kernel(
     x,  # Rows [B * L, D]
     weight_ptr,  # [D]
@@ -23,6 +23,7 @@ def _modulated_rms_norm_fwd_kernel(
     NORM_FIRST: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    programmatic_launch()
     row = tl.program_id(0).to(tl.int64)
     b = row // L
     cols = tl.arange(0, BLOCK_D)
@@ -51,7 +52,7 @@ def _modulated_rms_norm_fwd_kernel(
     tl.store(y_ptr + row * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "chunks", "rows"])
 def _modulated_rms_norm_bwd_kernel(
     dy,  # Rows [B * L, D]
     dresidual,  # Rows [B * L, D] or None
@@ -72,6 +73,7 @@ def _modulated_rms_norm_bwd_kernel(
     NORM_FIRST: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    programmatic_launch()
     # A program takes `rows` rows of one sequence, so that it loads their shift, scale and gate once.
     program = tl.program_id(0).to(tl.int64)
     b, chunk = program // chunks, program % chunks

@@ -2,6 +2,21 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import cuda_capability_geq
+
+from .launch import ON_CPU
+
+_ON_CPU = tl.constexpr(ON_CPU)
+
+
+@triton.jit
+def programmatic_launch():
+    """The first line of every kernel: wait until the launches before are done and their writes visible, then let the
+    next launch's programs start, whose first line waits for this launch. So its start overlaps with this one's end."""
+    if not _ON_CPU and cuda_capability_geq(9, 0):
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -33,7 +48,7 @@ def row_count(counts_ptr, b, L):
 def at_slot(slots, row):
     """Where the state of a row (64-bit) begins: in the slot that its index names, cut to those that exist."""
     if slots.indices is not None:
-        row = tl.minimum(tl.maximum(tl.load(slots.indices + row), 0), slots.number - 1).to(tl.int64)
+        row = tl.minimum(tl.maximum(tl.load(slots.indices + row), 0), (slots.odd >> 1) - 1).to(tl.int64)
     return slots.ptr + row * slots.stride
 
 

@@ -21,6 +21,8 @@ INTERPRET = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: Triton's interp
 # Whether tensors on the CPU go to kernels, to be tested: in the interpreter, or, with TT_KERNELS_ON_CPU=1, in a tool
 # that takes Triton's launches over (ttsem).
 ON_CPU = INTERPRET or os.environ.get("TT_KERNELS_ON_CPU") == "1"
+# Kernels start while the launch before them ends, from Hopper on (`lang.programmatic_launch`); TT_KERNELS_PDL=0: never.
+PROGRAMMATIC = os.environ.get("TT_KERNELS_PDL", "1") != "0"
 L = TypeVar("L", bound="Launch")
 TUNED = Path(__file__).parents[1] / "tuned"
 
@@ -103,7 +105,10 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, launch: Launch, **conste
     if (recorded := _recording.get()) is not None:
         recorded.tell(kernel, grid, args, options)
         return
-    device = next(_tensors(args)).device
+    first = next(_tensors(args))
+    device = first.device
+    if PROGRAMMATIC and device.type == "cuda" and architecture(first) >= 90:
+        options["launch_pdl"] = True
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **options)

@@ -12,20 +12,20 @@ from .checks import refuse
 
 
 class Slots(NamedTuple):
-    """An operand of kernels: a buffer of states [number, ...] and the slot of it that each row takes.
+    """An operand of kernels: a buffer of states [slots, ...] and the slot of it that each row takes.
 
     Kernels ask for `state.ptr is not None`: Triton 3.6 cannot compare a tuple that holds a None."""
 
     ptr: Any  # a tensor; None: no states
     indices: Tensor | None  # [rows]; None: row b has slot b
-    number: int  # of slots
+    odd: int  # 2 * slots + 1: for 1, and for multiples of 16, Triton would compile forms of their own
     stride: int  # from slot to slot
 
     @staticmethod
     def of(pool: Tensor | None, indices: Tensor | None = None) -> Slots:
         if pool is None:
-            return Slots(None, None, 0, 0)
-        return Slots(pool, None if indices is None else indices.contiguous(), pool.shape[0], pool.stride(0))
+            return Slots(None, None, 3, 0)  # numbers as others have
+        return Slots(pool, None if indices is None else indices.contiguous(), 2 * pool.shape[0] + 1, pool.stride(0))
 
 
 NO_STATES = Slots.of(None)

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 from ..conv1d.conv_states import move_on
-from ..runtime.lang import at_slot, row_count
+from ..runtime.lang import at_slot, programmatic_launch, row_count
 from .conv_lang import conv_parameters, convolved
 from .lang import block_outputs, entered, extended, grow, log_decays, placed, replayed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _mamba_block_kernel(
     xBC_ptr,  # [b, L, C]: H P channels of x, G N of B, G N of C
     dt_ptr,  # [b, L, H]
@@ -55,6 +55,7 @@ def _mamba_block_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    programmatic_launch()
     b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
     t = tl.arange(0, BLOCK_T)
     mask_t, mask_p, mask_n = t < L, offs_p < P, offs_n < N
@@ -106,7 +107,7 @@ def _mamba_block_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _mamba_advance_kernel(
     xBC_ptr,  # [b, L, C]: H P channels of x, G N of B, G N of C
     dt_ptr,  # [b, L, H]
@@ -145,6 +146,7 @@ def _mamba_advance_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    programmatic_launch()
     b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
     mask_p, mask_n = offs_p < P, offs_n < N
     mask_s = mask_p[None, :] & mask_n[:, None]

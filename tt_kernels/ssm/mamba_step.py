@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..conv1d.conv_states import conv_slots
 from ..reference.mamba import MambaState, MambaWeights
-from ..runtime.lang import at_slot
+from ..runtime.lang import at_slot, programmatic_launch
 from ..runtime.launch import run
 from ..runtime.registry import define, takes_kernel
 from .conv_lang import conv_parameters, convolved_token
@@ -54,6 +54,7 @@ def _mamba_step_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    programmatic_launch()
     b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
     mask_p, mask_n = offs_p < P, offs_n < N
     mask_s = mask_p[:, None] & mask_n[None, :]

@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-from ..runtime.lang import at_slot, row_count
+from ..runtime.lang import at_slot, programmatic_launch, row_count
 from .lang import block_outputs, grow, log_decays, placed, replayed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _ssd_block_kernel(
     x_ptr,  # [b, L, H, P]
     dt_ptr,  # [b, L, H]
@@ -46,6 +46,7 @@ def _ssd_block_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    programmatic_launch()
     b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
     t = tl.arange(0, BLOCK_T)
     mask_t, mask_p, mask_n = t < L, offs_p < P, offs_n < N
@@ -72,7 +73,7 @@ def _ssd_block_kernel(
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask_x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _ssd_advance_kernel(
     x_ptr,  # [b, L, H, P]
     dt_ptr,  # [b, L, H]
@@ -107,6 +108,7 @@ def _ssd_advance_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    programmatic_launch()
     b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
     mask_p, mask_n = offs_p < P, offs_n < N
     mask_s = mask_p[None, :] & mask_n[:, None]

@@ -6,7 +6,7 @@ A tile is up to 64 tokens of one chunk, a span several tiles that one program wa
 import triton
 import triton.language as tl
 
-from ..runtime.lang import at_slot, decay, row_count
+from ..runtime.lang import at_slot, decay, programmatic_launch, row_count
 from .lang import decays_to_end, grow, log_decays, narrow_times_wide, pair_weights, wide_times_narrow, within
 
 
@@ -19,7 +19,7 @@ def tokens_of(tile, chunk_size, chunk_tiles, L, entering, BLOCK_T: tl.constexpr)
     return start, count, tl.minimum(count, entering - start)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "chunk_size", "chunk_tiles", "tiles"])
 def _chunk_steps_kernel(
     dt_ptr,  # [b, L, H]
     A_ptr,  # [H], as dt_bias
@@ -45,6 +45,7 @@ def _chunk_steps_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    programmatic_launch()
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -78,7 +79,7 @@ def _chunk_steps_kernel(
     tl.store(kept_ptr + out, decays_to_end(after) * dt, mask=mask_h[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "chunk_size", "chunk_tiles", "tiles", "spans", "span_tiles"])
 def _chunk_states_kernel(
     x_ptr,  # [b, L, H, P]
     B_ptr,  # [b, L, G, N]
@@ -111,6 +112,7 @@ def _chunk_states_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    programmatic_launch()
     # Heads lie side by side: those of a group find its B in L2.
     head = tl.program_id(0) % H
     span = tl.program_id(0) // H % spans
@@ -145,7 +147,7 @@ def _chunk_states_kernel(
     tl.store(out, state, mask=mask_p[None, :] & mask_n[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "chunk_size", "chunk_tiles", "tiles", "spans", "span_tiles"])
 def _chunk_scan_kernel(
     x_ptr,  # [b, L, H, P]
     B_ptr,  # [b, L, G, N], as C
@@ -193,6 +195,7 @@ def _chunk_scan_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    programmatic_launch()
     head = tl.program_id(0) % H
     span = tl.program_id(0) // H % spans
     b = (tl.program_id(0) // H // spans).to(tl.int64)

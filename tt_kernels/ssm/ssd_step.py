@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..runtime.checks import check
-from ..runtime.lang import at_slot
+from ..runtime.lang import at_slot, programmatic_launch
 from ..runtime.launch import run
 from ..runtime.registry import define, takes_kernel
 from .lang import placed, stepped, time_steps
@@ -50,6 +50,7 @@ def _ssd_step_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    programmatic_launch()
     b, head, group, offs_p, offs_n = placed(H, R, BLOCK_P, BLOCK_N)
     mask_p, mask_n = offs_p < P, offs_n < N
     mask_s = mask_p[:, None] & mask_n[None, :]
