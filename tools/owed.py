@@ -107,7 +107,12 @@ def tasks() -> Iterator[Task]:
         chosen = " or ".join(f"[{name}-{word}" for word in words)
         yield Task(f"first-{name}", rows(f"forward and ({chosen})", "eager"), expected(name))
     generate = (*PYTHON, "bench.generate", "--record", "--batch")
+    # Each kernel starts while the one before it ends; what is wrong with that shows under both.
+    plain = {"TT_KERNELS_PDL": "0"}
+    apart = "beside first-passes: how much programmatic launches win, most at AR and batch 1"
     yield Task("first-passes", (*generate, "1", "--no-decoding"), "beside its floor, and the experts that tokens hit")
+    unrecorded = (*PYTHON, "bench.generate", "--batch", "1", "--no-decoding")
+    yield Task("first-passes-plain", unrecorded, apart, plain)
 
     all_ops = (*PYTEST, "tests/kernels/test_kernels.py", "tests/kernels/test_ops.py", "-k")
     for part in by_worth(list(dict.fromkeys(map(family, OPS)))):
