@@ -29,28 +29,31 @@ class ChunkScanLaunch(TileLaunch):
 def ssd_chunk_launch(chunk_size: int, P: int, N: int, itemsize: int, architecture: int) -> ChunkScanLaunch:
     """64 tokens a tile, what wgmma takes, and a head whole, so that products of B and C are made once. Tokens are seen
     32 at a time: registers hold no more; on sm_100 results lie elsewhere and eight warps take all. Chunks below 32
-    tokens are bound by writing the states before them: 16 tokens a tile, by eight warps, as four spill 24 to 40 bytes.
-    sm_80 and fp32 have room for half of that, and with whole heads they spill.
+    tokens are bound by writing the states before them: 16 tokens a tile and half a head, so that three programs of a
+    multiprocessor hide each other's waits. sm_80 and fp32 have room for half of that, and with whole heads they spill.
 
-    Two stages fetch a tile while the one before it is worked on."""
+    Two stages fetch a tile while the one before it is worked on, three of the small tiles two."""
     wide = itemsize > 2
-    block_t = 16 if wide or chunk_size < 32 else 64 if architecture >= 90 else 32
-    block_p = min(max(16, triton.next_power_of_2(P)), 32 if wide or architecture < 90 else 64)
+    short = wide or chunk_size < 32
+    block_t = 16 if short else 64 if architecture >= 90 else 32
+    block_p = min(max(16, triton.next_power_of_2(P)), 32 if short or architecture < 90 else 64)
     large = block_t == 64 and architecture >= 100
     return ChunkScanLaunch(
         BLOCK_T=block_t,
         BLOCK_U=block_t if large else min(block_t, 32),
         BLOCK_P=block_p,
         BLOCK_N=max(16, triton.next_power_of_2(N)),
-        num_warps=8 if large or (block_t == 16 and block_p == 64) else 4,
-        STAGES=2 if block_t == 64 and chunk_size > 64 else 1,
+        num_warps=8 if large else 4,
+        STAGES=3 if short and not wide else 2 if block_t == 64 and chunk_size > 64 else 1,
     )
 
 
-def chunk_states_launch(scan: ChunkScanLaunch, architecture: int) -> ChunkStatesLaunch:
-    """The scan's tiles. Three stages keep the loads of two tiles in flight (`async_wait 4`); sm_80's registers do not
-    hold the addresses."""
+def chunk_states_launch(scan: ChunkScanLaunch, P: int, itemsize: int, architecture: int) -> ChunkStatesLaunch:
+    """The scan's tiles, of whole heads where registers hold them: B is then read once. Three stages keep the loads of
+    two tiles in flight (`async_wait 4`); sm_80's registers do not hold the addresses."""
     tiles = {name: value for name, value in scan.options.items() if name != "BLOCK_U"}
+    if itemsize == 2 and architecture >= 90:
+        tiles |= dict(BLOCK_P=min(max(16, triton.next_power_of_2(P)), 64))
     return ChunkStatesLaunch(**tiles | dict(STAGES=3 if architecture >= 90 else 1))
 
 
@@ -122,13 +125,14 @@ def chunked(
         passed = states.new_empty(b, spans - 1, H)
         if initial.ptr is not None and final.ptr is not None:  # every span reads what the last one writes
             initial = Slots.of(read_slots(initial.ptr, initial.indices, b, own=True))
+        summing = chunk_states_launch(launch, P, itemsize, arch)
         run(
             _chunk_states_kernel,
-            (b * (spans - 1) * H, slices),
+            (b * (spans - 1) * H, triton.cdiv(P, summing.BLOCK_P)),
             *(x, B, kept, whole, *dense(counts), added, passed),
             *(*x.stride()[:3], *B.stride()[:3], *shape, spans - 1, span),
             **constants,
-            launch=chunk_states_launch(launch, arch),
+            launch=summing,
         )
     run(
         _chunk_scan_kernel,
