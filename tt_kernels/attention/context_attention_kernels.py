@@ -165,22 +165,29 @@ def _combine_splits_kernel(
     rows,
     splits,
     P: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # no fewer than there are splits
+    BLOCK_S: tl.constexpr,  # results of a row that are added at a time
     BLOCK_P: tl.constexpr,
 ):
     programmatic_launch()
-    row = tl.program_id(0).to(tl.int64)
-    offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = (row < rows)[:, None]
+    split = tl.arange(0, BLOCK_M).to(tl.int64)[None, :]
     offs_p = tl.arange(0, BLOCK_P)
-    m = tl.load(m_ptr + offs_s * rows + row, mask=offs_s < splits, other=-float("inf"))  # [BLOCK_S]
-    l = tl.load(l_ptr + offs_s * rows + row, mask=offs_s < splits, other=0.0)
-    most = tl.max(m, axis=0)  # finite: split 0 has seen the token itself
-    weight = tl.exp2(m - most)
-    l = tl.sum(l * weight, axis=0)
-    # A split that starts past the row's length has written m = -inf and no partial result.
-    mask = (m > -float("inf"))[:, None] & (offs_p < P)[None, :]
-    at = (offs_s[:, None] * rows + row) * P + offs_p[None, :]
-    o = tl.load(partial_ptr + at, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_P]
-    o = tl.sum(o * weight[:, None], axis=0) / l
-    tl.store(lse_ptr + row, (most + tl.log2(l)) * 0.6931471805599453)
-    tl.store(o_ptr + row * P + offs_p, o.to(o_ptr.dtype.element_ty), mask=offs_p < P)
+    m = tl.load(m_ptr + split * rows + row[:, None], mask=mask_r & (split < splits), other=-float("inf"))
+    l = tl.load(l_ptr + split * rows + row[:, None], mask=mask_r & (split < splits), other=0.0)  # [BLOCK_R, BLOCK_M]
+    most = tl.max(m, axis=1)  # finite: split 0 has seen the token itself
+    l = tl.sum(l * tl.exp2(m - most[:, None]), axis=1)
+    o = tl.zeros((BLOCK_R, BLOCK_P), dtype=l.dtype)
+    for first in range(0, splits, BLOCK_S):
+        some = first + tl.arange(0, BLOCK_S).to(tl.int64)[None, :]
+        at = some * rows + row[:, None]
+        high = tl.load(m_ptr + at, mask=mask_r & (some < splits), other=-float("inf"))  # [BLOCK_R, BLOCK_S]
+        # A split that starts past the row's length has written m = -inf and no partial result.
+        mask = (high > -float("inf"))[:, :, None] & (offs_p < P)[None, None, :]
+        part = tl.load(partial_ptr + at[:, :, None] * P + offs_p[None, None, :], mask=mask, other=0.0)
+        o += tl.sum(part * tl.exp2(high - most[:, None])[:, :, None], axis=1)
+    tl.store(lse_ptr + row, (most + tl.log2(l)) * 0.6931471805599453, mask=row < rows)
+    o = (o / l[:, None]).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptr + row[:, None] * P + offs_p[None, :], o, mask=mask_r & (offs_p < P)[None, :])

@@ -153,16 +153,30 @@ def _context_attention(
         launch=launch,
     )
     if splits > 1:
-        # max_splits, not `splits`: the order in which they are added must not depend on the room.
-        block_s = triton.next_power_of_2(limits.max_splits)
+        combine = combine_launch(B * L * Hq, limits, launch.BLOCK_P)
         run(
             _combine_splits_kernel,
-            (B * L * Hq,),
+            (triton.cdiv(B * L * Hq, combine.BLOCK_R),),
             *(partial, m, l, *out, B * L * Hq, splits),
             P=P,
-            launch=Launch(BLOCK_S=block_s, BLOCK_P=launch.BLOCK_P),
+            launch=combine,
         )
     return out
+
+
+def combine_launch(rows: int, limits: Splits, block_p: int) -> Launch:
+    """Few rows: all results of one at once, which is one round trip to memory. Many rows have few splits each, of which
+    most of a tile would be empty: four of eight rows. max_splits, not how many there are: the order in which results
+    are added must not depend on the room."""
+    block_m = triton.next_power_of_2(limits.max_splits)
+    many = rows > 1024
+    return Launch(
+        BLOCK_R=8 if many else 1,
+        BLOCK_M=block_m,
+        BLOCK_S=min(block_m, 4) if many else block_m,
+        BLOCK_P=block_p,
+        num_warps=4 if many else 8,
+    )
 
 
 def _context_attention_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:

@@ -49,11 +49,13 @@ def ssd_chunk_launch(chunk_size: int, P: int, N: int, itemsize: int, architectur
 
 
 def chunk_states_launch(scan: ChunkScanLaunch, P: int, itemsize: int, architecture: int) -> ChunkStatesLaunch:
-    """The scan's tiles, of whole heads where registers hold them: B is then read once. Three stages keep the loads of
-    two tiles in flight (`async_wait 4`); sm_80's registers do not hold the addresses."""
+    """The scan's tiles, of whole heads where registers hold them: B is then read once. Eight warps share the work on a
+    tile of 64 tokens, so that its programs' waits are shorter. Three stages keep the loads of two tiles in flight
+    (`async_wait 4`); sm_80's registers do not hold the addresses."""
     tiles = {name: value for name, value in scan.options.items() if name != "BLOCK_U"}
     if itemsize == 2 and architecture >= 90:
-        tiles |= dict(BLOCK_P=min(max(16, triton.next_power_of_2(P)), 64))
+        block_p = min(max(16, triton.next_power_of_2(P)), 64)
+        tiles |= dict(BLOCK_P=block_p, num_warps=8 if scan.BLOCK_T * block_p == 64 * 64 else 4)
     return ChunkStatesLaunch(**tiles | dict(STAGES=3 if architecture >= 90 else 1))
 
 
