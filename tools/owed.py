@@ -31,6 +31,10 @@ FIRST = {"experts": ("T16-", "T64-", "T128-", "T512-"), "head_sample": ("",), "u
 FIRST |= {"context_attention": ("",), "mamba_block": ("",)}
 # Where two launches of mamba_block may overtake one: around 4 rows of 16 tokens, 2 of 32; above 32 it takes two.
 CROSSING = ((4, 16), (5, 16), (8, 16), (2, 32), (3, 32), (1, 33), (4, 64))
+# The same of mamba_extend, between 2 and 3 rows of 64 heads: three launches, or one of two waves.
+EXTENDED = (1, 2, 3, 4, 6)
+# Head sizes of other models: 80 and 96 fill no power of two, 256 no tile of 64 keys.
+HEAD_SIZES = (64, 80, 96, 256)
 # Tests of what no card shows: neighbours, ties, NaN, tickets over streams and graphs, all lengths, masks of training.
 DEVICE_TESTS = ("attention_*", "graphs_*", "launches_*", "packed", "route_stress", "sampling*", "scan*", "strides_*")
 
@@ -138,6 +142,17 @@ def tasks() -> Iterator[Task]:
     words = " or ".join(f"[mamba_block-b{b}-L{L}-" for b, L in CROSSING)
     level = "one launch no slower than two (apart) at 4 sequences; if ahead by much, the bound in_one_launch may rise"
     yield Task("crossing-mamba_block", rows(f"forward and ({words})", "apart", *sizes), level)
+
+    sizes = [word for b in EXTENDED for word in ("--also", f"mamba_extend:b={b},L=16")]
+    words = " or ".join(f"[mamba_extend-b{b}-L16-" for b in EXTENDED)
+    level = "3 rows take no less than 2; if 2 take more than 3, the bound of in_one_wave is too high"
+    yield Task("crossing-mamba_extend", rows(f"forward and ({words})", "eager", *sizes), level)
+    heads = {"context_attention": "B=8,L=16,S=8192", "block_diffusion_attention": "N=8192,S=16"}
+    for name, dims in heads.items():
+        sizes = [word for P in HEAD_SIZES for word in ("--also", f"{name}:{dims},P={P}")]
+        words = " or ".join(f"-P{P}-" for P in HEAD_SIZES)
+        level = "shares of the roof beside those of 128: by pointers (80, 96) at most a third less"
+        yield Task(f"heads-{name}", rows(f"[{name}- and forward and ({words})", "eager,compiled", *sizes), level)
 
     for batch in (1, 16, 64, 4, 32, 128):
         yield Task(
