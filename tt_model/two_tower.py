@@ -64,6 +64,7 @@ class TwoTower(TwoTowerModel):
         max_new_tokens: int = 128,
         block_size: int | None = None,
         steps_per_block: int = 16,
+        draft_steps: int = 1,
         confidence_threshold: float = 0.8,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -76,11 +77,13 @@ class TwoTower(TwoTowerModel):
 
         Args:
             prompts: [B, P] int64, or B lists of token ids of any lengths from 1.
-            mode: "mask_diffusion" (denoiser, block by block), "ar" (context tower alone) or "mock_ar" (denoiser, one
-                token at a time).
+            mode: "mask_diffusion" (denoiser, block by block), "ar" (context tower alone), "mock_ar" (denoiser, one
+                token at a time) or "speculative" (what "ar" writes, several tokens a cycle: the denoiser drafts a
+                block, the context tower reads it and keeps what it would have written itself).
             max_new_tokens: need not divide by the block size: the last block keeps its size, the output is cut.
             block_size: tokens denoised together; None: the size that the denoiser was trained with.
             steps_per_block: most denoiser passes for a block.
+            draft_steps: in "speculative", most denoiser passes for a draft.
             confidence_threshold: masked positions whose prediction is more probable than this are committed at once.
             temperature: 0 takes the most probable token; 1e-30 and above, a Gumbel-max sample of logits / temperature,
                 which at 1e30 and above draws every token alike.
@@ -93,7 +96,8 @@ class TwoTower(TwoTowerModel):
             on_step: called with a `Step` after every denoiser pass (every token, in the autoregressive modes). What it
                 is given are copies.
         Returns:
-            `tokens`: a list of new token ids per row; `nfe`: denoiser passes per row.
+            `tokens`: a list of new token ids per row; `nfe`: denoiser passes per row; `cycles`: in "speculative", per
+            row, how often a draft was verified.
         Raises:
             ValueError: a setting, prompt or token id that cannot be meant, before any work. Warns when block_size is
             above the trained one, and when a prompt holds the mask token.
@@ -115,6 +119,7 @@ class TwoTower(TwoTowerModel):
             max_new_tokens=max_new_tokens,
             block_size=self.config.block_size if block_size is None else block_size,
             steps_per_block=steps_per_block,
+            draft_steps=draft_steps,
             confidence_threshold=confidence_threshold,
             temperature=temperature,
             top_k=top_k,

@@ -125,7 +125,17 @@ def test_json_says_everything(twotower, folder: Path, tmp_path: Path) -> None:
     got = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     assert list(got) == [
-        *("prompt", "text", "prompt_tokens", "tokens", "nfe", "timings", "tokens_per_second", "tokens_per_pass"),
+        *(
+            "prompt",
+            "text",
+            "prompt_tokens",
+            "tokens",
+            "nfe",
+            "timings",
+            "tokens_per_second",
+            "tokens_per_pass",
+            "cycles",
+        ),
         "settings",
     ]
     chosen = dict(mode="mask_diffusion", max_new_tokens=12, block_size=5, steps_per_block=4, confidence_threshold=0.3)

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from .vocabulary import Vocabulary
     from .watch import Watch
 
-MODES = ("mask_diffusion", "ar", "mock_ar")  # as in tt_model.engine.generate, which is not imported for --help
+MODES = (
+    "mask_diffusion",
+    "ar",
+    "mock_ar",
+    "speculative",
+)  # as in tt_model.engine.generate, which is not imported for --help
 
 _DESCRIPTION = """\
 Continue a prompt: block by block with the denoiser, or token by token. The text goes to standard output, a line of
@@ -30,6 +35,7 @@ modes:
   mask_diffusion  the denoiser resolves a block at a time, most confident tokens first (default)
   ar              the context tower alone, a token a step: half the memory; also for a plain Nemotron-3-Nano
   mock_ar         the denoiser, a token a step
+  speculative     what ar writes, several tokens a cycle: the denoiser drafts, the context tower verifies
 
 examples:
   twotower generate "def fibonacci(n):"
@@ -60,6 +66,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     option(s, "--max-new-tokens", int, "N", "most tokens to write", default=128)
     option(s, "--block-size", int, "N", "tokens denoised together (default: as trained)")
     option(s, "--steps-per-block", int, "N", "most passes for a block", default=16)
+    option(s, "--draft-steps", int, "N", "speculative: most passes for a draft", default=1)
     threshold = "predictions more probable than this are all taken at once"
     option(s, "--confidence-threshold", float, "P", threshold, default=0.8)
     temperature = "0: the most probable token; above: samples (default: %(default)s, as published)"
@@ -116,7 +123,7 @@ def run(o: argparse.Namespace) -> None:
             out = generate(model, [ids], settings, seed=o.seed, on_step=view.step if view else None)
         seconds = time.perf_counter() - began
 
-        tokens, nfe = out.tokens[0], out.nfe[0]
+        tokens, nfe, cycles = out.tokens[0], out.nfe[0], sum(out.cycles)
         text = None if vocabulary is None else vocabulary.decode(tokens, ids)
         record = {
             "prompt": prompt if vocabulary else ids,
@@ -127,6 +134,7 @@ def run(o: argparse.Namespace) -> None:
             "timings": {"load": round(load, 4), "generate": round(seconds, 4)},
             "tokens_per_second": round(len(tokens) / seconds, 2),
             "tokens_per_pass": round(len(tokens) / nfe, 3) if nfe else None,
+            "cycles": cycles,
             "settings": asdict(settings)
             | {"seed": o.seed, "model": str(folder), "device": str(device)}
             | {"dtype": str(model.dtype).removeprefix("torch.")},
@@ -172,7 +180,8 @@ def _parse_ids(text: str) -> list[int]:
 def _settings(o: argparse.Namespace, config: TwoTowerConfig) -> Settings:
     from ..engine.generate import Settings
 
-    names = ("mode", "max_new_tokens", "steps_per_block", "confidence_threshold", "temperature", "top_k", "top_p")
+    names = ["mode", "max_new_tokens", "steps_per_block", "draft_steps", "confidence_threshold"]
+    names += ["temperature", "top_k", "top_p"]
     settings = Settings(
         **{name: getattr(o, name) for name in names},
         block_size=config.block_size if o.block_size is None else o.block_size,
@@ -237,6 +246,8 @@ def _figures(record: dict[str, Any], ended: bool) -> str:
     passes = f"{nfe} denoiser pass{'es' * (nfe != 1)}"
     if record["settings"]["mode"] == "ar":
         passes = "context tower alone"
+    elif cycles := record["cycles"]:
+        passes += f", {cycles} drafts verified, {count / cycles:.2f} tokens each"
     elif nfe:
         passes += f", {record['tokens_per_pass']:.2f} tokens per pass"
     end = ", ended by the model" if ended else ""

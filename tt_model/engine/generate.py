@@ -1,4 +1,5 @@
-"""Generation: block by block with the denoiser, or token by token (AR, mock-AR), for batches of unequal prompts.
+"""Generation: block by block with the denoiser, token by token (AR, mock-AR), or AR's tokens several at a time from the
+denoiser's drafts (speculative), for batches of unequal prompts.
 
 Every row has its own masked fraction t, commit rule, noise and end, and gets the tokens that it would get alone.
 B rows asked for, R rows still going, L block length, V vocabulary.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +26,7 @@ from ..modeling.two_tower import TwoTowerModel
 if TYPE_CHECKING:
     from ..modeling.state import Cache
 
-MODES = ("mask_diffusion", "ar", "mock_ar")
+MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
 HOTTEST = 1e30  # fp32 holds it, and logits divided by it are nothing beside the noise: more is the same
 
 
@@ -37,6 +38,7 @@ class Settings:
     max_new_tokens: int = 128
     block_size: int = 16
     steps_per_block: int = 16
+    draft_steps: int = 1
     confidence_threshold: float = 0.8
     temperature: float = 0.0
     top_k: int | None = None
@@ -54,7 +56,7 @@ class Settings:
     def check(self, config: TwoTowerConfig) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}")
-        for name, least in (("max_new_tokens", 0), ("block_size", 1), ("steps_per_block", 1)):
+        for name, least in (("max_new_tokens", 0), ("block_size", 1), ("steps_per_block", 1), ("draft_steps", 1)):
             integer(name, getattr(self, name), least)
         for name in ("confidence_threshold", "temperature", "top_p"):
             value = getattr(self, name)
@@ -74,7 +76,7 @@ class Settings:
         for token in self.eos_token_ids:
             if not is_integer(token) or not 0 <= token < config.vocab_size:
                 raise ValueError(f"eos_token_id is {token!r}, expected 0 to {config.vocab_size - 1}")
-        if self.mode == "mask_diffusion" and self.block_size > config.block_size:
+        if self.mode in ("mask_diffusion", "speculative") and self.block_size > config.block_size:
             message = (
                 f"block_size {self.block_size} is above the {config.block_size} that the denoiser was trained with: "
                 "expect worse text"
@@ -84,7 +86,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """What `on_step` is told after every denoiser pass (or token, in the autoregressive modes)."""
+    """What `on_step` is told after every denoiser pass (token, in the autoregressive modes; cycle, in speculative)."""
 
     rows: list[int]  # which prompts of the batch took part: R of them
     start: list[int]  # [R] position in its sequence, prompt included, of each row's first token here
@@ -100,6 +102,7 @@ class Generation:
 
     tokens: list[list[int]]  # new tokens of each row, ending with the end-of-sequence token if there was one
     nfe: list[int]  # denoiser passes (number of function evaluations) of each row
+    cycles: list[int] = field(default_factory=list)  # of each row, in speculative: drafts that were verified
 
 
 class _Rows:
@@ -121,11 +124,19 @@ class _Rows:
         self.ends = torch.tensor(s.eos_token_ids, dtype=torch.int64, device=model.device)
         self.tokens: list[list[int]] = [[] for _ in range(B)]
         self.nfe = [0] * B
+        self.cycles = [0] * B if s.mode == "speculative" else []
 
     def sampling_at(self, rows: Tensor | None, position: Tensor, step: int) -> Sampling:
         """How some of the rows still going are sampled at a pass."""
         sampling = self.sampling if rows is None else self.sampling.select(rows)
         return sampling._replace(position=position, step=torch.full_like(sampling.seed, step))
+
+    def sampling_after(self, start: Tensor, places: Tensor) -> Sampling:
+        """How what follows each place of a block [L] is sampled, as the autoregressive mode does: tensors [R, L]."""
+        rows = torch.arange(len(start), device=start.device).unsqueeze(1).expand(-1, len(places))
+        each = self.sampling.select(rows)
+        position = start.unsqueeze(1) + 1 + places
+        return each._replace(position=position, step=torch.zeros_like(position))
 
     def report(self, rows: Sequence[int], position: Tensor, step: int, *results: Tensor) -> None:
         if self.on_step is not None:  # copies: it may keep them and write into them
@@ -165,38 +176,43 @@ class _Rows:
 
 def _blocks(rows: _Rows) -> None:
     """Mask diffusion: denoise a block of mask tokens until none is left, then let the context tower read it."""
+    s = rows.settings
     while rows.index:
-        block = _denoised(rows)
+        masks = torch.full((len(rows.index), s.block_size), rows.model.config.mask_token_id, device=rows.model.device)
+        block = _denoised(rows, masks, s.steps_per_block)
         stay = rows.write(block.tolist())
         if rows.index:
             rows.model.commit(block if stay is None else block[stay], rows.cache)
 
 
-def _denoised(rows: _Rows) -> Tensor:
-    """The next block [R, L] of every row."""
+def _denoised(rows: _Rows, block: Tensor, steps: int, *, draft: bool = False) -> Tensor:
+    """The next block [R, L] of every row from one that is masked, in at most `steps` passes.
+
+    draft: with the noise that the autoregressive mode draws at each position, so that alike logits give alike tokens.
+    """
     model, s = rows.model, rows.settings
-    mask, R = model.config.mask_token_id, len(rows.index)
-    block = torch.full((R, s.block_size), mask, device=model.device)
+    mask, (R, L) = model.config.mask_token_id, block.shape
     start = rows.cache.lengths.long()
     live, cache = None, rows.cache  # rows that still have mask tokens, on the device; None: all
     running = list(range(R))  # the same, on the host
-    masked = torch.full((R,), s.block_size, device=model.device)
-    for step in range(s.steps_per_block):
+    masked = torch.full((R,), L - 1 if draft else L, device=model.device)
+    for step in range(steps):
         now = block if live is None else block[live]
         position = start if live is None else start[live]
-        hidden = model.denoise(now, masked / s.block_size, cache, output="hidden")
+        hidden = model.denoise(now, masked / L, cache, output="hidden")
         now, committed, confidence, masked = unmask(
             hidden,
             model.lm_head.weight,
             now,
-            rows.sampling_at(live, position, step),
+            rows.sampling_at(live, position, 0 if draft else step),
             mask_token_id=mask,
             threshold=torch.full_like(masked, s.confidence_threshold, dtype=torch.float64),
-            steps_left=torch.full_like(masked, min(s.steps_per_block - step, s.block_size)),  # more means no more
+            steps_left=torch.full_like(masked, min(steps - step, L)),  # more means no more
         )
         for r in running:
             rows.nfe[rows.index[r]] += 1
-        rows.report(running, position, step, now, confidence, committed)
+        if not draft:
+            rows.report(running, position, step, now, confidence, committed)
         block = now if live is None else block.index_copy(0, live, now)
         left = rows.unfinished(now, masked)
         if not any(left):
@@ -207,6 +223,38 @@ def _denoised(rows: _Rows) -> Tensor:
             running = [r for r, m in zip(running, left, strict=True) if m]
             masked, cache = masked[keep], rows.cache.fork(running)
     return block
+
+
+def _speculative(rows: _Rows) -> None:
+    """The autoregressive mode's tokens, several a cycle: the denoiser drafts what follows a token that is certain, the
+    context tower reads the draft, and what it would have written itself stays."""
+    model, L = rows.model, rows.settings.block_size
+    cache, places = rows.cache, torch.arange(L, device=model.device)
+    assert cache.last_hidden is not None and cache.head is not None  # prompts have tokens
+    token, certain = head_sample(cache.last_hidden, cache.head, rows.sampling_at(None, cache.lengths.long(), 0))
+    while rows.index:
+        cache, start = rows.cache, rows.cache.lengths.long()
+        block = torch.full((len(rows.index), L), model.config.mask_token_id, device=model.device)
+        block[:, 0] = token
+        if L > 1:
+            block = _denoised(rows, block, rows.settings.draft_steps, draft=True)
+            block[:, 0] = token  # which may be the mask token, as AR writes any
+        pending = model._verify(block, cache)
+        assert pending.hidden is not None and cache.head is not None
+        follows, confidence = head_sample(pending.hidden, cache.head, rows.sampling_after(start, places))  # [R, L]
+        agreed = (follows[:, :-1] == block[:, 1:]).cumprod(-1).sum(-1)  # [R] tokens of the draft, from its first on
+        entered = places <= agreed.unsqueeze(1)  # with the token that was certain
+        cache.advance(pending, agreed + 1)
+        for row in rows.index:
+            rows.cycles[row] += 1
+        shown = block.masked_fill(~entered, model.config.mask_token_id)
+        probable = torch.cat([certain.unsqueeze(1), confidence[:, :-1]], -1)
+        rows.report(range(len(rows.index)), start, 0, shown, probable.masked_fill(~entered, 0), entered)
+        counts = (agreed + 1).tolist()
+        stay = rows.write([row[:count] for row, count in zip(block.tolist(), counts, strict=True)])
+        token, certain = (t.gather(1, agreed.unsqueeze(1)).squeeze(1) for t in (follows, confidence))
+        if stay is not None:
+            token, certain = token[stay], certain[stay]
 
 
 def _token(rows: _Rows, hidden: Tensor, head: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -277,6 +325,8 @@ def generate(
         _mock_ar(state, torch.tensor([row[-1] for row in rows], device=model.device))
     elif settings.mode == "ar":
         _ar(state)
+    elif settings.mode == "speculative":
+        _speculative(state)
     else:
         _blocks(state)
-    return Generation(state.tokens, state.nfe)
+    return Generation(state.tokens, state.nfe, state.cycles)

@@ -205,10 +205,15 @@ class TwoTowerModel(nn.Module):
             logits [B, L, V]: position i predicts the token after block[:, : i + 1]
             pending: for `cache.advance(pending, counts)`, which lets the first counts[b] tokens in.
         """
+        pending = self._verify(block, cache)
+        assert pending.hidden is not None
+        return self.context_lm_head(pending.hidden), pending
+
+    def _verify(self, block: Tensor, cache: Cache) -> Pending:
         block = self._block("verify", block, cache)
         pending = Pending(lengths=cache.lengths.clone(), cache=cache)
         pending.hidden = self.context_tower(block, ForwardContext("verify", cache, pending=pending))
-        return self.context_lm_head(pending.hidden), pending
+        return pending
 
     # ---- training: whole sequences ----
 
