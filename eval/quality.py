@@ -38,8 +38,9 @@ from tokenizers import Tokenizer
 
 from bench.measure import table
 from tt_model import TwoTower, checkpoint
-from tt_model.training.data import load_texts, load_tokenizer
+from tt_model.training.data import load_texts
 from tt_model.two_tower import ASSETS
+from tt_model.vocabulary import load_tokenizer
 
 from .syntax import statement_starts, verdict
 

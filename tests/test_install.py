@@ -84,7 +84,7 @@ def test_wheel_requires_nothing_heavy(wheel: Path) -> None:
         metadata = Parser().parsestr(archive.read("twotower-0.1.0.dist-info/METADATA").decode())
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     names = {line.split(";")[0].split(">")[0].split("<")[0].strip() for line in required}
-    assert names == {"torch", "triton", "numpy", "safetensors", "tokenizers", "rich", "matplotlib"}
+    assert names == {"torch", "triton", "numpy", "safetensors", "tokenizers", "rich", "jinja2", "matplotlib"}
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
 

@@ -25,7 +25,7 @@ LADDER = (
     ("tt_kernels.testing",),
     ("tt_model.files", "tt_model.stops"),
     ("tt_model.config",),
-    ("tt_model.arguments",),
+    ("tt_model.arguments", "tt_model.vocabulary"),
     ("tt_model.modeling",),
     ("tt_model.checkpoint",),
     ("tt_model.engine", "tt_model.training"),

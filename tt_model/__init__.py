@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import TwoTowerConfig
-    from .engine.generate import Generation, Step
+    from .engine.settings import Generation, Step
     from .modeling.state import Cache
     from .two_tower import TwoTower
 
@@ -14,8 +14,8 @@ __all__ = ["Cache", "Generation", "Step", "TwoTower", "TwoTowerConfig"]
 
 _HOMES = {
     "Cache": "modeling.state",
-    "Generation": "engine.generate",
-    "Step": "engine.generate",
+    "Generation": "engine.settings",
+    "Step": "engine.settings",
     "TwoTower": "two_tower",
     "TwoTowerConfig": "config",
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor
 from . import checkpoint
 from .arguments import device_of, dtype_of, is_integer
 from .config import TwoTowerConfig
-from .engine.generate import Generation, Settings, Step, generate
+from .engine.generate import Stream, generate
+from .engine.settings import Generation, Settings, Step
 from .modeling.two_tower import TwoTowerModel
+from .vocabulary import Vocabulary
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -56,10 +59,22 @@ class TwoTower(TwoTowerModel):
         checkpoint.load(model, folder, device=target, dtype=dtype, towers=towers, progress=progress)
         return model.requires_grad_(False)
 
+    @cached_property
+    def tokenizer(self) -> Vocabulary:
+        """Text to the ids that the model reads (`encode`, `chat`), and back (`decode`). ValueError where the folder
+        that the model was loaded from has no tokenizer.json, or one of another vocabulary."""
+        if self.source is None:
+            raise ValueError("tokenizer: the model was not loaded from a folder; give prompts as token ids")
+        return Vocabulary(self.source, self.config)
+
+    def _tokenizer(self) -> Vocabulary | None:
+        return self.tokenizer if self.source is not None and (self.source / "tokenizer.json").is_file() else None
+
     def generate(
         self,
-        prompts: Tensor | Sequence[Sequence[int]],
+        prompts: Tensor | Sequence[Sequence[int]] | Sequence[str] | str | None = None,
         *,
+        messages: Sequence[Mapping[str, str]] | None = None,
         mode: str = "mask_diffusion",
         max_new_tokens: int = 128,
         block_size: int | None = None,
@@ -70,13 +85,17 @@ class TwoTower(TwoTowerModel):
         top_k: int | None = None,
         top_p: float | None = None,
         eos_token_id: int | Sequence[int] | str | None = "config",
+        stop: str | Sequence[str] | None = None,
+        logprobs: bool = False,
         seed: int | Sequence[int] | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Generation:
         """Continue prompts.
 
         Args:
-            prompts: [B, P] int64, or B lists of token ids of any lengths from 1.
+            prompts: [B, P] int64, or B lists of token ids of any lengths from 1; or a text, or a list of texts, which
+                `tokenizer` encodes.
+            messages: in place of prompts, a conversation for the folder's chat template: dicts with role and content.
             mode: "mask_diffusion" (denoiser, block by block), "ar" (context tower alone), "mock_ar" (denoiser, one
                 token at a time) or "speculative" (what "ar" writes, several tokens a cycle: the denoiser drafts a
                 block, the context tower reads it and keeps what it would have written itself).
@@ -90,14 +109,18 @@ class TwoTower(TwoTowerModel):
             top_k, top_p: narrow what may be sampled at a temperature above 0.
             eos_token_id: one or several ids that end a row; None: nothing does; default: what config.json and
                 generation_config.json say.
+            stop: a text or several: a row ends where one is complete, in the middle of a block or not. Its text ends
+                before it, its tokens with the one that completes it.
+            logprobs: whether to return them.
             seed: an int s gives row b the seed s + b; or one per row; None: from torch's default generator. Seeds count
                 modulo 2^64. A row's noise depends on its seed, position, denoising step and token id, not on its
                 neighbours.
             on_step: called with a `Step` after every denoiser pass (every token, in the autoregressive modes). What it
                 is given are copies.
         Returns:
-            `tokens`: a list of new token ids per row; `nfe`: denoiser passes per row; `cycles`: in "speculative", per
-            row, how often a draft was verified.
+            a list with a value for each row: `tokens`: new token ids; `text`; `finish_reason`: "eos", "stop" or
+            "length"; `nfe`: denoiser passes; `cycles`: in "speculative", how often a draft was verified; `logprobs`:
+            of the tokens, as predicted when they were committed, at temperature 1.
         Raises:
             ValueError: a setting, prompt or token id that cannot be meant, before any work. Warns when block_size is
             above the trained one, and when a prompt holds the mask token.
@@ -106,6 +129,71 @@ class TwoTower(TwoTowerModel):
             dropped (a last pass over one such position is made all the same: the published NFE counts it).
         Source: the published implementation's generation loop (arXiv 2606.26493), one row at a time there.
         """
+        settings = self._settings(
+            mode=mode,
+            max_new_tokens=max_new_tokens,
+            block_size=block_size,
+            steps_per_block=steps_per_block,
+            draft_steps=draft_steps,
+            confidence_threshold=confidence_threshold,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            stop=stop,
+            logprobs=logprobs,
+        )
+        ids = self._prompts(prompts, messages)
+        return generate(self, ids, settings, seed=seed, on_step=on_step, vocabulary=self._tokenizer)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        seed: int | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        **settings: Any,
+    ) -> Stream:
+        """The text that follows a prompt, piece by piece: as blocks are committed, in other modes as tokens come.
+
+        Pieces joined are `generate`'s text; none ends in the middle of a character, and what may yet be a stop string
+        waits. Whoever stops reading ends the generation. `result` is what `generate` would have returned, so far.
+
+        Args:
+            prompt:   a text, or token ids; messages, seed, on_step and the settings: as `generate` takes them.
+        Raises: as `generate` does, before the first piece is asked for; ValueError without a tokenizer.
+
+        Example:
+            >>> for piece in TwoTower.from_pretrained().stream("def f(", max_new_tokens=32):
+            ...     print(piece, end="", flush=True)
+        """
+        if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and not is_integer(prompt[0]):
+            raise ValueError(f"prompt is {prompt!r:.40}, expected one text, or the token ids of one")
+        (row,) = self._prompts(prompt if prompt is None or isinstance(prompt, str) else [prompt], messages)
+        return Stream(self, row, self._settings(**settings), self.tokenizer, seed=seed, on_step=on_step)
+
+    def _prompts(self, prompts: Any, messages: Sequence[Mapping[str, str]] | None) -> Any:
+        """Token ids of what may be text."""
+        if (prompts is None) == (messages is None):
+            raise ValueError("prompts, messages: expected one of them")
+        if messages is not None:
+            return [self.tokenizer.chat(messages)]
+        if isinstance(prompts, str):
+            return [self.tokenizer.encode(prompts)]
+        if isinstance(prompts, Sequence) and prompts and all(isinstance(text, str) for text in prompts):
+            return [self.tokenizer.encode(text) for text in prompts]
+        return prompts
+
+    def _settings(
+        self,
+        *,
+        eos_token_id: int | Sequence[int] | str | None = "config",
+        stop: str | Sequence[str] | None = None,
+        block_size: int | None = None,
+        **given: Any,
+    ) -> Settings:
+        """What `generate` was told, in the model's terms; TypeError for a setting that there is not."""
         eos: Any = eos_token_id
         if isinstance(eos, str) and eos == "config":
             eos = self.config.eos_token_ids
@@ -114,16 +202,8 @@ class TwoTower(TwoTowerModel):
             eos = () if eos is None else (eos,)
         elif isinstance(eos, str | bytes) or not isinstance(eos, Iterable):
             raise ValueError(f"eos_token_id is {eos!r}, expected one or several token ids, or None")
-        settings = Settings(
-            mode=mode,
-            max_new_tokens=max_new_tokens,
-            block_size=self.config.block_size if block_size is None else block_size,
-            steps_per_block=steps_per_block,
-            draft_steps=draft_steps,
-            confidence_threshold=confidence_threshold,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_ids=tuple(eos),
-        )
-        return generate(self, prompts, settings, seed=seed, on_step=on_step)
+        stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
+        if isinstance(stop, bytes) or not isinstance(stop, Iterable):
+            raise ValueError(f"stop is {stop!r}, expected a text or several")
+        size = self.config.block_size if block_size is None else block_size
+        return Settings(block_size=size, eos_token_ids=tuple(eos), stop=tuple(stop), **given)

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, processors
 from tt_model import TwoTower, TwoTowerConfig
 from tt_model.checkpoint import save
 from tt_model.cli import common, main
-from tt_model.cli.vocabulary import Vocabulary
 from tt_model.cli.watch import visible
 from tt_model.engine import generate as generation
+from tt_model.vocabulary import Vocabulary
 
 ASSETS = Path(common.__file__).parents[1] / "assets"
 CONFIG = TwoTowerConfig(
@@ -98,6 +98,16 @@ def test_text_and_figures(twotower, folder: Path) -> None:
     )
 
 
+def test_stop_ends_the_text_before_it(twotower, folder: Path) -> None:
+    text = twotower("--quiet", *SHORT, "--temperature", "0", PROMPT)[1].removeprefix(PROMPT)
+    stop = text[4:6]
+    code, out, _ = twotower(*SHORT, "--temperature", "0", "--stop", "never there", "--stop", stop, PROMPT)
+    assert code == 0 and out.rstrip("\n") == (PROMPT + text[: text.index(stop)]).rstrip("\n")
+    refused(twotower(*SHORT, "--stop", "", PROMPT), "stop holds ''")
+    refused(twotower(*SHORT, "--stop", "x", "--tokens", "4 5"), "--stop", "text")
+    refused(twotower(*SHORT, "--chat", PROMPT), "no chat template")
+
+
 def test_prompt_from_anywhere(twotower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy = (*SHORT, "--temperature", "0")
     file = tmp_path / "prompt.txt"
@@ -130,7 +140,7 @@ def test_json_says_everything(twotower, folder: Path, tmp_path: Path) -> None:
     chosen |= dict(draft_steps=1, temperature=0.9, top_k=50, top_p=0.9)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = dict(seed=7, model=str(folder), device=device, dtype="float64")
-    assert got["settings"] == chosen | dict(eos_token_ids=[]) | where
+    assert got["settings"] == chosen | dict(eos_token_ids=[], stop=[], logprobs=False) | where
     model = TwoTower.from_pretrained(folder, dtype=torch.float64)
     expected = model.generate([got["prompt_tokens"]], seed=7, eos_token_id=None, **chosen)
     assert (got["tokens"], got["nfe"]) == (expected.tokens[0], expected.nfe[0])
@@ -362,7 +372,7 @@ def test_failures_midway(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(generation, "generate", fail)
+    monkeypatch.setattr(generation, "_written", fail)
     refused(twotower("--output", tmp_path / "out.txt", PROMPT), *words, code=code)
     assert not list(tmp_path.iterdir())
     if isinstance(error, Exception):

@@ -22,11 +22,11 @@ from tt_model.cli import main, make_parser
 from tt_model.cli.common import DTYPES
 from tt_model.cli.generate import MODES as OFFERED_MODES
 from tt_model.cli.train import SETTINGS
-from tt_model.cli.vocabulary import Vocabulary
 from tt_model.cli.watch import Watch, colour, visible
 from tt_model.config import DTYPES as KNOWN_DTYPES
-from tt_model.engine.generate import MODES
+from tt_model.engine.settings import MODES
 from tt_model.training.schedule import TrainSettings
+from tt_model.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -106,10 +106,10 @@ def test_threads_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 OUTPUT = """
 import sys, time
 import tt_model.engine.generate
-def generate(*_, **__):
+def wait(*_):
     print("ready", flush=True)
     time.sleep(100)
-tt_model.engine.generate.generate = generate
+tt_model.engine.generate._written = wait
 from tt_model.cli import main
 sys.exit(main(["generate", "--output", sys.argv[1], "--quiet", "x"]))
 """
@@ -175,3 +175,30 @@ def test_output_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str
         code = main(["generate", "--output", str(tmp_path / "out.txt"), "--quiet", "--max-new-tokens", "1", "def f"])
     assert (code, capsys.readouterr().err) == (1, f"twotower: error: --output {tmp_path / 'out.txt'}: File too large\n")
     assert list(tmp_path.iterdir()) == []
+
+
+INTERRUPTED = """
+import signal, sys
+import tt_model.engine.generate as module
+written = module._written
+def cut(*arguments):
+    for n, state in enumerate(written(*arguments)):
+        yield state
+        if n == 2:  # after two blocks
+            signal.raise_signal(signal.SIGINT)
+module._written = cut
+from tt_model.cli import main
+sys.exit(main(["generate", "--max-new-tokens", "64", "--temperature", "0", "def f(x):", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("where", ["terminal", "file"])
+def test_ctrl_c_keeps_what_is_there(tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--max-new-tokens", "32", "--temperature", "0", "--quiet", "def f(x):"]) == 0
+    whole = capsys.readouterr().out
+    out = tmp_path / "out.txt"
+    with started(INTERRUPTED, *(["--output", out] if where == "file" else [])) as run:
+        text, err = run.communicate(timeout=120)
+    assert run.returncode == 130 and err.endswith("\ntwotower: error: interrupted\n") and err.startswith("32 tokens in")
+    kept = out.read_text() if where == "file" else text
+    assert kept.rstrip("\n") == whole.rstrip("\n") and (where == "terminal" or text == "")

@@ -7,7 +7,7 @@ from models import CONFIG, prompts_of, random_model
 
 from tt_kernels import use
 from tt_model import Step, TwoTower
-from tt_model.engine.generate import Generation
+from tt_model.engine.settings import Generation
 
 MASK = CONFIG.mask_token_id
 

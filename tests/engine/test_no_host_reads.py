@@ -11,7 +11,8 @@ from torch import Tensor
 from tt_kernels import Sampling, unmask
 from tt_kernels.runtime.launch import INTERPRET, recording
 from tt_model import TwoTower
-from tt_model.engine.generate import Settings, _blocks, _Rows
+from tt_model.engine.generate import _blocks, _Rows
+from tt_model.engine.settings import Settings
 from tt_model.modeling.state import Cache
 from tt_model.modeling.two_tower import _frequencies
 
@@ -73,5 +74,5 @@ def test_a_step_of_the_loop_reads_the_masked_counts_alone(
     monkeypatch.setattr(Tensor, "item", read)
     seed = torch.zeros(ROWS, dtype=torch.int64, device="meta")
     with recording(90), pytest.raises(Read) as found:
-        _blocks(_Rows(model, filled(model, ROWS), settings, seed, None))
+        next(_blocks(_Rows(model, filled(model, ROWS), settings, seed, None)))
     assert found.value.args == ((ROWS,),)

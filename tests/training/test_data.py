@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tt_model.training import data
+from tt_model.vocabulary import load_tokenizer
 
 ASSETS = Path(data.__file__).parents[1] / "assets"
 CODE = 'def f(x):\n    """Doc."""\n    if x:\n        return self._f(x, a=[1, 2])\n\n\nclass A:\n    pass\n'
@@ -19,7 +20,7 @@ CODE = 'def f(x):\n    """Doc."""\n    if x:\n        return self._f(x, a=[1, 2]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.load_tokenizer(ASSETS)
+    return load_tokenizer(ASSETS)
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def carrying(folder, *, bom=False, dropout=None, **carried):
     ],
 )
 def test_what_a_tokenizer_file_carries_does_not_change_a_text(tokenizer, tmp_path, carried):
-    loaded = data.load_tokenizer(carrying(tmp_path, **carried))
+    loaded = load_tokenizer(carrying(tmp_path, **carried))
     assert len(tokenizer.encode(CODE * 40).ids) > 800
     for text in (CODE * 40, "x", "", "a <mask> b<eos>"):
         assert loaded.encode(text).ids == tokenizer.encode(text).ids
@@ -101,7 +102,7 @@ def test_what_a_tokenizer_file_carries_does_not_change_a_text(tokenizer, tmp_pat
 def test_added_tokens_that_are_not_special_stay_tokens(tokenizer, tmp_path):
     added = json.loads((ASSETS / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     word = dict(added[0], id=2048, content="twotower", special=False)
-    loaded = data.load_tokenizer(carrying(tmp_path, added_tokens=[*added, word]))
+    loaded = load_tokenizer(carrying(tmp_path, added_tokens=[*added, word]))
     assert 2048 in loaded.encode("a twotower <mask>").ids and 3 not in loaded.encode("a twotower <mask>").ids
 
 
@@ -114,10 +115,10 @@ def test_tokenizers_that_cannot_be_read(tmp_path):
     ):
         (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
-            data.load_tokenizer(tmp_path)
+            load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="is not a tokenizer that can be read"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_bundled_tokenizer(tokenizer):
@@ -141,7 +142,7 @@ def test_saved_tokenizer_is_the_trained_one(tmp_path, corpus, capsys):
     assert data.main(["--source", str(corpus), "--vocab-size", "290", "--out", str(out)]) == 0
     assert "bytes/token" in capsys.readouterr().out
     trained = data.train_tokenizer(data.load_texts(corpus, "train"), 290)
-    loaded = data.load_tokenizer(out.parent)
+    loaded = load_tokenizer(out.parent)
     for text in (CODE, "<mask>"):
         assert loaded.encode(text).ids == trained.encode(text).ids
     with pytest.raises(SystemExit):
@@ -151,10 +152,10 @@ def test_saved_tokenizer_is_the_trained_one(tmp_path, corpus, capsys):
 
 def test_tokenizer_errors(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"not": "a tokenizer"}), encoding="utf-8")
     with pytest.raises(ValueError, match="is not a tokenizer"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="vocab_size is 259: expected at least 260"):
         data.train_tokenizer([CODE], 259)
 

@@ -6,17 +6,19 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Parser, add_command, add_machine, machine_of, number, option, output_to
+from .common import Parser, add_command, add_machine, machine_of, number, option, output_to, put
 
 if TYPE_CHECKING:
     from ..config import TwoTowerConfig
-    from ..engine.generate import Settings
-    from .vocabulary import Vocabulary
+    from ..engine.generate import Stream
+    from ..engine.settings import Settings
+    from ..vocabulary import Vocabulary
     from .watch import Watch
 
 MODES = (
@@ -24,11 +26,12 @@ MODES = (
     "ar",
     "mock_ar",
     "speculative",
-)  # as in tt_model.engine.generate, which is not imported for --help
+)  # as in tt_model.engine.settings, which is not imported for --help
 
 _DESCRIPTION = """\
-Continue a prompt: block by block with the denoiser, or token by token. The text goes to standard output, a line of
-figures to standard error. The prompt is an argument, a file, or standard input."""
+Continue a prompt: block by block with the denoiser, or token by token. The text goes to standard output as it is
+written, a line of figures to standard error. The prompt is an argument, a file, or standard input. Ctrl-C ends it, and
+keeps what is there."""
 
 _EPILOG = """\
 modes:
@@ -55,6 +58,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     p = add_command(commands, "generate", run, "continue a prompt", _DESCRIPTION, _EPILOG)
     source = p.add_argument_group("prompt and model")
     source.add_argument("prompt", nargs="?", help="the text to continue")
+    source.add_argument("--chat", action="store_true", help="the prompt is a message, for the folder's chat template")
     option(source, "--prompt-file", str, "FILE", "read the prompt from a UTF-8 file; -: standard input")
     option(source, "--tokens", str, "IDS", 'the prompt as token ids, "5 6 7"; ids are written, too')
     option(source, "--model", str, "DIR", "folder of a model (default: the small one that comes along)")
@@ -75,6 +79,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     option(s, "--top-p", float, "P", "sample among the most probable tokens that make up P")
     option(s, "--seed", number(int, 0, 2**62 - 1), "N", "another one, another text", default=0)
     s.add_argument("--no-eos", action="store_true", help="go on after an end-of-sequence token")
+    option(s, "--stop", str, "TEXT", "end where this text is complete, before it; more than once", action="append")
 
     out = p.add_argument_group("output")
     out.add_argument("--watch", action="store_true", help="show blocks resolving, tokens coloured by confidence")
@@ -93,9 +98,9 @@ def run(o: argparse.Namespace) -> None:
         prompt = _parse_ids(o.tokens) if o.tokens is not None else _read_prompt(o.prompt, o.prompt_file)
 
         from ..config import TwoTowerConfig
-        from ..engine.generate import generate
+        from ..engine.generate import Stream, generate
         from ..two_tower import ASSETS, TwoTower
-        from .vocabulary import Vocabulary
+        from ..vocabulary import Vocabulary
 
         folder = ASSETS if o.model is None else Path(o.model)
         config = TwoTowerConfig.from_file(folder)
@@ -107,7 +112,10 @@ def run(o: argparse.Namespace) -> None:
                 how = "name its folder (--tokenizer) or give ids (--tokens)"
                 raise ValueError(f"{tokenizer}: no tokenizer.json; {how}")
             vocabulary = Vocabulary(tokenizer, config)
-            ids = vocabulary.encode(prompt)
+            messages = [{"role": "user", "content": prompt}]
+            ids = vocabulary.chat(messages) if o.chat else vocabulary.encode(prompt)
+        elif o.chat or o.stop:
+            raise ValueError(f"--{'chat' if o.chat else 'stop'}: needs a prompt that is text, not --tokens")
         else:
             ids, prompt = prompt, " ".join(map(str, prompt))
         _check_prompt(ids, settings, config)
@@ -118,13 +126,26 @@ def run(o: argparse.Namespace) -> None:
         model = TwoTower.from_pretrained(folder, device=device, dtype=dtype, towers=towers, progress=not o.quiet)
         load = time.perf_counter() - began
         view = _watch(prompt, len(ids), vocabulary) if o.watch else None
+        on_step = view.step if view else None
+        aloud = vocabulary is not None and view is None and o.output is None and not o.json
+        before, stopped = "" if o.chat else prompt, None
         began = time.perf_counter()
         with view or nullcontext():
-            out = generate(model, [ids], settings, seed=o.seed, on_step=view.step if view else None)
+            if vocabulary is None:
+                out = generate(model, [ids], settings, seed=o.seed, on_step=on_step)
+            else:
+                stream = Stream(model, ids, settings, vocabulary, seed=o.seed, on_step=on_step)
+                try:
+                    _read(stream, before, _say if aloud else None)
+                except KeyboardInterrupt as error:
+                    if view or not stream.result.tokens[0]:  # a view shows what there is
+                        raise
+                    stopped = error
+                out = stream.result
         seconds = time.perf_counter() - began
 
         tokens, nfe, cycles = out.tokens[0], out.nfe[0], sum(out.cycles)
-        text = None if vocabulary is None else vocabulary.decode(tokens, ids)
+        text = None if vocabulary is None else out.text[0]
         record = {
             "prompt": prompt if vocabulary else ids,
             "text": text,
@@ -143,12 +164,14 @@ def run(o: argparse.Namespace) -> None:
             output.append(json.dumps(record) + "\n")
         elif text is None:
             output.append(" ".join(map(str, [*ids, *tokens])) + "\n")
-        elif o.output is None and sys.stdout.isatty():
-            _show(prompt, text, view, len(tokens))
-        else:
-            output.append(prompt + text + "\n" * (not (prompt + text).endswith("\n")))
+        elif o.output is None and sys.stdout.isatty() and view:
+            _show(before, text, view, len(tokens))
+        elif not aloud:
+            output.append(before + text + "\n" * (not (before + text).endswith("\n")))
     if not o.quiet:
         print(_figures(record, ended=bool(tokens) and tokens[-1] in settings.eos_token_ids), file=sys.stderr)
+    if stopped:
+        raise stopped
 
 
 def _read_prompt(prompt: str | None, file: str | None) -> str:
@@ -178,7 +201,7 @@ def _parse_ids(text: str) -> list[int]:
 
 
 def _settings(o: argparse.Namespace, config: TwoTowerConfig) -> Settings:
-    from ..engine.generate import Settings
+    from ..engine.settings import Settings
 
     names = ["mode", "max_new_tokens", "steps_per_block", "draft_steps", "confidence_threshold"]
     names += ["temperature", "top_k", "top_p"]
@@ -186,6 +209,7 @@ def _settings(o: argparse.Namespace, config: TwoTowerConfig) -> Settings:
         **{name: getattr(o, name) for name in names},
         block_size=config.block_size if o.block_size is None else o.block_size,
         eos_token_ids=() if o.no_eos else config.eos_token_ids,
+        stop=tuple(o.stop or ()),
     )
     settings.check(config)
     return settings
@@ -225,6 +249,40 @@ def _watch(prompt: str, length: int, vocabulary: Vocabulary | None) -> Watch:
 
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     return Watch(out if out.is_terminal else err, prompt, length, vocabulary)
+
+
+def _say(text: str, style: str = "") -> None:
+    """A piece of the text, at once."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
+        from .watch import visible
+
+        Console(highlight=False).print(Text(visible(text), style), end="", soft_wrap=True)
+    else:
+        put(text)
+
+
+def _read(stream: Stream, before: str, say: Callable[..., None] | None) -> None:
+    """Read a stream to its end, or to Ctrl-C, and say it as it comes."""
+    if say is None:
+        for _ in stream:
+            pass
+        return
+    said = before
+    try:
+        say(before, "bold")
+        for piece in stream:
+            say(piece)
+            said += piece
+    except KeyboardInterrupt:
+        rest = (before + stream.result.text[0])[len(said) :]  # what was held back
+        say(rest)
+        said += rest
+        raise
+    finally:
+        say("\n" * (not said.endswith("\n")))
 
 
 def _show(prompt: str, text: str, view: Watch | None, length: int) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..training.data import Rows
     from ..training.schedule import TrainSettings
     from ..two_tower import TwoTower
-    from .vocabulary import Vocabulary
+    from ..vocabulary import Vocabulary
 
 # Fields of TrainSettings, which is not imported for --help: a test compares the defaults.
 SETTINGS = {
@@ -140,7 +140,7 @@ def _run(o: argparse.Namespace, settings: TrainSettings, out: Path) -> None:
     from ..config import TwoTowerConfig
     from ..training.loop import train
     from ..training.state import STATE
-    from .vocabulary import Vocabulary
+    from ..vocabulary import Vocabulary
 
     device, dtype = machine_of(o)
     dtype = dtype or torch.float32

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ..engine.generate import Step
-    from .vocabulary import Vocabulary
+    from ..engine.settings import Step
+    from ..vocabulary import Vocabulary
 
 _RED, _YELLOW, _GREEN = (230, 60, 60), (220, 190, 40), (60, 200, 80)  # also distinct where only 16 colours are
 _MASK = "░"

@@ -7,108 +7,36 @@ B rows asked for, R rows still going, L block length, V vocabulary.
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from numbers import Real
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tt_kernels import Sampling, head_sample, unmask
 
-from ..arguments import integer, is_integer, row_seeds
-from ..config import TwoTowerConfig
+from ..arguments import row_seeds
 from ..modeling.two_tower import TwoTowerModel
+from ..vocabulary import Vocabulary, Writing
+from .settings import HOTTEST, Generation, Settings, Step
 
 if TYPE_CHECKING:
     from ..modeling.state import Cache
-
-MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
-HOTTEST = 1e30  # fp32 holds it, and logits divided by it are nothing beside the noise: more is the same
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to generate; `check` refuses what cannot be meant. See `TwoTower.generate`."""
-
-    mode: str = "mask_diffusion"
-    max_new_tokens: int = 128
-    block_size: int = 16
-    steps_per_block: int = 16
-    draft_steps: int = 1
-    confidence_threshold: float = 0.8
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    eos_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        """NumPy's numbers as Python's; what is no number is for `check` to refuse."""
-        for name, value in vars(self).items():
-            if isinstance(value, Real) and not isinstance(value, bool):
-                object.__setattr__(self, name, int(cast(Any, value)) if is_integer(value) else float(value))
-        ids = tuple(int(token) if is_integer(token) else token for token in self.eos_token_ids)
-        object.__setattr__(self, "eos_token_ids", ids)
-
-    def check(self, config: TwoTowerConfig) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}")
-        for name, least in (("max_new_tokens", 0), ("block_size", 1), ("steps_per_block", 1), ("draft_steps", 1)):
-            integer(name, getattr(self, name), least)
-        for name in ("confidence_threshold", "temperature", "top_p"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) and not (value is None and name == "top_p"):
-                raise ValueError(f"{name} is {value!r}, expected a number")
-        if self.block_size > (limit := max(config.max_position_embeddings, config.block_size)):
-            raise ValueError(f"block_size is {self.block_size}, expected at most the model's context of {limit}")
-        if not 0 <= self.confidence_threshold <= 1:
-            raise ValueError(f"confidence_threshold is {self.confidence_threshold}, expected 0 to 1")
-        # Logits are divided by it in fp32, where less than about 1e-36 makes infinities of them.
-        if self.temperature != 0 and not 1e-30 <= self.temperature <= sys.float_info.max:
-            raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy), or 1e-30 and above, finite")
-        if self.top_k is not None:
-            integer("top_k", self.top_k, 1)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, expected above 0 and at most 1")
-        for token in self.eos_token_ids:
-            if not is_integer(token) or not 0 <= token < config.vocab_size:
-                raise ValueError(f"eos_token_id is {token!r}, expected 0 to {config.vocab_size - 1}")
-        if self.mode in ("mask_diffusion", "speculative") and self.block_size > config.block_size:
-            message = (
-                f"block_size {self.block_size} is above the {config.block_size} that the denoiser was trained with: "
-                "expect worse text"
-            )
-            warnings.warn(message, stacklevel=4)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What `on_step` is told after every denoiser pass (token, in the autoregressive modes; cycle, in speculative)."""
-
-    rows: list[int]  # which prompts of the batch took part: R of them
-    start: list[int]  # [R] position in its sequence, prompt included, of each row's first token here
-    step: int  # denoising step inside the block, from 0; 0 in the autoregressive modes
-    tokens: Tensor  # [R, L] after the step, masked positions holding the mask token
-    confidence: Tensor  # [R, L] probability of this step's predictions; 0 where none was needed
-    committed: Tensor  # [R, L] bool: positions that took their token in this step
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What `generate` returns."""
-
-    tokens: list[list[int]]  # new tokens of each row, ending with the end-of-sequence token if there was one
-    nfe: list[int]  # denoiser passes (number of function evaluations) of each row
-    cycles: list[int] = field(default_factory=list)  # of each row, in speculative: drafts that were verified
 
 
 class _Rows:
     """The rows of a batch that are still going, and what has been written so far."""
 
-    def __init__(self, model: TwoTowerModel, cache: Cache, s: Settings, seed: Tensor, on_step: Callable | None):
+    def __init__(
+        self,
+        model: TwoTowerModel,
+        cache: Cache,
+        s: Settings,
+        seed: Tensor,
+        on_step: Callable | None,
+        writing: Sequence[Writing] = (),
+    ):
         B = cache.batch
         self.model, self.cache, self.settings, self.on_step = model, cache, s, on_step
         self.index = list(range(B))  # of the rows still going: R of B
@@ -125,6 +53,9 @@ class _Rows:
         self.tokens: list[list[int]] = [[] for _ in range(B)]
         self.nfe = [0] * B
         self.cycles = [0] * B if s.mode == "speculative" else []
+        self.writing = writing  # the rows' texts, where somebody reads them along
+        self.reasons = ["length"] * B
+        self.logprobs: list[list[float]] = [[] for _ in range(B)] if s.logprobs else []
 
     def sampling_at(self, rows: Tensor | None, position: Tensor, step: int) -> Sampling:
         """How some of the rows still going are sampled at a pass."""
@@ -156,15 +87,24 @@ class _Rows:
             masked = masked.masked_fill(settled & (masked > 1), 0)
         return [m > 0 for m in masked.tolist()]
 
-    def write(self, new: list[list[int]]) -> Tensor | None:
-        """Take each row's new tokens up to its end; drop rows that ended. The indices that stay, None for all."""
+    def write(self, new: list[list[int]], probable: Tensor) -> Tensor | None:
+        """Take each row's new tokens, predicted with these probabilities, up to its end; drop rows that ended. The
+        indices that stay, None for all."""
+        logs = probable.log().tolist() if self.settings.logprobs else ()
         stay = []
         for r, (row, tokens) in enumerate(zip(self.index, new, strict=True)):
             room = self.settings.max_new_tokens - len(self.tokens[row])
-            tokens = tokens[:room]
-            end = next((i for i, t in enumerate(tokens) if t in self.settings.eos_token_ids), None)
-            self.tokens[row] += tokens if end is None else tokens[: end + 1]
-            if end is None and len(tokens) < room:
+            taken, ends = tokens[:room], self.settings.eos_token_ids
+            end = next((i + 1 for i, t in enumerate(taken) if t in ends), None)
+            taken, reason = taken[:end], "eos"
+            if self.writing and (cut := self.writing[row].push(taken)) is not None:
+                taken, end, reason = taken[:cut], cut, "stop"
+            self.tokens[row] += taken
+            if logs:
+                self.logprobs[row] += logs[r][: len(taken)]
+            if end is not None:
+                self.reasons[row] = reason
+            elif len(taken) < room:
                 stay.append(r)
         if len(stay) == len(self.index):
             return None
@@ -174,19 +114,21 @@ class _Rows:
         return kept
 
 
-def _blocks(rows: _Rows) -> None:
+def _blocks(rows: _Rows) -> Iterator[None]:
     """Mask diffusion: denoise a block of mask tokens until none is left, then let the context tower read it."""
     s = rows.settings
     while rows.index:
         masks = torch.full((len(rows.index), s.block_size), rows.model.config.mask_token_id, device=rows.model.device)
-        block = _denoised(rows, masks, s.steps_per_block)
-        stay = rows.write(block.tolist())
+        block, probable = _denoised(rows, masks, s.steps_per_block)
+        stay = rows.write(block.tolist(), probable)
+        yield
         if rows.index:
             rows.model.commit(block if stay is None else block[stay], rows.cache)
 
 
-def _denoised(rows: _Rows, block: Tensor, steps: int, *, draft: bool = False) -> Tensor:
-    """The next block [R, L] of every row from one that is masked, in at most `steps` passes.
+def _denoised(rows: _Rows, block: Tensor, steps: int, *, draft: bool = False) -> tuple[Tensor, Tensor]:
+    """The next block [R, L] of every row from one that is masked, in at most `steps` passes, and how probable each of
+    its tokens was when it was committed.
 
     draft: with the noise that the autoregressive mode draws at each position, so that alike logits give alike tokens.
     """
@@ -196,6 +138,7 @@ def _denoised(rows: _Rows, block: Tensor, steps: int, *, draft: bool = False) ->
     live, cache = None, rows.cache  # rows that still have mask tokens, on the device; None: all
     running = list(range(R))  # the same, on the host
     masked = torch.full((R,), L - 1 if draft else L, device=model.device)
+    probable: Tensor | None = None
     for step in range(steps):
         now = block if live is None else block[live]
         position = start if live is None else start[live]
@@ -214,6 +157,9 @@ def _denoised(rows: _Rows, block: Tensor, steps: int, *, draft: bool = False) ->
         if not draft:
             rows.report(running, position, step, now, confidence, committed)
         block = now if live is None else block.index_copy(0, live, now)
+        before = 0 if probable is None else probable if live is None else probable[live]
+        taken = torch.where(committed, confidence, before)
+        probable = taken if probable is None or live is None else probable.index_copy(0, live, taken)
         left = rows.unfinished(now, masked)
         if not any(left):
             break
@@ -222,10 +168,11 @@ def _denoised(rows: _Rows, block: Tensor, steps: int, *, draft: bool = False) ->
             live = keep if live is None else live[keep]
             running = [r for r, m in zip(running, left, strict=True) if m]
             masked, cache = masked[keep], rows.cache.fork(running)
-    return block
+    assert probable is not None  # there is a step
+    return block, probable
 
 
-def _speculative(rows: _Rows) -> None:
+def _speculative(rows: _Rows) -> Iterator[None]:
     """The autoregressive mode's tokens, several a cycle: the denoiser drafts what follows a token that is certain, the
     context tower reads the draft, and what it would have written itself stays."""
     model, L = rows.model, rows.settings.block_size
@@ -237,7 +184,7 @@ def _speculative(rows: _Rows) -> None:
         block = torch.full((len(rows.index), L), model.config.mask_token_id, device=model.device)
         block[:, 0] = token
         if L > 1:
-            block = _denoised(rows, block, rows.settings.draft_steps, draft=True)
+            block, _ = _denoised(rows, block, rows.settings.draft_steps, draft=True)
             block[:, 0] = token  # which may be the mask token, as AR writes any
         pending = model._verify(block, cache)
         assert pending.hidden is not None and cache.head is not None
@@ -251,7 +198,8 @@ def _speculative(rows: _Rows) -> None:
         probable = torch.cat([certain.unsqueeze(1), confidence[:, :-1]], -1)
         rows.report(range(len(rows.index)), start, 0, shown, probable.masked_fill(~entered, 0), entered)
         counts = (agreed + 1).tolist()
-        stay = rows.write([row[:count] for row, count in zip(block.tolist(), counts, strict=True)])
+        stay = rows.write([row[:count] for row, count in zip(block.tolist(), counts, strict=True)], probable)
+        yield
         token, certain = (t.gather(1, agreed.unsqueeze(1)).squeeze(1) for t in (follows, confidence))
         if stay is not None:
             token, certain = token[stay], certain[stay]
@@ -263,20 +211,21 @@ def _token(rows: _Rows, hidden: Tensor, head: Tensor, position: Tensor) -> tuple
     column = token.unsqueeze(1)
     done = torch.ones_like(column, dtype=torch.bool)
     rows.report(range(len(rows.index)), position, 0, column, confidence.unsqueeze(1), done)
-    return column, rows.write(column.tolist())
+    return column, rows.write(column.tolist(), confidence.unsqueeze(1))
 
 
-def _ar(rows: _Rows) -> None:
+def _ar(rows: _Rows) -> Iterator[None]:
     """The context tower alone, one token a step."""
     while rows.index:
         cache = rows.cache
         assert cache.last_hidden is not None and cache.head is not None  # prompts have tokens
         column, stay = _token(rows, cache.last_hidden, cache.head, cache.lengths.long())
+        yield
         if rows.index:
             rows.model.commit(column if stay is None else column[stay], rows.cache)
 
 
-def _mock_ar(rows: _Rows, last: Tensor) -> None:
+def _mock_ar(rows: _Rows, last: Tensor) -> Iterator[None]:
     """The denoiser, one token a step, on a cache without the last token; then the context tower reads that token."""
     token = last.unsqueeze(1)  # [R, 1]
     while rows.index:
@@ -284,22 +233,17 @@ def _mock_ar(rows: _Rows, last: Tensor) -> None:
         for row in rows.index:
             rows.nfe[row] += 1
         column, stay = _token(rows, hidden, rows.model.lm_head.weight, rows.cache.lengths.long() + 1)
+        yield
         if rows.index:
             token, column = (token, column) if stay is None else (token[stay], column[stay])
             rows.model.commit(token, rows.cache)
             token = column
 
 
-@torch.inference_mode()
-def generate(
-    model: TwoTowerModel,
-    prompts: Tensor | Sequence[Sequence[int]],
-    settings: Settings,
-    *,
-    seed: int | Sequence[int] | None = None,
-    on_step: Callable[[Step], None] | None = None,
-) -> Generation:
-    """Continue prompts; `TwoTower.generate` documents it."""
+def _checked(
+    model: TwoTowerModel, prompts: Any, settings: Settings, on_step: Callable | None, vocabulary: Vocabulary | None
+) -> list[list[int]]:
+    """The prompts, after everything that can be refused before any work."""
     settings.check(model.config)
     rows = model._rows(prompts)
     longest, limit = max(map(len, rows)), model.config.max_position_embeddings
@@ -309,24 +253,112 @@ def generate(
         )
     if settings.mode != "ar" and model.denoiser_tower is None:
         raise ValueError(f'mode is {settings.mode!r}, but the model was loaded with towers="context": only "ar" works')
+    if settings.stop and vocabulary is None:
+        raise ValueError(f"stop is {list(settings.stop)}, but the model has no tokenizer to read what it writes")
     mask = model.config.mask_token_id
     if masked := [b for b, row in enumerate(rows) if mask in row]:
         message = f"prompt {masked[0]} holds the mask token ({mask}), which is read like any other and not filled in"
         warnings.warn(message, stacklevel=4)
-    seeds = row_seeds(seed, len(rows), model.device)
     if on_step is not None and not callable(on_step):
         raise ValueError(f"on_step is {on_step!r}, expected a function of a Step, or None")
-    mock = settings.mode == "mock_ar"
-    cache = model._prefill([row[:-1] if mock else row for row in rows], settings.max_new_tokens + settings.block_size)
-    state = _Rows(model, cache, settings, seeds, on_step)
-    if settings.max_new_tokens == 0:
-        pass
-    elif mock:
-        _mock_ar(state, torch.tensor([row[-1] for row in rows], device=model.device))
-    elif settings.mode == "ar":
-        _ar(state)
-    elif settings.mode == "speculative":
-        _speculative(state)
+    return rows
+
+
+@torch.inference_mode()
+def _written(
+    model: TwoTowerModel,
+    rows: list[list[int]],
+    s: Settings,
+    seeds: Tensor,
+    on_step: Callable[[Step], None] | None,
+    writing: Sequence[Writing],
+) -> Iterator[_Rows]:
+    """Prefill, then every time that rows have got new tokens."""
+    mock = s.mode == "mock_ar"
+    cache = model._prefill([row[:-1] if mock else row for row in rows], s.max_new_tokens + s.block_size)
+    state = _Rows(model, cache, s, seeds, on_step, writing)
+    yield state
+    if s.max_new_tokens == 0:
+        return
+    if mock:
+        passes = _mock_ar(state, torch.tensor([row[-1] for row in rows], device=model.device))
     else:
-        _blocks(state)
-    return Generation(state.tokens, state.nfe, state.cycles)
+        passes = {"ar": _ar, "speculative": _speculative, "mask_diffusion": _blocks}[s.mode](state)
+    for _ in passes:
+        yield state
+
+
+def _result(state: _Rows, texts: Callable[[], list[str]]) -> Generation:
+    return Generation(state.tokens, state.nfe, state.cycles, state.reasons, state.logprobs, texts)
+
+
+def generate(
+    model: TwoTowerModel,
+    prompts: Tensor | Sequence[Sequence[int]],
+    settings: Settings,
+    *,
+    seed: int | Sequence[int] | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    vocabulary: Callable[[], Vocabulary | None] = lambda: None,
+) -> Generation:
+    """Continue prompts; `TwoTower.generate` documents it. vocabulary: asked for where text is wanted."""
+    reader = vocabulary() if settings.stop else None
+    rows = _checked(model, prompts, settings, on_step, reader)
+    seeds = row_seeds(seed, len(rows), model.device)
+    writing = [Writing(reader, row, settings.stop) for row in rows] if reader else []
+    *_, state = _written(model, rows, settings, seeds, on_step, writing)
+
+    def texts() -> list[str]:
+        if writing:
+            return [row.finish() for row in writing]
+        found = vocabulary()
+        if found is None:
+            raise ValueError("text: the model has no tokenizer; `tokens` has what it wrote")
+        return [found.decode(tokens, row) for tokens, row in zip(state.tokens, rows, strict=True)]
+
+    return _result(state, texts)
+
+
+class Stream(Iterator[str]):
+    """The text that follows one prompt, piece by piece; `TwoTower.stream` documents it."""
+
+    def __init__(
+        self,
+        model: TwoTowerModel,
+        prompt: Sequence[int],
+        settings: Settings,
+        vocabulary: Vocabulary,
+        *,
+        seed: int | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ):
+        rows = _checked(model, [prompt], settings, on_step, vocabulary)
+        seeds = row_seeds(seed, 1, model.device)
+        self._writing = Writing(vocabulary, rows[0], settings.stop)
+        self._state: _Rows | None = None
+        self._pieces: Generator[str, None, None] = self._read(
+            _written(model, rows, settings, seeds, on_step, [self._writing])
+        )
+
+    def _read(self, states: Iterator[_Rows]) -> Generator[str, None, None]:
+        shown = 0
+        for self._state in states:
+            if len(self._writing.text) > shown:
+                yield self._writing.text[shown:]
+                shown = len(self._writing.text)
+        if rest := self._writing.finish()[shown:]:
+            yield rest
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End the generation where it is."""
+        self._pieces.close()
+
+    @property
+    def result(self) -> Generation:
+        """What has been generated so far: all of it, when the last piece has been read."""
+        if self._state is None:
+            return Generation([[]], [0])
+        return _result(self._state, lambda: [self._writing.finish()])

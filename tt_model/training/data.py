@@ -24,7 +24,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from ..files import read_text, refuse_pointer, write_text
+from ..files import refuse_pointer, write_text
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")  # ids 0, 1, 2, 3
 HELD_OUT = 0.05
@@ -191,32 +191,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in folder/tokenizer.json, whose `encode` keeps all of a text, the same way every time.
-
-    What the file may carry for some earlier use of it is off: truncation, padding, and BPE dropout, which draws other
-    tokens each time. Special tokens in a text are plain characters. What belongs to the vocabulary stays as in the
-    file: normaliser, pre-tokeniser, added tokens that are not special, and the special tokens that the post-processor
-    puts around a text (`add_special_tokens=False` leaves them out).
-
-    Raises ValueError when the file is missing, is not a tokenizer or is a git-LFS pointer.
-    """
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"folder is {str(folder)!r}, which has no tokenizer.json")
-    refuse_pointer(path)
-    try:
-        tokenizer = Tokenizer.from_str(read_text(path))
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{str(path)!r} is not a tokenizer that can be read: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if isinstance(tokenizer.model, models.BPE):
-        tokenizer.model.dropout = None
-    tokenizer.encode_special_tokens = True  # not kept in the file
     return tokenizer
 
 

@@ -1,0 +1,110 @@
+"""What generation is asked for, and what it tells."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from numbers import Real
+from typing import Any, cast
+
+from torch import Tensor
+
+from ..arguments import integer, is_integer
+from ..config import TwoTowerConfig
+
+MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
+HOTTEST = 1e30  # fp32 holds it, and logits divided by it are nothing beside the noise: more is the same
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to generate; `check` refuses what cannot be meant. See `TwoTower.generate`."""
+
+    mode: str = "mask_diffusion"
+    max_new_tokens: int = 128
+    block_size: int = 16
+    steps_per_block: int = 16
+    draft_steps: int = 1
+    confidence_threshold: float = 0.8
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        """NumPy's numbers as Python's; what is no number is for `check` to refuse."""
+        for name, value in vars(self).items():
+            if isinstance(value, Real) and not isinstance(value, bool):
+                object.__setattr__(self, name, int(cast(Any, value)) if is_integer(value) else float(value))
+        ids = tuple(int(token) if is_integer(token) else token for token in self.eos_token_ids)
+        object.__setattr__(self, "eos_token_ids", ids)
+
+    def check(self, config: TwoTowerConfig) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}")
+        for name, least in (("max_new_tokens", 0), ("block_size", 1), ("steps_per_block", 1), ("draft_steps", 1)):
+            integer(name, getattr(self, name), least)
+        for name in ("confidence_threshold", "temperature", "top_p"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) and not (value is None and name == "top_p"):
+                raise ValueError(f"{name} is {value!r}, expected a number")
+        if self.block_size > (limit := max(config.max_position_embeddings, config.block_size)):
+            raise ValueError(f"block_size is {self.block_size}, expected at most the model's context of {limit}")
+        if not 0 <= self.confidence_threshold <= 1:
+            raise ValueError(f"confidence_threshold is {self.confidence_threshold}, expected 0 to 1")
+        # Logits are divided by it in fp32, where less than about 1e-36 makes infinities of them.
+        if self.temperature != 0 and not 1e-30 <= self.temperature <= sys.float_info.max:
+            raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy), or 1e-30 and above, finite")
+        if self.top_k is not None:
+            integer("top_k", self.top_k, 1)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, expected above 0 and at most 1")
+        for token in self.eos_token_ids:
+            if not is_integer(token) or not 0 <= token < config.vocab_size:
+                raise ValueError(f"eos_token_id is {token!r}, expected 0 to {config.vocab_size - 1}")
+        if not isinstance(self.logprobs, bool):
+            raise ValueError(f"logprobs is {self.logprobs!r}, expected True or False")
+        if bad := [text for text in self.stop if not isinstance(text, str) or not text]:
+            raise ValueError(f"stop holds {bad[0]!r}, expected texts of at least a character")
+        if self.mode in ("mask_diffusion", "speculative") and self.block_size > config.block_size:
+            message = (
+                f"block_size {self.block_size} is above the {config.block_size} that the denoiser was trained with: "
+                "expect worse text"
+            )
+            warnings.warn(message, stacklevel=5)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `on_step` is told after every denoiser pass (token, in the autoregressive modes; cycle, in speculative)."""
+
+    rows: list[int]  # which prompts of the batch took part: R of them
+    start: list[int]  # [R] position in its sequence, prompt included, of each row's first token here
+    step: int  # denoising step inside the block, from 0; 0 in the autoregressive modes
+    tokens: Tensor  # [R, L] after the step, masked positions holding the mask token
+    confidence: Tensor  # [R, L] probability of this step's predictions; 0 where none was needed
+    committed: Tensor  # [R, L] bool: positions that took their token in this step
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` returns: a value for each row."""
+
+    tokens: list[list[int]]  # new tokens, ending with the end-of-sequence token if there was one
+    nfe: list[int]  # denoiser passes (number of function evaluations)
+    cycles: list[int] = field(default_factory=list)  # in speculative: drafts that were verified
+    # "eos": an end-of-sequence token; "stop": a stop string; "length": max_new_tokens.
+    finish_reason: list[str] = field(default_factory=list, compare=False)
+    # Where asked for: of each token, as the model predicted it when it was committed, at temperature 1.
+    logprobs: list[list[float]] = field(default_factory=list, compare=False)
+    _texts: Callable[[], list[str]] = field(default=list, compare=False, repr=False)
+
+    @cached_property
+    def text(self) -> list[str]:
+        """The new text, cut where a stop string begins; special tokens have none."""
+        return self._texts()
