@@ -10,21 +10,26 @@ from .lang import Operands, activate, end_of, find_tile, pairs_of, product
 
 
 @triton.jit
-def _pick_tile(i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED: tl.constexpr, BLOCK_T: tl.constexpr):
+def _pick_tile(
+    i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
     """Tile i: (whether it is the shared expert's, expert or -1, first row, end of its rows, tile of N).
 
-    The shared expert's come first: no list to wait for, and where it is the wider one they take the longest."""
+    The shared expert's come first: nothing to look for, and where it is the wider one they take the longest."""
     if SHARED:
         shared = i < sizes.shared_tiles
         if shared:
             expert, first, end = find_tile(tiles_ptr, i // m_tiles, sizes.T, True, BLOCK_T)
             n = i % m_tiles
         else:
-            expert, first, end = find_tile(tiles_ptr, (i - sizes.shared_tiles) // n_tiles, sizes.T, False, BLOCK_T)
-            n = (i - sizes.shared_tiles) % n_tiles
+            routed = i - sizes.shared_tiles
+            expert, first, end = find_tile(
+                tiles_ptr, routed // n_tiles, sizes.T, False, BLOCK_T, sizes.R, sizes.E, BLOCK_E
+            )  # fmt: skip
+            n = routed % n_tiles
     else:
         shared = False
-        expert, first, end = find_tile(tiles_ptr, i // n_tiles, sizes.T, False, BLOCK_T)
+        expert, first, end = find_tile(tiles_ptr, i // n_tiles, sizes.T, False, BLOCK_T, sizes.R, sizes.E, BLOCK_E)
         n = i % n_tiles
     return shared, expert, first, end, n
 
@@ -47,7 +52,7 @@ def _up_tile(
         mask_pairs = mask_t
         if SHARED:
             mask_pairs = mask_t & (not is_shared)
-        pair = pairs_of(sorted_pairs_ptr, rows, mask_pairs, sizes.T * sizes.top_k)
+        pair = pairs_of(sorted_pairs_ptr, rows, mask_pairs, sizes.R)
         at = (pair.to(tl.int32) // sizes.top_k).to(tl.int64)
     if SHARED:
         if not SORTED:
@@ -91,13 +96,14 @@ def _experts_up_kernel(
     shared_out,  # [T, M]
     shared_step,
     sorted_pairs_ptr,  # [R] int64: pairs t * top_k + k
-    tiles_ptr,
+    tiles_ptr,  # the list; where BLOCK_E the offsets [E], in which a program searches for its tile
     sizes,  # Extents
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SORTED: tl.constexpr,
     SWAP: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -111,14 +117,16 @@ def _experts_up_kernel(
     if PERSISTENT:
         count = sizes.shared_tiles + tl.load(tiles_ptr).to(tl.int32) * n_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
-            is_shared, expert, first, end, n = _pick_tile(i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED, BLOCK_T)
+            is_shared, expert, first, end, n = _pick_tile(
+                i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED, BLOCK_T, BLOCK_E
+            )
             _up_tile(
                 *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n),
                 *(SHARED, GATED, ACTIVATION, SORTED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
             )
     else:
         i = tl.program_id(0)
-        is_shared, expert, first, end, n = _pick_tile(i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED, BLOCK_T)
+        is_shared, expert, first, end, n = _pick_tile(i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED, BLOCK_T, BLOCK_E)
         if expert >= 0:
             _up_tile(
                 *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n),
@@ -128,7 +136,7 @@ def _experts_up_kernel(
 
 @triton.jit
 def _down_tile(
-    routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d, SHARED: tl.constexpr,
+    routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, d, SHARED: tl.constexpr,
     TWO: tl.constexpr, TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +169,7 @@ def _down_tile(
     mask_pairs = mask_t
     if SHARED:
         mask_pairs = mask_t & (not is_shared)
-    at = pairs_of(sorted_pairs_ptr, rows, mask_pairs, R)
+    at = pairs_of(sorted_pairs_ptr, rows, mask_pairs, sizes.R)
     if SHARED:
         at = tl.where(is_shared, rows, at)
     offs_d = d0 + tl.arange(0, BLOCK_N)
@@ -184,13 +192,13 @@ def _experts_down_kernel(
     shared_out,  # [T, D]
     shared_step,
     sorted_pairs_ptr,
-    tiles_ptr,
-    R,
+    tiles_ptr,  # the list; where BLOCK_E the offsets [E], in which a program searches for its tile
     sizes,  # Extents
     TWO: tl.constexpr,  # a2 w2 is added: the gate's part of a gradient
     TRANSPOSED: tl.constexpr,
     SWAP: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -204,17 +212,19 @@ def _experts_down_kernel(
     if PERSISTENT:
         count = sizes.shared_tiles + tl.load(tiles_ptr).to(tl.int32) * d_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
-            is_shared, expert, first, end, d = _pick_tile(i, tiles_ptr, sizes, d_tiles, d_tiles, SHARED, BLOCK_T)
+            is_shared, expert, first, end, d = _pick_tile(
+                i, tiles_ptr, sizes, d_tiles, d_tiles, SHARED, BLOCK_T, BLOCK_E
+            )
             _down_tile(
-                *(routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d),
+                *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, d),
                 *(SHARED, TWO, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
             )
     else:
         i = tl.program_id(0)
-        is_shared, expert, first, end, d = _pick_tile(i, tiles_ptr, sizes, d_tiles, d_tiles, SHARED, BLOCK_T)
+        is_shared, expert, first, end, d = _pick_tile(i, tiles_ptr, sizes, d_tiles, d_tiles, SHARED, BLOCK_T, BLOCK_E)
         if expert >= 0:
             _down_tile(
-                *(routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d),
+                *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, d),
                 *(SHARED, TWO, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
             )
 
