@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..runtime.lang import sum_of_pairs
 from .lang import Operands, activate, end_of, find_tile, pairs_of, product
 
 # The shared expert is more tiles of the same grids. A tile picks its operands, descriptors too, and then there is one
@@ -268,7 +269,7 @@ def _experts_schedule_kernel(
 @triton.jit
 def _experts_combine_kernel(
     pairs_ptr,  # [T * K, D]
-    ids_ptr,  # [T, K]: pairs of ids that are not 0 to E - 1 have not been written
+    ids_ptr,  # [T, K]
     weights_ptr,  # [T, K], or None: 1
     shared_ptr,  # [T, D] or None
     y_ptr,  # [T, D]
@@ -285,14 +286,7 @@ def _experts_combine_kernel(
     acc = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     if weights_ptr is not None:
         acc = tl.float64 if weights_ptr.dtype.element_ty == tl.float64 else acc
-    y = tl.zeros((BLOCK_D,), dtype=acc)
-    for k in tl.static_range(K):  # unrolled: all K rows are on their way at once
-        expert = tl.load(ids_ptr + t * K + k)
-        columns = tl.where(tl.where(expert < 0, E, expert) < E, D, 0)  # that this pair has
-        pair = tl.load(pairs_ptr + (t * K + k) * D + offs_d, mask=offs_d < columns, other=0.0).to(acc)
-        if weights_ptr is not None:
-            pair *= tl.load(weights_ptr + t * K + k, mask=columns > 0, other=0.0).to(acc)
-        y += pair
+    y = sum_of_pairs(pairs_ptr, ids_ptr, weights_ptr, t, offs_d, E, D, K, acc)
     if shared_ptr is not None:
         y += tl.load(shared_ptr + t * D + offs_d, mask=mask, other=0.0).to(acc)
     tl.store(y_ptr + t * D + offs_d, y.to(y_ptr.dtype.element_ty), mask=mask)

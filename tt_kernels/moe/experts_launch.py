@@ -10,9 +10,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.moe import PlainWeights
-from ..runtime.checks import refuse
 from ..runtime.launch import L, Launch, architecture, by_tma, multiprocessors, run, tuned
-from .experts_kernels import _experts_combine_kernel, _experts_down_kernel, _experts_schedule_kernel, _experts_up_kernel
+from .experts_kernels import _experts_down_kernel, _experts_schedule_kernel, _experts_up_kernel
 from .lang import ABSENT, Operands
 
 
@@ -352,23 +351,6 @@ def rows_down(
     return y, shared_y
 
 
-def combine(
-    pairs: Tensor, topk_ids: Tensor, y: Tensor, E: int, *, topk_weights: Tensor | None = None, shared: Tensor | None
-) -> Tensor:
-    """Writes the sum over a token's pairs to y: (K + 1) T D itemsize bytes read, T D written: at 16 tokens 0.7 MB."""
-    T, D = y.shape
-    # Eight elements a thread: 16-byte loads; several programs a token while tokens are few.
-    block = min(triton.next_power_of_2(D), 1024)
-    run(
-        _experts_combine_kernel,
-        (T, triton.cdiv(D, block)),
-        *(pairs, topk_ids, topk_weights, shared, y, E, D),
-        K=topk_ids.shape[1],
-        launch=Launch(BLOCK_D=block, num_warps=max(block // 256, 1)),
-    )
-    return y
-
-
 def by_owner(matrices: Sequence[Tensor | None]) -> tuple[PlainWeights, PlainWeights | None]:
     """The routed experts' weights and the shared one's from the registered ops' flat list."""
     up, down, gate, shared_up, shared_down, shared_gate = matrices
@@ -376,25 +358,3 @@ def by_owner(matrices: Sequence[Tensor | None]) -> tuple[PlainWeights, PlainWeig
     if shared_up is None or shared_down is None:
         return PlainWeights(up, down, gate), None
     return PlainWeights(up, down, gate), PlainWeights(shared_up, shared_down, shared_gate)
-
-
-def _experts_fwd(
-    x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    sorted_pairs: Tensor,
-    offsets: Tensor,
-    matrices: Sequence[Tensor | None],
-    activation: str,
-) -> Tensor:
-    weights, shared = by_owner(matrices)
-    if len(sorted_pairs) != topk_ids.numel():  # callers that skip checks, and graphs, have not been checked
-        refuse("experts", "sorted_pairs", list(sorted_pairs.shape), f"T*K={topk_ids.numel()} pairs")
-    if len(offsets) != len(weights.up):
-        refuse("experts", "offsets", list(offsets.shape), f"E={len(weights.up)} of them")
-    x, pairs = x.contiguous(), Pairs(sorted_pairs.contiguous(), offsets.contiguous())
-    h, shared_h = rows_up(x, pairs, weights, shared, activation)
-    alone = None if shared is None or shared_h is None else operands(shared_h, shared.down, None)
-    rows, shared_y = rows_down(operands(h, weights.down, None), alone, pairs, x.shape[1])
-    y, topk_weights = x.new_empty(x.shape), topk_weights.contiguous()
-    return combine(rows, topk_ids.contiguous(), y, len(weights.up), topk_weights=topk_weights, shared=shared_y)

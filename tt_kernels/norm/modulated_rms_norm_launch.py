@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, multiprocessors, run
-from ..runtime.structs import rows_of
+from ..runtime.structs import Parts, rows_of
 from .modulated_rms_norm_kernels import _modulated_rms_norm_bwd_kernel, _modulated_rms_norm_fwd_kernel
 
 
@@ -38,6 +38,31 @@ class NormGradients(NamedTuple):
     dgate: Tensor
 
 
+def launch_fwd(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    norm_first: bool,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    out: tuple[Tensor, Tensor, Tensor],
+    parts: Parts | None = None,
+) -> None:
+    """Writes y, residual and rstd: `out`."""
+    D, L = x.shape[-1], x.shape[-2] if x.dim() > 1 else 1
+    run(
+        _modulated_rms_norm_fwd_kernel,
+        (x.shape[:-1].numel() if D else 0,),
+        *(rows_of(x), weight.contiguous(), *map(rows_of, (shift, scale, branch, gate)), parts, *out, L, D),
+        EPS=eps,
+        NORM_FIRST=norm_first,
+        K=0 if parts is None else parts.ids.shape[1],
+        launch=rms_norm_launch(D, elements=16),
+    )
+
+
 def _modulated_rms_norm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -50,15 +75,7 @@ def _modulated_rms_norm_fwd(
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = _modulated_rms_norm_fwd_fake(x, weight, eps, dtype, norm_first, shift, scale, branch, gate)
-    D, L = x.shape[-1], x.shape[-2] if x.dim() > 1 else 1
-    run(
-        _modulated_rms_norm_fwd_kernel,
-        (x.shape[:-1].numel() if D else 0,),
-        *(rows_of(x), weight.contiguous(), *map(rows_of, (shift, scale, branch, gate)), *out, L, D),
-        EPS=eps,
-        NORM_FIRST=norm_first,
-        launch=rms_norm_launch(D, elements=16),
-    )
+    launch_fwd(x, weight, eps, norm_first, shift, scale, branch, gate, out)
     return out
 
 
