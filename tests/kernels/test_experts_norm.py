@@ -1,5 +1,6 @@
 """Experts and the norm that follows them: bit for bit the two ops, whose gradients they are."""
 
+import re
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from parity import DEVICE, KERNELS, SANITIZE, leaves, make, with_leaves
 from torch import Tensor
 
 from cards import OPS
+from tools import aot
 from tt_kernels import Modulated, experts, experts_norm, modulated_rms_norm
 from tt_kernels.runtime.launch import INTERPRET, recording
 
@@ -94,3 +96,21 @@ def test_bad_input(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         experts_norm(**kwargs | wrong)
     assert message in str(error.value)
+
+
+@pytest.mark.skipif(INTERPRET, reason="kernels that are interpreted cannot be compiled")
+@pytest.mark.parametrize("wide", [(), ("residual",)])
+@pytest.mark.parametrize("B", [1, 32])
+def test_compiled_sums_are_those_of_the_norm_alone(B: int, wide: tuple[str, ...], monkeypatch: Any) -> None:
+    """A row lies in the same way in the same number of threads, so its squares are added in the same order."""
+    monkeypatch.setattr(aot.driver, "_active", aot.Target(90))
+    found = []
+    for fn in (experts_norm, two_ops):
+        with torch.device("meta"), recording(90) as seen:
+            kwargs = OP.inputs(torch.bfloat16, B=B, L=16, D=2688, N=64, E=8, K=6, M=64)
+            fn(**with_leaves(kwargs, {name: kwargs[name].float() for name in wide}))
+        kernel, _, args, options = seen[-1]
+        ttgir = kernel.warmup(*args, grid=(1,), **options).asm["ttgir"]
+        layout = re.search(r'"tt\.reduce".*?\}\) : \(tensor<\w+, (#\w+)>\)', ttgir, re.S)[1]
+        found.append((kernel, options["num_warps"], re.search(rf"^{layout} = (.*)$", ttgir, re.M)[1]))
+    assert found[0] == found[1]

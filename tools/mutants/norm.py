@@ -17,7 +17,7 @@ MUTANTS = {
         ("padding counted", "rows.stride + cols, mask=mask, other=0.0", "rows.stride + cols, mask=mask, other=1.0"),
     ],
     ("rms_norm and not modulated", "norm/modulated_rms_norm_launch.py"): [
-        ("last row missed", "(x.shape[:-1].numel() if D else 0,),", "(x.shape[:-1].numel() - 1 if D else 0,),")
+        ("last row missed", "(rows if D else 0,),", "(rows - 1 if D else 0,),")
     ],
     ("modulated", "norm/modulated_rms_norm_kernels.py"): [
         (
