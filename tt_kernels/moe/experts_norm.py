@@ -85,7 +85,7 @@ def experts_norm(
     Numerics: those of the two ops; what the experts return is rounded to the dtype of x before it is added.
     Gradients: for all tensors of floats; where they are wanted the two ops run.
     Raises: what the two ops raise, and ValueError where residual does not have T tokens.
-    Cost: that of `experts` and 4 T D itemsize bytes: bound by reading weights until a few hundred tokens.
+    Cost: that of `experts`, 9 T D flops and 2 T D itemsize bytes: bound by reading weights until a few hundred tokens.
     Source: those of the two ops; TensorRT-LLM too finishes a mixture of experts in the norm that follows.
 
     Example:
