@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tt_kernels import ExpertWeights, Modulated, experts, experts_norm, modulated_rms_norm, route
+from tt_kernels import ExpertWeights, Modulated, experts, experts_norm, route
 
 from ..config import TwoTowerConfig
 from .wide import Wide
@@ -57,7 +57,7 @@ class MoE(nn.Module):
         self.gate = Router(E, D)
         self.experts = Experts(E, config.moe_intermediate_size, D)
         shared = config.moe_shared_expert_intermediate_size
-        self.shared_experts = MLP(D, shared, config.mlp_hidden_act, bias=config.mlp_bias) if shared else None
+        self.shared_experts = MLP(D, shared, config.mlp_hidden_act) if shared else None
         self.load: Tensor | None = None  # [E] tokens each expert got, counted while training balances them
 
     def forward(self, h_BLD: Tensor, x_BLD: Tensor | None = None, **opening: Any) -> Tensor | Modulated:
@@ -78,13 +78,9 @@ class MoE(nn.Module):
         if self.load is not None:
             self.load += torch.bincount(routing.topk_ids.flatten(), minlength=len(self.load))
         stacked = ExpertWeights(self.experts.up_proj, self.experts.down_proj)
-        shared = self.shared_experts
-        folded = None if shared is None or c.mlp_bias else ExpertWeights(shared.up_proj.weight, shared.down_proj.weight)
+        shared = self.shared_experts  # without a bias: `TwoTowerConfig` refuses one beside experts
+        folded = None if shared is None else ExpertWeights(shared.up_proj.weight, shared.down_proj.weight)
         given: dict[str, Any] = dict(shared=folded, activation=c.mlp_hidden_act)
-        whole = shared is None or folded is not None
-        if x_BLD is not None and whole:
-            return experts_norm(h, routing, stacked, x_BLD, opening.pop("weight"), **given, **opening)
-        y = experts(h, routing, stacked, **given).view_as(h_BLD)
-        if shared is not None and not whole:
-            y = y + shared(h_BLD)
-        return y if x_BLD is None else modulated_rms_norm(x_BLD, branch=y, **opening)
+        if x_BLD is None:
+            return experts(h, routing, stacked, **given).view_as(h_BLD)
+        return experts_norm(h, routing, stacked, x_BLD, opening.pop("weight"), **given, **opening)
