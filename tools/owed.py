@@ -32,7 +32,8 @@ FIRST |= {"context_attention": ("",), "mamba_block": ("",)}
 # Where two launches of mamba_block may overtake one: around 4 rows of 16 tokens, 2 of 32; above 32 it takes two.
 CROSSING = ((4, 16), (5, 16), (8, 16), (2, 32), (3, 32), (1, 33), (4, 64))
 # Tests of what no card shows: neighbours, ties, NaN, tickets over streams and graphs, all lengths, masks of training.
-DEVICE_TESTS = ("attention_*", "graphs_*", "launches_*", "packed", "route_stress", "sampling*", "scan*", "strides_*")
+DEVICE_TESTS = ("attention_*", "experts_*", "graphs_*", "launches_*", "packed", "route_stress", "sampling*", "scan*")
+DEVICE_TESTS += ("strides_*",)
 
 
 class Task(NamedTuple):
