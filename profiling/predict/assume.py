@@ -59,7 +59,7 @@ def _experts(a: Launched) -> tuple[int, int, int]:
     """(experts, sorted rows, tokens)"""
     ids = a.tensor("topk_ids", "ids_ptr", "topk_ids_ptr")
     pairs = a.tensor("sorted_pairs_ptr", "sorted_pairs")
-    rows = a.number("R", "sizes.R") or (pairs.numel() if pairs is not None else ids.numel() if ids is not None else 0)
+    rows = a.number("R") or (pairs.numel() if pairs is not None else ids.numel() if ids is not None else 0)
     tokens = a.number("T", "sizes.T")
     if tokens is None:
         tokens = rows // (a.number("sizes.top_k", "K") or 6)

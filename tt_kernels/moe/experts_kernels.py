@@ -12,7 +12,7 @@ from .lang import Operands, activate, end_of, find_tile, pairs_of, product
 
 @triton.jit
 def _pick_tile(
-    i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
+    i, tiles_ptr, R, sizes, n_tiles, m_tiles, SHARED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip
     """Tile i: (whether it is the shared expert's, expert or -1, first row, end of its rows, tile of N).
 
@@ -25,12 +25,12 @@ def _pick_tile(
         else:
             routed = i - sizes.shared_tiles
             expert, first, end = find_tile(
-                tiles_ptr, routed // n_tiles, sizes.T, False, BLOCK_T, sizes.R, sizes.E, BLOCK_E
+                tiles_ptr, routed // n_tiles, sizes.T, False, BLOCK_T, R, sizes.E, BLOCK_E
             )  # fmt: skip
             n = routed % n_tiles
     else:
         shared = False
-        expert, first, end = find_tile(tiles_ptr, i // n_tiles, sizes.T, False, BLOCK_T, sizes.R, sizes.E, BLOCK_E)
+        expert, first, end = find_tile(tiles_ptr, i // n_tiles, sizes.T, False, BLOCK_T, R, sizes.E, BLOCK_E)
         n = i % n_tiles
     return shared, expert, first, end, n
 
@@ -53,7 +53,7 @@ def _up_tile(
         mask_pairs = mask_t
         if SHARED:
             mask_pairs = mask_t & (not is_shared)
-        pair = pairs_of(sorted_pairs_ptr, rows, mask_pairs, sizes.R)
+        pair = pairs_of(sorted_pairs_ptr, rows, mask_pairs, sizes.T * sizes.top_k)
         at = (pair.to(tl.int32) // sizes.top_k).to(tl.int64)
     if SHARED:
         if not SORTED:
@@ -109,6 +109,7 @@ def _experts_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    R = sizes.T * sizes.top_k
     n_tiles, m_tiles = tl.cdiv(sizes.N, BLOCK_N), tl.cdiv(sizes.M, BLOCK_N)
     SHARED: tl.constexpr = shared_a is not None
     routed = Operands(a, w, w2, a2, out, step)
@@ -119,7 +120,7 @@ def _experts_up_kernel(
         count = sizes.shared_tiles + tl.load(tiles_ptr).to(tl.int32) * n_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
             is_shared, expert, first, end, n = _pick_tile(
-                i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED, BLOCK_T, BLOCK_E
+                i, tiles_ptr, R, sizes, n_tiles, m_tiles, SHARED, BLOCK_T, BLOCK_E
             )
             _up_tile(
                 *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n),
@@ -127,7 +128,9 @@ def _experts_up_kernel(
             )
     else:
         i = tl.program_id(0)
-        is_shared, expert, first, end, n = _pick_tile(i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED, BLOCK_T, BLOCK_E)
+        is_shared, expert, first, end, n = _pick_tile(
+            i, tiles_ptr, R, sizes, n_tiles, m_tiles, SHARED, BLOCK_T, BLOCK_E
+        )
         if expert >= 0:
             _up_tile(
                 *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n),
@@ -137,7 +140,7 @@ def _experts_up_kernel(
 
 @triton.jit
 def _down_tile(
-    routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, d, SHARED: tl.constexpr,
+    routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d, SHARED: tl.constexpr,
     TWO: tl.constexpr, TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +173,7 @@ def _down_tile(
     mask_pairs = mask_t
     if SHARED:
         mask_pairs = mask_t & (not is_shared)
-    at = pairs_of(sorted_pairs_ptr, rows, mask_pairs, sizes.R)
+    at = pairs_of(sorted_pairs_ptr, rows, mask_pairs, R)
     if SHARED:
         at = tl.where(is_shared, rows, at)
     offs_d = d0 + tl.arange(0, BLOCK_N)
@@ -194,6 +197,7 @@ def _experts_down_kernel(
     shared_step,
     sorted_pairs_ptr,
     tiles_ptr,  # the list; where BLOCK_E the offsets [E], in which a program searches for its tile
+    R,
     sizes,  # Extents
     TWO: tl.constexpr,  # a2 w2 is added: the gate's part of a gradient
     TRANSPOSED: tl.constexpr,
@@ -214,18 +218,20 @@ def _experts_down_kernel(
         count = sizes.shared_tiles + tl.load(tiles_ptr).to(tl.int32) * d_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
             is_shared, expert, first, end, d = _pick_tile(
-                i, tiles_ptr, sizes, d_tiles, d_tiles, SHARED, BLOCK_T, BLOCK_E
+                i, tiles_ptr, R, sizes, d_tiles, d_tiles, SHARED, BLOCK_T, BLOCK_E
             )
             _down_tile(
-                *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, d),
+                *(routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d),
                 *(SHARED, TWO, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
             )
     else:
         i = tl.program_id(0)
-        is_shared, expert, first, end, d = _pick_tile(i, tiles_ptr, sizes, d_tiles, d_tiles, SHARED, BLOCK_T, BLOCK_E)
+        is_shared, expert, first, end, d = _pick_tile(
+            i, tiles_ptr, R, sizes, d_tiles, d_tiles, SHARED, BLOCK_T, BLOCK_E
+        )
         if expert >= 0:
             _down_tile(
-                *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, d),
+                *(routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d),
                 *(SHARED, TWO, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
             )
 

@@ -216,16 +216,15 @@ class Pairs:
 
 
 class Extents(NamedTuple):
-    """Sizes that both product kernels take: R sorted rows of E experts, T tokens."""
+    """Sizes that both product kernels take."""
 
-    R: int
-    E: int
     T: int
     top_k: int
     D: int
     N: int
     M: int  # width of the shared expert, 0 without
     shared_tiles: int
+    E: int
 
 
 def described(tensors: Sequence[Any], block: tuple[int, int] | None, architecture: int) -> list[Any]:
@@ -299,7 +298,7 @@ def rows_up(
         _experts_up_kernel,
         programs(launch, shared_tiles + most * triton.cdiv(N, launch.BLOCK_N), x),
         *one_by_one(both, sizes.architecture, row_block if launch.SORTED else None, block),
-        *(pairs.order, listed, Extents(R, E, T, R // T, D, N, M, shared_tiles)),
+        *(pairs.order, listed, Extents(T, R // T, D, N, M, shared_tiles, E)),
         BLOCK_E=block_e,
         GATED=weights.gate is not None,
         ACTIVATION=activation,
@@ -342,7 +341,7 @@ def rows_down(
         _experts_down_kernel,
         programs(launch, shared_tiles + most * d_tiles, y),
         *one_by_one(both, sizes.architecture, (launch.BLOCK_T, launch.BLOCK_K), block if whole else None),
-        *(pairs.order, listed, Extents(R, len(pairs.offsets), T, 1, D, N, M, shared_tiles)),
+        *(pairs.order, listed, R, Extents(T, 1, D, N, M, shared_tiles, len(pairs.offsets))),
         BLOCK_E=block_e,
         TWO=two,
         TRANSPOSED=transposed,
