@@ -4,10 +4,12 @@ import torch
 
 from tt_kernels.moe.experts import experts
 from tt_kernels.moe.experts_launch import HiddenLaunch, ProductLaunch, UpLaunch, WeightsLaunch
+from tt_kernels.moe.experts_norm import experts_norm
 from tt_kernels.moe.route import route
 from tt_kernels.moe.route_launch import FewLaunch, ScoresLaunch
 from tt_kernels.reference.moe import ACTIVATIONS, ExpertWeights, Routing
 
+from .norm import modulated_inputs
 from .op import Op
 
 
@@ -34,6 +36,18 @@ def _experts_cost(itemsize, T, D, N, E, K, gated=0, M=0, **_):
     hit = round(E * (1 - (1 - K / E) ** T))  # expected, with even choices
     matrices = 2 + gated
     return 2 * matrices * T * D * (K * N + M), (matrices * D * (hit * N + M) + 2 * T * D) * itemsize
+
+
+def _norm_inputs(dtype, B, L, D, N, E, K, gated=0, M=0, plain=0, norm_first=0):
+    moe, dims = _experts_inputs(dtype, B * L, D, N, E, K, gated, M), dict(B=B, L=L, D=D)
+    norm = modulated_inputs(dtype, **dims, plain=plain, norm_first=norm_first)
+    norm |= dict(residual=norm.pop("x"), norm_weight=norm.pop("weight"))
+    return moe | {name: value for name, value in norm.items() if name != "branch"}
+
+
+def _norm_cost(itemsize, B, L, D, **dims):
+    (flops, moved), T = _experts_cost(itemsize, B * L, D, **dims), B * L
+    return flops + 9 * T * D, moved + 2 * T * D * itemsize
 
 
 _OPTIONS = ("BLOCK_T", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "SWAP", "PERSISTENT", "SORTED")
@@ -134,6 +148,30 @@ OPS = (
         },
         candidates=CANDIDATES,
         cost=_experts_cost,
+    ),
+    Op(
+        fn=experts_norm,
+        inputs=_norm_inputs,
+        cases=(
+            dict(B=2, L=3, D=29, N=11, E=4, K=2, M=9),
+            dict(B=2, L=3, D=29, N=11, E=4, K=2, M=9, norm_first=1),
+            dict(B=3, L=1, D=64, N=24, E=6, K=3, gated=1, plain=1),
+            dict(B=1, L=245, D=16, N=16, E=2, K=1, M=32),  # enough rows for the form for many tokens
+            dict(B=1, L=0, D=8, N=16, E=4, K=2),
+        ),
+        shapes=(
+            *(dict(B=B, L=16, D=2688, N=1856, E=128, K=6, M=3712) for B in (1, 32)),
+            dict(B=1, L=1, D=2688, N=1856, E=128, K=6, M=3712, plain=1),
+            dict(B=1, L=4096, D=2688, N=1856, E=128, K=6, M=3712, plain=1),
+        ),
+        outputs=("y", "residual"),
+        grads=(),  # for all floats, those of the two ops, which run where they are wanted: test_experts_norm.py
+        kernels=(
+            *("_experts_schedule_kernel", "_experts_up_kernel", "_experts_down_kernel"),
+            "_modulated_rms_norm_fwd_kernel",
+        ),
+        tensor_cores={"_experts_up_kernel": "BLOCK_N", "_experts_down_kernel": "BLOCK_N"},
+        cost=_norm_cost,
     ),
     Op(
         fn=route,

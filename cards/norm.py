@@ -14,7 +14,7 @@ def _gated(dtype, T, D, groups):
     return dict(x=x, z=z, weight=torch.randn(D, dtype=dtype), groups=groups)
 
 
-def _modulated(dtype, B, L, D, plain=0, norm_first=0):
+def modulated_inputs(dtype, B, L, D, plain=0, norm_first=0):
     x, branch = torch.randn(2, B, L, D, dtype=dtype)
     weight = torch.randn(D, dtype=dtype)
     if plain:
@@ -43,7 +43,7 @@ OPS = (
     ),
     Op(
         fn=modulated_rms_norm,
-        inputs=_modulated,
+        inputs=modulated_inputs,
         cases=(
             dict(B=2, L=3, D=29),
             dict(B=2, L=3, D=29, norm_first=1),

@@ -61,7 +61,8 @@ def dims_of_pass(c: TwoTowerConfig, batch: int, context: int) -> dict[str, dict[
     """The sizes at which a denoiser pass over half-masked blocks calls each op, by the names that its card uses."""
     L = c.block_size
     width = c.mamba_num_heads * c.mamba_head_dim
-    moe = dict(T=batch * L, D=c.hidden_size, E=c.n_routed_experts, K=c.num_experts_per_tok)
+    choice = dict(D=c.hidden_size, E=c.n_routed_experts, K=c.num_experts_per_tok)
+    moe = dict(N=c.moe_intermediate_size, M=c.moe_shared_expert_intermediate_size, **choice)
     scan = dict(H=c.mamba_num_heads, P=c.mamba_head_dim, G=c.n_groups, N=c.ssm_state_size)
     heads = dict(Hq=c.num_attention_heads, Hkv=c.num_key_value_heads, P=c.head_dim)
     return {
@@ -69,8 +70,9 @@ def dims_of_pass(c: TwoTowerConfig, batch: int, context: int) -> dict[str, dict[
         "modulated_rms_norm": dict(B=batch, L=L, D=c.hidden_size),
         "gated_group_norm": dict(T=batch * L, D=width, groups=c.n_groups),
         "mamba_block": dict(b=batch, L=L, K=c.conv_kernel, **scan),
-        "route": moe,
-        "experts": dict(N=c.moe_intermediate_size, M=c.moe_shared_expert_intermediate_size, **moe),
+        "route": dict(T=batch * L, **choice),
+        "experts": dict(T=batch * L, **moe),
+        "experts_norm": dict(B=batch, L=L, **moe),
         "context_attention": dict(B=batch, L=L, S=context, **heads),
         "unmask": dict(B=batch, L=L // 2, D=c.hidden_size, V=c.vocab_size),  # of the rest nobody needs the logits
     }

@@ -34,8 +34,9 @@ LADDER = (
     ("tt_model.cli",),
 )
 RUNG = {unit: rung for rung, units in enumerate(LADDER) for unit in units}
-# Families may use the parts of those before them: the scan that starts from a projection convolves it first.
-FAMILIES = {("tt_kernels.ssm", "tt_kernels.conv1d")}
+# Families may use the parts of those before them: the scan that starts from a projection convolves it first, and a norm
+# sums what experts have made.
+FAMILIES = {("tt_kernels.ssm", "tt_kernels.conv1d"), ("tt_kernels.moe", "tt_kernels.norm")}
 
 LINE_LIMIT = 400
 

@@ -24,7 +24,7 @@ else:
     )
     from .conv1d import causal_conv1d, conv_advance, conv_block_states
     from .loss import linear_cross_entropy
-    from .moe import ExpertWeights, Matrix, Routing, experts, route
+    from .moe import ExpertWeights, Matrix, Routing, experts, experts_norm, route
     from .norm import Modulated, gated_group_norm, modulated_rms_norm, rms_norm
     from .runtime.checks import skip_checks, trusted
     from .runtime.registry import use
@@ -65,6 +65,7 @@ __all__ = [
     "conv_advance",
     "conv_block_states",
     "experts",
+    "experts_norm",
     "gated_group_norm",
     "gumbel_noise",
     "head_sample",

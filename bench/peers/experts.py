@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tt_kernels import experts, modulated_rms_norm
 from tt_kernels.reference.moe import ACTIVATIONS
 
 from .base import Arguments, Call, Peer, Unavailable, needs, on_gpu, only
@@ -88,10 +90,22 @@ def triton_kernels(a: Arguments) -> Call:
     return _with_shared(a, routed)
 
 
+def apart(a: Arguments) -> Call:
+    """Our own two ops, a launch more."""
+
+    def both() -> Any:
+        branch = experts(a.x, a.routing, a.weights, shared=a.shared, activation=a.activation).view(a.residual.shape)
+        more = dict(branch=branch, gate=a.gate, order=a.order, eps=a.eps)
+        return modulated_rms_norm(a.residual, a.norm_weight, a.shift, a.scale, **more)
+
+    return both
+
+
 PEERS = {
+    "experts_norm": (Peer("apart", apart),),
     "experts": (
         Peer("grouped_mm", grouped_mm, backward=True),
         Peer("vllm", vllm_fused_moe),
         Peer("triton_kernels", triton_kernels),
-    )
+    ),
 }

@@ -63,7 +63,7 @@ def _experts(a: Launched) -> tuple[int, int, int]:
     tokens = a.number("T", "sizes.T")
     if tokens is None:
         tokens = rows // (a.number("sizes.top_k", "K") or 6)
-    experts = a.number("E")
+    experts = a.number("E", "sizes.E")
     if experts is None:
         w = a.tensor("w", "up", "down", "w_ptr", "out_ptr", "dw_ptr")
         narrow = a.number("sizes.N") if "up" in a.kernel else a.number("sizes.D")
@@ -79,8 +79,10 @@ def _offsets(a: Launched, t: Tensor) -> Array:
 
 
 def _tiles(a: Launched, t: Tensor) -> Array:
-    """The list that `experts_schedule` writes: its length, then (expert, rows, first row) packed."""
+    """The list that `experts_schedule` writes: its length, then (expert, rows, first row) packed; or the offsets."""
     experts, rows, tokens = _experts(a)
+    if a.options.get("BLOCK_E"):
+        return np.cumsum(expert_rows(rows, experts, tokens))
     block = int(a.options.get("BLOCK_T", 16))
     entries, first = [], 0
     for expert, count in enumerate(expert_rows(rows, experts, tokens)):

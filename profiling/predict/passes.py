@@ -30,6 +30,7 @@ QUIET = {
     "swapaxes", "diagonal", "real", "mT", "data", "_reshape_alias", "broadcast_to", "promote_types", "scalar_tensor",
     "size", "stride", "item", "_local_scalar_dense", "dropout",
 }  # fmt: skip
+COPIES = {"to", "contiguous", "reshape", "flatten"}  # of QUIET, where they cannot be views
 PRODUCTS = {"linear", "mm", "addmm", "bmm", "matmul", "baddbmm", "_grouped_mm"}
 NEAR = 30e6  # bytes, half of an H200's L2
 LEAST = {True: 2.0e-6, False: 1.5e-6}  # s of a small product, of any other small operation: assumed
@@ -72,10 +73,13 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        if function.namespace != "aten" or name in QUIET or getattr(function, "is_view", False):
-            return result
         given = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        own = {t.untyped_storage()._cdata for t in made} - {t.untyped_storage()._cdata for t in given}
+        if name in COPIES and own:
+            name = "_to_copy"  # inference mode shows no parts of what is made of others
+        elif function.namespace != "aten" or name in QUIET or getattr(function, "is_view", False):
+            return result
         if not made:
             return result
         size = lambda t: t.numel() * t.element_size()

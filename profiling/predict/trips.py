@@ -156,7 +156,7 @@ class Program:
         if name == "scf.if":
             return self._if(op)
         if op.regions:
-            return [self._reduce(op)] if name == "tt.reduce" else [UNKNOWN] * max(1, len(op.results))
+            return [self._reduce(op)] if name in ("tt.reduce", "tt.scan") else [UNKNOWN] * max(1, len(op.results))
         if name in ("tt.dot", "ttng.warp_group_dot", "ttng.tc_gen5_mma"):
             self._dot(op)
             return UNKNOWN
@@ -265,8 +265,10 @@ class Program:
 
     def _reduce(self, op: Op) -> Any:
         value = self.of(op.operands[0])
-        inside = {o.name for o in op.regions[0]} - {"tt.reduce.return"}
+        inside = {o.name for o in op.regions[0]} - {"tt.reduce.return", "tt.scan.return"}
         reducers = {"arith.addi": np.sum, "arith.maxsi": np.max, "arith.minsi": np.min, "arith.ori": np.any}
+        if op.name == "tt.scan":
+            reducers = {"arith.addi": np.cumsum}
         if isinstance(value, Unknown | Pointer) or len(inside) != 1 or not inside <= reducers.keys():
             return value if isinstance(value, Unknown) else UNKNOWN
         axis = re.search(r"axis = (\d+)", op.text)

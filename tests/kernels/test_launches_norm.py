@@ -6,13 +6,12 @@ from parity import DEVICE
 
 from tt_kernels import gated_group_norm, modulated_rms_norm, rms_norm
 from tt_kernels.norm.gated_group_norm import gated_group_norm_launch
-from tt_kernels.norm.modulated_rms_norm_launch import bwd_rows, rms_norm_launch
+from tt_kernels.norm.modulated_rms_norm_launch import bwd_launch, bwd_rows, fwd_launch
 
 
 @pytest.mark.parametrize("D", [1, 29, 64, 2688, 4096, 16384])
 def test_a_row_is_one_program(D: int) -> None:
-    for elements in (16, 8):
-        launch = rms_norm_launch(D, elements)
+    for elements, launch in ((8, fwd_launch(16, D, 132)), (16, fwd_launch(4096, D, 132)), (8, bwd_launch(D))):
         assert D <= launch.BLOCK_D < 2 * D or D == launch.BLOCK_D == 1
         assert launch.num_warps in (1, 2, 4, 8, 16)
         assert 32 * elements * launch.num_warps >= launch.BLOCK_D or launch.num_warps == 16

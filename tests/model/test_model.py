@@ -1,5 +1,6 @@
 """The model's own promises: rows do not matter to each other, whole passes equal block by block, errors speak."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIG, prompts_of, random_model
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tt_kernels.runtime.launch import recording
 from tt_model import Step, TwoTower
 from tt_model.checkpoint import start_denoiser
+from tt_model.modeling.moe import MoE
 from tt_model.modeling.two_tower import TimeEmbedder, _frequencies
 from tt_model.training.loop import init_weights
 from tt_model.training.objective import ar_loss, denoiser_loss, mask_blocks
@@ -313,6 +317,34 @@ def test_last_logits_of_a_16_bit_model_are_not_rounded(tmp_path):
     want = cache.last_hidden.float() @ small.context_lm_head.weight.float().T
     torch.testing.assert_close(cache.last_logits, want)
     assert not torch.equal(want, want.bfloat16().float())
+
+
+def test_experts_are_summed_where_the_next_norm_reads_them():
+    with torch.device("meta"), torch.no_grad(), recording(90) as launches:
+        model = TwoTower(replace(CONFIG, dtype=torch.bfloat16)).to(torch.bfloat16)
+        model.context_logits(torch.zeros(1, 8, dtype=torch.int64))
+    names = [kernel.__name__ for kernel, *_ in launches]
+    assert names.count("_experts_down_kernel") == CONFIG.pattern.count("E")
+    assert names.count("_modulated_rms_norm_fwd_kernel") == len(CONFIG.pattern) + 1
+    assert "_experts_combine_kernel" not in names
+
+
+def test_what_stands_in_the_place_of_experts_is_called_with_hidden_states():
+    """Whatever wraps them, torch.compile for one, sees what it sees of other mixers, and nothing changes."""
+    model, ids = random_model(), torch.tensor([[4, 5, 6]])
+    want = model.context_logits(ids)
+    for layer in model.context_tower.layers:
+        layer.mixer = Wrapped(layer.mixer) if isinstance(layer.mixer, MoE) else layer.mixer
+    assert torch.equal(model.context_logits(ids), want)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, h):
+        return self.inner(h)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ pytestmark = [
 ON_CPU = {
     "rms_norm": ("F.rms_norm",),
     "experts": ("grouped_mm",),
+    "experts_norm": ("apart",),
     "context_attention": ("flash", "flex"),
     "append_attention": ("sdpa", "flex"),
     "causal_attention": ("flash", "flex"),

@@ -4,8 +4,6 @@ MUTANTS = {
     ("experts", "moe/experts_kernels.py"): [
         ("last tile missed", "(end - start + BLOCK_T - 1) // BLOCK_T", "(end - start) // BLOCK_T"),
         ("wrong expert", "last[None, :] <= tile[:, None]", "last[None, :] < tile[:, None]"),
-        ("a token's last expert forgotten", "tl.static_range(K)", "tl.static_range(K - 1)"),
-        ("routing weights forgotten", "pair *= tl.load", "tl.load"),
         (
             "sums without the weights' dtype",
             "if weights_ptr.dtype.element_ty == tl.float64 else acc",
@@ -34,8 +32,46 @@ MUTANTS = {
         ("relu, not its square", "h * h, 2 * h", "h, 2 * h"),
         ("sums in 16 bits", "acc, TRANSPOSED, SWAP)", "acc, TRANSPOSED, SWAP).to(tl.float16).to(acc.dtype)"),
         ("the shared expert misses the last row", "tile * 0 + T", "tile * 0 + T - 1"),
+        ("an expert's last tile not found", "tl.maximum(end - start, 0) + BLOCK_T - 1)", "tl.maximum(end - start, 0))"),
+        ("tiles of the experts before counted wrongly", "(tl.cumsum(count, 0) - count)", "tl.cumsum(count, 0)"),
+        ("a tile of two experts", "(within < count)", "(within <= count)"),
+        ("all tiles found are an expert's first rows", "first = start + within * BLOCK_T", "first = start"),
         ("derivative of the square without its 2", "h * h, 2 * h", "h * h, h"),
         ("derivative of sigmoid, not silu", "s * (1 + h * (1 - s))", "s * (1 - s)"),
+    ],
+    ("experts", "runtime/lang.py"): [
+        ("a token's last expert forgotten", "tl.static_range(K)", "tl.static_range(K - 1)"),
+        ("routing weights forgotten", "pair *= tl.load", "tl.load"),
+    ],
+    ("experts_norm", "norm/modulated_rms_norm_kernels.py"): [
+        ("the shared expert forgotten", "step += load_row(branch, row, cols, mask, total)", "step += 0"),
+    ],
+    (
+        "experts_norm",
+        "norm/modulated_rms_norm_kernels.py",
+        "test_experts_norm.py::test_the_same_bits_as_two_ops",
+    ): [
+        ("the sum of experts not rounded", "step = step.to(dtype).to(acc)", "step = step.to(acc)"),
+        (
+            "the sum of experts without the dtype of weights",
+            "tl.float64 if parts.weights.dtype.element_ty == tl.float64 else tl.float32",
+            "tl.float32",
+        ),
+    ],
+    ("experts_norm", "moe/experts_norm.py"): [
+        ("orders swapped", 'order == "norm_modulate"', 'order != "norm_modulate"'),
+        ("the gate forgotten", "shift, scale, gate)\n    return", "shift, scale, None)\n    return"),
+    ],
+    (
+        "experts_norm",
+        "moe/experts_norm.py",
+        "test_experts_norm.py::test_gradients_are_those_of_two_ops",
+    ): [
+        (
+            "gradients of no one but x wanted",
+            "if wants_gradients(x, routing.topk_weights, *data, *of_norm)",
+            "if False",
+        ),
     ],
     ("experts", "moe/experts_backward.py"): [
         ("hidden rows of the first expert", "first, expert * step, n0", "first, 0 * step, n0"),

@@ -17,7 +17,7 @@ MUTANTS = {
         ("padding counted", "rows.stride + cols, mask=mask, other=0.0", "rows.stride + cols, mask=mask, other=1.0"),
     ],
     ("rms_norm and not modulated", "norm/modulated_rms_norm_launch.py"): [
-        ("last row missed", "(x.shape[:-1].numel() if D else 0,),", "(x.shape[:-1].numel() - 1 if D else 0,),")
+        ("last row missed", "(rows if D else 0,),", "(rows - 1 if D else 0,),")
     ],
     ("modulated", "norm/modulated_rms_norm_kernels.py"): [
         (
@@ -25,12 +25,12 @@ MUTANTS = {
             "    acc = rstd_ptr.dtype.element_ty\n    weight = ",
             "    acc = tl.float64 if residual.ptr.dtype.element_ty == tl.float64 else tl.float32\n    weight = ",
         ),
-        ("gate added", "step *= load_row(gate,", "step += load_row(gate,"),
+        ("gate added", "step *= opening", "step += opening"),
         ("residual left out of the norm", "r = rounded.to(acc)  # the norm reads", "r = step  # the norm reads"),
         (
             "1 + forgotten",
-            "factor = 1 + load_row(scale, b, cols, mask, acc)\n    if branch",
-            "factor = load_row(scale, b, cols, mask, acc)\n    if branch",
+            "factor = 1 + load_row(scale, b, cols, mask, acc)\n    if gate",
+            "factor = load_row(scale, b, cols, mask, acc)\n    if gate",
         ),
         ("the first sequence's shift for all", "    b = row // L\n", "    b = row * 0\n"),
         (

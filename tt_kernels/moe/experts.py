@@ -1,5 +1,7 @@
 """The experts: every token through its own few, weighted and summed."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from ..reference.moe import ACTIVATIONS, FORMATS, ExpertWeights, Matrix, Routing
 from ..runtime.checks import check, looks_at, refuse
 from ..runtime.registry import define, takes_kernel
 from .experts_backward import _experts_bwd
-from .experts_launch import _experts_fwd
+from .experts_forward import _experts_fwd
 
 KERNEL_FORMATS = {None}  # of FORMATS, those that kernels read
 
@@ -44,43 +46,111 @@ class _Experts(torch.autograd.Function):
         return None, dx if for_x else None, dweights if for_weights else None, None, None, None, *grads
 
 
-def _check_pairs(topk_ids: Tensor, sorted_pairs: Tensor, offsets: Tensor, E: int) -> None:
+def _check_pairs(op: str, topk_ids: Tensor, sorted_pairs: Tensor, offsets: Tensor, E: int) -> None:
     """Refuse lists that are not of these ids."""
     pairs = len(sorted_pairs)
     outside = sorted_pairs[(sorted_pairs < 0) | (sorted_pairs >= pairs)]
     if len(outside):
-        refuse("experts", "sorted_pairs", outside[0].item(), f"pairs 0 to T*K-1={pairs - 1}")
+        refuse(op, "sorted_pairs", outside[0].item(), f"pairs 0 to T*K-1={pairs - 1}")
     twice = (torch.bincount(sorted_pairs, minlength=pairs) > 1).nonzero()
     if len(twice):
-        raise ValueError(f"experts: sorted_pairs has {twice[0].item()} twice, expected every pair once")
+        raise ValueError(f"{op}: sorted_pairs has {twice[0].item()} twice, expected every pair once")
     expert = torch.where((topk_ids >= 0) & (topk_ids < E), topk_ids, E).flatten()
     right = torch.bincount(expert, minlength=E + 1).cumsum(0)
     wrong = (offsets != right[:E]).nonzero().flatten().tolist()
     if wrong:
         e = wrong[0]
-        refuse("experts", f"offsets[{e}]", offsets[e].item(), f"{right[e].item()}: so many ids are 0 to {e}")
+        refuse(op, f"offsets[{e}]", offsets[e].item(), f"{right[e].item()}: so many ids are 0 to {e}")
     listed = expert[sorted_pairs.long()]
     wrong = (listed[1:] < listed[:-1]).nonzero().flatten().tolist()
     if wrong:
         first, second = sorted_pairs[wrong[0] :][:2].tolist()
         expected = "pairs sorted by expert, those without one last"
-        raise ValueError(f"experts: sorted_pairs has {first} before {second}, expected {expected}")
+        raise ValueError(f"{op}: sorted_pairs has {first} before {second}, expected {expected}")
 
 
 _NAMES = ("up", "down", "gate", "shared_up", "shared_down", "shared_gate")
 
 
-def _check_format(x: Tensor, name: str, matrix: Matrix) -> None:
+def _check_format(op: str, x: Tensor, name: str, matrix: Matrix) -> None:
     """Refuse data and scale that are not as the matrix's format has them."""
     data, scale, stored = matrix
     if stored not in FORMATS:
-        refuse("experts", f"{name}.format", stored, " or ".join(map(repr, FORMATS)))
+        refuse(op, f"{name}.format", stored, " or ".join(map(repr, FORMATS)))
     form = FORMATS[stored]
     if data.dtype != (form.dtype or x.dtype):
-        refuse("experts", name, data.dtype, str(form.dtype) if form.dtype else f"the dtype of x, {x.dtype}")
+        refuse(op, name, data.dtype, str(form.dtype) if form.dtype else f"the dtype of x, {x.dtype}")
     wanted = None if form.scale_shape is None else torch.Size(form.scale_shape(data.shape))
     if (None if scale is None else scale.shape) != wanted:
-        refuse("experts", f"{name}.scale", scale, "None" if wanted is None else f"a tensor {list(wanted)}")
+        refuse(op, f"{name}.scale", scale, "None" if wanted is None else f"a tensor {list(wanted)}")
+
+
+def checked(
+    op: str, x: Tensor, routing: Routing, weights: ExpertWeights, shared: ExpertWeights | None, activation: str
+) -> tuple[bool, Sequence[Tensor | None]]:
+    """Whether `op` runs as kernels, and the tensors of all weights."""
+    if not isinstance(routing, Routing):
+        refuse(op, "routing", routing, "Routing")
+    topk_ids, topk_weights, sorted_pairs, offsets = routing
+    if not isinstance(weights, ExpertWeights):
+        refuse(op, "weights", weights, "ExpertWeights")
+    if not (shared is None or isinstance(shared, ExpertWeights)):
+        refuse(op, "shared", shared, "ExpertWeights")
+    given = (*weights, *(shared or (None, None, None)))
+    stored: dict[str, Matrix] = {}
+    if Matrix in map(type, given):  # a plain tensor stands for a Matrix, unwrapped to save time
+        stored = {name: m for name, m in zip(_NAMES, given, strict=True) if isinstance(m, Matrix)}
+    data = [m.data if isinstance(m, Matrix) else m for m in given] if stored else given
+    up, down, gate, shared_up, shared_down, shared_gate = data
+    check(
+        op,
+        5,
+        x=(x, "T D"),
+        topk_ids=(topk_ids, "T K", int),
+        topk_weights=(topk_weights, "T K"),
+        up=(up, "E N D", object),
+        down=(down, "E D N", object),
+        gate=(gate, "E N D", object),
+        sorted_pairs=(sorted_pairs, "T*K", int),
+        offsets=(offsets, "E", int),
+        shared_up=(shared_up, "M D", object),
+        shared_down=(shared_down, "D M", object),
+        shared_gate=(shared_gate, "M D", object),
+    )
+    assert up is not None
+    if (sorted_pairs is None) != (offsets is None):
+        name = "sorted_pairs" if sorted_pairs is None else "offsets"
+        refuse(op, name, None, "sorted_pairs and offsets, or neither")
+    if activation not in ACTIVATIONS:
+        refuse(op, "activation", activation, " or ".join(map(repr, ACTIVATIONS)))
+    if shared is not None and (shared_up is None or shared_down is None):
+        refuse(op, "shared_up" if shared_up is None else "shared_down", None, "a tensor")
+    if shared is not None and (gate is None) != (shared_gate is None):
+        refuse(op, "shared_gate", shared_gate, "None, as gate is" if gate is None else "a gate, as experts have")
+    for name, matrix in stored.items():
+        _check_format(op, x, name, matrix)
+    for name, tensor in zip(_NAMES, data, strict=True):
+        if tensor is not None and tensor.dtype != x.dtype and name not in stored:
+            refuse(op, name, tensor.dtype, f"the dtype of x, {x.dtype}")
+    if not torch.compiler.is_compiling() and topk_ids.numel() >= 2**31:
+        refuse(op, "topk_ids", list(topk_ids.shape), "fewer than 2^31 pairs")
+    if sorted_pairs is not None and offsets is not None and looks_at(sorted_pairs):
+        _check_pairs(op, topk_ids, sorted_pairs, offsets, len(up))
+    kernel = takes_kernel(op, x, topk_weights, *data)
+    unread = stored and [m.format for m in stored.values() if m.format not in KERNEL_FORMATS]
+    if kernel and unread:
+        what = f"no kernel reads weights in the format {unread[0]!r}"
+        raise NotImplementedError(f'{op}: {what}; use it in `with tt_kernels.use("reference")`')
+    return kernel and x.numel() > 0, data  # without numbers there is nothing to launch
+
+
+def sorted_by_expert(routing: Routing, weights: ExpertWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """topk_weights, topk_ids, sorted_pairs and offsets, the last two made where they are not there."""
+    topk_ids, topk_weights, sorted_pairs, offsets = routing
+    if sorted_pairs is None or offsets is None:
+        up = weights.up.data if isinstance(weights.up, Matrix) else weights.up
+        sorted_pairs, offsets = sort_pairs(topk_ids, len(up))
+    return topk_weights, topk_ids, sorted_pairs, offsets
 
 
 def experts(
@@ -127,60 +197,7 @@ def experts(
         >>> routing = route(x, torch.randn(8, 64), torch.zeros(8), top_k=2)
         >>> y = experts(x, routing, ExpertWeights(up, down))
     """
-    if not isinstance(routing, Routing):
-        refuse("experts", "routing", routing, "Routing")
-    topk_ids, topk_weights, sorted_pairs, offsets = routing
-    if not isinstance(weights, ExpertWeights):
-        refuse("experts", "weights", weights, "ExpertWeights")
-    if not (shared is None or isinstance(shared, ExpertWeights)):
-        refuse("experts", "shared", shared, "ExpertWeights")
-    given = (*weights, *(shared or (None, None, None)))
-    stored: dict[str, Matrix] = {}
-    if Matrix in map(type, given):  # a plain tensor stands for a Matrix, unwrapped to save time
-        stored = {name: m for name, m in zip(_NAMES, given, strict=True) if isinstance(m, Matrix)}
-    data = [m.data if isinstance(m, Matrix) else m for m in given] if stored else given
-    up, down, gate, shared_up, shared_down, shared_gate = data
-    check(
-        "experts",
-        5,
-        x=(x, "T D"),
-        topk_ids=(topk_ids, "T K", int),
-        topk_weights=(topk_weights, "T K"),
-        up=(up, "E N D", object),
-        down=(down, "E D N", object),
-        gate=(gate, "E N D", object),
-        sorted_pairs=(sorted_pairs, "T*K", int),
-        offsets=(offsets, "E", int),
-        shared_up=(shared_up, "M D", object),
-        shared_down=(shared_down, "D M", object),
-        shared_gate=(shared_gate, "M D", object),
-    )
-    assert up is not None
-    if (sorted_pairs is None) != (offsets is None):
-        name = "sorted_pairs" if sorted_pairs is None else "offsets"
-        refuse("experts", name, None, "sorted_pairs and offsets, or neither")
-    if activation not in ACTIVATIONS:
-        refuse("experts", "activation", activation, " or ".join(map(repr, ACTIVATIONS)))
-    if shared is not None and (shared_up is None or shared_down is None):
-        refuse("experts", "shared_up" if shared_up is None else "shared_down", None, "a tensor")
-    if shared is not None and (gate is None) != (shared_gate is None):
-        refuse("experts", "shared_gate", shared_gate, "None, as gate is" if gate is None else "a gate, as experts have")
-    for name, matrix in stored.items():
-        _check_format(x, name, matrix)
-    for name, tensor in zip(_NAMES, data, strict=True):
-        if tensor is not None and tensor.dtype != x.dtype and name not in stored:
-            refuse("experts", name, tensor.dtype, f"the dtype of x, {x.dtype}")
-    if not torch.compiler.is_compiling() and topk_ids.numel() >= 2**31:
-        refuse("experts", "topk_ids", list(topk_ids.shape), "fewer than 2^31 pairs")
-    if sorted_pairs is not None and offsets is not None and looks_at(sorted_pairs):
-        _check_pairs(topk_ids, sorted_pairs, offsets, len(up))
-    kernel = takes_kernel("experts", x, topk_weights, *data)
-    unread = stored and [m.format for m in stored.values() if m.format not in KERNEL_FORMATS]
-    if kernel and unread:
-        what = f"no kernel reads weights in the format {unread[0]!r}"
-        raise NotImplementedError(f'experts: {what}; use it in `with tt_kernels.use("reference")`')
-    if not kernel or not x.numel():  # without numbers there is nothing to launch
+    kernel, data = checked("experts", x, routing, weights, shared, activation)
+    if not kernel:
         return reference.experts(x, routing, weights, shared=shared, activation=activation)
-    if sorted_pairs is None or offsets is None:
-        sorted_pairs, offsets = sort_pairs(topk_ids, len(up))
-    return _Experts.apply(activation, x, topk_weights, topk_ids, sorted_pairs, offsets, *data)
+    return _Experts.apply(activation, x, *sorted_by_expert(routing, weights), *data)

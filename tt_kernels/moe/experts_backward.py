@@ -10,11 +10,11 @@ from torch import Tensor
 from ..reference.common import compute_dtype
 from ..reference.moe import PlainWeights
 from ..runtime.launch import run
+from .experts_forward import combine
 from .experts_launch import (
     Pairs,
     Sizes,
     by_owner,
-    combine,
     described,
     hidden_launch,
     operands,

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..runtime.lang import sum_of_pairs
 from .lang import Operands, activate, end_of, find_tile, pairs_of, product
 
 # The shared expert is more tiles of the same grids. A tile picks its operands, descriptors too, and then there is one
@@ -10,21 +11,26 @@ from .lang import Operands, activate, end_of, find_tile, pairs_of, product
 
 
 @triton.jit
-def _pick_tile(i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED: tl.constexpr, BLOCK_T: tl.constexpr):
+def _pick_tile(
+    i, tiles_ptr, R, sizes, n_tiles, m_tiles, SHARED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
     """Tile i: (whether it is the shared expert's, expert or -1, first row, end of its rows, tile of N).
 
-    The shared expert's come first: no list to wait for, and where it is the wider one they take the longest."""
+    The shared expert's come first: nothing to look for, and where it is the wider one they take the longest."""
     if SHARED:
         shared = i < sizes.shared_tiles
         if shared:
             expert, first, end = find_tile(tiles_ptr, i // m_tiles, sizes.T, True, BLOCK_T)
             n = i % m_tiles
         else:
-            expert, first, end = find_tile(tiles_ptr, (i - sizes.shared_tiles) // n_tiles, sizes.T, False, BLOCK_T)
-            n = (i - sizes.shared_tiles) % n_tiles
+            routed = i - sizes.shared_tiles
+            expert, first, end = find_tile(
+                tiles_ptr, routed // n_tiles, sizes.T, False, BLOCK_T, R, sizes.E, BLOCK_E
+            )  # fmt: skip
+            n = routed % n_tiles
     else:
         shared = False
-        expert, first, end = find_tile(tiles_ptr, i // n_tiles, sizes.T, False, BLOCK_T)
+        expert, first, end = find_tile(tiles_ptr, i // n_tiles, sizes.T, False, BLOCK_T, R, sizes.E, BLOCK_E)
         n = i % n_tiles
     return shared, expert, first, end, n
 
@@ -91,17 +97,19 @@ def _experts_up_kernel(
     shared_out,  # [T, M]
     shared_step,
     sorted_pairs_ptr,  # [R] int64: pairs t * top_k + k
-    tiles_ptr,
+    tiles_ptr,  # the list; where BLOCK_E the offsets [E], in which a program searches for its tile
     sizes,  # Extents
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SORTED: tl.constexpr,
     SWAP: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    R = sizes.T * sizes.top_k
     n_tiles, m_tiles = tl.cdiv(sizes.N, BLOCK_N), tl.cdiv(sizes.M, BLOCK_N)
     SHARED: tl.constexpr = shared_a is not None
     routed = Operands(a, w, w2, a2, out, step)
@@ -111,14 +119,18 @@ def _experts_up_kernel(
     if PERSISTENT:
         count = sizes.shared_tiles + tl.load(tiles_ptr).to(tl.int32) * n_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
-            is_shared, expert, first, end, n = _pick_tile(i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED, BLOCK_T)
+            is_shared, expert, first, end, n = _pick_tile(
+                i, tiles_ptr, R, sizes, n_tiles, m_tiles, SHARED, BLOCK_T, BLOCK_E
+            )
             _up_tile(
                 *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n),
                 *(SHARED, GATED, ACTIVATION, SORTED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
             )
     else:
         i = tl.program_id(0)
-        is_shared, expert, first, end, n = _pick_tile(i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED, BLOCK_T)
+        is_shared, expert, first, end, n = _pick_tile(
+            i, tiles_ptr, R, sizes, n_tiles, m_tiles, SHARED, BLOCK_T, BLOCK_E
+        )
         if expert >= 0:
             _up_tile(
                 *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n),
@@ -184,13 +196,14 @@ def _experts_down_kernel(
     shared_out,  # [T, D]
     shared_step,
     sorted_pairs_ptr,
-    tiles_ptr,
+    tiles_ptr,  # the list; where BLOCK_E the offsets [E], in which a program searches for its tile
     R,
     sizes,  # Extents
     TWO: tl.constexpr,  # a2 w2 is added: the gate's part of a gradient
     TRANSPOSED: tl.constexpr,
     SWAP: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -204,14 +217,18 @@ def _experts_down_kernel(
     if PERSISTENT:
         count = sizes.shared_tiles + tl.load(tiles_ptr).to(tl.int32) * d_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
-            is_shared, expert, first, end, d = _pick_tile(i, tiles_ptr, sizes, d_tiles, d_tiles, SHARED, BLOCK_T)
+            is_shared, expert, first, end, d = _pick_tile(
+                i, tiles_ptr, R, sizes, d_tiles, d_tiles, SHARED, BLOCK_T, BLOCK_E
+            )
             _down_tile(
                 *(routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d),
                 *(SHARED, TWO, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
             )
     else:
         i = tl.program_id(0)
-        is_shared, expert, first, end, d = _pick_tile(i, tiles_ptr, sizes, d_tiles, d_tiles, SHARED, BLOCK_T)
+        is_shared, expert, first, end, d = _pick_tile(
+            i, tiles_ptr, R, sizes, d_tiles, d_tiles, SHARED, BLOCK_T, BLOCK_E
+        )
         if expert >= 0:
             _down_tile(
                 *(routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d),
@@ -258,7 +275,7 @@ def _experts_schedule_kernel(
 @triton.jit
 def _experts_combine_kernel(
     pairs_ptr,  # [T * K, D]
-    ids_ptr,  # [T, K]: pairs of ids that are not 0 to E - 1 have not been written
+    ids_ptr,  # [T, K]
     weights_ptr,  # [T, K], or None: 1
     shared_ptr,  # [T, D] or None
     y_ptr,  # [T, D]
@@ -275,14 +292,7 @@ def _experts_combine_kernel(
     acc = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     if weights_ptr is not None:
         acc = tl.float64 if weights_ptr.dtype.element_ty == tl.float64 else acc
-    y = tl.zeros((BLOCK_D,), dtype=acc)
-    for k in tl.static_range(K):  # unrolled: all K rows are on their way at once
-        expert = tl.load(ids_ptr + t * K + k)
-        columns = tl.where(tl.where(expert < 0, E, expert) < E, D, 0)  # that this pair has
-        pair = tl.load(pairs_ptr + (t * K + k) * D + offs_d, mask=offs_d < columns, other=0.0).to(acc)
-        if weights_ptr is not None:
-            pair *= tl.load(weights_ptr + t * K + k, mask=columns > 0, other=0.0).to(acc)
-        y += pair
+    y = sum_of_pairs(pairs_ptr, ids_ptr, weights_ptr, t, offs_d, E, D, K, acc)
     if shared_ptr is not None:
         y += tl.load(shared_ptr + t * D + offs_d, mask=mask, other=0.0).to(acc)
     tl.store(y_ptr + t * D + offs_d, y.to(y_ptr.dtype.element_ty), mask=mask)

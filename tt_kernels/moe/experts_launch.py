@@ -10,9 +10,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.moe import PlainWeights
-from ..runtime.checks import refuse
 from ..runtime.launch import L, Launch, architecture, by_tma, multiprocessors, run, tuned
-from .experts_kernels import _experts_combine_kernel, _experts_down_kernel, _experts_schedule_kernel, _experts_up_kernel
+from .experts_kernels import _experts_down_kernel, _experts_schedule_kernel, _experts_up_kernel
 from .lang import ABSENT, Operands
 
 
@@ -203,6 +202,14 @@ class Pairs:
             run(_experts_schedule_kernel, grid, self.offsets, listed, rows, E, tiles, launch=launch)
         return self.lists[block], tiles
 
+    def tiles_of(self, launch: ProductLaunch) -> tuple[Tensor, int, int]:
+        """The list, or the offsets to search; how many tiles there can be; BLOCK_E of a search. The list is a launch,
+        a search 0.3 us of each program, in which another loads where two share a multiprocessor."""
+        E, block = len(self.offsets), launch.BLOCK_T
+        if launch.PERSISTENT or block >= 128:
+            return *self.tiles(block), 0
+        return self.offsets, most_tiles(len(self.order), E, block), triton.next_power_of_2(E)
+
     def tokens(self, x: Tensor) -> Tensor:
         """The tokens of the pairs, a row each, in sorted order."""
         return x.index_select(0, (self.order // (len(self.order) // len(x))).clamp(0, len(x) - 1))
@@ -217,6 +224,7 @@ class Extents(NamedTuple):
     N: int
     M: int  # width of the shared expert, 0 without
     shared_tiles: int
+    E: int
 
 
 def described(tensors: Sequence[Any], block: tuple[int, int] | None, architecture: int) -> list[Any]:
@@ -278,7 +286,7 @@ def rows_up(
     launch = up_launch(sizes)
     M = 0 if shared is None else len(shared.up)
     h, shared_h = x.new_empty(R, N), None if shared is None else x.new_empty(T, M)
-    listed, most = pairs.tiles(launch.BLOCK_T)
+    listed, most, block_e = pairs.tiles_of(launch)
     shared_tiles = triton.cdiv(T, launch.BLOCK_T) * triton.cdiv(M, launch.BLOCK_N)
     rows = pairs.tokens(x) if launch.SORTED else x
     both = (
@@ -290,7 +298,8 @@ def rows_up(
         _experts_up_kernel,
         programs(launch, shared_tiles + most * triton.cdiv(N, launch.BLOCK_N), x),
         *one_by_one(both, sizes.architecture, row_block if launch.SORTED else None, block),
-        *(pairs.order, listed, Extents(T, R // T, D, N, M, shared_tiles)),
+        *(pairs.order, listed, Extents(T, R // T, D, N, M, shared_tiles, E)),
+        BLOCK_E=block_e,
         GATED=weights.gate is not None,
         ACTIVATION=activation,
         launch=launch,
@@ -322,7 +331,7 @@ def rows_down(
         shared_y = y.new_empty(len(shared.a), D)
         shared = shared._replace(out=shared_y)
     T, M = (0, 0) if shared is None else shared.a.shape
-    listed, most = pairs.tiles(launch.BLOCK_T)
+    listed, most, block_e = pairs.tiles_of(launch)
     d_tiles = triton.cdiv(D, launch.BLOCK_N)
     shared_tiles = triton.cdiv(T, launch.BLOCK_T) * d_tiles
     whole = not transposed or (N % launch.BLOCK_K == 0 and M % launch.BLOCK_K == 0)  # else a tile runs into the next
@@ -332,29 +341,13 @@ def rows_down(
         _experts_down_kernel,
         programs(launch, shared_tiles + most * d_tiles, y),
         *one_by_one(both, sizes.architecture, (launch.BLOCK_T, launch.BLOCK_K), block if whole else None),
-        *(pairs.order, listed, R, Extents(T, 1, D, N, M, shared_tiles)),
+        *(pairs.order, listed, R, Extents(T, 1, D, N, M, shared_tiles, len(pairs.offsets))),
+        BLOCK_E=block_e,
         TWO=two,
         TRANSPOSED=transposed,
         launch=launch,
     )
     return y, shared_y
-
-
-def combine(
-    pairs: Tensor, topk_ids: Tensor, y: Tensor, E: int, *, topk_weights: Tensor | None = None, shared: Tensor | None
-) -> Tensor:
-    """Writes the sum over a token's pairs to y: (K + 1) T D itemsize bytes read, T D written: at 16 tokens 0.7 MB."""
-    T, D = y.shape
-    # Eight elements a thread: 16-byte loads; several programs a token while tokens are few.
-    block = min(triton.next_power_of_2(D), 1024)
-    run(
-        _experts_combine_kernel,
-        (T, triton.cdiv(D, block)),
-        *(pairs, topk_ids, topk_weights, shared, y, E, D),
-        K=topk_ids.shape[1],
-        launch=Launch(BLOCK_D=block, num_warps=max(block // 256, 1)),
-    )
-    return y
 
 
 def by_owner(matrices: Sequence[Tensor | None]) -> tuple[PlainWeights, PlainWeights | None]:
@@ -364,25 +357,3 @@ def by_owner(matrices: Sequence[Tensor | None]) -> tuple[PlainWeights, PlainWeig
     if shared_up is None or shared_down is None:
         return PlainWeights(up, down, gate), None
     return PlainWeights(up, down, gate), PlainWeights(shared_up, shared_down, shared_gate)
-
-
-def _experts_fwd(
-    x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    sorted_pairs: Tensor,
-    offsets: Tensor,
-    matrices: Sequence[Tensor | None],
-    activation: str,
-) -> Tensor:
-    weights, shared = by_owner(matrices)
-    if len(sorted_pairs) != topk_ids.numel():  # callers that skip checks, and graphs, have not been checked
-        refuse("experts", "sorted_pairs", list(sorted_pairs.shape), f"T*K={topk_ids.numel()} pairs")
-    if len(offsets) != len(weights.up):
-        refuse("experts", "offsets", list(offsets.shape), f"E={len(weights.up)} of them")
-    x, pairs = x.contiguous(), Pairs(sorted_pairs.contiguous(), offsets.contiguous())
-    h, shared_h = rows_up(x, pairs, weights, shared, activation)
-    alone = None if shared is None or shared_h is None else operands(shared_h, shared.down, None)
-    rows, shared_y = rows_down(operands(h, weights.down, None), alone, pairs, x.shape[1])
-    y, topk_weights = x.new_empty(x.shape), topk_weights.contiguous()
-    return combine(rows, topk_ids.contiguous(), y, len(weights.up), topk_weights=topk_weights, shared=shared_y)

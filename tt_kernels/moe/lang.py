@@ -40,12 +40,30 @@ def pairs_of(sorted_pairs_ptr, rows, mask, R):
 
 
 @triton.jit
-def find_tile(tiles_ptr, tile, T, DENSE: tl.constexpr, BLOCK_T: tl.constexpr):
-    """(expert or -1, first row, end of its rows). DENSE: one expert sees all T rows and nothing is listed."""
+def search_tile(offsets_ptr, tile, R, E, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The entry of this tile in the list, as `_experts_schedule_kernel` writes it, from where the experts' rows end."""
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < E
+    start, end = end_of(offsets_ptr, offs_e - 1, mask_e & (offs_e > 0), R), end_of(offsets_ptr, offs_e, mask_e, R)
+    count = (tl.maximum(end - start, 0) + BLOCK_T - 1) // BLOCK_T  # [BLOCK_E]
+    within = tile - (tl.cumsum(count, 0) - count)  # which of each expert's tiles it would be
+    first = start + within * BLOCK_T
+    rows = tl.minimum(end - first, BLOCK_T).to(tl.int64)
+    entry = (offs_e.to(tl.int64) << 41) | (rows << 32) | first.to(tl.int64)
+    return tl.sum(tl.where((within >= 0) & (within < count), entry + 1, 0), axis=0) - 1
+
+
+@triton.jit
+def find_tile(
+    tiles_ptr, tile, T, DENSE: tl.constexpr, BLOCK_T: tl.constexpr, R=0, E=0, BLOCK_E: tl.constexpr = 0
+):  # fmt: skip
+    """(expert or -1, first row, end of its rows). DENSE: one expert sees all T rows and nothing is listed. BLOCK_E: no
+    list is there either, tiles_ptr are the offsets of E experts with R rows in all."""
     if DENSE:
         expert, first, end = tile * 0, tile * BLOCK_T, tile * 0 + T
     else:
-        entry = tl.load(tiles_ptr + 1 + tile)  # one load: a program waits for it before anything else
+        # One load either way: a program waits for it before anything else.
+        entry = search_tile(tiles_ptr, tile, R, E, BLOCK_T, BLOCK_E) if BLOCK_E else tl.load(tiles_ptr + 1 + tile)
         expert, first = (entry >> 41).to(tl.int32), entry.to(tl.int32)
         end = first + ((entry >> 32) & 511).to(tl.int32)
     return expert, first, end

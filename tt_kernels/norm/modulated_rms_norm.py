@@ -46,6 +46,15 @@ class ModulatedRMSNorm(torch.autograd.Function):
         return dx, dweight, None, None, None, dshift, dscale, dbranch, dgate
 
 
+def check_options(op: str, shift: Tensor | None, scale: Tensor | None, order: str, eps: float) -> float:
+    """eps as a float; refuses an order that there is not, a shift without a scale."""
+    if order not in ("modulate_norm", "norm_modulate"):
+        refuse(op, "order", order, "'modulate_norm' or 'norm_modulate'")
+    if (shift is None) != (scale is None):
+        refuse(op, "shift" if shift is None else "scale", None, "shift and scale, or neither")
+    return eps_of(op, eps)
+
+
 def modulated_rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -89,13 +98,9 @@ def modulated_rms_norm(
     """
     rows = dict(shift=(shift, "* D"), scale=(scale, "* D"), gate=(gate, "* D"))
     check("modulated_rms_norm", 2, x=(x, "* L D"), weight=(weight, "D"), branch=(branch, "* L D"), **rows)
-    if order not in ("modulate_norm", "norm_modulate"):
-        refuse("modulated_rms_norm", "order", order, "'modulate_norm' or 'norm_modulate'")
-    if (shift is None) != (scale is None):
-        refuse("modulated_rms_norm", "shift" if shift is None else "scale", None, "shift and scale, or neither")
     if gate is not None and branch is None:
         refuse("modulated_rms_norm", "branch", None, "a branch beside the gate")
-    eps = eps_of("modulated_rms_norm", eps)
+    eps = check_options("modulated_rms_norm", shift, scale, order, eps)
     if not takes_kernel("modulated_rms_norm", x, weight, shift, scale, branch, gate):
         return reference.modulated_rms_norm(x, weight, shift, scale, branch=branch, gate=gate, order=order, eps=eps)
     optional = shift, scale, branch, gate

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..runtime.lang import load_row, programmatic_launch
+from ..runtime.lang import load_row, programmatic_launch, sum_of_pairs
 
 
 @triton.jit(do_not_specialize=["L"])
@@ -14,6 +14,7 @@ def _modulated_rms_norm_fwd_kernel(
     scale,
     branch,  # Rows [B * L, D] or None
     gate,
+    parts,  # Parts of the branch, to whose sum what `branch` holds is added, or None
     y_ptr,  # [B * L, D], contiguous, as residual
     residual_ptr,
     rstd_ptr,  # [B * L], in the dtype of statistics and sums
@@ -21,6 +22,7 @@ def _modulated_rms_norm_fwd_kernel(
     D,
     EPS: tl.constexpr,
     NORM_FIRST: tl.constexpr,
+    K: tl.constexpr,  # parts of a row, 0 without
     BLOCK_D: tl.constexpr,
 ):
     programmatic_launch()
@@ -35,10 +37,21 @@ def _modulated_rms_norm_fwd_kernel(
     if scale is not None:
         add = load_row(shift, b, cols, mask, acc)
         factor = 1 + load_row(scale, b, cols, mask, acc)
-    if branch is not None:
+    if gate is not None:
+        opening = load_row(gate, b, cols, mask, acc)
+    if parts is not None:  # as `experts` sums and rounds them
+        dtype: tl.constexpr = parts.pairs.dtype.element_ty
+        wide: tl.constexpr = tl.float64 if parts.weights.dtype.element_ty == tl.float64 else tl.float32
+        total: tl.constexpr = tl.float64 if dtype == tl.float64 else wide
+        step = sum_of_pairs(parts.pairs, parts.ids, parts.weights, row, cols, parts.experts, D, K, total)
+        if branch is not None:
+            step += load_row(branch, row, cols, mask, total)
+        step = step.to(dtype).to(acc)
+    elif branch is not None:
         step = load_row(branch, row, cols, mask, acc)
+    if branch is not None or parts is not None:
         if gate is not None:
-            step *= load_row(gate, b, cols, mask, acc)
+            step *= opening
         rounded = (r + step).to(residual_ptr.dtype.element_ty)
         tl.store(residual_ptr + row * D + cols, rounded, mask=mask)
         r = rounded.to(acc)  # the norm reads the residual as the next layer will

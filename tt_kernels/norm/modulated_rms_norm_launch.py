@@ -8,18 +8,29 @@ from torch import Tensor
 
 from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, multiprocessors, run
-from ..runtime.structs import rows_of
+from ..runtime.structs import Parts, rows_of
 from .modulated_rms_norm_kernels import _modulated_rms_norm_bwd_kernel, _modulated_rms_norm_fwd_kernel
 
 
-def rms_norm_launch(D: int, elements: int) -> Launch:
-    """A row a program, `elements` of it a thread; masked lanes past D cost no traffic.
-
-    Forward 16: two 16-byte loads in 16 bits leave registers for the six vectors of a row.
-    Backward 8: up to eleven vectors of a row live at once.
-    """
+def rms_norm_launch(D: int, elements: int, **more: int) -> Launch:
+    """A row a program, `elements` of it a thread; masked lanes past D cost no traffic."""
     block = triton.next_power_of_2(D)
-    return Launch(BLOCK_D=block, num_warps=min(max(block // (32 * elements), 1), 16))
+    return Launch(BLOCK_D=block, num_warps=min(max(block // (32 * elements), 1), 16), **more)
+
+
+def fwd_launch(rows: int, D: int, multiprocessors: int) -> Launch:
+    """16 a thread: two 16-byte loads in 16 bits leave registers for the vectors of a row, and of its experts. Where
+    every program has a multiprocessor of its own 8, since nothing but its loads in flight is to be hidden.
+
+    128 registers, which a program of 16 warps may have in any case: told so, ptxas has all loads on their way at once.
+    By itself it takes half as many for one program more, and waits for memory two to four times.
+    """
+    return rms_norm_launch(D, 8 if rows <= multiprocessors else 16, maxnreg=128)
+
+
+def bwd_launch(D: int) -> Launch:
+    """8 a thread: up to eleven vectors of a row live at once."""
+    return rms_norm_launch(D, 8)
 
 
 def bwd_rows(B: int, L: int, multiprocessors: int) -> int:
@@ -38,6 +49,31 @@ class NormGradients(NamedTuple):
     dgate: Tensor
 
 
+def launch_fwd(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    norm_first: bool,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    out: tuple[Tensor, Tensor, Tensor],
+    parts: Parts | None = None,
+) -> None:
+    """Writes y, residual and rstd: `out`."""
+    rows, D, L = x.shape[:-1].numel(), x.shape[-1], x.shape[-2] if x.dim() > 1 else 1
+    run(
+        _modulated_rms_norm_fwd_kernel,
+        (rows if D else 0,),
+        *(rows_of(x), weight.contiguous(), *map(rows_of, (shift, scale, branch, gate)), parts, *out, L, D),
+        EPS=eps,
+        NORM_FIRST=norm_first,
+        K=0 if parts is None else parts.ids.shape[1],
+        launch=fwd_launch(rows, D, multiprocessors(x)),
+    )
+
+
 def _modulated_rms_norm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -50,15 +86,7 @@ def _modulated_rms_norm_fwd(
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = _modulated_rms_norm_fwd_fake(x, weight, eps, dtype, norm_first, shift, scale, branch, gate)
-    D, L = x.shape[-1], x.shape[-2] if x.dim() > 1 else 1
-    run(
-        _modulated_rms_norm_fwd_kernel,
-        (x.shape[:-1].numel() if D else 0,),
-        *(rows_of(x), weight.contiguous(), *map(rows_of, (shift, scale, branch, gate)), *out, L, D),
-        EPS=eps,
-        NORM_FIRST=norm_first,
-        launch=rms_norm_launch(D, elements=16),
-    )
+    launch_fwd(x, weight, eps, norm_first, shift, scale, branch, gate, out)
     return out
 
 
@@ -86,7 +114,7 @@ def _modulated_rms_norm_bwd(
         *(rows_of(dy), rows_of(dresidual), rows_of(residual), weight.contiguous()),
         *(*map(rows_of, (shift, scale, branch, gate)), rstd, out.dx, out.dbranch, sums, L, D, chunks, rows),
         NORM_FIRST=norm_first,
-        launch=rms_norm_launch(D, elements=8),
+        launch=bwd_launch(D),
     )
     of_weight, *of_rows = sums  # in the order of the gradients
     out.dweight.copy_(of_weight.sum(0))

@@ -15,7 +15,7 @@ from .attention import (
 from .conv1d import causal_conv1d, conv_advance, conv_block_states
 from .loss import linear_cross_entropy
 from .mamba import MambaState, MambaWeights, mamba_advance, mamba_block, mamba_extend, mamba_step
-from .moe import ExpertWeights, Matrix, Routing, experts, route
+from .moe import ExpertWeights, Matrix, Routing, experts, experts_norm, route
 from .norm import Modulated, gated_group_norm, modulated_rms_norm, rms_norm
 from .sampling import Committed, Sampled, Sampling, Unmasked, commit, gumbel_noise, head_sample, sample, unmask
 from .ssd import SSDChunk, ssd_advance, ssd_block, ssd_chunk, ssd_step
@@ -42,6 +42,7 @@ __all__ = [
     "conv_advance",
     "conv_block_states",
     "experts",
+    "experts_norm",
     "gated_group_norm",
     "gumbel_noise",
     "head_sample",

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import cast, compute_dtype, full_precision
+from .norm import Modulated, modulated_rms_norm
 
 
 class Routing(NamedTuple):
@@ -181,6 +182,25 @@ def experts(
 ) -> Tensor:
     y = _routed(x, routing, plain(weights, x.dtype), activation)
     return y if shared is None else y + _mlp(x, plain(shared, x.dtype), activation)
+
+
+def experts_norm(
+    x: Tensor,
+    routing: Routing,
+    weights: ExpertWeights,
+    residual: Tensor,
+    norm_weight: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    shared: ExpertWeights | None = None,
+    activation: str = "relu2",
+    gate: Tensor | None = None,
+    order: str = "modulate_norm",
+    eps: float = 1e-5,
+) -> Modulated:
+    branch = experts(x, routing, weights, shared=shared, activation=activation).view(residual.shape)
+    return modulated_rms_norm(residual, norm_weight, shift, scale, branch=branch, gate=gate, order=order, eps=eps)
 
 
 def _mlp(x: Tensor, weights: PlainWeights, activation: str) -> Tensor:

@@ -36,6 +36,21 @@ def load_row(rows, i, cols, mask, ACC: tl.constexpr):
 
 
 @triton.jit
+def sum_of_pairs(pairs_ptr, ids_ptr, weights_ptr, t, cols, E, D, K: tl.constexpr, ACC: tl.constexpr):
+    """Columns of sum_k weights[t, k] pairs[t * K + k], in the order of k. Pairs [T * K, D] of ids [T, K] that are not 0
+    to E - 1 have not been written: they count as 0. weights None: 1."""
+    y = tl.zeros(cols.shape, dtype=ACC)
+    for k in tl.static_range(K):  # unrolled: all K rows are on their way at once
+        expert = tl.load(ids_ptr + t * K + k)
+        columns = tl.where(tl.where(expert < 0, E, expert) < E, D, 0)  # that this pair has
+        pair = tl.load(pairs_ptr + (t * K + k) * D + cols, mask=cols < columns, other=0.0).to(ACC)
+        if weights_ptr is not None:
+            pair *= tl.load(weights_ptr + t * K + k, mask=columns > 0, other=0.0).to(ACC)
+        y += pair
+    return y
+
+
+@triton.jit
 def row_count(counts_ptr, b, L):
     """How many of row b's L tokens enter: what counts [rows] say, cut to 0 .. L; None: all."""
     count = L

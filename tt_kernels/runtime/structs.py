@@ -12,6 +12,15 @@ class Rows(NamedTuple):
     stride: int
 
 
+class Parts(NamedTuple):
+    """A branch as the pairs of a token and an expert that it is the weighted sum of: `sum_of_pairs` in lang.py."""
+
+    pairs: Tensor  # [T * K, D]
+    ids: Tensor  # [T, K]
+    weights: Tensor  # [T, K]
+    experts: int
+
+
 def _rows(t: Tensor) -> Rows:
     if t.dim() != 2:
         t = t.flatten(0, -2) if t.dim() > 2 else t.unsqueeze(0)

@@ -1,12 +1,13 @@
 """Mixture of experts and the dense MLP. B batch, L tokens, D hidden, N expert width, E experts."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tt_kernels import ExpertWeights, experts, route
+from tt_kernels import ExpertWeights, Modulated, experts, experts_norm, route
 
 from ..config import TwoTowerConfig
 from .wide import Wide
@@ -56,10 +57,12 @@ class MoE(nn.Module):
         self.gate = Router(E, D)
         self.experts = Experts(E, config.moe_intermediate_size, D)
         shared = config.moe_shared_expert_intermediate_size
-        self.shared_experts = MLP(D, shared, config.mlp_hidden_act, bias=config.mlp_bias) if shared else None
+        self.shared_experts = MLP(D, shared, config.mlp_hidden_act) if shared else None
         self.load: Tensor | None = None  # [E] tokens each expert got, counted while training balances them
 
-    def forward(self, h_BLD: Tensor) -> Tensor:
+    def forward(self, h_BLD: Tensor, x_BLD: Tensor | None = None, **opening: Any) -> Tensor | Modulated:
+        """The branch. With the stream x that it is added to, and what opens the next layer: what `modulated_rms_norm`
+        makes of all three, in one op that sums the branch where the norm reads it."""
         c = self.config
         h = h_BLD.flatten(0, 1)  # [T, D]
         routing = route(
@@ -75,7 +78,9 @@ class MoE(nn.Module):
         if self.load is not None:
             self.load += torch.bincount(routing.topk_ids.flatten(), minlength=len(self.load))
         stacked = ExpertWeights(self.experts.up_proj, self.experts.down_proj)
-        shared = self.shared_experts
-        folded = None if shared is None or c.mlp_bias else ExpertWeights(shared.up_proj.weight, shared.down_proj.weight)
-        y = experts(h, routing, stacked, shared=folded, activation=c.mlp_hidden_act).view_as(h_BLD)
-        return y if shared is None or folded is not None else y + shared(h_BLD)
+        shared = self.shared_experts  # without a bias: `TwoTowerConfig` refuses one beside experts
+        folded = None if shared is None else ExpertWeights(shared.up_proj.weight, shared.down_proj.weight)
+        given: dict[str, Any] = dict(shared=folded, activation=c.mlp_hidden_act)
+        if x_BLD is None:
+            return experts(h, routing, stacked, **given).view_as(h_BLD)
+        return experts_norm(h, routing, stacked, x_BLD, opening.pop("weight"), **given, **opening)

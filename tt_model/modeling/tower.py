@@ -1,7 +1,7 @@
 """One tower: embedding, pre-norm residual layers with one mixer each, final norm. B batch, L tokens, D hidden."""
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,15 +46,27 @@ class Tower(nn.Module):
     def forward(self, ids_BL: Tensor, ctx: ForwardContext, modulation: Tensor | None = None) -> Tensor:
         """Hidden states [B, L, D] after the final norm. modulation: [layers, 3, B, D] (shift, scale, gate) or None."""
         with skip_checks():
-            eps = self.config.layer_norm_epsilon
             x = self.embeddings(ids_BL)
             if self.config.residual_in_fp32:
                 x = x.to(torch.promote_types(x.dtype, torch.float32))
-            branch = gate = None
-            for i, layer in enumerate(cast(Iterable[Layer], self.layers)):
-                shift, scale, next_gate = (None, None, None) if modulation is None else modulation[i].unbind(0)
-                h, x = modulated_rms_norm(
-                    x, layer.norm.weight, shift, scale, branch=branch, gate=gate, order=layer.order, eps=eps
-                )
-                branch, gate = layer.mixer(h, ctx) if layer.is_stateful else layer.mixer(h), next_gate
-            return modulated_rms_norm(x, self.norm_f.weight, branch=branch, gate=gate, eps=eps)[0]
+            first, *openings = self._openings(modulation)
+            h, x = modulated_rms_norm(x, **first)
+            for layer, following in zip(cast(Iterable[Layer], self.layers), openings, strict=True):
+                # A layer's branch is added to the stream x where the norm of the next one reads it.
+                if isinstance(layer.mixer, MoE):
+                    h, x = layer.mixer(h, x, **following)
+                else:
+                    branch = layer.mixer(h, ctx) if layer.is_stateful else layer.mixer(h)
+                    h, x = modulated_rms_norm(x, branch=branch, **following)
+            return h
+
+    def _openings(self, modulation: Tensor | None) -> list[dict[str, Any]]:
+        """What each layer's norm takes beside stream and branch, then the final one. The gate is that of the branch."""
+        found: list[dict[str, Any]] = []
+        gate, eps = None, self.config.layer_norm_epsilon
+        for i, layer in enumerate(cast(Iterable[Layer], self.layers)):
+            shift, scale, own = (None, None, None) if modulation is None else modulation[i].unbind(0)
+            opening = dict(weight=layer.norm.weight, shift=shift, scale=scale, gate=gate, order=layer.order, eps=eps)
+            found.append(opening)
+            gate = own
+        return [*found, dict(weight=self.norm_f.weight, gate=gate, eps=eps)]

@@ -60,8 +60,9 @@ class TimeEmbedder(nn.Module):
         # A trace computes with stand-ins for tensors: what it makes must not stay behind for later calls.
         traced = torch.compiler.is_compiling() or type(t_M) is not Tensor
         frequencies = _make_frequencies if traced else _frequencies
-        angles = (t_M.to(dtype) * 1000).to(acc).unsqueeze(-1) * frequencies(half, acc, t_M.device)  # [M, 128]
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))
+        angles = (t_M.to(dtype) * 1000).unsqueeze(-1) * frequencies(half, acc, t_M.device)  # [M, 128], in acc
+        waves = angles.new_empty(len(t_M), self.size, dtype=dtype)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1, out=waves))
 
 
 class TwoTowerModel(nn.Module):
