@@ -64,7 +64,7 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 def can_look(t: Tensor) -> bool:
     """Whether the values of t may be read on the host: a GPU is not waited for, nor a graph broken, and a fake tensor
     has none."""
-    return t.device.type == "cpu" and type(t) is Tensor and not torch.compiler.is_compiling()
+    return t.is_cpu and type(t) is Tensor and not torch.compiler.is_compiling()
 
 
 def check_counts(op: str, counts: Tensor | None, L: int) -> None:

@@ -3,12 +3,14 @@
 import math
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .common import check_counts, full_precision, without_gradients
+from .common import cast, check_counts, compute_dtype, full_precision, without_gradients
 from .conv1d import causal_conv1d, conv_advance
-from .slots import check_slots
-from .ssd import ssd_advance, ssd_block, ssd_chunk, ssd_step
+from .slots import check_slots, read_slots, write_slots
+from .ssd import ssd_advance, ssd_block, ssd_chunk, step
 
 SHORT = 64  # tokens from which on the chunked scan takes less work than the quadratic form of a block
 
@@ -107,14 +109,19 @@ def mamba_step(
     *,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
-    token, w, s = xBC.unsqueeze(1), weights, state
+    w, s = weights, state
     _check_places("mamba_step", s)
-    columns = causal_conv1d(token, w.conv_weight, w.conv_bias, s.conv, state_indices=s.conv_indices)
-    x, B, C = split_columns(columns.squeeze(1), s.ssm)
-    places = dict(state_indices=s.ssm_indices, out_indices=s.ssm_out_indices)
+    acc = compute_dtype(xBC.dtype, w.conv_weight.dtype)
+    columns = read_slots(s.conv, s.conv_indices, xBC.shape[0])
+    # What the convolution sees is the state after the token: [b, C, K].
+    window = torch.cat([cast(columns[..., 1:], xBC.dtype), xBC.unsqueeze(-1)], -1)
+    convolved = (cast(window, acc) * cast(w.conv_weight, acc)).sum(-1)
+    convolved = convolved if w.conv_bias is None else convolved + cast(w.conv_bias, acc)
+    x, B, C = split_columns(cast(F.silu(convolved), xBC.dtype), s.ssm)
     assert w.D is not None
-    y = ssd_step(x, dt, w.A, B, C, w.D, w.dt_bias, s.ssm, **places, dt_limit=dt_limit)
-    conv_advance(token, s.conv, state_indices=s.conv_indices, out_indices=s.conv_out_indices)
+    written = s.ssm_indices if s.ssm_out_indices is None else s.ssm_out_indices
+    y = step(x, dt, w.A, B, C, w.D, w.dt_bias, s.ssm, s.ssm_indices, written, dt_limit)
+    write_slots(s.conv, window, s.conv_indices if s.conv_out_indices is None else s.conv_out_indices)
     return y
 
 

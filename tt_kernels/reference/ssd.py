@@ -145,10 +145,28 @@ def ssd_step(
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
     check_slots("ssd_step", ssm_state, state_indices=state_indices, out_indices=out_indices)
+    places = state_indices, state_indices if out_indices is None else out_indices
+    return step(x, dt, A, B, C, D, dt_bias, ssm_state, *places, dt_limit)
+
+
+def step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    ssm_state: Tensor,
+    read: Tensor | None,
+    written: Tensor | None,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """`ssd_step` after its checks."""
     acc = compute_dtype(x.dtype, A.dtype)
     (b, H, P), (G, N) = x.shape, B.shape[1:]
     RP = H // G * P
-    state = cast(read_slots(ssm_state, state_indices, b), acc)
+    state = cast(read_slots(ssm_state, read, b), acc)
     xs, dt = cast(x, acc), _time_step(dt, dt_bias, dt_limit, acc)
     # By groups: [b * G, R * P, N], so that no head needs a copy of B and C; rows times rows is the faster product.
     carried = state * _exp(_log_decay(dt, A, acc)).reshape(b, H, 1, 1)
@@ -156,7 +174,7 @@ def ssd_step(
     new = carried.reshape(b * G, RP, N).addcmul_(grown, cast(B, acc).reshape(b * G, 1, N))
     y = torch.bmm(cast(C, acc).reshape(b * G, 1, N), new.mT).view(b, H, P)
     y = torch.addcmul(y, xs, cast(D, acc).unsqueeze(-1))
-    write_slots(ssm_state, new.view(b, H, P, N), state_indices if out_indices is None else out_indices)
+    write_slots(ssm_state, new.view(b, H, P, N), written)
     return cast(y, x.dtype)
 
 

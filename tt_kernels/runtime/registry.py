@@ -89,12 +89,10 @@ def takes_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
     x and others are the floats that it computes with. Raises ValueError where they are on several devices, and
     NotImplementedError for GPUs and dtypes that kernels have no form of, rather than fall back.
     """
-    if _uses_reference():
+    on_gpu = x.is_cuda
+    if not (on_gpu or ON_CPU or is_recording()) or _uses_reference():
         return False
     device, refused, why = x.device, None, ""
-    on_gpu = device.type == "cuda"
-    if not (on_gpu or ON_CPU or is_recording()):
-        return False
     if on_gpu:
         if (capability := _capability(device.index)) not in SERVED:
             raise NotImplementedError(
