@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-Line = tuple[str, int]  # file and line
+Line = tuple[tuple[str, int], ...]  # file and line, then those that it is inlined at
 
 
 @dataclass(eq=False)
@@ -67,12 +67,14 @@ def _locations(text: str) -> dict[str, Line]:
             return found.get(name)
         body = raw[name]
         if match := re.match(r'"([^"]+)":(\d+)', body):
-            line = (match[1].rpartition("/")[2], int(match[2]))
+            line: Line = ((match[1].rpartition("/")[2], int(match[2])),)
         else:  # a name, a call's site (the callee comes first), or several fused
-            inner = next((resolve(part, depth + 1) for part in re.findall(r"#loc\w*", body)), None)
-            if inner is None:
+            parts = [resolve(part, depth + 1) for part in re.findall(r"#loc\w*", body)]
+            if not parts or parts[0] is None:
                 return None
-            line = inner
+            line = parts[0]
+            if body.startswith("callsite") and parts[-1] is not None:
+                line += parts[-1]
         found[name] = line
         return line
 
