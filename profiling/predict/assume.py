@@ -97,7 +97,10 @@ def useful(a: Launched) -> float:
     experts, rows, tokens = _experts(a)
     block = int(a.options["BLOCK_T"])
     counts = expert_rows(rows, experts, tokens)
-    return rows / max(float((-(-counts // block) * block).sum()), 1.0)
+    heights = [block * n // 6 for n in (2, 4, 5, 6)] if block & (block - 1) else [block]  # of an expert's last tile
+    last = np.array(heights)[np.searchsorted(heights, (counts - 1) % block + 1)]
+    filled = (counts - 1) // block * block + last
+    return rows / max(float(filled[counts > 0].sum()), 1.0)
 
 
 def _lengths(a: Launched, t: Tensor) -> Array:

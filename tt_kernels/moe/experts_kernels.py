@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .lang import Operands, activate, end_of, find_tile, pairs_of, product
+from .lang import Operands, activate, end_of, find_tile, pairs_of, product, tall_tile
 
 # The shared expert is more tiles of the same grids. A tile picks its operands, descriptors too, and then there is one
 # loop: two would hold shared memory for both.
@@ -120,10 +120,20 @@ def _experts_up_kernel(
         i = tl.program_id(0)
         is_shared, expert, first, end, n = _pick_tile(i, tiles_ptr, sizes, n_tiles, m_tiles, SHARED, BLOCK_T)
         if expert >= 0:
-            _up_tile(
-                *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n),
-                *(SHARED, GATED, ACTIVATION, SORTED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
-            )
+            if BLOCK_T & (BLOCK_T - 1):
+                tl.static_assert(not (GATED or SORTED or SWAP))
+                N = sizes.N
+                if SHARED:
+                    N = tl.where(is_shared, sizes.M, N)
+                tall_tile(
+                    *(routed, shared, sorted_pairs_ptr, is_shared, expert, first, end, n, N, sizes.D),
+                    *(sizes.T * sizes.top_k, sizes.top_k, True, SHARED, ACTIVATION, False, BLOCK_T, BLOCK_N, BLOCK_K),
+                )
+            else:
+                _up_tile(
+                    *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n),
+                    *(SHARED, GATED, ACTIVATION, SORTED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
+                )
 
 
 @triton.jit
@@ -213,10 +223,20 @@ def _experts_down_kernel(
         i = tl.program_id(0)
         is_shared, expert, first, end, d = _pick_tile(i, tiles_ptr, sizes, d_tiles, d_tiles, SHARED, BLOCK_T)
         if expert >= 0:
-            _down_tile(
-                *(routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d),
-                *(SHARED, TWO, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
-            )
+            if BLOCK_T & (BLOCK_T - 1):
+                tl.static_assert(not (TWO or SWAP))
+                N = sizes.N
+                if SHARED:
+                    N = tl.where(is_shared, sizes.M, N)
+                tall_tile(
+                    *(routed, shared, sorted_pairs_ptr, is_shared, expert, first, end, d, sizes.D, N, R, 1),
+                    *(False, SHARED, None, TRANSPOSED, BLOCK_T, BLOCK_N, BLOCK_K),
+                )
+            else:
+                _down_tile(
+                    *(routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d),
+                    *(SHARED, TWO, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
+                )
 
 
 @triton.jit

@@ -43,6 +43,11 @@ class ProductLaunch(Launch):
     num_warps: int = 4
     num_stages: int = 3
 
+    @property
+    def tall(self) -> bool:
+        """Whether its tiles are of two groups of rows (lang.py)."""
+        return self.BLOCK_T & (self.BLOCK_T - 1) != 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpLaunch(ProductLaunch):
@@ -227,13 +232,20 @@ def described(tensors: Sequence[Any], block: tuple[int, int] | None, architectur
 
 
 def one_by_one(
-    both: Sequence[Operands | None], architecture: int, rows: tuple[int, int] | None, weights: tuple[int, int] | None
+    both: Sequence[Operands | None],
+    architecture: int,
+    rows: tuple[int, int] | None,
+    weights: tuple[int, int] | None,
+    half: tuple[int, int] | None = None,
 ) -> list[Any]:
     """What both have, as kernels take it, and None for all of one that is not there: a and a2, w and w2 as descriptors
-    of tiles of these shapes where `described` makes them."""
+    of tiles of these shapes where `described` makes them; with `half` w2 is w in tiles of that shape."""
     given = [o for o in both if o is not None]
     a = iter(described([t for o in given for t in (o.a, o.a2)], rows, architecture))
     w = iter(described([t for o in given for t in (o.w, o.w2)], weights, architecture))
+    if half is not None:
+        shapes = [described([o.w for o in given], shape, architecture) for shape in (weights, weights and half)]
+        w = (t for pair in zip(*shapes, strict=True) for t in pair)
     absent = (None,) * len(Operands._fields)
     both = [o and o._replace(a=next(a), a2=next(a), w=next(w), w2=next(w)) for o in both]
     return [part for o in both for part in o or absent]
@@ -286,10 +298,11 @@ def rows_up(
         None if shared is None else operands(x, shared.up, shared.gate)._replace(out=shared_h),
     )
     row_block, block = (launch.BLOCK_T, launch.BLOCK_K), (launch.BLOCK_N, launch.BLOCK_K)
+    half = (launch.BLOCK_N // 2, launch.BLOCK_K) if launch.tall else None
     run(
         _experts_up_kernel,
         programs(launch, shared_tiles + most * triton.cdiv(N, launch.BLOCK_N), x),
-        *one_by_one(both, sizes.architecture, row_block if launch.SORTED else None, block),
+        *one_by_one(both, sizes.architecture, row_block if launch.SORTED else None, block, half),
         *(pairs.order, listed, Extents(T, R // T, D, N, M, shared_tiles)),
         GATED=weights.gate is not None,
         ACTIVATION=activation,
@@ -326,12 +339,15 @@ def rows_down(
     d_tiles = triton.cdiv(D, launch.BLOCK_N)
     shared_tiles = triton.cdiv(T, launch.BLOCK_T) * d_tiles
     whole = not transposed or (N % launch.BLOCK_K == 0 and M % launch.BLOCK_K == 0)  # else a tile runs into the next
-    block = (launch.BLOCK_K, launch.BLOCK_N) if transposed else (launch.BLOCK_N, launch.BLOCK_K)
+    block, half = (
+        (launch.BLOCK_K, n) if transposed else (n, launch.BLOCK_K) for n in (launch.BLOCK_N, launch.BLOCK_N // 2)
+    )
+    row_block = None if launch.tall else (launch.BLOCK_T, launch.BLOCK_K)
     both = (routed._replace(out=y), shared)
     run(
         _experts_down_kernel,
         programs(launch, shared_tiles + most * d_tiles, y),
-        *one_by_one(both, sizes.architecture, (launch.BLOCK_T, launch.BLOCK_K), block if whole else None),
+        *one_by_one(both, sizes.architecture, row_block, block if whole else None, half if launch.tall else None),
         *(pairs.order, listed, R, Extents(T, 1, D, N, M, shared_tiles)),
         TWO=two,
         TRANSPOSED=transposed,
