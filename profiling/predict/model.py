@@ -26,6 +26,7 @@ from .assume import Launched, remembered, useful
 from .rates import PIPES, RATES, Rates
 
 SAMPLES = 24  # programs of a launch that are evaluated: spread evenly, the first and the last among them
+GOLDEN = 0.618034
 SLOW = 0.2  # s: a program that takes longer to evaluate has a quarter of them
 
 
@@ -150,10 +151,16 @@ def bind(made: Any, kernel: ttgir.Kernel, args: Sequence[Any]) -> tuple[dict[str
 
 
 def sampled(grid: Sequence[int], most: int = SAMPLES) -> list[tuple[tuple[int, int, int], float]]:
-    """Programs to evaluate, each with how many it stands for."""
+    """Programs to evaluate, each with how many it stands for: the first, the last and one of each equal part between,
+    at a place that is never the same, since tiles that are alike repeat."""
     x, y, z = (*grid, 1, 1, 1)[:3]
     total = x * y * z
-    some = sorted({round(n * (total - 1) / max(most - 1, 1)) for n in range(min(most, total))})
+    if total <= most:
+        some = list(range(total))
+    else:
+        each = (total - 2) / (most - 2)
+        places = (n * each + (n * GOLDEN % 1) * each for n in range(most - 2))
+        some = sorted({0, *(1 + int(place) for place in places), total - 1})
     edges = [0, *((a + b) // 2 + 1 for a, b in pairwise(some)), total]
     found = []
     for n, (low, high) in zip(some, pairwise(edges), strict=True):

@@ -113,6 +113,8 @@ def product_launch(s: Sizes) -> UpLaunch:
     old = s.architecture < 90
     t, n, k, warps, stages = row_of(s)
     many = t == 128
+    if many and not (s.two or old) and s.itemsize == 2 and s.N >= n and s.rows > t:
+        t, stages = 192, 4
     n = max(n >> (s.two + old), 64)
     if old:
         stages = min(stages, 3)
