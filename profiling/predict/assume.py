@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tt_kernels.moe.experts_launch import heights
+
 Array = np.ndarray[Any, Any]
 
 
@@ -97,8 +99,7 @@ def useful(a: Launched) -> float:
     experts, rows, tokens = _experts(a)
     block = int(a.options["BLOCK_T"])
     counts = expert_rows(rows, experts, tokens)
-    heights = [block * n // 6 for n in (2, 4, 5, 6)] if block & (block - 1) else [block]  # of an expert's last tile
-    last = np.array(heights)[np.searchsorted(heights, (counts - 1) % block + 1)]
+    last = np.array(heights(block))[np.searchsorted(heights(block), (counts - 1) % block + 1)]
     filled = (counts - 1) // block * block + last
     return rows / max(float(filled[counts > 0].sum()), 1.0)
 

@@ -20,9 +20,16 @@ MUTANTS = {
     ("experts", "moe/experts_kernels.py", "test_launches_experts.py::test_all_forms_give_the_same"): [
         ("a tile less for who walks the list", "axis=0).to(tl.int64)", "axis=0).to(tl.int64) - 1"),
     ],
+    ("experts", "moe/lang.py", "test_launches_experts.py::test_tall_tiles_give_the_same"): [
+        ("the tallest tile misses its last rows", "end - first > 2 * LOW + LOW // 2:", "end - first > 3 * LOW:"),
+        ("half a tile whatever the last columns are", "if n0 + BLOCK_N // 2 >= N:", "if n0 + BLOCK_N >= N:"),
+        ("every tile's h goes to the first rows", "(out + first.to(tl.int64) * N) + r", "out + r"),
+        ("every tile reads the first rows of h", "(a + first.to(tl.int64) * K) + r", "a + r"),
+        ("lower rows stored twice", "(low, *to, TOP, LOW, SWAP", "(low, *to, 0, LOW, SWAP"),
+    ],
     (
         "experts",
-        "moe/experts_launch.py",
+        "moe/operands.py",
         "test_launches_experts.py::test_halves_of_a_fused_tensor_give_what_copies_of_them_give",
     ): [
         ("experts of a part follow each other", "step = apart // D", "step = N"),
@@ -44,7 +51,8 @@ MUTANTS = {
         ("the second expert takes the first's rows too", "expert - 1, expert > 0", "expert - 1, expert > 1"),
         ("last row of an expert missed", "mask_r = rows < end", "mask_r = rows < end - 1"),
         ("tokens of the turn before", "r + BLOCK_R, end, T", "r, end, T"),
-        ("rows of x by pair, not by token", 'weights.up, pairs, "b"),', 'weights.up, pairs, ""),'),
+        ("rows of x by pair, not by token", '("a", "b") if hidden.x is x', '("a", "") if hidden.x is x'),
+        ("sorted rows taken for tokens'", '("a", "b") if hidden.x is x', '("a", "b") if True'),
     ],
     ("experts", "moe/experts.py"): [
         ("pairs listed for the expert before theirs", "(topk_ids, len(up))", "(topk_ids - 1, len(up))")

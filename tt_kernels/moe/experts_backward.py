@@ -15,14 +15,12 @@ from .experts_launch import (
     Sizes,
     by_owner,
     combine,
-    described,
     hidden_launch,
-    operands,
     rows_down,
-    stacked,
     weights_launch,
 )
 from .lang import activate, end_of, find_tile, pairs_of, product
+from .operands import described, operands, stacked
 
 
 @triton.jit

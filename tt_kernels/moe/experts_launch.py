@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.moe import PlainWeights
 from ..runtime.checks import refuse
-from ..runtime.launch import L, Launch, architecture, by_tma, multiprocessors, run, tuned
+from ..runtime.launch import L, Launch, architecture, multiprocessors, run, tuned
 from .experts_kernels import _experts_combine_kernel, _experts_down_kernel, _experts_schedule_kernel, _experts_up_kernel
 from .lang import ABSENT, Operands
+from .operands import one_by_one, operands
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ProductLaunch(Launch):
     @property
     def tall(self) -> bool:
         """Whether its tiles are of two groups of rows (lang.py)."""
-        return self.BLOCK_T & (self.BLOCK_T - 1) != 0
+        return len(heights(self.BLOCK_T)) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def product_launch(s: Sizes) -> UpLaunch:
     old = s.architecture < 90
     t, n, k, warps, stages = row_of(s)
     many = t == 128
-    if many and not (s.two or old) and s.itemsize == 2 and s.N >= n and s.rows > t:
+    if many and not (s.two or old) and s.itemsize == 2 and n <= s.N and s.rows > t:
         t, stages = 192, 4
     n = max(n >> (s.two + old), 64)
     if old:
@@ -173,9 +173,9 @@ def hidden_launch(s: Sizes) -> HiddenLaunch:
 
 def weights_launch(s: Sizes) -> WeightsLaunch:
     """128 by 128 of a gradient a program, 64 rows of an expert at a time: 32 KB a stage in 16 bits. Two programs share
-    a multiprocessor, one multiplies while the other stores. From 320 rows an expert on 128 by 256, a program for itself:
-    multiplying is longer than storing then, and it reads a quarter less from the L2 cache. Of elements of 4 bytes 16,
-    as in `product_launch`."""
+    a multiprocessor: one multiplies while the other stores. From 320 rows an expert on 128 by 256 and a program for
+    itself: multiplying takes longer than storing then, and a quarter less comes from the L2 cache. Of elements of
+    4 bytes 16, as in `product_launch`."""
     wide = s.rows >= 320 * s.experts and s.architecture >= 90 and s.itemsize == 2 and min(s.N, s.K) > 128
     launch = WeightsLaunch(
         BLOCK_P=tile(s.N, 128),
@@ -184,6 +184,12 @@ def weights_launch(s: Sizes) -> WeightsLaunch:
         num_warps=8 if min(s.N, s.K) > 64 else 4,
     )
     return measured("_experts_bwd_weights_kernel", launch, s)
+
+
+def heights(block: int) -> tuple[int, ...]:
+    """The rows that a tile computes, the fewest that hold those it has: of a tall one as `tall_tile` chooses."""
+    low = block // 3
+    return (block,) if block & (block - 1) == 0 else (low, 2 * low, 2 * low + low // 2, block)
 
 
 def most_tiles(rows: int, experts: int, block: int) -> int:
@@ -227,53 +233,6 @@ class Extents(NamedTuple):
     N: int
     M: int  # width of the shared expert, 0 without
     shared_tiles: int
-
-
-def described(tensors: Sequence[Any], block: tuple[int, int] | None, architecture: int) -> list[Any]:
-    """Descriptors of tiles of this shape in place of the tensors, if TMA can load them all; block None: never."""
-    if block is None or not all(by_tma(t, architecture) for t in tensors if isinstance(t, Tensor)):
-        return list(tensors)
-    return [TensorDescriptor.from_tensor(t, list(block)) if isinstance(t, Tensor) else t for t in tensors]
-
-
-def one_by_one(
-    both: Sequence[Operands | None],
-    architecture: int,
-    rows: tuple[int, int] | None,
-    weights: tuple[int, int] | None,
-    half: tuple[int, int] | None = None,
-) -> list[Any]:
-    """What both have, as kernels take it, and None for all of one that is not there: a and a2, w and w2 as descriptors
-    of tiles of these shapes where `described` makes them; with `half` w2 is w in tiles of that shape."""
-    given = [o for o in both if o is not None]
-    a = iter(described([t for o in given for t in (o.a, o.a2)], rows, architecture))
-    w = iter(described([t for o in given for t in (o.w, o.w2)], weights, architecture))
-    if half is not None:
-        shapes = [described([o.w for o in given], shape, architecture) for shape in (weights, weights and half)]
-        w = (t for pair in zip(*shapes, strict=True) for t in pair)
-    absent = (None,) * len(Operands._fields)
-    both = [o and o._replace(a=next(a), a2=next(a), w=next(w), w2=next(w)) for o in both]
-    return [part for o in both for part in o or absent]
-
-
-def stacked(w: Tensor, w2: Tensor | None = None) -> tuple[int, Tensor, Tensor | None]:
-    """How many rows lie between the first ones of two experts, and [E, N, D] or [N, D] as rows of a matrix.
-
-    N rows; more where w, and w2 alike, is such a part of a wider tensor as [:, :N] of [E, 2 N, D], which is read where
-    it lies. What lies otherwise is copied."""
-    N, D = w.shape[-2:]
-    if w.dim() == 3 and not w.is_contiguous() and (w2 is None or w2.stride() == w.stride()):
-        apart, *inner = w.stride()
-        if inner == [D, 1] and apart % D == 0 and apart >= N * D:
-            step = apart // D
-            shape = ((len(w) - 1) * step + N, D)
-            return step, w.as_strided(shape, (D, 1)), None if w2 is None else w2.as_strided(shape, (D, 1))
-    return N, w.contiguous().flatten(0, -2), None if w2 is None else w2.contiguous().flatten(0, -2)
-
-
-def operands(a: Tensor, w: Tensor, w2: Tensor | None, a2: Tensor | None = None) -> Operands:
-    step, w, w2 = stacked(w, w2)
-    return Operands(a, w, ABSENT if w2 is None else w2, ABSENT if a2 is None else a2, step=step)
 
 
 def programs(launch: ProductLaunch, tiles: int, x: Tensor) -> tuple[int]:

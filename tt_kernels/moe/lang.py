@@ -219,9 +219,8 @@ def tall_tile(
 
     w2 of the operands is w again, as a descriptor of half as many columns."""
     a, w, half, out = routed.a, routed.w, routed.w2, routed.out
-    if SHARED:
-        if is_shared:
-            a, w, half, out = shared.a, shared.w, shared.w2, shared.out
+    if SHARED and is_shared:
+        a, w, half, out = shared.a, shared.w, shared.w2, shared.out
     n0 = n * BLOCK_N
     LOW: tl.constexpr = BLOCK_T // 3
     given = (out, sorted_pairs_ptr, is_shared, first, end, expert * routed.step, n0, N, K, R, top_k)
