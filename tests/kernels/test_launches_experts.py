@@ -20,6 +20,7 @@ from tt_kernels.moe.experts_launch import (
     heights,
     hidden_launch,
     most_tiles,
+    spare,
     up_launch,
     weights_launch,
 )
@@ -48,15 +49,16 @@ def spread(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 def tiles_of(block: int, tokens: int) -> float:
     """Tiles that an expert has on average."""
     rows, likely = spread(tokens)
-    return (likely * (rows / block).ceil()).sum().item()
+    return (likely * ((rows - spare(block)) / block).ceil().maximum(rows.clamp(max=1))).sum().item()
 
 
 def filled(block: int, tokens: int) -> float:
     """Rows that an expert's tiles compute on average."""
     rows, likely = spread(tokens)
     sizes = torch.tensor(heights(block)).double()
-    last = sizes[torch.searchsorted(sizes, (rows - 1) % block + 1)]
-    return (likely * torch.where(rows > 0, ((rows - 1) / block).floor() * block + last, 0)).sum().item()
+    before = ((rows - spare(block)) / block).ceil().clamp(min=1) - 1  # tiles but the last
+    last = sizes[torch.searchsorted(sizes, (rows - before * block).clamp(min=1))]
+    return (likely * torch.where(rows > 0, before * block + last, 0)).sum().item()
 
 
 def seconds(block: int, width: int, tokens: int, s: Sizes) -> float:
@@ -84,14 +86,14 @@ def test_no_count_of_tokens_has_tiles_much_slower_than_the_best(sizes: Sizes, la
 
 
 @PRODUCTS
-def test_many_tokens_stay_within_a_quarter_of_the_limit(sizes: Sizes, launch: Callable) -> None:
-    """By bytes and operations: no count of tokens makes experts' last tiles or weights read again cost more. Little
-    above 192 rows an expert nearly all of them have a second tile with few rows."""
+def test_many_tokens_stay_within_a_fifth_of_the_limit(sizes: Sizes, launch: Callable) -> None:
+    """By bytes and operations: no count of tokens makes experts' last tiles, or weights that are read again, cost
+    more."""
     for tokens in (t for t in LADDER if t >= 1024):
         s = replace(sizes, rows=6 * tokens)
         x = launch(s)
         least = max(2 * s.rows * s.N * s.K / 8e14, 2 * (128 * s.N * s.K + s.rows * (s.N + s.K)) / 4.3e12)
-        assert seconds(x.BLOCK_T, x.BLOCK_N, tokens, s) <= 1.25 * least, tokens
+        assert seconds(x.BLOCK_T, x.BLOCK_N, tokens, s) <= 1.2 * least, tokens
 
 
 @PRODUCTS
@@ -272,14 +274,15 @@ def test_all_forms_give_the_same(dims: dict[str, int], form: tuple[int, int, int
 @pytest.mark.kernels
 @pytest.mark.sanitize
 @pytest.mark.skipif(not ON_CPU, reason="looks at kernels on a CPU")
-@pytest.mark.parametrize("dims", [dict(N=72, M=40), dict(N=56, M=0)])
+@pytest.mark.parametrize("dims", [dict(N=40, M=24), dict(N=24, M=0)])
 def test_tall_tiles_give_the_same(dims: dict[str, int]) -> None:
     """Tiles of every height, whole columns, half of them and a part; an expert without rows and a pair without one."""
     op, dtype = OPS["experts"], torch.bfloat16 if SANITIZE else torch.float32
-    counts = (171, 60, 20, 0, 1)  # 96 and 80 rows, 64, 32; the last is of a pair without an expert
-    assert heights(96) == (32, 64, 80, 96)
-    kwargs = make(op, dict(T=sum(counts), D=48, E=4, K=1) | dims, dtype)
-    ids = torch.arange(5).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts))]
+    counts = (192, 112, 175, 156, 20, 0, 1)  # the last is of a pair without an expert
+    tiles = (96, 96, 112, 96, 79, 96, 60, 20)
+    assert {min(h for h in heights(96) if h >= n) for n in tiles} == set(heights(96))
+    kwargs = make(op, dict(T=sum(counts), D=48, E=6, K=1) | dims, dtype)
+    ids = torch.arange(7).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts))]
     kwargs["routing"] = kwargs["routing"]._replace(topk_ids=ids[:, None])
     up = UpLaunch(BLOCK_T=96, BLOCK_N=32, BLOCK_K=16, SWAP=0, PERSISTENT=0, SORTED=0, num_warps=4)
     down = ProductLaunch(**{name: value for name, value in up.options.items() if name != "SORTED"})

@@ -2,7 +2,7 @@
 
 MUTANTS = {
     ("experts", "moe/experts_kernels.py"): [
-        ("last tile missed", "(end - start + BLOCK_T - 1) // BLOCK_T", "(end - start) // BLOCK_T"),
+        ("last tile missed", "SPARE, 1) + BLOCK_T - 1) // BLOCK_T", "SPARE, 1)) // BLOCK_T"),
         ("wrong expert", "last[None, :] <= tile[:, None]", "last[None, :] < tile[:, None]"),
         ("a token's last expert forgotten", "tl.static_range(K)", "tl.static_range(K - 1)"),
         ("routing weights forgotten", "pair *= tl.load", "tl.load"),
@@ -20,12 +20,16 @@ MUTANTS = {
     ("experts", "moe/experts_kernels.py", "test_launches_experts.py::test_all_forms_give_the_same"): [
         ("a tile less for who walks the list", "axis=0).to(tl.int64)", "axis=0).to(tl.int64) - 1"),
     ],
+    ("experts", "moe/experts_kernels.py", "test_launches_experts.py::test_tall_tiles_give_the_same"): [
+        ("rows beyond a tile cut off", "until - first <= BLOCK_T + SPARE, until", "until - first <= BLOCK_T, until"),
+    ],
     ("experts", "moe/lang.py", "test_launches_experts.py::test_tall_tiles_give_the_same"): [
         ("the tallest tile misses its last rows", "end - first > 2 * LOW + LOW // 2:", "end - first > 3 * LOW:"),
-        ("half a tile whatever the last columns are", "if n0 + BLOCK_N // 2 >= N:", "if n0 + BLOCK_N >= N:"),
+        ("all of the shared expert's rows in one tile", "tl.minimum(end, first + BLOCK_T), end)", "end, end)"),
+        ("no second half", "tl.minimum(n0 + BLOCK_N, N), HALF", "n0 + HALF, HALF"),
         ("every tile's h goes to the first rows", "(out + first.to(tl.int64) * N) + r", "out + r"),
         ("every tile reads the first rows of h", "(a + first.to(tl.int64) * K) + r", "a + r"),
-        ("lower rows stored twice", "(low, *to, TOP, LOW, SWAP", "(low, *to, 0, LOW, SWAP"),
+        ("the last rows stored over the ones before", "N, R, TOP + LOW, REST", "N, R, TOP, REST"),
     ],
     (
         "experts",

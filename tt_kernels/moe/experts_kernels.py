@@ -252,15 +252,18 @@ def _experts_schedule_kernel(
     E,
     tiles,
     BLOCK_T: tl.constexpr,
+    SPARE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
-    """Cut every expert's rows into tiles of BLOCK_T; tiles of one expert follow each other."""
+    """Cut every expert's rows into tiles of BLOCK_T, the last of up to SPARE more; those of one expert follow each
+    other."""
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
     start, end = end_of(offsets_ptr, offs_e - 1, mask_e & (offs_e > 0), R), end_of(offsets_ptr, offs_e, mask_e, R)
     start, end = tl.associative_scan((start, end), 0, _larger)  # ends never fall, so there are at most `tiles` tiles
-    count = tl.where(mask_e, (end - start + BLOCK_T - 1) // BLOCK_T, 0)
+    count = (tl.maximum(end - start - SPARE, 1) + BLOCK_T - 1) // BLOCK_T
+    count = tl.where(mask_e & (end > start), count, 0)
     last = tl.cumsum(count, 0)  # [BLOCK_E] tiles up to and with this expert
     tile = tl.program_id(0) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
     before = (last[None, :] <= tile[:, None]) & mask_e[None, :]  # [BLOCK_TILES, BLOCK_E]
@@ -268,7 +271,7 @@ def _experts_schedule_kernel(
     own = expert[:, None] == offs_e[None, :]
     first = tl.sum(tl.where(own, (start - (last - count) * BLOCK_T)[None, :], 0), axis=1) + tile * BLOCK_T
     until = tl.sum(tl.where(own, end[None, :], 0), axis=1)
-    rows = tl.minimum(until - first, BLOCK_T).to(tl.int64)
+    rows = tl.where(until - first <= BLOCK_T + SPARE, until - first, BLOCK_T).to(tl.int64)
     entry = (expert.to(tl.int64) << 41) | (rows << 32) | first.to(tl.int64)
     tl.store(tiles_ptr + 1 + tile, tl.where(expert < E, entry, -1), mask=tile < tiles)
     if tl.program_id(0) == 0:

@@ -46,7 +46,7 @@ class ProductLaunch(Launch):
     @property
     def tall(self) -> bool:
         """Whether its tiles are of two groups of rows (lang.py)."""
-        return len(heights(self.BLOCK_T)) > 1
+        return spare(self.BLOCK_T) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,12 @@ def weights_launch(s: Sizes) -> WeightsLaunch:
 def heights(block: int) -> tuple[int, ...]:
     """The rows that a tile computes, the fewest that hold those it has: of a tall one as `tall_tile` chooses."""
     low = block // 3
-    return (block,) if block & (block - 1) == 0 else (low, 2 * low, 2 * low + low // 2, block)
+    return (low, 2 * low, block - low // 2, block, block + spare(block)) if spare(block) else (block,)
+
+
+def spare(block: int) -> int:
+    """Rows that an expert's last tile may have beyond `block`."""
+    return block // 6 if block & (block - 1) else 0
 
 
 def most_tiles(rows: int, experts: int, block: int) -> int:
@@ -214,7 +219,8 @@ class Pairs:
             listed = self.lists[block] = self.offsets.new_empty(1 + tiles, dtype=torch.int64)
             # Two tiles by one warp: it waits for no other, and its sums over the experts are short.
             block_e = triton.next_power_of_2(E)
-            launch = Launch(BLOCK_T=block, BLOCK_E=block_e, BLOCK_TILES=2, num_warps=1 if block_e <= 256 else 4)
+            tiling = dict(BLOCK_T=block, SPARE=spare(block), BLOCK_E=block_e, BLOCK_TILES=2)
+            launch = Launch(**tiling, num_warps=1 if block_e <= 256 else 4)
             grid = (triton.cdiv(tiles, launch.BLOCK_TILES),)
             run(_experts_schedule_kernel, grid, self.offsets, listed, rows, E, tiles, launch=launch)
         return self.lists[block], tiles
