@@ -225,6 +225,21 @@ def test_a_pass_is_few_launches(tokens: int) -> None:
     assert total[0] == tokens
 
 
+@pytest.mark.parametrize("sizes", [dict(), dict(D=2690), dict(N=1000), dict(N=1854), dict(M=1000)])
+def test_tall_tiles_take_weights_by_tma_only(sizes: dict[str, int]) -> None:
+    """By pointers they would spill."""
+    dims = dict(T=4096, D=2688, N=1856, E=128, K=6, M=3712) | sizes
+    with torch.device("meta"), recording(90) as seen:
+        inputs = OPS["experts"].inputs(torch.bfloat16, **dims)
+        inputs["x"].requires_grad_()
+        OPS["experts"].fn(**inputs).sum().backward()
+    forms = []
+    for _, _, (_, w, *_), options in (launch for launch in seen if "SWAP" in launch[3]):
+        forms.append(len(heights(options["BLOCK_T"])) > 1)
+        assert hasattr(w, "base") or not forms[-1]
+    assert len(forms) == 3 and (all(forms) or sizes)
+
+
 def test_frozen_matrices_cost_nothing() -> None:
     op = OPS["experts"]
     with torch.device("meta"):

@@ -27,10 +27,11 @@ class Sizes:
     itemsize: int = 2
     architecture: int = 90
     two: bool = False
+    tma: bool = True  # can load tiles of the weights
 
     @staticmethod
-    def of(x: Tensor, *, rows: int, experts: int, N: int, K: int, two: bool) -> "Sizes":
-        return Sizes(rows, experts, N, K, x.element_size(), architecture(x), two)
+    def of(x: Tensor, *, rows: int, experts: int, N: int, K: int, two: bool, tma: bool = True) -> "Sizes":
+        return Sizes(rows, experts, N, K, x.element_size(), architecture(x), two, tma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +105,17 @@ def row_of(s: Sizes) -> tuple[int, int, int, int, int]:
 
 
 def product_launch(s: Sizes) -> UpLaunch:
-    """By `_TILES`, a program a tile. The persistent form, for which rows are gathered first so that TMA loads them too,
-    is there to be measured: it hides a tile's beginning and end, and pays with the gather and with programs that are
-    dealt their tiles in advance. sm_80 has 163 KiB of shared memory for what Hopper keeps in 227, and pointers in
-    registers: half the tile, fewer stages. A gate or second product takes a second weight tile a stage and a second
-    accumulator. Elements of 4 bytes are multiplied without tensor cores, by threads that hold 16 of K of both operands
-    in registers: 64 by 64 tiles, of which those of rows by weights spill."""
+    """By `_TILES`, a program a tile; for many rows tall ones (lang.py) in 16 bits on Hopper, four stages of 56 KB, but
+    where a gate or pointers to weights need the registers. The persistent form, for which rows are gathered first so
+    that TMA loads them too, is there to be measured: it hides a tile's beginning and end, and pays with the gather and
+    with programs that are dealt their tiles in advance. sm_80 has 163 KiB of shared memory for what Hopper keeps in
+    227, and pointers in registers: half the tile, fewer stages. A gate or second product takes a second weight tile a
+    stage and a second accumulator. Elements of 4 bytes are multiplied without tensor cores, by threads that hold 16 of
+    K of both operands in registers: 64 by 64 tiles, of which those of rows by weights spill."""
     old = s.architecture < 90
     t, n, k, warps, stages = row_of(s)
     many = t == 128
-    if many and not (s.two or old) and s.itemsize == 2 and n <= s.N and s.rows > t:
+    if many and s.tma and not (s.two or old) and s.itemsize == 2 and n <= s.N and s.rows > t:
         t, stages = 192, 4
     n = max(n >> (s.two + old), 64)
     if old:
@@ -256,7 +258,8 @@ def rows_up(
     rows are gathered first: 2 R D elements more.
     """
     (T, D), (E, N), R = x.shape, weights.up.shape[:2], len(pairs.order)
-    sizes = Sizes.of(x, rows=R, experts=E, N=N, K=D, two=weights.gate is not None)
+    two, tma = weights.gate is not None, D * x.element_size() % 16 == 0
+    sizes = Sizes.of(x, rows=R, experts=E, N=N, K=D, two=two, tma=tma)
     launch = up_launch(sizes)
     M = 0 if shared is None else len(shared.up)
     h, shared_h = x.new_empty(R, N), None if shared is None else x.new_empty(T, M)
@@ -293,7 +296,10 @@ def rows_down(
     """
     R, N = routed.a.shape
     two = routed.a2 is not ABSENT
-    sizes = Sizes.of(routed.a, rows=R, experts=len(pairs.offsets), N=D, K=N, two=two)
+    widths = [N] if shared is None else [N, shared.a.shape[1]]
+    aligned = all(n * routed.a.element_size() % 16 == 0 for n in ([D] if transposed else widths))
+    tma = aligned and (not transposed or all(n % 64 == 0 for n in widths))
+    sizes = Sizes.of(routed.a, rows=R, experts=len(pairs.offsets), N=D, K=N, two=two, tma=tma)
     launch = down_launch(sizes, transposed)
     y, shared_y = routed.a.new_empty(R, D), None
     if shared is not None and launch.PERSISTENT:
