@@ -27,6 +27,7 @@ from .rates import PIPES, RATES, Rates
 
 SAMPLES = 24  # programs of a launch that are evaluated: spread evenly, the first and the last among them
 GOLDEN = 0.618034
+UNLIKE = 0.05  # programs whose products differ by more have four times as many samples
 SLOW = 0.2  # s: a program that takes longer to evaluate has a quarter of them
 
 
@@ -189,18 +190,22 @@ def predict(
     p = Prediction(kernel.__name__, tuple(grid), dict(options), binary, max(resident, 1), limited, 0.0, 0.0)
     p.unsure |= set(binary.unsure)
     seen: list[tuple[float, trips.Trace]] = []
-    begin = time.perf_counter()
+    begin = time.process_time()
     trips.Program(binary.kernel, values, memory, (0, 0, 0), (*grid, 1, 1)).run()
-    slow = time.perf_counter() - begin > SLOW
-    picked = sampled(grid, SAMPLES // 4 if slow else SAMPLES)
-    for number, (ids, weight) in enumerate(picked):
-        trace = trips.Program(binary.kernel, values, memory, ids, (*grid, 1, 1), number == len(picked) - 1).run()
-        if number == len(picked) - 1 and weight > 1:  # only one program is the last
-            plain = trips.Program(binary.kernel, values, memory, ids, (*grid, 1, 1)).run()
-            seen.append((weight - 1, plain))
-            weight = 1
-        seen.append((weight, trace))
-        p.unsure |= trace.unsure
+    most = SAMPLES // 4 if time.process_time() - begin > SLOW else SAMPLES
+    for most in (most, 4 * most):
+        seen.clear()
+        picked = sampled(grid, most)
+        for number, (ids, weight) in enumerate(picked):
+            trace = trips.Program(binary.kernel, values, memory, ids, (*grid, 1, 1), number == len(picked) - 1).run()
+            if number == len(picked) - 1 and weight > 1:  # only one program is the last
+                plain = trips.Program(binary.kernel, values, memory, ids, (*grid, 1, 1)).run()
+                seen.append((weight - 1, plain))
+                weight = 1
+            seen.append((weight, trace))
+            p.unsure |= trace.unsure
+        if np.std([t.flops for _, t in seen]) <= UNLIKE * np.mean([t.flops for _, t in seen]):
+            break
     p.useful = useful(launched)
     _measure(p, r, seen, given, full, {name for name, t in given.items() if isinstance(t, Tensor) and near(t)})
     return p
