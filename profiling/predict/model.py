@@ -192,8 +192,8 @@ def predict(
     seen: list[tuple[float, trips.Trace]] = []
     begin = time.process_time()
     trips.Program(binary.kernel, values, memory, (0, 0, 0), (*grid, 1, 1)).run()
-    most = SAMPLES // 4 if time.process_time() - begin > SLOW else SAMPLES
-    for most in (most, 4 * most):
+    few = SAMPLES // 4 if time.process_time() - begin > SLOW else SAMPLES
+    for most in (few, 4 * few):
         seen.clear()
         picked = sampled(grid, most)
         for number, (ids, weight) in enumerate(picked):
