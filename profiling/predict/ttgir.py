@@ -58,7 +58,7 @@ def _strip_location(line: str) -> tuple[str, str | None]:
     return (line[: match.start()], match[1]) if match else (line, None)
 
 
-def _locations(text: str) -> dict[str, Line]:
+def _locations(text: str, calls: bool) -> dict[str, Line]:
     raw = dict(re.findall(r"^(#loc\w*) = loc\((.*)\)$", text, re.MULTILINE))
     found: dict[str, Line] = {}
 
@@ -73,7 +73,7 @@ def _locations(text: str) -> dict[str, Line]:
             if not parts or parts[0] is None:
                 return None
             line = parts[0]
-            if body.startswith("callsite") and parts[-1] is not None:
+            if calls and body.startswith("callsite") and parts[-1] is not None:
                 line += parts[-1]
         found[name] = line
         return line
@@ -83,10 +83,10 @@ def _locations(text: str) -> dict[str, Line]:
     return found
 
 
-def parse(text: str) -> Kernel:
-    """A kernel from the text of its TTGIR."""
+def parse(text: str, calls: bool = True) -> Kernel:
+    """A kernel from the text of its TTGIR. calls: lines are told apart by the calls that they stand in."""
     lines = text.splitlines()
-    where = _locations(text)
+    where = _locations(text, calls)
     begin = next(n for n, line in enumerate(lines) if "tt.func public" in line)
     names: dict[str, str] = {}
     arguments = []
