@@ -130,25 +130,21 @@ def activate(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _rows_of_pairs(
-    sorted_pairs_ptr, is_shared, rows, mask, R, top_k, SHARED: tl.constexpr, SORTED: tl.constexpr
-):  # fmt: skip
+def _rows_of_pairs(sorted_pairs_ptr, is_shared, rows, mask, R, top_k, SHARED: tl.constexpr):
     """Of sorted rows: their tokens, or, where top_k is 1, their pairs. The shared expert's rows are tokens."""
-    at = rows
-    if not SORTED:
-        mask_pairs = mask
-        if SHARED:
-            mask_pairs = mask & (not is_shared)
-        at = (pairs_of(sorted_pairs_ptr, rows, mask_pairs, R).to(tl.int32) // top_k).to(tl.int64)
-        if SHARED:
-            at = tl.where(is_shared, rows, at)
+    mask_pairs = mask
+    if SHARED:
+        mask_pairs = mask & (not is_shared)
+    at = (pairs_of(sorted_pairs_ptr, rows, mask_pairs, R).to(tl.int32) // top_k).to(tl.int64)
+    if SHARED:
+        at = tl.where(is_shared, rows, at)
     return at
 
 
 @triton.jit
-def _tall_sums(sums, out, sorted_pairs_ptr, is_shared, first, end, n0, N, R, START: tl.constexpr,
-    ROWS: tl.constexpr, SWAP: tl.constexpr, UP: tl.constexpr, SHARED: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+def _tall_sums(
+    sums, out, sorted_pairs_ptr, is_shared, first, end, n0, N, R, START: tl.constexpr, ROWS: tl.constexpr,
+    SWAP: tl.constexpr, UP: tl.constexpr, SHARED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Stores one group of rows: in sorted order with the activation where UP, else where their pairs are."""
     r = START + tl.arange(0, ROWS)
@@ -158,7 +154,7 @@ def _tall_sums(sums, out, sorted_pairs_ptr, is_shared, first, end, n0, N, R, STA
         to = (out + first.to(tl.int64) * N) + r[:, None] * N  # one address and small numbers: registers are short
     else:
         rows = first.to(tl.int64) + r
-        to = out + _rows_of_pairs(sorted_pairs_ptr, is_shared, rows, mask, R, 1, SHARED, False)[:, None] * N
+        to = out + _rows_of_pairs(sorted_pairs_ptr, is_shared, rows, mask, R, 1, SHARED)[:, None] * N
     if SWAP:
         sums = tl.trans(sums)
     offs_n = n0 + tl.arange(0, BLOCK_N)
@@ -175,7 +171,7 @@ def _tall_at(
     mask = r < end - first
     if UP:
         rows = first.to(tl.int64) + r
-        at = a + _rows_of_pairs(sorted_pairs_ptr, is_shared, rows, mask, R, top_k, SHARED, False) * K
+        at = a + _rows_of_pairs(sorted_pairs_ptr, is_shared, rows, mask, R, top_k, SHARED) * K
     else:
         at = (a + first.to(tl.int64) * K) + r * K
     return at, mask
