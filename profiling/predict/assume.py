@@ -7,13 +7,15 @@ positions are masked and hot (but with --greedy); nothing is packed; every row's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from tt_kernels.moe.experts_launch import heights, spare
 
 Array = np.ndarray[Any, Any]
 
@@ -78,6 +80,12 @@ def _offsets(a: Launched, t: Tensor) -> Array:
     return np.concatenate([[0], ends])[-t.numel() :] if t.numel() <= experts else np.concatenate([[0], ends])
 
 
+def cut(rows: int, block: int) -> Iterator[tuple[int, int]]:
+    """An expert's tiles: (first row, rows)."""
+    for start in range(0, max(rows - spare(block), min(rows, 1)), block):
+        yield start, rows - start if rows - start <= block + spare(block) else block
+
+
 def _tiles(a: Launched, t: Tensor) -> Array:
     """The list that `experts_schedule` writes: its length, then (expert, rows, first row) packed; or the offsets."""
     experts, rows, tokens = _experts(a)
@@ -86,8 +94,8 @@ def _tiles(a: Launched, t: Tensor) -> Array:
     block = int(a.options.get("BLOCK_T", 16))
     entries, first = [], 0
     for expert, count in enumerate(expert_rows(rows, experts, tokens)):
-        for start in range(0, int(count), block):
-            entries.append(expert << 41 | min(block, int(count) - start) << 32 | (first + start))
+        for start, height in cut(int(count), block):
+            entries.append(expert << 41 | height << 32 | (first + start))
         first += int(count)
     return np.array([len(entries), *entries, *[-1] * max(0, t.numel() - 1 - len(entries))])
 
@@ -99,7 +107,8 @@ def useful(a: Launched) -> float:
     experts, rows, tokens = _experts(a)
     block = int(a.options["BLOCK_T"])
     counts = expert_rows(rows, experts, tokens)
-    return rows / max(float((-(-counts // block) * block).sum()), 1.0)
+    computed = [min(h for h in heights(block) if h >= n) for count in counts for _, n in cut(int(count), block)]
+    return rows / max(float(sum(computed)), 1.0)
 
 
 def _lengths(a: Launched, t: Tensor) -> Array:

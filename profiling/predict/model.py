@@ -26,6 +26,8 @@ from .assume import Launched, remembered, useful
 from .rates import PIPES, RATES, Rates
 
 SAMPLES = 24  # programs of a launch that are evaluated: spread evenly, the first and the last among them
+GOLDEN = 0.618034
+UNLIKE = 0.05  # programs whose products differ by more have four times as many samples
 SLOW = 0.2  # s: a program that takes longer to evaluate has a quarter of them
 
 
@@ -106,7 +108,9 @@ def compiled(kernel: Any, args: Sequence[Any], options: Mapping[str, Any], targe
         driver._active = before
     cubin = made.asm["cubin"]
     if cubin not in _READ:
-        code, body = sass.parse(sass.disassemble(cubin)), ttgir.parse(made.asm["ttgir"])
+        code = sass.parse(sass.disassemble(cubin))
+        # Triton 3.6 does not say where lines are inlined.
+        body = ttgir.parse(made.asm["ttgir"], any(len(i.line or ()) > 1 for i in code.instructions))
         unsure = walk.match(code, body)
         shared, warps = made.metadata.shared, int(options.get("num_warps", made.metadata.num_warps))
         _READ[cubin] = Binary(
@@ -150,10 +154,16 @@ def bind(made: Any, kernel: ttgir.Kernel, args: Sequence[Any]) -> tuple[dict[str
 
 
 def sampled(grid: Sequence[int], most: int = SAMPLES) -> list[tuple[tuple[int, int, int], float]]:
-    """Programs to evaluate, each with how many it stands for."""
+    """Programs to evaluate, each with how many it stands for: the first, the last and one of each equal part between,
+    at a place that is never the same, since tiles that are alike repeat."""
     x, y, z = (*grid, 1, 1, 1)[:3]
     total = x * y * z
-    some = sorted({round(n * (total - 1) / max(most - 1, 1)) for n in range(min(most, total))})
+    if total <= most:
+        some = list(range(total))
+    else:
+        each = (total - 2) / (most - 2)
+        places = (n * each + (n * GOLDEN % 1) * each for n in range(most - 2))
+        some = sorted({0, *(1 + int(place) for place in places), total - 1})
     edges = [0, *((a + b) // 2 + 1 for a, b in pairwise(some)), total]
     found = []
     for n, (low, high) in zip(some, pairwise(edges), strict=True):
@@ -182,18 +192,22 @@ def predict(
     p = Prediction(kernel.__name__, tuple(grid), dict(options), binary, max(resident, 1), limited, 0.0, 0.0)
     p.unsure |= set(binary.unsure)
     seen: list[tuple[float, trips.Trace]] = []
-    begin = time.perf_counter()
+    begin = time.process_time()
     trips.Program(binary.kernel, values, memory, (0, 0, 0), (*grid, 1, 1)).run()
-    slow = time.perf_counter() - begin > SLOW
-    picked = sampled(grid, SAMPLES // 4 if slow else SAMPLES)
-    for number, (ids, weight) in enumerate(picked):
-        trace = trips.Program(binary.kernel, values, memory, ids, (*grid, 1, 1), number == len(picked) - 1).run()
-        if number == len(picked) - 1 and weight > 1:  # only one program is the last
-            plain = trips.Program(binary.kernel, values, memory, ids, (*grid, 1, 1)).run()
-            seen.append((weight - 1, plain))
-            weight = 1
-        seen.append((weight, trace))
-        p.unsure |= trace.unsure
+    few = SAMPLES // 4 if time.process_time() - begin > SLOW else SAMPLES
+    for most in (few, 4 * few):
+        seen.clear()
+        picked = sampled(grid, most)
+        for number, (ids, weight) in enumerate(picked):
+            trace = trips.Program(binary.kernel, values, memory, ids, (*grid, 1, 1), number == len(picked) - 1).run()
+            if number == len(picked) - 1 and weight > 1:  # only one program is the last
+                plain = trips.Program(binary.kernel, values, memory, ids, (*grid, 1, 1)).run()
+                seen.append((weight - 1, plain))
+                weight = 1
+            seen.append((weight, trace))
+            p.unsure |= trace.unsure
+        if np.std([t.flops for _, t in seen]) <= UNLIKE * np.mean([t.flops for _, t in seen]):
+            break
     p.useful = useful(launched)
     _measure(p, r, seen, given, full, {name for name, t in given.items() if isinstance(t, Tensor) and near(t)})
     return p

@@ -19,7 +19,7 @@ import triton
 
 NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 NONE = 7  # no scoreboard
-Line = tuple[str, int]  # file and line
+Line = tuple[tuple[str, int], ...]  # file and line, then those that it is inlined at
 CODE = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*(.*?);?\s*}?\s*/\* (0x\w{16}) \*/"
 )
@@ -115,8 +115,8 @@ def instructions(text: str) -> list[Instruction]:
         elif match := CODE.match(row):
             first = match
         elif match := WHERE.search(row):
-            if not told:  # the lines that it is inlined at follow
-                line, told = (Path(match[1]).name, int(match[2])), True
+            at = (Path(match[1]).name, int(match[2]))  # the lines that it is inlined at follow
+            line, told = (*line, at) if told and line else (at,), True
         elif row.startswith(".L_") and row.rstrip().endswith(":"):
             pending.append(row.strip()[:-1])
         elif row.startswith(".section") and ".text." not in row and found:

@@ -392,4 +392,4 @@ def _later(value: Any) -> Any:
 
 
 def _place(line: Line | None) -> str:
-    return f"{line[0]}:{line[1]}" if line else "an unknown line"
+    return f"{line[0][0]}:{line[0][1]}" if line else "an unknown line"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-Line = tuple[str, int]  # file and line
+Line = tuple[tuple[str, int], ...]  # file and line, then those that it is inlined at
 
 
 @dataclass(eq=False)
@@ -58,7 +58,7 @@ def _strip_location(line: str) -> tuple[str, str | None]:
     return (line[: match.start()], match[1]) if match else (line, None)
 
 
-def _locations(text: str) -> dict[str, Line]:
+def _locations(text: str, calls: bool) -> dict[str, Line]:
     raw = dict(re.findall(r"^(#loc\w*) = loc\((.*)\)$", text, re.MULTILINE))
     found: dict[str, Line] = {}
 
@@ -67,12 +67,14 @@ def _locations(text: str) -> dict[str, Line]:
             return found.get(name)
         body = raw[name]
         if match := re.match(r'"([^"]+)":(\d+)', body):
-            line = (match[1].rpartition("/")[2], int(match[2]))
+            line: Line = ((match[1].rpartition("/")[2], int(match[2])),)
         else:  # a name, a call's site (the callee comes first), or several fused
-            inner = next((resolve(part, depth + 1) for part in re.findall(r"#loc\w*", body)), None)
-            if inner is None:
+            parts = [resolve(part, depth + 1) for part in re.findall(r"#loc\w*", body)]
+            if not parts or parts[0] is None:
                 return None
-            line = inner
+            line = parts[0]
+            if calls and body.startswith("callsite") and parts[-1] is not None:
+                line += parts[-1]
         found[name] = line
         return line
 
@@ -81,10 +83,10 @@ def _locations(text: str) -> dict[str, Line]:
     return found
 
 
-def parse(text: str) -> Kernel:
-    """A kernel from the text of its TTGIR."""
+def parse(text: str, calls: bool = True) -> Kernel:
+    """A kernel from the text of its TTGIR. calls: lines are told apart by the calls that they stand in."""
     lines = text.splitlines()
-    where = _locations(text)
+    where = _locations(text, calls)
     begin = next(n for n, line in enumerate(lines) if "tt.func public" in line)
     names: dict[str, str] = {}
     arguments = []

@@ -80,10 +80,13 @@ class Weights:
         self.kernel, self.trace = kernel, trace
         self.ran = {line for counts in trace.lines.values() for line, n in counts.items() if n}
         self.known = {line for lines in kernel.lines.values() for line in lines}
+        self.entered = {line[n:] for line in self.ran for n in range(1, len(line))}  # calls that ran
+        self.calls = {line[n:] for line in self.known for n in range(1, len(line))}
 
     def __call__(self, i: Instruction, loop: int | None) -> float:
-        if i.line is None or i.line not in self.known:
-            return 1.0
+        if i.line is None or i.line not in self.known:  # of ptxas's own: with the call that it stands in
+            missed = i.line is not None and i.line[1:] in self.calls and i.line[1:] not in self.entered
+            return float(not missed)
         if i.line not in self.ran:
             return 0.0
         if i.line not in self.kernel.lines.get(loop, ()):

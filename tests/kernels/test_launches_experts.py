@@ -17,8 +17,10 @@ from tt_kernels.moe.experts_launch import (
     Sizes,
     UpLaunch,
     down_launch,
+    heights,
     hidden_launch,
     most_tiles,
+    spare,
     up_launch,
     weights_launch,
 )
@@ -28,7 +30,7 @@ from tt_kernels.runtime.launch import ON_CPU, overriding, recording
 UP = Sizes(rows=96, experts=128, N=1856, K=2688)
 DOWN = replace(UP, N=2688, K=1856)
 TOKENS = (1, 16, 64, 128, 512, 1024, 2048, 4096, 16384)
-LADDER = sorted({round(2 ** (i / 16)) for i in range(13 * 16 + 1)})  # 1 to 8192 tokens, 4 % apart
+LADDER = sorted({round(2 ** (i / 16)) for i in range(14 * 16 + 1)})  # 1 to 16384 tokens, 4 % apart
 
 
 def stage(launch, itemsize: int = 2, weights: int = 1) -> int:
@@ -47,7 +49,16 @@ def spread(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 def tiles_of(block: int, tokens: int) -> float:
     """Tiles that an expert has on average."""
     rows, likely = spread(tokens)
-    return (likely * (rows / block).ceil()).sum().item()
+    return (likely * ((rows - spare(block)) / block).ceil().maximum(rows.clamp(max=1))).sum().item()
+
+
+def filled(block: int, tokens: int) -> float:
+    """Rows that an expert's tiles compute on average."""
+    rows, likely = spread(tokens)
+    sizes = torch.tensor(heights(block)).double()
+    before = ((rows - spare(block)) / block).ceil().clamp(min=1) - 1  # tiles but the last
+    last = sizes[torch.searchsorted(sizes, (rows - before * block).clamp(min=1))]
+    return (likely * torch.where(rows > 0, before * block + last, 0)).sum().item()
 
 
 def seconds(block: int, width: int, tokens: int, s: Sizes) -> float:
@@ -56,7 +67,9 @@ def seconds(block: int, width: int, tokens: int, s: Sizes) -> float:
     tiles, hit, columns = 128 * tiles_of(block, tokens), 128 * tiles_of(tokens, tokens), math.ceil(s.N / width)
     memory = 2 * (hit * s.N * s.K + s.rows * (s.N + s.K)) / 4.3e12
     cache = 2 * s.K * (tiles * s.N + s.rows * columns) / 8.5e12
-    return max(memory, cache, 2 * tiles * block * columns * width * s.K / 8e14)
+    if len(heights(block)) > 1:  # the last columns in half a tile where they fit
+        columns = math.ceil(2 * s.N / width) / 2
+    return max(memory, cache, 2 * 128 * filled(block, tokens) * columns * width * s.K / 8e14)
 
 
 PRODUCTS = pytest.mark.parametrize("sizes,launch", [(UP, up_launch), (DOWN, down_launch)], ids=["up", "down"])
@@ -67,8 +80,20 @@ def test_no_count_of_tokens_has_tiles_much_slower_than_the_best(sizes: Sizes, la
     """Such as where many experts' rows just exceed a tile."""
     for tokens in LADDER:
         s = replace(sizes, rows=6 * tokens)
-        best = min(seconds(t, n, tokens, s) for t in (16, 32, 64, 128) for n in (64, 128, 256))
+        forms = [(t, n) for t in (16, 32, 64, 128) for n in (64, 128, 256)] + [(192, 256)]
+        best = min(seconds(*form, tokens, s) for form in forms)
         assert seconds(launch(s).BLOCK_T, launch(s).BLOCK_N, tokens, s) <= 1.05 * best, tokens
+
+
+@PRODUCTS
+def test_many_tokens_stay_within_a_fifth_of_the_limit(sizes: Sizes, launch: Callable) -> None:
+    """By bytes and operations: no count of tokens makes experts' last tiles, or weights that are read again, cost
+    more."""
+    for tokens in (t for t in LADDER if t >= 1024):
+        s = replace(sizes, rows=6 * tokens)
+        x = launch(s)
+        least = max(2 * s.rows * s.N * s.K / 8e14, 2 * (128 * s.N * s.K + s.rows * (s.N + s.K)) / 4.3e12)
+        assert seconds(x.BLOCK_T, x.BLOCK_N, tokens, s) <= 1.2 * least, tokens
 
 
 @PRODUCTS
@@ -85,6 +110,9 @@ def test_no_tile_is_larger_than_rows_need(sizes: Sizes, launch: Callable) -> Non
     tiles = [launch(replace(sizes, rows=6 * t)).BLOCK_T for t in LADDER]
     assert tiles == sorted(tiles)
     for tokens, block in zip(LADDER, tiles, strict=True):
+        if len(heights(block)) > 1:  # it computes no more than it has
+            assert filled(block, tokens) <= filled(64, tokens)
+            continue
         assert block == 16 or tiles_of(block // 2, tokens) > 1.02 * tiles_of(block, tokens), tokens
 
 
@@ -134,10 +162,12 @@ def test_two_programs_share_a_multiprocessor_while_weights_are_streamed(tokens: 
 @pytest.mark.parametrize("architecture", (80, 90, 100))
 @pytest.mark.parametrize("two", (False, True))
 def test_sums_leave_registers_for_the_loop(architecture: int, two: bool) -> None:
-    """128 of 255 a thread at most. Rows in large tiles are the tensor cores' M: a warp has no fewer than 16."""
+    """128 of 255 a thread at most, 192 in tall tiles. Rows in large tiles are the tensor cores' M: a warp has no fewer
+    than 16."""
     for tokens in LADDER:
         launch = up_launch(replace(UP, rows=6 * tokens, architecture=architecture, two=two))
-        assert (1 + two) * launch.BLOCK_T * launch.BLOCK_N <= 128 * 32 * launch.num_warps
+        most = 192 if launch.tall else 128
+        assert (1 + two) * launch.BLOCK_T * launch.BLOCK_N <= most * 32 * launch.num_warps
         assert (launch.BLOCK_N if launch.SWAP else launch.BLOCK_T) >= 16 * launch.num_warps
 
 
@@ -198,6 +228,21 @@ def test_a_pass_is_few_launches(tokens: int) -> None:
     assert total[0] == tokens
 
 
+@pytest.mark.parametrize("sizes", [dict(), dict(D=2690), dict(N=1000), dict(N=1854), dict(M=1000)])
+def test_tall_tiles_take_weights_by_tma_only(sizes: dict[str, int]) -> None:
+    """By pointers they would spill."""
+    dims = dict(T=4096, D=2688, N=1856, E=128, K=6, M=3712) | sizes
+    with torch.device("meta"), recording(90) as seen:
+        inputs = OPS["experts"].inputs(torch.float16, **dims)
+        inputs["x"].requires_grad_()
+        OPS["experts"].fn(**inputs).sum().backward()
+    forms = []
+    for _, _, (_, w, *_), options in (launch for launch in seen if "SWAP" in launch[3]):
+        forms.append(len(heights(options["BLOCK_T"])) > 1)
+        assert hasattr(w, "base") or not forms[-1]
+    assert len(forms) == 3 and (all(forms) or sizes)
+
+
 def test_frozen_matrices_cost_nothing() -> None:
     op = OPS["experts"]
     with torch.device("meta"):
@@ -242,6 +287,35 @@ def test_all_forms_give_the_same(dims: dict[str, int], form: tuple[int, int, int
     low, high = op.reference(**kwargs), op.reference(**double(kwargs))
     for got in (by_up, by_down):
         assert_as_good("y", got, low, high, 0.0)
+
+
+@pytest.mark.kernels
+@pytest.mark.sanitize
+@pytest.mark.skipif(not ON_CPU, reason="looks at kernels on a CPU")
+@pytest.mark.parametrize("dims", [dict(N=40, M=24), dict(N=24, M=0)])
+def test_tall_tiles_give_the_same(dims: dict[str, int]) -> None:
+    """Tiles of every height, whole columns, half of them and a part; an expert without rows and a pair without one."""
+    op, dtype = OPS["experts"], torch.bfloat16 if SANITIZE else torch.float32
+    counts = (192, 112, 175, 156, 20, 0, 1)  # the last is of a pair without an expert
+    tiles = (96, 96, 112, 96, 79, 96, 60, 20)
+    assert {min(h for h in heights(96) if h >= n) for n in tiles} == set(heights(96))
+    kwargs = make(op, dict(T=sum(counts), D=48, E=6, K=1) | dims, dtype)
+    ids = torch.arange(7).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts))]
+    kwargs["routing"] = kwargs["routing"]._replace(topk_ids=ids[:, None])
+    up = UpLaunch(BLOCK_T=96, BLOCK_N=32, BLOCK_K=16, SWAP=0, PERSISTENT=0, SORTED=0, num_warps=4)
+    down = ProductLaunch(**{name: value for name, value in up.options.items() if name != "SORTED"})
+
+    def results(run: Callable, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        x = kwargs["x"].detach().clone().requires_grad_()
+        y = run(**kwargs | dict(x=x))
+        return y, *torch.autograd.grad(y.sum(), x)
+
+    low, high = results(op.reference, kwargs), results(op.reference, double(kwargs))
+    for kernel, launch in (("_experts_up_kernel", up), ("_experts_down_kernel", down)):
+        with overriding(kernel, launch):
+            got = results(op.fn, kwargs)
+        for name, *values in zip(("y", "dx"), got, low, high, strict=True):
+            assert_as_good(name, *values, 0.0)
 
 
 def fused(kwargs: dict[str, Any], dim: int = 1) -> tuple[dict[str, Any], torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from bench import report
 from profiling.predict import __main__ as predict
-from profiling.predict import sass, trips, ttgir, walk
+from profiling.predict import model, sass, trips, ttgir, walk
 from profiling.predict.assume import expert_rows
 from profiling.predict.rates import RATES, pipe
 from tools import hazards
@@ -120,11 +120,20 @@ def test_control_flow_is_evaluated() -> None:
     assert [run(i).iterations[0] for i in range(3)] == [0, 3, 4]
     trace = run(1)
     assert trace.loaded["x_ptr"] == 3 * 5 * 4 and not trace.unsure  # five of eight lanes
-    assert trace.lines[0] == {("lang.py", 7): 3}
+    assert trace.lines[0] == {(("lang.py", 7), ("kernels.py", 2)): 3}  # with the call that it stands in
     assert not trace.stored and run(1, last=True).stored["ends_ptr"] == 4  # the last program's work
     assert (
         run(1, known=False).iterations[0] == 1 and "bounds of the loop at lang.py:7" in run(1, known=False).unsure.pop()
     )
+
+
+def test_sampled_programs_are_not_all_of_a_kind() -> None:
+    """Tiles that are alike repeat: of a grid of 8 tiles of columns all are among the samples, about as often."""
+    picked = model.sampled((4000,), 24)
+    ids = [i for (i, _, _), _ in picked]
+    assert ids[0] == 0 and ids[-1] == 3999 and sum(weight for _, weight in picked) == 4000 and len(set(ids)) == 24
+    assert len({i % 8 for i in ids}) == 8 and max(weight for _, weight in picked) < 3 * 4000 / 24
+    assert [i for (i, _, _), _ in model.sampled((5,), 24)] == list(range(5))
 
 
 def test_routing_hits_as_many_experts_as_one_expects() -> None:

@@ -2,7 +2,7 @@
 
 MUTANTS = {
     ("experts", "moe/experts_kernels.py"): [
-        ("last tile missed", "(end - start + BLOCK_T - 1) // BLOCK_T", "(end - start) // BLOCK_T"),
+        ("last tile missed", "SPARE, 1) + BLOCK_T - 1) // BLOCK_T", "SPARE, 1)) // BLOCK_T"),
         ("wrong expert", "last[None, :] <= tile[:, None]", "last[None, :] < tile[:, None]"),
         (
             "sums without the weights' dtype",
@@ -18,9 +18,20 @@ MUTANTS = {
     ("experts", "moe/experts_kernels.py", "test_launches_experts.py::test_all_forms_give_the_same"): [
         ("a tile less for who walks the list", "axis=0).to(tl.int64)", "axis=0).to(tl.int64) - 1"),
     ],
+    ("experts", "moe/experts_kernels.py", "test_launches_experts.py::test_tall_tiles_give_the_same"): [
+        ("rows beyond a tile cut off", "until - first <= BLOCK_T + SPARE, until", "until - first <= BLOCK_T, until"),
+    ],
+    ("experts", "moe/lang.py", "test_launches_experts.py::test_tall_tiles_give_the_same"): [
+        ("the tallest tile misses its last rows", "end - first > 2 * LOW + LOW // 2:", "end - first > 3 * LOW:"),
+        ("all of the shared expert's rows in one tile", "tl.minimum(end, first + BLOCK_T), end)", "end, end)"),
+        ("no second half", "tl.minimum(n0 + BLOCK_N, N), HALF", "n0 + HALF, HALF"),
+        ("every tile's h goes to the first rows", "(out + first.to(tl.int64) * N) + r", "out + r"),
+        ("every tile reads the first rows of h", "(a + first.to(tl.int64) * K) + r", "a + r"),
+        ("the last rows stored over the ones before", "N, R, TOP + LOW, REST", "N, R, TOP, REST"),
+    ],
     (
         "experts",
-        "moe/experts_launch.py",
+        "moe/operands.py",
         "test_launches_experts.py::test_halves_of_a_fused_tensor_give_what_copies_of_them_give",
     ): [
         ("experts of a part follow each other", "step = apart // D", "step = N"),
@@ -80,7 +91,8 @@ MUTANTS = {
         ("the second expert takes the first's rows too", "expert - 1, expert > 0", "expert - 1, expert > 1"),
         ("last row of an expert missed", "mask_r = rows < end", "mask_r = rows < end - 1"),
         ("tokens of the turn before", "r + BLOCK_R, end, T", "r, end, T"),
-        ("rows of x by pair, not by token", 'weights.up, pairs, "b"),', 'weights.up, pairs, ""),'),
+        ("rows of x by pair, not by token", '("a", "b") if hidden.x is x', '("a", "") if hidden.x is x'),
+        ("sorted rows taken for tokens'", '("a", "b") if hidden.x is x', '("a", "b") if True'),
     ],
     ("experts", "moe/experts.py"): [
         ("pairs listed for the expert before theirs", "(topk_ids, len(up))", "(topk_ids - 1, len(up))")

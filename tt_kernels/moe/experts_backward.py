@@ -15,14 +15,12 @@ from .experts_launch import (
     Pairs,
     Sizes,
     by_owner,
-    described,
     hidden_launch,
-    operands,
     rows_down,
-    stacked,
     weights_launch,
 )
 from .lang import activate, end_of, find_tile, pairs_of, product
+from .operands import described, operands, stacked
 
 
 @triton.jit
@@ -159,6 +157,8 @@ class Hidden(NamedTuple):
     dg: Tensor | None  # [R, N], None without a gate
     wh: Tensor  # [R, N]: h times the routing weight
     dweights: Tensor | None  # [T, K]; None of the shared expert
+    x: Tensor  # as given, or [R, D] in sorted order where it was to be gathered, as dy
+    dy: Tensor
 
 
 def hidden_bwd(
@@ -203,7 +203,7 @@ def hidden_bwd(
         ACTIVATION=activation,
         launch=launch,
     )
-    return Hidden(du, dg, wh, None if parts is None else parts.sum(0).view(T, top_k))
+    return Hidden(du, dg, wh, None if parts is None else parts.sum(0).view(T, top_k), x, dy)
 
 
 def weights_bwd(a: Tensor, b: Tensor, like: Tensor, pairs: Pairs | None = None, by_token: str = "") -> Tensor:
@@ -243,13 +243,14 @@ def _experts_bwd(
     dy, x, pairs = dy.contiguous(), x.contiguous(), Pairs(sorted_pairs.contiguous(), offsets.contiguous())
     hidden, alone = hidden_bwd(x, dy, weights, activation, pairs, topk_weights.contiguous()), None
     # What each gradient is of, in the order of matrices.
+    by_a, by_b = ("a", "b") if hidden.x is x else ("", "")
     products: list[tuple[Tensor | None, Tensor, Tensor | None, Pairs | None, str]] = [
-        (hidden.du, x, weights.up, pairs, "b"),
-        (dy, hidden.wh, weights.down, pairs, "a"),
-        (hidden.dg, x, weights.gate, pairs, "b"),
+        (hidden.du, hidden.x, weights.up, pairs, by_b),
+        (hidden.dy, hidden.wh, weights.down, pairs, by_a),
+        (hidden.dg, hidden.x, weights.gate, pairs, by_b),
     ]
     if shared is not None:
-        du, dg, wh, _ = hidden_bwd(x, dy, shared, activation)
+        du, dg, wh, *_ = hidden_bwd(x, dy, shared, activation)
         products += [(du, x, shared.up, None, ""), (dy, wh, shared.down, None, ""), (dg, x, shared.gate, None, "")]
         alone = operands(du, shared.up, shared.gate, dg)
     grads = [x.new_empty(0) for _ in matrices]

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..runtime.checks import refuse
 from ..runtime.launch import Launch, run
 from .experts_kernels import _experts_combine_kernel
-from .experts_launch import Pairs, by_owner, operands, rows_down, rows_up
+from .experts_launch import Pairs, by_owner, rows_down, rows_up
+from .operands import operands
 
 
 def rows_of_pairs(

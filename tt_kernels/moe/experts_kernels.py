@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..runtime.lang import sum_of_pairs
-from .lang import Operands, activate, end_of, find_tile, pairs_of, product
+from .lang import Operands, activate, end_of, find_tile, pairs_of, product, tall_tile
 
 # The shared expert is more tiles of the same grids. A tile picks its operands, descriptors too, and then there is one
 # loop: two would hold shared memory for both.
@@ -132,10 +132,20 @@ def _experts_up_kernel(
             i, tiles_ptr, R, sizes, n_tiles, m_tiles, SHARED, BLOCK_T, BLOCK_E
         )
         if expert >= 0:
-            _up_tile(
-                *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n),
-                *(SHARED, GATED, ACTIVATION, SORTED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
-            )
+            if BLOCK_T & (BLOCK_T - 1):
+                tl.static_assert(not (GATED or SORTED or SWAP))
+                N = sizes.N
+                if SHARED:
+                    N = tl.where(is_shared, sizes.M, N)
+                tall_tile(
+                    *(routed, shared, sorted_pairs_ptr, is_shared, expert, first, end, n, N, sizes.D),
+                    *(sizes.T * sizes.top_k, sizes.top_k, True, SHARED, ACTIVATION, False, BLOCK_T, BLOCK_N, BLOCK_K),
+                )
+            else:
+                _up_tile(
+                    *(routed, shared, sorted_pairs_ptr, sizes, is_shared, expert, first, end, n),
+                    *(SHARED, GATED, ACTIVATION, SORTED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
+                )
 
 
 @triton.jit
@@ -230,10 +240,20 @@ def _experts_down_kernel(
             i, tiles_ptr, R, sizes, d_tiles, d_tiles, SHARED, BLOCK_T, BLOCK_E
         )
         if expert >= 0:
-            _down_tile(
-                *(routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d),
-                *(SHARED, TWO, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
-            )
+            if BLOCK_T & (BLOCK_T - 1):
+                tl.static_assert(not (TWO or SWAP))
+                N = sizes.N
+                if SHARED:
+                    N = tl.where(is_shared, sizes.M, N)
+                tall_tile(
+                    *(routed, shared, sorted_pairs_ptr, is_shared, expert, first, end, d, sizes.D, N, R, 1),
+                    *(False, SHARED, None, TRANSPOSED, BLOCK_T, BLOCK_N, BLOCK_K),
+                )
+            else:
+                _down_tile(
+                    *(routed, shared, sorted_pairs_ptr, R, sizes, is_shared, expert, first, end, d),
+                    *(SHARED, TWO, TRANSPOSED, SWAP, BLOCK_T, BLOCK_N, BLOCK_K),
+                )
 
 
 @triton.jit
@@ -249,15 +269,18 @@ def _experts_schedule_kernel(
     E,
     tiles,
     BLOCK_T: tl.constexpr,
+    SPARE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
-    """Cut every expert's rows into tiles of BLOCK_T; tiles of one expert follow each other."""
+    """Cut every expert's rows into tiles of BLOCK_T, the last of up to SPARE more; those of one expert follow each
+    other."""
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
     start, end = end_of(offsets_ptr, offs_e - 1, mask_e & (offs_e > 0), R), end_of(offsets_ptr, offs_e, mask_e, R)
     start, end = tl.associative_scan((start, end), 0, _larger)  # ends never fall, so there are at most `tiles` tiles
-    count = tl.where(mask_e, (end - start + BLOCK_T - 1) // BLOCK_T, 0)
+    count = (tl.maximum(end - start - SPARE, 1) + BLOCK_T - 1) // BLOCK_T
+    count = tl.where(mask_e & (end > start), count, 0)
     last = tl.cumsum(count, 0)  # [BLOCK_E] tiles up to and with this expert
     tile = tl.program_id(0) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
     before = (last[None, :] <= tile[:, None]) & mask_e[None, :]  # [BLOCK_TILES, BLOCK_E]
@@ -265,7 +288,7 @@ def _experts_schedule_kernel(
     own = expert[:, None] == offs_e[None, :]
     first = tl.sum(tl.where(own, (start - (last - count) * BLOCK_T)[None, :], 0), axis=1) + tile * BLOCK_T
     until = tl.sum(tl.where(own, end[None, :], 0), axis=1)
-    rows = tl.minimum(until - first, BLOCK_T).to(tl.int64)
+    rows = tl.where(until - first <= BLOCK_T + SPARE, until - first, BLOCK_T).to(tl.int64)
     entry = (expert.to(tl.int64) << 41) | (rows << 32) | first.to(tl.int64)
     tl.store(tiles_ptr + 1 + tile, tl.where(expert < E, entry, -1), mask=tile < tiles)
     if tl.program_id(0) == 0:

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.moe import PlainWeights
-from ..runtime.launch import L, Launch, architecture, by_tma, multiprocessors, run, tuned
+from ..runtime.launch import L, Launch, architecture, multiprocessors, run, tuned
 from .experts_kernels import _experts_down_kernel, _experts_schedule_kernel, _experts_up_kernel
 from .lang import ABSENT, Operands
+from .operands import one_by_one, operands
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class Sizes:
     itemsize: int = 2
     architecture: int = 90
     two: bool = False
+    tma: bool = True  # can load tiles of the weights
 
     @staticmethod
-    def of(x: Tensor, *, rows: int, experts: int, N: int, K: int, two: bool) -> "Sizes":
-        return Sizes(rows, experts, N, K, x.element_size(), architecture(x), two)
+    def of(x: Tensor, *, rows: int, experts: int, N: int, K: int, two: bool, tma: bool = True) -> "Sizes":
+        return Sizes(rows, experts, N, K, x.element_size(), architecture(x), two, tma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,11 @@ class ProductLaunch(Launch):
     PERSISTENT: int  # programs a multiprocessor that walk the tiles; 0: a program a tile
     num_warps: int = 4
     num_stages: int = 3
+
+    @property
+    def tall(self) -> bool:
+        """Whether its tiles are of two groups of rows (lang.py)."""
+        return spare(self.BLOCK_T) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +104,18 @@ def row_of(s: Sizes) -> tuple[int, int, int, int, int]:
 
 
 def product_launch(s: Sizes) -> UpLaunch:
-    """By `_TILES`, a program a tile. The persistent form, for which rows are gathered first so that TMA loads them too,
-    is there to be measured: it hides a tile's beginning and end, and pays with the gather and with programs that are
-    dealt their tiles in advance. sm_80 has 163 KiB of shared memory for what Hopper keeps in 227, and pointers in
-    registers: half the tile, fewer stages. A gate or second product takes a second weight tile a stage and a second
-    accumulator. Elements of 4 bytes are multiplied without tensor cores, by threads that hold 16 of K of both operands
-    in registers: 64 by 64 tiles, of which those of rows by weights spill."""
+    """By `_TILES`, a program a tile; for many rows tall ones (lang.py) in 16 bits on Hopper, four stages of 56 KB, but
+    where a gate or pointers to weights need the registers. The persistent form, for which rows are gathered first so
+    that TMA loads them too, is there to be measured: it hides a tile's beginning and end, and pays with the gather and
+    with programs that are dealt their tiles in advance. sm_80 has 163 KiB of shared memory for what Hopper keeps in
+    227, and pointers in registers: half the tile, fewer stages. A gate or second product takes a second weight tile a
+    stage and a second accumulator. Elements of 4 bytes are multiplied without tensor cores, by threads that hold 16 of
+    K of both operands in registers: 64 by 64 tiles, of which those of rows by weights spill."""
     old = s.architecture < 90
     t, n, k, warps, stages = row_of(s)
     many = t == 128
+    if many and s.tma and not (s.two or old) and s.itemsize == 2 and n <= s.N and s.rows > t:
+        t, stages = 192, 4
     n = max(n >> (s.two + old), 64)
     if old:
         stages = min(stages, 3)
@@ -164,15 +173,29 @@ def hidden_launch(s: Sizes) -> HiddenLaunch:
 
 
 def weights_launch(s: Sizes) -> WeightsLaunch:
-    """128 by 128 of a gradient a program, 64 rows of an expert at a time: 32 KB a stage in 16 bits. Of elements of
+    """128 by 128 of a gradient a program, 64 rows of an expert at a time: 32 KB a stage in 16 bits. Two programs share
+    a multiprocessor: one multiplies while the other stores. From 320 rows an expert on 128 by 256 and a program for
+    itself: multiplying takes longer than storing then, and a quarter less comes from the L2 cache. Of elements of
     4 bytes 16, as in `product_launch`."""
+    wide = s.rows >= 320 * s.experts and s.architecture >= 90 and s.itemsize == 2 and min(s.N, s.K) > 128
     launch = WeightsLaunch(
         BLOCK_P=tile(s.N, 128),
-        BLOCK_Q=tile(s.K, 128),
+        BLOCK_Q=tile(s.K, 256 if wide else 128),
         BLOCK_R=tile(s.rows, 64 if s.itemsize == 2 else 16),
         num_warps=8 if min(s.N, s.K) > 64 else 4,
     )
     return measured("_experts_bwd_weights_kernel", launch, s)
+
+
+def heights(block: int) -> tuple[int, ...]:
+    """The rows that a tile computes, the fewest that hold those it has: of a tall one as `tall_tile` chooses."""
+    low = block // 3
+    return (low, 2 * low, block - low // 2, block, block + spare(block)) if spare(block) else (block,)
+
+
+def spare(block: int) -> int:
+    """Rows that an expert's last tile may have beyond `block`."""
+    return block // 6 if block & (block - 1) else 0
 
 
 def most_tiles(rows: int, experts: int, block: int) -> int:
@@ -197,7 +220,8 @@ class Pairs:
             listed = self.lists[block] = self.offsets.new_empty(1 + tiles, dtype=torch.int64)
             # Two tiles by one warp: it waits for no other, and its sums over the experts are short.
             block_e = triton.next_power_of_2(E)
-            launch = Launch(BLOCK_T=block, BLOCK_E=block_e, BLOCK_TILES=2, num_warps=1 if block_e <= 256 else 4)
+            tiling = dict(BLOCK_T=block, SPARE=spare(block), BLOCK_E=block_e, BLOCK_TILES=2)
+            launch = Launch(**tiling, num_warps=1 if block_e <= 256 else 4)
             grid = (triton.cdiv(tiles, launch.BLOCK_TILES),)
             run(_experts_schedule_kernel, grid, self.offsets, listed, rows, E, tiles, launch=launch)
         return self.lists[block], tiles
@@ -227,46 +251,6 @@ class Extents(NamedTuple):
     E: int
 
 
-def described(tensors: Sequence[Any], block: tuple[int, int] | None, architecture: int) -> list[Any]:
-    """Descriptors of tiles of this shape in place of the tensors, if TMA can load them all; block None: never."""
-    if block is None or not all(by_tma(t, architecture) for t in tensors if isinstance(t, Tensor)):
-        return list(tensors)
-    return [TensorDescriptor.from_tensor(t, list(block)) if isinstance(t, Tensor) else t for t in tensors]
-
-
-def one_by_one(
-    both: Sequence[Operands | None], architecture: int, rows: tuple[int, int] | None, weights: tuple[int, int] | None
-) -> list[Any]:
-    """What both have, as kernels take it, and None for all of one that is not there: a and a2, w and w2 as descriptors
-    of tiles of these shapes where `described` makes them."""
-    given = [o for o in both if o is not None]
-    a = iter(described([t for o in given for t in (o.a, o.a2)], rows, architecture))
-    w = iter(described([t for o in given for t in (o.w, o.w2)], weights, architecture))
-    absent = (None,) * len(Operands._fields)
-    both = [o and o._replace(a=next(a), a2=next(a), w=next(w), w2=next(w)) for o in both]
-    return [part for o in both for part in o or absent]
-
-
-def stacked(w: Tensor, w2: Tensor | None = None) -> tuple[int, Tensor, Tensor | None]:
-    """How many rows lie between the first ones of two experts, and [E, N, D] or [N, D] as rows of a matrix.
-
-    N rows; more where w, and w2 alike, is such a part of a wider tensor as [:, :N] of [E, 2 N, D], which is read where
-    it lies. What lies otherwise is copied."""
-    N, D = w.shape[-2:]
-    if w.dim() == 3 and not w.is_contiguous() and (w2 is None or w2.stride() == w.stride()):
-        apart, *inner = w.stride()
-        if inner == [D, 1] and apart % D == 0 and apart >= N * D:
-            step = apart // D
-            shape = ((len(w) - 1) * step + N, D)
-            return step, w.as_strided(shape, (D, 1)), None if w2 is None else w2.as_strided(shape, (D, 1))
-    return N, w.contiguous().flatten(0, -2), None if w2 is None else w2.contiguous().flatten(0, -2)
-
-
-def operands(a: Tensor, w: Tensor, w2: Tensor | None, a2: Tensor | None = None) -> Operands:
-    step, w, w2 = stacked(w, w2)
-    return Operands(a, w, ABSENT if w2 is None else w2, ABSENT if a2 is None else a2, step=step)
-
-
 def programs(launch: ProductLaunch, tiles: int, x: Tensor) -> tuple[int]:
     """The grid: a program a tile, or PERSISTENT of them a multiprocessor."""
     return (min(tiles, launch.PERSISTENT * multiprocessors(x)) if launch.PERSISTENT else tiles,)
@@ -282,7 +266,8 @@ def rows_up(
     rows are gathered first: 2 R D elements more.
     """
     (T, D), (E, N), R = x.shape, weights.up.shape[:2], len(pairs.order)
-    sizes = Sizes.of(x, rows=R, experts=E, N=N, K=D, two=weights.gate is not None)
+    two, tma = weights.gate is not None, D * x.element_size() % 16 == 0
+    sizes = Sizes.of(x, rows=R, experts=E, N=N, K=D, two=two, tma=tma)
     launch = up_launch(sizes)
     M = 0 if shared is None else len(shared.up)
     h, shared_h = x.new_empty(R, N), None if shared is None else x.new_empty(T, M)
@@ -294,10 +279,11 @@ def rows_up(
         None if shared is None else operands(x, shared.up, shared.gate)._replace(out=shared_h),
     )
     row_block, block = (launch.BLOCK_T, launch.BLOCK_K), (launch.BLOCK_N, launch.BLOCK_K)
+    half = (launch.BLOCK_N // 2, launch.BLOCK_K) if launch.tall else None
     run(
         _experts_up_kernel,
         programs(launch, shared_tiles + most * triton.cdiv(N, launch.BLOCK_N), x),
-        *one_by_one(both, sizes.architecture, row_block if launch.SORTED else None, block),
+        *one_by_one(both, sizes.architecture, row_block if launch.SORTED else None, block, half),
         *(pairs.order, listed, Extents(T, R // T, D, N, M, shared_tiles, E)),
         BLOCK_E=block_e,
         GATED=weights.gate is not None,
@@ -319,7 +305,10 @@ def rows_down(
     """
     R, N = routed.a.shape
     two = routed.a2 is not ABSENT
-    sizes = Sizes.of(routed.a, rows=R, experts=len(pairs.offsets), N=D, K=N, two=two)
+    widths = [N] if shared is None else [N, shared.a.shape[1]]
+    aligned = all(n * routed.a.element_size() % 16 == 0 for n in ([D] if transposed else widths))
+    tma = aligned and (not transposed or all(n % 64 == 0 for n in widths))
+    sizes = Sizes.of(routed.a, rows=R, experts=len(pairs.offsets), N=D, K=N, two=two, tma=tma)
     launch = down_launch(sizes, transposed)
     y, shared_y = routed.a.new_empty(R, D), None
     if shared is not None and launch.PERSISTENT:
@@ -335,12 +324,15 @@ def rows_down(
     d_tiles = triton.cdiv(D, launch.BLOCK_N)
     shared_tiles = triton.cdiv(T, launch.BLOCK_T) * d_tiles
     whole = not transposed or (N % launch.BLOCK_K == 0 and M % launch.BLOCK_K == 0)  # else a tile runs into the next
-    block = (launch.BLOCK_K, launch.BLOCK_N) if transposed else (launch.BLOCK_N, launch.BLOCK_K)
+    block, half = (
+        (launch.BLOCK_K, n) if transposed else (n, launch.BLOCK_K) for n in (launch.BLOCK_N, launch.BLOCK_N // 2)
+    )
+    row_block = None if launch.tall else (launch.BLOCK_T, launch.BLOCK_K)
     both = (routed._replace(out=y), shared)
     run(
         _experts_down_kernel,
         programs(launch, shared_tiles + most * d_tiles, y),
-        *one_by_one(both, sizes.architecture, (launch.BLOCK_T, launch.BLOCK_K), block if whole else None),
+        *one_by_one(both, sizes.architecture, row_block, block if whole else None, half if launch.tall else None),
         *(pairs.order, listed, R, Extents(T, 1, D, N, M, shared_tiles, len(pairs.offsets))),
         BLOCK_E=block_e,
         TWO=two,
