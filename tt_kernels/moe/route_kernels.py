@@ -232,8 +232,8 @@ def _route_halves_kernel(
     mask = (rows < T)[None, :] & (e < E)[:, None]
     tl.store(given.rounded + (split * T + rows).to(tl.int64)[None, :] * E + e[:, None], total, mask=mask)
     squares_ptr = given.squares + split * (T + E)
-    tl.store(squares_ptr + rows, of_x, mask=(rows < T) & (tl.program_id(1) == 0))
-    tl.store(squares_ptr + T + e, of_w, mask=(e < E) & (tl.program_id(0) == 0))
+    tl.store(squares_ptr + rows, of_x, mask=rows < tl.where(tl.program_id(1) == 0, T, 0))
+    tl.store(squares_ptr + T + e, of_w, mask=e < tl.where(tl.program_id(0) == 0, E, 0))
 
 
 @triton.jit
@@ -264,7 +264,7 @@ def _route_choose_kernel(
             of_w += tl.load(given.squares + s * (T + E) + T + expert, mask=real, other=0.0)
         most = tl.max(tl.max(of_w, axis=1), axis=0)
         bound = ERROR * tl.sqrt(error) * tl.sqrt(most) + _TINY
-        error = tl.where((error < _LONG) & (most < _LONG), bound, float("inf"))
+        error = tl.where(tl.maximum(error, most) < _LONG, bound, float("inf"))
     bias = bias_of(given.bias, E, CHOICE)
     pair, paired, column, bits = choose(given, error, bias, tile, rows, out, T, E, CHOICE, SPLITS, ERROR > 0)
     _list_pairs(
