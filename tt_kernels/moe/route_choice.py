@@ -245,10 +245,11 @@ def exact_logits(logits, wanted, x_ptr, weight_ptr, stride_x, stride_w, tile, D,
 
 @triton.jit
 def choose_again(
-    given, doubted, doubted_group, margin, tile, rows, T, E, CHOICE: tl.constexpr, SPLITS: tl.constexpr,
+    given, doubted, doubted_group, margin, tile, rows, found_ptr, T, E, CHOICE: tl.constexpr, SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The choice of a tile in fp64: rounds [R, H, C], columns [R, BLOCK_K], and their logits."""
+    """The choice of a tile in fp64: the rounds that take experts [R, H, C]. Their logits are written to found_ptr [T, K]:
+    as results of a branch that nearly nobody takes, they would be in its layout for all."""
     logits, _ = logits_of(given.exact, rows, T, E, CHOICE, SPLITS, tl.float64)
     if SPLIT:
         operands = given.x, given.weight, given.stride_x, given.stride_w, tile, given.D, E
@@ -259,12 +260,12 @@ def choose_again(
         wanted = doubted[:, None, None] & stays & neighbours(taken, biased, margin, CHOICE.TOP_K)
         logits = exact_logits(logits, wanted, *operands, CHOICE)
     taken, _, _ = chosen_of(logits, given.bias, E, CHOICE)
-    k = tl.arange(0, CHOICE.BLOCK_K)[None, :]
-    found = tl.full((rows.shape[0], CHOICE.BLOCK_K), 0.0, dtype=tl.float64)
-    for n in range(CHOICE.TOP_K):
-        one = tl.sum(tl.sum(tl.where(taken == n, logits, 0.0), axis=1), axis=1)
-        found = tl.where(k == n, one[:, None], found)
-    return taken, columns_of(taken, CHOICE), found
+    if SPLIT:
+        for n in range(CHOICE.TOP_K):
+            one = tl.sum(tl.sum(tl.where(taken == n, logits, 0.0), axis=1), axis=1)
+            tl.store(found_ptr + rows * CHOICE.TOP_K + n, one, mask=rows < T)
+        tl.debug_barrier()  # other threads read them
+    return taken
 
 
 # ---- both ----
@@ -303,26 +304,28 @@ def choose(
     certain_group = certain
     taken, certain_best = quick_best(tl.where(real[None, :, :], ordered32(biased), _TAKEN32), margin, CHOICE.TOP_K)
     certain = certain & certain_best
-    k = tl.arange(0, CHOICE.BLOCK_K)[None, :]
-    column = columns_of(taken, CHOICE)
-    paired = (k < CHOICE.TOP_K) & (rows < T)[:, None]
     doubted = ~certain & (rows < T)
     again = tl.max(doubted.to(tl.int32), axis=0) > 0
     if again:
-        operands = given, doubted, doubted & ~certain_group, margin, tile, rows
-        taken, column, logits = choose_again(*operands, T, E, CHOICE, SPLITS, SPLIT)
-    else:
-        ptrs = given.exact + rows[:, None] * E + expert_of(column, E, CHOICE.GROUPS, CHOICE.BLOCK_N)
-        logits = tl.load(ptrs, mask=paired, other=0.0, cache_modifier=".cg").to(tl.float64)
-        for s in tl.static_range(1, SPLITS):
-            logits += tl.load(ptrs + s * T * E, mask=paired, other=0.0, cache_modifier=".cg").to(tl.float64)
+        operands = given, doubted, doubted & ~certain_group, margin, tile, rows, out.chosen
+        taken = choose_again(*operands, T, E, CHOICE, SPLITS, SPLIT)
+    k = tl.arange(0, CHOICE.BLOCK_K)[None, :]
+    column = columns_of(taken, CHOICE)
+    paired = (k < CHOICE.TOP_K) & (rows < T)[:, None]
+    pair = rows[:, None] * CHOICE.TOP_K + k
+    expert = expert_of(column, E, CHOICE.GROUPS, CHOICE.BLOCK_N)
+    ptrs = given.exact + rows[:, None] * E + expert
+    logits = tl.load(ptrs, mask=paired, other=0.0, cache_modifier=".cg").to(tl.float64)
+    for s in tl.static_range(1, SPLITS):
+        logits += tl.load(ptrs + s * T * E, mask=paired, other=0.0, cache_modifier=".cg").to(tl.float64)
+    if SPLIT:
+        if again:  # some are computed anew
+            logits = tl.load(out.chosen + pair, mask=paired, other=0.0)
     scores = sigmoid64(logits)
     weights = scores * CHOICE.SCALE
     if CHOICE.NORM:
         total = tl.sum(tl.where(k < CHOICE.TOP_K, scores, 0.0), axis=1)
         weights *= (1 / (total + 1e-20))[:, None]
-    pair = rows[:, None] * CHOICE.TOP_K + k
-    expert = expert_of(column, E, CHOICE.GROUPS, CHOICE.BLOCK_N)
     tl.store(out.topk_ids + pair, expert.to(tl.int64), mask=paired)
     tl.store(out.topk_weights + pair, weights.to(out.topk_weights.dtype.element_ty), mask=paired)
     tl.store(out.chosen + pair, scores, mask=paired)

@@ -29,6 +29,7 @@ class FewLaunch(Launch):
     SPLITS: int  # programs that share it
     num_warps: int = 8
     num_stages: int = 1
+    maxnreg: int = 200  # registers: left to itself, ptxas of Triton 3.9 stops at 128 and spills
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +165,11 @@ def route_few_launch(T: int, E: int, D: int, *, columns: int) -> FewLaunch:
     turns = max(triton.cdiv(D, 512), 1)
     most = next(splits for splits in (8, 4, 2, 1) if splits == 1 or splits * programs <= 256)
     splits = triton.cdiv(turns, triton.cdiv(turns, most))
-    pipeline = dict(BLOCK_D=64, num_stages=1) if splits == turns else dict(BLOCK_D=32, num_stages=3)
     # Of more than 128 experts eight warps spill a register or two of the choice, whatever its tile; four do not.
     warps = 8 if columns <= 128 else 4
-    return FewLaunch(BLOCK_T=rows, BLOCK_E=16, SPLITS=splits, num_warps=warps, **pipeline)
+    once = dict(BLOCK_D=64, num_stages=1, maxnreg=200)
+    loop = dict(BLOCK_D=32, num_stages=3, maxnreg=1024 // warps)  # two programs a multiprocessor, or four
+    return FewLaunch(BLOCK_T=rows, BLOCK_E=16, SPLITS=splits, num_warps=warps, **(once if splits == turns else loop))
 
 
 def route_few(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outputs, _: bool) -> None:
