@@ -93,7 +93,9 @@ class Code:
         those that lead only there."""
         of = [sum(i.line in lines for i in block) for block in self.blocks]
         marked = sum((3 * n >= len(block) > 0) << at for at, (n, block) in enumerate(zip(of, self.blocks, strict=True)))
-        inside = {b[0].address for b, dominators in zip(self.blocks, self.dominators, strict=True) if dominators & marked}
+        inside = {
+            b[0].address for b, dominators in zip(self.blocks, self.dominators, strict=True) if dominators & marked
+        }
         for block, follows in zip(reversed(self.blocks), reversed(self.follows), strict=True):
             if follows and inside.issuperset(follows):
                 inside.add(block[0].address)
@@ -164,8 +166,10 @@ def parse(text: str) -> Code:
     bodies: dict[int, set[int]] = {}
     dominators = _dominators(order, follows)
     place = {start: n for n, start in enumerate(order)}
-    for u, v in ((u, v) for u in order for v in follows[u] if dominators[u] >> place[v] & 1):  # back edges
-        bodies[v] = bodies.get(v, {v}) | _body(u, v, order, follows)
+    edges = ((u, v) for u in order for v in follows[u])
+    for start, header in edges:
+        if dominators[start] >> place[header] & 1:  # back
+            bodies[header] = bodies.get(header, {header}) | _body(start, header, order, follows)
     code = Code([], [i for start in order for i in blocks[start]])
     code.blocks, code.dominators = [blocks[start] for start in order], [dominators[start] for start in order]
     code.follows = [list(follows[start]) for start in order]

@@ -2,9 +2,10 @@
 
 Integers and pointers are followed, tensors of them too (with numpy), floats are not. What comes from memory is asked of
 `memory(argument)`: a small array, or None where nobody knows. A condition that is not known counts as true, one that
-hangs on a ticket (an atomic) as true for the last program only; a loop whose bounds are not known runs once, and all
-three are listed in `unsure`. A condition that is named in RARE counts as false. Per program come out: the iterations of every loop, how often every source line ran in
-each of them, bytes through each argument (masked lanes apart where masks are known) and operations of products.
+hangs on a ticket (an atomic) as true for the last program only, and one that is named in RARE as false; a loop whose
+bounds are not known runs once; conditions and bounds that are not known are listed in `unsure`. Per program come out:
+the iterations of every loop, how often every source line ran in each of them, bytes through each argument (masked lanes
+apart where masks are known) and operations of products.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from tt_kernels.moe import route_launch
 from tt_kernels.moe.route_launch import error_of_halves
 from tt_kernels.runtime.launch import recording
 
+Array = np.ndarray[Any, Any]
 RUNS = pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU")
 # Products by parts: on the interpreter of fp32 numbers that bf16 holds.
 HALVES = torch.float32 if INTERPRET else torch.bfloat16
@@ -45,7 +46,9 @@ def planted(seed: int, T: int, D: int, E: int, K: int, dtype: torch.dtype, size:
 
 
 def check(kwargs: dict[str, Any]) -> None:
-    for name, value, want in zip(reference.moe.Routing._fields, route(**kwargs), reference.route(**kwargs), strict=True):
+    for name, value, want in zip(
+        reference.moe.Routing._fields, route(**kwargs), reference.route(**kwargs), strict=True
+    ):
         if name == "topk_weights":
             torch.testing.assert_close(value, want, rtol=2e-6, atol=1e-7, equal_nan=True)
         else:
@@ -62,7 +65,9 @@ def fp32_chooses_wrongly(kwargs: dict[str, Any]) -> bool:
     exact = kwargs["x"].double() @ kwargs["weight"].double().T
     rough = kwargs["x"].float() @ kwargs["weight"].T
     k = kwargs["top_k"]
-    order = lambda logits: (logits.double().sigmoid() + kwargs["bias"]).sort(dim=1, descending=True, stable=True).indices
+    order = lambda logits: (
+        (logits.double().sigmoid() + kwargs["bias"]).sort(dim=1, descending=True, stable=True).indices
+    )
     return not torch.equal(order(exact)[:, :k], order(rough)[:, :k])
 
 
@@ -126,25 +131,25 @@ def test_weights_without_a_bound(by_halves: None) -> None:
 # ---- the bound ----
 
 
-def to_bits(x: np.ndarray, largest: np.ndarray, down: bool) -> np.ndarray:
+def to_bits(x: Array, largest: Array, down: bool) -> Array:
     """x without the bits below 2^-23 of the largest's leading one: cut off, or rounded down."""
     unit = np.ldexp(1.0, np.frexp(largest)[1] - 24)
     return (np.floor if down else np.trunc)(x / unit) * unit
 
 
-def tensor_core(c: np.ndarray, products: np.ndarray, down: bool) -> np.ndarray:
+def tensor_core(c: Array, products: Array, down: bool) -> Array:
     """c + products [N, k], with no bit more than fp32 has."""
     terms = np.concatenate([c[:, None], products], axis=1)
     total = to_bits(terms, np.abs(terms).max(1, keepdims=True) + 1e-300, down).sum(1)  # exact
     return to_bits(total, np.abs(total) + 1e-300, down)
 
 
-def leading(w: np.ndarray) -> np.ndarray:
+def leading(w: Array) -> Array:
     return (w.astype(np.float32).view(np.int32) & -0x10000).view(np.float32).astype(np.float64)
 
 
-def by_parts(x: np.ndarray, w: np.ndarray, block_d: int, splits: int, step: int, down: bool) -> np.ndarray:
-    """x w of [N, D] as `_route_halves_kernel` and `choose` sum it, where tensor cores take `step` products at a time."""
+def by_parts(x: Array, w: Array, block_d: int, splits: int, step: int, down: bool) -> Array:
+    """x w of [N, D] as `_route_halves_kernel` and `choose` sum it, where tensor cores take `step` products at once."""
     high = leading(w)
     middle = leading(w - high)
     parts = w - high - middle, middle, high
@@ -165,7 +170,7 @@ def by_parts(x: np.ndarray, w: np.ndarray, block_d: int, splits: int, step: int,
     return whole.astype(np.float64)
 
 
-def rows(kind: str, N: int, D: int) -> tuple[np.ndarray, np.ndarray]:
+def rows(kind: str, N: int, D: int) -> tuple[Array, Array]:
     """x of 8 bits and w of 24."""
     g = np.random.default_rng(7)
     x, w = g.standard_normal((N, D)), g.standard_normal((N, D))

@@ -11,11 +11,11 @@ MUTANTS = {
         ("last expert of a group missed", "(p % BLOCK_N < E // GROUPS)", "(p % BLOCK_N < E // GROUPS - 1)"),
         ("rank off by one", "((1 << tl.arange(0, R)) - 1)", "((2 << tl.arange(0, R)) - 1)"),
         ("a part of D not added", "range(1, SPLITS):\n        part", "range(2, SPLITS):\n        part"),
-        ("a part of a weight's logit not added", "range(1, SPLITS):\n            log", "range(2, SPLITS):\n            log"),
+        ("a part of a weight's logit not added", "SPLITS):\n        log", "SPLITS - 1):\n        log"),
         ("chosen once more than there are", "(number == NUMBER)", "(number >= NUMBER)"),
     ],
     ("route", "moe/route_choice.py", NEIGHBOURS): [
-        ("never chosen again", "    if again:", "    if again & (T < 0):"),
+        ("never chosen again", "    if again:\n        operands", "    if again & (T < 0):\n        operands"),
         ("any difference will do", "before - value > margin)\n        before", "before - value > 0.0)\n        before"),
         ("the best that is left is not looked at", "((top == _TAKEN32) | (before - value > margin))", "(top == top)"),
         ("the products' error forgotten", "(0.25 * error + _SCORE)", "_SCORE"),

@@ -88,8 +88,8 @@ def ordered32(x):
 
 @triton.jit
 def quick_best(keys, margin, NUMBER: tl.constexpr):
-    """`best` for keys of 32 bits, and for which tokens that is certain: [R]. Keys are off by half of margin [R] at most:
-    all that are taken, and the best that is not, must differ by more. NaN never does."""
+    """`best` for keys of 32 bits, and for which tokens that is certain: [R]. Keys are off by half of margin [R] at
+    most: all that are taken, and the best that is not, must differ by more. NaN never does."""
     taken = tl.full(keys.shape, -1, dtype=tl.int32)
     before = tl.full(margin.shape, float("inf"), dtype=tl.float32)
     certain = margin < float("inf")
@@ -110,7 +110,7 @@ def quick_best(keys, margin, NUMBER: tl.constexpr):
 
 @triton.jit
 def quick_groups(biased, margin, GROUPS: tl.constexpr, TOPK_GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
-    """`within_groups` in fp32, and for which tokens it is certain. A sum of two is off by twice as much as its terms."""
+    """`within_groups` in fp32, and for which tokens it is certain: a sum of two is off by twice as much as one."""
     R: tl.constexpr = biased.shape[0]
     BLOCK_G: tl.constexpr = biased.shape[1] * biased.shape[2] // BLOCK_N
     grouped = tl.reshape(biased, (R, BLOCK_G, BLOCK_N))
@@ -248,8 +248,8 @@ def choose_again(
     given, doubted, doubted_group, margin, tile, rows, found_ptr, T, E, CHOICE: tl.constexpr, SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The choice of a tile in fp64: the rounds that take experts [R, H, C]. Their logits are written to found_ptr [T, K]:
-    as results of a branch that nearly nobody takes, they would be in its layout for all."""
+    """The choice of a tile in fp64: the rounds that take experts [R, H, C]. Their logits are written to found_ptr
+    [T, K]: as results of a branch that nearly nobody takes, they would be in its layout for all."""
     logits, _ = logits_of(given.exact, rows, T, E, CHOICE, SPLITS, tl.float64)
     if SPLIT:
         operands = given.x, given.weight, given.stride_x, given.stride_w, tile, given.D, E
@@ -260,11 +260,10 @@ def choose_again(
         wanted = doubted[:, None, None] & stays & neighbours(taken, biased, margin, CHOICE.TOP_K)
         logits = exact_logits(logits, wanted, *operands, CHOICE)
     taken, _, _ = chosen_of(logits, given.bias, E, CHOICE)
-    if SPLIT:
-        for n in range(CHOICE.TOP_K):
-            one = tl.sum(tl.sum(tl.where(taken == n, logits, 0.0), axis=1), axis=1)
-            tl.store(found_ptr + rows * CHOICE.TOP_K + n, one, mask=rows < T)
-        tl.debug_barrier()  # other threads read them
+    for n in range(CHOICE.TOP_K):
+        one = tl.sum(tl.sum(tl.where(taken == n, logits, 0.0), axis=1), axis=1)
+        tl.store(found_ptr + rows * CHOICE.TOP_K + n, one, mask=rows < T)
+    tl.debug_barrier()  # other threads read them
     return taken
 
 
@@ -287,8 +286,8 @@ def choose(
 ):
     """Choose a tile's experts and write them, their weights and their scores.
 
-    Returns, [R, BLOCK_K] each: the pair t * K + k of a token and an expert, whether there is one, and its column; [H, C]:
-    which tokens of the tile chose the column, a bit for each."""
+    Returns, [R, BLOCK_K] each: the pair t * K + k of a token and an expert, whether there is one, and its column;
+    [H, C]: which tokens of the tile chose the column, a bit for each."""
     _, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
     quick, size = logits_of(given.rounded, rows, T, E, CHOICE, SPLITS, tl.float32)
     biased = 1 / (1 + tl.exp(-quick)) + bias.to(tl.float32)[None, :, :]
@@ -318,9 +317,8 @@ def choose(
     logits = tl.load(ptrs, mask=paired, other=0.0, cache_modifier=".cg").to(tl.float64)
     for s in tl.static_range(1, SPLITS):
         logits += tl.load(ptrs + s * T * E, mask=paired, other=0.0, cache_modifier=".cg").to(tl.float64)
-    if SPLIT:
-        if again:  # some are computed anew
-            logits = tl.load(out.chosen + pair, mask=paired, other=0.0)
+    if again:  # some may be computed anew
+        logits = tl.load(out.chosen + pair, mask=paired, other=0.0)
     scores = sigmoid64(logits)
     weights = scores * CHOICE.SCALE
     if CHOICE.NORM:

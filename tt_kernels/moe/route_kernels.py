@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..runtime.launch import INTERPRET
-from .route_choice import at_columns, before, bias_of, choose, columns, largest, ones
+from .route_choice import at_columns, before, bias_of, choose, columns, ones
 
 _INTERPRET = tl.constexpr(INTERPRET)
 
@@ -38,8 +38,8 @@ def halved(x):
 
 @triton.jit
 def sum_of_slices(acc, M: tl.constexpr, N: tl.constexpr):
-    """[M, N] from [SLICES, M, N], each warp's a slice. By pairs: a sum over the first axis takes a barrier for each number
-    that a thread holds."""
+    """[M, N] from [SLICES, M, N], each warp's a slice. By pairs: a sum over the first axis takes a barrier for each
+    number that a thread holds."""
     acc = tl.permute(acc, (1, 2, 0))
     if acc.shape[2] == 8:
         a, b = tl.split(tl.reshape(acc, (M, N, 4, 2)))
@@ -99,8 +99,8 @@ def _list_pairs(
     pair, paired, column, bits, tile, tiles, rows, tickets_ptr, rank_ptr, counts_ptr, out, T, E, CHOICE: tl.constexpr,
     LISTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """What `choose` returned, into the sorted lists. LISTS: this tile is all (2), the last tile's program makes them (1),
-    others do (0)."""
+    """What `choose` returned, into the sorted lists. LISTS: this tile is all (2), the last tile's program makes them
+    (1), other launches do (0)."""
     expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
     counts = ones(bits)
     if LISTS == 2:

@@ -67,7 +67,7 @@ class Given(NamedTuple):
     x: Tensor  # [T, D]
     weight: Tensor  # [E, D]
     bias: Tensor  # [E]
-    exact: Tensor  # [SPLITS, T, E]: parts of the logits, in fp64 where they are sums of that, else as they are
+    exact: Tensor  # [SPLITS, T, E]: parts of the logits, fp64 where they are sums of that, else as they are
     rounded: Tensor  # the same in fp32
     squares: Tensor  # [SPLITS, T + E] fp32: sums of squares of x and of weight, empty where logits are fp64
     stride_x: int
@@ -126,8 +126,8 @@ def _given(x: Tensor, weight: Tensor, bias: Tensor, splits: int, by_halves: bool
 
 
 def takes_halves(x: torch.dtype, weight: torch.dtype, T: int, architecture: int) -> bool:
-    """Whether products go by three of bf16: exact only for x of as many bits. Up to 64 tokens those of fp64 take as long
-    where tensor cores have them, their error needs no bound, and the choice follows in the same launch."""
+    """Whether products go by three of bf16: exact only for x of as many bits. Up to 64 tokens those of fp64 take as
+    long where tensor cores have them, their error needs no bound, and the choice follows in the same launch."""
     return x == torch.bfloat16 and weight != torch.float64 and (T > 64 or architecture >= 100)
 
 
@@ -158,18 +158,17 @@ def route_few_launch(T: int, E: int, D: int, *, columns: int) -> FewLaunch:
     """Tiles of 16 experts, as many as a tensor core takes: wider ones read and widen x less often, but leave half of a
     GPU idle up to 256 tokens. D is split until there are two programs for each multiprocessor of a large GPU, about
     256, in 8 parts at most: the program that adds them reads 4 bytes for each score of each part. Few counts of parts,
-    as each is a kernel of its own, and none that leaves programs without columns: 2688 are 6 times 512, 6 parts. Who has
-    512 columns or less loads them all at once; who has more takes half as many at a time."""
+    as each is a kernel of its own, and none that leaves programs without columns: 2688 are 6 times 512, 6 parts. Who
+    has 512 columns or less loads them all at once; who has more takes half as many at a time."""
     rows = tile_rows(T, columns)
     programs = triton.cdiv(T, rows) * triton.cdiv(E, 16)
     turns = max(triton.cdiv(D, 512), 1)
-    most = next(splits for splits in (8, 4, 2, 1) if splits == 1 or splits * programs <= 256)
+    most = next(splits for splits in (8, 6, 4, 2, 1) if splits == 1 or splits * programs <= 256)
     splits = triton.cdiv(turns, triton.cdiv(turns, most))
-    # Of more than 128 experts eight warps spill a register or two of the choice, whatever its tile; four do not.
-    warps = 8 if columns <= 128 else 4
-    once = dict(BLOCK_D=64, num_stages=1, maxnreg=200)
-    loop = dict(BLOCK_D=32, num_stages=3, maxnreg=1024 // warps)  # two programs a multiprocessor, or four
-    return FewLaunch(BLOCK_T=rows, BLOCK_E=16, SPLITS=splits, num_warps=warps, **(once if splits == turns else loop))
+    once = dict(BLOCK_D=64, num_stages=1)
+    # Two programs a multiprocessor. The choice of more than 128 experts spills with so few registers.
+    loop = dict(BLOCK_D=32, num_stages=3, maxnreg=128 if columns <= 128 else 200)
+    return FewLaunch(BLOCK_T=rows, BLOCK_E=16, SPLITS=splits, **(once if splits == turns else loop))
 
 
 def route_few(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outputs, _: bool) -> None:
@@ -222,14 +221,14 @@ def route_halves_launch(T: int, E: int, D: int) -> HalvesLaunch:
 
 
 def error_of_halves(D: int, splits: int, block_d: int) -> float:
-    """What a part's logit by `_route_halves_kernel` is off by at most, over the product of the lengths of x and weight.
+    """What a part of a logit by `_route_halves_kernel` is off by at most, over the product of the lengths of its rows.
 
-    Tensor cores add 16 products and a sum, twice in a row 8 on sm_80: each term is cut off below 2^-23 of the largest,
-    and so is the sum, and none is larger than A, the sum of |x weight| over a tile: 20 * 2^-23 A for 16 products at most
-    (Fasi, Higham, Mikaitis, Pranesh 2021, with no bit to spare; newer ones keep more). The two small parts of weight
-    come first, with sums of A / 128: that and all errors of errors are 2 %. Adding a tile's sum to those before rounds
-    by 2^-24 of A of them all. Over all tiles A adds up to the product of the lengths at most, and those are sums of
-    squares, off by 2^-24 for every square."""
+    Tensor cores add 16 products and a sum, on sm_80 twice 8. Each term is cut off below 2^-23 of the largest, and so is
+    the sum; none is larger than A, the sum of |x weight| over the BLOCK_D of a tile: 20 * 2^-23 A for 16 products at
+    most (Fasi, Higham, Mikaitis, Pranesh 2021, as of those that keep no further bit). The two small parts of weight
+    come first, with sums of A / 128: they and all errors of errors are 2 %. Adding a tile's sum to those before rounds
+    by 2^-24 of their A together. The A of all tiles add up to the product of the lengths at most, and those come from
+    sums of squares, off by 2^-24 for every square."""
     turns = triton.cdiv(triton.cdiv(D, block_d), splits)
     return (1.02 * 20 * block_d / 16 + turns / 2) * 2**-23 * (1 + D * 2**-22)
 
@@ -251,7 +250,12 @@ def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Out
         given = _given(x, weight, bias, 1, False)
         grid = (triton.cdiv(T, scores.BLOCK_T), triton.cdiv(E, scores.BLOCK_E))
         run(_route_scores_kernel, grid, given, T, E, launch=scores)
-    choose = Launch(BLOCK_T=tile_rows(T, choice.BLOCK_P), num_warps=8)
+    # Two programs a multiprocessor where there are many; a tile that is sorted is as in the launch of few tokens, where
+    # ptxas would stop at 128 registers and spill.
+    if is_few(T, K, choice.BLOCK_P):
+        choose = Launch(BLOCK_T=tile_rows(T, choice.BLOCK_P), num_warps=8, maxnreg=168)
+    else:
+        choose = Launch(BLOCK_T=min(8, max(1024 // choice.BLOCK_P, 1)), num_warps=8, maxnreg=128)
     tiles = triton.cdiv(T, choose.BLOCK_T)
     counts = x.new_empty(tiles, E, dtype=torch.int32)
     rank = x.new_empty(T, K, dtype=torch.int32)
@@ -266,7 +270,7 @@ def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Out
     if listing["LISTS"]:
         return
     total = x.new_empty(E, dtype=torch.int32)
-    # 256 tiles are 4096 tokens: one pass for most prompts.
+    # 256 tiles are 2048 tokens: one pass for most prompts.
     run(
         _route_scan_kernel,
         (triton.cdiv(E, 16),),
