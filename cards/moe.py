@@ -6,7 +6,7 @@ from tt_kernels.moe.experts import experts
 from tt_kernels.moe.experts_launch import HiddenLaunch, ProductLaunch, UpLaunch, WeightsLaunch
 from tt_kernels.moe.experts_norm import experts_norm
 from tt_kernels.moe.route import route
-from tt_kernels.moe.route_launch import FewLaunch, ScoresLaunch
+from tt_kernels.moe.route_launch import FewLaunch, HalvesLaunch, ScoresLaunch
 from tt_kernels.reference.moe import ACTIVATIONS, ExpertWeights, Routing
 
 from .norm import modulated_inputs
@@ -103,11 +103,16 @@ def _route_inputs(dtype, T, D, E, K, groups=1, kept=1):
 
 
 def _few(splits: int, block_e: int, rows: int = 16) -> FewLaunch:
-    return FewLaunch(BLOCK_T=rows, BLOCK_E=block_e, BLOCK_D=32, SLICES=8, SPLITS=splits, num_warps=8, num_stages=3)
+    return FewLaunch(BLOCK_T=rows, BLOCK_E=block_e, SPLITS=splits)
 
 
 def _scores(block_t: int, block_e: int, block_d: int, warps: int) -> ScoresLaunch:
     return ScoresLaunch(BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=block_d, num_warps=warps, num_stages=3)
+
+
+def _halves(block_t: int, block_e: int, splits: int, block_d: int = 32, stages: int = 4) -> HalvesLaunch:
+    options = dict(BLOCK_D=block_d, num_warps=block_e // 16, num_stages=stages)
+    return HalvesLaunch(BLOCK_T=block_t, BLOCK_E=block_e, SPLITS=splits, **options)
 
 
 OPS = (
@@ -194,13 +199,18 @@ OPS = (
         outputs=Routing._fields,
         grads=("x", "weight"),
         kernels=(
-            *("_route_few_kernel", "_route_scores_kernel", "_route_choose_kernel", "_route_scan_kernel"),
-            *("_route_scatter_kernel", "_route_bwd_kernel"),
+            *("_route_few_kernel", "_route_halves_kernel", "_route_scores_kernel", "_route_choose_kernel"),
+            *("_route_scan_kernel", "_route_scatter_kernel", "_route_bwd_kernel"),
         ),
         candidates={
             "_route_few_kernel": (
-                *(_few(splits, 16) for splits in (1, 2, 4, 8)),
-                *(_few(1, 32), _few(2, 32), _few(4, 16, 8), _few(8, 16, 8)),
+                *(_few(splits, 16) for splits in (3, 4, 6, 8)),
+                *(_few(splits, 16, 8) for splits in (3, 4, 6, 8)),
+            ),
+            "_route_halves_kernel": (
+                *(_halves(16, 32, splits) for splits in (8, 14)),
+                *(_halves(16, 64, 8), _halves(32, 64, 8), _halves(64, 64, 4), _halves(64, 64, 3), _halves(64, 64, 2)),
+                *(_halves(64, 64, 2, 64, 3), _halves(128, 128, 4), _halves(128, 128, 2)),
             ),
             "_route_scores_kernel": (
                 *(_scores(32, 32, 32, 4), _scores(64, 32, 32, 4), _scores(64, 64, 32, 8)),

@@ -302,6 +302,8 @@ def _latency(r: Rates, trace: trips.Trace, near: set[str], i: sass.Instruction) 
     in_loop = any(g is not None and i.line in lines for g, lines in trace.lines.items())
     if 0 < size <= 8 and in_loop:
         return r.l1_latency + r.l2_latency / 16
+    if "STRONG" in i.opcode and (name in trace.stored or not name):  # past L1: another program has just written it
+        return r.l2_latency
     return r.l2_latency if name in near else r.dram_latency * r.clock
 
 

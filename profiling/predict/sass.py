@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -84,6 +84,22 @@ class Code:
     items: list[Instruction | Loop]
     instructions: list[Instruction]
     loops: list[Loop] = field(default_factory=list)
+    blocks: list[list[Instruction]] = field(default_factory=list)  # without a branch inside, by address
+    dominators: list[int] = field(default_factory=list)  # of each block: a bit for each block that all ways to it cross
+    follows: list[list[int]] = field(default_factory=list)  # of each block: those that it branches to, by address
+
+    def around(self, lines: Collection[Line]) -> set[int]:
+        """Addresses in blocks that are of these lines, a third of them or more, in those that only they lead to, and in
+        those that lead only there."""
+        of = [sum(i.line in lines for i in block) for block in self.blocks]
+        marked = sum((3 * n >= len(block) > 0) << at for at, (n, block) in enumerate(zip(of, self.blocks, strict=True)))
+        inside = {
+            b[0].address for b, dominators in zip(self.blocks, self.dominators, strict=True) if dominators & marked
+        }
+        for block, follows in zip(reversed(self.blocks), reversed(self.follows), strict=True):
+            if follows and inside.issuperset(follows):
+                inside.add(block[0].address)
+        return {i.address for block in self.blocks if block[0].address in inside for i in block}
 
 
 def disassemble(cubin: bytes) -> str:
@@ -148,9 +164,15 @@ def parse(text: str) -> Code:
     follows = {start: _successors(blocks[start], order[n + 1 : n + 2], blocks) for n, start in enumerate(order)}
     order = _reachable(order, follows)
     bodies: dict[int, set[int]] = {}
-    for u, v in _back_edges(order, follows):
-        bodies[v] = bodies.get(v, {v}) | _body(u, v, order, follows)
+    dominators = _dominators(order, follows)
+    place = {start: n for n, start in enumerate(order)}
+    edges = ((u, v) for u in order for v in follows[u])
+    for start, header in edges:
+        if dominators[start] >> place[header] & 1:  # back
+            bodies[header] = bodies.get(header, {header}) | _body(start, header, order, follows)
     code = Code([], [i for start in order for i in blocks[start]])
+    code.blocks, code.dominators = [blocks[start] for start in order], [dominators[start] for start in order]
+    code.follows = [list(follows[start]) for start in order]
     code.items = _nest(order, set(), bodies, blocks, code.loops)
     for index, loop in enumerate(code.loops):
         loop.index = index
@@ -178,13 +200,13 @@ def _reachable(order: Sequence[int], follows: dict[int, list[int]]) -> list[int]
     return [start for start in order if start in seen]
 
 
-def _back_edges(order: Sequence[int], follows: dict[int, list[int]]) -> Iterator[tuple[int, int]]:
+def _dominators(order: Sequence[int], follows: dict[int, list[int]]) -> dict[int, int]:
+    """Of each block: a bit for each block that all ways to it cross, by place in the order."""
     before: dict[int, list[int]] = {start: [] for start in order}
     for u in order:
         for v in follows[u]:
             before[v].append(u)
     everything = (1 << len(order)) - 1
-    place = {start: n for n, start in enumerate(order)}
     dominators = dict.fromkeys(order, everything)
     changed = True
     while changed:
@@ -196,7 +218,7 @@ def _back_edges(order: Sequence[int], follows: dict[int, list[int]]) -> Iterator
             new |= 1 << n
             if new != dominators[v]:
                 dominators[v], changed = new, True
-    yield from ((u, v) for u in order for v in follows[u] if dominators[u] >> place[v] & 1)
+    return dominators
 
 
 def _body(u: int, header: int, order: Sequence[int], follows: dict[int, list[int]]) -> set[int]:

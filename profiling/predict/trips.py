@@ -2,16 +2,17 @@
 
 Integers and pointers are followed, tensors of them too (with numpy), floats are not. What comes from memory is asked of
 `memory(argument)`: a small array, or None where nobody knows. A condition that is not known counts as true, one that
-hangs on a ticket (an atomic) as true for the last program only; a loop whose bounds are not known runs once, and all
-three are listed in `unsure`. Per program come out: the iterations of every loop, how often every source line ran in
-each of them, bytes through each argument (masked lanes apart where masks are known) and operations of products.
+hangs on a ticket (an atomic) as true for the last program only, and one that is named in RARE as false; a loop whose
+bounds are not known runs once; conditions and bounds that are not known are listed in `unsure`. Per program come out:
+the iterations of every loop, how often every source line ran in each of them, bytes through each argument (masked lanes
+apart where masks are known) and operations of products.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ class Trace:
     again: dict[str, float] = field(default_factory=dict)  # bytes of `loaded` that the program has read before
     read_at: dict[Line, tuple[str, float]] = field(default_factory=dict)  # argument and bytes of one execution
     flops: float = 0.0
+    rare: set[Line] = field(default_factory=set)  # of branches that are taken to be left out
     unsure: set[str] = field(default_factory=set)
 
 
@@ -69,6 +71,7 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "ori": np.bitwise_or, "xori": np.bitwise_xor, "shli": lambda a, b: np.left_shift(a, np.minimum(b, 63)),
     "shrsi": np.right_shift, "shrui": np.right_shift,
 }  # fmt: skip
+RARE = ("again",)  # names of conditions that hardly ever hold, as the router's that its first choice may be wrong
 SAME = ("tt.splat", "tt.broadcast", "ttg.convert_layout", "arith.extsi", "arith.extui", "arith.index_cast",
         "tt.bitcast", "arith.bitcast", "tt.unsplat")  # fmt: skip
 # Iterations that are walked one by one: of a loop with branches or loops inside, and of one without. Of a longer one
@@ -334,6 +337,9 @@ class Program:
 
     def _if(self, op: Op) -> list[Any]:
         condition = self.of(op.operands[0])
+        if re.fullmatch(rf"%({'|'.join(RARE)})(_\d+)?", op.operands[0]):
+            self.trace.rare.update(_lines(op.regions[0]))
+            return self._block(op.regions[1]) if len(op.regions) > 1 else []
         taken = self.last if condition is TICKET else True
         if not isinstance(condition, Unknown):
             taken = bool(np.all(condition))
@@ -389,6 +395,14 @@ def _same(a: Any, b: Any) -> bool:
 
 def _later(value: Any) -> Any:
     return Pointer(value.base, None) if isinstance(value, Pointer) else UNKNOWN
+
+
+def _lines(ops: Sequence[Op]) -> Iterator[Line]:
+    for op in ops:
+        if op.line is not None:
+            yield op.line
+        for region in op.regions:
+            yield from _lines(region)
 
 
 def _place(line: Line | None) -> str:

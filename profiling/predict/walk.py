@@ -76,14 +76,18 @@ def trips(loop: Loop, outer: int | None, trace: Trace) -> float:
 class Weights:
     """How often an instruction runs in an iteration of its loop (outside of loops: in a program), by its line."""
 
-    def __init__(self, kernel: Kernel, trace: Trace) -> None:
+    def __init__(self, code: Code, kernel: Kernel, trace: Trace) -> None:
         self.kernel, self.trace = kernel, trace
         self.ran = {line for counts in trace.lines.values() for line, n in counts.items() if n}
         self.known = {line for lines in kernel.lines.values() for line in lines}
         self.entered = {line[n:] for line in self.ran for n in range(1, len(line))}  # calls that ran
         self.calls = {line[n:] for line in self.known for n in range(1, len(line))}
+        # Lines that run elsewhere too do not tell.
+        self.left_out = code.around(trace.rare - self.ran) if trace.rare else set()
 
     def __call__(self, i: Instruction, loop: int | None) -> float:
+        if i.address in self.left_out:
+            return 0.0
         if i.line is None or i.line not in self.known:  # of ptxas's own: with the call that it stands in
             missed = i.line is not None and i.line[1:] in self.calls and i.line[1:] not in self.entered
             return float(not missed)
@@ -97,7 +101,7 @@ class Weights:
 
 def counts(code: Code, kernel: Kernel, trace: Trace) -> Counter[str]:
     """Executions of every opcode by a warp of the program."""
-    weight = Weights(kernel, trace)
+    weight = Weights(code, kernel, trace)
     found: Counter[str] = Counter()
 
     def visit(items: Sequence[Instruction | Loop], outer: int | None, times: float) -> None:
@@ -204,7 +208,7 @@ class Walk:
 
 def chain(code: Code, kernel: Kernel, trace: Trace, walk: Walk) -> None:
     """Walks one warp of a program through all that it executes."""
-    weight = Weights(kernel, trace)
+    weight = Weights(code, kernel, trace)
 
     def run(items: Sequence[Instruction | Loop], outer: int | None, rare: bool) -> float:
         """The smallest share of what was left out, where `rare` instructions are."""

@@ -1,20 +1,45 @@
 """Faults in the router's kernels."""
 
+NEIGHBOURS = "test_route_bounds.py::test_neighbours_of_a_batch"
+
 MUTANTS = {
-    ("route", "moe/route_kernels.py"): [
-        ("bias forgotten", "biased = scores + bias[None, :, :]", "biased = scores"),
-        ("weights from biased scores", "weights = scores * CHOICE.SCALE", "weights = biased * CHOICE.SCALE"),
-        ("normalised over all experts", "tl.where(k >= 0, scores, 0.0)", "scores"),
-        ("a group's best score only", "ordered(first + second)", "ordered(first)"),
+    ("route", "moe/route_choice.py"): [
+        ("bias forgotten", "(1 + tl.exp(-quick)) + bias.to(tl.float32)[None, :, :]", "(1 + tl.exp(-quick))"),
+        ("normalised over more than the chosen", "tl.where(k < CHOICE.TOP_K, scores, 0.0)", "scores"),
+        ("a group's best score only", "ordered32(first + second)", "ordered32(first)"),
         ("ties go to the higher expert", "tl.min(tl.min(tl.where(top, p, _NONE", "tl.max(tl.max(tl.where(top, p, -1"),
-        ("last expert of a group missed", "(p % BLOCK_N < size)", "(p % BLOCK_N < size - 1)"),
-        ("rank off by one", "tl.cumsum(ones, axis=0) - ones", "tl.cumsum(ones, axis=0)"),
-        ("logits in fp32", "return tl.sum(acc, axis=0)", "return tl.sum(acc, axis=0).to(tl.float32).to(tl.float64)"),
-        ("a part of D not added", "tl.static_range(1, SPLITS)", "tl.static_range(2, SPLITS)"),
-        ("last column of D missed", "mask_d = offset + d < D", "mask_d = offset + d < D - 1"),
+        ("last expert of a group missed", "(p % BLOCK_N < E // GROUPS)", "(p % BLOCK_N < E // GROUPS - 1)"),
+        ("rank off by one", "((1 << tl.arange(0, R)) - 1)", "((2 << tl.arange(0, R)) - 1)"),
+        ("a part of D not added", "range(1, SPLITS):\n        part", "range(2, SPLITS):\n        part"),
+        ("a part of a weight's logit not added", "SPLITS):\n        log", "SPLITS - 1):\n        log"),
+        ("chosen once more than there are", "(number == NUMBER)", "(number >= NUMBER)"),
+    ],
+    ("route", "moe/route_choice.py", NEIGHBOURS): [
+        ("never chosen again", "    if again:\n        operands", "    if again & (T < 0):\n        operands"),
+        ("any difference will do", "before - value > margin)\n        before", "before - value > 0.0)\n        before"),
+        ("the best that is left is not looked at", "((top == _TAKEN32) | (before - value > margin))", "(top == top)"),
+        ("the products' error forgotten", "(0.25 * error + _SCORE)", "_SCORE"),
+        ("neighbours not computed anew", "stays & neighbours(", "(stays < 0) & neighbours("),
+        ("only one of two neighbours", "found |= near.to(tl.int32)\n", "found |= 0\n"),
+    ],
+    ("route", "moe/route_choice.py", "test_route_bounds.py::test_neighbours_are_told_apart_by_halves"): [
+        ("a group's neighbours not computed anew", "wanted = doubted_group[:, None, None] &", "wanted = (tile < 0) &"),
+        ("a group's best score only, in fp64", " ordered(first + second)", " ordered(first)"),
+    ],
+    ("route", "moe/route_kernels.py", NEIGHBOURS): [
+        ("the middle part forgotten", "        acc = tl.dot(halved(middle), halves, acc)\n", ""),
+        ("lengths of weight forgotten", "tl.sqrt(error) * tl.sqrt(most)", "tl.sqrt(error)"),
+        ("lengths of one part only", "squares + s * (T + E) + rows", "squares + rows"),
+    ],
+    ("route", "moe/route_launch.py", "test_route_bounds.py::test_sums_by_parts_are_within_the_bound"): [
+        ("half the bound", "1.02 * 20", "1.02 * 10"),
+    ],
+    ("route", "moe/route_kernels.py"): [
+        ("logits in fp32", "    return a + b\n", "    return (a + b).to(tl.float32).to(tl.float64)\n"),
+        ("last column of D missed", "mask_d = offset + d < given.D", "mask_d = offset + d < given.D - 1"),
         ("pairs of the tiles before forgotten", ")[None, :] + tl.cumsum(counts, axis=0) -", ")[None, :] + counts -"),
         ("a tile's ticket not set back", "        tl.store(tickets_ptr + tile, 0)\n", ""),
-        ("the tiles' ticket not set back", "                tl.store(tickets_ptr + tiles, 0)\n", ""),
+        ("the tiles' ticket not set back", "            tl.store(tickets_ptr + tiles, 0)\n", ""),
         ("sorted before the last tile is there", "== tiles - 1:", "== tiles - 2:"),
         ("every tile sorted as the first", "pair // per_tile * E", "pair // pairs * E"),
         ("scan inclusive", "tl.cumsum(counts, axis=0) - counts, mask", "tl.cumsum(counts, axis=0), mask"),

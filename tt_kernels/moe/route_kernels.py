@@ -1,23 +1,16 @@
-"""Inside the router's kernels: products in fp64, the choice of a tile of tokens, places in the sorted lists.
-
-Scores of a tile lie in BLOCK_P columns, BLOCK_N (a power of two) for each group of experts: column g * BLOCK_N + n is
-expert g * (E / GROUPS) + n, so that columns ascend as experts do. A tile of R tokens has the shape [R, H, C], C at most
-64 and H * C = BLOCK_P: a warp loads 64 scores at a time, 16 bytes a lane, and Triton then gives it the token's next 64
-(of [R, BLOCK_P] another warp has them, and the two meet at a barrier in every round of the choice).
-"""
+"""Inside the router's kernels: products, the choice (route_choice.py), the sorted lists."""
 
 import triton
 import triton.language as tl
 
 from ..runtime.launch import INTERPRET
+from .route_choice import at_columns, before, bias_of, choose, columns, ones
 
 _INTERPRET = tl.constexpr(INTERPRET)
 
-_TAKEN = tl.constexpr(-(2**63))  # below the key of any number
+_LONG = tl.constexpr(2.0**40)  # the square of 2^20: of longer rows no bound of errors is known
 
-_NAN = tl.constexpr(2**63 - 1)  # above it
-
-_NONE = tl.constexpr(2**31 - 1)
+_TINY = tl.constexpr(2.0**-24)  # what squares, parts and products below the smallest numbers add up to in shorter ones
 
 
 @triton.jit
@@ -32,128 +25,49 @@ def widen(x):
 
 
 @triton.jit
-def sigmoid64(x):
-    return 1 / (1 + tl.exp(-x))
+def leading(x):
+    """The first 8 bits of fp32 numbers: the rest is cut off."""
+    return (x.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def columns(E, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
-    """The experts of the columns, and which columns have one: [H, C] each."""
-    C: tl.constexpr = min(BLOCK_P, 64)
-    p = tl.arange(0, BLOCK_P // C)[:, None] * C + tl.arange(0, C)[None, :]
-    size = E // GROUPS
-    return p // BLOCK_N * size + p % BLOCK_N, (p // BLOCK_N < GROUPS) & (p % BLOCK_N < size)
+def halved(x):
+    """As bf16, in which x has a place. The interpreter, whose products of bf16 are wrong, keeps fp32."""
+    return x if _INTERPRET else x.to(tl.bfloat16)
 
 
 @triton.jit
-def ordered(x):
-    """fp64 as int64 of the same order, NaN above all: what is taken can then be told from every number."""
-    bits = x.to(tl.int64, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
-    return tl.where(x != x, _NAN, bits)
-
-
-@triton.jit
-def best(keys, NUMBER: tl.constexpr):
-    """For each of keys [R, H, C] the round that takes it when each token's largest is taken NUMBER times, or -1; of
-    equal ones the first is taken. By halves: a warp finds the largest 32-bit number in one instruction."""
-    H: tl.constexpr = keys.shape[1]
-    C: tl.constexpr = keys.shape[2]
-    p = tl.arange(0, H)[None, :, None] * C + tl.arange(0, C)[None, None, :]
-    high = (keys >> 32).to(tl.int32)
-    low = ((keys & 0xFFFFFFFF) - 0x80000000).to(tl.int32)  # in the order of unsigned numbers
-    taken = tl.full(keys.shape, -1, dtype=tl.int32)
-    for k in range(NUMBER):
-        top = high == tl.max(tl.max(high, axis=1), axis=1)[:, None, None]
-        below = tl.where(top, low, -0x80000000)
-        top = top & (low == tl.max(tl.max(below, axis=1), axis=1)[:, None, None])
-        first = tl.min(tl.min(tl.where(top, p, _NONE), axis=1), axis=1)
-        now = p == first[:, None, None]
-        taken = tl.where(now, k, taken)
-        high = tl.where(now, -0x80000000, high)
-        low = tl.where(now, -0x80000000, low)
-    return taken
-
-
-@triton.jit
-def within_groups(biased, GROUPS: tl.constexpr, TOPK_GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Biased scores [R, H, C], -inf where there is no expert, with 0 outside the groups whose two best sum highest, but
-    for what is -inf."""
-    R: tl.constexpr = biased.shape[0]
-    H: tl.constexpr = biased.shape[1]
-    C: tl.constexpr = biased.shape[2]
-    BLOCK_G: tl.constexpr = H * C // BLOCK_N
-    grouped = tl.reshape(biased, (R, BLOCK_G, BLOCK_N))
-    n = tl.arange(0, BLOCK_N)[None, None, :]
-    broken = grouped != grouped  # a maximum would lose it
-    numbers = tl.where(broken, -float("inf"), grouped)
-    first, at = tl.max(numbers, axis=2, return_indices=True, return_indices_tie_break_left=True)  # [R, BLOCK_G]
-    second = tl.max(tl.where(n == at[:, :, None], -float("inf"), numbers), axis=2)
-    keys = tl.where(tl.max(broken.to(tl.int32), axis=2) > 0, _NAN, ordered(first + second))
-    keys = tl.where(tl.arange(0, BLOCK_G)[None, :] < GROUPS, keys, _TAKEN)
-    kept = best(keys[:, None, :], TOPK_GROUP) >= 0
-    stays = tl.reshape(kept, (R, BLOCK_G, 1)) | (grouped == -float("inf"))
-    return tl.reshape(tl.where(stays, grouped, 0.0), (R, H, C))
-
-
-@triton.jit
-def bias_of(bias_ptr, E, CHOICE: tl.constexpr):
-    """The bias of each column: [H, C]."""
-    expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
-    return tl.load(bias_ptr + expert, mask=real, other=0.0).to(tl.float64)
-
-
-@triton.jit
-def choose(
-    scores,  # [R, H, C] fp64
-    bias,  # [H, C] fp64
-    rows,  # [R]: the tokens
-    out,  # Outputs
-    T,
-    E,
-    CHOICE: tl.constexpr,
-):
-    """Choose a tile's experts and write them, their weights and their scores.
-
-    Returns, [R, H, C] each: the pair t * K + k of a token and an expert, whether there is one, and how many of the
-    tile's earlier tokens chose the same expert; [H, C]: how many did in all."""
-    expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
-    biased = scores + bias[None, :, :]
-    if CHOICE.GROUPS > 1:
-        masked = tl.where(real[None, :, :], biased, -float("inf"))
-        biased = within_groups(masked, CHOICE.GROUPS, CHOICE.TOPK_GROUP, CHOICE.BLOCK_N)
-    k = best(tl.where(real[None, :, :], ordered(biased), _TAKEN), CHOICE.TOP_K)
-    paired = (k >= 0) & (rows < T)[:, None, None]
-    pair = rows[:, None, None] * CHOICE.TOP_K + k
-    weights = scores * CHOICE.SCALE
-    if CHOICE.NORM:
-        total = tl.sum(tl.sum(tl.where(k >= 0, scores, 0.0), axis=1), axis=1)
-        weights *= (1 / (total + 1e-20))[:, None, None]
-    tl.store(out.topk_ids + pair, tl.broadcast_to(expert[None, :, :], pair.shape).to(tl.int64), mask=paired)
-    tl.store(out.topk_weights + pair, weights.to(out.topk_weights.dtype.element_ty), mask=paired)
-    tl.store(out.chosen + pair, scores, mask=paired)
-    ones = paired.to(tl.int32)
-    return pair, paired, tl.cumsum(ones, axis=0) - ones, tl.sum(ones, axis=0)
+def sum_of_slices(acc, M: tl.constexpr, N: tl.constexpr):
+    """[M, N] from [SLICES, M, N], each warp's a slice. By pairs: a sum over the first axis takes a barrier for each
+    number that a thread holds."""
+    acc = tl.permute(acc, (1, 2, 0))
+    if acc.shape[2] == 8:
+        a, b = tl.split(tl.reshape(acc, (M, N, 4, 2)))
+        acc = a + b
+    if acc.shape[2] == 4:
+        a, b = tl.split(tl.reshape(acc, (M, N, 2, 2)))
+        acc = a + b
+    a, b = tl.split(acc)
+    return a + b
 
 
 @triton.jit
 def _split_product(
-    x_ptr, weight_ptr, stride_x, stride_w, t, mask_t, e, mask_e, start, end, D, SLICES: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    given, t, mask_t, e, mask_e, start, end, SLICES: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """weight x^T over start <= d < end, each warp a slice of every SLICES * BLOCK_D columns: [experts, tokens] fp64.
 
     Experts are the rows: Hopper's fp64 tensor cores take 16 rows and 8 columns, and there may be one token."""
     d = tl.arange(0, SLICES)[:, None, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
-    x_ptrs = x_ptr + t.to(tl.int64)[None, :, None] * stride_x + d
-    w_ptrs = weight_ptr + e.to(tl.int64)[None, :, None] * stride_w + d
+    x_ptrs = given.x + t.to(tl.int64)[None, :, None] * given.stride_x + d
+    w_ptrs = given.weight + e.to(tl.int64)[None, :, None] * given.stride_w + d
     acc = tl.zeros((SLICES, e.shape[0], t.shape[0]), dtype=tl.float64)
     for offset in range(start, end, SLICES * BLOCK_D):
-        mask_d = offset + d < D
+        mask_d = offset + d < given.D
         x = tl.load(x_ptrs + offset, mask=mask_t[None, :, None] & mask_d, other=0.0)
         w = tl.load(w_ptrs + offset, mask=mask_e[None, :, None] & mask_d, other=0.0)
         acc = tl.dot(widen(w), tl.permute(widen(x), (0, 2, 1)), acc, out_dtype=tl.float64)
-    return tl.sum(acc, axis=0)
+    return sum_of_slices(acc, e.shape[0], t.shape[0])
 
 
 @triton.jit
@@ -181,22 +95,43 @@ def _sort_pairs(
 
 
 @triton.jit
+def _list_pairs(
+    pair, paired, column, bits, tile, tiles, rows, tickets_ptr, rank_ptr, counts_ptr, out, T, E, CHOICE: tl.constexpr,
+    LISTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """What `choose` returned, into the sorted lists. LISTS: this tile is all (2), the last tile's program makes them
+    (1), other launches do (0)."""
+    expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
+    counts = ones(bits)
+    if LISTS == 2:
+        ends = tl.reshape(tl.cumsum(tl.reshape(counts, (CHOICE.BLOCK_P,)), axis=0), counts.shape)
+        tl.store(out.offsets + expert, ends, mask=real)
+        found = at_columns((ends - counts) << 16 | bits, column)
+        tl.store(out.sorted_pairs + (found >> 16) + before(found, BLOCK_T), pair.to(tl.int64), mask=paired)
+    else:
+        tl.store(rank_ptr + pair, before(at_columns(bits, column), BLOCK_T), mask=paired)
+        tl.store(counts_ptr + tile * E + expert, counts, mask=real)
+    if LISTS == 1:
+        tl.debug_barrier()  # all of this program's stores come before its ticket
+        if tl.atomic_add(tickets_ptr + tiles, 1) == tiles - 1:
+            tl.store(tickets_ptr + tiles, 0)
+            _sort_pairs(
+                *(out, rank_ptr, counts_ptr, T, E, tiles),
+                *(CHOICE.TOP_K, BLOCK_T, CHOICE.BLOCK_P, BLOCK_TILES, BLOCK_PAIRS),
+            )
+
+
+@triton.jit
 def _route_few_kernel(
-    x_ptr,  # [T, D]
-    weight_ptr,  # [E, D]
-    bias_ptr,  # [E]
+    given,  # Given: its parts of logits [SPLITS, T, E] are written here
     tickets_ptr,  # one for each tile and one for the tiles, 0 before and after
-    partial_ptr,  # [SPLITS, T, E] fp64
     counts_ptr,  # [tiles, E]: pairs of a tile by expert
     rank_ptr,  # [T, K]: how many pairs of the tile with the same expert come before
     out,  # Outputs
-    stride_x,
-    stride_w,
     T,
     E,
-    D,
     CHOICE: tl.constexpr,  # Choice
-    ONE_TILE: tl.constexpr,
+    LISTS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -205,7 +140,7 @@ def _route_few_kernel(
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    tile, split, tiles = tl.program_id(0), tl.program_id(2), tl.num_programs(0)
+    tile, split, tiles, D = tl.program_id(0), tl.program_id(2), tl.num_programs(0), given.D
     # The tensor cores take 8 tokens at least.
     r = tl.arange(0, BLOCK_T if BLOCK_T > 8 else 8)
     t = tile * BLOCK_T + r
@@ -213,59 +148,39 @@ def _route_few_kernel(
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     depth = tl.cdiv(tl.cdiv(D, SLICES * BLOCK_D), SPLITS) * SLICES * BLOCK_D
     start, end = split * depth, min((split + 1) * depth, D)
-    part = _split_product(x_ptr, weight_ptr, stride_x, stride_w, t, mask_t, e, e < E, start, end, D, SLICES, BLOCK_D)
-    if SPLITS == 1:
-        part = sigmoid64(part)  # here, where all programs share it
-    tl.store(partial_ptr + (split * T + t)[None, :] * E + e[:, None], part, mask=mask_t[None, :] & (e < E)[:, None])
-    bias = bias_of(bias_ptr, E, CHOICE)  # here: the program that comes last need not wait for it
+    part = _split_product(given, t, mask_t, e, e < E, start, end, SLICES, BLOCK_D)
+    at = (split * T + t)[None, :] * E + e[:, None]
+    mask = mask_t[None, :] & (e < E)[:, None]
+    tl.store(given.exact + at, part, mask=mask)
+    tl.store(given.rounded + at, part.to(tl.float32), mask=mask)
+    bias = bias_of(given.bias, E, CHOICE)  # here: the program that comes last need not wait for it
     tl.debug_barrier()  # all of this program's stores come before its ticket
     if tl.atomic_add(tickets_ptr + tile, 1) == tl.num_programs(1) * SPLITS - 1:
         tl.store(tickets_ptr + tile, 0)
         rows = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
-        mask = (rows < T)[:, None, None] & real[None, :, :]
-        part_ptrs = partial_ptr + rows[:, None, None] * E + expert[None, :, :]
-        scores = tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-        for s in tl.static_range(1, SPLITS):
-            scores += tl.load(part_ptrs + s * T * E, mask=mask, other=0.0, cache_modifier=".cg")
-        if SPLITS > 1:
-            scores = sigmoid64(scores)
-        pair, paired, rank, counts = choose(scores, bias, rows, out, T, E, CHOICE)
-        if ONE_TILE:
-            ends = tl.reshape(tl.cumsum(tl.reshape(counts, (CHOICE.BLOCK_P,)), axis=0), counts.shape)
-            tl.store(out.offsets + expert, ends, mask=real)
-            tl.store(out.sorted_pairs + (ends - counts)[None, :, :] + rank, pair.to(tl.int64), mask=paired)
-        else:
-            tl.store(rank_ptr + pair, rank, mask=paired)
-            tl.store(counts_ptr + tile * E + expert, counts, mask=real)
-            tl.debug_barrier()
-            if tl.atomic_add(tickets_ptr + tiles, 1) == tiles - 1:
-                tl.store(tickets_ptr + tiles, 0)
-                _sort_pairs(
-                    *(out, rank_ptr, counts_ptr, T, E, tiles),
-                    *(CHOICE.TOP_K, BLOCK_T, CHOICE.BLOCK_P, BLOCK_TILES, BLOCK_PAIRS),
-                )
+        error = tl.zeros((BLOCK_T,), dtype=tl.float32)
+        pair, paired, column, bits = choose(given, error, bias, tile, rows, out, T, E, CHOICE, SPLITS, 0)
+        _list_pairs(
+            *(pair, paired, column, bits, tile, tiles, rows, tickets_ptr, rank_ptr, counts_ptr, out, T, E, CHOICE),
+            *(LISTS, BLOCK_T, BLOCK_TILES, BLOCK_PAIRS),
+        )
 
 
 @triton.jit
 def _route_scores_kernel(
-    x_ptr,  # [T, D]
-    weight_ptr,  # [E, D]
-    scores_ptr,  # [T, E] fp64
-    stride_x,
-    stride_w,
+    given,  # Given: its parts of logits [SPLITS, T, E] are written here
     T,
     E,
-    D,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    D = given.D
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     d = tl.arange(0, BLOCK_D)
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x + d[None, :]
-    w_ptrs = weight_ptr + e.to(tl.int64)[:, None] * stride_w + d[None, :]
+    x_ptrs = given.x + rows.to(tl.int64)[:, None] * given.stride_x + d[None, :]
+    w_ptrs = given.weight + e.to(tl.int64)[:, None] * given.stride_w + d[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float64)
     for offset in range(0, D, BLOCK_D):
         mask_d = (offset + d < D)[None, :]
@@ -273,29 +188,89 @@ def _route_scores_kernel(
         w = tl.load(w_ptrs + offset, mask=(e < E)[:, None] & mask_d, other=0.0)
         acc = tl.dot(widen(x), tl.trans(widen(w)), acc, out_dtype=tl.float64)
     mask = (rows < T)[:, None] & (e < E)[None, :]
-    tl.store(scores_ptr + rows.to(tl.int64)[:, None] * E + e[None, :], sigmoid64(acc), mask=mask)
+    at = rows.to(tl.int64)[:, None] * E + e[None, :]
+    tl.store(given.exact + at, acc, mask=mask)
+    tl.store(given.rounded + at, acc.to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _route_halves_kernel(
+    given,  # Given: its parts of logits [SPLITS, T, E] and its squares are written here
+    T,
+    E,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """x of 16 bits: weight is a sum of three parts of 8 bits, of its sign, whose products with x are exact. BLOCK_D of
+    them are summed by tensor cores at a time: `error_of_halves` says how far off that is."""
+    D, split = given.D, tl.program_id(2)
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    d = tl.arange(0, BLOCK_D)
+    x_ptrs = given.x + rows.to(tl.int64)[:, None] * given.stride_x + d[None, :]
+    w_ptrs = given.weight + e.to(tl.int64)[:, None] * given.stride_w + d[None, :]
+    depth = tl.cdiv(tl.cdiv(D, BLOCK_D), SPLITS) * BLOCK_D
+    total = tl.zeros((BLOCK_E, BLOCK_T), dtype=tl.float32)
+    of_x = tl.zeros((BLOCK_T,), dtype=tl.float32)  # sums of squares
+    of_w = tl.zeros((BLOCK_E,), dtype=tl.float32)
+    for offset in range(split * depth, min((split + 1) * depth, D), BLOCK_D):
+        mask_d = (offset + d < D)[None, :]
+        x = tl.load(x_ptrs + offset, mask=(rows < T)[:, None] & mask_d, other=0.0)
+        w = tl.load(w_ptrs + offset, mask=(e < E)[:, None] & mask_d, other=0.0).to(tl.float32)
+        high = leading(w)
+        rest = w - high
+        middle = leading(rest)
+        halves = tl.trans(halved(x))
+        acc = tl.dot(halved(rest - middle), halves)
+        acc = tl.dot(halved(middle), halves, acc)
+        total += tl.dot(halved(high), halves, acc)
+        wide = x.to(tl.float32)
+        of_x += tl.sum(wide * wide, axis=1)
+        of_w += tl.sum(w * w, axis=1)
+    mask = (rows < T)[None, :] & (e < E)[:, None]
+    tl.store(given.rounded + (split * T + rows).to(tl.int64)[None, :] * E + e[:, None], total, mask=mask)
+    squares_ptr = given.squares + split * (T + E)
+    tl.store(squares_ptr + rows, of_x, mask=rows < tl.where(tl.program_id(1) == 0, T, 0))
+    tl.store(squares_ptr + T + e, of_w, mask=e < tl.where(tl.program_id(0) == 0, E, 0))
 
 
 @triton.jit
 def _route_choose_kernel(
-    scores_ptr,  # [T, E] fp64
-    bias_ptr,  # [E]
-    out,  # Outputs
+    given,  # Given
+    tickets_ptr,  # one for the tiles at [tiles], 0 before and after
     rank_ptr,  # [T, K]: how many pairs of the tile with the same expert come before
     counts_ptr,  # [tiles, E]: pairs of a tile by expert
+    out,  # Outputs
     T,
     E,
     CHOICE: tl.constexpr,  # Choice
+    SPLITS: tl.constexpr,
+    ERROR: tl.constexpr,  # of logits in fp32, over the product of the rows' lengths; 0: they are in fp64 too
+    LISTS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)
-    rows = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
-    mask = (rows < T)[:, None, None] & real[None, :, :]
-    scores = tl.load(scores_ptr + rows[:, None, None] * E + expert[None, :, :], mask=mask, other=0.0)
-    pair, paired, rank, counts = choose(scores, bias_of(bias_ptr, E, CHOICE), rows, out, T, E, CHOICE)
-    tl.store(rank_ptr + pair, rank, mask=paired)
-    tl.store(counts_ptr + tile * E + expert, counts, mask=real)
+    tile = tl.program_id(0)
+    rows = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    error = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    if ERROR > 0:
+        expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
+        of_w = tl.zeros(expert.shape, dtype=tl.float32)
+        for s in tl.static_range(SPLITS):
+            error += tl.load(given.squares + s * (T + E) + rows, mask=rows < T, other=0.0)
+            of_w += tl.load(given.squares + s * (T + E) + T + expert, mask=real, other=0.0)
+        most = tl.max(tl.max(of_w, axis=1), axis=0)
+        bound = ERROR * tl.sqrt(error) * tl.sqrt(most) + _TINY
+        error = tl.where(tl.maximum(error, most) < _LONG, bound, float("inf"))
+    bias = bias_of(given.bias, E, CHOICE)
+    pair, paired, column, bits = choose(given, error, bias, tile, rows, out, T, E, CHOICE, SPLITS, ERROR > 0)
+    _list_pairs(
+        *(pair, paired, column, bits, tile, tl.num_programs(0), rows, tickets_ptr, rank_ptr, counts_ptr, out, T, E),
+        *(CHOICE, LISTS, BLOCK_T, BLOCK_TILES, BLOCK_PAIRS),
+    )
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from ..runtime.launch import Launch, architecture, run, tuned
 from .route_kernels import (
     _route_choose_kernel,
     _route_few_kernel,
+    _route_halves_kernel,
     _route_scan_kernel,
     _route_scatter_kernel,
     _route_scores_kernel,
@@ -23,11 +24,12 @@ from .tickets import SLOT, tickets
 class FewLaunch(Launch):
     BLOCK_T: int
     BLOCK_E: int
-    BLOCK_D: int = 32
+    BLOCK_D: int = 64
     SLICES: int = 8  # warps that share a product, each its columns of D
     SPLITS: int  # programs that share it
     num_warps: int = 8
-    num_stages: int = 3
+    num_stages: int = 1
+    maxnreg: int = 200  # registers: left to itself, ptxas of Triton 3.9 stops at 128 and spills
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,16 @@ class ScoresLaunch(Launch):
     BLOCK_D: int = 32
     num_warps: int = 4
     num_stages: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalvesLaunch(Launch):
+    BLOCK_T: int
+    BLOCK_E: int
+    BLOCK_D: int = 32  # the fewer, the fewer sums of tensor cores a logit's error adds up from
+    SPLITS: int
+    num_warps: int = 4
+    num_stages: int = 4
 
 
 class Outputs(NamedTuple):
@@ -49,6 +61,20 @@ class Outputs(NamedTuple):
     chosen: Tensor  # [T, K] fp64
 
 
+class Given(NamedTuple):
+    """What the kernels read, and hand on to each other."""
+
+    x: Tensor  # [T, D]
+    weight: Tensor  # [E, D]
+    bias: Tensor  # [E]
+    exact: Tensor  # [SPLITS, T, E]: parts of the logits, fp64 where they are sums of that, else as they are
+    rounded: Tensor  # the same in fp32
+    squares: Tensor  # [SPLITS, T + E] fp32: sums of squares of x and of weight, empty where logits are fp64
+    stride_x: int
+    stride_w: int
+    D: int
+
+
 class Choice(NamedTuple):
     """How kernels choose, one tl.constexpr."""
 
@@ -59,6 +85,7 @@ class Choice(NamedTuple):
     SCALE: float
     BLOCK_N: int  # columns of a group of experts
     BLOCK_P: int  # columns of all
+    BLOCK_K: int
 
 
 def _route_fwd(
@@ -70,10 +97,12 @@ def _route_fwd(
         out.offsets.zero_()
         return out
     block_n = triton.next_power_of_2(E // groups)
-    choice = Choice(K, groups, kept, norm, scale, block_n, block_n * triton.next_power_of_2(groups))
-    launcher = route_few if is_few(T, K, choice.BLOCK_P) else route_many
+    block_p = block_n * triton.next_power_of_2(groups)
+    choice = Choice(K, groups, kept, norm, scale, block_n, block_p, triton.next_power_of_2(K))
     x, weight = (t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in (x, weight))
-    launcher(x, weight, bias.contiguous(), choice, out)
+    by_halves = takes_halves(x.dtype, weight.dtype, T, architecture(x))
+    launcher = route_few if is_few(T, K, block_p) and not by_halves else route_many
+    launcher(x, weight, bias.contiguous(), choice, out, by_halves)
     return out
 
 
@@ -88,11 +117,23 @@ def _route_fwd_fake(x, weight, bias, K, groups, kept, norm, scale):
     )
 
 
+def _given(x: Tensor, weight: Tensor, bias: Tensor, splits: int, by_halves: bool) -> Given:
+    (T, D), E = x.shape, len(weight)
+    rounded = x.new_empty(splits, T, E, dtype=torch.float32)
+    exact = rounded if by_halves else x.new_empty(splits, T, E, dtype=torch.float64)
+    squares = x.new_empty(splits if by_halves else 0, T + E, dtype=torch.float32)
+    return Given(x, weight, bias, exact, rounded, squares, x.stride(0), weight.stride(0), D)
+
+
+def takes_halves(x: torch.dtype, weight: torch.dtype, T: int, architecture: int) -> bool:
+    """Whether products go by three of bf16: exact only for x of as many bits. Up to 64 tokens those of fp64 take as
+    long where tensor cores have them, their error needs no bound, and the choice follows in the same launch."""
+    return x == torch.bfloat16 and weight != torch.float64 and (T > 64 or architecture >= 100)
+
+
 def tile_rows(T: int, columns: int) -> int:
-    """Tokens whose experts one program chooses: 2048 scores, their keys and rounds fit the registers of 8 warps. 8
-    tokens up to 256 in all, where nothing hides the rounds: half as many scores a warp. Tiles of fewer take as long:
-    warps would hold the same scores."""
-    return min(8 if T <= 256 else 16, max(2048 // columns, 1))
+    """Tokens whose experts one program chooses: 16 if 2048 scores are enough for them, eight to a thread of 8 warps."""
+    return min(8 if T <= 8 else 16, max(2048 // columns, 1))
 
 
 def is_few(T: int, K: int, columns: int) -> bool:
@@ -103,40 +144,48 @@ def is_few(T: int, K: int, columns: int) -> bool:
     return T <= 512 and T * K <= 3072 and tiles < SLOT and fits
 
 
+def _listing(T: int, K: int, columns: int, rows: int) -> dict[str, int]:
+    """How the sorted lists come about, for the kernels that choose."""
+    tiles = triton.cdiv(T, rows)
+    if not is_few(T, K, columns):
+        return dict(LISTS=0, BLOCK_TILES=1, BLOCK_PAIRS=1)
+    if tiles == 1:
+        return dict(LISTS=2, BLOCK_TILES=1, BLOCK_PAIRS=1)
+    return dict(LISTS=1, BLOCK_TILES=triton.next_power_of_2(tiles), BLOCK_PAIRS=triton.next_power_of_2(T * K))
+
+
 def route_few_launch(T: int, E: int, D: int, *, columns: int) -> FewLaunch:
     """Tiles of 16 experts, as many as a tensor core takes: wider ones read and widen x less often, but leave half of a
     GPU idle up to 256 tokens. D is split until there are two programs for each multiprocessor of a large GPU, about
-    256, in 8 parts at most: the program that adds them reads 8 bytes for each score of each part. Few counts of parts,
-    as each is a kernel of its own, and none that leaves programs without columns: 2688 are 11 times 256, 6 parts."""
+    256, in 8 parts at most: the program that adds them reads 4 bytes for each score of each part. Few counts of parts,
+    as each is a kernel of its own, and none that leaves programs without columns: 2688 are 6 times 512, 6 parts. Who
+    has 512 columns or less loads them all at once; who has more takes half as many at a time."""
     rows = tile_rows(T, columns)
     programs = triton.cdiv(T, rows) * triton.cdiv(E, 16)
-    turns = max(triton.cdiv(D, 256), 1)
-    most = next(splits for splits in (8, 4, 2, 1) if splits == 1 or splits * programs <= 256)
+    turns = max(triton.cdiv(D, 512), 1)
+    most = next(splits for splits in (8, 6, 4, 2, 1) if splits == 1 or splits * programs <= 256)
     splits = triton.cdiv(turns, triton.cdiv(turns, most))
-    # A warp takes 32 columns at a time, eight warps 256: each reads whole 64-byte lines of 16-bit rows. Of more than
-    # 128 experts eight warps spill a register or two of the choice, whatever its tile; four do not.
-    warps = 8 if columns <= 128 else 4
-    return FewLaunch(BLOCK_T=rows, BLOCK_E=16, SPLITS=splits, num_warps=warps)
+    once = dict(BLOCK_D=64, num_stages=1)
+    # Two programs a multiprocessor. The choice of more than 128 experts spills with so few registers.
+    loop = dict(BLOCK_D=32, num_stages=3, maxnreg=128 if columns <= 128 else 200)
+    return FewLaunch(BLOCK_T=rows, BLOCK_E=16, SPLITS=splits, **(once if splits == turns else loop))
 
 
-def route_few(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outputs) -> None:
-    """64 tokens, E=128, D=2688: 1.7 MB read, 8.3 MB from the L2 cache, 45 MFLOP of fp64. Latency bounds it: a
-    launch, the first reads, two tickets, and K rounds of a maximum."""
+def route_few(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outputs, _: bool) -> None:
+    """16 tokens, E=128, D=2688: 1.5 MB read, 45 MFLOP of fp64. Latency bounds it: a launch, the first reads, a ticket,
+    and K rounds of a maximum."""
     (T, D), E, K = x.shape, len(weight), choice.TOP_K
     default = route_few_launch(T, E, D, columns=choice.BLOCK_P)
     launch = tuned("_route_few_kernel", default, architecture(x), T=triton.next_power_of_2(T), E=E, D=D)
     tiles = triton.cdiv(T, launch.BLOCK_T)
-    partial = x.new_empty(launch.SPLITS, T, E, dtype=torch.float64)
     counts = x.new_empty(tiles, E, dtype=torch.int32)
     rank = x.new_empty(T, K, dtype=torch.int32)
     run(
         _route_few_kernel,
         (tiles, triton.cdiv(E, launch.BLOCK_E), launch.SPLITS),
-        *(x, weight, bias, tickets(x), partial, counts, rank, out, x.stride(0), weight.stride(0), T, E, D),
+        *(_given(x, weight, bias, launch.SPLITS, False), tickets(x), counts, rank, out, T, E),
         CHOICE=choice,
-        ONE_TILE=tiles == 1,
-        BLOCK_TILES=triton.next_power_of_2(tiles),
-        BLOCK_PAIRS=triton.next_power_of_2(T * K),
+        **_listing(T, K, choice.BLOCK_P, launch.BLOCK_T),
         launch=launch,
     )
 
@@ -158,32 +207,70 @@ def route_scores_launch(T: int, E: int, D: int, architecture: int) -> ScoresLaun
     return ScoresLaunch(BLOCK_T=32, BLOCK_E=32, BLOCK_D=64)
 
 
-def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outputs) -> None:
-    """4096 tokens, E=128, D=2688: 23 MB read and 4 MB of scores written and read again, 2.8 GFLOP of fp64,
-    which bound it (67 TFLOP/s of fp64 tensor cores on an H200). Choice and lists are three launches."""
+def route_halves_launch(T: int, E: int, D: int) -> HalvesLaunch:
+    """Experts are the rows of the products: their parts are made in registers, and Hopper's tensor cores take only the
+    rows from there, 64 of them; up to 64 tokens programs are too few, and two warps of 16 rows each take 32. As many
+    parts of D, 8 at most, as leave three programs a multiprocessor: a turn's splitting hides another's products."""
+    block_e = min(32 if T <= 64 else 64, max(triton.next_power_of_2(E), 16))
+    block_t = 16 if T <= 128 else 32 if T <= 1024 else 64
+    programs = triton.cdiv(T, block_t) * triton.cdiv(E, block_e)
+    turns = max(triton.cdiv(D, 32), 1)
+    most = next(splits for splits in (8, 4, 3, 2, 1) if splits == 1 or splits * programs <= 3 * 132)
+    splits = triton.cdiv(turns, triton.cdiv(turns, most))
+    return HalvesLaunch(BLOCK_T=block_t, BLOCK_E=block_e, SPLITS=splits, num_warps=block_e // 16)
+
+
+def error_of_halves(D: int, splits: int, block_d: int) -> float:
+    """What a part of a logit by `_route_halves_kernel` is off by at most, over the product of the lengths of its rows.
+
+    Tensor cores add 16 products and a sum, on sm_80 twice 8. Each term is cut off below 2^-23 of the largest, and so is
+    the sum; none is larger than A, the sum of |x weight| over the BLOCK_D of a tile: 20 * 2^-23 A for 16 products at
+    most (Fasi, Higham, Mikaitis, Pranesh 2021, as of those that keep no further bit). The two small parts of weight
+    come first, with sums of A / 128: they and all errors of errors are 2 %. Adding a tile's sum to those before rounds
+    by 2^-24 of their A together. The A of all tiles add up to the product of the lengths at most, and those come from
+    sums of squares, off by 2^-24 for every square."""
+    turns = triton.cdiv(triton.cdiv(D, block_d), splits)
+    return (1.02 * 20 * block_d / 16 + turns / 2) * 2**-23 * (1 + D * 2**-22)
+
+
+def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outputs, by_halves: bool) -> None:
+    """4096 tokens, E=128, D=2688: 23 MB read and 6 MB of logits written and read again, 2.8 GFLOP of fp64 or 8.5 of
+    bf16. Choice and lists are three launches, up to 512 tokens one."""
     (T, D), E, K = x.shape, len(weight), choice.TOP_K
-    default = route_scores_launch(T, E, D, architecture(x))
-    launch = tuned("_route_scores_kernel", default, architecture(x), T=triton.next_power_of_2(T), E=E, D=D)
-    scores = x.new_empty(T, E, dtype=torch.float64)
-    run(
-        _route_scores_kernel,
-        (triton.cdiv(T, launch.BLOCK_T), triton.cdiv(E, launch.BLOCK_E)),
-        *(x, weight, scores, x.stride(0), weight.stride(0), T, E, D),
-        launch=launch,
-    )
-    choose = Launch(BLOCK_T=tile_rows(T, choice.BLOCK_P), num_warps=8)  # a tile as in the launch of few tokens
+    key = dict(T=triton.next_power_of_2(T), E=E, D=D)
+    error, splits = 0.0, 1
+    if by_halves:
+        launch = tuned("_route_halves_kernel", route_halves_launch(T, E, D), architecture(x), **key)
+        splits, error = launch.SPLITS, error_of_halves(D, launch.SPLITS, launch.BLOCK_D)
+        given = _given(x, weight, bias, splits, True)
+        grid = (triton.cdiv(T, launch.BLOCK_T), triton.cdiv(E, launch.BLOCK_E), splits)
+        run(_route_halves_kernel, grid, given, T, E, launch=launch)
+    else:
+        scores = tuned("_route_scores_kernel", route_scores_launch(T, E, D, architecture(x)), architecture(x), **key)
+        given = _given(x, weight, bias, 1, False)
+        grid = (triton.cdiv(T, scores.BLOCK_T), triton.cdiv(E, scores.BLOCK_E))
+        run(_route_scores_kernel, grid, given, T, E, launch=scores)
+    # Two programs a multiprocessor where there are many; a tile that is sorted is as in the launch of few tokens, where
+    # ptxas would stop at 128 registers and spill.
+    if is_few(T, K, choice.BLOCK_P):
+        choose = Launch(BLOCK_T=tile_rows(T, choice.BLOCK_P), num_warps=8, maxnreg=168)
+    else:
+        choose = Launch(BLOCK_T=min(8, max(1024 // choice.BLOCK_P, 1)), num_warps=8, maxnreg=128)
     tiles = triton.cdiv(T, choose.BLOCK_T)
     counts = x.new_empty(tiles, E, dtype=torch.int32)
-    total = x.new_empty(E, dtype=torch.int32)
     rank = x.new_empty(T, K, dtype=torch.int32)
+    listing = _listing(T, K, choice.BLOCK_P, choose.BLOCK_T)
     run(
         _route_choose_kernel,
         (tiles,),
-        *(scores, bias, out, rank, counts, T, E),
-        CHOICE=choice,
+        *(given, tickets(x) if listing["LISTS"] == 1 else rank, rank, counts, out, T, E),
+        **dict(CHOICE=choice, SPLITS=splits, ERROR=error, **listing),
         launch=choose,
     )
-    # 256 tiles are 4096 tokens: one pass for most prompts.
+    if listing["LISTS"]:
+        return
+    total = x.new_empty(E, dtype=torch.int32)
+    # 256 tiles are 2048 tokens: one pass for most prompts.
     run(
         _route_scan_kernel,
         (triton.cdiv(E, 16),),
