@@ -12,8 +12,9 @@ from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, architecture, by_row, by_tma, multiprocessors, run, tuned
 from .head_sample_kernels import _head_kernel
 from .lang import Store
+from .limits import narrows
 from .records import Rows, combine_records, new_records
-from .sample import SampleLaunch, narrows, record_logits, sample_parts
+from .sample import SampleLaunch, record_logits, sample_parts
 
 MERGED = 64  # rows up to which the products are sampled as they come; wider ones are on tensor cores only
 WRITTEN = 512  # rows whose logits lie in memory at a time: 268 MB in fp32 of the published vocabulary

@@ -10,11 +10,11 @@ from torch import Tensor
 from .. import reference
 from ..reference import Sampled, Sampling
 from ..reference.common import compute_dtype
-from ..reference.sampling import bounds, split_temperature
 from ..runtime.checks import check
 from ..runtime.launch import Launch, architecture, by_row, run, tuned
 from ..runtime.registry import define, takes_kernel
-from .lang import Limits, Store, empty_record, flip, is_any_hot, merge, tile_record, write_record
+from .lang import Store, empty_record, flip, is_any_hot, merge, tile_record, write_record
+from .limits import limits_of, narrows
 from .options import check_range, check_token, flat, specs
 from .records import Rows, combine_records, new_records
 
@@ -78,9 +78,6 @@ def _sample_kernel(
         tl.atomic_max(known_ptr, flip(record.best, known_ptr.dtype.element_ty), mask=mask_t, sem="relaxed")
 
 
-# Rows whose scaled logits are sorted at a time where top_k or top_p is given: 34 MB in fp32 of the published model.
-ROWS = 64
-
 # Row tiles of a launch: a grid's second axis takes no more. On the first, rows cost the kernel 12 to 60 registers.
 PROGRAMS = 65535
 
@@ -112,20 +109,6 @@ def sample_parts(logits: Tensor) -> int:
     return triton.cdiv(logits.shape[-1], launch.BLOCK_V * launch.TILES)
 
 
-def narrows(sampling: Sampling) -> bool:
-    """Whether any row may have a limit: the host does not look at the rows' own."""
-    return sampling.top_k is not None or sampling.top_p is not None
-
-
-def limits_of(logits: Tensor, sampling: Sampling, suppress: int | None) -> Limits:
-    """What top_k and top_p leave of logits [R, V]; they are divided as in the kernel, so that the same are equal."""
-    divisor, unit = split_temperature(sampling.temperature, logits.dtype)
-    scaled = logits / divisor.unsqueeze(-1)
-    if suppress is not None:
-        scaled[:, suppress] = float("-inf")
-    return Limits(*bounds(scaled, unit, sampling.top_k, sampling.top_p))
-
-
 def nothing_known(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """What the kernel keeps of the best score of each row, before the first."""
     integer = torch.int64 if dtype == torch.float64 else torch.int32
@@ -139,12 +122,11 @@ def record_logits(
     R, V = logits.shape
     launch = launch or _launch(logits)
     known = nothing_known(rows.N, logits, records.stats.dtype)
-    most = ROWS if narrows(rows.sampling) else PROGRAMS * launch.BLOCK_T
+    most = PROGRAMS * launch.BLOCK_T
     for begin in range(0, R, most):
         some, limits, start = logits[begin : begin + most], None, first + begin
         if narrows(rows.sampling):
-            mine = rows.records(start, len(some))
-            limits = limits_of(some.to(records.stats.dtype), mine, suppress)
+            limits = limits_of(some, rows, records.stats.dtype, suppress, start)
         run(
             _sample_kernel,
             (records.parts, triton.cdiv(len(some), launch.BLOCK_T)),
