@@ -12,7 +12,7 @@ from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, architecture, by_row, by_tma, multiprocessors, run, tuned
 from .head_sample_kernels import _head_kernel
 from .lang import Store
-from .limits import narrows
+from .limits_launch import narrows
 from .records import Rows, combine_records, new_records
 from .sample import SampleLaunch, record_logits, sample_parts
 

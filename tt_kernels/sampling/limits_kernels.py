@@ -8,15 +8,10 @@ so few are left that they are halved in registers.
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..reference import Sampling
-from ..runtime.launch import Launch, architecture, multiprocessors, run
-from .lang import Limits, flip
-from .records import Rows
+from .lang import flip
 
 
 class Narrowing(NamedTuple):
@@ -123,9 +118,9 @@ def sevenths(window, acc_dtype: tl.constexpr):
 
 @triton.jit
 def likely(best, unit):
-    """Edges where the cut is likely; bad ones cost time, no token. Most of a softmax is within some ten units of e below
-    its best. Of lanes' bests the least is among the first thousands of numbers, and twice as far below the best is the
-    middle of a normal row: a unit is a sixth of that."""
+    """Edges where the cut is likely; bad ones cost time, no token. Of top_p a unit is that of e: most of a softmax is
+    within some ten of its best. Of top_k it is a sixth of the way from the best of all lanes' bests to the least, which
+    is among the first thousands of a row's numbers; twice as far is the middle of a normal row."""
     return Seven(
         *(best - 13 * unit, best - 10.5 * unit, best - 9 * unit, best - 7.5 * unit),
         *(best - 6 * unit, best - 4 * unit, best - 2 * unit),
@@ -349,7 +344,7 @@ def _limits_kernel(
             best, lane = tl.max(most, axis=0), tl.min(most, axis=0)
             floor = (flip(tl.zeros((), dtype=acc_dtype) + LOWEST, integer) - 1).to(integer)
             kept = no_place
-            for mass in range(0, 2):
+            for mass in range(2):
                 # What is read again here need not stay in registers.
                 aim, p = tl.zeros((), dtype=tl.int64), tl.zeros((), dtype=tl.float64)
                 start, few, unit = floor, kept >= 0, (best - lane) * 0.16
@@ -392,39 +387,3 @@ def _limits_kernel(
                             nth = times(weigh((best - least) * halvings), rest, equal)
                             if nth + 1 < equal:
                                 tl.store(limits.last + record, nth_of(row, least, nth, acc_dtype, SHAPE))
-
-
-def limits_launch(V: int, architecture: int) -> Launch:
-    """A program a row. Sixteen warps hide each other's sums (eight on sm_80, where they would spill); a thread has four
-    neighbours at a time, 16 bytes of fp32. A quarter of a row may be listed, for the second pass to be short, and 2048
-    numbers halved, four a thread. A second program would make no row faster, so one may have all registers."""
-    block = triton.next_power_of_2(V)
-    each = min(4, block)
-    lanes = min(512 if architecture >= 90 else 256, block // each)
-    room = min(block, max(2048, block // 4))
-    warps = max(1, lanes // 32)
-    tiles = dict(ROOM=room, LISTED=min(2048, room), LANES=lanes, EACH=each)
-    return Launch(**tiles, num_warps=warps, maxnreg=min(255, 2048 // warps))
-
-
-def narrows(sampling: Sampling) -> bool:
-    """Whether any row may have a limit: the host does not look at the rows' own."""
-    return sampling.top_k is not None or sampling.top_p is not None
-
-
-def limits_of(logits: Tensor, rows: Rows, dtype: torch.dtype, suppress: int | None, first: int = 0) -> Limits:
-    """What top_k and top_p leave of logits [R, V], of records first to first + R."""
-    R, V = logits.shape
-    launch, sampling = limits_launch(V, architecture(logits)), rows.sampling
-    limits = Limits(logits.new_empty(R, dtype=dtype), logits.new_empty(R, dtype=torch.int32))
-    programs = min(R, 2 * multiprocessors(logits))  # each has a list: they walk the rows
-    run(
-        _limits_kernel,
-        (programs,),
-        *(logits, logits.stride(0)),
-        Narrowing(sampling.temperature, sampling.top_k, sampling.top_p, rows.L),
-        *(rows.listed, limits, logits.new_empty(programs, launch.ROOM)),
-        *(R, first, V, -1 if suppress is None else suppress),
-        launch=launch,
-    )
-    return limits
