@@ -53,9 +53,9 @@ def test_halvings_at_the_ends() -> None:
 NO_KERNELS = pytest.mark.skipif(not KERNELS, reason="kernels run in the interpreter, in ttsem or on a GPU")
 TILES = {
     "whole": None,
-    "listed": Launch(LANES=16, EACH=4, LISTED=64, ROOM=256, num_warps=1),  # some rows fit the list at once
-    "short": Launch(LANES=8, EACH=4, LISTED=4, ROOM=32, num_warps=1),  # a pass over the list too
-    "never": Launch(LANES=8, EACH=4, LISTED=2, ROOM=2, num_warps=1),  # passes until a number is found
+    "listed": Launch(LANES=32, EACH=4, LISTED=64, ROOM=256, num_warps=1),  # some rows fit the list at once
+    "short": Launch(LANES=32, EACH=4, LISTED=4, ROOM=32, num_warps=1),  # a pass over the list too
+    "never": Launch(LANES=64, EACH=4, LISTED=2, ROOM=2, num_warps=1),  # passes until a number is found
 }
 
 
@@ -87,12 +87,12 @@ def test_the_cut_is_the_references(kind: str, tiles: str, monkeypatch: pytest.Mo
     torch.manual_seed(len(kind))
     if (launch := TILES[tiles]) is not None:
         monkeypatch.setattr(limits_launch, "limits_launch", lambda *_: launch)
-    for V, dtype in ((70, torch.float32), (300, torch.float16)):
+    for V, dtype in ((70, torch.float16), (300, torch.float32)):
         x = rows_of(kind, V).clamp(-6e4, 6e4).to(DEVICE, dtype)
         temperature = torch.tensor([0.1, 1.0, 30.0, 0.7, INF, 1e-38], dtype=torch.float64, device=DEVICE)
         top_k = torch.tensor([3, 0, V // 2, 20, 5, V - 1], device=DEVICE)
         top_p = torch.tensor([0.9, 0.95, 0.5, 1.0, 0.3, 0.999], dtype=torch.float64, device=DEVICE)
-        for k, p in ((top_k, top_p), (top_k, None), (None, top_p)):
+        for k, p in ((top_k, top_p),) if V == 70 else ((top_k, None), (None, top_p)):
             suppress = None if k is None else 1
             sampling = Sampling.of(6, temperature=temperature, top_k=k, top_p=p, device=DEVICE)
             got = limits_of(x, Rows.of(sampling), torch.float32, suppress)
@@ -124,6 +124,17 @@ def test_rows_that_are_listed_and_rows_that_walk() -> None:
     hot = sampling.temperature[b] > 0
     assert torch.equal(kept(logits[:10], *(t[:10] for t in got))[hot], kept(logits[:10], *want)[hot])
     assert kept(logits[:10], *(t[:10] for t in got))[~hot].all(), "a row of temperature 0 has no limit"
+
+
+@pytest.mark.kernels
+@NO_KERNELS
+def test_tiles_that_are_left_out_have_no_noise_and_others_do() -> None:
+    """Of three tiles two are left out, and in the last only the one number that is as large as the least stays."""
+    logits = torch.randn(3, 5003, device=DEVICE)
+    logits[:, 4500] = 9.0
+    logits[1, 2048:4096] = 20.0
+    tokens = sample(logits, Sampling.of(3, temperature=5.0, top_k=1, device=DEVICE)).token.tolist()
+    assert tokens[0] == tokens[2] == 4500 and 2048 <= tokens[1] < 4096
 
 
 @pytest.mark.kernels
