@@ -146,7 +146,8 @@ _HALVINGS = (1073741824, 744257900, 257895614, 59385867, 9895605, 1018364)
 
 def weights(below: Tensor) -> Tensor:
     """2^-below as whole numbers of 2^-40, 0 from 41 on and where below is NaN. Their sums do not depend on the order,
-    and nothing here is rounded that another device might round otherwise: `below` counts in steps of 2^-24."""
+    and nothing here is rounded that another device might round otherwise: `below` counts in steps of 2^-24. Sums of
+    2^22 of them are below 2^63."""
     counts = below < 41
     steps = torch.where(counts, below, 0).mul(2.0**24).long()
     f = (steps & 0xFFFFFF) << 8

@@ -127,7 +127,7 @@ def head_records(hidden: Tensor, weight: Tensor, rows: Rows, suppress: int | Non
 
     Above 64 rows their logits lie in memory: a tile of products that keeps the tensor cores busy leaves no room for a
     second program, which would multiply while this one samples, and by the compiled code sampling takes twice as long
-    as the products; to write and read logits takes a quarter. So it is for top_k and top_p, which want whole rows.
+    as the products; to write and read logits takes a quarter. So it is for top_k and top_p, whose cut needs whole rows.
     WRITTEN rows at a time, of all N, for how many are listed only the device knows.
     """
     weight = by_row(weight)

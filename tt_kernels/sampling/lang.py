@@ -148,7 +148,7 @@ def tile_record(
     PAIRS: tl.constexpr,  # the sum by pairs, which several tiles of rows must have in one order
     BLOCK_V: tl.constexpr,
 ):
-    """The record of one tile. Where no row of it can win any more there is no noise: its tokens then score -inf."""
+    """The record of one tile. Where no token can win any more, or may be drawn, there is no noise: all score -inf."""
     local = tl.arange(0, BLOCK_V)[:, None]
     ids = start + local
     x = tl.where((ids < V) & (ids != suppress), x, float("-inf"))
