@@ -30,6 +30,7 @@ def in_parts(*args: Tensor) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "as_on_a_gpu", lambda x: True)
         patch.setattr(module, "LOGITS", 0)
+        patch.setattr(module, "MORE_LOGITS", 0)
         patch.setattr(module, "NARROWEST", 4)
         return linear_cross_entropy(*args)
 
@@ -114,6 +115,7 @@ def test_targets_that_are_no_ids_stop_a_graph_too(wrong: int) -> None:
 def backward_in_parts(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     monkeypatch.setattr(module, "as_on_a_gpu", lambda x: True)
     monkeypatch.setattr(module, "LOGITS", most)
+    monkeypatch.setattr(module, "MORE_LOGITS", 2 * most)
     monkeypatch.setattr(module, "NARROWEST", 1)
 
 
@@ -160,8 +162,9 @@ def test_a_gpu_is_not_waited_for_and_its_head_not_copied() -> None:
     assert loss.dtype == torch.float32 and loss.shape == ()
     for gradient, t in ((dhidden, hidden), (dweight, weight)):
         assert gradient.shape == t.shape and gradient.dtype == t.dtype
-    widths = [part.stop - part.start for part, *_ in module._Rows.of(hidden, weight, targets, mask).parts()]
-    assert sum(widths) == V and len(set(widths)) == 1 and T * widths[0] <= module.LOGITS
+    for most in (module.LOGITS, module.MORE_LOGITS):
+        widths = [part.stop - part.start for part, *_ in module._Rows.of(hidden, weight, targets, mask).parts(most)]
+        assert sum(widths) == V and len(set(widths)) == 1 and T * widths[0] == most
 
 
 def test_the_reference_is_there_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,11 @@ from ..reference.loss import check_targets
 from ..runtime.checks import check
 from ..runtime.registry import as_on_a_gpu, define
 
-LOGITS = 2**26  # that lie in memory at a time: 268 MB in fp32
+# Logits that lie in memory at a time. Forward 34 MB in fp32, which stay in the cache while they are summed; backward
+# 268 MB, for with every part the gradient of hidden states is read and written.
+LOGITS, MORE_LOGITS = 2**23, 2**26
 NARROWEST = 2048  # tokens of the vocabulary at a time, however many rows there are: products stay on tensor cores
-SCALE = 2.0**15  # of probabilities in 16 bits: in fp16 the least that is not 0 is then 2e-12
+SCALE = 2.0**15  # of probabilities in fp16, whose least number above 0 is then one of 2e-12
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -50,10 +52,10 @@ class _Rows(NamedTuple):
             hidden, weight = hidden.to(acc), weight.to(acc)
         return cls(torch.where(mask.unsqueeze(-1), hidden, 0), weight, torch.where(mask, targets, 0), mask)
 
-    def parts(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    def parts(self, logits: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Of the vocabulary: where it is, its logits [T, n], each row's target there [T, 1], and whether it is."""
         V, T = len(self.weight), max(len(self.targets), 1)
-        width = max(NARROWEST, LOGITS // T // 128 * 128)
+        width = max(NARROWEST, logits // T // 128 * 128)
         for start in range(0, V, width):
             part = slice(start, min(start + width, V))
             local = self.targets - start
@@ -75,7 +77,7 @@ def _linear_cross_entropy_fwd(
     torch.zeros_like(weight[:, 0]).gather(0, rows.targets)  # stops where one is no token
     loss, lse = _linear_cross_entropy_fwd_fake(hidden, weight, targets)
     lse, logit = lse.fill_(-torch.inf), torch.zeros_like(lse)
-    for _, logits, local, here in rows.parts():
+    for _, logits, local, here in rows.parts(LOGITS):
         logit = torch.where(here, logits.gather(1, local).squeeze(-1), logit)
         lse = torch.logaddexp(lse, logits.logsumexp(-1))
     return loss.copy_(torch.where(rows.mask, lse - logit, 0).sum() / rows.masked()), lse
@@ -95,17 +97,20 @@ def _linear_cross_entropy_bwd(
     """Part by part of the vocabulary: the head's gradient of one is whole at once, that of hidden states grows."""
     rows = _Rows.of(hidden, weight, targets, mask)
     lse = torch.where(rows.mask, lse, torch.inf).unsqueeze(-1)  # no probabilities where not masked
-    scale = grad / rows.masked() / SCALE
+    scale = SCALE if weight.dtype == torch.float16 else 1.0
+    share = grad / rows.masked() / scale
     dhidden, dweight = torch.zeros_like(rows.hidden, dtype=lse.dtype), torch.empty_like(weight)
-    for part, logits, local, here in rows.parts():
+    for part, logits, local, here in rows.parts(MORE_LOGITS):
         p = logits.sub_(lse).exp_()
         p.scatter_(1, local, p.gather(1, local) - here.unsqueeze(-1).to(p.dtype))
+        if scale != 1:
+            p.mul_(scale)
         found = torch.zeros_like(rows.weight[part], dtype=p.dtype)
-        for factor in _in_parts(p.mul_(SCALE), rows.weight):
+        for factor in _in_parts(p, rows.weight):
             dhidden += _product(factor, rows.weight[part])
             found += _product(factor.T, rows.hidden)
-        dweight[part] = found * scale
-    dhidden = torch.where(rows.mask.unsqueeze(-1), dhidden.mul_(scale), 0)
+        dweight[part] = found * share
+    dhidden = torch.where(rows.mask.unsqueeze(-1), dhidden.mul_(share), 0)
     return dhidden.to(hidden.dtype).view(hidden.shape), dweight
 
 
@@ -151,12 +156,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
     fp32, and their gradients take softmax as the sum of two 16-bit numbers. Deterministic on a CPU.
     Gradients: for hidden and weight.
     Raises: ValueError for sizes that disagree and targets that are no ids.
-    Cost: on a CPU, for M masked tokens, 2 M V D flops and V D itemsize bytes, and 4 M V D for gradients; M V logits lie
-    in memory, in a graph of torch.compile those of all tokens. On a GPU, which is not asked how many are masked, all T
-    tokens are computed: 2 T V D flops, for gradients 10 T V D in 16 bits and 6 T V D else. The vocabulary is taken in
-    parts: each is read once and 2^26 logits lie in memory at a time (from 32768 tokens on more), written once and read
-    4 times, for gradients 6. The head is not copied, and its gradient is written once, in its dtype. Who knows which
-    few of many tokens are masked selects them before.
+    Cost: on a CPU, for M masked tokens, 2 M V D flops and V D itemsize bytes, and 4 M V D flops for gradients; M V
+    logits lie in memory, in a graph of torch.compile those of all tokens. On a GPU, which is not asked how many are
+    masked, all T tokens are computed: 2 T V D flops, for gradients 10 T V D in 16 bits and 6 T V D else, by parts of
+    the vocabulary. Of each the head is read, without a copy, and its gradient written once, in its dtype. 2^23 logits
+    lie in memory at a time, written and read in 7 passes, which a cache of 50 MB holds; for gradients 2^26 (4 bytes
+    each) in 13 passes; from 4096 and 32768 tokens on more. Who knows which few are masked selects them before.
     Source: TwoTower (2606.26493); without logits in memory: Wijmans et al. (2411.09009).
 
     Example:
