@@ -73,7 +73,7 @@ def _unmask_inputs(dtype, B, L, D, V, **rest):
 
 
 _HEAD = dict(D=2688, V=131072)
-_HEAD_KERNELS = ("_head_kernel", "_sample_kernel", "_combine_kernel")
+_HEAD_KERNELS = ("_head_kernel", "_limits_kernel", "_sample_kernel", "_combine_kernel")
 
 OPS = (
     Op(
@@ -95,12 +95,13 @@ OPS = (
             dict(R=20, V=70, narrow=2),
             dict(R=2, V=70, narrow=3),
             dict(R=3, V=5003),
+            dict(R=3, V=5003, narrow=1),
             dict(R=1, V=3),
             dict(R=0, V=5),
         ),
         shapes=(dict(R=1, V=131072, hot=0), dict(R=16, V=131072), dict(R=16, V=131072, narrow=1)),
         outputs=("token", "confidence"),
-        kernels=("_sample_kernel", "_combine_kernel"),
+        kernels=("_limits_kernel", "_sample_kernel", "_combine_kernel"),
         candidates=dict(
             _sample_kernel=tuple(
                 SampleLaunch(BLOCK_V=block, BLOCK_T=1, TILES=tiles, num_warps=warps)
@@ -125,7 +126,7 @@ OPS = (
         shapes=(
             dict(R=1, **_HEAD, hot=0),
             *(dict(R=R, **_HEAD) for R in (16, 32, 64, 128, 512)),
-            dict(R=16, **_HEAD, narrow=1),
+            *(dict(R=R, **_HEAD, narrow=1) for R in (16, 512)),
         ),
         grows=dict(R=512),
         outputs=("token", "confidence"),

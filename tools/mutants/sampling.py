@@ -74,7 +74,6 @@ MUTANTS = {
     ],
     ("unmask", "sampling/records.py"): [
         ("a token at its slot", "tl.store(token_ptr + to", "tl.store(token_ptr + row"),
-        ("another row's top-k", "self.listed.index[some] // self.L", "self.listed.index[some] % 3"),
     ],
     ("unmask", "sampling/head_sample_kernels.py"): [
         ("another row's noise", "tl.load(listed.index + first + offs_s, mask=mask_s, other=0)", "first + offs_s"),
@@ -108,6 +107,40 @@ MUTANTS = {
     ("sample", "sampling/lang.py", "test_sampling_corners.py::test_rows_of_infinities_and_nan"): [
         ("the suppressed token where all are -inf", "tl.where(token == suppress, token + 1, token)", "token"),
         ("a confidence in an infinite logit", 'tl.where(total < float("inf"), confidence, float("nan"))', "confidence"),
+    ],
+    ("sample", "sampling/limits_kernels.py", "test_sampling_limits.py::test_the_cut_is_the_references[short-ties]"): [
+        ("weights that fall too fast", "(steps >> 24).to(tl.int64)", "(steps >> 23).to(tl.int64)"),
+        ("a number too low for the cut", "fits = (above <= aim)", "fits = (above <= aim + 1)"),
+        ("a list that every tile begins anew", "(found + tl.cumsum(lanes", "(tl.cumsum(lanes"),
+        ("what is above a list forgotten", "base = window.above", "base = base * 1"),
+        ("what reaches p is left out", "measure, 0), axis=0) > aim", "measure, 0), axis=0) >= aim"),
+        ("the best of lanes left out", "whole, aim) - 1, todo", "whole, aim), todo"),
+        ("the suppressed token counts", "tl.where(places == numbers.suppress, LOWEST, x)", "x"),
+        ("of equals as many as p is in all", "return cut, aim - above", "return cut, aim"),
+        ("top-p of all that top-k left out too", "start = tl.maximum(floor, flip(", "start = tl.minimum(floor, flip("),
+    ],
+    ("sample", "sampling/limits_kernels.py", "test_sampling_limits.py::test_the_cut_is_the_references[listed-equal]"): [
+        ("the place of an equal counted from its tile", "(before == nth - seen)", "(before == nth)"),
+        ("equals one too few", "fits = half * weight <= share", "fits = half * weight < share"),
+    ],
+    (
+        "unmask",
+        "sampling/limits_kernels.py",
+        "test_sampling_limits.py::test_rows_that_are_listed_and_rows_that_walk",
+    ): [
+        ("another row's limits", "b = b // narrowing.L", "b = b % 3"),
+        ("the first records' rows for all", "b = first + record", "b = record"),
+        ("a limit at temperature 0", "by_k = hot & (k > 0)", "by_k = (k > 0)"),
+        ("only the first rows", "tl.program_id(0), count, tl.num", "tl.program_id(0), min(count, 4), tl.num"),
+    ],
+    (
+        "sample",
+        "sampling/lang.py",
+        "test_sampling_limits.py::test_tiles_that_are_left_out_have_no_noise_and_others_do",
+    ): [("the tile of the least number left out", "loses | (m < least)", "loses | (m <= least)")],
+    ("sample", "reference/sampling.py", "test_sampling_limits.py::test_weights_are_powers_of_two_and_fall"): [
+        ("a bit of a step lost", "steps & 0xFFFFFF", "steps & 0xFFFFFE"),
+        ("a coefficient of 2^-f", "59385867", "59385067"),
     ],
     ("commit", "sampling/commit.py", "test_sampling_corners.py::test_commit_orders_any_floats"): [
         ("NaN first", "(nan_i & (confidence_j == confidence_j))", "(nan_j & (confidence_i == confidence_i))")

@@ -17,7 +17,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
         hidden, targets = hidden[mask], targets[mask]
     targets = targets.flatten()
     if targets.device.type == "cpu":  # a GPU is not waited for
-        _check_targets(targets, len(weight))
+        check_targets(targets, len(weight))
     logits = head_logits(hidden, weight).reshape(-1, len(weight))
     loss = F.cross_entropy(logits, targets.long(), reduction="sum", ignore_index=_NONE)
     return loss / max(len(targets), 1)
@@ -35,7 +35,7 @@ def _in_a_graph(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | 
     return torch.where(mask.flatten(), losses, 0).sum() / mask.sum().clamp(min=1)
 
 
-def _check_targets(targets: Tensor, V: int) -> None:
+def check_targets(targets: Tensor, V: int) -> None:
     if not targets.numel():
         return
     low, high = (int(t) for t in targets.aminmax())

@@ -140,40 +140,64 @@ def split_temperature(temperature: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     return (t / unit).clamp(max=torch.finfo(dtype).max), torch.where(power.isinf(), 2.0**64, unit)
 
 
-def bounds(scaled: Tensor, unit: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What of scaled logits [*, V] may be drawn: the least of them, and the last token of those that equal it.
+# 2^-f for f of 0 to 1 as c0 - f (c1 - f (c2 - ...)), in units of 2^-30: off by 1.3e-7 of it, and exact at 0.
+_HALVINGS = (1073741824, 744257900, 257895614, 59385867, 9895605, 1018364)
+
+
+def weights(below: Tensor) -> Tensor:
+    """2^-below as whole numbers of 2^-40, 0 from 41 on and where below is NaN. Their sums do not depend on the order,
+    and nothing here is rounded that another device might round otherwise: `below` counts in steps of 2^-24. Sums of
+    2^22 of them are below 2^63."""
+    counts = below < 41
+    steps = torch.where(counts, below, 0).mul(2.0**24).long()
+    f = (steps & 0xFFFFFF) << 8
+    power = torch.full_like(f, _HALVINGS[-1])
+    for c in _HALVINGS[-2::-1]:
+        power = c - (f * power >> 32)
+    return torch.where(counts, power << 10 >> (steps >> 24), 0)
+
+
+def halvings(temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many times a probability halves for each unit of its logit: 0 at a temperature that is infinite in dtype."""
+    t = temperature.to(dtype).clamp(min=torch.finfo(dtype).tiny)
+    return torch.full_like(t, 1 / math.log(2)) / t
+
+
+def bounds(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What of logits [*, V] may be drawn: the least of them, and the last token of those that equal it.
 
     Every row is looked at by itself: what it gets does not depend on the limits of others.
     """
-    V = scaled.shape[-1]
+    V = logits.shape[-1]
     if top_p is None and top_k is not None and can_look(top_k):  # the best few take much less time than a sort
-        ordered, index = scaled.topk(max((k for k in top_k.flatten().tolist() if 0 < k < V), default=1), dim=-1)
+        ordered, index = logits.topk(max((k for k in top_k.flatten().tolist() if 0 < k < V), default=1), dim=-1)
     else:
-        ordered, index = scaled.sort(dim=-1, descending=True, stable=True)
-    least, last = torch.full_like(scaled[..., 0], -math.inf), torch.full_like(index[..., 0], V)
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+    least, last = torch.full_like(logits[..., 0], -math.inf), torch.full_like(index[..., 0], V)
     if top_k is not None:
         limited = (top_k > 0) & (top_k < V)
         kth = ordered.gather(-1, torch.where(limited, top_k - 1, 0).long().unsqueeze(-1)).squeeze(-1)
         least = torch.where(limited, kth, least)
     if top_p is not None:
         ordered = ordered.masked_fill(ordered < least.unsqueeze(-1), -math.inf)
-        shares = (ordered - ordered[..., :1]).div_(unit.unsqueeze(-1)).softmax(-1)  # without the unit differences fit
-        before = F.pad(shares.cumsum(-1), (1, -1))  # the probability of all better tokens
-        late = before > top_p.clamp(min=0).to(before).unsqueeze(-1)
+        sums = weights((ordered[..., :1] - ordered) * halvings(temperature, logits.dtype).unsqueeze(-1)).cumsum(-1)
+        share = (top_p.double().clamp(min=0).nan_to_num(1.0) * sums[..., -1].double()).long()
+        late = F.pad(sums, (1, -1)) > share.unsqueeze(-1)  # the weights of all better tokens
         end = V - 1 - late.sum(-1, keepdim=True)
         lowest, end = ordered.gather(-1, end).squeeze(-1), index.gather(-1, end).squeeze(-1)
-        tighter = (top_p < 1) & ~(lowest < least)  # at 1 rounding may bring a sum above it before the last token
+        tighter = (top_p < 1) & ~(lowest < least)
         least, last = torch.where(tighter, lowest, least), torch.where(tighter, end, last)
     return least, last
 
 
-def _narrow(scaled: Tensor, unit: Tensor, sampling: Sampling) -> Tensor:
-    """Scaled logits with -inf in place of all that top_k and top_p leave out."""
+def _narrow(scores: Tensor, logits: Tensor, sampling: Sampling) -> Tensor:
+    """Scores with -inf in place of all that top_k and top_p leave out."""
     if sampling.top_k is None and sampling.top_p is None:
-        return scaled
-    least, last = (t.unsqueeze(-1) for t in bounds(scaled, unit, sampling.top_k, sampling.top_p))
-    ids = torch.arange(scaled.shape[-1], device=scaled.device)
-    return scaled.masked_fill((scaled < least) | ((scaled == least) & (ids > last)), -math.inf)
+        return scores
+    limits = bounds(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+    least, last = (t.unsqueeze(-1) for t in limits)
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return scores.masked_fill((logits < least) | ((logits == least) & (ids > last)), -math.inf)
 
 
 def _confidence(logits: Tensor, token: Tensor) -> Tensor:
@@ -192,7 +216,7 @@ def sample(logits: Tensor, sampling: Sampling, *, suppress: int | None = None) -
     hot = sampling.temperature > 0
     if torch.compiler.is_compiling() or bool(hot.any()):  # a graph is for all temperatures and reads nothing
         divisor, unit = split_temperature(sampling.temperature, logits.dtype)
-        scaled = _narrow(logits / divisor.unsqueeze(-1), unit, sampling)
+        scaled = _narrow(logits / divisor.unsqueeze(-1), logits, sampling)
         noise = gumbel_noise(sampling.seed, sampling.position, sampling.step, vocab_size=logits.shape[-1])
         token = torch.where(hot, _argmax(torch.addcmul(scaled, noise.to(scaled), unit.unsqueeze(-1))), token)
     if suppress == 0:  # else the first of a row where everything is -inf

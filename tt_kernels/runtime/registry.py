@@ -110,6 +110,11 @@ def takes_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
     return True
 
 
+def as_on_a_gpu(x: Tensor) -> bool:
+    """Whether an op of PyTorch's operations alone runs in its form for a GPU: there, and where kernels are tested."""
+    return not _uses_reference() and (x.device.type == "cuda" or ON_CPU or is_recording())
+
+
 def wants_gradients(*tensors: Tensor | None) -> bool:
     """Whether autograd is to see an op of these: its forward-only kernels leave such calls to the reference."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -31,7 +31,7 @@ def head_sample(hidden: Tensor, weight: Tensor, sampling: Sampling, *, suppress:
     Gradients: none.
     Raises: ValueError as `sample` does.
     Cost: 2 R V D flops and (V D + R D) itemsize bytes for R rows: bound by reading the head up to some 180 rows. Above
-    64 rows also the logits, written and read, 512 rows at a time; with top_k or top_p too, and a sort of every row.
+    64 rows also the logits, written and read, 512 rows at a time; with top_k or top_p too, which read them as `sample`.
     Source: as `sample`.
 
     Example:

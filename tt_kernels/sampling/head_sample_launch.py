@@ -12,8 +12,9 @@ from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, architecture, by_row, by_tma, multiprocessors, run, tuned
 from .head_sample_kernels import _head_kernel
 from .lang import Store
+from .limits_launch import narrows
 from .records import Rows, combine_records, new_records
-from .sample import SampleLaunch, narrows, record_logits, sample_parts
+from .sample import SampleLaunch, record_logits, sample_parts
 
 MERGED = 64  # rows up to which the products are sampled as they come; wider ones are on tensor cores only
 WRITTEN = 512  # rows whose logits lie in memory at a time: 268 MB in fp32 of the published vocabulary
@@ -126,7 +127,7 @@ def head_records(hidden: Tensor, weight: Tensor, rows: Rows, suppress: int | Non
 
     Above 64 rows their logits lie in memory: a tile of products that keeps the tensor cores busy leaves no room for a
     second program, which would multiply while this one samples, and by the compiled code sampling takes twice as long
-    as the products; to write and read logits takes a quarter. So it is for top_k and top_p, which want whole rows.
+    as the products; to write and read logits takes a quarter. So it is for top_k and top_p, whose cut needs whole rows.
     WRITTEN rows at a time, of all N, for how many are listed only the device knows.
     """
     weight = by_row(weight)

@@ -32,7 +32,7 @@ class Listed(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What of each row may be drawn, of its scaled logits: the least, and the last token of those that equal it."""
+    """What of each row's logits may be drawn: the least of them, and the last token of those that equal it."""
 
     least: Any
     last: Any
@@ -148,7 +148,7 @@ def tile_record(
     PAIRS: tl.constexpr,  # the sum by pairs, which several tiles of rows must have in one order
     BLOCK_V: tl.constexpr,
 ):
-    """The record of one tile. Where no row of it can win any more there is no noise: its tokens then score -inf."""
+    """The record of one tile. Where no token can win any more, or may be drawn, there is no noise: all score -inf."""
     local = tl.arange(0, BLOCK_V)[:, None]
     ids = start + local
     x = tl.where((ids < V) & (ids != suppress), x, float("-inf"))
@@ -168,20 +168,24 @@ def tile_record(
         at = tl.zeros(m.shape, dtype=tl.int32)
         raw = best
         lost = 0  # whether all rows are
+        if limits is not None:
+            least = tl.load(limits.least + offs, mask=mask, other=0.0)
         if known is not None:
             # Division and sum are monotone and a product with the unit is exact, so no score of the tile is above this,
             # unless a logit is NaN: the maximum may miss it, s does not. What equals a known score may still be first.
             most = (m / divisor if WIDE else tl.div_rn(m, divisor)) + unit * LARGEST_NOISE
-            loses = ~mask | (hot & (most < known) & (s == s))
+            loses = most < known
+            if limits is not None:
+                loses = loses | (m < least)
+            loses = ~mask | (hot & loses & (s == s))
             lost = tl.min(loses.to(tl.int32), axis=0)
         if lost == 0:
             divisors = divisor[None, :] + tl.zeros_like(x)
             scaled = x / divisors if WIDE else tl.div_rn(x, divisors)
             score = scaled + unit[None, :] * gumbel_tile(seed, position, step, start, BLOCK_V, WIDE)
             if limits is not None:
-                least = tl.load(limits.least + offs, mask=mask, other=0.0)
                 last = tl.load(limits.last + offs, mask=mask, other=0)
-                out = (scaled < least[None, :]) | ((scaled == least[None, :]) & (ids > last[None, :]))
+                out = (x < least[None, :]) | ((x == least[None, :]) & (ids > last[None, :]))
                 score = tl.where(out, float("-inf"), score)
             best, at = tl.max(order(tl.where(hot[None, :], score, x), WIDE), axis=0, return_indices=True)
             raw = tl.sum(tl.where(local == at[None, :], x, 0.0), axis=0)

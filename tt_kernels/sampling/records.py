@@ -60,12 +60,6 @@ class Rows:
         s = self.sampling
         return Settings(s.temperature, s.seed, s.position, s.step, self.L)
 
-    def records(self, first: int, R: int) -> Sampling:
-        """The settings of records first to first + R."""
-        some = slice(first, first + R)
-        index = some if self.listed is None else self.listed.index[some] // self.L
-        return self.sampling.select(index)
-
 
 PLANES = 4  # of Store.stats: m, s, best, raw
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from .. import reference
 from ..reference import Sampled, Sampling
 from ..reference.common import compute_dtype
-from ..reference.sampling import bounds, split_temperature
 from ..runtime.checks import check
 from ..runtime.launch import Launch, architecture, by_row, run, tuned
 from ..runtime.registry import define, takes_kernel
-from .lang import Limits, Store, empty_record, flip, is_any_hot, merge, tile_record, write_record
+from .lang import Store, empty_record, flip, is_any_hot, merge, tile_record, write_record
+from .limits_launch import limits_of, narrows
 from .options import check_range, check_token, flat, specs
 from .records import Rows, combine_records, new_records
 
@@ -78,9 +78,6 @@ def _sample_kernel(
         tl.atomic_max(known_ptr, flip(record.best, known_ptr.dtype.element_ty), mask=mask_t, sem="relaxed")
 
 
-# Rows whose scaled logits are sorted at a time where top_k or top_p is given: 34 MB in fp32 of the published model.
-ROWS = 64
-
 # Row tiles of a launch: a grid's second axis takes no more. On the first, rows cost the kernel 12 to 60 registers.
 PROGRAMS = 65535
 
@@ -112,20 +109,6 @@ def sample_parts(logits: Tensor) -> int:
     return triton.cdiv(logits.shape[-1], launch.BLOCK_V * launch.TILES)
 
 
-def narrows(sampling: Sampling) -> bool:
-    """Whether any row may have a limit: the host does not look at the rows' own."""
-    return sampling.top_k is not None or sampling.top_p is not None
-
-
-def limits_of(logits: Tensor, sampling: Sampling, suppress: int | None) -> Limits:
-    """What top_k and top_p leave of logits [R, V]; they are divided as in the kernel, so that the same are equal."""
-    divisor, unit = split_temperature(sampling.temperature, logits.dtype)
-    scaled = logits / divisor.unsqueeze(-1)
-    if suppress is not None:
-        scaled[:, suppress] = float("-inf")
-    return Limits(*bounds(scaled, unit, sampling.top_k, sampling.top_p))
-
-
 def nothing_known(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """What the kernel keeps of the best score of each row, before the first."""
     integer = torch.int64 if dtype == torch.float64 else torch.int32
@@ -139,12 +122,11 @@ def record_logits(
     R, V = logits.shape
     launch = launch or _launch(logits)
     known = nothing_known(rows.N, logits, records.stats.dtype)
-    most = ROWS if narrows(rows.sampling) else PROGRAMS * launch.BLOCK_T
+    most = PROGRAMS * launch.BLOCK_T
     for begin in range(0, R, most):
         some, limits, start = logits[begin : begin + most], None, first + begin
         if narrows(rows.sampling):
-            mine = rows.records(start, len(some))
-            limits = limits_of(some.to(records.stats.dtype), mine, suppress)
+            limits = limits_of(some, rows, records.stats.dtype, suppress, start)
         run(
             _sample_kernel,
             (records.parts, triton.cdiv(len(some), launch.BLOCK_T)),
@@ -179,9 +161,10 @@ def sample(logits: Tensor, sampling: Sampling, *, suppress: int | None = None) -
     temperature 1, under all tokens but the suppressed one.
 
     Every row has settings of its own, and its result depends on no other row. top_k comes before top_p: that one sums
-    the probabilities, at the row's temperature, of what top_k leaves, from the best down, and keeps tokens until the
-    sum first exceeds p. Neither touches rows of temperature 0. Where both are None, no row is narrowed and no work is
-    done for it; a confidence may then differ in its last bits from that under limits which let everything pass.
+    the probabilities, at the row's temperature, of what top_k leaves, from the best logit down and of equals from the
+    lowest id up, and keeps tokens until the sum first exceeds p. Neither touches rows of temperature 0. Where both are
+    None, no row is narrowed and no work is done for it; a confidence may then differ in its last bits from that under
+    limits which let everything pass.
 
     Tokens of logit -inf, suppressed ones and those outside top_k and top_p are never drawn, at no temperature; an
     infinite one draws evenly among the rest. NaN counts as larger than inf and both as above all temperatures: the
@@ -198,12 +181,16 @@ def sample(logits: Tensor, sampling: Sampling, *, suppress: int | None = None) -
         confidence: [*] fp32 (fp64 for fp64 logits).
 
     Numerics: in the dtype of the confidence, where a temperature above 0 counts as at least its least normal number
-    (1e-38 in fp32). Deterministic.
+    (1e-38 in fp32). What top_p sums are whole numbers: probabilities over the best one, each off by 1.4e-7 of itself
+    and 2^-40 at most. So what is left is the same whatever the order of sums, on every device. Deterministic.
     Gradients: none.
     Raises: ValueError for sizes that disagree and for options out of their range. Settings are looked at on a CPU
     alone: on a GPU, which is not waited for, and in graphs a temperature below 0 or NaN counts as 0, a top_k below 0 as
     no limit, a top_p of 0 or less keeps the best token and a NaN is no limit.
-    Cost: R V itemsize bytes for R rows; with noise 40 R V operations; with top_k or top_p a sort of every row.
+    Cost: R V itemsize bytes for R rows; with noise 40 R V operations. With top_k or top_p a program finds a row's cut:
+    it reads the row twice where top_k is up to 512 (256 on sm_80) or few tokens have weight, else three times, once
+    with 50 operations on whole numbers a token and sums of what is above seven logits, and a part of it again for every
+    eighth. No row is sorted; of tiles that are left out wholly there is no noise.
     Source: TwoTower (2606.26493); Gumbel-max as in Maddison et al. (1411.0030).
 
     Example:
