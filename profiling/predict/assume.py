@@ -62,7 +62,9 @@ def _experts(a: Launched) -> tuple[int, int, int]:
     ids = a.tensor("topk_ids", "ids_ptr", "topk_ids_ptr")
     pairs = a.tensor("sorted_pairs_ptr", "sorted_pairs")
     rows = a.number("R") or (pairs.numel() if pairs is not None else ids.numel() if ids is not None else 0)
-    tokens = a.number("T", "sizes.T")
+    tokens = a.number("T")
+    if (doubled := a.number("sizes.odd_T")) is not None:
+        tokens = doubled >> 1
     if tokens is None:
         tokens = rows // (a.number("sizes.top_k", "K") or 6)
     experts = a.number("E", "sizes.E")

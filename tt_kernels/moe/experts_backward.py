@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..reference.common import compute_dtype
 from ..reference.moe import PlainWeights
+from ..runtime.lang import programmatic_launch
 from ..runtime.launch import run
 from .experts_forward import combine
 from .experts_launch import (
@@ -23,7 +24,7 @@ from .lang import activate, end_of, find_tile, pairs_of, product
 from .operands import described, operands, stacked
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "R"])
 def _experts_bwd_hidden_kernel(
     x,  # [T, D], as dy: pointers; descriptors of [R, D] in sorted order, or of [T, D] of the shared expert
     dy,
@@ -50,6 +51,7 @@ def _experts_bwd_hidden_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    programmatic_launch()
     DENSE: tl.constexpr = tiles_ptr is None
     GATED: tl.constexpr = gate is not None
     n_tiles = tl.cdiv(N, BLOCK_N)
@@ -105,7 +107,7 @@ def _tokens_of(sorted_pairs_ptr, first, end, T, top_k, GATHER: tl.constexpr, BLO
     return rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _experts_bwd_weights_kernel(
     a_ptr,  # [R, P] in sorted order, or [T, P]
     b_ptr,  # [R, Q], or [T, Q]
@@ -123,6 +125,7 @@ def _experts_bwd_weights_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """out_e = a^T b over the rows of expert e: a program a tile walks them all, in order. No rows: 0."""
+    programmatic_launch()
     q_tiles = tl.cdiv(Q, BLOCK_Q)
     expert = tl.program_id(1)
     offs_p = (tl.program_id(0) // q_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)

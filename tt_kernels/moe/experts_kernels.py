@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..runtime.lang import sum_of_pairs
+from ..runtime.lang import programmatic_launch, sum_of_pairs
 from .lang import Operands, activate, end_of, find_tile, pairs_of, product, tall_tile
 
 # The shared expert is more tiles of the same grids. A tile picks its operands, descriptors too, and then there is one
@@ -18,19 +18,19 @@ def _pick_tile(
 
     The shared expert's come first: nothing to look for, and where it is the wider one they take the longest."""
     if SHARED:
-        shared = i < sizes.shared_tiles
+        shared = i < (sizes.odd_tiles >> 1)
         if shared:
-            expert, first, end = find_tile(tiles_ptr, i // m_tiles, sizes.T, True, BLOCK_T)
+            expert, first, end = find_tile(tiles_ptr, i // m_tiles, (sizes.odd_T >> 1), True, BLOCK_T)
             n = i % m_tiles
         else:
-            routed = i - sizes.shared_tiles
+            routed = i - (sizes.odd_tiles >> 1)
             expert, first, end = find_tile(
-                tiles_ptr, routed // n_tiles, sizes.T, False, BLOCK_T, R, sizes.E, BLOCK_E
+                tiles_ptr, routed // n_tiles, (sizes.odd_T >> 1), False, BLOCK_T, R, sizes.E, BLOCK_E
             )  # fmt: skip
             n = routed % n_tiles
     else:
         shared = False
-        expert, first, end = find_tile(tiles_ptr, i // n_tiles, sizes.T, False, BLOCK_T, R, sizes.E, BLOCK_E)
+        expert, first, end = find_tile(tiles_ptr, i // n_tiles, (sizes.odd_T >> 1), False, BLOCK_T, R, sizes.E, BLOCK_E)
         n = i % n_tiles
     return shared, expert, first, end, n
 
@@ -53,7 +53,7 @@ def _up_tile(
         mask_pairs = mask_t
         if SHARED:
             mask_pairs = mask_t & (not is_shared)
-        pair = pairs_of(sorted_pairs_ptr, rows, mask_pairs, sizes.T * sizes.top_k)
+        pair = pairs_of(sorted_pairs_ptr, rows, mask_pairs, (sizes.odd_T >> 1) * sizes.top_k)
         at = (pair.to(tl.int32) // sizes.top_k).to(tl.int64)
     if SHARED:
         if not SORTED:
@@ -109,7 +109,8 @@ def _experts_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    R = sizes.T * sizes.top_k
+    programmatic_launch()
+    R = (sizes.odd_T >> 1) * sizes.top_k
     n_tiles, m_tiles = tl.cdiv(sizes.N, BLOCK_N), tl.cdiv(sizes.M, BLOCK_N)
     SHARED: tl.constexpr = shared_a is not None
     routed = Operands(a, w, w2, a2, out, step)
@@ -117,7 +118,7 @@ def _experts_up_kernel(
     if SHARED:
         shared = Operands(shared_a, shared_w, shared_w2, shared_a2, shared_out, shared_step)
     if PERSISTENT:
-        count = sizes.shared_tiles + tl.load(tiles_ptr).to(tl.int32) * n_tiles
+        count = (sizes.odd_tiles >> 1) + tl.load(tiles_ptr).to(tl.int32) * n_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
             is_shared, expert, first, end, n = _pick_tile(
                 i, tiles_ptr, R, sizes, n_tiles, m_tiles, SHARED, BLOCK_T, BLOCK_E
@@ -139,7 +140,17 @@ def _experts_up_kernel(
                     N = tl.where(is_shared, sizes.M, N)
                 tall_tile(
                     *(routed, shared, sorted_pairs_ptr, is_shared, expert, first, end, n, N, sizes.D),
-                    *(sizes.T * sizes.top_k, sizes.top_k, True, SHARED, ACTIVATION, False, BLOCK_T, BLOCK_N, BLOCK_K),
+                    *(
+                        (sizes.odd_T >> 1) * sizes.top_k,
+                        sizes.top_k,
+                        True,
+                        SHARED,
+                        ACTIVATION,
+                        False,
+                        BLOCK_T,
+                        BLOCK_N,
+                        BLOCK_K,
+                    ),
                 )
             else:
                 _up_tile(
@@ -191,7 +202,7 @@ def _down_tile(
     tl.store(to, y.to(y_ptr.dtype.element_ty), mask=mask_t[:, None] & (offs_d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _experts_down_kernel(
     a,  # Operands: [R, N] in sorted order, as a2
     w,  # each expert's [D, N], or [N, D] where TRANSPOSED, `step` rows apart; as w2
@@ -218,6 +229,7 @@ def _experts_down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    programmatic_launch()
     d_tiles = tl.cdiv(sizes.D, BLOCK_N)
     SHARED: tl.constexpr = shared_a is not None
     routed = Operands(a, w, w2, a2, out, step)
@@ -225,7 +237,7 @@ def _experts_down_kernel(
     if SHARED:
         shared = Operands(shared_a, shared_w, shared_w2, shared_a2, shared_out, shared_step)
     if PERSISTENT:
-        count = sizes.shared_tiles + tl.load(tiles_ptr).to(tl.int32) * d_tiles
+        count = (sizes.odd_tiles >> 1) + tl.load(tiles_ptr).to(tl.int32) * d_tiles
         for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
             is_shared, expert, first, end, d = _pick_tile(
                 i, tiles_ptr, R, sizes, d_tiles, d_tiles, SHARED, BLOCK_T, BLOCK_E
@@ -261,7 +273,7 @@ def _larger(start, end, other_start, other_end):
     return tl.maximum(start, other_start), tl.maximum(end, other_end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "tiles"])
 def _experts_schedule_kernel(
     offsets_ptr,  # [E]: where each expert's rows end
     tiles_ptr,  # [1 + tiles] int64: the count, then expert << 41 | rows << 32 | first row, or -1
@@ -275,6 +287,7 @@ def _experts_schedule_kernel(
 ):
     """Cut every expert's rows into tiles of BLOCK_T, the last of up to SPARE more; those of one expert follow each
     other."""
+    programmatic_launch()
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
     start, end = end_of(offsets_ptr, offs_e - 1, mask_e & (offs_e > 0), R), end_of(offsets_ptr, offs_e, mask_e, R)
@@ -309,6 +322,7 @@ def _experts_combine_kernel(
 ):
     """y_t = sum_k weights[t, k] pairs[t, k] + shared_t, in the order of k. Pairs and shared_t have been rounded to the
     dtype of x, as in the reference; their sum is once more."""
+    programmatic_launch()
     t = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = offs_d < D

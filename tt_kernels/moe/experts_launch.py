@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..reference.moe import PlainWeights
 from ..runtime.launch import L, Launch, architecture, multiprocessors, run, tuned
+from ..runtime.structs import odd
 from .experts_kernels import _experts_down_kernel, _experts_schedule_kernel, _experts_up_kernel
 from .lang import ABSENT, Operands
 from .operands import one_by_one, operands
@@ -242,12 +243,12 @@ class Pairs:
 class Extents(NamedTuple):
     """Sizes that both product kernels take."""
 
-    T: int
+    odd_T: int  # `odd`, as odd_tiles, those of the shared expert
     top_k: int
     D: int
     N: int
     M: int  # width of the shared expert, 0 without
-    shared_tiles: int
+    odd_tiles: int
     E: int
 
 
@@ -284,7 +285,7 @@ def rows_up(
         _experts_up_kernel,
         programs(launch, shared_tiles + most * triton.cdiv(N, launch.BLOCK_N), x),
         *one_by_one(both, sizes.architecture, row_block if launch.SORTED else None, block, half),
-        *(pairs.order, listed, Extents(T, R // T, D, N, M, shared_tiles, E)),
+        *(pairs.order, listed, Extents(odd(T), R // T, D, N, M, odd(shared_tiles), E)),
         BLOCK_E=block_e,
         GATED=weights.gate is not None,
         ACTIVATION=activation,
@@ -333,7 +334,7 @@ def rows_down(
         _experts_down_kernel,
         programs(launch, shared_tiles + most * d_tiles, y),
         *one_by_one(both, sizes.architecture, row_block, block if whole else None, half if launch.tall else None),
-        *(pairs.order, listed, R, Extents(T, 1, D, N, M, shared_tiles, len(pairs.offsets))),
+        *(pairs.order, listed, R, Extents(odd(T), 1, D, N, M, odd(shared_tiles), len(pairs.offsets))),
         BLOCK_E=block_e,
         TWO=two,
         TRANSPOSED=transposed,

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.common import compute_dtype
+from ..runtime.lang import programmatic_launch
 from ..runtime.launch import Launch, run
 
 
@@ -12,7 +13,7 @@ def _route_bwd_fake(dweights, x, weight, ids, chosen, norm, scale, for_x, for_we
     return x.new_empty(x.shape if for_x else 0), weight.new_empty(weight.shape if for_weight else 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route_bwd_kernel(
     dweights_ptr,  # [T, K], contiguous, as the next two
     ids_ptr,
@@ -27,6 +28,7 @@ def _route_bwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    programmatic_launch()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
     mask = (rows < T)[:, None] & (k < TOP_K)[None, :]

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..runtime.lang import programmatic_launch
 from ..runtime.launch import INTERPRET
 from .route_choice import at_columns, before, bias_of, choose, columns, ones
 
@@ -121,7 +122,7 @@ def _list_pairs(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route_few_kernel(
     given,  # Given: its parts of logits [SPLITS, T, E] are written here
     tickets_ptr,  # one for each tile and one for the tiles, 0 before and after
@@ -140,6 +141,7 @@ def _route_few_kernel(
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    programmatic_launch()
     tile, split, tiles, D = tl.program_id(0), tl.program_id(2), tl.num_programs(0), given.D
     # The tensor cores take 8 tokens at least.
     r = tl.arange(0, BLOCK_T if BLOCK_T > 8 else 8)
@@ -166,7 +168,7 @@ def _route_few_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route_scores_kernel(
     given,  # Given: its parts of logits [SPLITS, T, E] are written here
     T,
@@ -175,6 +177,7 @@ def _route_scores_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    programmatic_launch()
     D = given.D
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -193,7 +196,7 @@ def _route_scores_kernel(
     tl.store(given.rounded + at, acc.to(tl.float32), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route_halves_kernel(
     given,  # Given: its parts of logits [SPLITS, T, E] and its squares are written here
     T,
@@ -205,6 +208,7 @@ def _route_halves_kernel(
 ):
     """x of 16 bits: weight is a sum of three parts of 8 bits, of its sign, whose products with x are exact. BLOCK_D of
     them are summed by tensor cores at a time: `error_of_halves` says how far off that is."""
+    programmatic_launch()
     D, split = given.D, tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -236,7 +240,7 @@ def _route_halves_kernel(
     tl.store(squares_ptr + T + e, of_w, mask=e < tl.where(tl.program_id(0) == 0, E, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route_choose_kernel(
     given,  # Given
     tickets_ptr,  # one for the tiles at [tiles], 0 before and after
@@ -253,6 +257,7 @@ def _route_choose_kernel(
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    programmatic_launch()
     tile = tl.program_id(0)
     rows = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     error = tl.zeros((BLOCK_T,), dtype=tl.float32)
@@ -273,7 +278,7 @@ def _route_choose_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _route_scan_kernel(
     counts_ptr,  # [tiles, E]: becomes the pairs of the same expert in the tiles before
     total_ptr,  # [E]
@@ -282,6 +287,7 @@ def _route_scan_kernel(
     BLOCK_TILES: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    programmatic_launch()
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     before = tl.zeros((BLOCK_E,), dtype=tl.int32)
     for first in range(0, tiles, BLOCK_TILES):
@@ -294,7 +300,7 @@ def _route_scan_kernel(
     tl.store(total_ptr + e, before, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _route_scatter_kernel(
     out,  # Outputs
     rank_ptr,  # [T, K]
@@ -306,6 +312,7 @@ def _route_scatter_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
 ):
+    programmatic_launch()
     e = tl.arange(0, BLOCK_E)
     total = tl.load(total_ptr + e, mask=e < E, other=0)
     ends = tl.cumsum(total, axis=0)

@@ -63,7 +63,7 @@ def row_count(counts_ptr, b, L):
 def at_slot(slots, row):
     """Where the state of a row (64-bit) begins: in the slot that its index names, cut to those that exist."""
     if slots.indices is not None:
-        row = tl.minimum(tl.maximum(tl.load(slots.indices + row), 0), (slots.odd >> 1) - 1).to(tl.int64)
+        row = tl.minimum(tl.maximum(tl.load(slots.indices + row), 0), (slots.odd_slots >> 1) - 1).to(tl.int64)
     return slots.ptr + row * slots.stride
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import refuse
+from .structs import odd
 
 
 class Slots(NamedTuple):
@@ -18,14 +19,14 @@ class Slots(NamedTuple):
 
     ptr: Any  # a tensor; None: no states
     indices: Tensor | None  # [rows]; None: row b has slot b
-    odd: int  # 2 * slots + 1: for 1, and for multiples of 16, Triton would compile forms of their own
+    odd_slots: int  # `odd`
     stride: int  # from slot to slot
 
     @staticmethod
     def of(pool: Tensor | None, indices: Tensor | None = None) -> Slots:
         if pool is None:
-            return Slots(None, None, 3, 0)  # numbers as others have
-        return Slots(pool, None if indices is None else indices.contiguous(), 2 * pool.shape[0] + 1, pool.stride(0))
+            return Slots(None, None, odd(1), 0)
+        return Slots(pool, None if indices is None else indices.contiguous(), odd(pool.shape[0]), pool.stride(0))
 
 
 NO_STATES = Slots.of(None)

@@ -5,6 +5,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+def odd(size: int) -> int:
+    """2 size + 1, for a size in a tuple that changes from call to call; kernels shift it. `do_not_specialize` does not
+    reach into tuples, and for 1 and for multiples of 16 Triton would compile kernels of their own."""
+    return 2 * size + 1
+
+
 class Rows(NamedTuple):
     """A tensor [rows, D] whose rows lie `stride` elements apart, and whose elements of a row lie side by side."""
 

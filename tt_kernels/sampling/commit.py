@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import Committed
 from ..runtime.checks import check, refuse
+from ..runtime.lang import programmatic_launch
 from ..runtime.launch import Launch, run
 from ..runtime.registry import define, takes_kernel
 from .options import check_whole
@@ -58,7 +59,7 @@ def settle(
     tl.store(out.masked + b, m - count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _commit_kernel(
     block_ptr,  # [B, L], as token and confidence
     token_ptr,
@@ -70,6 +71,7 @@ def _commit_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
+    programmatic_launch()
     b = tl.program_id(0).to(tl.int64)
     offs_l = tl.arange(0, BLOCK_L)
     mask_l = offs_l < L

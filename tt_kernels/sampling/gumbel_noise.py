@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..runtime.checks import check
-from ..runtime.lang import gumbel, philox
+from ..runtime.lang import gumbel, philox, programmatic_launch
 from ..runtime.launch import Launch, run
 from ..runtime.registry import define, takes_kernel
 from .options import check_whole
@@ -23,6 +23,7 @@ def _gumbel_noise_kernel(
     parts,  # programs a row
     BLOCK_Q: tl.constexpr,  # counters a program: four tokens each
 ):
+    programmatic_launch()
     row = (tl.program_id(0) // parts).to(tl.int64)
     c = tl.program_id(0) % parts * BLOCK_Q + tl.arange(0, BLOCK_Q)
     position, step = tl.load(position_ptr + row), tl.load(step_ptr + row)

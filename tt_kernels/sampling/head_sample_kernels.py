@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..runtime.lang import programmatic_launch
 from .lang import empty_record, is_any_hot, merge, tile_record, write_record
 
 
@@ -30,6 +31,7 @@ def _head_kernel(
     SUB: tl.constexpr,  # rows sampled at a time
     SKIP: tl.constexpr,  # no noise where no row can win any more, of rows whose tiles a program merges
 ):
+    programmatic_launch()
     acc_dtype = (logits_ptr if store is None else store.stats).dtype.element_ty
     count = R
     if listed is not None:

@@ -21,7 +21,7 @@ class Settings(NamedTuple):
     seed: Any
     position: Any  # of a sequence's first row
     step: Any
-    L: Any
+    odd_L: Any  # `odd`
 
 
 class Listed(NamedTuple):
@@ -69,7 +69,7 @@ LARGEST_NOISE = tl.constexpr(22.9)  # that of word 0 is 22.87; approximate logar
 @triton.jit
 def is_any_hot(row, mask, settings):
     """Whether one of the rows is above temperature 0."""
-    hot = tl.load(settings.temperature + row // settings.L, mask=mask, other=0.0) > 0
+    hot = tl.load(settings.temperature + row // (settings.odd_L >> 1), mask=mask, other=0.0) > 0
     return tl.max(hot.to(tl.int32), axis=0) > 0
 
 
@@ -155,10 +155,10 @@ def tile_record(
     WIDE: tl.constexpr = x.dtype == tl.float64
     if any_hot:
         # Loaded here and not before: in registers they would be in the way of the products.
-        b = row // settings.L
+        b = row // (settings.odd_L >> 1)
         temperature = tl.load(settings.temperature + b, mask=mask, other=0.0)
         seed = tl.load(settings.seed + b, mask=mask, other=0)
-        position = tl.load(settings.position + b, mask=mask, other=0) + row % settings.L
+        position = tl.load(settings.position + b, mask=mask, other=0) + row % (settings.odd_L >> 1)
         step = tl.load(settings.step + b, mask=mask, other=0)
         hot = temperature > 0  # in its own dtype: narrowed, a temperature may become 0
         divisor, unit = split_temperature(tl.where(hot, temperature, 1.0), WIDE)

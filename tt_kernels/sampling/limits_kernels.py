@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..runtime.lang import programmatic_launch
 from .lang import flip
 
 
@@ -20,7 +21,7 @@ class Narrowing(NamedTuple):
     temperature: Any
     top_k: Any
     top_p: Any
-    L: Any
+    odd_L: Any  # `odd`
 
 
 class Numbers(NamedTuple):
@@ -315,6 +316,7 @@ def _limits_kernel(
     LANES: tl.constexpr,
     EACH: tl.constexpr,
 ):
+    programmatic_launch()
     acc_dtype: tl.constexpr = limits.least.dtype.element_ty
     integer: tl.constexpr = tl.int64 if acc_dtype == tl.float64 else tl.int32
     SHAPE: tl.constexpr = (LANES, EACH)
@@ -327,7 +329,7 @@ def _limits_kernel(
         b = first + record
         if listed is not None:
             b = tl.load(listed.index + b)
-        b = b // narrowing.L
+        b = b // (narrowing.odd_L >> 1)
         tl.store(limits.least + record, LOWEST)
         tl.store(limits.last + record, V)
         by_k, by_p = False, False

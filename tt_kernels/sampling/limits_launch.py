@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..reference import Sampling
 from ..runtime.launch import Launch, architecture, multiprocessors, run
+from ..runtime.structs import odd
 from .lang import Limits
 from .limits_kernels import Narrowing, _limits_kernel
 from .records import Rows
@@ -39,7 +40,7 @@ def limits_of(logits: Tensor, rows: Rows, dtype: torch.dtype, suppress: int | No
         _limits_kernel,
         (programs,),
         *(logits, logits.stride(0)),
-        Narrowing(sampling.temperature, sampling.top_k, sampling.top_p, rows.L),
+        Narrowing(sampling.temperature, sampling.top_k, sampling.top_p, odd(rows.L)),
         *(rows.listed, limits, logits.new_empty(programs, launch.ROOM)),
         *(R, first, V, -1 if suppress is None else suppress),
         launch=launch,

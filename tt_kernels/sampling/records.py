@@ -9,11 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Sampling
+from ..runtime.lang import programmatic_launch
 from ..runtime.launch import Launch, run
+from ..runtime.structs import odd
 from .lang import Listed, Settings, Store, combine
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _combine_kernel(
     store,  # Store of the records
     listed,  # Listed, or None: record n is of row n
@@ -23,6 +25,7 @@ def _combine_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    programmatic_launch()
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     to = row
     mask = row < N
@@ -58,7 +61,7 @@ class Rows:
     def settings(self) -> Settings:
         """What kernels read of them."""
         s = self.sampling
-        return Settings(s.temperature, s.seed, s.position, s.step, self.L)
+        return Settings(s.temperature, s.seed, s.position, s.step, odd(self.L))
 
 
 PLANES = 4  # of Store.stats: m, s, best, raw

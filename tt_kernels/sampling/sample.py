@@ -11,6 +11,7 @@ from .. import reference
 from ..reference import Sampled, Sampling
 from ..reference.common import compute_dtype
 from ..runtime.checks import check
+from ..runtime.lang import programmatic_launch
 from ..runtime.launch import Launch, architecture, by_row, run, tuned
 from ..runtime.registry import define, takes_kernel
 from .lang import Store, empty_record, flip, is_any_hot, merge, tile_record, write_record
@@ -41,6 +42,7 @@ def _sample_kernel(
     TILES: tl.constexpr,  # of BLOCK_V tokens a part
     PAIRS: tl.constexpr,  # sums in the order of the head's own records
 ):
+    programmatic_launch()
     part = tl.program_id(0)
     offs_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < R

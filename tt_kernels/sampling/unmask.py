@@ -11,6 +11,7 @@ from .. import reference
 from ..reference import Committed, Sampling, Unmasked
 from ..reference.common import compute_dtype
 from ..runtime.checks import check
+from ..runtime.lang import programmatic_launch
 from ..runtime.launch import Launch, by_row, run
 from ..runtime.registry import define, takes_kernel
 from .commit import Rule, _commit, before, new_committed, settle
@@ -20,7 +21,7 @@ from .options import check_range, check_token, flat, specs
 from .records import Rows, combine_records
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _masked_rows_kernel(
     block_ptr,  # [N]
     slot_ptr,  # [N]: how many masked positions are before each
@@ -29,6 +30,7 @@ def _masked_rows_kernel(
     mask_token_id,
     BLOCK: tl.constexpr,
 ):
+    programmatic_launch()
     count = tl.zeros((), dtype=tl.int32)
     for start in range(0, N, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -41,7 +43,7 @@ def _masked_rows_kernel(
     tl.store(listed.count, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _finish_kernel(
     store,  # Store of the masked positions' records
     block_ptr,  # [B, L], as slot
@@ -54,6 +56,7 @@ def _finish_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    programmatic_launch()
     b = tl.program_id(0).to(tl.int64)
     offs_l = tl.arange(0, BLOCK_L)
     mask_l = offs_l < L
