@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .ttgir import Kernel, Line, Op, shape_and_item
+from .ttgir import Kernel, Line, Op, lines_of, place, shape_and_item
 
 
 class Unknown:
@@ -338,13 +338,13 @@ class Program:
     def _if(self, op: Op) -> list[Any]:
         condition = self.of(op.operands[0])
         if re.fullmatch(rf"%({'|'.join(RARE)})(_\d+)?", op.operands[0]):
-            self.trace.rare.update(_lines(op.regions[0]))
+            self.trace.rare.update(lines_of(op.regions[0]))
             return self._block(op.regions[1]) if len(op.regions) > 1 else []
         taken = self.last if condition is TICKET else True
         if not isinstance(condition, Unknown):
             taken = bool(np.all(condition))
         elif condition is UNKNOWN:
-            self.trace.unsure.add(f"a condition at {_place(op.line)} is taken to hold")
+            self.trace.unsure.add(f"a condition at {place(op.line)} is taken to hold")
         if taken:
             return self._block(op.regions[0])
         return self._block(op.regions[1]) if len(op.regions) > 1 else []
@@ -357,7 +357,7 @@ class Program:
         carried = re.findall(r"(%[\w.-]+) = (%[\w.#-]+)", head[5].partition("->")[0])
         state = [self.of(value) for _, value in carried]
         if any(isinstance(x, Unknown) for x in (low, high, step)):
-            self.trace.unsure.add(f"the bounds of the loop at {_place(op.line)} are not known: taken as one iteration")
+            self.trace.unsure.add(f"the bounds of the loop at {place(op.line)} are not known: taken as one iteration")
             low, count = UNKNOWN if isinstance(low, Unknown) else low, 1
             step = 0
         else:
@@ -395,15 +395,3 @@ def _same(a: Any, b: Any) -> bool:
 
 def _later(value: Any) -> Any:
     return Pointer(value.base, None) if isinstance(value, Pointer) else UNKNOWN
-
-
-def _lines(ops: Sequence[Op]) -> Iterator[Line]:
-    for op in ops:
-        if op.line is not None:
-            yield op.line
-        for region in op.regions:
-            yield from _lines(region)
-
-
-def _place(line: Line | None) -> str:
-    return f"{line[0][0]}:{line[0][1]}" if line else "an unknown line"

@@ -144,3 +144,15 @@ def parse(text: str, calls: bool = True) -> Kernel:
         if op.line is not None:
             kernel.lines.setdefault(loop, set()).add(op.line)
     return kernel
+
+
+def lines_of(ops: Sequence[Op]) -> Iterator[Line]:
+    for op in ops:
+        if op.line is not None:
+            yield op.line
+        for region in op.regions:
+            yield from lines_of(region)
+
+
+def place(line: Line | None) -> str:
+    return f"{line[0][0]}:{line[0][1]}" if line else "an unknown line"
