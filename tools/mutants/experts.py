@@ -18,6 +18,9 @@ MUTANTS = {
     ("experts", "moe/experts_kernels.py", "test_launches_experts.py::test_all_forms_give_the_same"): [
         ("a tile less for who walks the list", "axis=0).to(tl.int64)", "axis=0).to(tl.int64) - 1"),
     ],
+    ("experts", "moe/lang.py", "test_launches_experts.py::test_all_forms_give_the_same"): [
+        ("all tiles found are an expert's first rows", "first = start + within * BLOCK_T", "first = start"),
+    ],
     (
         "experts",
         "moe/experts_launch.py",
@@ -35,7 +38,6 @@ MUTANTS = {
         ("an expert's last tile not found", "tl.maximum(end - start, 0) + BLOCK_T - 1)", "tl.maximum(end - start, 0))"),
         ("tiles of the experts before counted wrongly", "(tl.cumsum(count, 0) - count)", "tl.cumsum(count, 0)"),
         ("a tile of two experts", "(within < count)", "(within <= count)"),
-        ("all tiles found are an expert's first rows", "first = start + within * BLOCK_T", "first = start"),
         ("derivative of the square without its 2", "h * h, 2 * h", "h * h, h"),
         ("derivative of sigmoid, not silu", "s * (1 + h * (1 - s))", "s * (1 - s)"),
     ],
