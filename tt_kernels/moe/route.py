@@ -68,9 +68,8 @@ def route(
         offsets:      [E] int32: where each expert's pairs end in sorted_pairs; the differences are its tokens.
 
     Numerics: chooses as fp64 would, so that no rounding decides: by scores in fp32 whose error has a proven bound, and
-        again in fp64 where they are closer than that. Weights come from logits in fp64; those of more than 512 tokens
-        in bf16 (on sm_100 of any) from exact products that tensor cores sum in fp32: off by some 2^-23 of the sum of |x weight|
-        over 16 columns, for every 16 columns. Deterministic.
+        again in fp64 where they are closer than that. Weights come from logits in fp64, of bf16 tokens on sm_100, and
+        of more than 512 elsewhere, in fp32: sums of exact products, like other sums of tensor cores. Deterministic.
     Gradients: for x and weight through topk_weights, none for bias.
     Raises: ValueError for sizes that disagree and options out of their range.
     Cost: 2 T E D flops, T D itemsize + 4 E D + 20 T K bytes: bound by reading x and weight.
