@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 Array = np.ndarray[Any, Any]
+RARE = ("again",)  # conditions, by name, that hardly ever hold: the router's first choice is in doubt
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .ttgir import Kernel, Line, Op, shape_and_item
+from .assume import RARE
+from .ttgir import Kernel, Line, Op, lines_of, shape_and_item
 
 
 class Unknown:
@@ -71,7 +72,6 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "ori": np.bitwise_or, "xori": np.bitwise_xor, "shli": lambda a, b: np.left_shift(a, np.minimum(b, 63)),
     "shrsi": np.right_shift, "shrui": np.right_shift,
 }  # fmt: skip
-RARE = ("again",)  # names of conditions that hardly ever hold, as the router's that its first choice may be wrong
 SAME = ("tt.splat", "tt.broadcast", "ttg.convert_layout", "arith.extsi", "arith.extui", "arith.index_cast",
         "tt.bitcast", "arith.bitcast", "tt.unsplat")  # fmt: skip
 # Iterations that are walked one by one: of a loop with branches or loops inside, and of one without. Of a longer one
@@ -336,7 +336,7 @@ class Program:
     def _if(self, op: Op) -> list[Any]:
         condition = self.of(op.operands[0])
         if re.fullmatch(rf"%({'|'.join(RARE)})(_\d+)?", op.operands[0]):
-            self.trace.rare.update(_lines(op.regions[0]))
+            self.trace.rare.update(lines_of(op.regions[0]))
             return self._block(op.regions[1]) if len(op.regions) > 1 else []
         taken = self.last if condition is TICKET else True
         if not isinstance(condition, Unknown):
@@ -393,14 +393,6 @@ def _same(a: Any, b: Any) -> bool:
 
 def _later(value: Any) -> Any:
     return Pointer(value.base, None) if isinstance(value, Pointer) else UNKNOWN
-
-
-def _lines(ops: Sequence[Op]) -> Iterator[Line]:
-    for op in ops:
-        if op.line is not None:
-            yield op.line
-        for region in op.regions:
-            yield from _lines(region)
 
 
 def _place(line: Line | None) -> str:

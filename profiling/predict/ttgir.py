@@ -142,3 +142,12 @@ def parse(text: str) -> Kernel:
         if op.line is not None:
             kernel.lines.setdefault(loop, set()).add(op.line)
     return kernel
+
+
+def lines_of(ops: Sequence[Op]) -> Iterator[Line]:
+    """The lines of operations, and of those inside them."""
+    for op in ops:
+        if op.line is not None:
+            yield op.line
+        for region in op.regions:
+            yield from lines_of(region)

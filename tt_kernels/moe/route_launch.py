@@ -249,7 +249,7 @@ def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Out
     else:
         scores = tuned("_route_scores_kernel", route_scores_launch(T, E, D, architecture(x)), architecture(x), **key)
         given = _given(x, weight, bias, 1, False)
-        grid = (triton.cdiv(T, scores.BLOCK_T), triton.cdiv(E, scores.BLOCK_E))
+        grid = (triton.cdiv(T, scores.BLOCK_T), triton.cdiv(E, scores.BLOCK_E), 1)
         run(_route_scores_kernel, grid, given, T, E, launch=scores)
     # Two programs a multiprocessor where there are many; a tile that is sorted is as in the launch of few tokens, where
     # ptxas would stop at 128 registers and spill.
