@@ -18,6 +18,7 @@ from torch import Tensor
 from tt_kernels.moe.experts_launch import heights, spare
 
 Array = np.ndarray[Any, Any]
+RARE = ("again",)  # conditions, by name, that hardly ever hold: the router's first choice is in doubt
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .assume import RARE
 from .ttgir import Kernel, Line, Op, lines_of, place, shape_and_item
 
 
@@ -71,7 +72,6 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "ori": np.bitwise_or, "xori": np.bitwise_xor, "shli": lambda a, b: np.left_shift(a, np.minimum(b, 63)),
     "shrsi": np.right_shift, "shrui": np.right_shift,
 }  # fmt: skip
-RARE = ("again",)  # names of conditions that hardly ever hold, as the router's that its first choice may be wrong
 SAME = ("tt.splat", "tt.broadcast", "ttg.convert_layout", "arith.extsi", "arith.extui", "arith.index_cast",
         "tt.bitcast", "arith.bitcast", "tt.unsplat")  # fmt: skip
 # Iterations that are walked one by one: of a loop with branches or loops inside, and of one without. Of a longer one

@@ -147,6 +147,7 @@ def parse(text: str, calls: bool = True) -> Kernel:
 
 
 def lines_of(ops: Sequence[Op]) -> Iterator[Line]:
+    """The lines of operations, and of those inside them."""
     for op in ops:
         if op.line is not None:
             yield op.line

@@ -218,7 +218,8 @@ def test_bf16_takes_no_product_of_fp64_but_for_few_tokens() -> None:
     for T, architecture, kernel in (
         (16, 90, "_route_few_kernel"),
         (16, 100, "_route_halves_kernel"),
-        (512, 80, "_route_halves_kernel"),
+        (512, 80, "_route_few_kernel"),
+        (513, 80, "_route_halves_kernel"),
         (4096, 90, "_route_halves_kernel"),
         (4096, 100, "_route_halves_kernel"),
     ):

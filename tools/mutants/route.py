@@ -19,8 +19,8 @@ MUTANTS = {
         ("any difference will do", "before - value > margin)\n        before", "before - value > 0.0)\n        before"),
         ("the best that is left is not looked at", "((top == _TAKEN32) | (before - value > margin))", "(top == top)"),
         ("the products' error forgotten", "(0.25 * error + _SCORE)", "_SCORE"),
-        ("neighbours not computed anew", "stays & neighbours(", "(stays < 0) & neighbours("),
-        ("only one of two neighbours", "found |= near.to(tl.int32)\n", "found |= 0\n"),
+        ("neighbours not computed anew", "real[None, :, :] & neigh", "(T < 0) & neigh"),
+        ("only one of two neighbours", "found |= near &", "found |= (taken == k).to(tl.int32) &"),
     ],
     ("route", "moe/route_choice.py", "test_route_bounds.py::test_neighbours_are_told_apart_by_halves"): [
         ("a group's neighbours not computed anew", "wanted = doubted_group[:, None, None] &", "wanted = (tile < 0) &"),

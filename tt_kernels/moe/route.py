@@ -67,7 +67,9 @@ def route(
         sorted_pairs: [T * K] int64: pairs t * K + k sorted by expert, in each expert by token: what `experts` walks.
         offsets:      [E] int32: where each expert's pairs end in sorted_pairs; the differences are its tokens.
 
-    Numerics: computes in fp64, so that no rounding decides a choice. Deterministic.
+    Numerics: chooses as fp64 would, so that no rounding decides: by scores in fp32 whose error has a proven bound, and
+        again in fp64 where they are closer than that. Weights come from logits in fp64, of bf16 tokens on sm_100, and
+        of more than 512 elsewhere, in fp32: sums of exact products, like other sums of tensor cores. Deterministic.
     Gradients: for x and weight through topk_weights, none for bias.
     Raises: ValueError for sizes that disagree and options out of their range.
     Cost: 2 T E D flops, T D itemsize + 4 E D + 20 T K bytes: bound by reading x and weight.

@@ -199,11 +199,10 @@ def neighbours(taken, biased, margin, TOP_K: tl.constexpr):
     differ by margin [R] or less, one of them chosen. All others may be off by half of margin each."""
     found = tl.full(taken.shape, 0, dtype=tl.int32)
     for k in range(TOP_K):
-        at = taken == k
-        value = largest(tl.where(at, biased, -float("inf")))
-        near = ~(tl.abs(biased - value[:, None, None]) > margin[:, None, None]) & ~at
-        found |= near.to(tl.int32)
-        found |= (at & (largest(near.to(tl.int32)) > 0)[:, None, None]).to(tl.int32)
+        value = largest(tl.where(taken == k, biased, -float("inf")))
+        near = (~(tl.abs(biased - value[:, None, None]) > margin[:, None, None])).to(tl.int32)  # it is one of them
+        several = (tl.sum(tl.sum(near, axis=1), axis=1) > 1).to(tl.int32)
+        found |= near & several[:, None, None]
     return found > 0
 
 
@@ -245,19 +244,23 @@ def exact_logits(logits, wanted, x_ptr, weight_ptr, stride_x, stride_w, tile, D,
 
 @triton.jit
 def choose_again(
-    given, doubted, doubted_group, margin, tile, rows, found_ptr, T, E, CHOICE: tl.constexpr, SPLITS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    given, quick, quick_biased, doubted, doubted_group, margin, tile, rows, found_ptr, T, E, CHOICE: tl.constexpr,
+    SPLITS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The choice of a tile in fp64: the rounds that take experts [R, H, C]. Their logits are written to found_ptr
     [T, K]: as results of a branch that nearly nobody takes, they would be in its layout for all."""
+    _, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
     logits, _ = logits_of(given.exact, rows, T, E, CHOICE, SPLITS, tl.float64)
     if SPLIT:
         operands = given.x, given.weight, given.stride_x, given.stride_w, tile, given.D, E
         if CHOICE.GROUPS > 1:
             wanted = doubted_group[:, None, None] & of_groups(logits, given.bias, margin, E, CHOICE)
             logits = exact_logits(logits, wanted, *operands, CHOICE)
-        taken, biased, stays = chosen_of(logits, given.bias, E, CHOICE)
-        wanted = doubted[:, None, None] & stays & neighbours(taken, biased, margin, CHOICE.TOP_K)
+            taken, biased, stays = chosen_of(logits, given.bias, E, CHOICE)
+            wanted = stays & neighbours(taken, biased, margin, CHOICE.TOP_K)
+        else:
+            wanted = real[None, :, :] & neighbours(quick, quick_biased, margin, CHOICE.TOP_K)
+        wanted = doubted[:, None, None] & wanted
         logits = exact_logits(logits, wanted, *operands, CHOICE)
     taken, _, _ = chosen_of(logits, given.bias, E, CHOICE)
     for n in range(CHOICE.TOP_K):
@@ -306,7 +309,7 @@ def choose(
     doubted = ~certain & (rows < T)
     again = tl.max(doubted.to(tl.int32), axis=0) > 0
     if again:
-        operands = given, doubted, doubted & ~certain_group, margin, tile, rows, out.chosen
+        operands = given, taken, biased, doubted, doubted & ~certain_group, margin, tile, rows, out.chosen
         taken = choose_again(*operands, T, E, CHOICE, SPLITS, SPLIT)
     k = tl.arange(0, CHOICE.BLOCK_K)[None, :]
     column = columns_of(taken, CHOICE)

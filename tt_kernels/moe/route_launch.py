@@ -100,8 +100,9 @@ def _route_fwd(
     block_p = block_n * triton.next_power_of_2(groups)
     choice = Choice(K, groups, kept, norm, scale, block_n, block_p, triton.next_power_of_2(K))
     x, weight = (t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in (x, weight))
-    by_halves = takes_halves(x.dtype, weight.dtype, T, architecture(x))
-    launcher = route_few if is_few(T, K, block_p) and not by_halves else route_many
+    few = is_few(T, K, block_p)
+    by_halves = takes_halves(x.dtype, weight.dtype, few, architecture(x))
+    launcher = route_few if few and not by_halves else route_many
     launcher(x, weight, bias.contiguous(), choice, out, by_halves)
     return out
 
@@ -125,10 +126,10 @@ def _given(x: Tensor, weight: Tensor, bias: Tensor, splits: int, by_halves: bool
     return Given(x, weight, bias, exact, rounded, squares, x.stride(0), weight.stride(0), D)
 
 
-def takes_halves(x: torch.dtype, weight: torch.dtype, T: int, architecture: int) -> bool:
-    """Whether products go by three of bf16: exact only for x of as many bits. Up to 64 tokens those of fp64 take as
-    long where tensor cores have them, their error needs no bound, and the choice follows in the same launch."""
-    return x == torch.bfloat16 and weight != torch.float64 and (T > 64 or architecture >= 100)
+def takes_halves(x: torch.dtype, weight: torch.dtype, few: bool, architecture: int) -> bool:
+    """Whether products go by three of bf16: exact only for x of as many bits. Few tokens have their choice in the
+    launch of the products, which takes as long with fp64 where tensor cores have that: no error, and no doubt."""
+    return x == torch.bfloat16 and weight != torch.float64 and (not few or architecture >= 100)
 
 
 def tile_rows(T: int, columns: int) -> int:
@@ -248,7 +249,7 @@ def route_many(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Out
     else:
         scores = tuned("_route_scores_kernel", route_scores_launch(T, E, D, architecture(x)), architecture(x), **key)
         given = _given(x, weight, bias, 1, False)
-        grid = (triton.cdiv(T, scores.BLOCK_T), triton.cdiv(E, scores.BLOCK_E))
+        grid = (triton.cdiv(T, scores.BLOCK_T), triton.cdiv(E, scores.BLOCK_E), 1)
         run(_route_scores_kernel, grid, given, T, E, launch=scores)
     # Two programs a multiprocessor where there are many; a tile that is sorted is as in the launch of few tokens, where
     # ptxas would stop at 128 registers and spill.
