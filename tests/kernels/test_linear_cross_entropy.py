@@ -124,7 +124,8 @@ def test_parts_of_a_vocabulary_are_the_whole(most: int, monkeypatch: pytest.Monk
     torch.manual_seed(1)
     hidden, weight = torch.randn(9, 6).double().requires_grad_(), torch.randn(300, 6).double().requires_grad_()
     targets, mask = torch.randint(300, (9,)), torch.arange(9) % 3 > 0
-    want = linear_cross_entropy(hidden, weight, targets, mask)
+    with use("reference"):
+        want = linear_cross_entropy(hidden, weight, targets, mask)
     grads = torch.autograd.grad(3 * want, (hidden, weight))
     backward_in_parts(monkeypatch, most)
     got = linear_cross_entropy(hidden, weight, targets, mask)
@@ -140,7 +141,8 @@ def test_gradients_of_16_bits_are_rounded_once(dtype: torch.dtype, monkeypatch: 
     hidden, weight = torch.randn(64, 8).to(dtype).requires_grad_(), torch.randn(5000, 8).to(dtype).requires_grad_()
     targets = (hidden @ weight.T).argmax(-1)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    grads = torch.autograd.grad(linear_cross_entropy(*exact, targets), exact)
+    with use("reference"):
+        grads = torch.autograd.grad(linear_cross_entropy(*exact, targets), exact)
     backward_in_parts(monkeypatch, 64 * 1024)
     got = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
     for a, b in zip(got, grads, strict=True):

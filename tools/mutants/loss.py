@@ -7,7 +7,11 @@ MUTANTS = {
         "test_linear_cross_entropy.py::test_parts_of_a_vocabulary_are_the_whole",
     ): [
         ("targets of earlier parts", "here = (local >= 0) & ", "here = "),
-        ("what is not masked has a gradient", "torch.where(rows.mask, lse, torch.inf)", "lse"),
+        (
+            "what is not masked has a gradient",
+            "torch.where(rows.mask.unsqueeze(-1), dhidden.mul_(share), 0)",
+            "dhidden.mul_(share)",
+        ),
         ("the target as any token", " - here.unsqueeze(-1).to(p.dtype)", ""),
         ("the mean of all tokens", "self.mask.sum().clamp(min=1)", "self.mask.numel() + 0 * self.mask.sum()"),
         ("the last part's sum alone", "torch.logaddexp(lse, logits.logsumexp(-1))", "logits.logsumexp(-1)"),

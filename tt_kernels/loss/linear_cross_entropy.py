@@ -96,7 +96,7 @@ def _linear_cross_entropy_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Part by part of the vocabulary: the head's gradient of one is whole at once, that of hidden states grows."""
     rows = _Rows.of(hidden, weight, targets, mask)
-    lse = torch.where(rows.mask, lse, torch.inf).unsqueeze(-1)  # no probabilities where not masked
+    lse = lse.unsqueeze(-1)
     scale = SCALE if weight.dtype == torch.float16 else 1.0
     share = grad / rows.masked() / scale
     dhidden, dweight = torch.zeros_like(rows.hidden, dtype=lse.dtype), torch.empty_like(weight)

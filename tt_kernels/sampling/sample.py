@@ -135,6 +135,8 @@ def record_logits(
             *(some, logits.stride(0), rows.settings, rows.listed, limits, records, known),
             *(len(some), start, V, -1 if suppress is None else suppress),
             launch=launch,
+            # With limits ptxas may spill a number or two to fit a third program.
+            **({} if limits is None else dict(maxnreg=255)),
         )
 
 
