@@ -79,8 +79,12 @@ def test_launches_are_those_of_forward_and_backward() -> None:
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.kernels])
 def test_cards_name_the_kernels_that_run(name: str) -> None:
     op = OPS[name]
-    seen = {kernel.__name__ for dims in op.shapes for kernel, *_ in aot.launches(op, torch.bfloat16, 90, dims)}
-    assert seen == set(op.kernels)
+
+    def seen(dtype: torch.dtype) -> set[str]:
+        return {kernel.__name__ for dims in op.shapes for kernel, *_ in aot.launches(op, dtype, 90, dims)}
+
+    published = seen(torch.bfloat16)
+    assert published <= set(op.kernels) <= published | (set() if published == set(op.kernels) else seen(torch.float32))
 
 
 def test_ladder() -> None:

@@ -19,7 +19,7 @@ MUTANTS = {
         ("another KV head's queries", "head * R + rows % R", "head + rows % R"),
         ("first token missed", "    token = rows // R\n", "    token = rows // R + 1\n"),
         ("a token between splits is missed", "(length, start + size)", "(length, start + size - 1)"),
-        ("splits are not weighted", "tl.exp2(m - most)", "tl.where(m > -float('inf'), 1.0, 0.0)"),
+        ("splits are not weighted", "tl.exp2(high - most[:, None])", "tl.where(high > -float('inf'), 1.0, 0.0)"),
         (
             "splits do not reach the end",
             "tl.cdiv(tl.cdiv(length, splits), 64) * 64, min_tokens)",

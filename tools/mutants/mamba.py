@@ -186,7 +186,7 @@ MUTANTS = {
     ("conv_advance", "runtime/lang.py", "test_states.py"): [
         (
             "a slot behind the last",
-            "tl.load(slots.indices + row), 0), slots.number - 1)",
+            "tl.load(slots.indices + row), 0), (slots.odd_slots >> 1) - 1)",
             "tl.load(slots.indices + row), 0), 1 << 30)",
         )
     ],

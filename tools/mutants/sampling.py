@@ -70,7 +70,7 @@ MUTANTS = {
         ("a confidence where nothing is masked", "tl.where(masked, confidence, 0.0)", "confidence"),
     ],
     ("unmask", "sampling/lang.py"): [
-        ("the block's position for all its tokens", "other=0) + row % settings.L", "other=0)")
+        ("the block's position for all its tokens", "other=0) + row % (settings.odd_L >> 1)", "other=0)")
     ],
     ("unmask", "sampling/records.py"): [
         ("a token at its slot", "tl.store(token_ptr + to", "tl.store(token_ptr + row"),
@@ -128,7 +128,7 @@ MUTANTS = {
         "sampling/limits_kernels.py",
         "test_sampling_limits.py::test_rows_that_are_listed_and_rows_that_walk",
     ): [
-        ("another row's limits", "b = b // narrowing.L", "b = b % 3"),
+        ("another row's limits", "b = b // (narrowing.odd_L >> 1)", "b = b % 3"),
         ("the first records' rows for all", "b = first + record", "b = record"),
         ("a limit at temperature 0", "by_k = hot & (k > 0)", "by_k = (k > 0)"),
         ("only the first rows", "tl.program_id(0), count, tl.num", "tl.program_id(0), min(count, 4), tl.num"),
