@@ -128,7 +128,7 @@ MUTANTS = {
         "sampling/limits_kernels.py",
         "test_sampling_limits.py::test_rows_that_are_listed_and_rows_that_walk",
     ): [
-        ("another row's limits", "b = b // (narrowing.odd_L >> 1)", "b = b % 3"),
+        ("another row's limits", "b = b // L", "b = b % 3"),
         ("the first records' rows for all", "b = first + record", "b = record"),
         ("a limit at temperature 0", "by_k = hot & (k > 0)", "by_k = (k > 0)"),
         ("only the first rows", "tl.program_id(0), count, tl.num", "tl.program_id(0), min(count, 4), tl.num"),

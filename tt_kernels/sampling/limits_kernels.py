@@ -21,7 +21,6 @@ class Narrowing(NamedTuple):
     temperature: Any
     top_k: Any
     top_p: Any
-    odd_L: Any  # `odd`
 
 
 class Numbers(NamedTuple):
@@ -299,7 +298,7 @@ def nth_of(numbers, cut, nth, acc_dtype: tl.constexpr, SHAPE: tl.constexpr):
     return token
 
 
-@triton.jit(do_not_specialize=["R", "first"])
+@triton.jit(do_not_specialize=["R", "first", "L"])
 def _limits_kernel(
     logits_ptr,  # [R, V]: of records first to first + R
     stride_logits,
@@ -309,6 +308,7 @@ def _limits_kernel(
     lists_ptr,  # [programs, ROOM]
     R,
     first,
+    L,  # rows of a sequence
     V,
     suppress,
     ROOM: tl.constexpr,  # numbers that a program may list
@@ -329,7 +329,7 @@ def _limits_kernel(
         b = first + record
         if listed is not None:
             b = tl.load(listed.index + b)
-        b = b // (narrowing.odd_L >> 1)
+        b = b // L
         tl.store(limits.least + record, LOWEST)
         tl.store(limits.last + record, V)
         by_k, by_p = False, False

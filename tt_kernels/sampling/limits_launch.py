@@ -6,18 +6,17 @@ from torch import Tensor
 
 from ..reference import Sampling
 from ..runtime.launch import Launch, architecture, multiprocessors, run
-from ..runtime.structs import odd
 from .lang import Limits
 from .limits_kernels import Narrowing, _limits_kernel
 from .records import Rows
 
 
 def limits_launch(V: int, architecture: int) -> Launch:
-    """A program a row. Sixteen warps hide each other's sums (eight on sm_80, where they would spill); a thread has four
-    neighbours at a time, 16 bytes of fp32. A quarter of a row may be listed, for the second pass to be short, and 2048
-    numbers halved, four a thread. A second program would make no row faster, so one may have all registers."""
+    """A program a row. Sixteen warps hide each other's sums, and a thread has two neighbours at a time, as with four it
+    would spill; on sm_80 eight warps and four neighbours, 16 bytes of fp32. A quarter of a row may be listed, for the second pass to be short, and 2048
+    numbers halved. A second program would make no row faster, so one may have all registers."""
     block = triton.next_power_of_2(V)
-    each = min(4, block)
+    each = min(2 if architecture >= 90 else 4, block)
     lanes = min(512 if architecture >= 90 else 256, block // each)
     room = min(block, max(2048, block // 4))
     warps = max(1, lanes // 32)
@@ -40,9 +39,9 @@ def limits_of(logits: Tensor, rows: Rows, dtype: torch.dtype, suppress: int | No
         _limits_kernel,
         (programs,),
         *(logits, logits.stride(0)),
-        Narrowing(sampling.temperature, sampling.top_k, sampling.top_p, odd(rows.L)),
+        Narrowing(sampling.temperature, sampling.top_k, sampling.top_p),
         *(rows.listed, limits, logits.new_empty(programs, launch.ROOM)),
-        *(R, first, V, -1 if suppress is None else suppress),
+        *(R, first, rows.L, V, -1 if suppress is None else suppress),
         launch=launch,
     )
     return limits
