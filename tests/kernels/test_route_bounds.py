@@ -105,10 +105,12 @@ def test_neighbours_are_told_apart_by_halves(seed: int, sizes: tuple[int, ...], 
 
 @RUNS
 @pytest.mark.sanitize
-@pytest.mark.parametrize("groups,size,near", [(1, 16.0, False), (4, 16.0, False), (1, 4.0, True)])
-def test_neighbours_of_a_batch(by_halves: None, groups: int, size: float, near: bool) -> None:
-    """bf16 as it is run, more than one tile, D in parts, and the last that is chosen beside its neighbour."""
-    check(planted(3, 70, 130, 24, 5, torch.bfloat16 if SANITIZE else HALVES, size, groups, near))
+@pytest.mark.parametrize(
+    "K,groups,size,near", [(6, 1, 16.0, False), (1, 1, 16.0, False), (5, 4, 16.0, False), (5, 1, 4.0, True)]
+)
+def test_neighbours_of_a_batch(by_halves: None, K: int, groups: int, size: float, near: bool) -> None:
+    """bf16 as it is run, more than one tile, D in parts; the last that is chosen beside its neighbour."""
+    check(planted(3, 70, 130, 24, K, torch.bfloat16 if SANITIZE else HALVES, size, groups, near))
 
 
 def test_the_plants_are_beyond_fp32() -> None:
