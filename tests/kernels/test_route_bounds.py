@@ -21,12 +21,15 @@ RUNS = pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET
 HALVES = torch.float32 if INTERPRET else torch.bfloat16
 
 
-def planted(seed: int, T: int, D: int, E: int, K: int, dtype: torch.dtype, size: float, groups: int) -> dict[str, Any]:
+def planted(
+    seed: int, T: int, D: int, E: int, K: int, dtype: torch.dtype, size: float, groups: int, near: bool = False
+) -> dict[str, Any]:
     """A router whose sums in fp64 are exact in any order, and where every other expert is the one before's neighbour.
 
     x are whole numbers, the same for two columns each. A weight of the first is a small number and one of up to `size`,
     which that of the second takes away: sums of products of `size` come to logits near 1. Neighbours share the small
-    numbers, but for what x of the last column meets: 0 or 2^-38 to 2^-28."""
+    numbers, but for what x of the last column meets: 0, or down to 2^-38. near: both columns of a pair lie in one tile
+    of 32, else half of D apart, and x of every other is 2^12 times as large, so that no tile's sum is exact."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda low, high, *shape: torch.randint(low, high, shape, generator=g).double()
     pairs = (D - 1) // 2
@@ -36,8 +39,14 @@ def planted(seed: int, T: int, D: int, E: int, K: int, dtype: torch.dtype, size:
     unit = size * 2**-22
     small = ((draw(-1024, 1025, E, pairs) * 2**-15 / unit).round() * unit).repeat_interleave(2, 0)[:E]
     large = draw(-(2**21), 2**21 + 1, E, pairs) * (2 * unit)
+    if near:
+        small[:, ::2] = 0
     weight[:, :pairs], weight[:, pairs : 2 * pairs] = small + large, -large
-    weight[:, -1] = draw(-1, 2, E) * 2.0 ** -torch.randint(28, 39, (E,), generator=g)
+    if near:
+        x[:, : 2 * pairs : 2] *= 2**12
+        order = torch.arange(2 * pairs).view(-1, 2, 16).transpose(0, 1).flatten().argsort()
+        x[:, : 2 * pairs], weight[:, : 2 * pairs] = x[:, order], weight[:, order]
+    weight[:, -1] = draw(-1, 2, E) * 2.0 ** -torch.randint(20 if near else 28, 29 if near else 39, (E,), generator=g)
     bias = draw(0, 2, (E + 1) // 2).repeat_interleave(2)[:E] / 4 * (seed % 2)
     return dict(
         x=x.to(dtype).to(DEVICE), weight=weight.float().to(DEVICE), bias=bias.float().to(DEVICE), top_k=K,
@@ -96,13 +105,12 @@ def test_neighbours_are_told_apart_by_halves(seed: int, sizes: tuple[int, ...], 
 
 @RUNS
 @pytest.mark.sanitize
-@pytest.mark.parametrize("groups", [1, 4])
-def test_neighbours_of_a_batch(groups: int) -> None:
-    """bf16 as it is run, more than one tile, and D in parts."""
-    kwargs = planted(3, 70, 130, 24, 6, torch.bfloat16 if SANITIZE else HALVES, 4.0, groups)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(route_launch, "takes_halves", lambda *_: True)
-        check(kwargs)
+@pytest.mark.parametrize(
+    "K,groups,size,near", [(6, 1, 16.0, False), (1, 1, 16.0, False), (5, 4, 16.0, False), (5, 1, 4.0, True)]
+)
+def test_neighbours_of_a_batch(by_halves: None, K: int, groups: int, size: float, near: bool) -> None:
+    """bf16 as it is run, more than one tile, D in parts; the last that is chosen beside its neighbour."""
+    check(planted(3, 70, 130, 24, K, torch.bfloat16 if SANITIZE else HALVES, size, groups, near))
 
 
 def test_the_plants_are_beyond_fp32() -> None:

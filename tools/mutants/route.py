@@ -18,7 +18,6 @@ MUTANTS = {
         ("never chosen again", "    if again:\n        operands", "    if again & (T < 0):\n        operands"),
         ("any difference will do", "before - value > margin)\n        before", "before - value > 0.0)\n        before"),
         ("the best that is left is not looked at", "((top == _TAKEN32) | (before - value > margin))", "(top == top)"),
-        ("the products' error forgotten", "(0.25 * error + _SCORE)", "_SCORE"),
         ("neighbours not computed anew", "real[None, :, :] & neigh", "(T < 0) & neigh"),
         ("only one of two neighbours", "found |= near &", "found |= (taken == k).to(tl.int32) &"),
     ],
@@ -28,8 +27,6 @@ MUTANTS = {
     ],
     ("route", "moe/route_kernels.py", NEIGHBOURS): [
         ("the middle part forgotten", "        acc = tl.dot(halved(middle), halves, acc)\n", ""),
-        ("lengths of weight forgotten", "tl.sqrt(error) * tl.sqrt(most)", "tl.sqrt(error)"),
-        ("lengths of one part only", "squares + s * (T + E) + rows", "squares + rows"),
     ],
     ("route", "moe/route_launch.py", "test_route_bounds.py::test_sums_by_parts_are_within_the_bound"): [
         ("half the bound", "1.02 * 20", "1.02 * 10"),

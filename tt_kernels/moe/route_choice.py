@@ -95,7 +95,7 @@ def quick_best(keys, margin, NUMBER: tl.constexpr):
     certain = margin < float("inf")
     for k in range(NUMBER):
         top = largest(keys)
-        now = keys == top[:, None, None]
+        now = (keys == top[:, None, None]) & (keys > _TAKEN32)  # none where all are: then two were taken in one round
         value = tl.where(top < 0, top ^ 0x7FFFFFFF, top).to(tl.float32, bitcast=True)
         certain = certain & (before - value > margin)
         before = value
