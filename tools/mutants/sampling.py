@@ -31,13 +31,9 @@ MUTANTS = {
         ("programs of several rows overlap", "offs_t = tl.program_id(1) * BLOCK_T", "offs_t = tl.program_id(1)"),
         ("the first part for all", "part = tl.program_id(0)", "part = 0"),
     ],
-    (
-        "sample",
-        "reference/sampling.py",
-        "test_sampling.py::test_top_k_keeps_what_equals_the_kth_and_top_p_what_crosses",
-    ): [("top-p keeps the worst", "descending=True, stable", "descending=False, stable")],
-    ("sample", "reference/sampling.py", "test_sampling_corners.py::test_limits_of_one_row_are_no_others"): [
-        ("a top_k beyond the vocabulary", "(top_k > 0) & (top_k < V)", "top_k > 0")
+    ("sample", "reference/sampling.py", "test_sampling_limits.py::test_the_cut_is_the_references[ties-whole]"): [
+        ("top-p keeps the worst", "descending=True, stable", "descending=False, stable"),
+        ("a top_k beyond the vocabulary", "(top_k > 0) & (top_k < V)", "top_k > 0"),
     ],
     ("sample", "reference/sampling.py", "test_sampling.py::test_a_top_p_of_1_is_no_limit"): [
         ("a top_p of 1 that rounding takes for a limit", "(top_p < 1) & ~(lowest < least)", "~(lowest < least)")
@@ -108,9 +104,8 @@ MUTANTS = {
         ("the suppressed token where all are -inf", "tl.where(token == suppress, token + 1, token)", "token"),
         ("a confidence in an infinite logit", 'tl.where(total < float("inf"), confidence, float("nan"))', "confidence"),
     ],
-    ("sample", "sampling/limits_kernels.py", "test_sampling_limits.py::test_the_cut_is_the_references[short-ties]"): [
-        ("weights that fall too fast", "(steps >> 24).to(tl.int64)", "(steps >> 23).to(tl.int64)"),
-        ("a number too low for the cut", "fits = (above <= aim)", "fits = (above <= aim + 1)"),
+    ("sample", "sampling/limits_kernels.py", "test_sampling_limits.py::test_the_cut_is_the_references[ties-short]"): [
+        ("what is above a window forgotten", "tl.where(fits, above, window.above)", "window.above"),
         ("a list that every tile begins anew", "(found + tl.cumsum(lanes", "(tl.cumsum(lanes"),
         ("what is above a list forgotten", "base = window.above", "base = base * 1"),
         ("what reaches p is left out", "measure, 0), axis=0) > aim", "measure, 0), axis=0) >= aim"),
@@ -119,9 +114,8 @@ MUTANTS = {
         ("of equals as many as p is in all", "return cut, aim - above", "return cut, aim"),
         ("top-p of all that top-k left out too", "start = tl.maximum(floor, flip(", "start = tl.minimum(floor, flip("),
     ],
-    ("sample", "sampling/limits_kernels.py", "test_sampling_limits.py::test_the_cut_is_the_references[listed-equal]"): [
+    ("sample", "sampling/limits_kernels.py", "test_sampling_limits.py::test_the_cut_is_the_references[equal-listed]"): [
         ("the place of an equal counted from its tile", "(before == nth - seen)", "(before == nth)"),
-        ("equals one too few", "fits = half * weight <= share", "fits = half * weight < share"),
     ],
     (
         "unmask",
@@ -130,7 +124,6 @@ MUTANTS = {
     ): [
         ("another row's limits", "b = b // L", "b = b % 3"),
         ("the first records' rows for all", "b = first + record", "b = record"),
-        ("a limit at temperature 0", "by_k = hot & (k > 0)", "by_k = (k > 0)"),
         ("only the first rows", "tl.program_id(0), count, tl.num", "tl.program_id(0), min(count, 4), tl.num"),
     ],
     (

@@ -13,8 +13,9 @@ from .records import Rows
 
 def limits_launch(V: int, architecture: int) -> Launch:
     """A program a row. Sixteen warps hide each other's sums, and a thread has two neighbours at a time, as with four it
-    would spill; on sm_80 eight warps and four neighbours, 16 bytes of fp32. A quarter of a row may be listed, for the second pass to be short, and 2048
-    numbers halved. A second program would make no row faster, so one may have all registers."""
+    would spill; on sm_80 eight warps and four neighbours, 16 bytes of fp32. A quarter of a row may be listed, for the
+    second pass to be short, and 2048 numbers halved. A second program would make no row faster, so one may have all
+    registers."""
     block = triton.next_power_of_2(V)
     each = min(2 if architecture >= 90 else 4, block)
     lanes = min(512 if architecture >= 90 else 256, block // each)
