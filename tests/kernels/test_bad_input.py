@@ -151,6 +151,12 @@ BAD = [
         "topk_ids is on meta, but x is on",
     ),
     ("experts", dict(weights=None), "experts: weights is None, expected ExpertWeights"),
+    ("experts_norm", dict(weights=None), "experts_norm: weights is None, expected ExpertWeights"),
+    ("experts_norm", dict(residual=torch.ones(2, 4, 29)), "residual is [2, 4, 29], expected T=6 tokens of D=29"),
+    ("experts_norm", dict(order="norm"), "order is 'norm', expected 'modulate_norm' or 'norm_modulate'"),
+    ("experts_norm", dict(scale=None), "experts_norm: scale is None, expected shift and scale, or neither"),
+    ("experts_norm", dict(norm_weight=torch.ones(28)), "norm_weight has D=28, but residual has D=29"),
+    ("experts_norm", dict(eps=-1.0), "experts_norm: eps is -1.0, expected a number, 0 or more"),
     (
         "experts",
         dict(weights=ExpertWeights(Matrix(torch.ones(4, 11, 6), None, "fp3"), torch.ones(4, 6, 11))),

@@ -118,7 +118,7 @@ def test_profiling_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "the host's own time" in compare.times(capsys.readouterr().out)
     out = tmp_path / "pass.json"
     assert timeline.main(["--passes", "1", "--context", "8", "--out", str(out)]) == 0
-    assert "| experts " in capsys.readouterr().out and json.loads(out.read_text())["traceEvents"]
+    assert "| experts_norm " in capsys.readouterr().out and json.loads(out.read_text())["traceEvents"]
     assert ncu.main(["experts", "--shape", "T=16", "--show"]) == 0
     assert "_experts_up_kernel" in capsys.readouterr().out
     assert aot.main(["rms_norm"]) == 0 and "_norm_" in capsys.readouterr().out
