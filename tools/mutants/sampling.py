@@ -65,9 +65,7 @@ MUTANTS = {
         ("slots of the second round from 0", "slot = count + tl.cumsum", "slot = tl.cumsum"),
         ("a confidence where nothing is masked", "tl.where(masked, confidence, 0.0)", "confidence"),
     ],
-    ("unmask", "sampling/lang.py"): [
-        ("the block's position for all its tokens", "other=0) + row % (settings.odd_L >> 1)", "other=0)")
-    ],
+    ("unmask", "sampling/lang.py"): [("the block's position for all its tokens", "other=0) + place", "other=0)")],
     ("unmask", "sampling/records.py"): [
         ("a token at its slot", "tl.store(token_ptr + to", "tl.store(token_ptr + row"),
     ],

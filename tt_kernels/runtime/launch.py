@@ -42,7 +42,7 @@ class Launch:
     @property
     def options(self) -> dict[str, int]:
         """All of them, as a launch takes them."""
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def __getattr__(self, name: str) -> int:  # for type checkers: tiles of launches that have no class of their own
         raise AttributeError(name)

@@ -21,7 +21,7 @@ class Settings(NamedTuple):
     seed: Any
     position: Any  # of a sequence's first row
     step: Any
-    odd_L: Any  # `odd`
+    odd_L: Any  # `odd`; None: 1, as a token a step has it
 
 
 class Listed(NamedTuple):
@@ -67,9 +67,19 @@ LARGEST_NOISE = tl.constexpr(22.9)  # that of word 0 is 22.87; approximate logar
 
 
 @triton.jit
+def sequence_of(row, settings):
+    """The sequence of each row, and which of its rows it is."""
+    b, place = row, 0
+    if settings.odd_L is not None:
+        b, place = row // (settings.odd_L >> 1), row % (settings.odd_L >> 1)
+    return b, place
+
+
+@triton.jit
 def is_any_hot(row, mask, settings):
     """Whether one of the rows is above temperature 0."""
-    hot = tl.load(settings.temperature + row // (settings.odd_L >> 1), mask=mask, other=0.0) > 0
+    b, _ = sequence_of(row, settings)
+    hot = tl.load(settings.temperature + b, mask=mask, other=0.0) > 0
     return tl.max(hot.to(tl.int32), axis=0) > 0
 
 
@@ -155,10 +165,10 @@ def tile_record(
     WIDE: tl.constexpr = x.dtype == tl.float64
     if any_hot:
         # Loaded here and not before: in registers they would be in the way of the products.
-        b = row // (settings.odd_L >> 1)
+        b, place = sequence_of(row, settings)
         temperature = tl.load(settings.temperature + b, mask=mask, other=0.0)
         seed = tl.load(settings.seed + b, mask=mask, other=0)
-        position = tl.load(settings.position + b, mask=mask, other=0) + row % (settings.odd_L >> 1)
+        position = tl.load(settings.position + b, mask=mask, other=0) + place
         step = tl.load(settings.step + b, mask=mask, other=0)
         hot = temperature > 0  # in its own dtype: narrowed, a temperature may become 0
         divisor, unit = split_temperature(tl.where(hot, temperature, 1.0), WIDE)

@@ -61,7 +61,7 @@ class Rows:
     def settings(self) -> Settings:
         """What kernels read of them."""
         s = self.sampling
-        return Settings(s.temperature, s.seed, s.position, s.step, odd(self.L))
+        return Settings(s.temperature, s.seed, s.position, s.step, None if self.L == 1 else odd(self.L))
 
 
 PLANES = 4  # of Store.stats: m, s, best, raw

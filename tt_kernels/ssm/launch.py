@@ -25,6 +25,7 @@ class TileLaunch(Launch):
     BLOCK_N: int
     num_warps: int = 4
     num_stages: int = 1
+    maxnreg: int | None = None  # where ptxas would stop at fewer registers, and spill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class StepLaunch(Launch):
     BLOCK_N: int
     num_warps: int = 4
     num_stages: int = 1
+    maxnreg: int | None = None  # where ptxas would stop at fewer registers, and spill
 
 
 def splits(*narrow: Tensor) -> bool:

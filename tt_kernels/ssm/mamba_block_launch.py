@@ -40,7 +40,8 @@ def mamba_block_launch(rows: int, L: int, P: int, N: int) -> TileLaunch:
     if rows * triton.cdiv(P, block_p) < 128 and L <= 16:
         block_p = min(block_p, 32)
     block_t, block_n = max(16, triton.next_power_of_2(L)), max(16, triton.next_power_of_2(N))
-    return TileLaunch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8)
+    alone = 255 if block_t == 16 and block_p == 32 else None  # a program has its multiprocessor for itself
+    return TileLaunch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8, maxnreg=alone)
 
 
 def mamba_advance_launch(P: int, N: int) -> TileLaunch:
