@@ -114,8 +114,6 @@ def test_settings(model: TwoTower, options: dict, message: str, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ("hello", "prompts is 'hello', expected a list of lists of token ids"),
-        (None, "prompts is None, expected a list"),
         (5, "prompts is 5, expected a list"),
         (torch.tensor(5), r"prompts is tensor\(5\), expected a list"),
         ([[4, True]], r"prompts: prompt 0 is \[4, True\], expected a list of token ids"),
@@ -130,6 +128,13 @@ def test_settings(model: TwoTower, options: dict, message: str, monkeypatch: pyt
 def test_prompts(model: TwoTower, prompts: object, message: str) -> None:
     refused(lambda: model.generate(prompts), message)
     refused(lambda: model.prefill(prompts), message)
+
+
+def test_text_needs_a_tokenizer_and_a_prefill_token_ids(model: TwoTower) -> None:
+    refused(lambda: model.prefill("hello"), "prompts is 'hello', expected a list of lists of token ids")
+    refused(lambda: model.prefill(None), "prompts is None, expected a list")
+    refused(lambda: model.generate("hello"), "the model was not loaded from a folder; give prompts as token ids")
+    refused(lambda: model.generate(None), "prompts, messages: expected one of them")
 
 
 BLOCK = torch.full((1, 8), 4)

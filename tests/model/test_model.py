@@ -351,7 +351,8 @@ class Wrapped(nn.Module):
     ("call", "message"),
     [
         (lambda m, c: m.generate([4, 5]), "prompts: prompt 0 is 4, expected a list of token ids"),
-        (lambda m, c: m.generate(["ab"]), "prompts: prompt 0 is 'ab'"),
+        (lambda m, c: m.generate(["ab", [4]]), "prompts: prompt 0 is 'ab'"),
+        (lambda m, c: m.generate(["ab"]), "not loaded from a folder; give prompts as token ids"),
         (lambda m, c: m.generate([[4.7, 5]]), r"prompts: prompt 0 is \[4.7, 5\]"),
         (lambda m, c: m.prefill([4, 5]), "prompts: prompt 0 is 4"),
         (lambda m, c: m.generate([[4]], seed=1.5), "seed is 1.5"),
