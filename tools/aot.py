@@ -277,6 +277,8 @@ def faults(compiled: Compiled, lock: dict[str, Any] | None, *, wgmma: bool = Fal
         found.append(f"spills {compiled.stack} bytes")
     if not compiled.stores:
         found.append("stores nothing")
+    if hazards.EARLY in compiled.hazards:  # a race, whatever the lock says
+        found.append(hazards.EARLY)
     if compiled.shared > SHARED[compiled.architecture] * 1024:
         found.append(f"needs {compiled.shared} bytes of shared memory, there are {SHARED[compiled.architecture]} KiB")
     if wgmma and compiled.architecture == 90 and "HGMMA" not in compiled.tensor:
@@ -293,7 +295,8 @@ def faults(compiled: Compiled, lock: dict[str, Any] | None, *, wgmma: bool = Fal
         found.append(f"compiles to {compiled.tensor or 'no tensor-core instruction'}, locked {locked['tensor']}")
     if locked["tma"] and not compiled.tma:
         found.append("has lost its TMA loads")
-    found += [hazard for hazard in compiled.hazards if hazard not in locked.get("hazards", ())]
+    known = {hazards.EARLY, *locked.get("hazards", ())}
+    found += [hazard for hazard in compiled.hazards if hazard not in known]
     return found
 
 

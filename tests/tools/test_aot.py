@@ -57,6 +57,11 @@ def test_empty_kernels() -> None:
     assert aot.faults(replace(SOUND, stores=False), LOCK) == ["stores nothing"]
 
 
+def test_no_lock_excuses_a_kernel_that_starts_early() -> None:
+    early = replace(SOUND, hazards=(aot.hazards.EARLY,))
+    assert aot.faults(early, None) == aot.faults(early, {early.key: early.row}) == [aot.hazards.EARLY]
+
+
 def test_promised_wgmma() -> None:
     assert aot.promises_wgmma(replace(SOUND, tiles=dict(BLOCK=64)), "BLOCK")
     assert not aot.promises_wgmma(replace(SOUND, tiles=dict(BLOCK=32)), "BLOCK")

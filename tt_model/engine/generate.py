@@ -87,10 +87,10 @@ class _Rows:
             masked = masked.masked_fill(settled & (masked > 1), 0)
         return [m > 0 for m in masked.tolist()]
 
-    def write(self, new: list[list[int]], probable: Tensor) -> Tensor | None:
+    def write(self, new: list[list[int]], probable: Tensor | None) -> Tensor | None:
         """Take each row's new tokens, predicted with these probabilities, up to its end; drop rows that ended. The
         indices that stay, None for all."""
-        logs = probable.log().tolist() if self.settings.logprobs else ()
+        logs = probable.log().tolist() if self.settings.logprobs and probable is not None else ()
         stay = []
         for r, (row, tokens) in enumerate(zip(self.index, new, strict=True)):
             room = self.settings.max_new_tokens - len(self.tokens[row])
@@ -126,9 +126,9 @@ def _blocks(rows: _Rows) -> Iterator[None]:
             rows.model.commit(block if stay is None else block[stay], rows.cache)
 
 
-def _denoised(rows: _Rows, block: Tensor, steps: int, *, draft: bool = False) -> tuple[Tensor, Tensor]:
-    """The next block [R, L] of every row from one that is masked, in at most `steps` passes, and how probable each of
-    its tokens was when it was committed.
+def _denoised(rows: _Rows, block: Tensor, steps: int, *, draft: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The next block [R, L] of every row from one that is masked, in at most `steps` passes. Where log-probabilities
+    are wanted, also how probable each of its tokens was when it was committed.
 
     draft: with the noise that the autoregressive mode draws at each position, so that alike logits give alike tokens.
     """
@@ -157,9 +157,10 @@ def _denoised(rows: _Rows, block: Tensor, steps: int, *, draft: bool = False) ->
         if not draft:
             rows.report(running, position, step, now, confidence, committed)
         block = now if live is None else block.index_copy(0, live, now)
-        before = 0 if probable is None else probable if live is None else probable[live]
-        taken = torch.where(committed, confidence, before)
-        probable = taken if probable is None or live is None else probable.index_copy(0, live, taken)
+        if s.logprobs and not draft:
+            before = 0 if probable is None else probable if live is None else probable[live]
+            taken = torch.where(committed, confidence, before)
+            probable = taken if probable is None or live is None else probable.index_copy(0, live, taken)
         left = rows.unfinished(now, masked)
         if not any(left):
             break
@@ -168,7 +169,6 @@ def _denoised(rows: _Rows, block: Tensor, steps: int, *, draft: bool = False) ->
             live = keep if live is None else live[keep]
             running = [r for r, m in zip(running, left, strict=True) if m]
             masked, cache = masked[keep], rows.cache.fork(running)
-    assert probable is not None  # there is a step
     return block, probable
 
 
@@ -197,8 +197,8 @@ def _speculative(rows: _Rows) -> Iterator[None]:
         shown = block.masked_fill(~entered, model.config.mask_token_id)
         probable = torch.cat([certain.unsqueeze(1), confidence[:, :-1]], -1)
         rows.report(range(len(rows.index)), start, 0, shown, probable.masked_fill(~entered, 0), entered)
-        counts = (agreed + 1).tolist()
-        stay = rows.write([row[:count] for row, count in zip(block.tolist(), counts, strict=True)], probable)
+        listed = torch.cat([block, agreed.unsqueeze(1) + 1], -1).tolist()  # read together: each waits for the device
+        stay = rows.write([row[: row[-1]] for row in listed], probable)
         yield
         token, certain = (t.gather(1, agreed.unsqueeze(1)).squeeze(1) for t in (follows, confidence))
         if stay is not None:
