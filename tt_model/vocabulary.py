@@ -157,13 +157,13 @@ class Writing:
         self.held = ""  # may be the beginning of a stop string
         self.text = ""  # all that is certain
 
-    def _characters(self, tokens: Sequence[int], last: bool) -> str:
+    def _characters(self, tokens: Sequence[int]) -> str:
         self.ids += tokens
         known, size = self.decode(self.ids[self.begin : self.end]), len(self.ids)
         # A character has at most 4 bytes, and so at most three tokens wait for its last one.
         for end in range(size, max(self.end, size - 4), -1):
             whole = self.decode(self.ids[self.begin : end])
-            if last or not whole.endswith("\ufffd"):
+            if not whole.endswith("\ufffd"):
                 break
         else:
             if size - self.end < 4:
@@ -175,10 +175,10 @@ class Writing:
     def push(self, tokens: Sequence[int]) -> int | None:
         """Take tokens; how many of them are kept where a stop string ends in them, the last one with its end."""
         if not self.stop:
-            self.text += self._characters(tokens, False)
+            self.text += self._characters(tokens)
             return None
         for count, token in enumerate(tokens, 1):
-            self.held += self._characters([token], False)
+            self.held += self._characters([token])
             if (at := self._found()) is not None:
                 self.text, self.held = self.text + self.held[:at], ""
                 return count
@@ -196,8 +196,7 @@ class Writing:
         most = min(len(self.held), max(map(len, self.stop)) - 1)
         return next((n for n in range(most, 0, -1) if any(s.startswith(self.held[-n:]) for s in self.stop)), 0)
 
-    def finish(self) -> str:
-        """All of the text, with what was held back."""
-        self.text += self.held + self._characters((), True)
-        self.held = ""
-        return self.text
+    def whole(self) -> str:
+        """All of the text so far, with what is held back; what comes later is not changed by it."""
+        known, whole = self.decode(self.ids[self.begin : self.end]), self.decode(self.ids[self.begin :])
+        return self.text + self.held + whole[len(known) :]

@@ -133,8 +133,9 @@ def test_text_as_it_comes_is_the_text(before: str, text: str, data: st.DataObjec
         count = data.draw(st.integers(1, 5))
         assert writing.push(ids[at : at + count]) is None
         assert writing.text.startswith(shown) and text.startswith(writing.text)
+        writing.whole()  # changes nothing
         shown, at = writing.text, at + count
-    assert writing.finish() == text == vocabulary.decode(ids, start)
+    assert writing.whole() == text == vocabulary.decode(ids, start)
 
 
 @settings(max_examples=60, deadline=None)
@@ -147,9 +148,10 @@ def test_what_may_be_a_stop_string_waits(text: str, stop: list[str]) -> None:
         assert not any(s in writing.text for s in stop)
         if (found := writing.push([token])) is not None:
             break
+        writing.whole()  # changes nothing
     first = min((at for s in stop if (at := text.find(s)) >= 0), default=None)
     assert (found is None) == (first is None)
-    final = writing.finish()
+    final = writing.whole()
     assert not any(s in final for s in stop) and text.startswith(final)
     assert first is not None or final == text
 

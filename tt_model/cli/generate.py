@@ -21,12 +21,8 @@ if TYPE_CHECKING:
     from ..vocabulary import Vocabulary
     from .watch import Watch
 
-MODES = (
-    "mask_diffusion",
-    "ar",
-    "mock_ar",
-    "speculative",
-)  # as in tt_model.engine.settings, which is not imported for --help
+# As in tt_model.engine.settings, which is not imported for --help.
+MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
 
 _DESCRIPTION = """\
 Continue a prompt: block by block with the denoiser, or token by token. The text goes to standard output as it is

@@ -310,7 +310,7 @@ def generate(
 
     def texts() -> list[str]:
         if writing:
-            return [row.finish() for row in writing]
+            return [row.whole() for row in writing]
         found = vocabulary()
         if found is None:
             raise ValueError("text: the model has no tokenizer; `tokens` has what it wrote")
@@ -346,7 +346,7 @@ class Stream(Iterator[str]):
             if len(self._writing.text) > shown:
                 yield self._writing.text[shown:]
                 shown = len(self._writing.text)
-        if rest := self._writing.finish()[shown:]:
+        if rest := self._writing.whole()[shown:]:
             yield rest
 
     def __next__(self) -> str:
@@ -361,4 +361,4 @@ class Stream(Iterator[str]):
         """What has been generated so far: all of it, when the last piece has been read."""
         if self._state is None:
             return Generation([[]], [0])
-        return _result(self._state, lambda: [self._writing.finish()])
+        return _result(self._state, lambda: [self._writing.whole()])
