@@ -5,16 +5,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import TwoTowerConfig
-    from .engine.settings import Generation, Step
+    from .engine.engine import Engine, Event
+    from .engine.request import Request
+    from .engine.settings import Generation, Result, Step
     from .modeling.state import Cache
     from .two_tower import TwoTower
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "Generation", "Step", "TwoTower", "TwoTowerConfig"]
+__all__ = ["Cache", "Engine", "Event", "Generation", "Request", "Result", "Step", "TwoTower", "TwoTowerConfig"]
 
 _HOMES = {
     "Cache": "modeling.state",
+    "Engine": "engine.engine",
+    "Event": "engine.engine",
     "Generation": "engine.settings",
+    "Request": "engine.request",
+    "Result": "engine.settings",
     "Step": "engine.settings",
     "TwoTower": "two_tower",
     "TwoTowerConfig": "config",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .arguments import device_of, dtype_of, is_integer
+from .arguments import device_of, dtype_of
 from .config import TwoTowerConfig
 from .engine.generate import Stream, generate
+from .engine.prompts import prompt_ids
 from .engine.settings import Generation, Settings, Step
 from .modeling.two_tower import TwoTowerModel
 from .vocabulary import Vocabulary
@@ -58,17 +58,6 @@ class TwoTower(TwoTowerModel):
             model = cls(replace(config, dtype=dtype), towers=towers)
         checkpoint.load(model, folder, device=target, dtype=dtype, towers=towers, progress=progress)
         return model.requires_grad_(False)
-
-    @cached_property
-    def tokenizer(self) -> Vocabulary:
-        """Text to the ids that the model reads (`encode`, `chat`), and back (`decode`). ValueError where the folder
-        that the model was loaded from has no tokenizer.json, or one of another vocabulary."""
-        if self.source is None:
-            raise ValueError("tokenizer: the model was not loaded from a folder; give prompts as token ids")
-        return Vocabulary(self.source, self.config)
-
-    def _tokenizer(self) -> Vocabulary | None:
-        return self.tokenizer if self.source is not None and (self.source / "tokenizer.json").is_file() else None
 
     def generate(
         self,
@@ -129,7 +118,8 @@ class TwoTower(TwoTowerModel):
             dropped (a last pass over one such position is made all the same: the published NFE counts it).
         Source: the published implementation's generation loop (arXiv 2606.26493), one row at a time there.
         """
-        settings = self._settings(
+        settings = Settings.of(
+            self.config,
             mode=mode,
             max_new_tokens=max_new_tokens,
             block_size=block_size,
@@ -144,7 +134,7 @@ class TwoTower(TwoTowerModel):
             logprobs=logprobs,
         )
         ids = self._prompts(prompts, messages)
-        return generate(self, ids, settings, seed=seed, on_step=on_step, vocabulary=self._tokenizer)
+        return generate(self, ids, settings, seed=seed, on_step=on_step, vocabulary=self._vocabulary)
 
     def stream(
         self,
@@ -168,42 +158,19 @@ class TwoTower(TwoTowerModel):
             >>> for piece in TwoTower.from_pretrained().stream("def f(", max_new_tokens=32):
             ...     print(piece, end="", flush=True)
         """
-        if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and not is_integer(prompt[0]):
-            raise ValueError(f"prompt is {prompt!r:.40}, expected one text, or the token ids of one")
-        (row,) = self._prompts(prompt if prompt is None or isinstance(prompt, str) else [prompt], messages)
-        return Stream(self, row, self._settings(**settings), self.tokenizer, seed=seed, on_step=on_step)
+        ids = prompt_ids(self, prompt, messages)
+        s = Settings.of(self.config, **settings)
+        return Stream(self, ids, s, self.tokenizer, seed=seed, on_step=on_step)
 
     def _prompts(self, prompts: Any, messages: Sequence[Mapping[str, str]] | None) -> Any:
         """Token ids of what may be text."""
         if (prompts is None) == (messages is None):
             raise ValueError("prompts, messages: expected one of them")
-        if messages is not None:
-            return [self.tokenizer.chat(messages)]
-        if isinstance(prompts, str):
-            return [self.tokenizer.encode(prompts)]
+        if messages is not None or isinstance(prompts, str):
+            return [prompt_ids(self, prompts, messages)]
         if isinstance(prompts, Sequence) and prompts and all(isinstance(text, str) for text in prompts):
             return [self.tokenizer.encode(text) for text in prompts]
         return prompts
 
-    def _settings(
-        self,
-        *,
-        eos_token_id: int | Sequence[int] | str | None = "config",
-        stop: str | Sequence[str] | None = None,
-        block_size: int | None = None,
-        **given: Any,
-    ) -> Settings:
-        """What `generate` was told, in the model's terms; TypeError for a setting that there is not."""
-        eos: Any = eos_token_id
-        if isinstance(eos, str) and eos == "config":
-            eos = self.config.eos_token_ids
-        eos = eos.tolist() if hasattr(eos, "tolist") else eos
-        if eos is None or is_integer(eos):
-            eos = () if eos is None else (eos,)
-        elif isinstance(eos, str | bytes) or not isinstance(eos, Iterable):
-            raise ValueError(f"eos_token_id is {eos!r}, expected one or several token ids, or None")
-        stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
-        if isinstance(stop, bytes) or not isinstance(stop, Iterable):
-            raise ValueError(f"stop is {stop!r}, expected a text or several")
-        size = self.config.block_size if block_size is None else block_size
-        return Settings(block_size=size, eos_token_ids=tuple(eos), stop=tuple(stop), **given)
+    def _vocabulary(self) -> Vocabulary | None:
+        return self.tokenizer if self.has_tokenizer else None

@@ -17,7 +17,7 @@ from tt_model import TwoTower, TwoTowerConfig
 from tt_model.checkpoint import save
 from tt_model.cli import common, main
 from tt_model.cli.watch import visible
-from tt_model.engine import generate as generation
+from tt_model.engine.engine import Engine
 from tt_model.vocabulary import Vocabulary
 
 ASSETS = Path(common.__file__).parents[1] / "assets"
@@ -372,7 +372,7 @@ def test_failures_midway(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(generation, "_written", fail)
+    monkeypatch.setattr(Engine, "step", fail)
     refused(twotower("--output", tmp_path / "out.txt", PROMPT), *words, code=code)
     assert not list(tmp_path.iterdir())
     if isinstance(error, Exception):

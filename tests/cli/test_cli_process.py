@@ -105,11 +105,11 @@ def test_threads_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 OUTPUT = """
 import sys, time
-import tt_model.engine.generate
+from tt_model import Engine
 def wait(*_):
     print("ready", flush=True)
     time.sleep(100)
-tt_model.engine.generate._written = wait
+Engine.step = wait
 from tt_model.cli import main
 sys.exit(main(["generate", "--output", sys.argv[1], "--quiet", "x"]))
 """
@@ -179,14 +179,13 @@ def test_output_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 INTERRUPTED = """
 import signal, sys
-import tt_model.engine.generate as module
-written = module._written
-def cut(*arguments):
-    for n, state in enumerate(written(*arguments)):
-        yield state
-        if n == 2:  # after two blocks
-            signal.raise_signal(signal.SIGINT)
-module._written = cut
+from tt_model import Engine
+step = Engine.step
+def cut(engine):
+    step(engine)
+    if any(len(request.tokens) == 32 for request in engine._scheduler.running):  # after two blocks
+        signal.raise_signal(signal.SIGINT)
+Engine.step = cut
 from tt_model.cli import main
 sys.exit(main(["generate", "--max-new-tokens", "64", "--temperature", "0", "def f(x):", *sys.argv[1:]]))
 """

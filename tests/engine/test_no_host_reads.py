@@ -6,13 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import CONFIG
-from torch import Tensor
 
 from tt_kernels import Sampling, unmask
 from tt_kernels.runtime.launch import INTERPRET, recording
 from tt_model import TwoTower
-from tt_model.engine.generate import _blocks, _Rows
-from tt_model.engine.settings import Settings
 from tt_model.modeling.state import Cache
 from tt_model.modeling.two_tower import _frequencies
 
@@ -53,26 +50,3 @@ def test_unmask(model: TwoTower, narrow: dict) -> None:
             results = unmask(hidden, model.lm_head.weight, block, sampling, **rule)
     assert [t.shape for t in results] == [block.shape] * 3 + [(ROWS,)]
     assert launches
-
-
-class Read(Exception):
-    """The host asked for a device value."""
-
-
-@pytest.mark.parametrize("ends", [(), (2,), (2, 11)])
-def test_a_step_of_the_loop_reads_the_masked_counts_alone(
-    model: TwoTower, monkeypatch: pytest.MonkeyPatch, ends: tuple[int, ...]
-) -> None:
-    """Denoise, unmask and what lies between them, up to the one read."""
-    size = model.config.block_size
-    settings = Settings(mode="mask_diffusion", max_new_tokens=32, block_size=size, eos_token_ids=ends)
-
-    def read(t: Tensor) -> list:
-        raise Read(tuple(t.shape))
-
-    monkeypatch.setattr(Tensor, "tolist", read)
-    monkeypatch.setattr(Tensor, "item", read)
-    seed = torch.zeros(ROWS, dtype=torch.int64, device="meta")
-    with recording(90), pytest.raises(Read) as found:
-        next(_blocks(_Rows(model, filled(model, ROWS), settings, seed, None)))
-    assert found.value.args == ((ROWS,),)

@@ -42,8 +42,8 @@ def assert_holds(model: TwoTower, cache: Cache, texts: list[list[int]]) -> None:
 def buffers(cache: Cache) -> dict[str, int]:
     """Addresses of all that passes read and write."""
     pool = cache.pool
-    found = {name: getattr(cache, name) for name in ("lengths", "page_table", "last_hidden", "_ssm", "_ssm_out")}
-    found |= {name: getattr(cache, name) for name in ("_conv", "_conv_out")}
+    found = {name: getattr(cache, name) for name in ("lengths", "page_table", "last_hidden", "ssm", "ssm_out")}
+    found |= {name: getattr(cache, name) for name in ("conv", "conv_out")}
     for name in ("keys", "values", "conv", "ssm"):
         found |= {f"{name} {i}": t for i, t in getattr(pool, name).items()}
     return {name: t.data_ptr() for name, t in found.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
@@ -35,6 +35,31 @@ class Settings:
     eos_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     logprobs: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        config: TwoTowerConfig,
+        *,
+        eos_token_id: int | Iterable[int] | str | None = "config",
+        stop: str | Iterable[str] | None = None,
+        block_size: int | None = None,
+        **given: Any,
+    ) -> Settings:
+        """What `TwoTower.generate` was told, in the model's terms; TypeError for a setting that there is not."""
+        eos: Any = eos_token_id
+        if isinstance(eos, str) and eos == "config":
+            eos = config.eos_token_ids
+        eos = eos.tolist() if hasattr(eos, "tolist") else eos
+        if eos is None or is_integer(eos):
+            eos = () if eos is None else (eos,)
+        elif isinstance(eos, str | bytes) or not isinstance(eos, Iterable):
+            raise ValueError(f"eos_token_id is {eos!r}, expected one or several token ids, or None")
+        stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
+        if isinstance(stop, bytes) or not isinstance(stop, Iterable):
+            raise ValueError(f"stop is {stop!r}, expected a text or several")
+        size = config.block_size if block_size is None else block_size
+        return cls(block_size=size, eos_token_ids=tuple(eos), stop=tuple(stop), **given)
 
     def __post_init__(self) -> None:
         """NumPy's numbers as Python's; what is no number is for `check` to refuse."""
@@ -92,19 +117,58 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Result:
+    """What has become of one request."""
+
+    tokens: list[int]  # new tokens, ending with the end-of-sequence token if there was one
+    nfe: int  # denoiser passes (number of function evaluations)
+    forwards: int  # passes of either tower after the prompt was read
+    cycles: int  # in "speculative": drafts that were verified
+    # "eos": an end-of-sequence token; "stop": a stop string; "length": max_new_tokens; "cancelled".
+    finish_reason: str
+    logprobs: list[float] | None  # as in `Generation`
+    text: str | None  # cut where a stop string begins; None without a tokenizer
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens for each denoiser pass, as transformers counts; in "ar" for each of the context tower's."""
+        return len(self.tokens) / max(1, self.nfe or self.forwards)
+
+
+@dataclass(frozen=True)
 class Generation:
     """What `generate` returns: a value for each row."""
 
     tokens: list[list[int]]  # new tokens, ending with the end-of-sequence token if there was one
     nfe: list[int]  # denoiser passes (number of function evaluations)
-    cycles: list[int] = field(default_factory=list)  # in speculative: drafts that were verified
+    cycles: list[int] = field(default_factory=list)  # in "speculative": drafts that were verified
+    forwards: list[int] = field(default_factory=list, compare=False)  # passes of either tower, prompts apart
     # "eos": an end-of-sequence token; "stop": a stop string; "length": max_new_tokens.
     finish_reason: list[str] = field(default_factory=list, compare=False)
     # Where asked for: of each token, as the model predicted it when it was committed, at temperature 1.
     logprobs: list[list[float]] = field(default_factory=list, compare=False)
     _texts: Callable[[], list[str]] = field(default=list, compare=False, repr=False)
 
+    @classmethod
+    def of(cls, rows: Sequence[Result], texts: Callable[[], list[str]]) -> Generation:
+        """Of one result a row. texts: asked for when somebody wants the text."""
+        return cls(
+            tokens=[row.tokens for row in rows],
+            nfe=[row.nfe for row in rows],
+            cycles=[row.cycles for row in rows if row.cycles],
+            forwards=[row.forwards for row in rows],
+            finish_reason=[row.finish_reason for row in rows],
+            logprobs=[row.logprobs for row in rows if row.logprobs is not None],
+            _texts=texts,
+        )
+
     @cached_property
     def text(self) -> list[str]:
         """The new text, cut where a stop string begins; special tokens have none."""
         return self._texts()
+
+    @property
+    def tokens_per_forward(self) -> list[float]:
+        """New tokens for each denoiser pass, as transformers counts; in "ar" for each of the context tower's."""
+        passes = (nfe or forwards for nfe, forwards in zip(self.nfe, self.forwards, strict=True))
+        return [len(tokens) / max(1, count) for tokens, count in zip(self.tokens, passes, strict=True)]

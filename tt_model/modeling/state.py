@@ -1,7 +1,8 @@
 """Where generation keeps its state: K/V pages, conv and SSM states in buffers with fixed addresses, and views of them.
 
-A `Pool` owns the buffers. A `Cache` is a batch of rows in it: a page table, state indices and lengths. Passes write the
-buffers in place; dropping, reordering and forking rows move indices only.
+A `Pool` owns the buffers. A `View` is a batch of rows in it: a page table, state indices and lengths. A `Cache` is one
+whose tokens the host counts and makes room for. Passes write the buffers in place; dropping, reordering and forking
+rows move indices only.
 
 Shapes: B rows, L tokens that enter, Hkv key/value heads, P head size, C conv channels, K conv kernel, H Mamba heads,
 N state size. Row b's token s lies in page `page_table[b, s // PAGE_SIZE]` at offset `s % PAGE_SIZE`.
@@ -68,7 +69,7 @@ class ForwardContext:
     """
 
     kind: Literal["extend", "verify", "denoise", "clean", "noisy"]
-    cache: Cache | None = None
+    cache: View | None = None
     counts: Tensor | None = None  # [B] int32: tokens of each row that enter; None: all
     pending: Pending | None = None
     keep: CleanStates | None = None
@@ -153,7 +154,42 @@ def _leave(pool: Pool, rows: list[Row]) -> None:
             pool.pages.leave(page)
 
 
-class Cache:
+@dataclass(eq=False)
+class View:
+    """Rows of a pool as one pass reads and writes them: what is on the device, and nothing that the host counts."""
+
+    pool: Pool
+    lengths: Tensor  # [B] int32: tokens of each row
+    page_table: Tensor  # [B, pages of a row] int32
+    # [B] int32: where a row's states are read, and where the pass writes them: a conv state in its other plane.
+    ssm: Tensor
+    ssm_out: Tensor
+    conv: Tensor
+    conv_out: Tensor
+
+    def mamba(self, layer: int) -> MambaState:
+        """Where the rows' states of a Mamba layer are read and written."""
+        p = self.pool
+        return MambaState(p.conv[layer], p.ssm[layer], self.conv, self.ssm, self.conv_out, self.ssm_out)
+
+    def kv(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of an attention layer: [pages, PAGE_SIZE, Hkv, P] each."""
+        return self.pool.keys[layer], self.pool.values[layer]
+
+    def let_in(self, pending: Pending, entered: Tensor) -> None:
+        """Write the first entered[b] [B] int32 tokens of a verified block; there is room for all of it."""
+        assert pending.hidden is not None
+        L = pending.hidden.shape[1]
+        position = self.lengths.unsqueeze(1) + torch.arange(L, device=self.lengths.device)  # [B, L]
+        page, offset = self.page_table.gather(1, position // PAGE_SIZE), position % PAGE_SIZE
+        for i, (k, v) in pending.kv.items():  # all L: tokens behind a row's length are not read
+            keys, values = self.kv(i)
+            keys[page, offset], values[page, offset] = k, v
+        for i, (xBC, dt, weights, dt_limit) in pending.mamba.items():
+            mamba_advance(xBC, dt, weights, self.mamba(i), entered, dt_limit=dt_limit)
+
+
+class Cache(View):
     """Committed tokens of B rows. `commit` and `advance` extend it, `denoise` and `verify` only read it.
 
     Made by `TwoTower.prefill`. While its rows and its room stay the same, all its tensors keep their addresses.
@@ -166,12 +202,13 @@ class Cache:
 
     def __init__(self, pool: Pool, rows: list[Row], device: torch.device, *, width: int = 1):
         """Rows that hold their places already; `width` pages fit into the page table before it is made anew."""
-        self.pool, self._rows = pool, rows
-        slots = torch.tensor([row.slot for row in rows], dtype=torch.int32, device=device)
-        # Where a row's states are read, and where the next pass writes them: a conv state in its other plane.
-        self._ssm, self._ssm_out, self._conv, self._conv_out = slots, slots.clone(), 2 * slots, 2 * slots + 1
-        self.lengths = torch.tensor([row.length for row in rows], dtype=torch.int32, device=device)
-        self.page_table = torch.zeros(len(rows), width, dtype=torch.int32, device=device)
+        slots, lengths = (
+            torch.tensor([getattr(row, name) for row in rows], dtype=torch.int32, device=device)
+            for name in ("slot", "length")
+        )
+        table = torch.zeros(len(rows), width, dtype=torch.int32, device=device)
+        super().__init__(pool, lengths, table, slots, slots.clone(), 2 * slots, 2 * slots + 1)
+        self._rows = rows
         self.last_hidden: Tensor | None = None
         self.head: Tensor | None = None
         weakref.finalize(self, _leave, pool, rows).atexit = False
@@ -212,18 +249,9 @@ class Cache:
         hidden, parts = self.last_hidden.to(acc), self.head.split(16384)
         return torch.cat([F.linear(hidden, part.to(acc)) for part in parts], -1)  # not rounded to 16 bits
 
-    def mamba(self, layer: int) -> MambaState:
-        """Where the rows' states of a Mamba layer are read and written."""
-        p = self.pool
-        return MambaState(p.conv[layer], p.ssm[layer], self._conv, self._ssm, self._conv_out, self._ssm_out)
-
-    def kv(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of an attention layer: [pages, PAGE_SIZE, Hkv, P] each."""
-        return self.pool.keys[layer], self.pool.values[layer]
-
     def states(self, layer: int) -> tuple[Tensor, Tensor]:
         """Copies of the rows' conv [B, C, K] and SSM [B, H, P, N] states of a Mamba layer."""
-        return self.pool.conv[layer][self._conv.long()], self.pool.ssm[layer][self._ssm.long()]
+        return self.pool.conv[layer][self.conv.long()], self.pool.ssm[layer][self.ssm.long()]
 
     def reserve(self, tokens: int) -> None:
         """Make room for rows of `tokens` tokens in all. Nothing is copied while the pool has pages."""
@@ -282,7 +310,7 @@ class Cache:
                 pages[target] = pages[source]
         if moved:
             rows, slots = torch.tensor(moved, device=self.lengths.device).unbind(1)
-            self._ssm_out[rows], self._conv_out[rows] = slots.int(), 2 * slots.int()
+            self.ssm_out[rows], self.conv_out[rows] = slots.int(), 2 * slots.int()
 
     def extend(self, counts: Sequence[int], hidden: Tensor, entered: Tensor | None = None) -> None:
         """Count the tokens that a pass has written: counts[b] of row b, on the device in `entered` where it is not all
@@ -298,9 +326,9 @@ class Cache:
             self.lengths.add_(entered)
         for row, count in zip(self._rows, counts, strict=True):
             row.length += count
-        self._ssm.copy_(self._ssm_out)
-        self._conv.copy_(self._conv_out)
-        self._conv_out.bitwise_xor_(1)
+        self.ssm.copy_(self.ssm_out)
+        self.conv.copy_(self.conv_out)
+        self.conv_out.bitwise_xor_(1)
 
     def advance(self, pending: Pending, counts: Tensor) -> None:
         """Let the first counts[b] tokens of a verified block in.
@@ -325,13 +353,7 @@ class Cache:
         if min(listed) < 0 or max(listed) > L:
             raise ValueError(f"advance: counts is {listed}, expected values from 0 to the block's {L}")
         self.prepare([L] * self.batch)
-        position = self.lengths.unsqueeze(1) + torch.arange(L, device=self.lengths.device)  # [B, L]
-        page, offset = self.page_table.gather(1, position // PAGE_SIZE), position % PAGE_SIZE
-        for i, (k, v) in pending.kv.items():  # all L: tokens behind a row's length are not read
-            keys, values = self.kv(i)
-            keys[page, offset], values[page, offset] = k, v
-        for i, (xBC, dt, weights, dt_limit) in pending.mamba.items():
-            mamba_advance(xBC, dt, weights, self.mamba(i), entered, dt_limit=dt_limit)
+        self.let_in(pending, entered)
         self.extend(listed, pending.hidden, entered)
 
     def fork(self, rows: Sequence[int] | Tensor | None = None) -> Cache:
@@ -354,7 +376,7 @@ class Cache:
                 self.pool.pages.hold(page)
         out = Cache(self.pool, kept, device, width=self.page_table.shape[1])
         index = torch.tensor(listed, dtype=torch.int64, device=device)
-        for name in ("_ssm", "_ssm_out", "_conv", "_conv_out", "lengths", "page_table", "last_hidden"):
+        for name in ("ssm", "ssm_out", "conv", "conv_out", "lengths", "page_table", "last_hidden"):
             t = getattr(self, name)
             setattr(out, name, None if t is None else t[index])
         out.head = self.head

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -17,8 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..arguments import integer, is_integer, token_rows
 from ..config import TwoTowerConfig
+from ..vocabulary import Vocabulary
 from .constants import Constant
-from .state import Cache, CleanStates, ForwardContext, Pending
+from .state import Cache, CleanStates, ForwardContext, Pending, View
 from .tower import Tower
 
 # Tokens of all prompts that go through the tower at a time: bounds memory, to less than a gigabyte of activations of
@@ -109,6 +110,26 @@ class TwoTowerModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.context_lm_head.weight.dtype
 
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of cached keys and values: as they are projected."""
+        kind = self.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if autocast and self.dtype != torch.float64 else self.dtype
+
+    @cached_property
+    def tokenizer(self) -> Vocabulary:
+        """Text to the ids that the model reads (`encode`, `chat`), and back (`decode`). ValueError where the folder
+        that the model was loaded from has no tokenizer.json, or one of another vocabulary."""
+        if self.source is None:
+            raise ValueError("tokenizer: the model was not loaded from a folder; give prompts as token ids")
+        return Vocabulary(self.source, self.config)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer.json where it was loaded from."""
+        return self.source is not None and (self.source / "tokenizer.json").is_file()
+
     # ---- generation: tokens in, logits and caches out ----
 
     def context_logits(self, ids: Tensor) -> Tensor:
@@ -153,11 +174,14 @@ class TwoTowerModel(nn.Module):
         longest = max(lengths)
         padded = pad_sequence([torch.as_tensor(row, dtype=torch.int64, device="cpu") for row in rows], batch_first=True)
         ids = self._ids("prompts", padded)
-        dtype = self.dtype
-        if dtype != torch.float64 and torch.is_autocast_enabled(self.device.type):
-            dtype = torch.get_autocast_dtype(self.device.type)  # of keys and values as they are projected
-        room = longest + reserve
-        cache = Cache.empty(self.config, len(rows), device=self.device, dtype=dtype, reserve=room, forks=forks)
+        cache = Cache.empty(
+            self.config,
+            len(rows),
+            device=self.device,
+            dtype=self.state_dtype,
+            reserve=longest + reserve,
+            forks=forks,
+        )
         cache.head = self.context_lm_head.weight
         stretch = prefill_stretch(len(rows))
         for start in range(0, longest, stretch):
@@ -184,13 +208,17 @@ class TwoTowerModel(nn.Module):
         Returns:
             [B, L, V] logits (the mask token is not suppressed), or [B, L, D] hidden states after the final norm.
         """
-        tower = self._denoiser()
+        self._denoiser()
         block = self._block("denoise", block, cache)
         if t is not None and (not isinstance(t, Tensor) or t.shape != (cache.batch,)):
             found = f"has shape {list(t.shape)}" if isinstance(t, Tensor) else f"is {t!r}"
             raise ValueError(f"denoise: t {found}, expected [B] with the cache's B={cache.batch}, or None")
-        h = tower(block, ForwardContext("denoise", cache), None if t is None else self._modulation(t))
-        return self._output(h, output)
+        return self._output(self._denoise(block, t, cache), output)
+
+    def _denoise(self, block: Tensor, t: Tensor | None, view: View) -> Tensor:
+        """Hidden states [B, L, D] of a block that is known to be right."""
+        modulation = None if t is None else self._modulation(t)
+        return self._denoiser()(block, ForwardContext("denoise", view), modulation)
 
     @torch.no_grad()
     def commit(self, block: Tensor, cache: Cache) -> None:

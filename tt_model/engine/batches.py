@@ -1,0 +1,122 @@
+"""Passes for requests that want the same: what they are made over, and what each request sees of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..modeling.state import PAGE_SIZE
+from ..modeling.two_tower import PREFILL_CHUNK, prefill_stretch
+from .board import Board
+from .loops import PREFILL, Read, Seen, Want
+from .passes import Outcome, Pass, Passes
+from .prefixes import Kept, Prefixes
+from .request import AHEAD, Request
+from .runner import Runner
+
+# Tokens of prompts that are read in one pass while others write: about as long as reading the experts' weights takes.
+BESIDE = 2048
+
+
+class Batches:
+    """Brings requests to the board and makes their passes."""
+
+    def __init__(self, passes: Passes, board: Board, prefixes: Prefixes, runner: Runner):
+        self.passes, self.board, self.prefixes, self.runner = passes, board, prefixes, runner
+        self.ahead = AHEAD if runner.graphs else 1  # AR steps between two looks: a CPU has nothing to wait for
+
+    @torch.inference_mode()
+    def enter(self, request: Request, kept: Kept | None) -> None:
+        """Bring a request that has been admitted to the board; it goes on after what is kept, or after its prefix."""
+        self.board.enter(request.row, request.slot, request.pages, request.settings, request.seed)
+        if kept is not None:
+            self.board.copy_states(kept.slot, None, request.slot)
+        if request.prefix is not None:
+            self.board.take_over(request.prefix, request.slot, request.pages)
+            request.length = request.base
+        self.board.begin(request.row, request.length)
+
+    def make(self, want: Want, group: Sequence[Request], *, beside: bool) -> tuple[Outcome | None, dict[Request, Seen]]:
+        """The pass that a group wants, and who is to look at it. beside: whether others write meanwhile."""
+        return self._read(group, beside) if want == PREFILL else self._write(want, group)
+
+    def _write(self, want: Want, group: Sequence[Request]) -> tuple[Outcome, dict[Request, Seen]]:
+        repeat = 1
+        if want.kind == "ar" and not any(request.on_step for request in group):
+            repeat = min(self.ahead, *(request.room for request in group))
+        what = self._what(want, group, max(want.length, repeat))._replace(repeat=repeat)
+        outcome = self.runner(what, [request.row for request in group])
+        read = Read(outcome)
+        for request in group:
+            request.forwards += 2 if want.kind == "mock_ar" else repeat
+        return outcome, {request: Seen(read, place) for place, request in enumerate(group)}
+
+    def _what(self, want: Want, group: Sequence[Request], more: int) -> Pass:
+        longest = max(request.length for request in group) + more
+        narrow = any(r.settings.top_k is not None or r.settings.top_p is not None for r in group)
+        kind: Any = want.kind
+        return Pass(kind, want.length, -(-longest // PAGE_SIZE), narrow)
+
+    def _read(self, group: Sequence[Request], beside: bool) -> tuple[Outcome | None, dict[Request, Seen]]:
+        """Read a stretch of each prompt. Who is through looks at the token that comes next, if its mode wants one."""
+        contexts = [request.context() for request in group]
+        most = prefill_stretch(len(group))
+        if beside:
+            most = max(PAGE_SIZE, most * BESIDE // PREFILL_CHUNK)
+        counts = [min(self._stop(r, c) - r.length, most) for r, c in zip(group, contexts, strict=True)]
+        parts = [c[r.length - r.base :][:n] for r, c, n in zip(group, contexts, counts, strict=True)]
+        through = [r.length + n == r.base + len(c) for r, c, n in zip(group, contexts, counts, strict=True)]
+        ends = [i for i, r in enumerate(group) if through[i] and r.settings.mode in ("ar", "speculative")]
+        outcome = self._stretch(group, parts, ends) if any(parts) else None
+        read = Read(outcome)
+        for request, count in zip(group, counts, strict=True):
+            request.length += count
+            if request.cut is not None and request.length == request.cut[0]:
+                self._keep(request)
+        seen = {r: Seen(read, ends.index(i) if i in ends else -1) for i, r in enumerate(group) if through[i]}
+        self._start(list(seen))
+        return outcome, seen
+
+    @staticmethod
+    def _stop(request: Request, context: Sequence[int]) -> int:
+        """The length at which reading stops: where states are to be kept, or the prompt ends."""
+        return request.base + len(context) if request.cut is None else request.cut[0]
+
+    def _stretch(self, group: Sequence[Request], parts: Sequence[Sequence[int]], ends: list[int]) -> Outcome | None:
+        L = max(map(len, parts))
+        ids = self._to_device([[*part, *[0] * (L - len(part))] for part in parts])
+        counts = self._to_device([len(part) for part in parts]).int()
+        where = self._to_device(ends) if ends else None
+        return self.passes.prefill(self._rows(group), ids, counts, self._what(PREFILL, group, L), where)
+
+    def _rows(self, group: Sequence[Request]) -> Tensor:
+        return self._to_device([request.row for request in group])
+
+    def _to_device(self, numbers: list) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64).to(self.board.device)
+
+    @torch.inference_mode()
+    def _start(self, group: Sequence[Request]) -> None:
+        """Give those whose prompts have been read what their first pass begins from."""
+        blocks: dict[tuple[int, bool], list[Request]] = {}
+        for request in group:
+            mode = request.settings.mode
+            if mode == "mock_ar":
+                self.board.token[request.row].fill_((request.prompt + request.tokens)[-1])
+            elif mode != "ar":
+                blocks.setdefault((request.settings.block_size, mode == "speculative"), []).append(request)
+        for (size, draft), requests in blocks.items():
+            self.passes.start(self._rows(requests), size, draft=draft)
+
+    @torch.inference_mode()
+    def _keep(self, request: Request) -> None:
+        """Keep what a request has read so far for others that begin alike."""
+        assert request.cut is not None
+        length, key = request.cut
+        slot = self.prefixes.keep(key, request.pages[: length // PAGE_SIZE])
+        if slot is not None:
+            self.board.copy_states(request.slot, request.row, slot)
+        request.cut = None

@@ -1,0 +1,148 @@
+"""What the device knows of an engine's rows: buffers with fixed addresses, which passes read and write.
+
+R rows, and one more: the idle row, which fills up a batch. It has no tokens, reads states that are zero and writes a
+page and states that nobody reads. B rows take part in a pass, L tokens of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tt_kernels import Sampling
+
+from ..modeling.state import PAGE_SIZE, Cache, Pool, View
+from ..modeling.two_tower import TwoTowerModel
+from .settings import HOTTEST, Settings
+
+
+class Lane(NamedTuple):
+    """The blocks of the rows that have a block size."""
+
+    block: Tensor  # [R + 1, L] int64
+    masked: Tensor  # [R + 1] int64: positions that hold the mask token; a draft's, without what is given
+
+
+class Board:
+    """Pages and states in a pool, and a number or so a row for everything else."""
+
+    def __init__(self, model: TwoTowerModel, *, rows: int, pages: int, slots: int):
+        device, config = model.device, model.config
+        self.device, self.idle, self.mask, self.limit = device, rows, config.mask_token_id, config.vocab_size
+        self.pool = Pool(config, pages=pages + 1, slots=slots + 2, device=device, dtype=model.state_dtype)
+        (page,), (blank, spare) = self.pool.pages.take(1), self.pool.slots.take(2)
+
+        def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.full((rows + 1, *shape), value, dtype=dtype, device=device)
+
+        self.lengths, self.page_table = full(0, torch.int32), full(page, torch.int32, pages)
+        # Where states are read and written; a conv state in the other plane of its slot, and there the next time.
+        self.ssm, self.ssm_out, self.conv = (full(slot, torch.int32) for slot in (blank, spare, 2 * blank))
+        self.token = full(0, torch.int64)  # in the autoregressive modes: the last one, not in the cache yet
+        self.certain = full(0, torch.promote_types(model.dtype, torch.float32))  # its probability
+        self.draft = full(False, torch.bool)  # of blocks that the context tower will verify
+        self.step, self.steps = full(0, torch.int64), full(1, torch.int64)  # denoising steps: made, and allowed
+        self.threshold, self.temperature = full(0, torch.float64), full(0, torch.float64)
+        self.top_k, self.top_p, self.seed = full(0, torch.int64), full(1, torch.float64), full(0, torch.int64)
+        self.lanes: dict[int, Lane] = {}
+
+    def lane(self, L: int) -> Lane:
+        """The blocks of L tokens."""
+        if L not in self.lanes:
+            block = torch.zeros(self.idle + 1, L, dtype=torch.int64, device=self.device)
+            # The idle row's has nothing masked; any token but the mask token does.
+            block[self.idle] = int(self.mask == 0)
+            self.lanes[L] = Lane(block, torch.zeros_like(self.seed))
+        return self.lanes[L]
+
+    def free(self) -> tuple[int, int]:
+        """Pages and slots that nobody holds."""
+        return len(self.pool.pages.free), len(self.pool.slots.free)
+
+    # ---- a row comes ----
+
+    def enter(self, row: int, slot: int, pages: Sequence[int], s: Settings, seed: int) -> None:
+        """A new row, with states that are zero."""
+        for states in self.pool.ssm.values():
+            states[slot].zero_()
+        for states in self.pool.conv.values():
+            states[2 * slot].zero_()
+        k, p = s.top_k, s.top_p
+        numbers: dict[str, Any] = dict(
+            lengths=0,
+            ssm=slot,
+            ssm_out=slot,
+            conv=2 * slot,
+            draft=s.mode == "speculative",
+            steps=min(s.steps_per_block, 2**31),
+            threshold=s.confidence_threshold,
+            temperature=min(s.temperature, HOTTEST),
+            top_k=0 if k is None or k >= self.limit else k,
+            top_p=1.0 if p is None or p >= 1 else p,
+            seed=seed,
+        )
+        for name, number in numbers.items():
+            getattr(self, name)[row].fill_(number)
+        self.page_table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32).to(self.device)
+
+    def begin(self, row: int, length: int) -> None:
+        """A row of this many tokens goes on from states that were written into its slot."""
+        self.lengths[row].fill_(length)
+
+    def copy_states(self, source: int, row: int | None, target: int) -> None:
+        """Mamba states from a slot into another. row: whose slot it is, as its conv state may be in either plane."""
+        plane = 2 * source if row is None else self.conv[row].long()
+        for states in self.pool.ssm.values():
+            states[target] = states[source]
+        for states in self.pool.conv.values():
+            states[2 * target] = states[plane]
+
+    def check(self, cache: Cache) -> None:
+        """ValueError for what is no cache of one row of such a model."""
+        if not isinstance(cache, Cache) or cache.batch != 1:
+            found = f"has {cache.batch} rows" if isinstance(cache, Cache) else f"is {cache!r:.40}"
+            raise ValueError(f"prefix {found}, expected a cache of one row, from `prefill` or `Cache.fork`")
+        shapes = [
+            {i: t.shape[1:] for name in ("keys", "conv", "ssm") for i, t in getattr(pool, name).items()}
+            for pool in (self.pool, cache.pool)
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError("prefix is a cache of a model of another size")
+
+    def take_over(self, cache: Cache, slot: int, pages: Sequence[int]) -> None:
+        """Keys, values and states of a cache of one row into a slot and pages of this pool."""
+        used = -(-cache.longest // PAGE_SIZE)
+        source, target = cache.page_table[0, :used].long(), torch.tensor(pages[:used], device=self.device)
+        for layer, keys in self.pool.keys.items():
+            for own, other in zip((keys, self.pool.values[layer]), cache.kv(layer), strict=True):
+                own[target] = other[source].to(own)
+        for layer in self.pool.ssm:
+            conv, ssm = cache.states(layer)
+            self.pool.conv[layer][2 * slot], self.pool.ssm[layer][slot] = conv[0], ssm[0]
+
+    # ---- a pass ----
+
+    def view(self, rows: Tensor, pages: int) -> View:
+        """Some rows [B], the first pages of each, for one pass."""
+        conv = self.conv[rows]
+        table = self.page_table[rows, :pages]
+        return View(self.pool, self.lengths[rows], table, self.ssm[rows], self.ssm_out[rows], conv, conv ^ 1)
+
+    def count(self, rows: Tensor, view: View, entered: Tensor | int) -> None:
+        """What a pass has written: `entered` [B] tokens of each row."""
+        live = (rows < self.idle).int()
+        self.lengths[rows] = view.lengths + entered * live
+        self.conv[rows] = view.conv ^ live
+
+    def sampling(self, rows: Tensor, position: Tensor, step: Tensor, *, narrow: bool) -> Sampling:
+        """How tokens at `position` [B] or [B, n] are drawn. narrow: whether a row among them has top_k or top_p."""
+
+        def of(t: Tensor) -> Tensor:
+            own = t[rows]
+            return own if position.dim() == 1 else own.unsqueeze(1).expand_as(position)
+
+        limits = (of(self.top_k), of(self.top_p)) if narrow else (None, None)
+        return Sampling(of(self.temperature), of(self.seed), position, step, *limits)

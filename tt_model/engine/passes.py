@@ -1,0 +1,168 @@
+"""The passes of an engine, each over some rows of its board: what a CUDA graph holds.
+
+A pass reads and writes the board's buffers and the model's weights; nothing on the host decides in the middle of it,
+so that one with equal `Pass` and other rows is the same work on the same addresses. B rows, L tokens of each.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tt_kernels import head_sample, skip_checks, unmask
+
+from ..modeling.state import ForwardContext, Pending, View
+from ..modeling.two_tower import TwoTowerModel
+from .board import Board
+
+Kind = Literal["denoise", "commit", "ar", "mock_ar", "verify"]
+
+
+class Pass(NamedTuple):
+    """What a pass does, apart from the rows that it does it to."""
+
+    kind: Kind
+    length: int  # L
+    pages: int  # of a row that it may read and write
+    narrow: bool = False  # whether top_k or top_p is to be looked at
+    repeat: int = 1  # in "ar": steps, of a token each
+
+
+class Outcome(NamedTuple):
+    """What a pass tells the host."""
+
+    listed: Tensor  # [B, n] int64: what decides how a row goes on
+    tokens: Tensor  # [B, L], confidence and committed: what `Step` shows
+    confidence: Tensor  # [B, L] float
+    committed: Tensor | None = None  # [B, L] bool; None: all
+
+
+class Passes:
+    """A model's passes over a board."""
+
+    def __init__(self, model: TwoTowerModel, board: Board):
+        self.model, self.board = model, board
+
+    @torch.inference_mode()
+    def __call__(self, what: Pass, rows: Tensor) -> Outcome:
+        """Make a pass over rows [B] int64, the idle one any number of times among them."""
+        with skip_checks():
+            return getattr(self, f"_{what.kind}")(rows, what)
+
+    @torch.inference_mode()
+    def prefill(self, rows: Tensor, ids: Tensor, counts: Tensor, what: Pass, ends: Tensor | None) -> Outcome | None:
+        """The first counts[b] of the tokens [B, L] enter. ends: the places in the batch of those whose next token the
+        context tower chooses; None: of none."""
+        with skip_checks():
+            hidden = self._extend(rows, ids, self.board.view(rows, what.pages), counts)
+            if ends is None:
+                return None
+            return self._next(rows[ends], hidden[ends, (counts[ends] - 1).long()], what)
+
+    def _extend(self, rows: Tensor, ids: Tensor, view: View, counts: Tensor | None = None) -> Tensor:
+        hidden = self.model.context_tower(ids, ForwardContext("extend", view, counts))
+        self.board.count(rows, view, ids.shape[1] if counts is None else counts)
+        return hidden
+
+    def _next(self, rows: Tensor, hidden: Tensor, what: Pass) -> Outcome:
+        """The context tower's token after the last one of each row, from its hidden state [B, D]."""
+        board = self.board
+        position = board.lengths[rows].long()
+        sampling = board.sampling(rows, position, torch.zeros_like(position), narrow=what.narrow)
+        return self._chosen(rows, *head_sample(hidden, self.model.context_lm_head.weight, sampling))
+
+    def _chosen(self, rows: Tensor, token: Tensor, confidence: Tensor) -> Outcome:
+        self.board.token[rows], self.board.certain[rows] = token, confidence
+        column = token.unsqueeze(1)
+        return Outcome(column, column, confidence.unsqueeze(1))
+
+    def _renew(self, rows: Tensor, L: int, token: Tensor | None = None) -> None:
+        """A block of mask tokens, or of one that is certain and mask tokens, for each row but the idle one."""
+        board, lane = self.board, self.board.lane(L)
+        live = rows < board.idle
+        block = torch.where(live.unsqueeze(1), board.mask, lane.block[rows])
+        if token is not None:
+            block[:, 0] = torch.where(live, token, block[:, 0])
+        lane.block[rows] = block
+        lane.masked[rows] = (L - (token is not None)) * live
+        board.step[rows] = 0
+
+    @torch.inference_mode()
+    def start(self, rows: Tensor, L: int, *, draft: bool) -> None:
+        """The first block of rows whose prompts have been read."""
+        self._renew(rows, L, self.board.token[rows] if draft else None)
+
+    def _denoise(self, rows: Tensor, what: Pass) -> Outcome:
+        """A denoiser pass over the rows' blocks, its predictions and the commit rule."""
+        board, lane, L = self.board, self.board.lane(what.length), what.length
+        view, block, step = board.view(rows, what.pages), lane.block[rows], board.step[rows]
+        hidden = self.model._denoise(block, lane.masked[rows] / L, view)
+        # A draft has the noise that the autoregressive mode draws at each position: alike logits give alike tokens.
+        noise = step.masked_fill(board.draft[rows], 0)
+        out = unmask(
+            hidden,
+            self.model.lm_head.weight,
+            block,
+            board.sampling(rows, view.lengths.long(), noise, narrow=what.narrow),
+            mask_token_id=board.mask,
+            threshold=board.threshold[rows],
+            steps_left=(board.steps[rows] - step).clamp(max=L),  # more means no more
+        )
+        lane.block[rows], lane.masked[rows], board.step[rows] = out.block, out.masked, step + 1
+        listed = torch.cat([out.block, out.masked.unsqueeze(1)], 1)
+        return Outcome(listed, out.block, out.confidence, out.committed)
+
+    def _commit(self, rows: Tensor, what: Pass) -> Outcome:
+        """The context tower reads the rows' finished blocks, and the next ones begin."""
+        block = self.board.lane(what.length).block[rows]
+        self._extend(rows, block, self.board.view(rows, what.pages))
+        self._renew(rows, what.length)
+        return Outcome(block[:, :0], block, block)
+
+    def _ar(self, rows: Tensor, what: Pass) -> Outcome:
+        """The context tower reads each row's last token and chooses the next one."""
+        steps = []
+        for _ in range(what.repeat):
+            hidden = self._extend(rows, self.board.token[rows].unsqueeze(1), self.board.view(rows, what.pages))
+            steps.append(self._next(rows, hidden[:, -1], what))
+        if len(steps) == 1:
+            return steps[0]
+        listed, tokens, confidence = (torch.cat([getattr(s, f) for s in steps], 1) for f in Outcome._fields[:3])
+        return Outcome(listed, tokens, confidence)
+
+    def _mock_ar(self, rows: Tensor, what: Pass) -> Outcome:
+        """The denoiser chooses what follows each row's last token; then the context tower reads that token."""
+        board, token = self.board, self.board.token[rows].unsqueeze(1)
+        view = board.view(rows, what.pages)
+        hidden = self.model._denoise(token, None, view)[:, -1]
+        position = view.lengths.long() + 1
+        sampling = board.sampling(rows, position, torch.zeros_like(position), narrow=what.narrow)
+        chosen = head_sample(hidden, self.model.lm_head.weight, sampling)
+        self._extend(rows, token, view)
+        return self._chosen(rows, *chosen)
+
+    def _verify(self, rows: Tensor, what: Pass) -> Outcome:
+        """The context tower reads the rows' drafts; as much enters as it would have written itself."""
+        board, lane, L = self.board, self.board.lane(what.length), what.length
+        view, block, token, certain = board.view(rows, what.pages), lane.block[rows], board.token[rows], None
+        certain = board.certain[rows].unsqueeze(1)
+        block[:, 0] = token  # which may be the mask token, as AR writes any, and was filled in then
+        pending = Pending()
+        pending.hidden = self.model.context_tower(block, ForwardContext("verify", view, pending=pending))
+        places = torch.arange(L, device=board.device)
+        position = view.lengths.long().unsqueeze(1) + 1 + places  # [B, L]
+        sampling = board.sampling(rows, position, torch.zeros_like(position), narrow=what.narrow)
+        follows, confidence = head_sample(pending.hidden, self.model.context_lm_head.weight, sampling)  # [B, L]
+        agreed = (follows[:, :-1] == block[:, 1:]).cumprod(-1).sum(-1)  # [B] tokens of the draft, from its first on
+        count = agreed + 1  # with the token that was certain
+        view.let_in(pending, count.int())
+        board.count(rows, view, count.int())
+        last = agreed.unsqueeze(1)
+        self._chosen(rows, *(t.gather(1, last).squeeze(1) for t in (follows, confidence)))
+        self._renew(rows, L, board.token[rows])
+        entered = places <= last
+        shown = block.masked_fill(~entered, board.mask)
+        probable = torch.cat([certain, confidence[:, :-1]], -1).masked_fill(~entered, 0)
+        return Outcome(torch.cat([block, count.unsqueeze(1)], 1), shown, probable, entered)

@@ -1,0 +1,89 @@
+"""Makes passes: as replays of CUDA graphs on a GPU, as calls elsewhere.
+
+A graph is captured where its pass is first wanted, and for batches and rooms of a few sizes only: rows are filled up
+with the idle one, pages to a power of two. So contexts grow, and rows come and go, without capturing anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .passes import Outcome, Pass, Passes
+
+# Few rows cost much the same; beyond, at most a fifth of a batch is idle.
+BATCHES = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
+MOST = 128  # graphs that are kept, the ones used last
+_log = logging.getLogger(__name__)
+
+
+class Captured(NamedTuple):
+    """A graph, the rows that it reads, and what it writes."""
+
+    graph: Any
+    rows: Tensor  # [B] int64
+    outcome: Outcome
+
+
+class Runner:
+    """Makes the passes of a board.
+
+    Args:
+        graphs: whether passes are captured; None: on a GPU.
+        fill: whether rows and pages are filled up to the sizes of graphs; None: where there are graphs.
+    """
+
+    def __init__(self, passes: Passes, *, graphs: bool | None = None, fill: bool | None = None):
+        self.passes, self.device = passes, passes.board.device
+        self.graphs = self.device.type == "cuda" if graphs is None else graphs
+        self.fill = self.graphs if fill is None else fill
+        self.captured: OrderedDict[tuple[Pass, int], Captured] = OrderedDict()
+        self._memory: Any = None  # that all graphs share
+
+    def __call__(self, what: Pass, rows: Sequence[int]) -> Outcome:
+        """Make a pass over rows of the board. What it tells is overwritten by the next pass that is like it."""
+        listed = list(rows)
+        if self.fill:
+            what = what._replace(pages=min(1 << (what.pages - 1).bit_length(), self.passes.board.page_table.shape[1]))
+            at = bisect_left(BATCHES, len(listed))
+            size = BATCHES[at] if at < len(BATCHES) else -(-len(listed) // 32) * 32
+            listed += [self.passes.board.idle] * (size - len(listed))
+        index = torch.tensor(listed)
+        if not self.graphs:
+            return self.passes(what, index.to(self.device))
+        found = self._find(what, len(listed))
+        found.rows.copy_(index.pin_memory(), non_blocking=True)
+        found.graph.replay()
+        return found.outcome
+
+    def _find(self, what: Pass, size: int) -> Captured:
+        key = what, size
+        if key in self.captured:
+            self.captured.move_to_end(key)
+            return self.captured[key]
+        _log.info("capturing %s for %d rows of %d pages", what.kind, size, what.pages)
+        while len(self.captured) >= MOST:
+            self.captured.popitem(last=False)
+        found = self.captured[key] = self._capture(what, size)
+        return found
+
+    def _capture(self, what: Pass, size: int) -> Captured:
+        """Two passes over the idle row, which compile kernels and change nothing, then the one that is kept."""
+        rows = torch.full((size,), self.passes.board.idle, device=self.device)
+        here, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                self.passes(what, rows)
+        here.wait_stream(aside)
+        self._memory = self._memory or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, stream=aside):
+            outcome = self.passes(what, rows)
+        return Captured(graph, rows, outcome)
