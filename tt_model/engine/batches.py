@@ -11,10 +11,9 @@ from torch import Tensor
 from ..modeling.state import PAGE_SIZE
 from ..modeling.two_tower import PREFILL_CHUNK, prefill_stretch
 from .board import Board
-from .loops import PREFILL, Read, Seen, Want
 from .passes import Outcome, Pass, Passes
 from .prefixes import Kept, Prefixes
-from .request import AHEAD, Request
+from .request import AHEAD, PREFILL, Read, Request, Seen, Want
 from .runner import Runner
 
 # Tokens of prompts that are read in one pass while others write: about as long as reading the experts' weights takes.

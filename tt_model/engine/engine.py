@@ -14,10 +14,10 @@ from ..modeling.state import PAGE_SIZE, Cache
 from ..modeling.two_tower import TwoTowerModel
 from .batches import Batches
 from .board import Board
-from .loops import PROGRAMS, Seen
+from .loops import PROGRAMS
 from .passes import Outcome, Passes
 from .prompts import check, prompt_ids
-from .request import Request
+from .request import Request, Seen
 from .runner import Runner
 from .scheduler import Scheduler
 from .settings import Settings, Step

@@ -5,62 +5,9 @@ A program yields what it wants next and is sent what the pass has made of its ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from functools import cached_property
-from typing import Literal, NamedTuple
+from collections.abc import Callable
 
-from .passes import Kind, Outcome
-from .request import Request
-
-
-class Want(NamedTuple):
-    """A pass that a request needs: those that want the same share it."""
-
-    kind: Kind | Literal["prefill"]
-    length: int = 0  # tokens of the row; 0: however many
-
-
-PREFILL = Want("prefill")
-
-
-class Read:
-    """The outcome of a pass on the host: what is always wanted at once, the rest where somebody asks."""
-
-    def __init__(self, outcome: Outcome | None):
-        self.outcome = outcome
-        self.listed: list[list[int]] = [] if outcome is None else outcome.listed.tolist()
-
-    @cached_property
-    def confidence(self) -> list[list[float]]:
-        assert self.outcome is not None
-        return self.outcome.confidence.tolist()
-
-    @cached_property
-    def committed(self) -> list[list[bool]]:
-        assert self.outcome is not None and self.outcome.committed is not None
-        return self.outcome.committed.tolist()
-
-
-class Seen(NamedTuple):
-    """A row's place in the outcome of a pass; none after a prompt whose mode wants no token then."""
-
-    read: Read
-    place: int
-
-    @property
-    def listed(self) -> list[int]:
-        return self.read.listed[self.place]
-
-    @property
-    def confidence(self) -> list[float]:
-        return self.read.confidence[self.place]
-
-    @property
-    def committed(self) -> list[bool]:
-        return self.read.committed[self.place]
-
-
-Program = Generator[Want, Seen, None]
+from .request import PREFILL, Program, Request, Want
 
 
 def _is_settled(request: Request, block: list[int], masked: int, mask: int) -> bool:

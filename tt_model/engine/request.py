@@ -3,19 +3,77 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from ..vocabulary import Vocabulary, Writing
+from .passes import Kind, Outcome
 from .settings import Result, Settings, Step
 
 if TYPE_CHECKING:
     from ..modeling.state import Cache
-    from .engine import Engine
-    from .loops import Program, Want
 
 AHEAD = 4  # AR steps that a GPU makes before the host looks
 State = Literal["waiting", "running", "finished", "cancelled", "failed"]
+
+
+class Want(NamedTuple):
+    """A pass that a request needs: those that want the same share it."""
+
+    kind: Kind | Literal["prefill"]
+    length: int = 0  # tokens of the row; 0: however many
+
+
+PREFILL = Want("prefill")
+
+
+class Read:
+    """The outcome of a pass on the host: what is always wanted at once, the rest where somebody asks."""
+
+    def __init__(self, outcome: Outcome | None):
+        self.outcome = outcome
+        self.listed: list[list[int]] = [] if outcome is None else outcome.listed.tolist()
+
+    @cached_property
+    def confidence(self) -> list[list[float]]:
+        assert self.outcome is not None
+        return self.outcome.confidence.tolist()
+
+    @cached_property
+    def committed(self) -> list[list[bool]]:
+        assert self.outcome is not None and self.outcome.committed is not None
+        return self.outcome.committed.tolist()
+
+
+class Seen(NamedTuple):
+    """A row's place in the outcome of a pass; none after a prompt whose mode wants no token then."""
+
+    read: Read
+    place: int
+
+    @property
+    def listed(self) -> list[int]:
+        return self.read.listed[self.place]
+
+    @property
+    def confidence(self) -> list[float]:
+        return self.read.confidence[self.place]
+
+    @property
+    def committed(self) -> list[bool]:
+        return self.read.committed[self.place]
+
+
+Program = Generator[Want, Seen, None]  # what a request does: see loops.py
+
+
+class Runs(Protocol):
+    """What a request asks of its engine."""
+
+    def finish(self, request: Request) -> None: ...
+
+    def cancel(self, request: Request) -> None: ...
 
 
 def room_for(prompt: int, settings: Settings) -> int:
@@ -37,7 +95,7 @@ class Request:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Runs,
         number: int,
         prompt: Sequence[int],
         settings: Settings,

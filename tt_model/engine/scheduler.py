@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..modeling.state import PAGE_SIZE, Pool
-from .loops import PREFILL, Want
 from .prefixes import Kept, Prefixes, page_keys
-from .request import Request
+from .request import PREFILL, Request, Want
 
 
 class Admitted(NamedTuple):
