@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tt_kernels.runtime.launch import ON_CPU
-from tt_model import Cache, TwoTower
+from tt_model import Cache, Engine, TwoTower
 
 # Interpreted, a pass takes seconds: one short case per mode here, all of it in `make test-full`.
 pytestmark = [pytest.mark.kernels, pytest.mark.slow] if ON_CPU else []
@@ -162,6 +162,20 @@ def test_generation_in_one_batch(model: TwoTower, generated: dict[str, list[dict
     assert len(cases) >= 2
     for tokens, case in zip(out.tokens, cases, strict=True):
         assert tokens == case["output"][len(case["prompt"]) :][:32]
+
+
+@pytest.mark.filterwarnings("ignore:block_size 32 is above")
+@pytest.mark.parametrize("rows", [3, 16])
+def test_all_cases_through_one_engine(model: TwoTower, generated: dict[str, list[dict]], rows: int) -> None:
+    """Every mode and setting beside the others, rows entering as others leave; and what AR wrote once more, drafted."""
+    cases = [(mode, case) for mode, found in generated.items() for case in found]
+    cases += [("speculative", case) for case in generated["ar"]]
+    engine = Engine(model, max_rows=rows)
+    requests = [engine.submit(case["prompt"], mode=mode, **settings_of(case)) for mode, case in cases]
+    list(engine)
+    for request, (mode, case) in zip(requests, cases, strict=True):
+        assert request.tokens == expected(case), (mode, case["prompt"])
+        assert mode != "mask_diffusion" or request.nfe == case["nfe"]
 
 
 @pytest.mark.gpu

@@ -43,6 +43,11 @@ examples:
   twotower generate --prompt-file prompt.txt --max-new-tokens 512 --json --output out.json
   twotower generate --model two-towers --device cuda --dtype bfloat16 "The capital of France is"
   twotower generate --model no-tokenizer --tokens "5 6 7" --mode ar
+  twotower generate --jsonl prompts.jsonl --output texts.jsonl --rows 32
+
+A line of --jsonl has "prompt" (or "tokens", or "messages"), and may have an "id" and settings of its own:
+  {"id": 7, "prompt": "def f(", "max_new_tokens": 64, "temperature": 0.7, "stop": ["\\n\\n"]}
+Whoever stops it and runs the same command again goes on where it was.
 
 A prompt is read as it is, and is best ended without a trailing space or newline: models rarely begin a token there
 (`printf '%s'` adds no newline, `echo` does). Put -- before a prompt that begins with a dash. No model is downloaded:
@@ -56,6 +61,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     source.add_argument("prompt", nargs="?", help="the text to continue")
     source.add_argument("--chat", action="store_true", help="the prompt is a message, for the folder's chat template")
     option(source, "--prompt-file", str, "FILE", "read the prompt from a UTF-8 file; -: standard input")
+    option(source, "--jsonl", str, "FILE", "many prompts, a JSON object a line; needs --output, and goes on from there")
     option(source, "--tokens", str, "IDS", 'the prompt as token ids, "5 6 7"; ids are written, too')
     option(source, "--model", str, "DIR", "folder of a model (default: the small one that comes along)")
     option(source, "--tokenizer", str, "DIR", "folder of tokenizer.json (default: the model's)")
@@ -77,6 +83,8 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     s.add_argument("--no-eos", action="store_true", help="go on after an end-of-sequence token")
     option(s, "--stop", str, "TEXT", "end where this text is complete, before it; more than once", action="append")
 
+    option(s, "--rows", number(int, 1, 4096), "N", "with --jsonl: prompts at a time", default=16)
+
     out = p.add_argument_group("output")
     out.add_argument("--watch", action="store_true", help="show blocks resolving, tokens coloured by confidence")
     out.add_argument("--json", action="store_true", help="one JSON object: text, tokens, passes, timings, settings")
@@ -86,6 +94,10 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def run(o: argparse.Namespace) -> None:
     """Check everything that can be checked, load, generate, write."""
+    if o.jsonl is not None:
+        from .many import run as run_many
+
+        return run_many(o)
     given = [name for name in ("prompt", "prompt_file", "tokens") if getattr(o, name) is not None]
     if len(given) > 1:
         names = " and ".join("--" + name.replace("_", "-") if name != "prompt" else "a prompt" for name in given)
