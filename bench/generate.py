@@ -26,7 +26,7 @@ import torch
 
 from tt_kernels import Sampling, head_sample
 from tt_model import TwoTower, TwoTowerConfig
-from tt_model.engine import generate as decoder
+from tt_model.engine import passes as decoder
 from tt_model.engine.settings import MODES
 from tt_model.modeling.moe import MoE
 from tt_model.modeling.state import Cache

@@ -190,7 +190,10 @@ def tasks() -> Iterator[Task]:
 
     trace = (*PYTHON, "profiling.timeline", "--passes", "3", "--out", "profiles/denoiser_pass.json.gz")
     yield Task("timeline", trace, "experts most of it; what lies between the ops is launches")
-    yield Task("host", (*PYTHON, "profiling.host"), "more than the device's time at batch 1 without a CUDA graph")
+    engine = (*PYTHON, "profiling.host", "--engine", "--kinds", "denoise", "ar", "verify", "--rounds", "20", "--batch")
+    beside = "beside a replay, which `first-passes` gives the floor of: 0.1 ms of denoise and verify, a twentieth of ar"
+    for batch in (1, 32):
+        yield Task(f"host-{batch}", (*engine, str(batch)), beside)
     no_ncu = "" if shutil.which("ncu") else "ncu is not on the PATH: it comes with the CUDA toolkit (nsight-compute)"
     for name, shape, share in (("experts", "T=16", 80), ("context_attention", "L=16,S=131072", 60)):
         command = (*PYTHON, "profiling.ncu", name, "--shape", shape, "--out", f"profiles/{name}")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from models import CONFIG, prompts_of, random_model
 
 from tt_model import Engine, Event, Request, Step, TwoTower
-from tt_model.engine.runner import Runner
+from tt_model.engine.passes import Pass, Passes
+from tt_model.engine.runner import Runner, batch_for, idle_rows
 from tt_model.modeling.state import PAGE_SIZE
 
 MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
@@ -66,14 +67,46 @@ def found(request: Request) -> tuple[Any, ...]:
     return result.tokens, result.nfe, result.cycles, result.finish_reason
 
 
-@pytest.mark.parametrize("fill", [False, True], ids=["as they are", "filled up"])
-def test_500_requests_on_a_tiny_pool(model: TwoTower, fill: bool) -> None:
-    """Entering, leaving and cancelled at random; filled up: as CUDA graphs would have it, four AR steps a look."""
-    r = random.Random(int(fill))
+class Replay:
+    """A CUDA graph's stand-in: the same work on the rows that lie there now, its outcome where it lay before."""
+
+    def __init__(self, passes: Passes, what: Pass, size: int):
+        self.graph, self.rows, self.outcome = self, torch.zeros(size, dtype=torch.int64), None
+        self.again = lambda: passes(what, self.rows)
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        new = self.again()
+        if self.outcome is None:
+            self.outcome = new
+        for there, t in zip(self.outcome, new, strict=True):
+            assert (there is None) == (t is None)
+            if there is not None:
+                there.copy_(t)
+
+
+class Replaying(Runner):
+    """Works as on a GPU: rows and pages filled up, passes kept by their sizes."""
+
+    def __init__(self, passes: Passes):
+        super().__init__(passes, graphs=True)
+
+    def _capture(self, what: Pass, size: int) -> Any:
+        return Replay(self.passes, what, size)
+
+
+def as_on_a_gpu(engine: Engine) -> Engine:
+    engine._batches.runner, engine._batches.ahead = Replaying(engine._batches.passes), 4
+    return engine
+
+
+@pytest.mark.parametrize("replayed", [False, True], ids=["called", "replayed"])
+def test_500_requests_on_a_tiny_pool(model: TwoTower, replayed: bool) -> None:
+    """Entering, leaving and cancelled at random."""
+    r = random.Random(int(replayed))
     engine = Engine(model, max_rows=5, max_tokens=9 * PAGE_SIZE, max_prefixes=2)
-    if fill:
-        engine._batches.runner = Runner(engine._batches.passes, graphs=False, fill=True)
-        engine._batches.ahead = 4
+    if replayed:
+        as_on_a_gpu(engine)
     before = free(engine)
     shared = [r.randrange(4, CONFIG.vocab_size) for _ in range(130)]
     requests, cancelled = [], set[Request]()
@@ -350,7 +383,7 @@ def test_prefixes_give_way_to_requests(model: TwoTower) -> None:
     assert engine._scheduler.prefixes.kept
     assert engine.submit(prompts_of([250])[0], max_new_tokens=4, mode="ar").result().tokens
     assert not engine._scheduler.prefixes.kept
-    assert free(engine) == (2, 5, 6)
+    assert free(engine) == (2, 5, 2 + 4)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -397,3 +430,73 @@ def test_any_order_of_coming_and_going(model: TwoTower, data: st.DataObject) -> 
     while engine._scheduler.prefixes.drop():
         pass
     assert free(engine) == before
+
+
+# ---- graphs ----
+
+
+@pytest.mark.parametrize("kind", ["denoise", "commit", "ar", "mock_ar", "verify"])
+def test_passes_over_idle_rows_change_nothing(model: TwoTower, kind: Any) -> None:
+    """What is captured, and what fills up a batch: not a bit of any other row, page or state; and no token enters."""
+    engine = Engine(model, max_rows=13, max_tokens=8 * PAGE_SIZE, max_prefixes=0)
+    for mode in ("ar", "mask_diffusion", "speculative"):
+        engine.submit([4, 5, 6], mode=mode, max_new_tokens=30, eos_token_id=None)
+    for _ in range(12):
+        engine.step()
+    board, pool = engine._board, engine._board.pool
+    mine = set(board.slot[board.rows :].tolist()), set(board.page_table[board.rows :].flatten().tolist())
+    assert len(board.idle) == len(mine[0]) == len(mine[1]) == 3
+    slots = [slot for slot in range(len(pool.slots)) if slot not in mine[0]]
+    pages = [page for page in range(len(pool.pages)) if page not in mine[1]]
+
+    def everything() -> list[torch.Tensor]:
+        found = [t[: board.rows] for t in vars(board).values() if isinstance(t, torch.Tensor)]
+        found += [t[: board.rows] for lane in board.lanes.values() for t in lane]
+        found += [t[slots] for t in pool.ssm.values()]
+        found += [t.unflatten(0, (-1, 2))[slots] for t in pool.conv.values()]
+        found += [t[pages] for t in (*pool.keys.values(), *pool.values.values())]
+        return [t.clone().nan_to_num() for t in found]
+
+    before = everything()
+    for _ in range(100):  # more tokens than a page holds
+        engine._batches.passes(Pass(kind, 1 if kind in ("ar", "mock_ar") else 8, 1), torch.tensor(board.idle))
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    assert board.lengths[board.rows :].tolist() == [0] * 3
+    assert all(t.isfinite().all() for t in (*pool.ssm.values(), *pool.conv.values()))
+
+
+def test_batches_have_a_few_sizes() -> None:
+    sizes = [batch_for(n) for n in range(1, 300)]
+    assert sizes[:4] == [1, 2, 3, 4] and len(set(sizes[:128])) <= 24
+    assert all(n <= size <= max(1.25 * n, n + 1) for n, size in enumerate(sizes, 1))
+    for most in (1, 2, 13, 16, 100):
+        assert max(batch_for(n) - n for n in range(1, most + 1)) <= idle_rows(most) <= 15
+    assert idle_rows(1) == 1
+
+
+def test_contexts_grow_and_rows_come_without_capturing_anew(model: TwoTower) -> None:
+    engine = as_on_a_gpu(Engine(model, max_rows=6, max_tokens=6 * 512, max_prefixes=0))
+    options = dict(mode="ar", max_new_tokens=150, eos_token_id=None)
+    list(map(engine.submit, [[4, 5]] * 4))
+    requests = [engine.submit([4 + b], **options) for b in range(5)]
+    list(engine)
+    captured = engine._batches.runner.captured
+    seen = {(what.kind, what.pages, what.repeat, size) for what, size in captured}
+    assert {pages for kind, pages, *_ in seen if kind == "ar"} == {1, 2, 4}
+    assert {size for *_, size in seen} <= {1, 2, 3, 4, 6}
+    again = [engine.submit([9 + b], **options) for b in range(5)]
+    known = set(captured)
+    list(engine)
+    assert {(what.kind, what.pages) for what, _ in set(captured) - known} <= {("ar", 1), ("ar", 2), ("ar", 4)}
+    for request in (*requests, *again):
+        assert request.tokens == model.generate([request.prompt], **options).tokens[0]
+
+
+def test_graphs_are_bounded(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tt_model.engine.runner.MOST", 3)
+    engine = as_on_a_gpu(Engine(model, max_rows=4))
+    for size in range(1, 8):
+        request = engine.submit([4, 5], block_size=size, max_new_tokens=20, eos_token_id=None)
+        want = model.generate([[4, 5]], block_size=size, max_new_tokens=20, eos_token_id=None)
+        assert request.result().tokens == want.tokens[0]
+        assert len(engine._batches.runner.captured) <= 3

@@ -114,8 +114,9 @@ def test_two_trees_are_compared(tmp_path: Path) -> None:
 
 
 def test_profiling_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert host.main(["--model", "bundled", "--rounds", "1", "--context", "8"]) == 0
-    assert "the host's own time" in compare.times(capsys.readouterr().out)
+    assert host.main(["--model", "bundled", "--rounds", "1", "--context", "8", "--engine", "--kinds", *host.KINDS]) == 0
+    said = capsys.readouterr().out
+    assert "the host's own time" in compare.times(said) and all(f"\n| {kind} " in said for kind in host.MODES)
     out = tmp_path / "pass.json"
     assert timeline.main(["--passes", "1", "--context", "8", "--out", str(out)]) == 0
     assert "| experts_norm " in capsys.readouterr().out and json.loads(out.read_text())["traceEvents"]

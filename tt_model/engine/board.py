@@ -1,7 +1,7 @@
 """What the device knows of an engine's rows: buffers with fixed addresses, which passes read and write.
 
-R rows, and one more: the idle row, which fills up a batch. It has no tokens, reads states that are zero and writes a
-page and states that nobody reads. B rows take part in a pass, L tokens of each.
+R rows, and a few more that fill up a batch: an idle row has a slot and a page of its own, and never any tokens. B rows
+take part in a pass, L tokens of each.
 """
 
 from __future__ import annotations
@@ -22,25 +22,28 @@ from .settings import HOTTEST, Settings
 class Lane(NamedTuple):
     """The blocks of the rows that have a block size."""
 
-    block: Tensor  # [R + 1, L] int64
-    masked: Tensor  # [R + 1] int64: positions that hold the mask token; a draft's, without what is given
+    block: Tensor  # [rows, L] int64
+    masked: Tensor  # [rows] int64: positions that hold the mask token; a draft's, without what is given
 
 
 class Board:
     """Pages and states in a pool, and a number or so a row for everything else."""
 
-    def __init__(self, model: TwoTowerModel, *, rows: int, pages: int, slots: int):
+    def __init__(self, model: TwoTowerModel, *, rows: int, pages: int, slots: int, idle: int = 1):
         device, config = model.device, model.config
-        self.device, self.idle, self.mask, self.limit = device, rows, config.mask_token_id, config.vocab_size
-        self.pool = Pool(config, pages=pages + 1, slots=slots + 2, device=device, dtype=model.state_dtype)
-        (page,), (blank, spare) = self.pool.pages.take(1), self.pool.slots.take(2)
+        self.device, self.rows, self.idle = device, rows, range(rows, rows + idle)
+        self.mask, self.limit = config.mask_token_id, config.vocab_size
+        self.pool = Pool(config, pages=pages + idle, slots=slots + idle, device=device, dtype=model.state_dtype)
 
         def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.full((rows + 1, *shape), value, dtype=dtype, device=device)
+            return torch.full((rows + idle, *shape), value, dtype=dtype, device=device)
 
-        self.lengths, self.page_table = full(0, torch.int32), full(page, torch.int32, pages)
-        # Where states are read and written; a conv state in the other plane of its slot, and there the next time.
-        self.ssm, self.ssm_out, self.conv = (full(slot, torch.int32) for slot in (blank, spare, 2 * blank))
+        self.lengths, self.page_table = full(0, torch.int32), full(0, torch.int32, pages)
+        # The slot of a row's states, and the plane that its conv state is read from: it is written to the other one.
+        self.slot, self.conv = full(0, torch.int32), full(0, torch.int32)
+        for row, page, slot in zip(self.idle, self.pool.pages.take(idle), self.pool.slots.take(idle), strict=True):
+            for t, number in ((self.page_table, page), (self.slot, slot), (self.conv, 2 * slot)):
+                t[row].fill_(number)
         self.token = full(0, torch.int64)  # in the autoregressive modes: the last one, not in the cache yet
         self.certain = full(0, torch.promote_types(model.dtype, torch.float32))  # its probability
         self.draft = full(False, torch.bool)  # of blocks that the context tower will verify
@@ -52,15 +55,10 @@ class Board:
     def lane(self, L: int) -> Lane:
         """The blocks of L tokens."""
         if L not in self.lanes:
-            block = torch.zeros(self.idle + 1, L, dtype=torch.int64, device=self.device)
-            # The idle row's has nothing masked; any token but the mask token does.
-            block[self.idle] = int(self.mask == 0)
+            # Any token but the mask token: nothing of an idle row's block is to be filled in.
+            block = torch.full((len(self.seed), L), int(self.mask == 0), device=self.device)
             self.lanes[L] = Lane(block, torch.zeros_like(self.seed))
         return self.lanes[L]
-
-    def free(self) -> tuple[int, int]:
-        """Pages and slots that nobody holds."""
-        return len(self.pool.pages.free), len(self.pool.slots.free)
 
     # ---- a row comes ----
 
@@ -73,8 +71,7 @@ class Board:
         k, p = s.top_k, s.top_p
         numbers: dict[str, Any] = dict(
             lengths=0,
-            ssm=slot,
-            ssm_out=slot,
+            slot=slot,
             conv=2 * slot,
             draft=s.mode == "speculative",
             steps=min(s.steps_per_block, 2**31),
@@ -129,13 +126,13 @@ class Board:
         """Some rows [B], the first pages of each, for one pass."""
         conv = self.conv[rows]
         table = self.page_table[rows, :pages]
-        return View(self.pool, self.lengths[rows], table, self.ssm[rows], self.ssm_out[rows], conv, conv ^ 1)
+        slot = self.slot[rows]
+        return View(self.pool, self.lengths[rows], table, slot, slot, conv, conv ^ 1)
 
     def count(self, rows: Tensor, view: View, entered: Tensor | int) -> None:
         """What a pass has written: `entered` [B] tokens of each row."""
-        live = (rows < self.idle).int()
-        self.lengths[rows] = view.lengths + entered * live
-        self.conv[rows] = view.conv ^ live
+        self.lengths[rows] = view.lengths + entered * (rows < self.rows).int()
+        self.conv[rows] = view.conv_out
 
     def sampling(self, rows: Tensor, position: Tensor, step: Tensor, *, narrow: bool) -> Sampling:
         """How tokens at `position` [B] or [B, n] are drawn. narrow: whether a row among them has top_k or top_p."""

@@ -18,7 +18,7 @@ from .loops import PROGRAMS
 from .passes import Outcome, Passes
 from .prompts import check, prompt_ids
 from .request import Request, Seen
-from .runner import Runner
+from .runner import Runner, idle_rows
 from .scheduler import Scheduler
 from .settings import Settings, Step
 
@@ -68,7 +68,8 @@ class Engine(Iterator[Event]):
         pages = -(-integer("max_tokens", max_tokens, 1) // PAGE_SIZE)
         self.model, self.max_rows, self.max_tokens = model, max_rows, pages * PAGE_SIZE
         with torch.inference_mode():
-            self._board = Board(model, rows=max_rows, pages=pages, slots=max_rows + max_prefixes)
+            slots, idle = max_rows + max_prefixes, idle_rows(max_rows)
+            self._board = Board(model, rows=max_rows, pages=pages, slots=slots, idle=idle)
         self._scheduler = Scheduler(self._board.pool, rows=max_rows, prefixes=max_prefixes)
         passes = Passes(model, self._board)
         self._batches = Batches(passes, self._board, self._scheduler.prefixes, Runner(passes))

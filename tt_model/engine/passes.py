@@ -47,7 +47,7 @@ class Passes:
 
     @torch.inference_mode()
     def __call__(self, what: Pass, rows: Tensor) -> Outcome:
-        """Make a pass over rows [B] int64, the idle one any number of times among them."""
+        """Make a pass over rows [B] int64, idle ones among them."""
         with skip_checks():
             return getattr(self, f"_{what.kind}")(rows, what)
 
@@ -79,9 +79,9 @@ class Passes:
         return Outcome(column, column, confidence.unsqueeze(1))
 
     def _renew(self, rows: Tensor, L: int, token: Tensor | None = None) -> None:
-        """A block of mask tokens, or of one that is certain and mask tokens, for each row but the idle one."""
+        """A block of mask tokens, or of one that is certain and mask tokens, for each row that is not idle."""
         board, lane = self.board, self.board.lane(L)
-        live = rows < board.idle
+        live = rows < board.rows
         block = torch.where(live.unsqueeze(1), board.mask, lane.block[rows])
         if token is not None:
             block[:, 0] = torch.where(live, token, block[:, 0])
@@ -146,9 +146,8 @@ class Passes:
     def _verify(self, rows: Tensor, what: Pass) -> Outcome:
         """The context tower reads the rows' drafts; as much enters as it would have written itself."""
         board, lane, L = self.board, self.board.lane(what.length), what.length
-        view, block, token, certain = board.view(rows, what.pages), lane.block[rows], board.token[rows], None
-        certain = board.certain[rows].unsqueeze(1)
-        block[:, 0] = token  # which may be the mask token, as AR writes any, and was filled in then
+        view, block, certain = board.view(rows, what.pages), lane.block[rows], board.certain[rows].unsqueeze(1)
+        block[:, 0] = board.token[rows]  # which may be the mask token, as AR writes any, and was filled in then
         pending = Pending()
         pending.hidden = self.model.context_tower(block, ForwardContext("verify", view, pending=pending))
         places = torch.arange(L, device=board.device)

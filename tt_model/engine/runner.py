@@ -1,13 +1,12 @@
 """Makes passes: as replays of CUDA graphs on a GPU, as calls elsewhere.
 
-A graph is captured where its pass is first wanted, and for batches and rooms of a few sizes only: rows are filled up
-with the idle one, pages to a power of two. So contexts grow, and rows come and go, without capturing anew.
+A graph is captured where its pass is first wanted, and for batches and rooms of a few sizes only: idle rows fill up a
+batch, pages are counted up to a power of two. So contexts grow, and rows come and go, without capturing anew.
 """
 
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,10 +16,19 @@ from torch import Tensor
 
 from .passes import Outcome, Pass, Passes
 
-# Few rows cost much the same; beyond, at most a fifth of a batch is idle.
-BATCHES = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 MOST = 128  # graphs that are kept, the ones used last
 _log = logging.getLogger(__name__)
+
+
+def batch_for(rows: int) -> int:
+    """The size of a batch that has a graph: 1, 2, 3, 4, then by 2 to 16, by 4 to 32, by 8 to 64, by 16 from there on."""
+    step = next((step for most, step in ((4, 1), (16, 2), (32, 4), (64, 8)) if rows <= most), 16)
+    return -(-rows // step) * step
+
+
+def idle_rows(rows: int) -> int:
+    """Rows that are idle at most in a batch of up to so many."""
+    return max(1, *(batch_for(n) - n for n in range(1, rows + 1)))
 
 
 class Captured(NamedTuple):
@@ -48,17 +56,15 @@ class Runner:
 
     def __call__(self, what: Pass, rows: Sequence[int]) -> Outcome:
         """Make a pass over rows of the board. What it tells is overwritten by the next pass that is like it."""
-        listed = list(rows)
+        board, listed = self.passes.board, list(rows)
         if self.fill:
-            what = what._replace(pages=min(1 << (what.pages - 1).bit_length(), self.passes.board.page_table.shape[1]))
-            at = bisect_left(BATCHES, len(listed))
-            size = BATCHES[at] if at < len(BATCHES) else -(-len(listed) // 32) * 32
-            listed += [self.passes.board.idle] * (size - len(listed))
+            what = what._replace(pages=min(1 << (what.pages - 1).bit_length(), board.page_table.shape[1]))
+            listed += board.idle[: batch_for(len(listed)) - len(listed)]
         index = torch.tensor(listed)
         if not self.graphs:
             return self.passes(what, index.to(self.device))
         found = self._find(what, len(listed))
-        found.rows.copy_(index.pin_memory(), non_blocking=True)
+        found.rows.copy_(index.pin_memory() if self.device.type == "cuda" else index, non_blocking=True)
         found.graph.replay()
         return found.outcome
 
@@ -74,8 +80,9 @@ class Runner:
         return found
 
     def _capture(self, what: Pass, size: int) -> Captured:
-        """Two passes over the idle row, which compile kernels and change nothing, then the one that is kept."""
-        rows = torch.full((size,), self.passes.board.idle, device=self.device)
+        """Two passes over idle rows, which compile kernels and change nothing else, then the one that is kept."""
+        idle = self.passes.board.idle
+        rows = torch.tensor([idle[i % len(idle)] for i in range(size)], device=self.device)
         here, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
