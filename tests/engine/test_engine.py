@@ -438,7 +438,7 @@ def test_any_order_of_coming_and_going(model: TwoTower, data: st.DataObject) -> 
 @pytest.mark.parametrize("kind", ["denoise", "commit", "ar", "mock_ar", "verify"])
 def test_passes_over_idle_rows_change_nothing(model: TwoTower, kind: Any) -> None:
     """What is captured, and what fills up a batch: not a bit of any other row, page or state; and no token enters."""
-    engine = Engine(model, max_rows=13, max_tokens=8 * PAGE_SIZE, max_prefixes=0)
+    engine = Engine(model, max_rows=17, max_tokens=8 * PAGE_SIZE, max_prefixes=0)
     for mode in ("ar", "mask_diffusion", "speculative"):
         engine.submit([4, 5, 6], mode=mode, max_new_tokens=30, eos_token_id=None)
     for _ in range(12):
@@ -500,3 +500,18 @@ def test_graphs_are_bounded(model: TwoTower, monkeypatch: pytest.MonkeyPatch) ->
         want = model.generate([[4, 5]], block_size=size, max_new_tokens=20, eos_token_id=None)
         assert request.result().tokens == want.tokens[0]
         assert len(engine._batches.runner.captured) <= 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_prepared_is_not_captured_later(model: TwoTower, mode: str) -> None:
+    engine = as_on_a_gpu(Engine(model, max_rows=3))
+    engine.prepare(mode=mode, tokens=64, progress=False)
+    captured = set(engine._batches.runner.captured)
+    assert captured
+    for prompt in ([4], [5, 6], [7, 8, 9]):
+        engine.submit(prompt, mode=mode, max_new_tokens=20, eos_token_id=None, seed=1)
+    list(engine)
+    assert set(engine._batches.runner.captured) == captured
+    Engine(model).prepare(mode=mode)  # on a CPU there is nothing to capture
+    with pytest.raises(ValueError, match="mode is 'fast'"):
+        engine.prepare(mode="fast")

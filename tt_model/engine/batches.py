@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from torch import Tensor
 from ..modeling.state import PAGE_SIZE
 from ..modeling.two_tower import PREFILL_CHUNK, prefill_stretch
 from .board import Board
-from .passes import Outcome, Pass, Passes
+from .loops import WANTS
+from .passes import Kind, Outcome, Pass, Passes
 from .prefixes import Kept, Prefixes
 from .request import AHEAD, PREFILL, Read, Request, Seen, Want
 from .runner import Runner
+from .settings import Settings
 
 # Tokens of prompts that are read in one pass while others write: about as long as reading the experts' weights takes.
 BESIDE = 2048
@@ -53,11 +55,18 @@ class Batches:
             request.forwards += 2 if want.kind == "mock_ar" else repeat
         return outcome, {request: Seen(read, place) for place, request in enumerate(group)}
 
+    def prepare(self, s: Settings, tokens: int, rows: int, *, progress: bool) -> None:
+        """Have the passes of a request with such settings captured for batches of up to so many rows."""
+        pages, narrow = -(-tokens // PAGE_SIZE), s.top_k is not None or s.top_p is not None
+        for want in WANTS[s.mode](s):
+            for repeat in range(1, 1 + (self.ahead if want.kind == "ar" else 1)):
+                what = Pass(cast(Kind, want.kind), want.length, pages, narrow, repeat)
+                self.runner.prepare(what, rows, progress=progress)
+
     def _what(self, want: Want, group: Sequence[Request], more: int) -> Pass:
         longest = max(request.length for request in group) + more
         narrow = any(r.settings.top_k is not None or r.settings.top_p is not None for r in group)
-        kind: Any = want.kind
-        return Pass(kind, want.length, -(-longest // PAGE_SIZE), narrow)
+        return Pass(cast(Kind, want.kind), want.length, -(-longest // PAGE_SIZE), narrow)
 
     def _read(self, group: Sequence[Request], beside: bool) -> tuple[Outcome | None, dict[Request, Seen]]:
         """Read a stretch of each prompt. Who is through looks at the token that comes next, if its mode wants one."""

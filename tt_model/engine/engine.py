@@ -118,6 +118,13 @@ class Engine(Iterator[Event]):
         self._scheduler.waiting.append(request)
         return request
 
+    def prepare(self, *, mode: str = "mask_diffusion", tokens: int = 2048, progress: bool = True, **more: Any) -> None:
+        """On a GPU, capture the CUDA graphs of a mode now, for batches of all sizes and rows of up to about `tokens`
+        tokens, with a bar. Others are captured when they are first wanted, which holds up everybody for a second."""
+        s = Settings.of(self.model.config, mode=mode, **more)
+        check(self.model, [[]], s, None, None)
+        self._batches.prepare(s, integer("tokens", tokens, 1), self.max_rows, progress=progress)
+
     def __iter__(self) -> Engine:
         return self
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .request import PREFILL, Program, Request, Want
+from .settings import Settings
 
 
 def _is_settled(request: Request, block: list[int], masked: int, mask: int) -> bool:
@@ -93,4 +94,11 @@ PROGRAMS: dict[str, Callable[[Request, int], Program]] = {
     "ar": ar,
     "mock_ar": mock_ar,
     "speculative": speculative,
+}
+# The passes that each wants after its prompt has been read.
+WANTS: dict[str, Callable[[Settings], list[Want]]] = {
+    "mask_diffusion": lambda s: [Want("denoise", s.block_size), Want("commit", s.block_size)],
+    "ar": lambda s: [Want("ar", 1)],
+    "mock_ar": lambda s: [Want("mock_ar", 1)],
+    "speculative": lambda s: [Want("denoise", s.block_size), Want("verify", s.block_size)],
 }

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def batch_for(rows: int) -> int:
-    """The size of a batch that has a graph: 1, 2, 3, 4, then by 2 to 16, by 4 to 32, by 8 to 64, by 16 from there on."""
+    """The size of a batch that has a graph: 1 to 4, then by 2 to 16, by 4 to 32, by 8 to 64, by 16 from there on."""
     step = next((step for most, step in ((4, 1), (16, 2), (32, 4), (64, 8)) if rows <= most), 16)
     return -(-rows // step) * step
 
@@ -58,7 +58,7 @@ class Runner:
         """Make a pass over rows of the board. What it tells is overwritten by the next pass that is like it."""
         board, listed = self.passes.board, list(rows)
         if self.fill:
-            what = what._replace(pages=min(1 << (what.pages - 1).bit_length(), board.page_table.shape[1]))
+            what = self._filled(what)
             listed += board.idle[: batch_for(len(listed)) - len(listed)]
         index = torch.tensor(listed)
         if not self.graphs:
@@ -67,6 +67,22 @@ class Runner:
         found.rows.copy_(index.pin_memory() if self.device.type == "cuda" else index, non_blocking=True)
         found.graph.replay()
         return found.outcome
+
+    def prepare(self, what: Pass, most: int, *, progress: bool = True) -> None:
+        """Capture a pass for all batches of up to so many rows, so that nobody waits for it later. Where passes are not
+        captured it does nothing."""
+        if not self.graphs:
+            return
+        from rich.console import Console
+        from rich.progress import track
+
+        sizes = sorted({batch_for(n) for n in range(1, most + 1)})
+        for size in track(sizes, f"capturing {what.kind}", console=Console(stderr=True), disable=not progress):
+            self._find(self._filled(what), size)
+
+    def _filled(self, what: Pass) -> Pass:
+        """With as many pages as graphs have."""
+        return what._replace(pages=min(1 << (what.pages - 1).bit_length(), self.passes.board.page_table.shape[1]))
 
     def _find(self, what: Pass, size: int) -> Captured:
         key = what, size
