@@ -1,6 +1,8 @@
 """The engine: requests of all kinds together get what each would get alone, and nothing is lost."""
 
+import copy
 import gc
+import pickle
 import random
 import signal
 import weakref
@@ -10,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 from models import CONFIG, prompts_of, random_model
 
 from tt_model import Engine, Event, Request, Step, TwoTower
+from tt_model.engine.generate import Lent
 from tt_model.engine.passes import Pass, Passes
 from tt_model.engine.runner import Runner, batch_for, idle_rows
+from tt_model.engine.settings import Settings
 from tt_model.modeling.state import PAGE_SIZE
 
 MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
@@ -94,6 +99,9 @@ class Replaying(Runner):
     def _capture(self, what: Pass, size: int) -> Any:
         return Replay(self.passes, what, size)
 
+    def _free(self) -> int:
+        return 2 << 30
+
 
 def as_on_a_gpu(engine: Engine) -> Engine:
     engine._batches.runner, engine._batches.ahead = Replaying(engine._batches.passes), 4
@@ -110,8 +118,9 @@ def test_500_requests_on_a_tiny_pool(model: TwoTower, replayed: bool) -> None:
     before = free(engine)
     shared = [r.randrange(4, CONFIG.vocab_size) for _ in range(130)]
     requests, cancelled = [], set[Request]()
-    while len(requests) < 250 or any(request.is_open for request, *_ in requests):
-        if len(requests) < 250 and r.random() < 0.4:
+    count = 150 if replayed else 500
+    while len(requests) < count or any(request.is_open for request, *_ in requests):
+        if len(requests) < count and r.random() < 0.4:
             prompt, options = drawn(r)
             if r.random() < 0.3:
                 prompt = shared[: r.choice((65, 100, 129))] + prompt[:20]
@@ -410,7 +419,7 @@ def test_a_prompt_follows_a_cache(model: TwoTower, mode: str) -> None:
 # ---- any order of things ----
 
 
-@settings(max_examples=25, deadline=None)
+@hypothesis(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_order_of_coming_and_going(model: TwoTower, data: st.DataObject) -> None:
     engine = Engine(model, max_rows=3, max_tokens=6 * PAGE_SIZE, max_prefixes=1)
@@ -495,11 +504,28 @@ def test_contexts_grow_and_rows_come_without_capturing_anew(model: TwoTower) -> 
 def test_graphs_are_bounded(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tt_model.engine.runner.MOST", 3)
     engine = as_on_a_gpu(Engine(model, max_rows=4))
+    runner = engine._batches.runner
     for size in range(1, 8):
         request = engine.submit([4, 5], block_size=size, max_new_tokens=20, eos_token_id=None)
         want = model.generate([[4, 5]], block_size=size, max_new_tokens=20, eos_token_id=None)
         assert request.result().tokens == want.tokens[0]
-        assert len(engine._batches.runner.captured) <= 3
+        assert 0 < len(runner.captured) <= 3
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_free", lambda: 0)
+        request = engine.submit([4, 5], block_size=1, max_new_tokens=20, eos_token_id=None)
+        before = dict(runner.captured)
+        want = model.generate([[4, 5]], block_size=1, max_new_tokens=20, eos_token_id=None)
+        assert request.result().tokens == want.tokens[0] and runner.captured == before
+
+
+def test_a_copy_of_a_model_leaves_its_engine_behind(bundled: TwoTower) -> None:
+    """What a model keeps on a GPU."""
+    bundled.__dict__["_lent"] = Lent(bundled, [[4]], Settings())
+    try:
+        for twin in (copy.deepcopy(bundled), pickle.loads(pickle.dumps(bundled))):
+            assert twin.__dict__["_lent"] is None and twin.generate([[4]], max_new_tokens=2).tokens
+    finally:
+        del bundled.__dict__["_lent"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -515,3 +541,32 @@ def test_what_is_prepared_is_not_captured_later(model: TwoTower, mode: str) -> N
     Engine(model).prepare(mode=mode)  # on a CPU there is nothing to capture
     with pytest.raises(ValueError, match="mode is 'fast'"):
         engine.prepare(mode="fast")
+
+
+def test_an_engine_is_kept_while_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: for the next call, unless it is too small or a weight has changed; a call inside another has its
+    own."""
+    monkeypatch.setattr("tt_model.engine.generate._is_kept", lambda model: True)
+    model = random_model()
+    options = dict(mode="ar", max_new_tokens=6, eos_token_id=None)
+    inner: list[list[list[int]]] = []
+    want = model.generate([[4, 5], [6]], **options).tokens
+
+    def kept() -> Engine:
+        return model.__dict__["_lent"].engine
+
+    engine = kept()
+    assert model.generate([[4, 5]], **options).tokens == want[:1] and kept() is engine
+    assert model.generate([[4, 5]], on_step=lambda _: inner.append(model.generate([[6]], **options).tokens), **options)
+    assert inner == [want[1:]] * 6
+    engine = kept()
+    model.generate([[4]] * 5, **options)
+    larger = kept()
+    assert larger is not engine and larger.max_rows >= 5
+    with torch.no_grad():
+        model.context_lm_head.weight.neg_()
+    assert model.generate([[4, 5], [6]], **options).tokens != want and kept() is not larger
+    model.generate([[4]], **options)
+    with pytest.raises(OSError):
+        model.generate([[4]] * 2, on_step=lambda _: (_ for _ in ()).throw(OSError()), **options)
+    assert kept().has_room(kept().max_rows, kept().max_tokens), "what failed has given its places back"

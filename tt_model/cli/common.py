@@ -107,6 +107,17 @@ def one_line_warnings() -> Iterator[None]:
         yield
 
 
+def tell(logger: str) -> None:
+    """What a logger informs of, in lines on standard error."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("twotower: %(message)s"))
+    found = logging.getLogger(logger)
+    found.handlers, found.propagate = [handler], False
+    found.setLevel(logging.INFO)
+
+
 def add_command(
     commands: argparse._SubParsersAction[Parser],
     name: str,

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Parser, add_command, add_machine, machine_of, number, option, output_to, put
+from .common import Parser, add_command, add_machine, machine_of, number, option, output_to, put, tell
 
 if TYPE_CHECKING:
     from ..config import TwoTowerConfig
@@ -94,6 +94,8 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def run(o: argparse.Namespace) -> None:
     """Check everything that can be checked, load, generate, write."""
+    if not o.quiet and not o.watch:
+        tell("tt_model.engine")  # graphs of a GPU take seconds to capture
     if o.jsonl is not None:
         from .many import run as run_many
 

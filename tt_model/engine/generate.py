@@ -24,7 +24,7 @@ class Lent:
     def __init__(self, model: TwoTowerModel, prompts: Sequence[Sequence[int]], settings: Settings):
         rows = len(prompts)
         tokens = sum(-(-room_for(len(row), settings) // PAGE_SIZE) * PAGE_SIZE for row in prompts)
-        self.model, self.weights = model, _weights(model) if model.device.type == "cuda" else None
+        self.model, self.weights = model, _weights(model) if _is_kept(model) else None
         self.engine: Engine
         before: Lent | None = model.__dict__.pop("_lent", None)
         if before is not None and before.weights == self.weights and before.engine.has_room(rows, tokens):
@@ -35,10 +35,17 @@ class Lent:
                 del before
             self.engine = Engine(model, max_rows=rows, max_tokens=tokens, max_prefixes=0)
 
+    def __reduce__(self) -> tuple[object, ...]:  # a copy of the model has none
+        return type(None), ()
+
     def give_back(self) -> None:
         """No request of it is open any more."""
         if self.weights is not None:
             self.model.__dict__["_lent"] = self
+
+
+def _is_kept(model: TwoTowerModel) -> bool:
+    return model.device.type == "cuda"
 
 
 def _weights(model: TwoTowerModel) -> tuple[object, ...]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .passes import Outcome, Pass, Passes
 
-MOST = 128  # graphs that are kept, the ones used last
+MOST = 128  # graphs that are kept, the ones used last; all work in the same memory
+LEAST_FREE = 1 << 30  # bytes of a device below which passes are no longer captured
 _log = logging.getLogger(__name__)
 
 
@@ -64,6 +65,8 @@ class Runner:
         if not self.graphs:
             return self.passes(what, index.to(self.device))
         found = self._find(what, len(listed))
+        if found is None:
+            return self.passes(what, index.to(self.device))
         found.rows.copy_(index.pin_memory() if self.device.type == "cuda" else index, non_blocking=True)
         found.graph.replay()
         return found.outcome
@@ -84,16 +87,22 @@ class Runner:
         """With as many pages as graphs have."""
         return what._replace(pages=min(1 << (what.pages - 1).bit_length(), self.passes.board.page_table.shape[1]))
 
-    def _find(self, what: Pass, size: int) -> Captured:
+    def _find(self, what: Pass, size: int) -> Captured | None:
         key = what, size
         if key in self.captured:
             self.captured.move_to_end(key)
             return self.captured[key]
-        _log.info("capturing %s for %d rows of %d pages", what.kind, size, what.pages)
+        if self._free() < LEAST_FREE:
+            _log.warning("little memory is left: a pass of kind %s for %d rows is not captured", what.kind, size)
+            return None
+        _log.info("capturing a pass of kind %s for %d rows of %d pages", what.kind, size, what.pages)
         while len(self.captured) >= MOST:
             self.captured.popitem(last=False)
         found = self.captured[key] = self._capture(what, size)
         return found
+
+    def _free(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0]
 
     def _capture(self, what: Pass, size: int) -> Captured:
         """Two passes over idle rows, which compile kernels and change nothing else, then the one that is kept."""
