@@ -6,7 +6,6 @@ import pickle
 import random
 import signal
 import weakref
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -287,30 +286,28 @@ def test_a_pass_that_fails_ends_those_that_took_part(model: TwoTower, monkeypatc
         list(engine)
     with pytest.raises(torch.OutOfMemoryError):
         lost.result()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._board, "enter", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.submit([4, 5]).result()
     assert kept.state == "finished" and free(engine) == before
     assert engine.submit([4, 5], mode="mock_ar", max_new_tokens=8).result().tokens
 
 
-def interrupted_in(when: str) -> Iterator[Callable[[Engine, pytest.MonkeyPatch], None]]:
-    """Ctrl-C in the middle of a pass, once."""
-    calls = iter(range(10**6))
+def interrupt(owner: Any, name: str, patch: pytest.MonkeyPatch, call: int = 2) -> None:
+    """Ctrl-C at the end of a call of a method: what it has written is there, and nobody knows of it."""
+    inner, calls = getattr(owner, name), iter(range(10**6))
 
-    def plant(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-        passes = engine._batches.passes
-        inner = getattr(passes, when)
+    def cut(*args: Any, **more: Any) -> Any:
+        out = inner(*args, **more)
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return out
 
-        def cut(*args: object) -> object:
-            out = inner(*args)  # what it has written is there, and nobody knows of it
-            if next(calls) == 2:
-                signal.raise_signal(signal.SIGINT)
-            return out
-
-        patch.setattr(passes, when, cut)
-
-    yield plant
+    patch.setattr(owner, name, cut)
 
 
-@pytest.mark.parametrize("when", ["_denoise", "_commit", "_ar", "_mock_ar", "_verify", "_extend"])
+@pytest.mark.parametrize("when", ["_denoise", "_commit", "_ar", "_mock_ar", "_verify", "_extend", "enter"])
 def test_ctrl_c_in_the_middle_of_a_pass(model: TwoTower, when: str) -> None:
     """It is raised, and whoever goes on with the engine gets what he would have got."""
     engine = Engine(model, max_rows=8, max_prefixes=0)
@@ -321,12 +318,12 @@ def test_ctrl_c_in_the_middle_of_a_pass(model: TwoTower, when: str) -> None:
         options |= dict(mode=mode, max_new_tokens=16, eos_token_id=None)
         requests.append((engine.submit(prompt, **options), prompt, options))
     with pytest.MonkeyPatch.context() as patch:
-        (plant,) = interrupted_in(when)
-        plant(engine, patch)
+        interrupt(engine._board if when == "enter" else engine._batches.passes, when, patch)
         with pytest.raises(KeyboardInterrupt):
             list(engine)
-        for event in engine:
-            assert event.kind in ("started", "tokens", "finished")
+        events = list(engine)
+        assert {event.kind for event in events} <= {"started", "tokens", "finished"}
+    assert sum(event.kind == "started" for event in events) <= len(requests)
     for request, prompt, options in requests:
         assert request.result().tokens == model.generate([prompt], **options).tokens[0], options
     assert free(engine) == before

@@ -185,7 +185,7 @@ class Engine(Iterator[Event]):
                 self._fail(request, error)
             return True
         except BaseException:  # Ctrl-C in the middle of a pass: what it has written is in doubt
-            for request in group:
+            for request in reversed(group):
                 self._restart(request)
             raise
         self._look(outcome, seen)
@@ -200,7 +200,7 @@ class Engine(Iterator[Event]):
                 del left[0]
             self._show(outcome, seen)
         finally:
-            for request in left:  # Ctrl-C again
+            for request in reversed(left):  # Ctrl-C again
                 self._restart(request)
             for request in ended:
                 if request.state == "running":
@@ -217,11 +217,19 @@ class Engine(Iterator[Event]):
 
     def _admit(self) -> None:
         for request, kept in self._scheduler.admit():
-            self._batches.enter(request, kept)
+            try:
+                self._batches.enter(request, kept)
+            except Exception as error:  # as of a cache on a device that has gone
+                self._fail(request, error)
+                continue
+            except BaseException:
+                self._restart(request)
+                raise
             request.program = PROGRAMS[request.settings.mode](request, self._board.mask)
             request.wants = next(request.program)
-            if not request.tokens:
+            if not request.has_started:
                 self._tell("started", request)
+                request.has_started = True
             if request.room == 0:
                 self._end(request, "finished")
 

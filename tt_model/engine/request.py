@@ -119,6 +119,7 @@ class Request:
         self.cut: tuple[int, bytes] | None = None  # a length at which its states are kept for others, and its key
         self.program: Program | None = None
         self.wants: Want | None = None
+        self.has_started = False  # and is told to have
         self.turn = 0  # the last one that it had
         self.told = [0, 0]  # tokens and characters that events have told
         self.shown: tuple[int, int] | None = None  # start and step of what `on_step` is to be told

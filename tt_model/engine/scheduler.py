@@ -54,14 +54,16 @@ class Scheduler:
             need = -(-request.most() // PAGE_SIZE) - len(shared)
             while need > len(self.pool.pages.free) and self.prefixes.drop():
                 pass
-            if fits := need <= len(self.pool.pages.free):
-                yield self._place(request, kept, [*shared, *self.pool.pages.take(need)], keys)
-            else:
+            fits = need <= len(self.pool.pages.free)
+            try:
+                if fits:
+                    yield self._place(request, kept, [*shared, *self.pool.pages.take(need)], keys)
+            finally:
+                if kept is not None:
+                    self.pool.slots.leave(kept.slot)
+            if not fits:
                 for page in shared:
                     self.pool.pages.leave(page)
-            if kept is not None:
-                self.pool.slots.leave(kept.slot)
-            if not fits:
                 return
 
     def _place(self, request: Request, kept: Kept | None, pages: list[int], keys: list[bytes]) -> Admitted:
