@@ -71,7 +71,7 @@ def test_wheel_holds_every_module_and_the_model(wheel: Path) -> None:
 
     data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tt_kernels").glob("tuned/*.json")}
     data |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "tt_model/assets").iterdir() if path.is_file()}
-    data |= {"tt_kernels/py.typed", "tt_model/py.typed"}
+    data |= {"tt_kernels/py.typed", "tt_model/py.typed", "tt_model/engine/trace.html"}
     data |= {f"tt_model/assets/{name}" for name in ("config.json", "tokenizer.json", "README.md")}
     assert not data - names
     assert any(name.startswith("tt_model/assets/") and name.endswith(".safetensors") for name in names)

@@ -219,6 +219,22 @@ def test_rows_at_different_steps_are_told_apart(model: TwoTower) -> None:
         assert [tokens[len(request.prompt) + i] for i in range(16)] == request.tokens
 
 
+def test_passes_are_counted(model: TwoTower) -> None:
+    """The reading of the prompt is one: AR writes a token a pass. A block's last pass is followed by one that reads it,
+    but for the last block."""
+    options = dict(max_new_tokens=16, eos_token_id=None)
+    prompts = prompts_of([3, 70])
+    out = model.generate(prompts, mode="ar", **options)
+    assert out.forwards == [16, 16] and out.tokens_per_forward == [1.0, 1.0]
+    out = model.generate(prompts, mode="mock_ar", **options)
+    assert out.nfe == [16, 16] and out.forwards == [33, 33] and out.tokens_per_forward == [1.0, 1.0]
+    out = model.generate(prompts, confidence_threshold=0.15, **options)
+    assert out.forwards == [nfe + 2 for nfe in out.nfe]
+    assert out.tokens_per_forward == [16 / nfe for nfe in out.nfe] and max(out.tokens_per_forward) > 1
+    out = model.generate(prompts, mode="speculative", **options)
+    assert out.forwards == [nfe + cycles + 1 for nfe, cycles in zip(out.nfe, out.cycles, strict=True)]
+
+
 # ---- admission ----
 
 

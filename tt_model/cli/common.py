@@ -187,8 +187,8 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 
 @contextmanager
-def output_to(path: str | None) -> Iterator[list[str]]:
-    """Pieces of text for the file that --output names, written at the end, whole or not at all; None: standard output.
+def output_to(path: str | None, flag: str = "--output") -> Iterator[list[str]]:
+    """Pieces of text for the file that `flag` names, written at the end, whole or not at all; None: standard output.
 
     A temporary file beside it is made first, so that a path that cannot be written fails before any work.
     """
@@ -199,7 +199,7 @@ def output_to(path: str | None) -> Iterator[list[str]]:
         return
     target = Path(os.path.realpath(path))
     with ExitStack() as stack:
-        with _naming(path):
+        with _naming(path, flag):
             if target.is_dir():
                 raise IsADirectoryError(None, "is a folder, expected a file")
             if target.exists() and not os.access(target, os.W_OK):
@@ -209,7 +209,7 @@ def output_to(path: str | None) -> Iterator[list[str]]:
             if target.is_file():
                 shutil.copymode(target, temporary)
         yield pieces
-        with _naming(path):
+        with _naming(path, flag):
             temporary.write_text("".join(pieces), encoding="utf-8")
             if replaced:
                 sync(temporary)
@@ -217,9 +217,9 @@ def output_to(path: str | None) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Errors of writing to what --output names."""
+def _naming(path: str, flag: str) -> Iterator[None]:
+    """Errors of writing to what `flag` names."""
     try:
         yield
     except OSError as error:
-        raise ValueError(f"--output {path}: {error.strerror}") from error
+        raise ValueError(f"{flag} {path}: {error.strerror}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from .common import Parser, add_command, add_machine, machine_of, number, option
 if TYPE_CHECKING:
     from ..config import TwoTowerConfig
     from ..engine.generate import Stream
-    from ..engine.settings import Settings
+    from ..engine.settings import Settings, Step
     from ..vocabulary import Vocabulary
     from .watch import Watch
 
@@ -42,7 +43,6 @@ examples:
   printf '%s' "import os" | twotower generate --temperature 0.7 --top-p 0.95 --seed 1
   twotower generate --prompt-file prompt.txt --max-new-tokens 512 --json --output out.json
   twotower generate --model two-towers --device cuda --dtype bfloat16 "The capital of France is"
-  twotower generate --model no-tokenizer --tokens "5 6 7" --mode ar
   twotower generate --jsonl prompts.jsonl --output texts.jsonl --rows 32
 
 A line of --jsonl has "prompt" (or "tokens", or "messages"), and may have an "id" and settings of its own:
@@ -87,6 +87,8 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
 
     out = p.add_argument_group("output")
     out.add_argument("--watch", action="store_true", help="show blocks resolving, tokens coloured by confidence")
+    option(out, "--trace", str, "FILE", "write a page (HTML) that replays the passes, for a browser")
+    out.add_argument("--trace-experts", action="store_true", help="with the tokens each expert got in each pass")
     out.add_argument("--json", action="store_true", help="one JSON object: text, tokens, passes, timings, settings")
     option(out, "--output", str, "FILE", "write there instead of standard output, all of it or nothing")
     out.add_argument("--quiet", action="store_true", help="no figures on standard error")
@@ -104,17 +106,25 @@ def run(o: argparse.Namespace) -> None:
     if len(given) > 1:
         names = " and ".join("--" + name.replace("_", "-") if name != "prompt" else "a prompt" for name in given)
         raise ValueError(f"{names}: expected one of them")
-    with output_to(o.output) as output:
+    if o.trace_experts and o.trace is None:
+        raise ValueError("--trace-experts: needs --trace FILE")
+    if o.trace is not None and o.output is not None and os.path.realpath(o.trace) == os.path.realpath(o.output):
+        raise ValueError(f"--trace {o.trace}: is the file of --output, too")
+    with output_to(o.output) as output, output_to(o.trace, "--trace") as page:
         prompt = _parse_ids(o.tokens) if o.tokens is not None else _read_prompt(o.prompt, o.prompt_file)
 
         from ..config import TwoTowerConfig
         from ..engine.generate import Stream, generate
+        from ..engine.trace import Trace
         from ..two_tower import ASSETS, TwoTower
         from ..vocabulary import Vocabulary
 
         folder = ASSETS if o.model is None else Path(o.model)
         config = TwoTowerConfig.from_file(folder)
         settings = _settings(o, config)
+        if o.trace_experts and (o.mode == "ar" or "E" not in config.pattern):
+            what = "--mode ar has no denoiser" if o.mode == "ar" else f"{folder}: the model has no experts"
+            raise ValueError(f"--trace-experts: {what}")
         vocabulary = None
         if isinstance(prompt, str):
             tokenizer = folder if o.tokenizer is None else Path(o.tokenizer)
@@ -136,11 +146,12 @@ def run(o: argparse.Namespace) -> None:
         model = TwoTower.from_pretrained(folder, device=device, dtype=dtype, towers=towers, progress=not o.quiet)
         load = time.perf_counter() - began
         view = _watch(prompt, len(ids), vocabulary) if o.watch else None
-        on_step = view.step if view else None
+        trace = Trace(model if o.trace_experts else None) if o.trace is not None else None
+        on_step = _all_of(view.step if view else None, trace)
         aloud = vocabulary is not None and view is None and o.output is None and not o.json
         before, stopped = "" if o.chat else prompt, None
         began = time.perf_counter()
-        with view or nullcontext():
+        with view or nullcontext(), trace or nullcontext():
             if vocabulary is None:
                 out = generate(model, [ids], settings, seed=o.seed, on_step=on_step)
             else:
@@ -156,7 +167,7 @@ def run(o: argparse.Namespace) -> None:
 
         tokens, nfe, cycles = out.tokens[0], out.nfe[0], sum(out.cycles)
         text = None if vocabulary is None else out.text[0]
-        record = {
+        record: dict[str, Any] = {
             "prompt": prompt if vocabulary else ids,
             "text": text,
             "prompt_tokens": ids,
@@ -170,6 +181,9 @@ def run(o: argparse.Namespace) -> None:
             | {"seed": o.seed, "model": str(folder), "device": str(device)}
             | {"dtype": str(model.dtype).removeprefix("torch.")},
         }
+        if trace:
+            about = record["settings"] | {"model": folder.name if o.model else "the bundled one"}
+            page.append(trace.page(out, [prompt if vocabulary else ids], vocabulary, about))
         if o.json:
             output.append(json.dumps(record) + "\n")
         elif text is None:
@@ -259,6 +273,17 @@ def _watch(prompt: str, length: int, vocabulary: Vocabulary | None) -> Watch:
 
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     return Watch(out if out.is_terminal else err, prompt, length, vocabulary)
+
+
+def _all_of(*told: Callable[[Step], None] | None) -> Callable[[Step], None] | None:
+    """What tells a step to all that are there; None: nobody."""
+    there = [tell for tell in told if tell]
+
+    def tell_all(step: Step) -> None:
+        for watcher in there:
+            watcher(step)
+
+    return tell_all if there else None
 
 
 def _say(text: str, style: str = "") -> None:

@@ -111,6 +111,7 @@ class Batches:
         """Give those whose prompts have been read what their first pass begins from."""
         blocks: dict[tuple[int, bool], list[Request]] = {}
         for request in group:
+            request.forwards = max(1, request.forwards)
             mode = request.settings.mode
             if mode == "mock_ar":
                 self.board.token[request.row].fill_((request.prompt + request.tokens)[-1])

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..modeling.moe import MoE
 from .passes import Outcome, Pass, Passes
 
 MOST = 128  # graphs that are kept, the ones used last; all work in the same memory
@@ -54,15 +55,18 @@ class Runner:
         self.fill = self.graphs if fill is None else fill
         self.captured: OrderedDict[tuple[Pass, int], Captured] = OrderedDict()
         self._memory: Any = None  # that all graphs share
+        self._experts = [module for module in passes.model.modules() if isinstance(module, MoE)]
 
     def __call__(self, what: Pass, rows: Sequence[int]) -> Outcome:
         """Make a pass over rows of the board. What it tells is overwritten by the next pass that is like it."""
         board, listed = self.passes.board, list(rows)
-        if self.fill:
+        # Whoever counts what experts get sets a counter for a while, which graphs would know nothing of.
+        graphs = self.graphs and not any(moe.load is not None for moe in self._experts)
+        if self.fill and graphs == self.graphs:
             what = self._filled(what)
             listed += board.idle[: batch_for(len(listed)) - len(listed)]
         index = torch.tensor(listed)
-        if not self.graphs:
+        if not graphs:
             return self.passes(what, index.to(self.device))
         found = self._find(what, len(listed))
         if found is None:

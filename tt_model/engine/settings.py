@@ -122,7 +122,7 @@ class Result:
 
     tokens: list[int]  # new tokens, ending with the end-of-sequence token if there was one
     nfe: int  # denoiser passes (number of function evaluations)
-    forwards: int  # passes of either tower after the prompt was read
+    forwards: int  # passes of either tower, the reading of the prompt as one
     cycles: int  # in "speculative": drafts that were verified
     # "eos": an end-of-sequence token; "stop": a stop string; "length": max_new_tokens; "cancelled".
     finish_reason: str
@@ -142,11 +142,12 @@ class Generation:
     tokens: list[list[int]]  # new tokens, ending with the end-of-sequence token if there was one
     nfe: list[int]  # denoiser passes (number of function evaluations)
     cycles: list[int] = field(default_factory=list)  # in "speculative": drafts that were verified
-    forwards: list[int] = field(default_factory=list, compare=False)  # passes of either tower, prompts apart
     # "eos": an end-of-sequence token; "stop": a stop string; "length": max_new_tokens.
     finish_reason: list[str] = field(default_factory=list, compare=False)
     # Where asked for: of each token, as the model predicted it when it was committed, at temperature 1.
     logprobs: list[list[float]] = field(default_factory=list, compare=False)
+    # Passes of either tower, the reading of the prompt as one.
+    forwards: list[int] = field(default_factory=list, compare=False)
     _texts: Callable[[], list[str]] = field(default=list, compare=False, repr=False)
 
     @classmethod
