@@ -49,6 +49,12 @@ def test_each_line_gets_what_it_would_get_alone(files: tuple[Path, Path], tmp_pa
     assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
 
 
+def test_a_file_as_other_programs_write_it(files: tuple[Path, Path]) -> None:
+    """A byte order mark, CR LF, blank lines, no newline at the end, and a line separator inside a text."""
+    files[0].write_bytes('\ufeff{"prompt": "a\u2028b"}\r\n\r\n  \n{"prompt": "c"}'.encode())
+    assert run(*files) == 0 and len(read(files[1])) == 2
+
+
 def test_what_is_done_is_not_done_again(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     files[0].write_text(files[0].read_text().replace('"logprobs": true', '"logprobs": false'))  # rounding differs
     assert run(*files) == 0
@@ -118,13 +124,14 @@ def test_lines_that_fail_are_told_and_the_others_written(
         ('{"prompt": "x"}\n{"prompt": ', "line 2: not valid JSON"),
         ("[1]", "line 1: expected an object with one of"),
         ('{"prompt": "x", "tokens": [4]}', "line 1: expected an object with one of"),
+        ('{"prompt": "\udcff"}', "not UTF-8 text: invalid start byte at byte 12"),
         ('{"prompt": "x", "topk": 4}', 'line 1: "topk" is none of'),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(
     files: tuple[Path, Path], text: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files[0].write_text(text)
+    files[0].write_bytes(text.encode(errors="surrogateescape"))
     assert run(*files) == 1
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1 and not files[1].exists()

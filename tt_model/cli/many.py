@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ..files import read_text
 from .common import describe, machine_of, output_to
 
 if TYPE_CHECKING:
@@ -52,7 +53,11 @@ def run(o: argparse.Namespace) -> None:
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a file; ValueError, with the number of the line, for anything else."""
     found = []
-    for number, text in enumerate(file.read_bytes().decode("utf-8-sig").splitlines(), 1):
+    try:
+        whole = read_text(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--jsonl {file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    for number, text in enumerate(whole.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
         if not text.strip():
             continue
         where = f"--jsonl {file}, line {number}"
