@@ -34,6 +34,32 @@ def handling(handle: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class Later:
+    """A handler that holds signals back until something is whole: `number` is the first that came. A second Ctrl-C acts
+    at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __call__(self, number: int) -> None:
+        if self.number is None:
+            self.number = number
+        elif number == signal.SIGINT:
+            raise Stopped(number)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """What is inside happens as a whole: a signal of `SIGNALS` that comes meanwhile is handled after it."""
+    later = Later()
+    try:
+        with handling(later):
+            yield
+    finally:
+        if later.number is not None:
+            signal.raise_signal(later.number)
+
+
 class Raise:
     """A handler that raises `Stopped`. After the first signal only Ctrl-C does: a terminal that closes sends several,
     and the clean-up that the first began must end."""

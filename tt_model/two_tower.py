@@ -13,7 +13,7 @@ from torch import Tensor
 from . import checkpoint
 from .arguments import device_of, dtype_of
 from .config import TwoTowerConfig
-from .engine.generate import Stream, generate
+from .engine.generate import KEPT, Stream, generate
 from .engine.prompts import prompt_ids
 from .engine.settings import Generation, Settings, Step
 from .modeling.two_tower import TwoTowerModel
@@ -161,6 +161,10 @@ class TwoTower(TwoTowerModel):
         ids = prompt_ids(self, prompt, messages)
         s = Settings.of(self.config, **settings)
         return Stream(self, ids, s, self.tokenizer, seed=seed, on_step=on_step)
+
+    def release(self) -> None:
+        """Let go of the engine that `generate` and `stream` keep on a GPU, its graphs and its memory."""
+        self.__dict__.pop(KEPT, None)
 
     def _prompts(self, prompts: Any, messages: Sequence[Mapping[str, str]] | None) -> Any:
         """Token ids of what may be text."""

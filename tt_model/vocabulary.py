@@ -78,7 +78,12 @@ class Vocabulary:
         return [token for token in own if token != bos]
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of a text. special: special tokens are those that it names, and none is put before it."""
+        """The ids of a text. special: special tokens are those that it names, and none is put before it. ValueError for
+        a text with half a character (a surrogate)."""
+        try:
+            text.encode()
+        except (UnicodeEncodeError, AttributeError):
+            raise ValueError(f"text is {text!r:.60}, expected a text that can be written as UTF-8") from None
         if special:
             return self._with_special.encode(text, add_special_tokens=False).ids
         return [*self.first, *self.tokenizer.encode(text, add_special_tokens=False).ids]

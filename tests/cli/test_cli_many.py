@@ -105,14 +105,14 @@ def test_lines_that_fail_are_told_and_the_others_written(
     files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = [{"prompt": "x", "mode": "fast"}, {"tokens": []}, {"tokens": [10**6]}, {"prompt": "x", "block_size": "3"}]
-    bad += [{"prompt": "x", "max_new_tokens": 10**9}, {"prompt": 3}]
+    bad += [{"prompt": "x", "max_new_tokens": 10**9}, {"prompt": "x", "max_new_tokens": -1000}]
+    bad += [{"prompt": "x", "mode": ["ar"]}, {"messages": []}]
     files[0].write_text("\n".join(map(json.dumps, [*bad, LINES[0]])))
     assert run(*files) == 1
-    assert '6 of 7 lines failed: "error" in' in capsys.readouterr().err
+    assert '8 of 9 lines failed: "error" in' in capsys.readouterr().err
     *failed, good = read(files[1])
-    for record, words in zip(
-        failed, ("mode is 'fast'", "at least one", "token id", "block_size", "context", "prompt"), strict=True
-    ):
+    expected = ["mode is 'fast'", "at least one", "token id", "block_size", "context", "max_new_tokens", "mode is", ""]
+    for record, words in zip(failed, expected, strict=True):
         assert words in record["error"] and list(record) == ["error"]
     assert good["tokens"]
 
@@ -125,6 +125,10 @@ def test_lines_that_fail_are_told_and_the_others_written(
         ("[1]", "line 1: expected an object with one of"),
         ('{"prompt": "x", "tokens": [4]}', "line 1: expected an object with one of"),
         ('{"prompt": "\udcff"}', "not UTF-8 text: invalid start byte at byte 12"),
+        ('{"prompt": 3}', 'line 1: "prompt" is 3, expected a text'),
+        ('{"tokens": "5 6"}', "line 1: \"tokens\" is '5 6', expected a list of token ids"),
+        (r'{"prompt": "\ud800"}', "line 1: not valid JSON"),
+        ("[" * 100_000, "line 1: not valid JSON"),
         ('{"prompt": "x", "topk": 4}', 'line 1: "topk" is none of'),
     ],
 )
@@ -135,6 +139,30 @@ def test_a_file_that_cannot_be_read_is_refused(
     assert run(*files) == 1
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1 and not files[1].exists()
+
+
+def test_nothing_else_is_overwritten(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    given, out = files
+    before = given.read_text()
+    assert run(given, given) == 1 and "would overwrite the prompts" in capsys.readouterr().err
+    named = given.rename(given.with_name("out.jsonl.part"))
+    assert run(named, out) == 1 and "would overwrite the prompts" in capsys.readouterr().err
+    assert named.read_text() == before
+    named.rename(given)
+    for other in ("notes", "notes\n", '{"of": "another"}\n', "\xff\n"):
+        part = given.with_name("out.jsonl.part")
+        part.write_bytes(other.encode("latin-1"))
+        assert run(given, out) == 1
+        assert "out.jsonl.part: is of another input or other settings" in capsys.readouterr().err
+        assert part.read_bytes() == other.encode("latin-1") and not out.exists()
+
+
+def test_a_slip_leaves_nothing_behind(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of what is refused before the first line is done."""
+    assert run(*files, "--model", str(tmp_path / "nowhere")) == 1
+    assert run(*files, "--tokenizer", str(tmp_path)) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl"}
+    assert run(*files) == 0
 
 
 def test_options_that_do_not_go_together(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,29 +1,17 @@
 """The engine: requests of all kinds together get what each would get alone, and nothing is lost."""
 
-import copy
-import gc
-import pickle
 import random
-import signal
-import weakref
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as hypothesis
+from engines import MODES, alone, as_on_a_gpu, drawn, found, free
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIG, prompts_of, random_model
 
 from tt_model import Engine, Event, Request, Step, TwoTower
-from tt_model.engine.generate import Lent
-from tt_model.engine.passes import Pass, Passes
-from tt_model.engine.runner import Runner, batch_for, idle_rows
-from tt_model.engine.settings import Settings
 from tt_model.modeling.state import PAGE_SIZE
-
-MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
 
 
 @pytest.fixture(scope="module")
@@ -34,77 +22,6 @@ def model() -> TwoTower:
 @pytest.fixture(scope="module")
 def bundled() -> TwoTower:
     return TwoTower.from_pretrained()
-
-
-def free(engine: Engine) -> tuple[int, int, int]:
-    """Rows, pages and slots that nobody holds."""
-    scheduler = engine._scheduler
-    return len(scheduler.rows), len(scheduler.pool.pages.free), len(scheduler.pool.slots.free)
-
-
-def drawn(r: random.Random) -> tuple[list[int], dict[str, Any]]:
-    """Any prompt and settings."""
-    prompt = [r.randrange(4, CONFIG.vocab_size) for _ in range(r.choice((1, 2, 7, 30, 64, 65, 90, 130)))]
-    found = dict(
-        mode=r.choice(MODES),
-        max_new_tokens=r.choice((0, 1, 2, 5, 9, 16)),
-        block_size=r.choice((1, 3, 8)),
-        steps_per_block=r.choice((1, 3, 8)),
-        draft_steps=r.choice((1, 2)),
-        confidence_threshold=r.choice((0.0, 0.15, 0.5, 1.0)),
-        temperature=r.choice((0.0, 0.0, 0.7, 1.5)),
-        top_k=r.choice((None, None, 3)),
-        top_p=r.choice((None, None, 0.6)),
-        eos_token_id=r.choice((None, 7, [5, 11, 12, 13, 20, 21, 22])),
-        seed=r.randrange(100),
-    )
-    return prompt, found
-
-
-def alone(model: TwoTower, prompt: list[int], options: dict[str, Any]) -> tuple[Any, ...]:
-    out = model.generate([prompt], **options)
-    return out.tokens[0], out.nfe[0], sum(out.cycles), out.finish_reason[0]
-
-
-def found(request: Request) -> tuple[Any, ...]:
-    result = request.so_far()
-    return result.tokens, result.nfe, result.cycles, result.finish_reason
-
-
-class Replay:
-    """A CUDA graph's stand-in: the same work on the rows that lie there now, its outcome where it lay before."""
-
-    def __init__(self, passes: Passes, what: Pass, size: int):
-        self.graph, self.rows, self.outcome = self, torch.zeros(size, dtype=torch.int64), None
-        self.again = lambda: passes(what, self.rows)
-
-    @torch.inference_mode()
-    def replay(self) -> None:
-        new = self.again()
-        if self.outcome is None:
-            self.outcome = new
-        for there, t in zip(self.outcome, new, strict=True):
-            assert (there is None) == (t is None)
-            if there is not None:
-                there.copy_(t)
-
-
-class Replaying(Runner):
-    """Works as on a GPU: rows and pages filled up, passes kept by their sizes."""
-
-    def __init__(self, passes: Passes):
-        super().__init__(passes, graphs=True)
-
-    def _capture(self, what: Pass, size: int) -> Any:
-        return Replay(self.passes, what, size)
-
-    def _free(self) -> int:
-        return 2 << 30
-
-
-def as_on_a_gpu(engine: Engine) -> Engine:
-    engine._batches.runner, engine._batches.ahead = Replaying(engine._batches.passes), 4
-    return engine
 
 
 @pytest.mark.parametrize("replayed", [False, True], ids=["called", "replayed"])
@@ -267,117 +184,6 @@ def test_a_bad_request_among_good_ones(model: TwoTower) -> None:
     assert good.result() == after.result() and (good.number, after.number) == (0, 1)
 
 
-# ---- faults ----
-
-
-def test_a_callback_that_raises_ends_its_request_alone(model: TwoTower) -> None:
-    def fail(step: Step) -> None:
-        raise OSError("the disk is full")
-
-    engine = Engine(model, max_rows=3)
-    before = free(engine)
-    options = dict(max_new_tokens=8, eos_token_id=None)
-    bad, good = engine.submit([4, 5], on_step=fail, **options), engine.submit([4, 5], **options)
-    kinds = {(event.request.number, event.kind) for event in engine}
-    assert (0, "failed") in kinds and (1, "finished") in kinds
-    with pytest.raises(OSError, match="the disk is full"):
-        bad.result()
-    assert good.result().tokens == model.generate([[4, 5]], **options).tokens[0]
-    assert bad.state == "failed" and free(engine) == before
-    with pytest.raises(OSError, match="the disk is full"):
-        model.generate([[4, 5], [6]], on_step=fail, **options)
-
-
-def test_a_pass_that_fails_ends_those_that_took_part(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(model, max_rows=3)
-    before = free(engine)
-    lost = engine.submit([4, 5], mode="mock_ar", max_new_tokens=8)
-    kept = engine.submit([4, 5], mode="ar", max_new_tokens=8)
-
-    def fail(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA: 3 GB")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine._batches.passes, "_mock_ar", fail)
-        list(engine)
-    with pytest.raises(torch.OutOfMemoryError):
-        lost.result()
-    with monkeypatch.context() as patch:
-        patch.setattr(engine._board, "enter", fail)
-        with pytest.raises(torch.OutOfMemoryError):
-            engine.submit([4, 5]).result()
-    assert kept.state == "finished" and free(engine) == before
-    assert engine.submit([4, 5], mode="mock_ar", max_new_tokens=8).result().tokens
-
-
-def interrupt(owner: Any, name: str, patch: pytest.MonkeyPatch, call: int = 2) -> None:
-    """Ctrl-C at the end of a call of a method: what it has written is there, and nobody knows of it."""
-    inner, calls = getattr(owner, name), iter(range(10**6))
-
-    def cut(*args: Any, **more: Any) -> Any:
-        out = inner(*args, **more)
-        if next(calls) == call:
-            signal.raise_signal(signal.SIGINT)
-        return out
-
-    patch.setattr(owner, name, cut)
-
-
-@pytest.mark.parametrize("when", ["_denoise", "_commit", "_ar", "_mock_ar", "_verify", "_extend", "enter"])
-def test_ctrl_c_in_the_middle_of_a_pass(model: TwoTower, when: str) -> None:
-    """It is raised, and whoever goes on with the engine gets what he would have got."""
-    engine = Engine(model, max_rows=8, max_prefixes=0)
-    before = free(engine)
-    r, requests = random.Random(3), []
-    for mode in MODES * 2:
-        prompt, options = drawn(r)
-        options |= dict(mode=mode, max_new_tokens=16, eos_token_id=None)
-        requests.append((engine.submit(prompt, **options), prompt, options))
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt(engine._board if when == "enter" else engine._batches.passes, when, patch)
-        with pytest.raises(KeyboardInterrupt):
-            list(engine)
-        events = list(engine)
-        assert {event.kind for event in events} <= {"started", "tokens", "finished"}
-    assert sum(event.kind == "started" for event in events) <= len(requests)
-    for request, prompt, options in requests:
-        assert request.result().tokens == model.generate([prompt], **options).tokens[0], options
-    assert free(engine) == before
-
-
-def test_a_callback_may_cancel_and_may_not_run_the_engine(model: TwoTower) -> None:
-    engine = Engine(model, max_rows=4)
-    errors = []
-
-    def stop(step: Step) -> None:
-        try:
-            other.result()
-        except RuntimeError as error:
-            errors.append(str(error))
-        request.cancel()
-        other.cancel()
-
-    request = engine.submit([4, 5], mode="ar", max_new_tokens=50, eos_token_id=None, on_step=stop)
-    other = engine.submit([4, 6], mode="ar", max_new_tokens=50, eos_token_id=None)
-    third = engine.submit([4, 7], mode="ar", max_new_tokens=50, eos_token_id=None)
-    list(engine)
-    assert len(request.tokens) == len(other.tokens) == 1 and len(third.tokens) == 50
-    assert "in the middle of a pass" in errors[0] and len(errors) == 1
-    assert request.result().finish_reason == "cancelled"
-    third.cancel()
-    assert third.state == "finished"
-
-
-def test_an_engine_that_is_dropped_leaves_nothing(model: TwoTower) -> None:
-    engine = Engine(model, max_rows=2)
-    engine.submit([4, 5], max_new_tokens=8)
-    engine.step()
-    pool = weakref.ref(engine._board.pool)
-    del engine
-    gc.collect()
-    assert pool() is None
-
-
 # ---- beginnings that are shared ----
 
 
@@ -408,6 +214,26 @@ def test_prefixes_give_way_to_requests(model: TwoTower) -> None:
     assert free(engine) == (2, 5, 2 + 4)
 
 
+def test_prefixes_stay_where_their_pages_would_not_be_enough(model: TwoTower) -> None:
+    """Nor does a request lose the beginning that it is to begin from."""
+    engine = Engine(model, max_rows=3, max_tokens=8 * PAGE_SIZE, max_prefixes=2)
+    (shared,) = prompts_of([130])
+    options = dict(max_new_tokens=40, mode="ar", eos_token_id=None)
+    for _ in range(2):
+        engine.submit(shared, **options).result()
+    running = engine.submit([4] * 150, **{**options, "max_new_tokens": 100})  # four pages; two are kept, two are free
+    while not running.tokens:
+        engine.step()
+    waiting = engine.submit(shared + [5] * 60, **options)  # four pages, of which two are kept
+    third = engine.submit([6] * 200, **options)  # four
+    engine.step()
+    assert (waiting.state, waiting.cached_tokens, third.state) == ("running", 128, "waiting")
+    assert engine._scheduler.prefixes.kept
+    list(engine)
+    for request in (waiting, third):
+        assert request.tokens == model.generate([request.prompt], **options).tokens[0]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_prompt_follows_a_cache(model: TwoTower, mode: str) -> None:
     engine = Engine(model, max_rows=2)
@@ -432,7 +258,7 @@ def test_a_prompt_follows_a_cache(model: TwoTower, mode: str) -> None:
 # ---- any order of things ----
 
 
-@hypothesis(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_order_of_coming_and_going(model: TwoTower, data: st.DataObject) -> None:
     engine = Engine(model, max_rows=3, max_tokens=6 * PAGE_SIZE, max_prefixes=1)
@@ -452,134 +278,3 @@ def test_any_order_of_coming_and_going(model: TwoTower, data: st.DataObject) -> 
     while engine._scheduler.prefixes.drop():
         pass
     assert free(engine) == before
-
-
-# ---- graphs ----
-
-
-@pytest.mark.parametrize("kind", ["denoise", "commit", "ar", "mock_ar", "verify"])
-def test_passes_over_idle_rows_change_nothing(model: TwoTower, kind: Any) -> None:
-    """What is captured, and what fills up a batch: not a bit of any other row, page or state; and no token enters."""
-    engine = Engine(model, max_rows=17, max_tokens=8 * PAGE_SIZE, max_prefixes=0)
-    for mode in ("ar", "mask_diffusion", "speculative"):
-        engine.submit([4, 5, 6], mode=mode, max_new_tokens=30, eos_token_id=None)
-    for _ in range(12):
-        engine.step()
-    board, pool = engine._board, engine._board.pool
-    mine = set(board.slot[board.rows :].tolist()), set(board.page_table[board.rows :].flatten().tolist())
-    assert len(board.idle) == len(mine[0]) == len(mine[1]) == 3
-    slots = [slot for slot in range(len(pool.slots)) if slot not in mine[0]]
-    pages = [page for page in range(len(pool.pages)) if page not in mine[1]]
-
-    def everything() -> list[torch.Tensor]:
-        found = [t[: board.rows] for t in vars(board).values() if isinstance(t, torch.Tensor)]
-        found += [t[: board.rows] for lane in board.lanes.values() for t in lane]
-        found += [t[slots] for t in pool.ssm.values()]
-        found += [t.unflatten(0, (-1, 2))[slots] for t in pool.conv.values()]
-        found += [t[pages] for t in (*pool.keys.values(), *pool.values.values())]
-        return [t.clone().nan_to_num() for t in found]
-
-    before = everything()
-    for _ in range(100):  # more tokens than a page holds
-        engine._batches.passes(Pass(kind, 1 if kind in ("ar", "mock_ar") else 8, 1), torch.tensor(board.idle))
-    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-    assert board.lengths[board.rows :].tolist() == [0] * 3
-    assert all(t.isfinite().all() for t in (*pool.ssm.values(), *pool.conv.values()))
-
-
-def test_batches_have_a_few_sizes() -> None:
-    sizes = [batch_for(n) for n in range(1, 300)]
-    assert sizes[:4] == [1, 2, 3, 4] and len(set(sizes[:128])) <= 24
-    assert all(n <= size <= max(1.25 * n, n + 1) for n, size in enumerate(sizes, 1))
-    for most in (1, 2, 13, 16, 100):
-        assert max(batch_for(n) - n for n in range(1, most + 1)) <= idle_rows(most) <= 15
-    assert idle_rows(1) == 1
-
-
-def test_contexts_grow_and_rows_come_without_capturing_anew(model: TwoTower) -> None:
-    engine = as_on_a_gpu(Engine(model, max_rows=6, max_tokens=6 * 512, max_prefixes=0))
-    options = dict(mode="ar", max_new_tokens=150, eos_token_id=None)
-    list(map(engine.submit, [[4, 5]] * 4))
-    requests = [engine.submit([4 + b], **options) for b in range(5)]
-    list(engine)
-    captured = engine._batches.runner.captured
-    seen = {(what.kind, what.pages, what.repeat, size) for what, size in captured}
-    assert {pages for kind, pages, *_ in seen if kind == "ar"} == {1, 2, 4}
-    assert {size for *_, size in seen} <= {1, 2, 3, 4, 6}
-    again = [engine.submit([9 + b], **options) for b in range(5)]
-    known = set(captured)
-    list(engine)
-    assert {(what.kind, what.pages) for what, _ in set(captured) - known} <= {("ar", 1), ("ar", 2), ("ar", 4)}
-    for request in (*requests, *again):
-        assert request.tokens == model.generate([request.prompt], **options).tokens[0]
-
-
-def test_graphs_are_bounded(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tt_model.engine.runner.MOST", 3)
-    engine = as_on_a_gpu(Engine(model, max_rows=4))
-    runner = engine._batches.runner
-    for size in range(1, 8):
-        request = engine.submit([4, 5], block_size=size, max_new_tokens=20, eos_token_id=None)
-        want = model.generate([[4, 5]], block_size=size, max_new_tokens=20, eos_token_id=None)
-        assert request.result().tokens == want.tokens[0]
-        assert 0 < len(runner.captured) <= 3
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "_free", lambda: 0)
-        request = engine.submit([4, 5], block_size=1, max_new_tokens=20, eos_token_id=None)
-        before = dict(runner.captured)
-        want = model.generate([[4, 5]], block_size=1, max_new_tokens=20, eos_token_id=None)
-        assert request.result().tokens == want.tokens[0] and runner.captured == before
-
-
-def test_a_copy_of_a_model_leaves_its_engine_behind(bundled: TwoTower) -> None:
-    """What a model keeps on a GPU."""
-    bundled.__dict__["_lent"] = Lent(bundled, [[4]], Settings())
-    try:
-        for twin in (copy.deepcopy(bundled), pickle.loads(pickle.dumps(bundled))):
-            assert twin.__dict__["_lent"] is None and twin.generate([[4]], max_new_tokens=2).tokens
-    finally:
-        del bundled.__dict__["_lent"]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_what_is_prepared_is_not_captured_later(model: TwoTower, mode: str) -> None:
-    engine = as_on_a_gpu(Engine(model, max_rows=3))
-    engine.prepare(mode=mode, tokens=64, progress=False)
-    captured = set(engine._batches.runner.captured)
-    assert captured
-    for prompt in ([4], [5, 6], [7, 8, 9]):
-        engine.submit(prompt, mode=mode, max_new_tokens=20, eos_token_id=None, seed=1)
-    list(engine)
-    assert set(engine._batches.runner.captured) == captured
-    Engine(model).prepare(mode=mode)  # on a CPU there is nothing to capture
-    with pytest.raises(ValueError, match="mode is 'fast'"):
-        engine.prepare(mode="fast")
-
-
-def test_an_engine_is_kept_while_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: for the next call, unless it is too small or a weight has changed; a call inside another has its
-    own."""
-    monkeypatch.setattr("tt_model.engine.generate._is_kept", lambda model: True)
-    model = random_model()
-    options = dict(mode="ar", max_new_tokens=6, eos_token_id=None)
-    inner: list[list[list[int]]] = []
-    want = model.generate([[4, 5], [6]], **options).tokens
-
-    def kept() -> Engine:
-        return model.__dict__["_lent"].engine
-
-    engine = kept()
-    assert model.generate([[4, 5]], **options).tokens == want[:1] and kept() is engine
-    assert model.generate([[4, 5]], on_step=lambda _: inner.append(model.generate([[6]], **options).tokens), **options)
-    assert inner == [want[1:]] * 6
-    engine = kept()
-    model.generate([[4]] * 5, **options)
-    larger = kept()
-    assert larger is not engine and larger.max_rows >= 5
-    with torch.no_grad():
-        model.context_lm_head.weight.neg_()
-    assert model.generate([[4, 5], [6]], **options).tokens != want and kept() is not larger
-    model.generate([[4]], **options)
-    with pytest.raises(OSError):
-        model.generate([[4]] * 2, on_step=lambda _: (_ for _ in ()).throw(OSError()), **options)
-    assert kept().has_room(kept().max_rows, kept().max_tokens), "what failed has given its places back"

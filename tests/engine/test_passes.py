@@ -126,6 +126,18 @@ def test_a_replay_is_the_same_work_on_the_same_addresses(passes: Passes, what: P
     assert outcome.listed.shape[0] == 3
 
 
+@pytest.mark.parametrize("what", PASSES, ids=str)
+def test_no_number_of_the_host_is_copied_to_the_device(passes: Passes, what: Pass) -> None:
+    """`t[rows] = 0` does, through a tensor on the CPU, which a graph cannot hold. On meta it is an index_put of a
+    tensor that has no dimensions."""
+    rows = torch.zeros(3, dtype=torch.int64, device="meta")
+    memory = Memory(set())
+    with recording(90), memory:
+        passes(what, rows)
+    put = [arguments for name, arguments, *_ in memory.calls if "index_put" in name]
+    assert put and all(len(value[0]) > 0 for _, _, value, *_ in put)
+
+
 def test_what_is_written_lies_on_the_board(passes: Passes) -> None:
     """The test above sees a tensor that is nobody's."""
     stray = torch.zeros(3, dtype=torch.int64, device="meta")

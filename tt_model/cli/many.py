@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 _LOOP = ("mode", "max_new_tokens", "block_size", "steps_per_block", "draft_steps", "confidence_threshold")
 SETTINGS = (*_LOOP, "temperature", "top_k", "top_p", "stop")
-KEYS = ("prompt", "tokens", "messages", "id", "seed", "eos_token_id", "logprobs", *SETTINGS)
+PROMPTS = {"prompt": str, "tokens": list, "messages": list}
+EXPECTED = {"prompt": "a text", "tokens": "a list of token ids", "messages": "a list of objects with role and content"}
+KEYS = (*PROMPTS, "id", "seed", "eos_token_id", "logprobs", *SETTINGS)
 
 
 def run(o: argparse.Namespace) -> None:
@@ -37,16 +40,19 @@ def run(o: argparse.Namespace) -> None:
     given = [f"--{name.replace('_', '-')}" for name in ("prompt_file", "tokens", "watch", "json") if getattr(o, name)]
     if given := given + ["a prompt"] * (o.prompt is not None):
         raise ValueError(f"--jsonl: takes its prompts from the file, and does not go with {' and '.join(given)}")
+    part = Path(f"{o.output}.part")
+    if os.path.realpath(o.jsonl) in (os.path.realpath(o.output), os.path.realpath(part)):
+        raise ValueError(f"--output {o.output}: would overwrite the prompts")
     lines = _lines(Path(o.jsonl))
     defaults = {name: getattr(o, name) for name in SETTINGS} | ({"eos_token_id": None} if o.no_eos else {})
-    kind = hashlib.sha256(json.dumps([lines, defaults, o.model, o.tokenizer, o.seed, o.chat]).encode()).hexdigest()
-    with output_to(o.output) as output, _progress(Path(f"{o.output}.part"), kind) as (part, done):
-        missing = [i for i in range(len(lines)) if i not in done]
-        if missing:
-            _work(o, lines, missing, defaults, part, done)
-        output += [json.dumps(done[i]) + "\n" for i in range(len(lines))]
-    Path(part.name).unlink()
-    if failed := sum("error" in record for record in done.values()):
+    said = [lines, defaults, o.model, o.tokenizer, o.seed, o.chat, o.dtype]
+    with output_to(o.output) as output:
+        with _progress(part, hashlib.sha256(json.dumps(said).encode()).hexdigest()) as progress:
+            if missing := [i for i in range(len(lines)) if i not in progress.done]:
+                _work(o, lines, missing, defaults, progress)
+        output += [json.dumps(progress.done[i]) + "\n" for i in range(len(lines))]
+    part.unlink()
+    if failed := sum("error" in record for record in progress.done.values()):
         raise ValueError(f'{failed} of {len(lines)} lines failed: "error" in {o.output} says why')
 
 
@@ -63,10 +69,14 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         where = f"--jsonl {file}, line {number}"
         try:
             line = json.loads(text)
-        except ValueError as error:
+            json.dumps(line, ensure_ascii=False).encode()  # half a character, written as an escape
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not valid JSON: {error}") from None
-        if not isinstance(line, dict) or sum(name in line for name in ("prompt", "tokens", "messages")) != 1:
+        given = [name for name in PROMPTS if isinstance(line, dict) and name in line]
+        if len(given) != 1:
             raise ValueError(f'{where}: expected an object with one of "prompt", "tokens" and "messages"')
+        if not isinstance(line[given[0]], PROMPTS[given[0]]):
+            raise ValueError(f'{where}: "{given[0]}" is {line[given[0]]!r:.40}, expected {EXPECTED[given[0]]}')
         if unknown := [name for name in line if name not in KEYS]:
             raise ValueError(f'{where}: "{unknown[0]}" is none of {", ".join(KEYS)}')
         found.append(line)
@@ -75,23 +85,57 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-@contextmanager
-def _progress(file: Path, kind: str) -> Iterator[tuple[IO[str], dict[int, dict[str, Any]]]]:
-    """The file of what is done, open for more, and what is in it. A line that was cut short is not."""
-    with file.open("a+", encoding="utf-8") as part:
+class Progress:
+    """What is done: in memory, and a line of a file each. The file comes to be with its first line."""
+
+    def __init__(self, file: Path, kind: str):
+        self.file, self.kind = file, kind
+        self.done: dict[int, dict[str, Any]] = {}
+        self.part: IO[str] | None = None
+
+    def open(self) -> None:
+        """Read what there is, and hold it against other processes. A line that was cut short does not count."""
+        self.part = self.file.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.part, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{file}: another process is at it") from None
-        part.seek(0)
-        whole = [line for line in part if line.endswith("\n")]
-        if whole and json.loads(whole[0]) != {"of": kind}:
-            raise ValueError(f"{file}: is of another input or other settings; remove it to begin anew")
-        part.truncate(sum(len(line.encode()) for line in whole))
-        part.seek(0, 2)
-        if not whole:
-            part.write(json.dumps({"of": kind}) + "\n")
-        yield part, dict(map(json.loads, whole[1:]))
+            raise ValueError(f"{self.file}: another process is at it") from None
+        self.part.seek(0)
+        try:
+            text = self.part.read()
+            head, *lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")] or [""]
+            ours = not text or json.loads(head) == {"of": self.kind}
+            self.done = dict(map(json.loads, lines))
+        except ValueError:
+            ours = False
+        if not ours:
+            raise ValueError(f"{self.file}: is of another input or other settings; remove it to begin anew")
+        self.part.truncate(len((head + "".join(lines)).encode()))
+        self.part.seek(0, 2)
+        if not text:
+            self._write({"of": self.kind})
+
+    def keep(self, number: int, record: dict[str, Any]) -> None:
+        """Write down what has become of a line."""
+        self.done[number] = record
+        self._write([number, record])
+
+    def _write(self, value: Any) -> None:
+        assert self.part is not None
+        self.part.write(json.dumps(value) + "\n")  # in ASCII: a line ends at its newline alone
+        self.part.flush()
+
+
+@contextmanager
+def _progress(file: Path, kind: str) -> Iterator[Progress]:
+    progress = Progress(file, kind)
+    try:
+        if file.exists():
+            progress.open()
+        yield progress
+    finally:
+        if progress.part is not None:
+            progress.part.close()
 
 
 def _work(
@@ -99,29 +143,28 @@ def _work(
     lines: list[dict[str, Any]],
     missing: list[int],
     defaults: dict[str, Any],
-    part: IO[str],
-    done: dict[int, dict[str, Any]],
+    progress: Progress,
 ) -> None:
     """Generate what is missing, and write it down line by line."""
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..engine.prompts import prompt_ids
     from ..two_tower import TwoTower
     from ..vocabulary import Vocabulary
 
     device, dtype = machine_of(o)
-    modes = {lines[i].get("mode", defaults["mode"]) for i in missing}
-    towers = "context" if modes == {"ar"} else "both"
+    towers = "context" if all(lines[i].get("mode", defaults["mode"]) == "ar" for i in missing) else "both"
     model = TwoTower.from_pretrained(o.model, device=device, dtype=dtype, towers=towers, progress=not o.quiet)
     if o.tokenizer is not None:
         model.tokenizer = Vocabulary(o.tokenizer, model.config)
 
+    if progress.part is None:  # what can be refused has been
+        progress.open()
+
     def keep(number: int, record: dict[str, Any]) -> None:
         named = {"id": lines[number]["id"]} if "id" in lines[number] else {}
-        done[number] = named | record
-        part.write(json.dumps([number, done[number]]) + "\n")
-        part.flush()
+        progress.keep(number, named | record)
 
     requests: dict[Request, int] = {}
     prompts = {}
@@ -141,18 +184,17 @@ def _work(
             requests[engine.submit(ids, **{**defaults, "seed": o.seed + i, **own})] = i
         except (ValueError, TypeError) as error:
             keep(i, {"error": describe(error)})
-    columns = (
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} tokens/s"), TimeRemainingColumn(),
-    )  # fmt: skip
+    rate = bars.TextColumn("{task.fields[rate]:.0f} tokens/s")
+    columns = (bars.BarColumn(), bars.MofNCompleteColumn(), rate, bars.TimeRemainingColumn())
     quiet = o.quiet or not sys.stderr.isatty()
     began, tokens = time.perf_counter(), 0
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        task = bar.add_task("prompts", total=len(lines), completed=len(done), rate=0.0)
+    with bars.Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task("prompts", total=len(lines), completed=len(progress.done), rate=0.0)
         for event in engine:
             tokens += len(event.tokens)
             if not event.request.is_open:
                 keep(requests[event.request], _record(event.request))
-            bar.update(task, completed=len(done), rate=tokens / (time.perf_counter() - began))
+            bar.update(task, completed=len(progress.done), rate=tokens / (time.perf_counter() - began))
     if not o.quiet:
         seconds = time.perf_counter() - began
         print(
@@ -173,7 +215,7 @@ def _engine(
     def need(number: int) -> int:
         asked = lines[number].get("max_new_tokens", defaults["max_new_tokens"])
         block = lines[number].get("block_size", defaults["block_size"]) or model.config.block_size
-        new = sum(n for n in (asked, block) if isinstance(n, int))
+        new = sum(n for n in (asked, block) if isinstance(n, int) and n > 0)
         return min(len(prompts[number]) + new + PAGE_SIZE, 2 * limit) // PAGE_SIZE * PAGE_SIZE + PAGE_SIZE
 
     largest = sorted(map(need, prompts), reverse=True)[:rows]

@@ -47,21 +47,24 @@ class Batches:
     def _write(self, want: Want, group: Sequence[Request]) -> tuple[Outcome, dict[Request, Seen]]:
         repeat = 1
         if want.kind == "ar" and not any(request.on_step for request in group):
-            repeat = min(self.ahead, *(request.room for request in group))
+            repeat = min(self.ahead, max(request.room for request in group))  # what is behind an end is cut off
         what = self._what(want, group, max(want.length, repeat))._replace(repeat=repeat)
         outcome = self.runner(what, [request.row for request in group])
         read = Read(outcome)
         for request in group:
-            request.forwards += 2 if want.kind == "mock_ar" else repeat
+            request.forwards += 2 if want.kind == "mock_ar" else min(repeat, request.room)
         return outcome, {request: Seen(read, place) for place, request in enumerate(group)}
 
     def prepare(self, s: Settings, tokens: int, rows: int, *, progress: bool) -> None:
         """Have the passes of a request with such settings captured for batches of up to so many rows."""
-        pages, narrow = -(-tokens // PAGE_SIZE), s.top_k is not None or s.top_p is not None
+        narrow = s.top_k is not None or s.top_p is not None
         for want in WANTS[s.mode](s):
-            for repeat in range(1, 1 + (self.ahead if want.kind == "ar" else 1)):
+            repeat = self.ahead if want.kind == "ar" else 1
+            pages = 1
+            while pages < 2 * -(-tokens // PAGE_SIZE):
                 what = Pass(cast(Kind, want.kind), want.length, pages, narrow, repeat)
                 self.runner.prepare(what, rows, progress=progress)
+                pages *= 2
 
     def _what(self, want: Want, group: Sequence[Request], more: int) -> Pass:
         longest = max(request.length for request in group) + more

@@ -12,6 +12,8 @@ import torch
 from ..arguments import integer, row_seeds
 from ..modeling.state import PAGE_SIZE, Cache
 from ..modeling.two_tower import TwoTowerModel
+from ..stops import whole
+from ..vocabulary import Vocabulary
 from .batches import Batches
 from .board import Board
 from .loops import PROGRAMS
@@ -22,12 +24,14 @@ from .runner import Runner, idle_rows
 from .scheduler import Scheduler
 from .settings import Settings, Step
 
+EventKind = Literal["started", "tokens", "finished", "failed"]
+
 
 @dataclass(frozen=True)
 class Event:
     """Something that has happened to a request."""
 
-    kind: Literal["started", "tokens", "finished", "failed"]
+    kind: EventKind
     request: Request
     tokens: tuple[int, ...] = ()  # in "tokens": those that are new since the last event
     text: str = ""  # and the text that has become certain; "finished" may have the rest of it
@@ -73,7 +77,8 @@ class Engine(Iterator[Event]):
         self._scheduler = Scheduler(self._board.pool, rows=max_rows, prefixes=max_prefixes)
         passes = Passes(model, self._board)
         self._batches = Batches(passes, self._board, self._scheduler.prefixes, Runner(passes))
-        self._events: deque[tuple[str, Request]] = deque()
+        self._events: deque[tuple[EventKind, Request]] = deque()
+        self._cancelled: list[Request] = []
         self._count, self._is_busy = 0, False
 
     # ---- for callers ----
@@ -109,18 +114,28 @@ class Engine(Iterator[Event]):
         kept = None if prefix is None else prefix.fork()
         return self.enqueue(ids, s, number, on_step=on_step, vocabulary=vocabulary, prefix=kept)
 
-    def enqueue(self, ids: Sequence[int], settings: Settings, seed: int, **more: Any) -> Request:
-        """`submit` for what has been checked already."""
-        number = more.pop("number", self._count)
-        request = Request(self, number, ids, settings, seed, **more)
+    def enqueue(
+        self,
+        ids: Sequence[int],
+        settings: Settings,
+        seed: int,
+        *,
+        number: int | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        vocabulary: Vocabulary | None = None,
+        prefix: Cache | None = None,
+    ) -> Request:
+        """`submit` for what has been checked already. number: what `Step.rows` calls it; None: its own."""
+        number = self._count if number is None else number
+        request = Request(self, number, ids, settings, seed, on_step=on_step, vocabulary=vocabulary, prefix=prefix)
         self._scheduler.refuse(request)
         self._count += 1
         self._scheduler.waiting.append(request)
         return request
 
     def prepare(self, *, mode: str = "mask_diffusion", tokens: int = 2048, progress: bool = True, **more: Any) -> None:
-        """On a GPU, capture the CUDA graphs of a mode now, for batches of all sizes and rows of up to about `tokens`
-        tokens, with a bar. Others are captured when they are first wanted, which holds up everybody for a second."""
+        """On a GPU, capture the CUDA graphs of a mode now, for batches of all sizes and rows of up to `tokens` tokens,
+        with a bar. Others are captured when they are first wanted, which holds up everybody for a second."""
         s = Settings.of(self.model.config, mode=mode, **more)
         check(self.model, [[]], s, None, None)
         self._batches.prepare(s, integer("tokens", tokens, 1), self.max_rows, progress=progress)
@@ -133,36 +148,46 @@ class Engine(Iterator[Event]):
         while not self._events:
             if not self.step():
                 raise StopIteration
-        kind, request = self._events.popleft()
-        if kind == "failed":
-            return Event("failed", request)
-        if kind == "started":
-            return Event("started", request)
-        tokens, text = request.news()
-        return Event("finished" if kind == "finished" else "tokens", request, tokens, text)
+        with whole():
+            kind, request = self._events.popleft()
+            if kind in ("started", "failed"):
+                return Event(kind, request)
+            if kind == "tokens":
+                request.is_told = False
+            return Event(kind, request, *request.news())
 
     def step(self) -> bool:
         """Make one pass, over the rows that share it; False when there is nothing to do."""
         if self._is_busy:
             raise RuntimeError("engine: it is in the middle of a pass, which this was called from")
-        self._is_busy = True
-        try:
-            return self._step()
-        finally:
-            self._is_busy = False
+        with whole():
+            try:
+                self._is_busy = True
+                return self._step()
+            finally:
+                self._is_busy = False
 
     def finish(self, request: Request) -> None:
         """Run until a request has ended. Its events are not told any more."""
         while request.is_open:
-            self.step()
+            if not self.step():
+                raise RuntimeError(f"engine: request {request.number} is {request.state}, and nothing is left to do")
         self._events = deque(event for event in self._events if event[1] is not request)
 
     def cancel(self, request: Request) -> None:
         """End a request where it is."""
         if request.is_open:
-            request.state = "cancelled"
-            if not self._is_busy:
-                self._sweep()
+            with whole():
+                request.state = "cancelled"
+                self._cancelled.append(request)
+                if not self._is_busy:
+                    self._sweep()
+
+    def forget(self) -> None:
+        """Drop the events that nobody has read."""
+        for _, request in self._events:
+            request.is_told = False
+        self._events.clear()
 
     def has_room(self, rows: int, tokens: int) -> bool:
         """Whether so many requests, of so many tokens together, could start at once."""
@@ -184,7 +209,7 @@ class Engine(Iterator[Event]):
             for request in group:
                 self._fail(request, error)
             return True
-        except BaseException:  # Ctrl-C in the middle of a pass: what it has written is in doubt
+        except BaseException:  # a second Ctrl-C in the middle of a pass: what it has written is in doubt
             for request in reversed(group):
                 self._restart(request)
             raise
@@ -200,7 +225,7 @@ class Engine(Iterator[Event]):
                 del left[0]
             self._show(outcome, seen)
         finally:
-            for request in reversed(left):  # Ctrl-C again
+            for request in reversed(left):
                 self._restart(request)
             for request in ended:
                 if request.state == "running":
@@ -211,9 +236,8 @@ class Engine(Iterator[Event]):
 
     def _sweep(self) -> None:
         """Let go of those that were cancelled."""
-        scheduler = self._scheduler
-        for request in [r for r in (*scheduler.waiting, *scheduler.running) if r.state == "cancelled"]:
-            self._end(request, "cancelled")
+        while self._cancelled:
+            self._end(self._cancelled.pop(), "cancelled")
 
     def _admit(self) -> None:
         for request, kept in self._scheduler.admit():
@@ -247,14 +271,15 @@ class Engine(Iterator[Event]):
 
     def _show(self, outcome: Outcome | None, seen: Mapping[Request, Seen]) -> None:
         """Tell `on_step` of the rows that a pass has changed: those that were at the same step together."""
-        groups: dict[tuple[Callable[[Step], None], int], dict[Request, int]] = {}
+        groups: dict[tuple[int, int], dict[Request, int]] = {}
         for request in seen:
             if request.shown is not None and request.on_step is not None and request.state == "running":
                 start, step = request.shown
-                groups.setdefault((request.on_step, step), {})[request] = start
+                groups.setdefault((id(request.on_step), step), {})[request] = start
             request.shown = None
-        for (on_step, step), requests in groups.items():
-            assert outcome is not None
+        for (_, step), requests in groups.items():
+            on_step = next(iter(requests)).on_step
+            assert outcome is not None and on_step is not None
             places = torch.tensor([seen[r].place for r in requests], device=self._board.device)
             tokens, confidence = outcome.tokens[places], outcome.confidence[places]
             done = outcome.committed
@@ -291,8 +316,10 @@ class Engine(Iterator[Event]):
             request.state, request.program, request.wants = "waiting", None, None
             self._scheduler.waiting.appendleft(request)
 
-    def _tell(self, kind: str, request: Request) -> None:
+    def _tell(self, kind: EventKind, request: Request) -> None:
         """Put an event into the queue; what is still unread of a request's tokens is one event."""
-        if kind == "tokens" and (kind, request) in self._events:
-            return
+        if kind == "tokens":
+            if request.is_told:
+                return
+            request.is_told = True
         self._events.append((kind, request))

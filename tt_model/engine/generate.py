@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor
 from ..arguments import row_seeds
 from ..modeling.state import PAGE_SIZE
 from ..modeling.two_tower import TwoTowerModel
-from ..vocabulary import Vocabulary
+from ..vocabulary import Vocabulary, Writing
 from .engine import Engine
 from .prompts import check
 from .request import Request, room_for
 from .settings import Generation, Settings, Step
+
+KEPT = "_lent"  # where a model keeps its engine
+LEAST_TOKENS = 1 << 14  # of an engine that is kept: 100 MB of the published model
 
 
 class Lent:
@@ -22,26 +26,30 @@ class Lent:
     while the weights are what and where they were, and it has room."""
 
     def __init__(self, model: TwoTowerModel, prompts: Sequence[Sequence[int]], settings: Settings):
+        self.model, self.weights = model, _weights(model) if _is_kept(model) else None
         rows = len(prompts)
         tokens = sum(-(-room_for(len(row), settings) // PAGE_SIZE) * PAGE_SIZE for row in prompts)
-        self.model, self.weights = model, _weights(model) if _is_kept(model) else None
-        self.engine: Engine
-        before: Lent | None = model.__dict__.pop("_lent", None)
-        if before is not None and before.weights == self.weights and before.engine.has_room(rows, tokens):
-            self.engine = before.engine
-        else:
-            if before is not None:  # as much as it had, lest two sizes take turns
+        engine: Engine | None = None
+        if (before := model.__dict__.pop(KEPT, None)) is not None:
+            if before.weights == self.weights and before.engine.has_room(rows, tokens):
+                engine = before.engine
+            else:  # as much as it had, lest two sizes take turns
                 rows, tokens = max(rows, before.engine.max_rows), max(tokens, before.engine.max_tokens)
-                del before
-            self.engine = Engine(model, max_rows=rows, max_tokens=tokens, max_prefixes=0)
+            del before  # its memory is to be free before another takes its own
+        if engine is None:
+            if self.weights is not None:  # the next prompts may be longer: a text grows from call to call
+                rows, tokens = 1 << (rows - 1).bit_length(), max(LEAST_TOKENS, 1 << (tokens - 1).bit_length())
+            engine = Engine(model, max_rows=rows, max_tokens=tokens, max_prefixes=0)
+        self.engine = engine
 
     def __reduce__(self) -> tuple[object, ...]:  # a copy of the model has none
         return type(None), ()
 
     def give_back(self) -> None:
         """No request of it is open any more."""
+        self.engine.forget()
         if self.weights is not None:
-            self.model.__dict__["_lent"] = self
+            self.model.__dict__[KEPT] = self
 
 
 def _is_kept(model: TwoTowerModel) -> bool:
@@ -76,9 +84,8 @@ def generate(
         for request in requests:
             while request.is_open:
                 engine.step()
-                if failed := next((r for r in requests if r.error is not None), None):
-                    assert failed.error is not None
-                    raise failed.error
+                if failed := next((r.error for r in requests if r.error is not None), None):
+                    raise failed
         found = [request.result() for request in requests]
     finally:
         for request in requests:
@@ -91,7 +98,10 @@ def generate(
         known = vocabulary()
         if known is None:
             raise ValueError("text: the model has no tokenizer; `tokens` has what it wrote")
-        return [known.decode(row.tokens, ids) for row, ids in zip(found, rows, strict=True)]
+        written = [Writing(known, ids) for ids in rows]
+        for text, row in zip(written, found, strict=True):
+            text.push(row.tokens)
+        return [text.whole() for text in written]
 
     return Generation.of(found, texts)
 
@@ -133,6 +143,10 @@ class Stream(Iterator[str]):
             self._request.cancel()
             self._lent.give_back()
             self._lent = None
+
+    def __del__(self) -> None:  # whoever stopped reading
+        if not sys.is_finalizing() and getattr(self, "_lent", None) is not None:
+            self.close()
 
     @property
     def result(self) -> Generation:

@@ -87,7 +87,7 @@ class Passes:
             block[:, 0] = torch.where(live, token, block[:, 0])
         lane.block[rows] = block
         lane.masked[rows] = (L - (token is not None)) * live
-        board.step[rows] = 0
+        board.step.index_fill_(0, rows, 0)  # not `[rows] = 0`, which copies a number from the host
 
     @torch.inference_mode()
     def start(self, rows: Tensor, L: int, *, draft: bool) -> None:

@@ -8,7 +8,7 @@ earlier one. The first prompt leaves its keys, the second one a state on its way
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
@@ -80,12 +80,18 @@ class Prefixes:
         self.kept[key] = Kept(list(pages), slot)
         return slot
 
-    def drop(self) -> bool:
-        """Let the beginning go that was used longest ago; False if there is none."""
-        if not self.kept:
+    def drop(self, but: Kept | None = None) -> bool:
+        """Let the beginning go that was used longest ago; False if there is none, `but` apart."""
+        key = next((key for key, kept in self.kept.items() if kept is not but), None)
+        if key is None:
             return False
-        _, kept = self.kept.popitem(last=False)
+        kept = self.kept.pop(key)
         self.pool.slots.leave(kept.slot)
         for page in kept.pages:
             self.pool.pages.leave(page)
         return True
+
+    def droppable(self, but: Kept | None = None) -> int:
+        """Pages that are free when all beginnings have gone, `but` apart: those that nobody else holds."""
+        held = Counter(page for kept in self.kept.values() if kept is not but for page in kept.pages)
+        return sum(self.pool.pages.holders[page] == count for page, count in held.items())

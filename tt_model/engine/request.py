@@ -77,8 +77,9 @@ class Runs(Protocol):
 
 
 def room_for(prompt: int, settings: Settings) -> int:
-    """Tokens that a prompt of so many can come to hold in the cache: a pass writes whole blocks, or `AHEAD` tokens."""
-    return prompt + settings.max_new_tokens + max(settings.block_size, AHEAD)
+    """Tokens that a prompt of so many can come to hold in the cache: a pass writes a whole block, or `AHEAD` tokens."""
+    blocks = settings.mode in ("mask_diffusion", "speculative")
+    return prompt + settings.max_new_tokens + max(settings.block_size if blocks else 1, AHEAD)
 
 
 class Request:
@@ -122,7 +123,11 @@ class Request:
         self.has_started = False  # and is told to have
         self.turn = 0  # the last one that it had
         self.told = [0, 0]  # tokens and characters that events have told
+        self.is_told = False  # an event waits to tell more
         self.shown: tuple[int, int] | None = None  # start and step of what `on_step` is to be told
+
+    def __repr__(self) -> str:
+        return f"<Request {self.number}: {self.state}, {len(self.prompt)} tokens read, {len(self.tokens)} written>"
 
     # ---- for callers ----
 
@@ -146,8 +151,8 @@ class Request:
         self._engine.cancel(self)
 
     def so_far(self) -> Result:
-        """What it has got until now, without running anything."""
-        reason = "cancelled" if self.state == "cancelled" else self.finish_reason
+        """What it has got until now, without running anything; while it is open, `finish_reason` is its state."""
+        reason = self.finish_reason if self.state == "finished" else self.state
         logprobs = list(self._logprobs) if self.settings.logprobs else None
         text = None if self._writing is None else self._writing.whole()
         return Result(list(self.tokens), self.nfe, self.forwards, self.cycles, reason, logprobs, text)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..modeling.moe import MoE
 from .passes import Outcome, Pass, Passes
 
-MOST = 128  # graphs that are kept, the ones used last; all work in the same memory
+MOST = 256  # graphs that are kept, the ones used last; all work in the same memory
 LEAST_FREE = 1 << 30  # bytes of a device below which passes are no longer captured
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def batch_for(rows: int) -> int:
 
 def idle_rows(rows: int) -> int:
     """Rows that are idle at most in a batch of up to so many."""
-    return max(1, *(batch_for(n) - n for n in range(1, rows + 1)))
+    return max(1, *(batch_for(n) - n for n in range(1, min(rows, 129) + 1)))  # from there on as from 113 to 128
 
 
 class Captured(NamedTuple):
@@ -54,6 +54,7 @@ class Runner:
         self.graphs = self.device.type == "cuda" if graphs is None else graphs
         self.fill = self.graphs if fill is None else fill
         self.captured: OrderedDict[tuple[Pass, int], Captured] = OrderedDict()
+        self.refused: set[tuple[Pass, int]] = set()  # that could not be captured, and are called
         self._memory: Any = None  # that all graphs share
         self._experts = [module for module in passes.model.modules() if isinstance(module, MoE)]
 
@@ -96,17 +97,28 @@ class Runner:
         if key in self.captured:
             self.captured.move_to_end(key)
             return self.captured[key]
-        if self._free() < LEAST_FREE:
-            _log.warning("little memory is left: a pass of kind %s for %d rows is not captured", what.kind, size)
+        if key in self.refused:
             return None
-        _log.info("capturing a pass of kind %s for %d rows of %d pages", what.kind, size, what.pages)
+        named = f"a pass of kind {what.kind} for {size} rows of {what.pages} pages"
+        if self._free() < LEAST_FREE:
+            _log.warning("little memory is left: %s is not captured, and takes longer", named)
+            self.refused.add(key)
+            return None
+        _log.info("capturing %s", named)
         while len(self.captured) >= MOST:
             self.captured.popitem(last=False)
-        found = self.captured[key] = self._capture(what, size)
+        try:
+            found = self.captured[key] = self._capture(what, size)
+        except RuntimeError as error:
+            _log.warning("%s could not be captured, and takes longer: %s", named, error)
+            self.refused.add(key)
+            return None
         return found
 
     def _free(self) -> int:
-        return torch.cuda.mem_get_info(self.device)[0]
+        """Bytes of the device, those that torch has and does not use included."""
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + unused
 
     def _capture(self, what: Pass, size: int) -> Captured:
         """Two passes over idle rows, which compile kernels and change nothing else, then the one that is kept."""
@@ -120,6 +132,6 @@ class Runner:
         here.wait_stream(aside)
         self._memory = self._memory or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, stream=aside):
+        with torch.cuda.graph(graph, pool=self._memory, stream=aside, capture_error_mode="thread_local"):
             outcome = self.passes(what, rows)
         return Captured(graph, rows, outcome)

@@ -49,22 +49,15 @@ class Scheduler:
             shared = [] if kept is None else list(kept.pages)
             for page in shared:
                 self.pool.pages.hold(page)
-            if kept is not None:  # until it has been copied: making room may let it go
-                self.pool.slots.hold(kept.slot)
             need = -(-request.most() // PAGE_SIZE) - len(shared)
-            while need > len(self.pool.pages.free) and self.prefixes.drop():
-                pass
-            fits = need <= len(self.pool.pages.free)
-            try:
-                if fits:
-                    yield self._place(request, kept, [*shared, *self.pool.pages.take(need)], keys)
-            finally:
-                if kept is not None:
-                    self.pool.slots.leave(kept.slot)
-            if not fits:
+            free = self.pool.pages.free
+            if need > len(free) + self.prefixes.droppable(but=kept):  # beginnings go only where that is enough
                 for page in shared:
                     self.pool.pages.leave(page)
                 return
+            while need > len(free):
+                self.prefixes.drop(but=kept)
+            yield self._place(request, kept, [*shared, *self.pool.pages.take(need)], keys)
 
     def _place(self, request: Request, kept: Kept | None, pages: list[int], keys: list[bytes]) -> Admitted:
         self.waiting.popleft()
@@ -88,7 +81,9 @@ class Scheduler:
         """The next pass and who takes part; None when nobody runs.
 
         A pass costs much the same for many rows as for few, so the one goes first whose rows have waited most passes
-        together; nobody waits forever. Prompts are read in every other pass, as long as others write.
+        together, long waits counting more (the exponent: among 16 rows of diffusion, a lone row of another mode gets
+        every sixth pass and not every sixteenth, and alone they need no more passes). Prompts are read in every other
+        pass, as long as others write.
         """
         groups: dict[Want, list[Request]] = {}
         for request in self.running:
@@ -102,7 +97,7 @@ class Scheduler:
             return PREFILL, readers
         self.was_reading = False
         self.turn += 1
-        want, group = max(groups.items(), key=lambda item: sum(self.turn - r.turn for r in item[1]))
+        want, group = max(groups.items(), key=lambda item: sum((self.turn - r.turn) ** 1.5 for r in item[1]))
         for request in group:
             request.turn = self.turn
         return want, group

@@ -116,6 +116,10 @@ class Step:
     committed: Tensor  # [R, L] bool: positions that took their token in this step
 
 
+def _per_forward(tokens: Sequence[int], nfe: int, forwards: int) -> float:
+    return len(tokens) / max(1, nfe or forwards)
+
+
 @dataclass(frozen=True)
 class Result:
     """What has become of one request."""
@@ -124,7 +128,8 @@ class Result:
     nfe: int  # denoiser passes (number of function evaluations)
     forwards: int  # passes of either tower, the reading of the prompt as one
     cycles: int  # in "speculative": drafts that were verified
-    # "eos": an end-of-sequence token; "stop": a stop string; "length": max_new_tokens; "cancelled".
+    # "eos": an end-of-sequence token; "stop": a stop string; "length": max_new_tokens; "cancelled"; "failed". Of what
+    # has not ended: "waiting" or "running".
     finish_reason: str
     logprobs: list[float] | None  # as in `Generation`
     text: str | None  # cut where a stop string begins; None without a tokenizer
@@ -132,7 +137,7 @@ class Result:
     @property
     def tokens_per_forward(self) -> float:
         """New tokens for each denoiser pass, as transformers counts; in "ar" for each of the context tower's."""
-        return len(self.tokens) / max(1, self.nfe or self.forwards)
+        return _per_forward(self.tokens, self.nfe, self.forwards)
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,5 @@ class Generation:
 
     @property
     def tokens_per_forward(self) -> list[float]:
-        """New tokens for each denoiser pass, as transformers counts; in "ar" for each of the context tower's."""
-        passes = (nfe or forwards for nfe, forwards in zip(self.nfe, self.forwards, strict=True))
-        return [len(tokens) / max(1, count) for tokens, count in zip(self.tokens, passes, strict=True)]
+        """Of each row, as `Result` has it."""
+        return [_per_forward(*row) for row in zip(self.tokens, self.nfe, self.forwards, strict=True)]

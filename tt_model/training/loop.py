@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +21,7 @@ from ..checkpoint.keys import CONTEXT, named_parameters, unwrapped
 from ..files import hold, write_atomically, write_text
 from ..modeling.moe import MoE
 from ..modeling.two_tower import TwoTowerModel
-from ..stops import Stopped, handling
+from ..stops import Later, Stopped, handling
 from .data import Batch, Rows
 from .objective import ar_loss, denoiser_loss, mask_blocks
 from .schedule import TrainSettings, learning_rate
@@ -134,20 +133,6 @@ def plot_losses(history: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-class _WholeSteps:
-    """Holds Ctrl-C, SIGTERM and SIGHUP back until a step is whole: `number` is that of the first that came. A second
-    Ctrl-C, or one outside the main thread, acts at once."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-
-    def __call__(self, number: int) -> None:
-        if self.number is None:
-            self.number = number
-        elif number == signal.SIGINT:
-            raise Stopped(number)
-
-
 def train(
     model: TwoTowerModel,
     rows: Rows,
@@ -209,7 +194,7 @@ def train(
             return ValueError(f"step {step}: {found}; {kept}; {advice}")
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        stop = _WholeSteps()
+        stop = Later()
         with (
             _Balance(model, on=s.stage == "ar") as balance,
             Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
