@@ -172,6 +172,7 @@ def run(o: argparse.Namespace) -> None:
             "text": text,
             "prompt_tokens": ids,
             "tokens": tokens,
+            "finish_reason": out.finish_reason[0],
             "nfe": nfe,
             "timings": {"load": round(load, 4), "generate": round(seconds, 4)},
             "tokens_per_second": round(len(tokens) / seconds, 2),
