@@ -1,0 +1,116 @@
+"""What a specification says, and the one comment line that says it, as `# class Invoice: number int, paid bool`.
+
+    # KIND NAME [MODIFIER]: ITEM, ITEM, ...
+
+- class, dataclass, tests, table, csv, command: an item is a field, `NAME TYPE`, TYPE being int, float, str, bool or
+  list (of str); then `?` where it may be missing, or a rule (`> 0`; of a str, `<= 20` letters) and a default (`= 3`).
+- enum: an item is a choice. The modifier `int` numbers them, `flag` gives each a bit.
+- machine: an item is `EVENT STATE -> STATE`.
+- The modifier `by FIELD` (class, table, csv) sorts, finds or indexes by a field; a dataclass may be `frozen`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+from typing import Any
+
+TYPES = ("int", "float", "str", "bool", "list")
+TYPED = ("class", "dataclass", "tests", "table", "csv", "command")  # kinds whose items are fields
+KINDS = (*TYPED, "enum", "machine")
+CAMEL = ("class", "dataclass", "tests", "enum", "machine")  # kinds whose names are classes
+
+_HEADER = re.compile(r"# (\w+) (\w+)(?: (int|flag|frozen)| by (\w+))?: (.+)")
+_FIELD = re.compile(
+    r'([a-z_]+) (int|float|str|bool|list)(\?)?(?: (>|>=|<=) (\d+))?(?: = (\d+|\d+\.\d|True|False|"[a-z_]+"|\[\]))?'
+)
+_ITEM = re.compile(r"([a-z_]+)(?: ([a-z_]+) -> ([a-z_]+))?")
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a specification."""
+
+    name: str
+    type: str
+    optional: bool = False
+    rule: tuple[str, int] | None = None  # ("<=", 20)
+    default: str | None = None  # as Python writes it
+
+    @property
+    def required(self) -> bool:
+        return not self.optional and self.default is None
+
+    @property
+    def value(self) -> Any:
+        """What it has where nothing is given: None for an optional one."""
+        return None if self.default is None else ast.literal_eval(self.default)
+
+    def __str__(self) -> str:
+        rule = "" if self.rule is None else f" {self.rule[0]} {self.rule[1]}"
+        default = "" if self.default is None else f" = {self.default}"
+        return f"{self.name} {self.type}{'?' * self.optional}{rule}{default}"
+
+
+@dataclass(frozen=True)
+class Specification:
+    """What a header says; `str()` of it is the header."""
+
+    kind: str
+    name: str
+    modifier: str = ""  # "int" or "flag" of an enum, "frozen" of a dataclass
+    by: str = ""
+    fields: tuple[Field, ...] = ()
+    choices: tuple[str, ...] = ()  # of an enum
+    moves: tuple[tuple[str, str, str], ...] = ()  # of a machine: event, from, to
+
+    def __str__(self) -> str:
+        items = [*map(str, self.fields), *self.choices, *(f"{event} {a} -> {b}" for event, a, b in self.moves)]
+        modifier = f" {self.modifier}" if self.modifier else f" by {self.by}" if self.by else ""
+        return f"# {self.kind} {self.name}{modifier}: {', '.join(items)}"
+
+    @property
+    def required(self) -> tuple[Field, ...]:
+        return tuple(field for field in self.fields if field.required)
+
+    @property
+    def tail(self) -> tuple[Field, ...]:
+        """The fields that need not be given."""
+        return tuple(field for field in self.fields if not field.required)
+
+
+def parse(header: str) -> Specification:
+    """What a header says. ValueError for any other text."""
+    match = _HEADER.fullmatch(header)
+    if match is None or match[1] not in KINDS:
+        raise ValueError(f"{header!r:.80} is no specification: expected `# KIND NAME: ITEM, ITEM`, KIND one of {KINDS}")
+    kind, name, modifier, by, rest = match.groups()
+    items = rest.split(", ")
+    try:
+        if kind in TYPED:
+            found = Specification(kind, name, modifier or "", by or "", fields=tuple(map(_field, items)))
+        else:
+            parts = [_whole(_ITEM, item).groups() for item in items]
+            if kind == "enum":
+                found = Specification(kind, name, modifier or "", choices=tuple(event for event, _, _ in parts))
+            else:
+                found = Specification(kind, name, moves=tuple((event, a, b) for event, a, b in parts if b))
+    except ValueError as error:
+        raise ValueError(f"{header!r:.80} is no specification: {error}") from None
+    if str(found) != header:  # something is there that this kind has no place for
+        raise ValueError(f"{header!r:.80} is no specification: it would be {str(found)!r}")
+    if by and by not in {field.name for field in found.fields}:
+        raise ValueError(f"{header!r:.80} is no specification: it has no field {by}")
+    return found
+
+
+def _whole(pattern: re.Pattern[str], text: str) -> re.Match[str]:
+    if (match := pattern.fullmatch(text)) is None:
+        raise ValueError(f"{text!r} is no item")
+    return match
+
+
+def _field(item: str) -> Field:
+    name, kind, optional, sign, limit, default = _whole(_FIELD, item).groups()
+    return Field(name, kind, optional is not None, (sign, int(limit)) if sign else None, default)
