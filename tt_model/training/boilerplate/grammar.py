@@ -3,7 +3,8 @@
     # KIND NAME [MODIFIER]: ITEM, ITEM, ...
 
 - class, dataclass, tests, table, csv, command: an item is a field, `NAME TYPE`, TYPE being int, float, str, bool or
-  list (of str); then `?` where it may be missing, or a rule (`> 0`; of a str, `<= 20` letters) and a default (`= 3`).
+  list (of str); then `?` where it may be missing, or, of a dataclass, a rule (`> 0`; of a str, `<= 20` letters), and a
+  default (`= 3`). One must be given; where fields become parameters (class, dataclass, tests) such fields stand first.
 - enum: an item is a choice. The modifier `int` numbers them, `flag` gives each a bit.
 - machine: an item is `EVENT STATE -> STATE`.
 - The modifier `by FIELD` (class, table, csv) sorts, finds or indexes by a field; a dataclass may be `frozen`.
@@ -19,6 +20,16 @@ from typing import Any
 TYPES = ("int", "float", "str", "bool", "list")
 TYPED = ("class", "dataclass", "tests", "table", "csv", "command")  # kinds whose items are fields
 KINDS = (*TYPED, "enum", "machine")
+# Of a kind: its types, and those that may be optional (`?`) or have a default.
+MAY: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "class": (TYPES, TYPES, TYPES[:-1]),
+    "dataclass": (TYPES, TYPES[:-1], TYPES),
+    "tests": (TYPES, TYPES, TYPES[:-1]),
+    "table": (TYPES[:-1], TYPES[:-1], TYPES[:-1]),
+    "csv": (TYPES, ("str",), ("int", "float", "str")),
+    "command": (TYPES, ("int", "float", "str", "list"), ("int", "float", "str")),
+}
+MODIFIERS = {"enum": ("int", "flag"), "dataclass": ("frozen",)}
 CAMEL = ("class", "dataclass", "tests", "enum", "machine")  # kinds whose names are classes
 
 _HEADER = re.compile(r"# (\w+) (\w+)(?: (int|flag|frozen)| by (\w+))?: (.+)")
@@ -100,9 +111,57 @@ def parse(header: str) -> Specification:
         raise ValueError(f"{header!r:.80} is no specification: {error}") from None
     if str(found) != header:  # something is there that this kind has no place for
         raise ValueError(f"{header!r:.80} is no specification: it would be {str(found)!r}")
-    if by and by not in {field.name for field in found.fields}:
-        raise ValueError(f"{header!r:.80} is no specification: it has no field {by}")
+    if wrong := _wrong(found):
+        raise ValueError(f"{header!r:.80} is no specification: {wrong}")
     return found
+
+
+def _wrong(spec: Specification) -> str:
+    """What a kind cannot have, or nothing."""
+    names = [field.name for field in spec.fields] or spec.choices or [event for event, _, _ in spec.moves]
+    if len(set(names)) < len(names):
+        return "a name comes twice"
+    if (spec.kind in CAMEL) != spec.name[0].isupper() or (spec.kind in CAMEL and "_" in spec.name):
+        return f"{spec.name} should be {'a CamelCase' if spec.kind in CAMEL else 'a snake_case'} name"
+    if spec.modifier and spec.modifier not in MODIFIERS.get(spec.kind, ()):
+        return f"no {spec.kind} is {spec.modifier}"
+    if spec.by and spec.by not in sortable(spec.kind, spec.fields):
+        return f"{spec.by} is not a field to sort or find by"
+    if not spec.fields:
+        return ""
+    types, optional, default = MAY[spec.kind]
+    for field in spec.fields:
+        literal = {"int": int, "float": float, "str": str, "bool": bool, "list": list}[field.type]
+        if field.type not in types or (field.optional and field.type not in optional):
+            return f"a {spec.kind} cannot have `{field}`"
+        if field.default is not None and (field.optional or field.type not in default):
+            return f"a {spec.kind} cannot have `{field}`"
+        if field.default is not None and type(field.value) is not literal:
+            return f"the default of `{field}` is no {field.type}"
+        if field.rule and (spec.kind != "dataclass" or field.optional or not keeps(field, field.value)):
+            return f"`{field}` has no place for its rule"
+        if field.rule and (field.type in ("bool", "list") or (field.type == "str" and field.rule[0] != "<=")):
+            return f"`{field}` has no place for its rule"
+    order = [field.required for field in spec.fields]
+    if not any(order) or (spec.kind in CAMEL and order != sorted(order, reverse=True)):
+        return "what must be given stands first"
+    return ""
+
+
+def sortable(kind: str, fields: tuple[Field, ...]) -> list[str]:
+    """The fields that `by` may name."""
+    if kind not in ("class", "table", "csv"):
+        return []
+    return [field.name for field in fields if field.required and field.type in ("int", "float", "str")]
+
+
+def keeps(field: Field, value: Any) -> bool:
+    """Whether a value keeps the field's rule; None is no value."""
+    if field.rule is None or value is None:
+        return True
+    sign, limit = field.rule
+    number = len(value) if isinstance(value, str | list) else value
+    return {">": number > limit, ">=": number >= limit, "<=": number <= limit}[sign]
 
 
 def _whole(pattern: re.Pattern[str], text: str) -> re.Match[str]:

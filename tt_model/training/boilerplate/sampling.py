@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from itertools import pairwise
 
-from .grammar import CAMEL, KINDS, TYPED, TYPES, Field, Specification, parse
+from .grammar import CAMEL, KINDS, MAY, TYPED, Field, Specification, keeps, parse, sortable
 from .words import Names, camel, has_unseen, is_held, share, snake
 
 # "train": what training sees. Its words, its pairs of words and its orders of types occur in "headers" too, whose
@@ -60,10 +60,8 @@ def _draw(rng: random.Random, kind: str, names: Names) -> Specification:
         return Specification(kind, name, moves=_moves(rng, names))
     fields = _fields(rng, kind, names)
     modifier = "frozen" if kind == "dataclass" and rng.random() < 0.3 else ""
-    by = ""
-    if kind in ("class", "table", "csv") and rng.random() < 0.5:
-        sortable = [field.name for field in fields if field.required and field.type in ("int", "float", "str")]
-        by = rng.choice(sortable) if sortable else ""
+    may = sortable(kind, fields)
+    by = rng.choice(may) if may and rng.random() < 0.5 else ""
     return Specification(kind, name, modifier, by, fields)
 
 
@@ -77,31 +75,20 @@ def _moves(rng: random.Random, names: Names) -> tuple[tuple[str, str, str], ...]
     return tuple(moves)
 
 
-# Of a kind: its types, the most fields, and the types that may be optional (`?`) or have a default.
-_MAY: dict[str, tuple[tuple[str, ...], int, tuple[str, ...], tuple[str, ...]]] = {
-    "class": (TYPES, 5, TYPES, TYPES[:-1]),
-    "dataclass": (TYPES, 5, TYPES[:-1], TYPES),
-    "tests": (TYPES, 4, TYPES, TYPES[:-1]),
-    "table": (TYPES[:-1], 4, TYPES[:-1], TYPES[:-1]),
-    "csv": (TYPES, 5, ("str",), ("int", "float", "str")),
-    "command": (TYPES, 5, ("int", "float", "str", "list"), ("int", "float", "str")),
-}
-
-
 def _fields(rng: random.Random, kind: str, names: Names) -> tuple[Field, ...]:
-    """Fields, those that must be given first, at least one of them."""
-    types, most, optional, default = _MAY[kind]
-    count = rng.randint(2, most)
-    tail = rng.choice((0, 0, 1, 1, 2))
+    """Fields, at least one of which must be given."""
+    types, optional, default = MAY[kind]
+    count = rng.randint(2, 4 if kind in ("table", "tests") else 5)
+    less = rng.sample(range(1, count), min(rng.choice((0, 0, 1, 1, 2)), count - 1))
     fields = []
     for i in range(count):
         field = Field(names.noun(), rng.choice(types))
         if kind == "dataclass" and field.type in ("int", "float", "str") and rng.random() < 0.4:
             field = _with_rule(rng, field)
-        if i >= max(1, count - tail):
+        if i in less:
             field = _not_required(rng, field, optional, default, names)
         fields.append(field)
-    return tuple(sorted(fields, key=lambda field: not field.required))
+    return tuple(sorted(fields, key=lambda field: kind in CAMEL and not field.required))
 
 
 def _with_rule(rng: random.Random, field: Field) -> Field:
@@ -130,13 +117,3 @@ def _not_required(
         found = Field(field.name, field.type, rule=field.rule, default=make[field.type]())
         if keeps(found, found.value):
             return found
-
-
-def keeps(field: Field, value: object) -> bool:
-    """Whether a value keeps the field's rule."""
-    if field.rule is None:
-        return True
-    sign, limit = field.rule
-    number = len(value) if isinstance(value, str) else value
-    assert isinstance(number, int | float)
-    return {">": number > limit, ">=": number >= limit, "<=": number <= limit}[sign]
