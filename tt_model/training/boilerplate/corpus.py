@@ -15,6 +15,7 @@ import platform
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,8 @@ def write_corpus(
         for begin in range(0, documents, OF_A_FILE):
             numbers = range(begin, min(begin + OF_A_FILE, documents))
             file = out / f"boilerplate-{begin // OF_A_FILE:03d}.jsonl"
-            sizes[file.name] = _write(
-                file, lambda numbers=numbers: (document(n, seed=seed, split=split) for n in numbers)
-            )
+            make = partial(document, seed=seed, split=split)
+            sizes[file.name] = _write(file, partial(map, make, numbers))
             advance(len(numbers))
         if share:
             most = round(share / (1 - share) * sum(sizes.values()))
