@@ -192,6 +192,19 @@ def test_words_can_be_names() -> None:
     assert 15 <= len(words.UNSEEN) <= 40
 
 
+# ---- tokens ----
+
+
+def test_a_word_is_the_same_token_wherever_it_stands():
+    text = 'order.order = order("order", -order)\n    order_item[order] += [order]\nreturn order\n'
+    tokenizer = data.train_tokenizer([text] * 9, 300, "words")
+    (order,) = tokenizer.encode("order").ids
+    assert tokenizer.encode(text).ids.count(order) == text.count("order")
+    assert tokenizer.encode("OrderItem").tokens == [*tokenizer.encode("Order").tokens, *tokenizer.encode("Item").tokens]
+    with pytest.raises(ValueError, match="pieces is 'letters'"):
+        data.train_tokenizer([text], 300, "letters")
+
+
 # ---- splits ----
 
 

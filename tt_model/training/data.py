@@ -34,11 +34,17 @@ JSON_LINES = ".jsonl"  # a document a line: a JSON object with its "text"
 _SKIPPED_FOLDERS = {"__pycache__"}
 _SKIPPED_OF_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
 
-# Pieces that a token never crosses, first match wins: line ends with the indentation after them; a name with one
-# space or sign before it (" self", ".append"); one digit; signs; other whitespace.
-_PIECES = (
-    r"(?:[ \t]*\r?\n)+[ \t]*|[^\s\p{L}\p{M}\p{N}_]?[\p{L}\p{M}_]+| [\p{L}\p{M}_]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}_]+|\s+"
-)
+# Pieces that a token never crosses, first match wins. Both begin with line ends and the indentation after them, and end
+# with other whitespace.
+PIECES = {
+    # A name with one space or sign before it (" self", ".append"); one digit; signs. The fewest tokens.
+    "names": r"(?:[ \t]*\r?\n)+[ \t]*|[^\s\p{L}\p{M}\p{N}_]?[\p{L}\p{M}_]+| [\p{L}\p{M}_]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}_]+|\s+",
+    # Signs with the spaces around them (" = ", ", "); the words of a name, by capitals and "_"; one digit. A word is
+    # the same token wherever it stands, so that names are copied token by token; some 14 % more tokens.
+    "words": r"(?:[ \t]*\r?\n)+[ \t]*| ?[^\s\p{L}\p{M}\p{N}_]+ ?|\p{Lu}?[\p{Ll}\p{M}]+|\p{Lu}+(?!\p{Ll})|[\p{L}\p{M}]+"
+    r"|\p{N}|_+|\s+",
+}
 
 
 def _root(source: str | Path) -> Path:
@@ -170,19 +176,22 @@ def _json_texts(path: Path, lines: str) -> Iterator[tuple[int, str]]:
         yield number, text
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, pieces: str = "names") -> Tokenizer:
     """A byte-level BPE tokenizer of at most `vocab_size` tokens (fewer when `texts` is small); deterministic.
 
     Ids 0 to 3 are <pad>, <bos>, <eos>, <mask>; all 256 bytes are tokens, so decode(encode(text).ids) == text for every
     text. Nothing is added at either end, and "<mask>" in a text is six characters, not the special token.
-    Raises ValueError when vocab_size is below 260, the special tokens and the bytes.
+    pieces: of PIECES, what a token never crosses.
+    Raises ValueError when vocab_size is below 260, the special tokens and the bytes, and for unknown pieces.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(SPECIAL_TOKENS) + len(alphabet)
     if vocab_size < smallest:
         raise ValueError(f"vocab_size is {vocab_size}: expected at least {smallest}, for special tokens and bytes")
+    if pieces not in PIECES:
+        raise ValueError(f"pieces is {pieces!r}: expected one of {', '.join(PIECES)}")
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(PIECES[pieces]), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
@@ -308,11 +317,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tt_model.training.data", description=main.__doc__)
     parser.add_argument("--source", default="stdlib", help='a file, a folder or "stdlib" (default: %(default)s)')
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens, at least 260 (default: %(default)s)")
+    parser.add_argument("--pieces", choices=PIECES, default="names", help="of a text (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write")
     options = parser.parse_args(arguments)
     try:
         train, held = load_texts(options.source, "train"), load_texts(options.source, "held_out")
-        tokenizer = train_tokenizer(train, options.vocab_size)
+        tokenizer = train_tokenizer(train, options.vocab_size, options.pieces)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.out, tokenizer.to_str(pretty=True))
     except (ValueError, OSError) as error:
