@@ -248,7 +248,9 @@ def test_drivers_notice_a_missing_line() -> None:
         for i, line in enumerate(lines):
             if line.strip():
                 without = "".join(lines[:i] + lines[i + 1 :])
-                assert fails(header, without) or re.fullmatch(r"\s+\w+=bool\(.*False\)\),\n", line), (header, line)
+                # bool() of False, and a module that stands in annotations only, which Python 3.14 does not look at.
+                same = re.fullmatch(r"\s+\w+=bool\(.*False\)\),\n|import sqlite3\n", line)
+                assert same or fails(header, without), (header, line)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
@@ -224,6 +225,39 @@ def encode_documents(
     return stream, torch.tensor(starts, dtype=torch.int64)
 
 
+def whole_documents(
+    ids: Tensor, starts: Tensor, row_length: int, *, fill: int, window: int = 64
+) -> tuple[Tensor, Tensor]:
+    """The same documents, moved so that no row begins inside one that fits into a row.
+
+    A row takes the oldest of the next `window` documents, then again and again the longest that fits, and ends in
+    `fill`, as the last document's end does. A document longer than a row is cut into rows, and its rest is one of its
+    own. Arguments and results are as of encode_documents.
+    """
+    ends = starts.tolist()
+    coming: Iterator[tuple[int, int]] = (
+        (begin, min(begin + row_length, end))
+        for first, end in pairwise(ends)
+        for begin in range(first, end, row_length)
+    )
+    pool = list(islice(coming, window))
+    pieces, begins, total = [], [], 0
+    while pool:
+        room, chosen = row_length, 0
+        while chosen >= 0:
+            begin, end = pool.pop(chosen)
+            pool += islice(coming, 1)
+            pieces.append(ids[begin:end])
+            begins.append(total)
+            total, room = total + end - begin, room - (end - begin)
+            fitting = [i for i, (b, e) in enumerate(pool) if e - b <= room]
+            chosen = max(fitting, key=lambda i: (pool[i][1] - pool[i][0], -i), default=-1)
+        pieces.append(torch.full((room,), fill, dtype=ids.dtype))
+        total += room
+    stream = torch.cat(pieces) if pieces else ids
+    return stream, torch.tensor([*begins, total], dtype=torch.int64)
+
+
 @dataclass
 class Batch:
     """B rows of N tokens, and where the separate sequences in them begin."""
@@ -294,10 +328,12 @@ def load_rows(
     seed: int = 0,
     bos: int | None = None,
     eos: int | None = None,
+    whole: bool = False,
 ) -> Rows:
     """One split of a corpus as rows: load_texts, shuffled by `seed`, encode_documents, Rows.
 
     bos, eos: None: the tokenizer's <bos> and <eos>.
+    whole: whether rows are made of whole documents, as far as they fit (`whole_documents`).
     Raises ValueError when row_length is not a multiple of block_size, when there is no bos or eos, and for what those
     refuse.
     """
@@ -309,7 +345,8 @@ def load_rows(
         raise ValueError("tokenizer has no <bos> or no <eos> token: expected one from train_tokenizer")
     texts = load_texts(source, split, held_out)
     random.Random(seed).shuffle(texts)
-    return Rows(*encode_documents(texts, tokenizer, bos=bos, eos=eos, block_size=block_size), row_length)
+    stream = encode_documents(texts, tokenizer, bos=bos, eos=eos, block_size=block_size)
+    return Rows(*(whole_documents(*stream, row_length, fill=eos) if whole else stream), row_length)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
