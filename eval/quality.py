@@ -7,7 +7,7 @@ batch by batch, after an untimed batch of each. The columns:
 - exact: the share of completions that are the program itself, character for character, and ended by themselves.
 - runs: the share that can be executed and do what the specification says (eval/exercise.py has a driver a template),
   each in a process with limits of time, memory and disk, in a temporary folder.
-- kept: exact over AR's exact.
+- kept: exact over AR's exact. as AR: the share that is the same text as AR's.
 - tokens a forward: new tokens over denoiser passes, in AR over the context tower's. passes: of either tower, a program.
 - tokens/s: new tokens over seconds, prompts included; times AR: over AR's.
 
@@ -43,6 +43,7 @@ SHOWN = {
     "exact": (1, True),
     "runs": (1, True),
     "kept": (1, True),
+    "as_ar": (1, True),
     "tokens_per_forward": (2, False),
     "passes": (1, False),
     "tokens_per_s": (0, False),
@@ -159,6 +160,7 @@ def figures(batches: Sequence[Batch], ar: Sequence[Batch], wrong: dict[tuple[str
         "exact": wilson(sum(w.exact for w in written), len(written)),
         "runs": wilson(sum(not wrong[w.header, w.text] for w in written), len(written)),
         "kept": ratio([w.exact for w in written], [w.exact for w in theirs]),
+        "as_ar": wilson(sum(w.text == a.text for w, a in zip(written, theirs, strict=True)), len(written)),
         "tokens_per_forward": ratio([w.tokens for w in written], [w.per for w in written]),
         "passes": ratio([w.forwards for w in written]),
         "tokens_per_s": ratio(tokens, seconds),
@@ -189,7 +191,7 @@ def shares(
 
 def markdown(arms: dict[str, dict[str, Estimate]], *parts: dict[str, dict[str, tuple[int, int]]]) -> str:
     """The columns with their intervals; below it, the share of exact ones in every part."""
-    header = ("", "exact", "runs", "kept", "tokens a forward", "passes", "tokens/s", "times AR")
+    header = ("", "exact", "runs", "kept", "as AR", "tokens a forward", "passes", "tokens/s", "times AR")
     cell = lambda arm, column: Estimate(*arm[column]).text(*SHOWN[column]) if column in arm else "-"
     rows = [(name, *(cell(arm, column) for column in SHOWN)) for name, arm in arms.items()]
     tables = [table(header, rows)]

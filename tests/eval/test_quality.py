@@ -81,7 +81,7 @@ def test_what_is_broken_neither_is_exact_nor_runs() -> None:
     assert found["AR"]["exact"].value == 1 and 0 < right < 24
     for name in ("diffusion 0.5", "speculative"):
         assert found[name]["exact"] == found[name]["runs"] == wilson(right, 24)
-        assert found[name]["kept"].value == right / 24
+        assert found[name]["kept"].value == right / 24 and found[name]["as_ar"] == wilson(right, 24)
 
 
 def test_what_does_not_end_is_not_exact() -> None:
