@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cards import OPS
+from eval import quality
 
 from . import measure, ops, whole
 from .figures import Figure, draw, of_rows, part_of
@@ -31,6 +32,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "pass": ("model", "pass", "batch", "context", "dtype"),
     "decode": ("model", "mode", "batch", "context", "dtype", "threshold", "new"),
     "cpu": ("threads",),
+    "quality": ("model", "dtype", "split", "specifications", "rows", "new_tokens", "block_size", "threads"),
 }
 COLUMNS = 8  # peers in one table, so that no table is wider than a page
 HEAD = """# Speed
@@ -234,6 +236,14 @@ def cpu_section(machine: Machine) -> Iterator[str]:
     yield table_of(machine.lines["cpu"], columns)
 
 
+def quality_section(machine: Machine) -> Iterator[str]:
+    """`python -m eval.quality`: the last run of each model and setting."""
+    yield "### Programs from specifications (`python -m eval.quality`)"
+    for line in machine.lines["quality"]:
+        yield f"{quality.about(line)}, run {machine.run(line)}"
+        yield quality.markdown(line["arms"])
+
+
 def predicted_section(file: Path) -> Iterator[str]:
     """What `python -m profiling.predict --all --record` has written."""
     if not file.is_file():
@@ -276,6 +286,8 @@ def speed(found: Sequence[Machine], predicted: Path | None = None) -> Iterator[s
         yield from whole.section(machine)
         if machine.lines["cpu"]:
             yield from cpu_section(machine)
+        if machine.lines["quality"]:
+            yield from quality_section(machine)
     if predicted is not None:
         yield from predicted_section(predicted)
 

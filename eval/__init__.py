@@ -1,1 +1,1 @@
-"""What a model is worth: quality of its texts, golden logits in 16 bits, plain PyTorch on a CPU against others."""
+"""What a model is worth: programs and texts that it writes, golden logits in 16 bits, plain PyTorch against others."""

@@ -1,20 +1,18 @@
-"""`python -m eval.quality`: what a model writes, measured on held-out Python: bits per byte, speed, syntax, agreement.
+"""`python -m eval.quality`: programs written from held-out specifications, executed: quality against speed.
 
-What the table's rows are:
+Every specification (`tt_model/training/boilerplate`: `# class Invoice: number int, paid bool`) is continued greedily in
+AR, by diffusion at each threshold, and in `speculative`, through one engine, `--rows` at a time; the ways take turns,
+batch by batch, after an untimed batch of each. The columns:
 
-- AR bits per byte: the context tower's next-token losses over every held-out file, over the bytes of its text. A file
-  is read in windows of `--window` tokens, each half a window after the last. The first counts all its losses, the first
-  token's after the beginning-of-sequence token included; the others those of their second half.
-- Prompts: whole lines of held-out files, at most `--prompt-tokens` tokens and at least half as many, from the start of
-  a file or of a top-level statement. They stop short of the last line's end, so that the model chooses the indentation.
-  Files take turns, so that long ones do not fill the sample. Completions are greedy: AR, diffusion at temperature 0.
-- Tokens a pass: new tokens over denoiser passes. AR needs a pass of the context tower for each token.
-- Finishes a statement: prompt + completion is cut after its last complete top-level statement, which is where the next
-  one begins (eval/syntax.py), or not at all if it ended by itself; something of the completion, more than blanks and
-  comments, stands before the cut.
-- Parses: of these, the texts that `ast.parse` takes, so cut. As a ceiling, the same for the file's own next tokens.
-- Agreement of diffusion with AR: positions with the same token up to the shorter length; mean length of the common
-  start.
+- exact: the share of completions that are the program itself, character for character, and ended by themselves.
+- runs: the share that can be executed and do what the specification says (eval/exercise.py has a driver a template),
+  each in a process with limits of time, memory and disk, in a temporary folder.
+- kept: exact over AR's exact. as AR: the share that is the same text as AR's.
+- tokens a forward: new tokens over denoiser passes, in AR over the context tower's. passes: of either tower, a program.
+- tokens/s: new tokens over seconds, prompts included; times AR: over AR's.
+
+Intervals are 95 %: Wilson's for shares, a bootstrap's for what else there is, over specifications or, for what has
+seconds in it, over batches.
 """
 
 from __future__ import annotations
@@ -23,278 +21,324 @@ import argparse
 import json
 import math
 import random
-import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 
-from bench.measure import table
-from tt_model import TwoTower, checkpoint
-from tt_model.training.data import load_texts
-from tt_model.two_tower import ASSETS
-from tt_model.vocabulary import load_tokenizer
+from bench.measure import in_a_line, no_commit, parser, positive, record, table, where
+from tt_model import Engine, TwoTower, checkpoint
+from tt_model.files import write_atomically, write_text
+from tt_model.training.boilerplate import KINDS, SPLITS, parse, program, specification
+from tt_model.training.boilerplate.grammar import TYPED
 
-from .syntax import statement_starts, verdict
+from .execute import run_all
+from .intervals import Estimate, quotient, ratio, wilson
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+SHOWN = {
+    "exact": (1, True),
+    "runs": (1, True),
+    "kept": (1, True),
+    "as_ar": (1, True),
+    "tokens_per_forward": (2, False),
+    "passes": (1, False),
+    "tokens_per_s": (0, False),
+    "times_ar": (2, False),
+}  # digits, percent
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A piece of a held-out file, and what follows it there."""
+class Arm(NamedTuple):
+    """One way to generate."""
 
-    ids: list[int]  # with the beginning-of-sequence token where it begins a file
+    name: str
+    settings: dict[str, Any]
+
+
+class Written(NamedTuple):
+    """What became of one specification."""
+
+    header: str
     text: str
-    following: list[int]  # as many tokens as are to be written
+    ended: bool
+    tokens: int
+    denoiser: int  # passes of the denoiser
+    forwards: int  # of either tower
+
+    @property
+    def exact(self) -> bool:
+        return self.ended and self.text == program(self.header)
+
+    @property
+    def per(self) -> int:
+        """The passes that tokens a forward counts."""
+        return self.denoiser or self.forwards
 
 
-def cut_prompts(
-    texts: Sequence[str], tokenizer: Tokenizer, *, count: int, length: int, new_tokens: int, bos: int, seed: int = 0
-) -> list[Prompt]:
-    """`count` prompts of at most `length` tokens, as the module's docstring says; the same seed gives the same ones.
+class Batch(NamedTuple):
+    """Specifications that were written together."""
 
-    ValueError when the texts hold too few.
-    """
-    rng = random.Random(seed)
-    files = [(text, starts) for text in texts if (starts := statement_starts(text))]
-    rng.shuffle(files)
-    for _, starts in files:
-        rng.shuffle(starts)
-    prompts: list[Prompt] = []
-    while files and len(prompts) < count:
-        for text, starts in list(files):
-            prompt = None
-            while starts and prompt is None:
-                prompt = _prompt(text, starts.pop(), tokenizer, length, new_tokens, bos)
-            if prompt is not None and len(prompts) < count:
-                prompts.append(prompt)
-        files = [(text, starts) for text, starts in files if starts]
-    if len(prompts) < count:
-        raise ValueError(f"the held-out files yield {len(prompts)} prompts of {length} tokens, expected {count}")
-    return prompts
+    written: list[Written]
+    seconds: float
 
 
-def _prompt(text: str, start: int, tokenizer: Tokenizer, length: int, new_tokens: int, bos: int) -> Prompt | None:
-    """The longest run of whole lines from `start`; None where too little is left, of lines or of text after them."""
-    piece = text[start : start + 40 * (length + new_tokens)]
-    encoding = tokenizer.encode(piece, add_special_tokens=False)
-    first = [bos] if start == 0 else []
-    room = length - len(first)
-    if len(encoding.ids) < length + new_tokens:
-        return None
-    ends = [m.start() for m in re.finditer(r"(?<=\S)[ \t]*\n", piece[: encoding.offsets[room - 1][1] + 1])]
-    for end in reversed(ends):
-        ids = tokenizer.encode(piece[:end], add_special_tokens=False).ids
-        if len(ids) <= room:
-            if 2 * len(ids) < length:
-                return None
-            following = tokenizer.encode(piece[end:], add_special_tokens=False).ids[:new_tokens]
-            return Prompt(first + ids, piece[:end], following)
-    return None
+class Writer(Protocol):
+    """What is asked of an engine."""
+
+    def submit(self, prompt: str, **settings: Any) -> Any: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
-@torch.no_grad()
-def bits_per_byte(
-    model: TwoTower,
-    texts: Sequence[str],
-    tokenizer: Tokenizer,
-    *,
-    window: int,
-    bos: int,
-    advance: Callable[[float], None],
-) -> float:
-    """The context tower's loss in bits over the bytes of all texts. `advance` is told how many bytes are done."""
-    step = window // 2
-    nats, pieces = 0.0, []  # pieces: ids of a window, how many of its predictions were made before
-    sizes = []
-    for text in texts:
-        ids = [bos, *tokenizer.encode(text, add_special_tokens=False).ids]
-        begins = range(0, max(1, len(ids) - 1 - step), step)
-        pieces += [(ids[b : b + window + 1], 0 if b == 0 else window - step) for b in begins]
-        sizes += [len(text.encode()) / len(begins)] * len(begins)
-    order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][0]))  # of a length together: little padding
-    for some in (order[i : i + 8] for i in range(0, len(order), 8)):
-        width = max(len(pieces[i][0]) for i in some)
-        batch = torch.full((len(some), width), bos)
-        counted = torch.zeros(len(some), width - 1, dtype=torch.bool)
-        for row, i in enumerate(some):
-            ids, before = pieces[i]
-            batch[row, : len(ids)] = torch.tensor(ids)
-            counted[row, before : len(ids) - 1] = True
-        batch, counted = batch.to(model.device), counted.to(model.device)
-        logits = model.context_logits(batch[:, :-1])[counted].float()
-        nats += F.cross_entropy(logits, batch[:, 1:][counted], reduction="sum").item()
-        advance(sum(sizes[i] for i in some))
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
-
-
-def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Share of positions with the same token, up to the shorter of two rows; mean length of the rows' common start."""
-    equal = total = prefix = 0
-    for a, b in zip(one, other, strict=True):
-        same = [x == y for x, y in zip(a, b, strict=False)]
-        equal, total = equal + sum(same), total + len(same)
-        prefix += next((i for i, s in enumerate(same) if not s), len(same))
-    return equal / max(1, total), prefix / max(1, len(one))
-
-
-@dataclass(frozen=True)
-class Syntax:
-    """Verdicts over all prompts."""
-
-    prompts: int
-    finished: int  # completions that finish a top-level statement
-    parsed: int  # of these
-
-    @classmethod
-    def of(
-        cls, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], tokenizer: Tokenizer, ends: set[int]
-    ) -> Syntax:
-        found = []
-        for prompt, row in zip(prompts, tokens, strict=True):
-            ended = bool(row) and row[-1] in ends
-            found.append(verdict(prompt.text, tokenizer.decode(list(row[:-1] if ended else row)), ended))
-        parsed = found.count("parses")
-        return cls(len(prompts), parsed + found.count("fails"), parsed)
-
-    def cells(self) -> tuple[str, str]:
-        parsed = f"{self.parsed} of {self.finished} ({self.parsed / self.finished:.0%})" if self.finished else "none"
-        return f"{self.finished} of {self.prompts}", parsed
-
-
-def generate(model: TwoTower, prompts: Sequence[Prompt], options: argparse.Namespace, mode: str, advance) -> Any:
-    """(tokens of each prompt, denoiser passes of each), in batches of `options.batch`."""
-    tokens, nfe = [], []
-    for i in range(0, len(prompts), options.batch):
-        out = model.generate(
-            [prompt.ids for prompt in prompts[i : i + options.batch]],
-            mode=mode,
-            max_new_tokens=options.new_tokens,
-            block_size=options.block_size,
-            confidence_threshold=options.threshold,
-            on_step=lambda step: advance(int(step.committed.sum())),
+def held_out(split: str, count: int, seed: int = 0) -> list[str]:
+    """Different specifications of a split, of every kind in turn."""
+    kinds = TYPED if split == "orders" else KINDS
+    found: dict[str, None] = {}
+    number = 0
+    while len(found) < count:
+        found[specification(random.Random(f"quality {split} {seed} {number}"), split, kinds[number % len(kinds)])] = (
+            None
         )
-        tokens, nfe = tokens + out.tokens, nfe + out.nfe
-    return tokens, nfe
+        number += 1
+    return list(found)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures, as `--json` prints them."""
-    folder = ASSETS if options.model is None else Path(options.model)
-    tokenizer = load_tokenizer(folder)
-    both = checkpoint.layout(folder) == "two_tower"
-    model = TwoTower.from_pretrained(folder, towers="both" if both else "context", device=options.device)
-    bos, ends = model.config.bos_token_id, set(model.config.eos_token_ids)
-    if bos is None:
-        raise ValueError("the model has no beginning-of-sequence token (bos_token_id), which its files began with")
-    texts = load_texts(options.data, "held_out")[: options.files]
-    size = dict(count=options.prompts, length=options.prompt_tokens, new_tokens=options.new_tokens)
-    prompts = cut_prompts(texts, tokenizer, **size, bos=bos, seed=options.seed)
-    block_size = options.block_size or model.config.block_size
-    found: dict[str, Any] = {
-        "model": str(options.model or "bundled"),
-        "data": {"source": options.data, "files": len(texts), "bytes": sum(len(t.encode()) for t in texts)},
-        "python": sys.version.split()[0],
-        "settings": {
-            **size,
-            "window": options.window,
-            "seed": options.seed,
-            "block_size": block_size,
-            "threshold": options.threshold,
-        },
-    }
-    percent = TextColumn("{task.percentage:3.0f}%")
-    columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
-    written = options.prompts * options.new_tokens
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("bits per byte", total=found["data"]["bytes"])
-        told = lambda n: progress.advance(bar, n)
-        found["bits_per_byte"] = bits_per_byte(model, texts, tokenizer, window=options.window, bos=bos, advance=told)
-        rows = {"file": [p.following for p in prompts]}
-        for mode, name in (("ar", "ar"), ("mask_diffusion", "diffusion"))[: 1 + both]:
-            bar = progress.add_task(name, total=written)
-            rows[name], nfe = generate(model, prompts, options, mode, lambda n, bar=bar: progress.advance(bar, n))
-            progress.update(bar, completed=written)
-            if mode == "mask_diffusion":
-                found["tokens_per_pass"] = sum(map(len, rows[name])) / sum(nfe)
-    found["syntax"] = {name: asdict(Syntax.of(prompts, tokens, tokenizer, ends)) for name, tokens in rows.items()}
-    if both:
-        share, prefix = agreement(rows["diffusion"], rows["ar"])
-        found["agreement"] = {"share": share, "prefix": prefix}
-    if options.texts:
-        found["texts"] = [
-            {"prompt": p.text, **{name: tokenizer.decode(list(tokens[i])) for name, tokens in rows.items()}}
-            for i, p in enumerate(prompts)
-        ]
+def arms_of(thresholds: Sequence[float], *, both: bool = True, **diffusion: Any) -> list[Arm]:
+    """AR first, to which the others are compared. both: whether there is a denoiser."""
+    ar = Arm("AR", {"mode": "ar"})
+    if not both:
+        return [ar]
+    arms = [
+        Arm(f"diffusion {t:g}", {"mode": "mask_diffusion", "confidence_threshold": t, **diffusion}) for t in thresholds
+    ]
+    return [ar, *arms, Arm("speculative", {"mode": "speculative", **diffusion})]
+
+
+def write(engine: Writer, headers: Sequence[str], settings: dict[str, Any], advance: Callable[[], Any]) -> Batch:
+    """Continue all of them, each from its header and a line end."""
+    began = time.perf_counter()
+    requests = [engine.submit(f"{header}\n", seed=0, **settings) for header in headers]
+    for event in engine:
+        if event.kind in ("finished", "failed"):
+            advance()
+    results = [request.result() for request in requests]
+    seconds = time.perf_counter() - began
+    written = [
+        Written(header, r.text, r.finish_reason == "eos", len(r.tokens), r.nfe, r.forwards)
+        for header, r in zip(headers, results, strict=True)
+    ]
+    return Batch(written, seconds)
+
+
+def write_all(
+    engine: Writer, headers: Sequence[str], arms: Sequence[Arm], rows: int, new_tokens: int, advance: Callable[[], Any]
+) -> dict[str, list[Batch]]:
+    """The batches of every arm, in turns."""
+    for arm in arms:  # first calls cost more
+        write(engine, headers[:rows], {**arm.settings, "max_new_tokens": min(16, new_tokens)}, lambda: None)
+    found: dict[str, list[Batch]] = {arm.name: [] for arm in arms}
+    for begin in range(0, len(headers), rows):
+        for arm in arms:
+            some = headers[begin : begin + rows]
+            found[arm.name].append(write(engine, some, {**arm.settings, "max_new_tokens": new_tokens}, advance))
     return found
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The table for a model's card."""
-    s, data = found["settings"], found["data"]
-    cells = {name: Syntax(**values).cells() for name, values in found["syntax"].items()}
-    pick = lambda i: [cells[name][i] if name in cells else "" for name in ("ar", "diffusion", "file")]
-    rows = [
-        ("bits per byte", f"{found['bits_per_byte']:.3f}", "", ""),
-        ("tokens a pass", "1", f"{found['tokens_per_pass']:.2f}" if "tokens_per_pass" in found else "", ""),
-        ("completions that finish a top-level statement", *pick(0)),
-        ("of these, parse as Python", *pick(1)),
-    ]
-    if "agreement" in found:
-        a = found["agreement"]
-        rows.append(("positions that equal AR's", "", f"{a['share']:.1%}", ""))
-        rows.append(("tokens before the first that differs, mean", "", f"{a['prefix']:.1f} of {s['new_tokens']}", ""))
-    settings = (
-        f"{data['files']} held-out files ({data['bytes'] / 1e6:.2f} MB) of {data['source']}, Python {found['python']}; "
-        f"{s['count']} prompts of up to {s['length']} tokens, {s['new_tokens']} new ones, seed {s['seed']}; "
-        f"diffusion at block {s['block_size']}, threshold {s['threshold']}, temperature 0."
-    )
-    header = ("", "AR, greedy", "diffusion", "the file itself")
-    return f"{settings}\n\n{table(header, rows)}"
+def verdicts(batches: Iterable[Batch], **more: Any) -> dict[tuple[str, str], str]:
+    """What went wrong with each different program, or nothing."""
+    return run_all(((w.header, w.text) for batch in batches for w in batch.written), **more)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m eval.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def figures(batches: Sequence[Batch], ar: Sequence[Batch], wrong: dict[tuple[str, str], str]) -> dict[str, Estimate]:
+    """The columns of one arm, beside AR's batches of the same specifications; without those that divide by nothing."""
+    written, theirs = ([w for batch in some for w in batch.written] for some in (batches, ar))
+    tokens, seconds = _tokens(batches), [batch.seconds for batch in batches]
+    found = {
+        "exact": wilson(sum(w.exact for w in written), len(written)),
+        "runs": wilson(sum(not wrong[w.header, w.text] for w in written), len(written)),
+        "kept": ratio([w.exact for w in written], [w.exact for w in theirs]),
+        "as_ar": wilson(sum(w.text == a.text for w, a in zip(written, theirs, strict=True)), len(written)),
+        "tokens_per_forward": ratio([w.tokens for w in written], [w.per for w in written]),
+        "passes": ratio([w.forwards for w in written]),
+        "tokens_per_s": ratio(tokens, seconds),
+        "times_ar": quotient(tokens, seconds, _tokens(ar), [batch.seconds for batch in ar]),
+    }
+    return {name: estimate for name, estimate in found.items() if math.isfinite(estimate.value)}
+
+
+def _tokens(batches: Sequence[Batch]) -> list[int]:
+    return [sum(w.tokens for w in batch.written) for batch in batches]
+
+
+def shares(
+    found: dict[str, list[Batch]], group: Callable[[str], str], order: Sequence[str]
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """Of each arm, exact ones and all, by a word for the header; the words in that order."""
+    counts: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, batches in found.items():
+        mine = counts.setdefault(name, {})
+        for w in (w for batch in batches for w in batch.written):
+            exact, total = mine.get(group(w.header), (0, 0))
+            mine[group(w.header)] = exact + w.exact, total + 1
+    return {name: {word: mine[word] for word in order if word in mine} for name, mine in counts.items()}
+
+
+# ---- what is shown ----
+
+
+def markdown(arms: dict[str, dict[str, Estimate]], *parts: dict[str, dict[str, tuple[int, int]]]) -> str:
+    """The columns with their intervals; below it, the share of exact ones in every part."""
+    header = ("", "exact", "runs", "kept", "as AR", "tokens a forward", "passes", "tokens/s", "times AR")
+    cell = lambda arm, column: Estimate(*arm[column]).text(*SHOWN[column]) if column in arm else "-"
+    rows = [(name, *(cell(arm, column) for column in SHOWN)) for name, arm in arms.items()]
+    tables = [table(header, rows)]
+    for part in parts:
+        groups = list(next(iter(part.values())))
+        if len(groups) > 1:
+            lines = [(name, *(f"{c[g][0] / c[g][1]:.0%} of {c[g][1]}" for g in groups)) for name, c in part.items()]
+            tables.append(table(("exact", *groups), lines))
+    return "\n\n".join(tables)
+
+
+def plot(file: Path, arms: dict[str, dict[str, Estimate]], title: str) -> None:
+    """Exact ones over tokens a forward and over the speed beside AR's: PNG or SVG, by the file's ending."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    canvas, both = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
+    words = {"tokens_per_forward": "tokens a forward", "times_ar": "tokens/s, times AR's"}
+    for axes, (column, label) in zip(both, words.items(), strict=True):
+        for name, arm in arms.items():
+            colour = {"AR": "tab:gray", "speculative": "tab:green"}.get(name, "tab:blue")
+            (x, *x_ends), (y, *y_ends) = arm[column], arm["exact"]
+            spread = [
+                [[abs(v - end)] for end in ends] for v, ends in ((x, x_ends), (100 * y, [100 * e for e in y_ends]))
+            ]
+            axes.errorbar([x], [100 * y], xerr=spread[0], yerr=spread[1], fmt="o", color=colour, capsize=2)
+            axes.annotate(name.removeprefix("diffusion "), (x, 100 * y), xytext=(4, 5), textcoords="offset points")
+        line = [arm for name, arm in arms.items() if name.startswith("diffusion")]
+        axes.plot(
+            [arm[column][0] for arm in line], [100 * arm["exact"][0] for arm in line], color="tab:blue", alpha=0.4
+        )
+        axes.grid(True, color="#d0d7de", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel(label)
+    both[0].set_ylabel("exactly right, %")
+    canvas.suptitle(title, fontsize=10)
+    kind = file.suffix.removeprefix(".") or "png"
+    write_atomically(file, lambda temporary: canvas.savefig(temporary, format=kind))
+    pyplot.close(canvas)
+
+
+# ---- the command ----
+
+
+def measure(o: argparse.Namespace) -> dict[str, Any]:
+    """All figures, as they are recorded; the texts under "texts", which is not."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    folder = None if o.model is None else Path(o.model)
+    both = folder is None or checkpoint.layout(folder) == "two_tower"
+    model = TwoTower.from_pretrained(folder, towers="both" if both else "context", device=o.device)
+    steps = {} if o.block_size is None else {"block_size": o.block_size}
+    arms = arms_of(o.thresholds, both=both, **steps)
+    sides = {header: split for split in o.split for header in held_out(split, o.specifications, o.seed)}
+    headers = list(sides)
+    random.Random(o.seed).shuffle(headers)  # so that batches are alike
+    longest = max(len(model.tokenizer.encode(f"{header}\n")) for header in headers)
+    pages = -(-(longest + o.new_tokens + max(o.block_size or model.config.block_size, 4)) // 64) + 1
+    engine = Engine(model, max_rows=o.rows, max_tokens=64 * pages * o.rows, max_prefixes=0)
+    ran_on = where(threads=torch.get_num_threads())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task("writing", total=len(headers) * len(arms))
+        found = write_all(engine, headers, arms, o.rows, o.new_tokens, lambda: progress.advance(bar))
+        pairs = {(w.header, w.text) for batches in found.values() for batch in batches for w in batch.written}
+        bar = progress.add_task("executing", total=len(pairs))
+        wrong = verdicts(
+            (batch for batches in found.values() for batch in batches), advance=lambda: progress.advance(bar)
+        )
+    return {
+        "kind": "quality",
+        "machine": ran_on,
+        "model": "bundled" if folder is None else folder.resolve().name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "split": list(o.split),
+        "specifications": len(headers),
+        "seed": o.seed,
+        "rows": o.rows,
+        "new_tokens": o.new_tokens,
+        "block_size": o.block_size or model.config.block_size,
+        "arms": {name: figures(batches, found["AR"], wrong) for name, batches in found.items()},
+        "kinds": shares(found, lambda header: parse(header).kind, KINDS),
+        "splits": shares(found, lambda header: sides[header], o.split),
+        "texts": [
+            {"arm": name, "header": w.header, "text": w.text, "exact": w.exact, "wrong": wrong[w.header, w.text]}
+            for name, batches in found.items()
+            for batch in batches
+            for w in batch.written
+        ],
+    }
+
+
+def about(found: dict[str, Any]) -> str:
+    """What was measured, in a line."""
+    return (
+        f"{found['model']}, {found['dtype']}, {found['specifications']} specifications ({', '.join(found['split'])}), "
+        f"seed {found['seed']}, {found['rows']} at a time, at most {found['new_tokens']} tokens, "
+        f"block {found['block_size']}"
     )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    p = parser("eval.quality", __doc__)
     p.add_argument("--model", help="a checkpoint folder with tokenizer.json (default: the bundled model)")
-    p.add_argument("--data", default="stdlib", help='a file, a folder or "stdlib" (default: %(default)s)')
-    p.add_argument("--files", type=int, help="use the first so many held-out files only")
-    p.add_argument("--prompts", type=int, default=64, help="default: %(default)s")
-    p.add_argument("--prompt-tokens", type=int, default=128, help="of a prompt, at most (default: %(default)s)")
-    p.add_argument("--new-tokens", type=int, default=128, help="of a completion (default: %(default)s)")
-    p.add_argument("--window", type=int, default=512, help="tokens of a window of text (default: %(default)s)")
-    p.add_argument("--block-size", type=int, help="default: the one that the model was trained with")
-    p.add_argument("--threshold", type=float, default=0.8, help="of confidence (default: %(default)s)")
-    p.add_argument("--batch", type=int, default=16, help="prompts at a time (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of the choice of prompts (default: %(default)s)")
+    p.add_argument("--specifications", type=positive, default=200, help="of each split (default: %(default)s)")
+    p.add_argument("--split", nargs="+", choices=SPLITS, default=["headers"], help="default: headers")
+    p.add_argument(
+        "--thresholds", type=float, nargs="+", default=THRESHOLDS, help="of diffusion (default: 0.5 to 0.99)"
+    )
+    p.add_argument("--rows", type=positive, default=8, help="specifications at a time (default: %(default)s)")
+    p.add_argument("--new-tokens", type=positive, default=768, help="of a program, at most (default: %(default)s)")
+    p.add_argument("--block-size", type=positive, help="default: the one that the model was trained with")
+    p.add_argument("--seed", type=int, default=0, help="of the choice of specifications (default: %(default)s)")
+    p.add_argument("--threads", type=positive, help="default: what torch takes")
     p.add_argument("--device", help="default: a CUDA device if there is one")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="quality against speed, PNG or SVG by its ending")
+    p.add_argument("--texts", type=Path, metavar="FILE", help="every program with its verdict, a JSON object a line")
     p.add_argument("--json", action="store_true", help="print the figures as one JSON object")
-    p.add_argument("--texts", action="store_true", help="with --json: the texts too")
+    p.add_argument("--record", action="store_true", help="append a JSON line to bench/results/")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = parser()
-    options = p.parse_args(arguments)
-    least = dict(files=1, prompts=1, prompt_tokens=2, new_tokens=1, window=2, block_size=1, batch=1)
-    for name, smallest in least.items():
-        if (value := getattr(options, name)) is not None and value < smallest:
-            p.error(f"--{name.replace('_', '-')} is {value}, expected at least {smallest}")
-    if options.texts and not options.json:
-        p.error("--texts goes with --json")
+    p = make_parser()
+    o = p.parse_args(arguments)
+    if o.record and (why := no_commit()):
+        p.error(f"--record: {why}")
+    if o.threads is not None:
+        torch.set_num_threads(o.threads)
     try:
-        found = measure(options)
+        found = measure(o)
+        texts = found.pop("texts")
+        if o.texts is not None:
+            write_text(o.texts, "".join(json.dumps(line) + "\n" for line in texts))
+        if o.plot is not None:
+            plot(o.plot, found["arms"], about(found))
+        print(json.dumps(found) if o.json else f"{in_a_line(found['machine'])}\n{about(found)}\n")
+        if not o.json:
+            print(markdown(found["arms"], found["kinds"], found["splits"]))
+        if o.record:
+            print(f"\n{record(found)}", file=sys.stderr)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"{p.prog}: error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(found) if options.json else markdown(found))
     return 0
 
 

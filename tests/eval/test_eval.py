@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval import cpu, golden, quality, syntax
+from eval import cpu, golden, held_out, syntax
 from eval.models import random_model
 from tt_kernels.runtime.launch import ON_CPU
 from tt_model import TwoTower, TwoTowerConfig, checkpoint
@@ -160,14 +160,14 @@ def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_prompts_are_whole_lines_and_shared_among_files(corpus: Path, folder: Path) -> None:
-    texts = quality.load_texts(str(corpus), "held_out")
-    tokenizer = quality.load_tokenizer(folder)
+    texts = held_out.load_texts(str(corpus), "held_out")
+    tokenizer = held_out.load_tokenizer(folder)
     size = dict(count=2 * len(texts), length=40, new_tokens=30, bos=1)
-    prompts = quality.cut_prompts(texts, tokenizer, **size)
+    prompts = held_out.cut_prompts(texts, tokenizer, **size)
     assert (
         prompts
-        == quality.cut_prompts(texts, tokenizer, **size)
-        != quality.cut_prompts(texts, tokenizer, **size, seed=1)
+        == held_out.cut_prompts(texts, tokenizer, **size)
+        != held_out.cut_prompts(texts, tokenizer, **size, seed=1)
     )
     for prompt in prompts:
         (text,) = [t for t in texts if prompt.text in t] if "value" not in prompt.text else texts[:1]
@@ -178,13 +178,13 @@ def test_prompts_are_whole_lines_and_shared_among_files(corpus: Path, folder: Pa
             assert text[len(prompt.text)] == "\n"
             assert text.startswith(prompt.text + tokenizer.decode(prompt.following))
     with pytest.raises(ValueError, match="held-out files yield"):
-        quality.cut_prompts(texts, tokenizer, **{**size, "count": 10**6})
+        held_out.cut_prompts(texts, tokenizer, **{**size, "count": 10**6})
 
 
 @torch.no_grad()
 def test_bits_per_byte(folder: Path) -> None:
     model = random_model(CONFIG, towers="context")
-    tokenizer = quality.load_tokenizer(folder)
+    tokenizer = held_out.load_tokenizer(folder)
     texts = [SOURCE.format(7), "x = 1\n", "π = 3\n" * 20]
     done: list[float] = []
     rows = [[1, *tokenizer.encode(text).ids] for text in texts]
@@ -201,29 +201,29 @@ def test_bits_per_byte(folder: Path) -> None:
         return nats / math.log(2) / size
 
     for window in (16, 4096):
-        got = quality.bits_per_byte(model, texts, tokenizer, window=window, bos=1, advance=done.append)
+        got = held_out.bits_per_byte(model, texts, tokenizer, window=window, bos=1, advance=done.append)
         assert got == pytest.approx(expected(window), rel=1e-5)
         assert sum(done) == pytest.approx(size)
         done.clear()
 
 
 def test_agreement() -> None:
-    share, prefix = quality.agreement([[1, 2, 3, 4], [5, 6]], [[1, 2, 9, 4], [5, 6, 7]])
+    share, prefix = held_out.agreement([[1, 2, 3, 4], [5, 6]], [[1, 2, 9, 4], [5, 6, 7]])
     assert (share, prefix) == (5 / 6, 2)
 
 
 @pytest.mark.parametrize("name", ["both", "one"])
-def test_quality_runs(name: str, corpus: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_held_out_runs(name: str, corpus: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--prompts", "3", "--prompt-tokens", "24", "--new-tokens", "10", "--window", "64", "--batch", "2"]
     arguments = ["--model", str(folder / name), "--data", str(corpus), *size]
-    assert quality.main([*arguments, "--json", "--texts"]) == 0
+    assert held_out.main([*arguments, "--json", "--texts"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bits_per_byte"] > 0 and len(found["texts"]) == 3
     assert found["syntax"]["file"]["parsed"] == found["syntax"]["file"]["finished"]
     assert (
         ("tokens_per_pass" in found) == ("agreement" in found) == ("diffusion" in found["syntax"]) == (name == "both")
     )
-    assert quality.main(arguments) == 0
+    assert held_out.main(arguments) == 0
     assert "| bits per byte" in capsys.readouterr().out
 
 
@@ -240,7 +240,7 @@ def test_errors_are_one_line(
     arguments: list[str], message: str, corpus: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ["--model", str(folder / "both"), "--data", str(corpus), "--prompts", "2", "--prompt-tokens", "24"]
-    assert quality.main([*base, *arguments]) == 2
+    assert held_out.main([*base, *arguments]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(error) == 1 and message in error[0]
 

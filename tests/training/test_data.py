@@ -137,6 +137,16 @@ def test_train_tokenizer_is_deterministic_and_lossless():
     assert first.decode(first.encode("日本 <eos>\n").ids) == "日本 <eos>\n"
 
 
+@settings(deadline=None, max_examples=100)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@example("\r\n\t  \n \r x\u00a0\u2028\x00e\u0301\U0001f600")
+@example('HTTPServer_x2__y = OrderItem( "a  b" )  \n')
+@example(CODE)
+def test_words_round_trip(text):
+    tokenizer = data.train_tokenizer([CODE], 300, "words")
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
 def test_saved_tokenizer_is_the_trained_one(tmp_path, corpus, capsys):
     out = tmp_path / "new" / "tokenizer.json"
     assert data.main(["--source", str(corpus), "--vocab-size", "290", "--out", str(out)]) == 0

@@ -107,6 +107,7 @@ def _add_common(p: Parser) -> None:
     option(p, "--tokenizer", str, "DIR", "folder of tokenizer.json (default: the model's)")
     option(p, "--held-out", float, "SHARE", "of the files, to measure on", default=0.05)
     option(p, "--row-length", number(int, 1), "N", "tokens of a row", default=512)
+    p.add_argument("--whole-documents", action="store_true", help="cut none at a row's end that fits into a row")
     for name, (kind, metavar, default, text) in SETTINGS.items():
         option(p, "--" + name.replace("_", "-"), kind, metavar, text, default=default)
     option(p, "--betas", float, "B", "AdamW's betas (default: 0.9 0.95)", nargs=2, default=(0.9, 0.95))
@@ -241,6 +242,7 @@ def _rows(
     # As prompts begin; where they begin with nothing, the end of the document before is what comes first.
     bos = vocabulary.first[0] if vocabulary.first else eos
     tokens = {"bos": bos, "eos": eos, "row_length": o.row_length, "block_size": config.block_size}
+    tokens |= {"whole": o.whole_documents}
     rows = partial(load_rows, o.data, vocabulary.tokenizer, **tokens, held_out=o.held_out, seed=settings.seed)
     train_rows = rows(split="train")
     if o.held_out == 0:

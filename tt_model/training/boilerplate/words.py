@@ -1,0 +1,127 @@
+"""The words that names are made of, the forms that programs give them, and which names training never sees.
+
+Common English words of at most eight letters that are no keyword, builtin or module of Python and no keyword of SQL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+_NOUNS = """
+account actor address agent airport album alert amount answer archive area artist asset author badge balance banner
+basket battery block boat border bottle branch bridge broker bucket budget bundle button camera candle canvas captain
+carrier castle center chain channel chapter circle city client cloud coach color comment company contact corner cost
+country county course cover crew curve customer dealer degree deposit depth desk device discount distance district
+doctor document door draft driver edition editor element employee engine entry error event exam expense factory farmer
+feature field figure flight floor flower folder forest frame friend fruit garden gate glass goal grade graph guest guide
+handle harbor height holder hotel house image income invoice island item journey judge kitchen ladder lamp layer leader
+lesson letter level library lock machine manager margin market measure medal member memory menu message meter mirror
+model moment monitor month mountain museum network note notice number office officer owner package page painter palace
+panel parcel parent partner party patient pattern payment person phone picture pilot pixel place planet plant player
+pocket point policy pool port post power price printer prize problem product project prompt quarter question rank rate
+ratio receipt recipe record region rental report reward river road robot roof room route salary sample scale schedule
+school score screen season seat section sender sensor server service session shape share ship shop size slot source
+speaker speed sponsor stage stamp star station store story street student subject summary supplier surface survey system
+target task teacher team theater ticket title tool topic total tower track trade train tree trip truck tunnel unit user
+vehicle vendor venue village visitor voucher wallet weight wheel width winner wire witness worker writer yard year zone
+"""
+_ADJECTIVES = """
+active annual basic blue brief bright broad broken busy cheap clean clear cold cool daily dark deep double dry early
+easy empty extra fair fast final fine fixed flat formal free fresh gentle golden grand gray great green happy hard heavy
+hidden high hot huge large late light local loud lower main major mature minor mixed modern monthly narrow native new
+normal old paid pale plain prime private proper public pure quick quiet rapid rare ready recent red remote rough royal
+safe second secure sharp short silent silver simple single slow small smooth soft solid stable steady strict strong
+sunny sweet tall thick thin tidy tiny upper urgent valid verbose warm weak weekly wet white whole wide wild wooden
+yellow young
+"""
+_VERBS = """
+accept adjust approve arrange borrow build cancel capture carry change charge climb close collect combine confirm
+connect convert correct deliver detect divide draw enter examine expand explore fetch fill finish fold follow gather
+grow hide hold install invite launch learn leave lift merge move notify pack paint pause prepare press publish pull push
+receive recover reduce refuse reject remove repair resize restore resume review rotate save scan search send shrink sign
+sort split stop submit suspend switch teach trim turn unlock upgrade upload verify wait wake wash weigh wrap
+"""
+NOUNS, ADJECTIVES, VERBS = (tuple(words.split()) for words in (_NOUNS, _ADJECTIVES, _VERBS))
+LONGEST = 15  # letters of a name: so every line of a program fits into 88 columns
+
+
+def digest(text: str) -> int:
+    """A number of 32 bits: the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def share(text: str) -> float:
+    """A text's own number from 0 to 1."""
+    return digest(text) / 2**32
+
+
+UNSEEN = frozenset(word for word in {*NOUNS, *ADJECTIVES, *VERBS} if share(f"new {word}") < 0.06)
+
+
+def is_held(name: str) -> bool:
+    """Whether a name of two words is one that training never has."""
+    return "_" in name and share(f"name {name}") < 0.1
+
+
+def has_unseen(name: str) -> bool:
+    """Whether training never has a word of this name."""
+    return not UNSEEN.isdisjoint(name.split("_"))
+
+
+def snake(name: str) -> str:
+    """ "DarkRoom" as "dark_room"."""
+    return "".join("_" * bool(i and c.isupper()) + c.lower() for i, c in enumerate(name))
+
+
+def camel(name: str) -> str:
+    """ "dark_room" as "DarkRoom"."""
+    return "".join(word.capitalize() for word in name.split("_"))
+
+
+def plural(name: str) -> str:
+    """Of its last word: "y" after a consonant gives "ies"; s, x, z, ch and sh take "es"; all others take "s"."""
+    if name.endswith("y") and name[-2] not in "aeiou":
+        return f"{name[:-1]}ies"
+    return name + ("es" if name.endswith(("s", "x", "z", "ch", "sh")) else "s")
+
+
+class Names:
+    """Names for one specification, all different, of the words and pairs that a split may have.
+
+    A split of held-out names takes one for every other name.
+    """
+
+    def __init__(self, rng: random.Random, split: str) -> None:
+        self.rng, self.split, self.taken = rng, split, set[str]()
+
+    def noun(self) -> str:
+        """A thing: "invoice", "paid_invoice", "invoice_number"."""
+        return self._draw((NOUNS,), (NOUNS,), (ADJECTIVES, NOUNS), (NOUNS, NOUNS))
+
+    def quality(self) -> str:
+        """A state or a choice: "paid", "deep_blue"."""
+        return self._draw((ADJECTIVES,), (ADJECTIVES,), (NOUNS,), (ADJECTIVES, NOUNS))
+
+    def action(self) -> str:
+        """A verb, perhaps with its object: "resize", "resize_image"."""
+        return self._draw((VERBS,), (VERBS, NOUNS))
+
+    def verb(self) -> str:
+        return self._draw((VERBS,))
+
+    def _draw(self, *forms: tuple[tuple[str, ...], ...]) -> str:
+        insists = self.rng.random() < 0.5
+        for attempt in range(1000):
+            name = "_".join(map(self.rng.choice, self.rng.choice(forms)))
+            words = name.split("_")
+            if len(name) > LONGEST or name in self.taken or len(set(words)) < len(words):
+                continue
+            side = "words" if has_unseen(name) else "pairs" if is_held(name) else ""
+            if side and side != self.split:
+                continue
+            if insists and not side and self.split in ("words", "pairs") and attempt < 500:
+                continue
+            self.taken.add(name)
+            return name
+        raise RuntimeError("no name is left")
