@@ -21,7 +21,7 @@ from tt_model import Step, TwoTower, __version__
 from tt_model.cli import main, make_parser
 from tt_model.cli.common import DTYPES
 from tt_model.cli.generate import MODES as OFFERED_MODES
-from tt_model.cli.train import SETTINGS
+from tt_model.cli.train import DENOISER_SETTINGS, SETTINGS
 from tt_model.cli.watch import Watch, colour, visible
 from tt_model.config import DTYPES as KNOWN_DTYPES
 from tt_model.engine.settings import MODES
@@ -98,11 +98,12 @@ def test_help_knows_the_library(capsys: pytest.CaptureFixture[str]) -> None:
             assert flags[name] == {"temperature": 0.1, "seed": 0}[name]
         elif name in flags and name != "prompt":
             assert flags[name] == parameter.default, name
+    options = SETTINGS | DENOISER_SETTINGS
     for field in dataclasses.fields(TrainSettings):
-        if field.name in SETTINGS:
-            assert SETTINGS[field.name][2] == field.default, field.name
+        if field.name in options:
+            assert options[field.name][2] == field.default, field.name
         else:
-            assert field.name in ("stage", "betas"), f"{field.name} has no option"
+            assert field.name in ("stage", "betas", "skip_first_lines"), f"{field.name} has no option"
     assert TrainSettings("ar").betas == (0.9, 0.95)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"twotower {__version__}\n"

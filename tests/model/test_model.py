@@ -155,12 +155,12 @@ def test_losses_keep_packed_documents_apart(model):
 
 def test_denoiser_loss_by_hand(model):
     clean = torch.tensor(prompts_of([32]))
-    noisy, masked, t = mask_blocks(clean, 8, CONFIG.mask_token_id, torch.Generator().manual_seed(5))
+    drawn = noisy, masked, t = mask_blocks(clean, 8, CONFIG.mask_token_id, torch.Generator().manual_seed(5))
     assert masked.any() and not masked.all() and (noisy[masked] == CONFIG.mask_token_id).all()
     assert torch.equal(noisy[~masked], clean[~masked]) and ((t > 0) & (t <= 1)).all()
     logits = model.denoise_all(model.encode_clean(clean, 8), noisy, t)
     want = -logits.log_softmax(-1).gather(-1, clean.unsqueeze(-1)).squeeze(-1)[masked].mean()
-    torch.testing.assert_close(denoiser_loss(model, clean, noisy, masked, t), want)
+    torch.testing.assert_close(denoiser_loss(model, clean, drawn), want)
 
 
 def test_started_denoiser_is_the_context_tower():

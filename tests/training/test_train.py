@@ -25,7 +25,7 @@ def text(rows: int = 12, length: int = 32) -> Rows:
     for d in range(rows):
         starts.append(len(ids))
         ids += [4 + (d + (1 + d % 2) * i) % 40 for i in range(length)]
-    return Rows(torch.tensor(ids, dtype=torch.int32), torch.tensor(starts), length)
+    return Rows(torch.tensor(ids, dtype=torch.int32), torch.tensor([*starts, len(ids)]), length, newlines=[20])
 
 
 def fresh(stage: str) -> TwoTower:

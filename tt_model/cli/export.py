@@ -54,7 +54,8 @@ def run(o: argparse.Namespace) -> None:
         if "weights" in facts and weights_digest(facts["model"]) != facts["weights"]:
             raise ValueError(f"{facts['model']}: its weights are others than those that the run in {out} saw")
         load(model, facts["model"], device="cpu", dtype=dtype, towers="context", progress=not o.quiet)
-    weights = {name: value.to(parameter_dtype(name, dtype)) for name, value in state["weights"].items()}
+    stored = state["weights"] | state.get("averages", {})
+    weights = {name: value.to(parameter_dtype(name, dtype)) for name, value in stored.items()}
     model.load_state_dict(weights, strict=False, assign=True)
     save(model, to, dtype=dtype_of(o.save_dtype), tokenizer=out, progress=not o.quiet)
     steps, whole = len(state["history"]), state["settings"]["steps"]

@@ -37,6 +37,13 @@ SETTINGS = {
     "weight_decay": (float, "RATE", 0.1, "AdamW's weight decay, of matrices"),
     "clip": (float, "NORM", 1.0, "largest norm of the gradient"),
     "seed": (int, "N", 0, "of initial weights, order of the data and noise"),
+    "average": (float, "DECAY", 0.0, "store a running average of the weights, 0.999 or so; 0: the last ones"),
+}
+DENOISER_SETTINGS = {
+    "draws": (int, "N", 1, "draws of noise over one pass of the context tower"),
+    "full_blocks": (float, "SHARE", 0.0, "of blocks, masked as a whole, as generation begins"),
+    "own_blocks": (float, "SHARE", 0.0, "of blocks, partly filled with the denoiser's own predictions"),
+    "distil": (float, "WEIGHT", 0.0, "of the context tower's distributions beside the tokens"),
 }
 
 _DESCRIPTION = "Train a context tower on next tokens (ar), then a denoiser on masked tokens (denoiser)."
@@ -96,9 +103,15 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     option(denoiser, "--mask-token-id", int, "ID", "default: as in config.json")
     for parser in (ar, denoiser):
         _add_common(parser)
+    _add_settings(denoiser, DENOISER_SETTINGS)
     export.add(stages)
     vocabulary = "of model and tokenizer, which is trained on the data (default: config)"
     option(ar, "--vocab-size", int, "N", vocabulary)
+
+
+def _add_settings(p: Parser, settings: dict[str, tuple]) -> None:
+    for name, (kind, metavar, default, text) in settings.items():
+        option(p, "--" + name.replace("_", "-"), kind, metavar, text, default=default)
 
 
 def _add_common(p: Parser) -> None:
@@ -108,8 +121,9 @@ def _add_common(p: Parser) -> None:
     option(p, "--held-out", float, "SHARE", "of the files, to measure on", default=0.05)
     option(p, "--row-length", number(int, 1), "N", "tokens of a row", default=512)
     p.add_argument("--whole-documents", action="store_true", help="cut none at a row's end that fits into a row")
-    for name, (kind, metavar, default, text) in SETTINGS.items():
-        option(p, "--" + name.replace("_", "-"), kind, metavar, text, default=default)
+    _add_settings(p, SETTINGS)
+    first = "a document's first line is read, and not learned to be written"
+    p.add_argument("--skip-first-lines", action="store_true", help=first)
     option(p, "--betas", float, "B", "AdamW's betas (default: 0.9 0.95)", nargs=2, default=(0.9, 0.95))
     option(p, "--save-every", number(int, 1), "N", "steps between saves", default=200)
     option(p, "--stop-after", number(int, 0), "N", "stop after so many steps of this call, as if interrupted")
@@ -125,7 +139,8 @@ def run(o: argparse.Namespace) -> None:
     from ..files import hold
     from ..training.schedule import TrainSettings
 
-    settings = TrainSettings(o.stage, betas=tuple(o.betas), **{name: getattr(o, name) for name in SETTINGS})
+    names = [*SETTINGS, "skip_first_lines", *(DENOISER_SETTINGS if o.stage == "denoiser" else ())]
+    settings = TrainSettings(o.stage, betas=tuple(o.betas), **{name: getattr(o, name) for name in names})
     if o.dtype == "float16":
         raise ValueError("--dtype is float16, in which small gradients are 0: expected bfloat16 or float32 to train in")
     out = Path(o.out)

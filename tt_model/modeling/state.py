@@ -54,6 +54,7 @@ class CleanStates:
     cu_seqlens: Tensor | None
     kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> k, v [B, N, Hkv, P]
     mamba: dict[int, MambaState] = field(default_factory=dict)  # layer -> states before each of the B * N / S blocks
+    hidden: Tensor | None = None  # [B, N, D] of the context tower, after the final norm
 
 
 @dataclass(frozen=True)

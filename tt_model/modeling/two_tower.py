@@ -265,7 +265,7 @@ class TwoTowerModel(nn.Module):
         if clean.shape[1] % block_size:
             raise ValueError(f"encode_clean: clean has N={clean.shape[1]}, expected a multiple of {block_size=}")
         states = CleanStates(block_size, cu_seqlens)
-        self.context_tower(clean, ForwardContext("clean", keep=states, cu_seqlens=cu_seqlens))
+        states.hidden = self.context_tower(clean, ForwardContext("clean", keep=states, cu_seqlens=cu_seqlens))
         return states
 
     def denoise_all(self, ctx: CleanStates, noisy: Tensor, t: Tensor, output: str = "logits") -> Tensor:

@@ -263,17 +263,19 @@ class Batch:
     """B rows of N tokens, and where the separate sequences in them begin."""
 
     ids: Tensor  # [B, N] int64
+    counted: Tensor  # [B, N] bool: from the end of its document's first line on
     cu_seqlens: Tensor  # [n + 1] int32, over the B * N tokens: every row start, every document start in a row, B * N
 
 
 class Rows:
     """A stream of documents chopped into rows of `row_length` tokens; what is left at the end is dropped.
 
-    ids: [total], any integer dtype; starts: [documents + 1] int64, as from encode_documents. A row that begins inside
-    a document just begins there. Raises ValueError when the stream is too short for one row.
+    ids: [total], any integer dtype; starts: [documents + 1] int64, as from encode_documents; newlines: ids of tokens
+    that end a line. A row that begins inside a document just begins there. Raises ValueError when the stream is too
+    short for one row.
     """
 
-    def __init__(self, ids: Tensor, starts: Tensor, row_length: int) -> None:
+    def __init__(self, ids: Tensor, starts: Tensor, row_length: int, newlines: Iterable[int] = ()) -> None:
         if row_length < 1:
             raise ValueError(f"row_length is {row_length}: expected at least 1")
         if ids.numel() < row_length:
@@ -281,6 +283,7 @@ class Rows:
         count = ids.numel() // row_length
         self.row_length = row_length
         self._ids, self._starts = ids[: count * row_length].view(count, row_length), starts.tolist()
+        self._counted = _after_first_lines(ids, starts, newlines)[: count * row_length].view(count, row_length)
 
     def digest(self) -> str:
         """A hash of all tokens and of where documents begin: of what a run learns from."""
@@ -307,7 +310,16 @@ class Rows:
             inside = self._starts[bisect_right(self._starts, begin) : bisect_left(self._starts, end)]
             bounds += [b * self.row_length + start - begin for start in [begin, *inside]]
         bounds.append(batch_size * self.row_length)
-        return Batch(self._ids[torch.tensor(rows)].long(), torch.tensor(bounds, dtype=torch.int32))
+        chosen = torch.tensor(rows)
+        return Batch(self._ids[chosen].long(), self._counted[chosen], torch.tensor(bounds, dtype=torch.int32))
+
+
+def _after_first_lines(ids: Tensor, starts: Tensor, newlines: Iterable[int]) -> Tensor:
+    """[total] bool: tokens from the first on of their document that ends a line; a row's first tokens may be of a
+    document that began before."""
+    ends = torch.isin(ids, torch.tensor(list(newlines), dtype=ids.dtype)).int()
+    so_far = ends.cumsum(0)
+    return so_far > (so_far - ends)[starts[:-1]].repeat_interleave(starts.diff())
 
 
 @lru_cache(maxsize=4)
@@ -346,7 +358,8 @@ def load_rows(
     texts = load_texts(source, split, held_out)
     random.Random(seed).shuffle(texts)
     stream = encode_documents(texts, tokenizer, bos=bos, eos=eos, block_size=block_size)
-    return Rows(*(whole_documents(*stream, row_length, fill=eos) if whole else stream), row_length)
+    newlines = (token for token in range(tokenizer.get_vocab_size()) if "\n" in tokenizer.decode([token]))
+    return Rows(*(whole_documents(*stream, row_length, fill=eos) if whole else stream), row_length, newlines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

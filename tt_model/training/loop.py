@@ -6,6 +6,7 @@ goes through the same losses.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -23,7 +24,7 @@ from ..modeling.moe import MoE
 from ..modeling.two_tower import TwoTowerModel
 from ..stops import Later, Stopped, handling
 from .data import Batch, Rows
-from .objective import ar_loss, denoiser_loss, mask_blocks
+from .objective import ar_loss, denoiser_loss, mask_blocks, own_predictions
 from .schedule import TrainSettings, learning_rate
 from .state import STATE, Masters, load_state, save_state, stage_parameters
 
@@ -63,17 +64,25 @@ def trainable(model: TwoTowerModel, stage: str) -> dict[str, nn.Parameter]:
 
 def _loss(model: TwoTowerModel, batch: Batch, s: TrainSettings, step: int) -> Tensor:
     ids, cu_seqlens = batch.ids.to(model.device), batch.cu_seqlens.to(model.device)
+    counted = batch.counted.to(model.device) if s.skip_first_lines else None
     if s.stage == "ar":
-        return ar_loss(model, ids, cu_seqlens)
+        return ar_loss(model, ids, cu_seqlens, counted)
     c = model.config
     noise = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
-    noisy, masked, t = mask_blocks(ids, c.block_size, c.mask_token_id, noise)
-    return denoiser_loss(model, ids, noisy, masked, t, cu_seqlens)
+    context = model.encode_clean(ids, c.block_size, cu_seqlens)
+    losses = []
+    for _ in range(s.draws):
+        noisy = mask_blocks(ids, c.block_size, c.mask_token_id, noise, full=s.full_blocks)
+        if s.own_blocks:
+            noisy = own_predictions(model, context, noisy, s.own_blocks, noise)
+        losses.append(denoiser_loss(model, ids, noisy, cu_seqlens, counted, context=context, distil=s.distil))
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()
 def held_out_loss(model: TwoTowerModel, rows: Rows, s: TrainSettings, batches: int = 8) -> float:
-    """Mean loss over fixed batches with fixed noise, in nats per token."""
+    """Mean loss over fixed batches with fixed noise, in nats per token: the published one, whatever is trained."""
+    s = dataclasses.replace(s, draws=1, full_blocks=0.0, own_blocks=0.0, distil=0.0)
     count = min(batches, -(-len(rows) // s.batch_size))
     losses = [_loss(model, rows.batch(i, s.batch_size, seed=0), s, step=-1 - i).item() for i in range(count)]
     return sum(losses) / len(losses)
@@ -161,6 +170,8 @@ def train(
             steps or another learning rate. The rate warms up from where it was.
         note:  what else is worth a line in the log, under "changed" of this call's first step.
         progress: show a bar on stderr.
+    With `average` the model ends with the running average of its weights; held-out losses are of that, too.
+
     Returns:
         one dict a step: step, loss, learning_rate, tokens_per_s, held_out where measured, and "changed", name to
         [old, new], at the first step under other settings.
@@ -212,7 +223,7 @@ def train(
                 entry: dict[str, Any] = {"step": step, "loss": loss.item(), "learning_rate": rate}
                 if not (math.isfinite(entry["loss"]) and math.isfinite(norm)):
                     raise diverged(f"the loss is {entry['loss']}, the norm of its gradient {norm}", step)
-                masters.step(rate)
+                masters.step(rate, step)
                 balance.update()
                 entry["tokens_per_s"] = round(batch.ids.numel() / (time.perf_counter() - began), 1)
                 if changed:
@@ -221,7 +232,8 @@ def train(
                 stopped = stop.number is not None
                 if (step + 1) % save_every == 0 or step + 1 == last or stopped:
                     if held_out is not None and not stopped:
-                        entry["held_out"] = held_out_loss(model, held_out, s)
+                        with masters.averaged():
+                            entry["held_out"] = held_out_loss(model, held_out, s)
                         if not math.isfinite(entry["held_out"]):
                             raise diverged(f"the held-out loss is {entry['held_out']}", step)
                     try:
@@ -237,4 +249,5 @@ def train(
                 bar.update(task, advance=1, description=f"train {s.stage}  {speed}")
         if stop.number is not None:
             raise Stopped(stop.number)
+        masters.put(masters.averages)
         return history

@@ -27,6 +27,13 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # largest norm of the gradient
     seed: int = 0
+    average: float = 0.0  # decay of a running average of the weights, which is then what is stored; 0: none
+    skip_first_lines: bool = False  # a document's first line is a prompt: read, not learned to be written
+    # Of the denoiser.
+    draws: int = 1  # of noise, over one pass of the context tower
+    full_blocks: float = 0.0  # share of blocks that are masked as a whole, as generation begins
+    own_blocks: float = 0.0  # share of blocks that hold the denoiser's own predictions, as generation goes on
+    distil: float = 0.0  # weight of the context tower's distributions beside the tokens themselves
 
     def __post_init__(self) -> None:
         if self.stage not in ("ar", "denoiser"):
@@ -35,6 +42,7 @@ class TrainSettings:
             ("steps", 1, math.inf),
             ("batch_size", 1, math.inf),
             ("warmup", 0, math.inf),
+            ("draws", 1, math.inf),
             ("seed", 0, 2**40 - 1),
         ):
             value = getattr(self, name)
@@ -50,8 +58,13 @@ class TrainSettings:
         if self.final_learning_rate > self.learning_rate:
             what = f"above learning_rate, which is {self.learning_rate}"
             raise ValueError(f"final_learning_rate is {self.final_learning_rate}, {what}: expected no more than that")
-        if not 0 <= _number("decay", self.decay) <= 1:
-            raise ValueError(f"decay is {self.decay}, expected a share from 0 to 1")
+        for name in ("decay", "full_blocks", "own_blocks", "distil"):
+            if not 0 <= _number(name, getattr(self, name)) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a share from 0 to 1")
+        if not 0 <= _number("average", self.average) < 1:
+            raise ValueError(f"average is {self.average}, expected at least 0 and below 1")
+        if not isinstance(self.skip_first_lines, bool):
+            raise ValueError(f"skip_first_lines is {self.skip_first_lines!r}, expected True or False")
         if len(self.betas) != 2 or not all(0 <= _number("betas", b) < 1 for b in self.betas):
             raise ValueError(f"betas is {self.betas}, expected two numbers, each at least 0 and below 1")
 
@@ -88,4 +101,7 @@ def learning_rate(step: int, s: TrainSettings, stretch: Stretch = Stretch()) -> 
 
 def changed_settings(was: dict, now: TrainSettings) -> dict[str, tuple]:
     """(old, new) of every setting that differs from a run's stored ones."""
-    return {k: (was.get(k), v) for k, v in dataclasses.asdict(now).items() if was.get(k) != v}
+    known = {
+        f.name: f.default for f in dataclasses.fields(TrainSettings)
+    } | was  # a run from before a setting was there
+    return {k: (known[k], v) for k, v in dataclasses.asdict(now).items() if known[k] != v}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -42,6 +43,9 @@ class Masters:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+        self.decay = settings.average
+        self.averages = {name: p.detach().clone() for name, p in self.values.items()} if self.decay else {}
+        self._parameters = learned
 
     def clip_gradients(self, most: float) -> float:
         """Move the gradients of 16-bit parameters to their masters, and scale all to a norm of at most `most`; their
@@ -51,14 +55,33 @@ class Masters:
         return nn.utils.clip_grad_norm_(self.values.values(), most).item()
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """A step at a learning rate; then the masters are rounded into the model."""
+    def step(self, rate: float, number: int) -> None:
+        """A step, 0-based, at a learning rate; then the masters are rounded into the model."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         for p, master in self._pairs:
             p.copy_(master)
+        decay = min(self.decay, (number + 1) / (number + 10))  # the first steps are soon forgotten
+        for name, average in self.averages.items():
+            average.lerp_(self.values[name].detach(), 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has the averages of its weights inside the `with` block, where there are any."""
+        own = {name: self._parameters[name].detach().clone() for name in self.averages}
+        try:
+            self.put(self.averages)
+            yield
+        finally:
+            self.put(own)
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy weights into the model's parameters."""
+        for name, value in weights.items():
+            self._parameters[name].copy_(value)
 
 
 def bad_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -71,6 +94,7 @@ def bad_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 def _tensors(state: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
     yield from state["weights"].items()
+    yield from state.get("averages", {}).items()
     for i, values in state["optimizer"]["state"].items():
         yield from ((f"optimizer.{i}.{name}", v) for name, v in values.items() if isinstance(v, Tensor))
 
@@ -90,6 +114,7 @@ def save_state(
         "settings": asdict(settings),
         "stretch": asdict(stretch),
         "weights": weights,
+        "averages": masters.averages,
         "optimizer": masters.optimizer.state_dict(),
         "history": history,
     }
@@ -176,6 +201,9 @@ def load_state(
     with torch.no_grad():
         for name, value in (*parameters.items(), *masters.values.items()):
             value.copy_(weights[name])
+        averages = state.get("averages", {})
+        for name, value in masters.averages.items():  # from the weights on, where none were kept before
+            value.copy_(averages.get(name, masters.values[name]))
     groups = [{k: v for k, v in group.items() if k != "params"} for group in masters.optimizer.param_groups]
     masters.optimizer.load_state_dict(state["optimizer"])
     for group, ours in zip(masters.optimizer.param_groups, groups, strict=True):

@@ -1,0 +1,206 @@
+"""The training losses beyond the published recipe: what each option changes, and that none of them is on."""
+
+import dataclasses
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import CONFIG, prompts_of, random_model
+from test_train import fresh, text
+
+from tt_model import TwoTower
+from tt_model.training.data import Rows, load_rows, train_tokenizer
+from tt_model.training.loop import _loss, train
+from tt_model.training.objective import Noisy, ar_loss, denoiser_loss, distil_loss, mask_blocks, own_predictions
+from tt_model.training.schedule import TrainSettings
+from tt_model.training.state import read_state
+
+MASK, S = CONFIG.mask_token_id, 8
+PUBLISHED = TrainSettings("denoiser", batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> TwoTower:
+    return random_model()
+
+
+def clean(rows: int = 2, blocks: int = 6) -> torch.Tensor:
+    return torch.tensor(prompts_of([rows * blocks * S])).view(rows, -1)
+
+
+def noise(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_published_recipe_is_the_default(model: TwoTower) -> None:
+    """Whoever adds an option leaves the loss of a run without it as it was."""
+    batch = text().batch(0, 2, seed=0)
+    ids, cu = batch.ids, batch.cu_seqlens
+    noisy = mask_blocks(ids, S, MASK, torch.Generator().manual_seed(3))
+    assert _loss(model, batch, PUBLISHED, step=3) == denoiser_loss(model, ids, noisy, cu)
+    assert _loss(model, batch, TrainSettings("ar", batch_size=2), step=3) == ar_loss(model, ids, cu)
+
+
+def test_full_blocks_are_masked_as_a_whole() -> None:
+    ids = torch.full((4, 800), 9)
+    plain, some, all_of_them = (mask_blocks(ids, S, MASK, noise(), full=share) for share in (0.0, 0.5, 1.0))
+    assert 0 < (plain.t == 1).float().mean() < 0.05 or not (plain.t == 1).any()
+    assert 0.4 < (some.t == 1).float().mean() < 0.6
+    whole = some.t == 1
+    assert some.masked.view(4, -1, S)[whole].all() and not some.masked.view(4, -1, S)[~whole].all()
+    assert all_of_them.masked.all() and (all_of_them.ids == MASK).all()
+
+
+def test_draws_are_averaged_over_one_reading(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, read = text().batch(0, 2, seed=0), []
+    encode = TwoTower.encode_clean
+    monkeypatch.setattr(TwoTower, "encode_clean", lambda *a, **k: (read.append(1), encode(*a, **k))[1])
+    got = _loss(model, batch, dataclasses.replace(PUBLISHED, draws=3), step=2)
+    assert len(read) == 1
+    generator = torch.Generator().manual_seed(2)
+    each = [
+        denoiser_loss(model, batch.ids, mask_blocks(batch.ids, S, MASK, generator), batch.cu_seqlens) for _ in range(3)
+    ]
+    torch.testing.assert_close(got, torch.stack(each).mean())
+    assert len({float(loss) for loss in each}) == 3
+
+
+def test_first_lines_are_read_and_not_learned(model: TwoTower) -> None:
+    """From the token on that ends the line; in a row that begins inside a document, as the document has it."""
+    ids = [1, 9, 9, 7, 9, 7, 9, 2, 1, 9, 9, 9, 7, 9, 9, 2]
+    rows = Rows(torch.tensor(ids), torch.tensor([0, 8, 16]), 4, newlines=[7])
+    batch = rows.batch(0, 4, seed=0)
+    order = [int(i) for row in batch.ids for i in [row[0]]]
+    assert sorted(order) == [1, 1, 7, 9] or len(order) == 4
+    counted = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1], dtype=torch.bool).view(4, 4)
+    assert torch.equal(rows._counted, counted)
+    ids2, some = clean(1), torch.zeros(1, 48, dtype=torch.bool)
+    some[0, 20:] = True
+    logits = model.context_logits(ids2)[0].log_softmax(-1)
+    want = -logits[19:47].gather(-1, ids2[0, 20:].unsqueeze(-1)).mean()
+    torch.testing.assert_close(ar_loss(model, ids2, None, some), want)
+    noisy = mask_blocks(ids2, S, MASK, noise())
+    kept = noisy._replace(masked=noisy.masked & some)
+    torch.testing.assert_close(denoiser_loss(model, ids2, noisy, None, some), denoiser_loss(model, ids2, kept))
+
+
+def test_lines_end_where_the_tokenizer_says(tmp_path: Path) -> None:
+    texts = [f"# enum Color{i}: red, blue\nclass Color{i}:\n    red = 1\n" for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": {t!r}}}\n'.replace("'", '"') for t in texts))
+    tokenizer = train_tokenizer(texts, 300)
+    rows = load_rows(tmp_path, tokenizer, row_length=16, block_size=8, held_out=0.0)
+    batch = rows.batch(0, len(rows), seed=0)
+    text_of = lambda kept: tokenizer.decode(batch.ids[kept].tolist())
+    assert "enum" not in text_of(batch.counted) and "red = 1" in text_of(batch.counted)
+    assert "class" not in text_of(~batch.counted) and "# enum Color" in text_of(~batch.counted)
+
+
+def test_own_predictions_are_the_surest_and_leave_something_masked(model: TwoTower) -> None:
+    ids = clean(4, 20)
+    context = model.encode_clean(ids, S)
+    noisy = mask_blocks(ids, S, MASK, noise())
+    same = own_predictions(model, context, noisy, 0.0, noise(2))
+    assert all(torch.equal(a, b) for a, b in zip(same, noisy, strict=True))
+    own = own_predictions(model, context, noisy, 1.0, noise(2))
+    filled = noisy.masked & ~own.masked
+    assert filled.any() and not (own.masked & ~noisy.masked).any()
+    assert torch.equal(own.ids == MASK, own.masked) and torch.equal(own.ids[~noisy.masked], ids[~noisy.masked])
+    blocks = noisy.masked.view(-1, S).any(-1)
+    assert own.masked.view(-1, S).any(-1)[blocks].all(), "a block has nothing left to be learned"
+    logits = model.denoise_all(context, noisy.ids, noisy.t)
+    logits[..., MASK] = -torch.inf
+    assert torch.equal(own.ids[filled], logits.argmax(-1)[filled])
+    # of the block's masked positions, those that are filled are surer than those that are not
+    masked, filled = noisy.masked.view(-1, S), filled.view(-1, S)
+    sure = logits.softmax(-1).amax(-1).view(-1, S)
+    least, most = sure.masked_fill(~filled, 2).amin(-1), sure.masked_fill(filled | ~masked, -1).amax(-1)
+    assert (least >= most).all()
+    changed = filled.any(-1)
+    torch.testing.assert_close(own.t.flatten()[changed], own.masked.view(-1, S)[changed].float().mean(-1))
+    assert torch.equal(own.t.flatten()[~changed], noisy.t.flatten()[~changed])
+
+
+def test_distillation_by_hand(model: TwoTower) -> None:
+    """From what the context tower says of a position to what the denoiser does, over masked tokens with one before."""
+    ids, bounds = clean(2, 3), torch.tensor([0, 16, 24, 48], dtype=torch.int32)
+    context, noisy = model.encode_clean(ids, S, bounds), mask_blocks(ids, S, MASK, noise(), full=0.5)
+    hidden = model.denoise_all(context, noisy.ids, noisy.t, output="hidden").flatten(0, 1)
+    got = distil_loss(model, context, hidden, noisy.masked.flatten())
+    parts = [ids.flatten()[a:b] for a, b in pairwise(bounds)]
+    wanted = torch.cat([model.context_logits(part.unsqueeze(0))[0].roll(1, 0) for part in parts])
+    wanted[:, MASK] = -torch.inf
+    places = noisy.masked.flatten().clone()
+    assert places[bounds[:-1].long()].any()
+    places[bounds[:-1].long()] = False
+    found = model.lm_head(hidden).log_softmax(-1)
+    apart = F.kl_div(found[places], wanted[places].softmax(-1), reduction="none").sum(-1).mean()
+    torch.testing.assert_close(got.double(), apart, rtol=1e-5, atol=1e-6)  # in fp32, the model in fp64
+    whole = denoiser_loss(model, ids, noisy, bounds, distil=0.25)
+    plain = denoiser_loss(model, ids, noisy, bounds)
+    torch.testing.assert_close(whole, 0.75 * plain + 0.25 * got.to(plain), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *(dict(draws=2), dict(full_blocks=0.3), dict(own_blocks=0.5), dict(distil=0.5), dict(average=0.9)),
+        *(dict(skip_first_lines=True), dict(average=0.9, draws=2, full_blocks=0.2, own_blocks=0.5, distil=0.2)),
+    ],
+    ids=str,
+)
+def test_options_resume_to_the_same_losses(more: dict, tmp_path: Path) -> None:
+    s = TrainSettings("denoiser", steps=6, batch_size=2, learning_rate=3e-3, warmup=2, **more)
+    ended = fresh("denoiser")
+    straight = train(ended, text(), s, tmp_path / "a", held_out=text(4), save_every=2, progress=False)
+    train(fresh("denoiser"), text(), s, tmp_path / "b", held_out=text(4), save_every=2, stop_after=3, progress=False)
+    again = fresh("denoiser")
+    stopped = train(again, text(), s, tmp_path / "b", held_out=text(4), save_every=2, progress=False)
+    assert [h["loss"] for h in stopped] == [h["loss"] for h in straight]
+    assert stopped[-1]["held_out"] == straight[-1]["held_out"]
+    assert all(torch.equal(a, b) for a, b in zip(ended.parameters(), again.parameters(), strict=True))
+
+
+def test_what_is_averaged_is_what_is_kept(tmp_path: Path) -> None:
+    s = TrainSettings("ar", steps=5, batch_size=2, learning_rate=3e-3, warmup=1)
+    plain, averaged = fresh("ar"), fresh("ar")
+    train(plain, text(), s, tmp_path / "plain", progress=False)
+    train(averaged, text(), dataclasses.replace(s, average=0.9), tmp_path / "average", progress=False)
+    state = read_state(tmp_path / "average")
+    name = "context_lm_head.weight"
+    assert torch.equal(state["weights"][name], plain.context_lm_head.weight), "training goes on from the last weights"
+    assert torch.equal(state["averages"][name], averaged.context_lm_head.weight)
+    assert not torch.equal(plain.context_lm_head.weight, averaged.context_lm_head.weight)
+    train(
+        averaged, text(), dataclasses.replace(s, average=0.9), tmp_path / "average", progress=False
+    )  # nothing is left
+    assert torch.equal(state["averages"][name], averaged.context_lm_head.weight)
+
+
+def test_a_run_from_before_a_setting_was_there_goes_on(tmp_path: Path) -> None:
+    s = TrainSettings("ar", steps=4, batch_size=2)
+    train(fresh("ar"), text(), s, tmp_path, stop_after=2, progress=False)
+    state = torch.load(tmp_path / "training.pt", weights_only=True)
+    for name in ("draws", "average", "distil"):
+        del state["settings"][name]
+    del state["averages"]
+    torch.save(state, tmp_path / "training.pt")
+    assert len(train(fresh("ar"), text(), s, tmp_path, progress=False)) == 4
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *(dict(draws=0), dict(draws=1.5), dict(full_blocks=1.1), dict(own_blocks=-0.1), dict(distil=True)),
+        *(dict(average=1.0), dict(average="0.9"), dict(skip_first_lines=1)),
+    ],
+    ids=str,
+)
+def test_bad_options_are_named(bad: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        TrainSettings("denoiser", **bad)
+
+
+def test_noisy_is_a_triple() -> None:
+    assert Noisy._fields == ("ids", "masked", "t")
