@@ -129,6 +129,11 @@ def _past(pages: Tensor, page_table: Tensor, in_order: slice | None, cache_lengt
     return past.flatten(1, 2)[:, :longest]
 
 
+def _behind(before: int, L: int, device: torch.device) -> Tensor:
+    """[1, L, before + L]: what of them L tokens see that stand behind `before` others."""
+    return F.pad(torch.ones(1, L, L, dtype=torch.bool, device=device).tril(), (before, 0), value=True)
+
+
 Cached = tuple[Tensor, Tensor, Tensor, Tensor]  # k_pages, v_pages, page_table, cache_lengths
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float | None, bool]  # of `_attend`
 
@@ -152,8 +157,7 @@ def _context(
         past = [t.masked_fill(~seen[..., None, None], 0) for t in past]
         mask = F.pad(seen, (0, L), value=True).unsqueeze(1)  # [B, 1, longest + L]
     if causal:
-        own = torch.ones(1, L, L, dtype=torch.bool, device=q.device).tril()
-        own = F.pad(own, (longest, 0), value=True)
+        own = _behind(longest, L, q.device)
         mask = own if mask is None else mask & own
     return q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), mask, scale, False
 
@@ -251,8 +255,14 @@ def append_attention(
     cached = k_pages, v_pages, page_table, cache_lengths
     if can_look(cache_lengths):
         entering = [L] * B if counts is None else counts.clamp(0, L).tolist()
-    arguments = _context("append_attention", q, k, v, cached, True, scale, entering)
-    out = _result(arguments, return_lse)
+    if entering == [L] * B and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+        longest, shortest, in_order = _look("append_attention", k_pages, page_table, cache_lengths, entering)
+        if in_order is not None and 0 < shortest == longest:  # they enter first: what they see lies side by side
+            _enter(k, v, cached, entering)
+            S, mask = longest + L, None if L == 1 else _behind(longest, L, q.device)
+            seen = [_past(pages, page_table, in_order, cache_lengths, S) for pages in (k_pages, v_pages)]
+            return _result((q, *seen, mask, scale, False), return_lse)
+    out = _result(_context("append_attention", q, k, v, cached, True, scale, entering), return_lse)
     with torch.no_grad():
         if entering is None:
             _append(k, v, cached, counts)

@@ -72,7 +72,7 @@ def route(
     norm_topk_prob: bool = True,
     scale: float = 1.0,
 ) -> Routing:
-    scores = (x.double() @ weight.double().T).sigmoid()  # [T, E]
+    scores = F.linear(x.double(), weight.double()).sigmoid()  # [T, E]
     biased = scores.detach() + bias  # fp64
     if n_group > 1:
         grouped = biased.unflatten(1, (n_group, -1))
