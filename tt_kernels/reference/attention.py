@@ -196,9 +196,9 @@ def _enter(k: Tensor, v: Tensor, cached: Cached, entering: list[int]) -> None:
         while at < end:
             page, slot = table[0][at // page_size], at % page_size
             n = min(end - at, page_size - slot)
-            k_pages[page, slot : slot + n], v_pages[page, slot : slot + n] = (
-                t[0, at - have[0] : at - have[0] + n] for t in (k, v)
-            )
+            rows = slice(at - have[0], at - have[0] + n)
+            k_pages[page, slot : slot + n] = k[0, rows]
+            v_pages[page, slot : slot + n] = v[0, rows]
             at += n
         return
     places = [
@@ -260,8 +260,8 @@ def append_attention(
         if in_order is not None and 0 < shortest == longest:  # they enter first: what they see lies side by side
             _enter(k, v, cached, entering)
             S, mask = longest + L, None if L == 1 else _behind(longest, L, q.device)
-            seen = [_past(pages, page_table, in_order, cache_lengths, S) for pages in (k_pages, v_pages)]
-            return _result((q, *seen, mask, scale, False), return_lse)
+            k, v = (_past(pages, page_table, in_order, cache_lengths, S) for pages in (k_pages, v_pages))
+            return _result((q, k, v, mask, scale, False), return_lse)
     out = _result(_context("append_attention", q, k, v, cached, True, scale, entering), return_lse)
     with torch.no_grad():
         if entering is None:

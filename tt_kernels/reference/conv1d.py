@@ -15,24 +15,20 @@ def _with_history(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
     return torch.cat([state[..., state.shape[-1] - taps :].transpose(1, 2).to(x.dtype), x], dim=1)
 
 
-def convolved_token(x: Tensor, columns: Tensor, weight: Tensor, bias: Tensor | None, acc: torch.dtype) -> Tensor:
-    """[B, C] in acc: the convolution at a token x [B, C] behind the last columns [B, C, K - 1 or more], tap by tap."""
-    *taps, own = cast(weight, acc).unbind(-1)
-    x = cast(x, acc)
-    y = x * own if bias is None else torch.addcmul(cast(bias, acc), x, own)
-    for column, tap in zip(reversed(cast(columns, acc).unbind(-1)), reversed(taps), strict=False):
-        y.addcmul_(column, tap)
-    return y
-
-
 def columns_after(x: Tensor, columns: Tensor) -> Tensor:
     """[B, C, K]: the columns [B, C, K], and x [B, C] behind them in place of the first."""
-    after = x.new_empty(columns.shape)
-    # Shifted as one row, which is a single copy of memory: the first column of a channel, which falls out at the end of
-    # the one before, is written over.
-    after.flatten(1)[:, :-1].copy_(columns.flatten(1)[:, 1:])
+    # Rolled as one row, which copies memory as it lies: what a channel loses falls behind the last of the one before,
+    # where x is written.
+    after = columns.flatten(1).roll(-1, 1).view(columns.shape)
     after[..., -1] = x
     return after
+
+
+def convolved(window: Tensor, weight: Tensor, bias: Tensor | None, acc: torch.dtype) -> Tensor:
+    """[B, C] in acc: the convolution where the last tap meets the last column of a window [B, C, K]."""
+    # A product with ones is a sum over the last dimension in a third of the time that `sum` takes for a few numbers.
+    y = (cast(window, acc) * cast(weight, acc)) @ torch.ones(weight.shape[-1], dtype=acc, device=weight.device)
+    return y if bias is None else y + cast(bias, acc)
 
 
 @full_precision
@@ -50,8 +46,9 @@ def causal_conv1d(
     (B, L, _), K = x.shape, weight.shape[-1]
     check_slots("causal_conv1d", conv_state, state_indices=state_indices)
     state = None if conv_state is None else read_slots(conv_state, state_indices, B)
-    if L == 1 and state is not None:  # a decoding step: as the state lies
-        y = convolved_token(x[:, 0], cast(state, x.dtype), weight, bias, acc).unsqueeze(1)
+    if L == 1 and state is not None:  # a decoding step: as the state lies, without turning the weights
+        window = torch.cat([cast(state[..., state.shape[-1] - K + 1 :], x.dtype), x.transpose(1, 2)], -1)  # [B, C, K]
+        y = convolved(window, weight, bias, acc).unsqueeze(1)
         return cast(F.silu(y) if activation == "silu" else y, x.dtype)
     padded = cast(_with_history(x, state, K - 1), acc)
     taps = cast(weight, acc).T.contiguous()  # [K, C]: a tap multiplies whole rows

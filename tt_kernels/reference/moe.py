@@ -85,18 +85,24 @@ def route(
     if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     weights = cast(weights if scale == 1 else weights * scale, compute_dtype(x.dtype))
-    return Routing(ids, weights, *sort_pairs(ids, len(weight)))
+    return Routing(ids, weights, *_sorted_pairs(ids, len(weight)))
 
 
 def sort_pairs(topk_ids: Tensor, E: int) -> tuple[Tensor, Tensor]:
     """(sorted_pairs, offsets) of `Routing`; pairs of no expert 0 to E - 1 come last. The host reads no value."""
-    experts, sorted_pairs = torch.where(topk_ids < 0, E, topk_ids).flatten().sort(stable=True)
+    return _sorted_pairs(torch.where(topk_ids < 0, E, topk_ids), E)
+
+
+def _sorted_pairs(topk_ids: Tensor, E: int) -> tuple[Tensor, Tensor]:
+    experts, sorted_pairs = topk_ids.flatten().sort(stable=True)
     every = torch.arange(E, device=topk_ids.device, dtype=topk_ids.dtype)
     return sorted_pairs, torch.searchsorted(experts, every, right=True, out_int32=True)
 
 
 def plain(weights: ExpertWeights, dtype: torch.dtype) -> PlainWeights:
     """The weights of any format in this dtype."""
+    if Matrix not in map(type, weights):
+        return PlainWeights(*weights)  # type: ignore[arg-type]
 
     def one(weight: Tensor | Matrix) -> Tensor:
         return FORMATS[weight.format].dequantized(weight, dtype) if isinstance(weight, Matrix) else weight

@@ -170,8 +170,8 @@ def step(
     xs, dt = cast(x, acc), _time_step(dt, dt_bias, dt_limit, acc)
     # By groups: [b * G, R * P, N], so that no head needs a copy of B and C; rows times rows is the faster product.
     target = same_slots(ssm_state, written, state)
-    new = torch.mul(state, _exp(_log_decay(dt, A, acc)).view(b, H, 1, 1), out=target).view(b * G, RP, N)
-    grown = (xs * dt.unsqueeze(-1)).view(b * G, RP, 1)
+    new = torch.mul(state, _exp(_log_decay(dt, A, acc)).reshape(b, H, 1, 1), out=target).reshape(b * G, RP, N)
+    grown = (xs * dt.unsqueeze(-1)).reshape(b * G, RP, 1)
     new.addcmul_(grown, cast(B, acc).reshape(b * G, 1, N))
     y = torch.bmm(cast(C, acc).reshape(b * G, 1, N), new.mT).view(b, H, P)
     y.addcmul_(xs, cast(D, acc).unsqueeze(-1))

@@ -121,7 +121,12 @@ def unasked(reference: Callable[_P, _R]) -> Callable[[Callable[_P, _R]], Callabl
     def decorate(op: Callable[_P, _R]) -> Callable[_P, _R]:
         @functools.wraps(op)
         def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            if torch.compiler.is_compiling() or not is_skipping() or ON_CPU or not (args and cast(Tensor, args[0]).is_cpu):
+            if (
+                torch.compiler.is_compiling()
+                or not is_skipping()
+                or ON_CPU
+                or not (args and cast(Tensor, args[0]).is_cpu)
+            ):
                 return op(*args, **kwargs)
             return op(*args, **kwargs) if is_recording() else reference(*args, **kwargs)
 
