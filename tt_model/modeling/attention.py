@@ -13,11 +13,17 @@ from tt_kernels import append_attention, block_diffusion_attention, causal_atten
 
 from ..config import TwoTowerConfig
 from .constants import Constant
+from .linear import turned
 from .state import ForwardContext
 
 
 def _joined(*projections: Tensor) -> Tensor:
     return torch.cat(projections)
+
+
+def _joined_weights(*projections: Tensor) -> Tensor:
+    weight = torch.cat(projections)
+    return turned(weight) if weight.is_cpu and weight.dtype == torch.float32 else weight
 
 
 class Attention(nn.Module):
@@ -31,7 +37,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, config.num_key_value_heads * P, bias=bias)
         self.v_proj = nn.Linear(D, config.num_key_value_heads * P, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * P, D, bias=bias)
-        self.qkv_weight, self.qkv_bias = Constant(_joined), Constant(_joined)
+        self.qkv_weight, self.qkv_bias = Constant(_joined_weights), Constant(_joined)
 
     def _project(self, h_BLD: Tensor) -> Sequence[Tensor]:
         """q, k and v: one product where no gradients are wanted."""

@@ -18,6 +18,7 @@ from tt_kernels import (
 
 from ..config import TwoTowerConfig
 from .constants import Constant
+from .linear import Linear
 from .norm import Norm
 from .state import ForwardContext, Projected
 from .wide import Wide
@@ -36,7 +37,7 @@ class Mamba2(Wide):
         D, H, inner, C = config.hidden_size, config.mamba_num_heads, config.d_inner, config.conv_dim
         GN = config.n_groups * config.ssm_state_size
         self.projected, self.convolved = [inner, C, H], [inner, GN, GN]
-        self.in_proj = nn.Linear(D, inner + C + H, bias=config.use_bias)
+        self.in_proj = Linear(D, inner + C + H, bias=config.use_bias)
         self.conv1d = nn.Conv1d(C, C, config.conv_kernel, groups=C, bias=config.use_conv_bias)
         self.dt_bias = self.parameter(H)
         self.A_log = self.parameter(H)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from tt_kernels import ExpertWeights, Modulated, experts, experts_norm, route
 
 from ..config import TwoTowerConfig
+from .linear import Linear
 from .wide import Wide
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": lambda h: F.relu(h).square(), "silu": F.silu}
@@ -21,7 +22,7 @@ class MLP(nn.Module):
     def __init__(self, D: int, N: int, activation: str, *, bias: bool = False):
         super().__init__()
         self.activation = activation
-        self.up_proj = nn.Linear(D, N, bias=bias)
+        self.up_proj = Linear(D, N, bias=bias)
         self.down_proj = nn.Linear(N, D, bias=bias)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class MoE(nn.Module):
             self.load += torch.bincount(routing.topk_ids.flatten(), minlength=len(self.load))
         stacked = ExpertWeights(self.experts.up_proj, self.experts.down_proj)
         shared = self.shared_experts  # without a bias: `TwoTowerConfig` refuses one beside experts
-        folded = None if shared is None else ExpertWeights(shared.up_proj.weight, shared.down_proj.weight)
+        folded = None if shared is None else ExpertWeights(shared.up_proj.matrix, shared.down_proj.weight)
         given: dict[str, Any] = dict(shared=folded, activation=c.mlp_hidden_act)
         if x_BLD is None:
             return experts(h, routing, stacked, **given).view_as(h_BLD)
