@@ -48,8 +48,8 @@ def read_slots(pool: Tensor, indices: Tensor | None, rows: int, *, own: bool = F
 
 
 def same_slots(pool: Tensor, indices: Tensor | None, state: Tensor) -> Tensor | None:
-    """The slots to write, where they are the memory of `state`, which was read, and dense: its successor may be computed
-    there, in any shape."""
+    """The slots to write, where they are the memory of `state`, which was read and is dense: what follows it may be
+    computed there, in any shape."""
     if not can_look(pool) or not state.is_contiguous():
         return None
     target = _view(pool, indices, state.shape[0])
