@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, compute_dtype, full_precision
+from .common import cast, compute_dtype, full_precision, product
 from .norm import Modulated, modulated_rms_norm
 
 
@@ -210,9 +210,9 @@ def experts_norm(
 
 
 def _mlp(x: Tensor, weights: PlainWeights, activation: str) -> Tensor:
-    h, act = F.linear(x, weights.up), ACTIVATIONS[activation]
-    h = act(h) if weights.gate is None else act(F.linear(x, weights.gate)) * h
-    return F.linear(h, weights.down)
+    h, act = product(x, weights.up), ACTIVATIONS[activation]
+    h = act(h) if weights.gate is None else act(product(x, weights.gate)) * h
+    return product(h, weights.down)
 
 
 def _of_expert(weights: PlainWeights, e: int) -> PlainWeights:

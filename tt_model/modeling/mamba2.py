@@ -44,7 +44,7 @@ class Mamba2(Wide):
         self.D = self.parameter(H)
         self.A = Constant(decay_rates)
         self.norm = Norm(inner)
-        self.out_proj = nn.Linear(inner, D, bias=config.use_bias)
+        self.out_proj = Linear(inner, D, bias=config.use_bias)
 
     def forward(self, h_BLD: Tensor, ctx: ForwardContext) -> Tensor:
         c = self.config

@@ -23,7 +23,7 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = activation
         self.up_proj = Linear(D, N, bias=bias)
-        self.down_proj = nn.Linear(N, D, bias=bias)
+        self.down_proj = Linear(N, D, bias=bias)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
         return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(h_BLD)))
@@ -80,7 +80,7 @@ class MoE(nn.Module):
             self.load += torch.bincount(routing.topk_ids.flatten(), minlength=len(self.load))
         stacked = ExpertWeights(self.experts.up_proj, self.experts.down_proj)
         shared = self.shared_experts  # without a bias: `TwoTowerConfig` refuses one beside experts
-        folded = None if shared is None else ExpertWeights(shared.up_proj.matrix, shared.down_proj.weight)
+        folded = None if shared is None else ExpertWeights(shared.up_proj.weight, shared.down_proj.weight)
         given: dict[str, Any] = dict(shared=folded, activation=c.mlp_hidden_act)
         if x_BLD is None:
             return experts(h, routing, stacked, **given).view_as(h_BLD)
