@@ -15,12 +15,10 @@ def check_slots(op: str, pool: Tensor | None, **indices: Tensor | None) -> None:
                 raise ValueError(f"{op}: {name} is {slot}, expected 0 to {pool.shape[0] - 1}")
 
 
-def _together(pool: Tensor, indices: Tensor | None, rows: int) -> slice | None:
-    """Which slots all rows read or write, where those lie side by side, or every n-th: without indices, for a single
-    row, and for rows in the order of their slots."""
-    if indices is None:
-        return slice(0, rows)
-    if rows == 0 or not can_look(indices):
+def _together(pool: Tensor, indices: Tensor, rows: int) -> slice | None:
+    """Which slots all rows read or write, where those lie side by side, or every n-th: for a single row, and for rows
+    in the order of their slots."""
+    if not can_look(indices) or rows == 0:
         return None
     slots = indices.tolist()
     first, apart = slots[0], slots[1] - slots[0] if rows > 1 else 1
@@ -32,6 +30,8 @@ def _together(pool: Tensor, indices: Tensor | None, rows: int) -> slice | None:
 
 def _view(pool: Tensor, indices: Tensor | None, rows: int) -> Tensor | None:
     """The slots themselves, where they lie so."""
+    if indices is None:
+        return pool if pool.shape[0] == rows else pool[:rows]
     lies = _together(pool, indices, rows)
     if lies is None:
         return None
