@@ -255,7 +255,8 @@ def append_attention(
     cached = k_pages, v_pages, page_table, cache_lengths
     if can_look(cache_lengths):
         entering = [L] * B if counts is None else counts.clamp(0, L).tolist()
-    if entering == [L] * B and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if entering is not None and not gradients and entering == [L] * B:
         longest, shortest, in_order = _look("append_attention", k_pages, page_table, cache_lengths, entering)
         if in_order is not None and 0 < shortest == longest:  # they enter first: what they see lies side by side
             _enter(k, v, cached, entering)
