@@ -213,3 +213,27 @@ def test_the_reference_on_a_device_drops_what_has_no_page() -> None:
     for counts in (lengths(0, 0), lengths(-3, 0)):
         reference.attention._append(*qkv[1:], (pool.k, pool.v, table([3, 4], [0, -1]), lengths(5, 2)), counts)
     assert torch.equal(pool.memory, pool.before)
+
+
+@pytest.mark.parametrize("counts", [None, "all", "some"])
+@pytest.mark.parametrize("before", [[6, 6], [0, 0], [3, 6], [6]], ids=str)
+@pytest.mark.parametrize("L", [1, 5])
+def test_it_does_not_matter_where_pages_lie(L: int, before: list[int], counts: str | None) -> None:
+    """In order the reference has tokens enter first and reads the cache as it lies. fp64: bits of sums may differ."""
+    B, page_size, shape = len(before), 4, (2, 3)
+    g = torch.Generator().manual_seed(L)
+    q, k, v = (torch.randn(B, L, heads, 3, generator=g, dtype=torch.float64) for heads in (4, 2, 2))
+    caches = torch.randn(2, 3 * B, page_size, *shape, generator=g, dtype=torch.float64)
+    ordered = torch.arange(3 * B).view(B, 3)
+    order = torch.randperm(3 * B, generator=g)
+    entering = {None: None, "all": torch.full((B,), L), "some": torch.full((B,), L - 1)}[counts]
+    found = []
+    for table in (ordered, order.argsort()[ordered]):
+        pages = [t.clone() if table is ordered else t[order] for t in caches]
+        o = reference.append_attention(q, k, v, *pages, table, torch.tensor(before), entering)
+        found.append((o, *(t[table] for t in pages)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    given = q, k, v, *caches, ordered, torch.tensor(before)
+    wanted = reference.context_attention(*given, causal=True)
+    torch.testing.assert_close(found[0][0], wanted, rtol=1e-12, atol=1e-12)

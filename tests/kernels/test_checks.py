@@ -1,10 +1,14 @@
 """What ops share to check their arguments: sizes by name, products, and leaving it out."""
 
+import sys
+
 import pytest
 import torch
 
 import tt_kernels
+from tt_kernels import reference
 from tt_kernels.runtime import checks
+from tt_kernels.runtime.launch import ON_CPU, recording
 
 pytestmark = pytest.mark.kernels
 
@@ -40,3 +44,20 @@ def test_products_are_compared() -> None:
         checks.check("t", a=(torch.ones(4), "S+1"), b=(torch.ones(4), "S"))
     with pytest.raises(ValueError, match=r"^t: a is \[0\], expected \[S\+1\]$"):
         checks.check("t", a=(torch.ones(0), "S+1"))
+
+
+@pytest.mark.skipif(ON_CPU, reason="kernels run on the CPU here")
+def test_ops_inside_skip_checks_ask_nothing_where_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded is launched all the same, and what is traced is the op."""
+    (x, z), weight = torch.randn(2, 2, 8), torch.ones(8)
+    want = reference.gated_group_norm(x, z, weight, groups=2)
+    asked: list[str] = []
+    module = sys.modules["tt_kernels.norm.gated_group_norm"]
+    asks = module.takes_kernel  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "takes_kernel", lambda op, *tensors: asked.append(op) or asks(op, *tensors))
+    with tt_kernels.skip_checks():
+        assert torch.equal(tt_kernels.gated_group_norm(x, z, weight, groups=2), want) and not asked
+        with recording(90) as launches:
+            tt_kernels.gated_group_norm(x, z, weight, groups=2)
+        assert len(launches) == 1 and len(asked) == 1
+    assert torch.equal(tt_kernels.gated_group_norm(x, z, weight, groups=2), want) and len(asked) == 2

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import AttentionWithLSE
 from ..runtime.checks import as_float, check, is_real, refuse
-from ..runtime.registry import define, takes_kernel, wants_gradients
+from ..runtime.registry import define, takes_kernel, unasked, wants_gradients
 from .context_attention_launch import _append_attention, _context_attention, _context_attention_fake
 
 
@@ -80,6 +80,7 @@ def context_attention(
 ) -> AttentionWithLSE: ...
 
 
+@unasked(reference.context_attention)
 def context_attention(
     q: Tensor,
     k: Tensor,
@@ -172,6 +173,7 @@ def append_attention(
 ) -> AttentionWithLSE: ...
 
 
+@unasked(reference.append_attention)
 def append_attention(
     q: Tensor,
     k: Tensor,

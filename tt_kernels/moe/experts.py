@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.moe import ACTIVATIONS, FORMATS, ExpertWeights, Matrix, Routing, sort_pairs
 from ..runtime.checks import check, looks_at, refuse
-from ..runtime.registry import define, takes_kernel
+from ..runtime.registry import define, takes_kernel, unasked
 from .experts_backward import _experts_bwd
 from .experts_forward import _experts_fwd
 
@@ -153,6 +153,7 @@ def sorted_by_expert(routing: Routing, weights: ExpertWeights) -> tuple[Tensor, 
     return topk_weights, topk_ids, sorted_pairs, offsets
 
 
+@unasked(reference.experts)
 def experts(
     x: Tensor,
     routing: Routing,

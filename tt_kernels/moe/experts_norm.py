@@ -13,7 +13,7 @@ from ..reference import Modulated
 from ..reference.common import compute_dtype
 from ..reference.moe import ExpertWeights, Routing
 from ..runtime.checks import check, refuse
-from ..runtime.registry import define, takes_kernel, wants_gradients
+from ..runtime.registry import define, takes_kernel, unasked, wants_gradients
 from ..runtime.structs import Parts
 from .experts import checked, experts, sorted_by_expert
 from .experts_forward import rows_of_pairs
@@ -51,6 +51,7 @@ def _experts_norm_fake(*args):
 _op = define(_experts_norm, _experts_norm_fake)
 
 
+@unasked(reference.experts_norm)
 def experts_norm(
     x: Tensor,
     routing: Routing,

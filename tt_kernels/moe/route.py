@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.moe import Routing
 from ..runtime.checks import check, is_real, is_whole, refuse
-from ..runtime.registry import define, takes_kernel
+from ..runtime.registry import define, takes_kernel, unasked
 from .route_backward import _route_bwd, _route_bwd_fake
 from .route_launch import _route_fwd, _route_fwd_fake
 
@@ -34,6 +34,7 @@ class _Route(torch.autograd.Function):
         return dx if for_x else None, dweight if for_weight else None, *(None,) * 6
 
 
+@unasked(reference.route)
 def route(
     x: Tensor,
     weight: Tensor,

@@ -10,7 +10,7 @@ from ..reference.common import compute_dtype
 from ..runtime.checks import check, eps_of, is_whole, refuse
 from ..runtime.lang import load_row, programmatic_launch, sigmoid
 from ..runtime.launch import Launch, multiprocessors, run
-from ..runtime.registry import define, takes_kernel
+from ..runtime.registry import define, takes_kernel, unasked
 from ..runtime.structs import rows_of
 
 
@@ -161,6 +161,7 @@ class _GatedGroupNorm(torch.autograd.Function):
         return *_bwd(dy, *ctx.saved_tensors), None, None
 
 
+@unasked(reference.gated_group_norm)
 def gated_group_norm(x: Tensor, z: Tensor, weight: Tensor, *, groups: int = 1, eps: float = 1e-5) -> Tensor:
     """Gate x by silu(z), then RMS-normalise within each of `groups` equal runs of channels, times weight.
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import Modulated
 from ..runtime.checks import check, eps_of, refuse
-from ..runtime.registry import define, takes_kernel
+from ..runtime.registry import define, takes_kernel, unasked
 from .modulated_rms_norm_launch import (
     _modulated_rms_norm_bwd,
     _modulated_rms_norm_bwd_fake,
@@ -55,6 +55,7 @@ def check_options(op: str, shift: Tensor | None, scale: Tensor | None, order: st
     return eps_of(op, eps)
 
 
+@unasked(reference.modulated_rms_norm)
 def modulated_rms_norm(
     x: Tensor,
     weight: Tensor,

@@ -1,6 +1,7 @@
 """What several references share: the dtype of sums, the head, packed sequences."""
 
 import functools
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import ParamSpec, TypeVar
@@ -53,11 +54,27 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+# Numbers of a weight from which on it is worth a second thread's start: half a megabyte, 40 us of one thread.
+_LARGE = 2**17
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear. Of a single row in fp32 on a CPU, where PyTorch has one thread read the weight, in a part a thread."""
+    N, K = weight.shape
+    if x.numel() != K or N * K < _LARGE or weight.dtype != torch.float32 or not can_look(x):
+        return F.linear(x, weight)
+    parts = math.gcd(N, torch.get_num_threads())
+    if parts == 1 or weight.stride(1 if weight.stride(0) >= K else 0) != 1:
+        return F.linear(x, weight)
+    y = torch.bmm(x.reshape(1, 1, K).expand(parts, 1, K), weight.unflatten(0, (parts, N // parts)).mT)
+    return y.view(*x.shape[:-1], N)
+
+
 def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden weight^T, not rounded to 16 bits. A 16-bit head is widened a slice at a time: it can be gigabytes."""
     acc = compute_dtype(hidden.dtype, weight.dtype)
     if weight.dtype == acc or torch.compiler.is_compiling():  # the number of slices would depend on a size
-        return F.linear(hidden.to(acc), weight.to(acc))
+        return product(hidden.to(acc), weight.to(acc))
     return torch.cat([F.linear(hidden.to(acc), part.to(acc)) for part in weight.split(16384)], -1)
 
 

@@ -15,6 +15,22 @@ def _with_history(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
     return torch.cat([state[..., state.shape[-1] - taps :].transpose(1, 2).to(x.dtype), x], dim=1)
 
 
+def columns_after(x: Tensor, columns: Tensor) -> Tensor:
+    """[B, C, K]: the columns [B, C, K], and x [B, C] behind them in place of the first."""
+    # Rolled as one row, which copies memory as it lies: what a channel loses falls behind the last of the one before,
+    # where x is written.
+    after = columns.flatten(1).roll(-1, 1).view(columns.shape)
+    after[..., -1] = x
+    return after
+
+
+def convolved(window: Tensor, weight: Tensor, bias: Tensor | None, acc: torch.dtype) -> Tensor:
+    """[B, C] in acc: the convolution where the last tap meets the last column of a window [B, C, K]."""
+    # A product with ones is a sum over the last dimension in a third of the time that `sum` takes for a few numbers.
+    y = (cast(window, acc) * cast(weight, acc)) @ torch.ones(weight.shape[-1], dtype=acc, device=weight.device)
+    return y if bias is None else y + cast(bias, acc)
+
+
 @full_precision
 def causal_conv1d(
     x: Tensor,
@@ -32,8 +48,7 @@ def causal_conv1d(
     state = None if conv_state is None else read_slots(conv_state, state_indices, B)
     if L == 1 and state is not None:  # a decoding step: as the state lies, without turning the weights
         window = torch.cat([cast(state[..., state.shape[-1] - K + 1 :], x.dtype), x.transpose(1, 2)], -1)  # [B, C, K]
-        y = (cast(window, acc) * cast(weight, acc)).sum(-1).unsqueeze(1)
-        y = y if bias is None else y + cast(bias, acc)
+        y = convolved(window, weight, bias, acc).unsqueeze(1)
         return cast(F.silu(y) if activation == "silu" else y, x.dtype)
     padded = cast(_with_history(x, state, K - 1), acc)
     taps = cast(weight, acc).T.contiguous()  # [K, C]: a tap multiplies whole rows

@@ -3,12 +3,11 @@
 import math
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .common import cast, check_counts, compute_dtype, full_precision, without_gradients
-from .conv1d import causal_conv1d, conv_advance
+from .conv1d import causal_conv1d, columns_after, conv_advance, convolved
 from .slots import check_slots, read_slots, write_slots
 from .ssd import ssd_advance, ssd_block, ssd_chunk, step
 
@@ -112,12 +111,10 @@ def mamba_step(
     w, s = weights, state
     _check_places("mamba_step", s)
     acc = compute_dtype(xBC.dtype, w.conv_weight.dtype)
-    columns = read_slots(s.conv, s.conv_indices, xBC.shape[0])
-    # What the convolution sees is the state after the token: [b, C, K].
-    window = torch.cat([cast(columns[..., 1:], xBC.dtype), xBC.unsqueeze(-1)], -1)
-    convolved = (cast(window, acc) * cast(w.conv_weight, acc)).sum(-1)
-    convolved = convolved if w.conv_bias is None else convolved + cast(w.conv_bias, acc)
-    x, B, C = split_columns(cast(F.silu(convolved), xBC.dtype), s.ssm)
+    # What the convolution sees is the state after the token.
+    window = columns_after(xBC, cast(read_slots(s.conv, s.conv_indices, xBC.shape[0]), xBC.dtype))
+    columns = F.silu(convolved(window, w.conv_weight, w.conv_bias, acc), inplace=True)
+    x, B, C = split_columns(cast(columns, xBC.dtype), s.ssm)
     assert w.D is not None
     written = s.ssm_indices if s.ssm_out_indices is None else s.ssm_out_indices
     y = step(x, dt, w.A, B, C, w.D, w.dt_bias, s.ssm, s.ssm_indices, written, dt_limit)

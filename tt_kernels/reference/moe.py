@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import cast, compute_dtype, full_precision
+from .common import cast, compute_dtype, full_precision, product
 from .norm import Modulated, modulated_rms_norm
 
 
@@ -72,7 +72,7 @@ def route(
     norm_topk_prob: bool = True,
     scale: float = 1.0,
 ) -> Routing:
-    scores = (x.double() @ weight.double().T).sigmoid()  # [T, E]
+    scores = F.linear(x.double(), weight.double()).sigmoid()  # [T, E]
     biased = scores.detach() + bias  # fp64
     if n_group > 1:
         grouped = biased.unflatten(1, (n_group, -1))
@@ -85,18 +85,24 @@ def route(
     if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     weights = cast(weights if scale == 1 else weights * scale, compute_dtype(x.dtype))
-    return Routing(ids, weights, *sort_pairs(ids, len(weight)))
+    return Routing(ids, weights, *_sorted_pairs(ids, len(weight)))
 
 
 def sort_pairs(topk_ids: Tensor, E: int) -> tuple[Tensor, Tensor]:
     """(sorted_pairs, offsets) of `Routing`; pairs of no expert 0 to E - 1 come last. The host reads no value."""
-    experts, sorted_pairs = torch.where(topk_ids < 0, E, topk_ids).flatten().sort(stable=True)
+    return _sorted_pairs(torch.where(topk_ids < 0, E, topk_ids), E)
+
+
+def _sorted_pairs(topk_ids: Tensor, E: int) -> tuple[Tensor, Tensor]:
+    experts, sorted_pairs = topk_ids.flatten().sort(stable=True)
     every = torch.arange(E, device=topk_ids.device, dtype=topk_ids.dtype)
     return sorted_pairs, torch.searchsorted(experts, every, right=True, out_int32=True)
 
 
 def plain(weights: ExpertWeights, dtype: torch.dtype) -> PlainWeights:
     """The weights of any format in this dtype."""
+    if Matrix not in map(type, weights):
+        return PlainWeights(*weights)  # type: ignore[arg-type]
 
     def one(weight: Tensor | Matrix) -> Tensor:
         return FORMATS[weight.format].dequantized(weight, dtype) if isinstance(weight, Matrix) else weight
@@ -204,9 +210,9 @@ def experts_norm(
 
 
 def _mlp(x: Tensor, weights: PlainWeights, activation: str) -> Tensor:
-    h, act = F.linear(x, weights.up), ACTIVATIONS[activation]
-    h = act(h) if weights.gate is None else act(F.linear(x, weights.gate)) * h
-    return F.linear(h, weights.down)
+    h, act = product(x, weights.up), ACTIVATIONS[activation]
+    h = act(h) if weights.gate is None else act(product(x, weights.gate)) * h
+    return product(h, weights.down)
 
 
 def _of_expert(weights: PlainWeights, e: int) -> PlainWeights:

@@ -17,7 +17,7 @@ class Modulated(NamedTuple):
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+    return x * (x * x).mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 @full_precision

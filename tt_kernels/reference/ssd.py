@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import cast, check_counts, check_starts, compute_dtype, full_precision, sequence_index, without_gradients
-from .slots import check_slots, read_slots, write_slots
+from .slots import check_slots, read_slots, same_slots, write_slots
 
 CHUNK = 32  # tokens of a chunk where no size is asked for: pairs inside and states between cost about the same on a CPU
 
@@ -169,12 +169,14 @@ def step(
     state = cast(read_slots(ssm_state, read, b), acc)
     xs, dt = cast(x, acc), _time_step(dt, dt_bias, dt_limit, acc)
     # By groups: [b * G, R * P, N], so that no head needs a copy of B and C; rows times rows is the faster product.
-    carried = state * _exp(_log_decay(dt, A, acc)).reshape(b, H, 1, 1)
+    target = same_slots(ssm_state, written, state)
+    new = torch.mul(state, _exp(_log_decay(dt, A, acc)).reshape(b, H, 1, 1), out=target).reshape(b * G, RP, N)
     grown = (xs * dt.unsqueeze(-1)).reshape(b * G, RP, 1)
-    new = carried.reshape(b * G, RP, N).addcmul_(grown, cast(B, acc).reshape(b * G, 1, N))
+    new.addcmul_(grown, cast(B, acc).reshape(b * G, 1, N))
     y = torch.bmm(cast(C, acc).reshape(b * G, 1, N), new.mT).view(b, H, P)
-    y = torch.addcmul(y, xs, cast(D, acc).unsqueeze(-1))
-    write_slots(ssm_state, new.view(b, H, P, N), written)
+    y.addcmul_(xs, cast(D, acc).unsqueeze(-1))
+    if target is None:
+        write_slots(ssm_state, new.view(b, H, P, N), written)
     return cast(y, x.dtype)
 
 

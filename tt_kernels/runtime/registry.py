@@ -1,18 +1,22 @@
 """Which implementation of an op runs, and the registration of kernels as operators of PyTorch."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from .checks import refuse
+from .checks import is_skipping, refuse
 from .launch import INTERPRET, ON_CPU, _properties, is_recording
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 NAMESPACE = "tt"  # of registered operators: torch.ops.tt.<name>
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -108,6 +112,27 @@ def takes_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
     if refused is not None and any(t is not None and t.dtype == refused for t in (x, *others)):
         raise NotImplementedError(f"{op}: {why}")
     return True
+
+
+def unasked(reference: Callable[_P, _R]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorates an op: inside `skip_checks`, on a CPU where no kernels run, it is its reference and asks nothing. What
+    an op asks takes as long as some of its arithmetic does for a token or two."""
+
+    def decorate(op: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(op)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if (
+                torch.compiler.is_compiling()
+                or not is_skipping()
+                or ON_CPU
+                or not (args and cast(Tensor, args[0]).is_cpu)
+            ):
+                return op(*args, **kwargs)
+            return op(*args, **kwargs) if is_recording() else reference(*args, **kwargs)
+
+        return run
+
+    return decorate
 
 
 def as_on_a_gpu(x: Tensor) -> bool:

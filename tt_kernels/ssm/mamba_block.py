@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.mamba import MambaState, MambaWeights
 from ..runtime.checks import check, refuse
-from ..runtime.registry import define, takes_kernel, wants_gradients
+from ..runtime.registry import define, takes_kernel, unasked, wants_gradients
 from ..runtime.slots import check_room
 from .mamba_block_launch import _mamba_advance, _mamba_block
 from .ssd_block import check_limit
@@ -50,6 +50,7 @@ def check_inputs(
     check_limit(op, dt_limit)
 
 
+@unasked(reference.mamba_block)
 def mamba_block(
     xBC: Tensor,
     dt: Tensor,

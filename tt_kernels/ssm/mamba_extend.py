@@ -15,7 +15,7 @@ from .. import reference
 from ..conv1d.causal_conv1d import convolve
 from ..conv1d.conv_states import conv_slots
 from ..reference.mamba import SHORT, MambaState, MambaWeights, split_columns
-from ..runtime.registry import define, takes_kernel
+from ..runtime.registry import define, takes_kernel, unasked
 from .launch import arithmetic, ssm_slots
 from .mamba_block import check_inputs
 from .mamba_block_launch import in_one_wave, joined
@@ -66,6 +66,7 @@ _extend = define(
 )
 
 
+@unasked(reference.mamba_extend)
 @torch.no_grad()
 def mamba_extend(
     xBC: Tensor,

@@ -71,7 +71,7 @@ class Passes:
         board = self.board
         position = board.lengths[rows].long()
         sampling = board.sampling(rows, position, torch.zeros_like(position), narrow=what.narrow)
-        return self._chosen(rows, *head_sample(hidden, self.model.context_lm_head.weight, sampling))
+        return self._chosen(rows, *head_sample(hidden, self.model.context_lm_head.matrix, sampling))
 
     def _chosen(self, rows: Tensor, token: Tensor, confidence: Tensor) -> Outcome:
         self.board.token[rows], self.board.certain[rows] = token, confidence
@@ -103,7 +103,7 @@ class Passes:
         noise = step.masked_fill(board.draft[rows], 0)
         out = unmask(
             hidden,
-            self.model.lm_head.weight,
+            self.model.lm_head.matrix,
             block,
             board.sampling(rows, view.lengths.long(), noise, narrow=what.narrow),
             mask_token_id=board.mask,
@@ -139,7 +139,7 @@ class Passes:
         hidden = self.model._denoise(token, None, view)[:, -1]
         position = view.lengths.long() + 1
         sampling = board.sampling(rows, position, torch.zeros_like(position), narrow=what.narrow)
-        chosen = head_sample(hidden, self.model.lm_head.weight, sampling)
+        chosen = head_sample(hidden, self.model.lm_head.matrix, sampling)
         self._extend(rows, token, view)
         return self._chosen(rows, *chosen)
 
@@ -153,7 +153,7 @@ class Passes:
         places = torch.arange(L, device=board.device)
         position = view.lengths.long().unsqueeze(1) + 1 + places  # [B, L]
         sampling = board.sampling(rows, position, torch.zeros_like(position), narrow=what.narrow)
-        follows, confidence = head_sample(pending.hidden, self.model.context_lm_head.weight, sampling)  # [B, L]
+        follows, confidence = head_sample(pending.hidden, self.model.context_lm_head.matrix, sampling)  # [B, L]
         agreed = (follows[:, :-1] == block[:, 1:]).cumprod(-1).sum(-1)  # [B] tokens of the draft, from its first on
         count = agreed + 1  # with the token that was certain
         view.let_in(pending, count.int())

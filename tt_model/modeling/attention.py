@@ -6,13 +6,13 @@ B batch, L tokens, D hidden, H heads, P head size, S block size, N tokens of a t
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tt_kernels import append_attention, block_diffusion_attention, causal_attention, context_attention
 
 from ..config import TwoTowerConfig
 from .constants import Constant
+from .linear import Linear, product
 from .state import ForwardContext
 
 
@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(D, config.num_attention_heads * P, bias=bias)
         self.k_proj = nn.Linear(D, config.num_key_value_heads * P, bias=bias)
         self.v_proj = nn.Linear(D, config.num_key_value_heads * P, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * P, D, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * P, D, bias=bias)
         self.qkv_weight, self.qkv_bias = Constant(_joined), Constant(_joined)
 
     def _project(self, h_BLD: Tensor) -> Sequence[Tensor]:
@@ -44,7 +44,7 @@ class Attention(nn.Module):
         if weight is None:
             return [p(h_BLD) for p in projections]
         bias = None if projections[0].bias is None else self.qkv_bias(*(p.bias for p in projections))
-        return F.linear(h_BLD, weight, bias).split_with_sizes([p.out_features for p in projections], -1)
+        return product(h_BLD, weight, bias).split_with_sizes([p.out_features for p in projections], -1)
 
     def forward(self, h_BLD: Tensor, ctx: ForwardContext) -> Tensor:
         q, k, v = (t.view(*t.shape[:2], -1, self.head_dim) for t in self._project(h_BLD))  # [B, L, Hq or Hkv, P]

@@ -18,6 +18,7 @@ from tt_kernels import (
 
 from ..config import TwoTowerConfig
 from .constants import Constant
+from .linear import Linear
 from .norm import Norm
 from .state import ForwardContext, Projected
 from .wide import Wide
@@ -36,14 +37,14 @@ class Mamba2(Wide):
         D, H, inner, C = config.hidden_size, config.mamba_num_heads, config.d_inner, config.conv_dim
         GN = config.n_groups * config.ssm_state_size
         self.projected, self.convolved = [inner, C, H], [inner, GN, GN]
-        self.in_proj = nn.Linear(D, inner + C + H, bias=config.use_bias)
+        self.in_proj = Linear(D, inner + C + H, bias=config.use_bias)
         self.conv1d = nn.Conv1d(C, C, config.conv_kernel, groups=C, bias=config.use_conv_bias)
         self.dt_bias = self.parameter(H)
         self.A_log = self.parameter(H)
         self.D = self.parameter(H)
         self.A = Constant(decay_rates)
         self.norm = Norm(inner)
-        self.out_proj = nn.Linear(inner, D, bias=config.use_bias)
+        self.out_proj = Linear(inner, D, bias=config.use_bias)
 
     def forward(self, h_BLD: Tensor, ctx: ForwardContext) -> Tensor:
         c = self.config

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from tt_kernels import ExpertWeights, Modulated, experts, experts_norm, route
 
 from ..config import TwoTowerConfig
+from .linear import Linear
 from .wide import Wide
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": lambda h: F.relu(h).square(), "silu": F.silu}
@@ -21,8 +22,8 @@ class MLP(nn.Module):
     def __init__(self, D: int, N: int, activation: str, *, bias: bool = False):
         super().__init__()
         self.activation = activation
-        self.up_proj = nn.Linear(D, N, bias=bias)
-        self.down_proj = nn.Linear(N, D, bias=bias)
+        self.up_proj = Linear(D, N, bias=bias)
+        self.down_proj = Linear(N, D, bias=bias)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
         return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(h_BLD)))

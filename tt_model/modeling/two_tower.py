@@ -19,6 +19,7 @@ from ..arguments import integer, is_integer, token_rows
 from ..config import TwoTowerConfig
 from ..vocabulary import Vocabulary
 from .constants import Constant
+from .linear import Linear
 from .state import Cache, CleanStates, ForwardContext, Pending, View
 from .tower import Tower
 
@@ -91,11 +92,11 @@ class TwoTowerModel(nn.Module):
         self.source: Path | None = None
         D, V = config.hidden_size, config.vocab_size
         self.context_tower = Tower(config)
-        self.context_lm_head = nn.Linear(D, V, bias=False)
+        self.context_lm_head = Linear(D, V, bias=False)
         self.denoiser_tower: Tower | None = None
         if towers == "both":
             self.denoiser_tower = Tower(config)
-            self.lm_head = nn.Linear(D, V, bias=False)
+            self.lm_head = Linear(D, V, bias=False)
             self.t_embedder = TimeEmbedder(config.time_embedding_size, D)
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 3 * D))
             tables = (nn.Parameter(torch.zeros(3, D)) for _ in config.pattern)
@@ -182,7 +183,7 @@ class TwoTowerModel(nn.Module):
             reserve=longest + reserve,
             forks=forks,
         )
-        cache.head = self.context_lm_head.weight
+        cache.head = self.context_lm_head.matrix
         stretch = prefill_stretch(len(rows))
         for start in range(0, longest, stretch):
             chunk = ids[:, start : start + stretch]
