@@ -62,7 +62,9 @@ MUTANTS = {
     ("causal_conv1d", "conv1d/causal_conv1d.py"): [
         ("taps in reverse", "(k == K - 1 - back)", "(k == back)"),
         ("state one column early", "(S + source)[:, None]", "(S + source - 1)[:, None]"),
-        ("last tap into the state missed", "if back > start:", "if back > start + 1:"),
+        ("last tap into the state missed", "in tl.range(1, K):", "in tl.range(1, K - 1):"),
+        ("the state's taps in reverse", "(k == K - 1 - gone)", "(k == gone)"),
+        ("the state counts behind the row too", "((source < 0) & (t < L))[:, None]", "(t < L)[:, None]"),
         ("packed sequences see each other", "alive = alive & (after == 0)", "alive = alive"),
         ("sequences start one late", "b * L + source + 1, mask", "b * L + source, mask"),
         ("no activation", "    if SILU:\n", "    if False:\n"),
