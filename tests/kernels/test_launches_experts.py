@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import KERNELS, SANITIZE, assert_as_good, double, make
+from parity import KERNELS, SANITIZE, assert_as_good, double, fresh_memory_filled, make
 
 from cards import OPS
 from tt_kernels import ExpertWeights
@@ -280,9 +280,9 @@ def test_all_forms_give_the_same(dims: dict[str, int], form: tuple[int, int, int
     kwargs = make(op, dict(D=48, N=32, E=5, K=2) | dims, dtype)
     up = UpLaunch(BLOCK_T=16, BLOCK_N=16, BLOCK_K=16, SWAP=swap, PERSISTENT=persistent, SORTED=is_sorted)
     down = ProductLaunch(**{name: value for name, value in up.options.items() if name != "SORTED"})
-    with overriding("_experts_up_kernel", up):
+    with overriding("_experts_up_kernel", up), fresh_memory_filled():
         by_up = op.fn(**kwargs)
-    with overriding("_experts_down_kernel", down):
+    with overriding("_experts_down_kernel", down), fresh_memory_filled():
         by_down = op.fn(**kwargs)
     low, high = op.reference(**kwargs), op.reference(**double(kwargs))
     for got in (by_up, by_down):
@@ -312,7 +312,8 @@ def test_tall_tiles_give_the_same(dims: dict[str, int]) -> None:
 
     low, high = results(op.reference, kwargs), results(op.reference, double(kwargs))
     for kernel, launch in (("_experts_up_kernel", up), ("_experts_down_kernel", down)):
-        with overriding(kernel, launch):
+        # What is left out would be what the memory held before.
+        with overriding(kernel, launch), fresh_memory_filled():
             got = results(op.fn, kwargs)
         for name, *values in zip(("y", "dx"), got, low, high, strict=True):
             assert_as_good(name, *values, 0.0)

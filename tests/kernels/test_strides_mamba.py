@@ -16,12 +16,12 @@ pytestmark = [
     pytest.mark.skipif(not KERNELS, reason="kernels run with TRITON_INTERPRET=1 or a GPU"),
 ]
 # Three of everything: the last index times a stride that 32 bits hold is what they do not.
-STEP = dict(b=2, H=3, P=3, G=3, N=3)
+STEP = dict(b=3, H=3, P=3, G=3, N=3)
 BLOCK = STEP | dict(L=3)
 CASES = {
-    "causal_conv1d": dict(B=2, L=3, C=3, K=3),
-    "conv_advance": dict(B=2, L=3, C=3, K=3),
-    "conv_block_states": dict(B=2, N=6, C=3, K=2, S=2),
+    "causal_conv1d": dict(B=3, L=3, C=3, K=3),
+    "conv_advance": dict(B=3, L=3, C=3, K=3),
+    "conv_block_states": dict(B=3, N=6, C=3, K=2, S=2),
     "ssd_step": STEP,
     "ssd_block": BLOCK,
     "ssd_advance": BLOCK,
