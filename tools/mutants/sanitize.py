@@ -50,8 +50,4 @@ MUTANTS = {
             "rest = b",
         ),
     ],
-    # Programs of neighbouring tiles write the same numbers.
-    ("experts", "moe/lang.py", "test_launches_experts.py::test_tall_tiles_give_the_same"): [
-        ("all of the shared expert's rows in one tile", "tl.minimum(end, first + BLOCK_T), end)", "end, end)"),
-    ],
 }
