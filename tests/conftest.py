@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from interpreter import patch_once
 
 from tools.sticky import pytest_runtest_makereport  # noqa: F401  a hook
 
@@ -17,6 +18,8 @@ torch.set_num_threads(1)
 # TF32 keeps 10 bits of mantissa; parity with the golden files is stated for full fp32.
 torch.set_float32_matmul_precision("highest")
 torch.backends.cudnn.allow_tf32 = False
+
+patch_once()
 
 # Under nohup or behind `&` they are ignored, in the processes that tests start as well; tests of signals want what a
 # shell gives.

@@ -35,9 +35,15 @@ CROSSING = ((4, 16), (5, 16), (8, 16), (2, 32), (3, 32), (1, 33), (4, 64))
 EXTENDED = (1, 2, 3, 4, 6)
 # Head sizes of other models: 80 and 96 fill no power of two, 256 no tile of 64 keys.
 HEAD_SIZES = (64, 80, 96, 256)
+# Around the sizes at which tiles change: rows that a card's own shapes step over.
+CLIFFS: dict[str, tuple[dict[str, int], ...]] = {
+    "experts": tuple(dict(T=T) for T in (256, 383, 512, 850, 2048)),
+    "head_sample": tuple(dict(R=R, hot=hot) for R in (64, 128, 512) for hot in (1, 0)),
+    "context_attention": tuple(dict(B=1, L=16, S=S) for S in (2048, 4096, 6144, 8192)),
+}
 # Tests of what no card shows: neighbours, ties, NaN, tickets over streams and graphs, all lengths, masks of training.
-DEVICE_TESTS = ("attention_*", "experts_*", "graphs_*", "launches_*", "packed", "route_stress", "sampling*", "scan*")
-DEVICE_TESTS += ("strides_*",)
+DEVICE_TESTS = ("attention_*", "autocast", "experts_*", "graphs_*", "launches_*", "packed", "route_*", "sampling*")
+DEVICE_TESTS += ("scan*", "states", "strides_*")
 
 
 class Task(NamedTuple):
@@ -148,6 +154,12 @@ def tasks() -> Iterator[Task]:
     words = " or ".join(f"[mamba_extend-b{b}-L16-" for b in EXTENDED)
     level = "3 rows take no less than 2; if 2 take more than 3, the bound of in_one_wave is too high"
     yield Task("crossing-mamba_extend", rows(f"forward and ({words})", "eager", *sizes), level)
+    for name, shapes in CLIFFS.items():
+        sizes = [w for dims in shapes for w in ("--also", f"{name}:{','.join(f'{k}={v}' for k, v in dims.items())}")]
+        ids = ("-".join(f"{k}{v}" for k, v in {**OPS[name].shapes[0], **dims}.items()) for dims in shapes)
+        words = " or ".join(f"[{name}-{each}-" for each in ids)
+        level = "times grow evenly; where one is a third above its neighbours a tile is too small or too large"
+        yield Task(f"cliffs-{name}", rows(f"forward and ({words})", "eager", *sizes), level)
     heads = {"context_attention": "B=8,L=16,S=8192", "block_diffusion_attention": "N=8192,S=16"}
     for name, dims in heads.items():
         sizes = [word for P in HEAD_SIZES for word in ("--also", f"{name}:{dims},P={P}")]

@@ -50,7 +50,7 @@ from .rates import RATES
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The table of whole passes: (pass, batch, tokens of whole sequences).
 TABLE = (("denoise", 1, 0), ("denoise", 32, 0), ("commit", 1, 0), ("commit", 32, 0), ("ar", 1, 0), ("ar", 32, 0),
-         ("prefill", 1, 2048), ("clean", 1, 8192), ("noisy", 1, 8192))  # fmt: skip
+         ("prefill", 1, 2048), ("prefill", 1, 8192), ("clean", 1, 8192), ("noisy", 1, 8192))  # fmt: skip
 
 # What --record keeps of ops: where they are furthest from their limits, and where their tiles change.
 RECORDED: tuple[tuple[str, dict[str, int]], ...] = (

@@ -125,8 +125,15 @@ sys.exit(main(["convert", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-@pytest.mark.parametrize("what", ["output", "convert"])
+@pytest.mark.parametrize(
+    ("what", "number", "status"),
+    [
+        ("output", signal.SIGINT, 130),
+        ("output", signal.SIGTERM, 143),
+        ("output", signal.SIGHUP, 129),
+        ("convert", signal.SIGTERM, 143),
+    ],
+)
 def test_signals_leave_nothing(tmp_path: Path, what: str, number: int, status: int) -> None:
     (tmp_path / "out").mkdir()
     target = tmp_path / "out" / "target"

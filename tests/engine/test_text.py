@@ -38,9 +38,9 @@ def test_text_is_that_of_the_tokens(model: TwoTower, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_pieces_joined_are_the_text(model: TwoTower, mode: str) -> None:
     for more in ({}, dict(stop=["\n\n", "Return"]), dict(temperature=1.5, seed=3)):
-        stream = model.stream(PROMPT, mode=mode, max_new_tokens=40, **more)
+        stream = model.stream(PROMPT, mode=mode, max_new_tokens=24, **more)
         pieces = list(stream)
-        out = model.generate(PROMPT, mode=mode, max_new_tokens=40, **more)
+        out = model.generate(PROMPT, mode=mode, max_new_tokens=24, **more)
         assert "".join(pieces) == out.text[0] and all(pieces)
         assert stream.result == out and stream.result.text == out.text
         assert len(pieces) > 1 or len(out.tokens[0]) <= 16

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from parity import DEVICE
+from parity import DEVICE, KERNELS
 from torch import Tensor, nn
 from torch.export import Dim, export
 
 from tt_kernels import append_attention, block_diffusion_attention, causal_attention, context_attention
+from tt_kernels.runtime.launch import ON_CPU
 
 pytestmark = pytest.mark.kernels
 
@@ -59,8 +60,10 @@ FORMS: dict[str, tuple[Callable[..., Tensor], Any, Callable[..., list[Tensor]], 
 }
 
 
-def forms(*quick: str) -> pytest.MarkDecorator:
-    """All forms, the slow ones among them only in `make test-full`."""
+def forms(*quick: str, references: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """All forms, the slow ones among them only in `make test-full`. A reference's graph is hundreds of operations, with
+    a symbol for each size, and takes ten times as long as a kernel's, which is one: fewer of these."""
+    quick = quick if KERNELS else references or quick
     return pytest.mark.parametrize(
         "form", [pytest.param(form, marks=() if form in quick else pytest.mark.slow) for form in FORMS]
     )
@@ -81,7 +84,7 @@ def agree(graph: Callable[..., Tensor], fn: Callable[..., Tensor], tensors: list
     assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
-@forms("context causal", "append counted", "packed", "blocks")
+@forms("context causal", "append counted", "packed", "blocks", references=("append counted", "packed"))
 def test_one_graph_for_many_sizes(form: str) -> None:
     fn, _, make, sizes = FORMS[form]
     graph = torch.compile(fn, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -90,7 +93,7 @@ def test_one_graph_for_many_sizes(form: str) -> None:
 
 
 @pytest.mark.parametrize("strict", [pytest.param(True, id="strict", marks=pytest.mark.slow), False])
-@forms("context", "append counted", "packed", "packed blocks")
+@forms("context", "append counted", "packed", "packed blocks", references=("context", "packed blocks"))
 def test_export(form: str, strict: bool) -> None:
     fn, dims, make, sizes = FORMS[form]
     example = tuple(t.to(DEVICE) for t in make(*sizes[0]))
@@ -99,6 +102,7 @@ def test_export(form: str, strict: bool) -> None:
         agree(graph, fn, make(*size))
 
 
+@pytest.mark.skipif(ON_CPU, reason="the same as without kernels")
 @forms("packed")
 def test_gradients_of_a_graph(form: str) -> None:
     """Those of training, which run as the reference everywhere."""

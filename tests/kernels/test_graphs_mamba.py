@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import DEVICE, OPS, leaves, make, outputs, results, values_and_gradients, with_leaves
+from parity import DEVICE, KERNELS, OPS, leaves, make, outputs, results, values_and_gradients, with_leaves
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -43,13 +43,22 @@ CASES = [
     ("ssd_chunk", dict(b=2, L=6, Q=0, placed=1, **SCAN)),
 ]
 FIRST = dict(reversed(CASES))
-cases = pytest.mark.parametrize(
-    "name,dims",
-    [
-        pytest.param(n, d, id=f"{n}-{'-'.join(map(str, d.values()))}", marks=() if d is FIRST[n] else pytest.mark.slow)
-        for n, d in CASES
-    ],
-)
+# References that those of mamba_extend call: their graphs are parts of its graph.
+INSIDE = ("ssd_block", "ssd_advance", "mamba_block", "mamba_advance")
+
+
+def cases(slow: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Each op's first case; the others, and ops that are slow, only in `make test-full`."""
+    quick = lambda name, dims: dims is FIRST[name] and name not in slow
+    return pytest.mark.parametrize(
+        "name,dims",
+        [
+            pytest.param(
+                n, d, id=f"{n}-{'-'.join(map(str, d.values()))}", marks=() if quick(n, d) else pytest.mark.slow
+            )
+            for n, d in CASES
+        ],
+    )
 
 
 def larger(name: str, dims: dict[str, int]) -> dict[str, int]:
@@ -73,7 +82,7 @@ def assert_same(op: Any, fn: Any, kwargs: dict[str, Any]) -> None:
         torch.testing.assert_close(got[key], want[key])
 
 
-@cases
+@cases(() if KERNELS else INSIDE)
 def test_one_graph_for_every_length(name: str, dims: dict[str, int]) -> None:
     """Compiled twice at most: once for the sizes first seen, once with what has changed as symbols."""
     torch._dynamo.reset()
@@ -87,7 +96,7 @@ def test_one_graph_for_every_length(name: str, dims: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, id="strict", marks=pytest.mark.slow)])
-@cases
+@cases()
 def test_exports_with_any_batch_and_length(name: str, dims: dict[str, int], strict: bool) -> None:
     torch._dynamo.reset()
     op = OPS[name]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import KERNELS, SANITIZE, assert_as_good, double, make
+from parity import KERNELS, SANITIZE, assert_as_good, double, fresh_memory_filled, make
 
 from cards import OPS
 from tt_kernels import ExpertWeights
@@ -280,9 +280,9 @@ def test_all_forms_give_the_same(dims: dict[str, int], form: tuple[int, int, int
     kwargs = make(op, dict(D=48, N=32, E=5, K=2) | dims, dtype)
     up = UpLaunch(BLOCK_T=16, BLOCK_N=16, BLOCK_K=16, SWAP=swap, PERSISTENT=persistent, SORTED=is_sorted)
     down = ProductLaunch(**{name: value for name, value in up.options.items() if name != "SORTED"})
-    with overriding("_experts_up_kernel", up):
+    with overriding("_experts_up_kernel", up), fresh_memory_filled():
         by_up = op.fn(**kwargs)
-    with overriding("_experts_down_kernel", down):
+    with overriding("_experts_down_kernel", down), fresh_memory_filled():
         by_down = op.fn(**kwargs)
     low, high = op.reference(**kwargs), op.reference(**double(kwargs))
     for got in (by_up, by_down):
@@ -292,17 +292,17 @@ def test_all_forms_give_the_same(dims: dict[str, int], form: tuple[int, int, int
 @pytest.mark.kernels
 @pytest.mark.sanitize
 @pytest.mark.skipif(not ON_CPU, reason="looks at kernels on a CPU")
-@pytest.mark.parametrize("dims", [dict(N=40, M=24), dict(N=24, M=0)])
-def test_tall_tiles_give_the_same(dims: dict[str, int]) -> None:
+@pytest.mark.parametrize("block,dims", [(192, dict(N=40, M=24)), (192, dict(N=24, M=0)), (96, dict(N=24, M=24))])
+def test_tall_tiles_give_the_same(block: int, dims: dict[str, int]) -> None:
     """Tiles of every height, whole columns, half of them and a part; an expert without rows and a pair without one."""
     op, dtype = OPS["experts"], torch.bfloat16 if SANITIZE else torch.float32
-    counts = (192, 112, 175, 156, 20, 0, 1)  # the last is of a pair without an expert
-    tiles = (96, 96, 112, 96, 79, 96, 60, 20)
-    assert {min(h for h in heights(96) if h >= n) for n in tiles} == set(heights(96))
+    counts = [n * block // 192 for n in (384, 224, 350, 312, 40, 0, 2)]  # the last are of pairs without an expert
+    tiles = (192, 192, 224, 192, 158, 192, 120, 40)  # by the list: a search, of tiles below 128, knows no spare rows
+    assert {min(h for h in heights(192) if h >= n) for n in tiles} == set(heights(192))
     kwargs = make(op, dict(T=sum(counts), D=48, E=6, K=1) | dims, dtype)
     ids = torch.arange(7).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts))]
     kwargs["routing"] = kwargs["routing"]._replace(topk_ids=ids[:, None])
-    up = UpLaunch(BLOCK_T=96, BLOCK_N=32, BLOCK_K=16, SWAP=0, PERSISTENT=0, SORTED=0, num_warps=4)
+    up = UpLaunch(BLOCK_T=block, BLOCK_N=32, BLOCK_K=16, SWAP=0, PERSISTENT=0, SORTED=0, num_warps=4)
     down = ProductLaunch(**{name: value for name, value in up.options.items() if name != "SORTED"})
 
     def results(run: Callable, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,7 +312,8 @@ def test_tall_tiles_give_the_same(dims: dict[str, int]) -> None:
 
     low, high = results(op.reference, kwargs), results(op.reference, double(kwargs))
     for kernel, launch in (("_experts_up_kernel", up), ("_experts_down_kernel", down)):
-        with overriding(kernel, launch):
+        # What is left out would be what the memory held before.
+        with overriding(kernel, launch), fresh_memory_filled():
             got = results(op.fn, kwargs)
         for name, *values in zip(("y", "dx"), got, low, high, strict=True):
             assert_as_good(name, *values, 0.0)

@@ -46,12 +46,20 @@ TINY += [(5e-324, torch.float64), (1e-30, torch.float64), (1e-10, torch.float32)
 LOGITS = [5.0, -INF, 10.0, 20.0, -3.0, 19.0, 12.0]
 
 
-@pytest.mark.parametrize("temperature,dtype", LARGE, ids=str)
-@pytest.mark.parametrize("narrow", NARROW, ids=str)
+@pytest.mark.parametrize(
+    "temperature,dtype,narrow",
+    [
+        *((*each, {}) for each in LARGE),
+        *((*LARGE[0], narrow) for narrow in NARROW[1:]),
+        (*LARGE[2], NARROW[2]),
+        (*LARGE[3], NARROW[2]),
+    ],
+    ids=str,
+)
 def test_infinite_temperatures_draw_evenly_from_what_may_be_drawn(
     temperature: float, dtype: torch.dtype, narrow: dict
 ) -> None:
-    R = 60
+    R = 24
     options = settings(R, temperature, dtype, **narrow)
     token, confidence = sample(on(LOGITS).expand(R, 7), options, suppress=3)
     # 5 tokens are left, 12 and 19 the best of them. Evenly 0.4 is exceeded by three of five and by two of three.
@@ -199,20 +207,20 @@ def test_limits_of_one_row_are_no_others(limits: dict[str, float]) -> None:
     logits, row = torch.randn(R, V, device=DEVICE) * 2, torch.arange(R, device=DEVICE)
     hidden, weight = torch.randn(R, 8, device=DEVICE), torch.randn(V, 8, device=DEVICE)
     none = Sampling.of(R, top_k=V + 1, top_p=1.0, device=DEVICE)
+    own = settings(R, 0.9, **limits)
+    limited, free = sample(logits, own), sample(logits, settings(R, 0.9))
+    assert not torch.equal(limited.token, free.token), "the limits say nothing"
     for kind in range(3):  # which third of the rows is limited; others have no limit, said in one of two ways
-        own = settings(R, 0.9, **limits)
         mixed = own._replace(
             top_k=own.top_k if own.top_k is None else torch.where(row % 3 == kind, own.top_k, none.top_k * (row % 2)),
             top_p=own.top_p if own.top_p is None else torch.where(row % 3 == kind, own.top_p, none.top_p),
         )
         got = sample(logits, mixed)
-        limited, free = sample(logits, own), sample(logits, settings(R, 0.9))
         for name in got._fields:
             want = torch.where(row % 3 == kind, getattr(limited, name), getattr(free, name))
             assert torch.equal(getattr(got, name), want)
-        assert not torch.equal(limited.token, free.token), "the limits say nothing"
         whole = head_sample(hidden, weight, mixed)
-        for r in (0, 1, 5):
+        for r in (0, 5):
             alone = head_sample(hidden[r], weight, mixed.select(on(r)))
             assert alone.token == whole.token[r]
 

@@ -8,7 +8,7 @@ from parity import DEVICE, KERNELS
 from torch import Tensor
 
 from cards.sampling import keys
-from tt_kernels import Sampling, sample
+from tt_kernels import Sampling, head_sample, sample
 from tt_kernels.reference.sampling import bounds, halvings, weights
 from tt_kernels.runtime.launch import Launch, recording
 from tt_kernels.sampling import limits_launch
@@ -81,8 +81,15 @@ def rows_of(kind: str, V: int) -> Tensor:
 @pytest.mark.kernels
 @NO_KERNELS
 @pytest.mark.sanitize
-@pytest.mark.parametrize("tiles", TILES)
-@pytest.mark.parametrize("kind", ("plain", "ties", "equal", "holes", "far"))
+@pytest.mark.parametrize(
+    "kind,tiles",
+    [
+        *((kind, "short") for kind in ("plain", "ties", "equal", "holes", "far")),
+        *((kind, "listed") for kind in ("ties", "equal", "holes")),
+        *((kind, "never") for kind in ("ties", "equal")),
+        *((kind, "whole") for kind in ("plain", "ties", "far")),
+    ],
+)
 def test_the_cut_is_the_references(kind: str, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(len(kind))
     if (launch := TILES[tiles]) is not None:
@@ -124,6 +131,63 @@ def test_rows_that_are_listed_and_rows_that_walk() -> None:
     hot = sampling.temperature[b] > 0
     assert torch.equal(kept(logits[:10], *(t[:10] for t in got))[hot], kept(logits[:10], *want)[hot])
     assert kept(logits[:10], *(t[:10] for t in got))[~hot].all(), "a row of temperature 0 has no limit"
+
+
+# At this temperature a logit of one less has half the weight.
+HALVING = 1 / math.log(2)
+# Numbers above the cut, numbers that equal it, how many of these are left: by shares that are exact in fp64.
+EQUALS = ((0, 4, 2), (0, 32, 17), (1, 6, 4), (1, 30, 1), (1, 6, 6))
+
+
+@pytest.mark.kernels
+@NO_KERNELS
+@pytest.mark.sanitize
+def test_of_equals_those_before_p_and_the_one_that_exceeds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are left but for the last come to exactly p. A top_k that cuts among equals leaves all of them, and
+    what it leaves out has no share. At temperature 0 nothing is cut."""
+    launch = Launch(LANES=32, EACH=2, LISTED=16, ROOM=64, num_warps=1)  # two rows' equals are too many for registers
+    monkeypatch.setattr(limits_launch, "limits_launch", lambda *_: launch)
+    V, generator = 40, torch.Generator().manual_seed(2)
+    rows = [(*row, HALVING, (2 * row[0] + row[2] - 1) / (2 * row[0] + row[1])) for row in EQUALS]
+    rows += [(1, 6, 6, HALVING, 1.0), (1, 6, V, 0.0, 0.5)]
+    logits, want = torch.full((len(rows), V), -1.0), torch.zeros(len(rows), V, dtype=torch.bool)
+    for row, keep, (better, equal, left, *_) in zip(logits, want, rows, strict=True):
+        order = torch.randperm(V, generator=generator)
+        best, cut = order[:better], order[better : better + equal].sort().values
+        row[best], row[cut] = 1.0, 0.0
+        keep[best] = keep[cut[:left]] = True
+    want[-1] = True
+    better, _, _, temperature, p = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    limits = temperature, better.long() + 1, p
+    named = zip(("temperature", "top_k", "top_p"), limits, strict=True)
+    sampling = Sampling.of(len(rows), **{name: t.to(DEVICE) for name, t in named}, device=DEVICE)
+    got = limits_of(logits.to(DEVICE), Rows.of(sampling), torch.float32, None)
+    assert torch.equal(kept(logits, *(t.cpu() for t in got)), want)
+    assert torch.equal(kept(logits, *bounds(logits, *limits))[:-1], want[:-1])
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("limits", (dict(top_k=2), dict(top_p=0.3), dict(top_k=2, top_p=0.3)), ids=str)
+def test_at_temperature_0_limits_change_nothing(limits: dict[str, float]) -> None:
+    """The best token, of equals the first, and its probability in the whole row at temperature 1."""
+    torch.manual_seed(4)
+    logits = torch.randn(4, 50).round()
+    logits[2:, 7], logits[3, 40] = 9.0, 9.0
+    temperature = torch.tensor([0.0, -0.0, 0.0, 0.0], dtype=torch.float64)
+    plain, narrow = (Sampling.of(4, temperature=temperature.to(DEVICE), **each, device=DEVICE) for each in ({}, limits))
+    for suppress in (None, 7):
+        row = logits.clone()
+        if suppress is not None:
+            row[:, suppress] = -INF
+        token, confidence = sample(logits.to(DEVICE), narrow, suppress=suppress)
+        want = [r.index(max(r)) for r in row.tolist()]
+        assert token.tolist() == want
+        sure = row.double().softmax(-1)[range(4), want]
+        torch.testing.assert_close(confidence.double().cpu(), sure, rtol=3e-6, atol=0)  # exp of logits up to 9 in fp32
+        eye = torch.eye(4, device=DEVICE), logits.T.contiguous().to(DEVICE)
+        limited, free = (head_sample(*eye, each, suppress=suppress) for each in (narrow, plain))
+        assert torch.equal(limited.token, free.token)
+        torch.testing.assert_close(limited.confidence, free.confidence, rtol=3e-6, atol=0)
 
 
 @pytest.mark.kernels

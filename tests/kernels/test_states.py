@@ -146,7 +146,7 @@ def test_an_ssm_state_may_be_written_where_it_is_read(name: str, dims: dict[str,
 def test_indices_are_cut_to_the_slots(name: str, dims: dict[str, int]) -> None:
     """A kernel cannot refuse what it would have to wait for: it stays in the buffer."""
     kwargs, _ = rows(name, dims | {k: 1 for k in ("b", "B") if k in dims})
-    for wild, cut in ((SLOTS + 3, SLOTS - 1), (-2, 0), (2**31 - 1, SLOTS - 1)):
+    for wild, cut in ((-2, 0), (2**31 - 1, SLOTS - 1)):
         found = []
         for slot in (wild, cut):
             torch.manual_seed(0)

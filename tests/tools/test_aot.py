@@ -109,7 +109,7 @@ def test_every_launch_between_the_shapes_is_compiled_once() -> None:
 @COMPILES
 def test_report_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(aot, "LOCK", tmp_path / "lock.json")
-    arguments = ["conv_block_states", "--targets", "90", "--jobs", "1"]
+    arguments = ["gumbel_noise", "--targets", "90", "--jobs", "1"]
     assert aot.main(arguments) == 0 and "NOT HELD TO A LOCK" in capsys.readouterr().out
     assert aot.main([*arguments, "--update"]) == 0
     ((version, lock),) = json.loads(aot.LOCK.read_text()).items()

@@ -140,6 +140,13 @@ def test_what_is_owed_can_be_run() -> None:
     assert out.count("test_matches_reference[") == len(nodes) == sum(bool(op.kernels) for op in OPS.values())
 
 
+def test_tests_that_run_on_a_device_are_owed_from_one() -> None:
+    """What names the device that it runs on; test_kernels and test_ops go by op."""
+    run = {Path(word).name for task in owed.tasks() for word in task.command if word.startswith("tests/kernels/")}
+    for file in (ROOT / "tests/kernels").glob("test_*.py"):
+        assert file.name in run or "DEVICE" not in file.read_text(), file.name
+
+
 def test_gpu_tasks_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in dict(ROOT=tmp_path, STATE=tmp_path / ".gpu.json", LOGS=tmp_path / ".gpu").items():
         monkeypatch.setattr(gpu, name, value)

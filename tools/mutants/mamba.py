@@ -62,7 +62,9 @@ MUTANTS = {
     ("causal_conv1d", "conv1d/causal_conv1d.py"): [
         ("taps in reverse", "(k == K - 1 - back)", "(k == back)"),
         ("state one column early", "(S + source)[:, None]", "(S + source - 1)[:, None]"),
-        ("last tap into the state missed", "if back > start:", "if back > start + 1:"),
+        ("last tap into the state missed", "in tl.range(1, K):", "in tl.range(1, K - 1):"),
+        ("the state's taps in reverse", "(k == K - 1 - gone)", "(k == gone)"),
+        ("the state counts behind the row too", "((source < 0) & (t < L))[:, None]", "(t < L)[:, None]"),
         ("packed sequences see each other", "alive = alive & (after == 0)", "alive = alive"),
         ("sequences start one late", "b * L + source + 1, mask", "b * L + source, mask"),
         ("no activation", "    if SILU:\n", "    if False:\n"),
@@ -205,39 +207,35 @@ MUTANTS = {
     ],
 }
 # Strides multiplied in 32 bits: the operation and its argument whose dimension lies far apart then.
-MUTANTS |= {
-    (case.partition("-")[0], file, f"test_strides_mamba.py::test_any_dimension_may_be_far_apart[{case}]"): [
-        (case, old, new)
-    ]
-    for case, file, old, new in (
-        (
-            "causal_conv1d-conv_state-1",
-            "conv1d/causal_conv1d.py",
-            "Slots.of(near(state), state_indices)",
-            "Slots.of(state, state_indices)",
-        ),
-        ("conv_advance-x-2", "conv1d/conv_states.py", "c.to(tl.int64) * stride_xc", "c * stride_xc"),
-        (
-            "conv_advance-conv_state-0",
-            "runtime/lang.py",
-            "slots.ptr + row * slots",
-            "slots.ptr + row.to(tl.int32) * slots",
-        ),
-        ("ssd_block-dt-2", "ssm/lang.py", "row, head.to(tl.int64), ", "row, head, "),
-        ("ssd_step-B-1", "ssm/lang.py", "(head // R).to(tl.int64), offs_p", "head // R, offs_p"),
-        (
-            "ssd_chunk-dt-2",
-            "ssm/ssd_chunk_kernels.py",
-            "head.to(tl.int64)[None, :] * stride_dth",
-            "head[None, :] * stride_dth",
-        ),
-        ("ssd_chunk-B-2", "ssm/ssd_chunk_kernels.py", "group = (head // R).to(tl.int64)", "group = head // R"),
-        (
-            "mamba_block-state.conv-1",
-            "ssm/conv_lang.py",
-            "c.to(tl.int64)[:, None] * stride_sc",
-            "c[:, None] * stride_sc",
-        ),
-        ("mamba_block-state.conv-2", "ssm/conv_lang.py", "(k + AHEAD).to(tl.int64)", "(k + AHEAD)"),
-    )
-}
+for case, file, old, new in (
+    (
+        "causal_conv1d-conv_state-1",
+        "conv1d/causal_conv1d.py",
+        "Slots.of(near(state), state_indices)",
+        "Slots.of(state, state_indices)",
+    ),
+    ("conv_advance-x-2", "conv1d/conv_states.py", "c.to(tl.int64) * stride_xc", "c * stride_xc"),
+    (
+        "conv_advance-conv_state-0",
+        "runtime/lang.py",
+        "slots.ptr + row * slots",
+        "slots.ptr + row.to(tl.int32) * slots",
+    ),
+    ("ssd_block-dt-2", "ssm/lang.py", "row, head.to(tl.int64), ", "row, head, "),
+    ("ssd_step-B-1", "ssm/lang.py", "(head // R).to(tl.int64), offs_p", "head // R, offs_p"),
+    (
+        "ssd_chunk-dt-2",
+        "ssm/ssd_chunk_kernels.py",
+        "head.to(tl.int64)[None, :] * stride_dth",
+        "head[None, :] * stride_dth",
+    ),
+    ("ssd_chunk-B-2", "ssm/ssd_chunk_kernels.py", "group = (head // R).to(tl.int64)", "group = head // R"),
+    (
+        "mamba_block-state.conv-1",
+        "ssm/conv_lang.py",
+        "c.to(tl.int64)[:, None] * stride_sc",
+        "c[:, None] * stride_sc",
+    ),
+    ("mamba_block-state.conv-2", "ssm/conv_lang.py", "(k + AHEAD).to(tl.int64)", "(k + AHEAD)"),
+):
+    MUTANTS.setdefault((case.partition("-")[0], file, "test_strides_mamba.py"), []).append((case, old, new))

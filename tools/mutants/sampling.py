@@ -112,6 +112,16 @@ MUTANTS = {
         ("of equals as many as p is in all", "return cut, aim - above", "return cut, aim"),
         ("top-p of all that top-k left out too", "start = tl.maximum(floor, flip(", "start = tl.minimum(floor, flip("),
     ],
+    (
+        "sample",
+        "sampling/limits_kernels.py",
+        "test_sampling_limits.py::test_of_equals_those_before_p_and_the_one_that_exceeds_it",
+    ): [
+        ("equals one too few", "fits = half * weight <= share", "fits = half * weight < share"),
+        ("equals one too many", "nth = times(", "nth = 1 + times("),
+        ("a limit at temperature 0", "by_k = hot & (k > 0)", "by_k = (k > 0)"),
+        ("a share of p at temperature 0", "by_p = hot & (", "by_p = ("),
+    ],
     ("sample", "sampling/limits_kernels.py", "test_sampling_limits.py::test_the_cut_is_the_references[equal-listed]"): [
         ("the place of an equal counted from its tile", "(before == nth - seen)", "(before == nth)"),
     ],

@@ -73,13 +73,18 @@ def _causal_conv1d_kernel(
         column = tl.load(at, mask=mask, other=0.0)  # [BLOCK_L, BLOCK_C], after the first tap from L1
         tap = tl.sum(tl.where((k == K - 1 - back)[None, :], taps, 0.0), axis=1)
         y += column.to(ACC) * tap[None, :]
-        if state.ptr is not None:  # noqa: SIM102 (known to the compiler, what follows is not)
-            if back > start:  # the first tokens of a row
-                mask = ((source < 0) & alive)[:, None] & mask_c[None, :]
+    if state.ptr is not None:  # noqa: SIM102 (known to the compiler, what follows is not)
+        # The first tokens of a row. By itself, so that no load of x waits for one of the state, and in a loop, so that
+        # the programs of other tokens do not keep registers for it.
+        if start < K - 1:
+            for gone in tl.range(1, K):
+                source = t - gone
+                mask = ((source < 0) & (t < L))[:, None] & mask_c[None, :]
                 at = state_at + c[None, :] * stride_sc + (S + source)[:, None] * stride_sk
                 # As a column of x would be: in its dtype.
-                column = tl.load(at, mask=mask, other=0.0).to(x_ptr.dtype.element_ty)
-                y += column.to(ACC) * tap[None, :]
+                past = tl.load(at, mask=mask, other=0.0).to(x_ptr.dtype.element_ty)
+                tap = tl.sum(tl.where((k == K - 1 - gone)[None, :], taps, 0.0), axis=1)
+                y += past.to(ACC) * tap[None, :]
     if SILU:
         y = silu(y)
     at = y_ptr + (b * L + t)[:, None] * C + c[None, :]
@@ -100,13 +105,16 @@ class CausalConv1dLaunch(Launch):
 
 def causal_conv1d_launch(B: int, L: int, C: int, itemsize: int) -> CausalConv1dLaunch:
     """Memory bounds it: 16 bytes a load, channel after channel. A tile of 32 tokens reads 3 rows twice (from L2) and
-    its taps once for all of them; one row alone is cut finer, so that it has a hundred programs. Blocks of 16 tokens
-    read their state too, after its slot: one warp of 32 channels, of which a multiprocessor holds 16, waits least by
-    the compiled code."""
+    its taps once for all of them. Of long rows it has 64 channels and two warps: programs are many, and six of a
+    multiprocessor, or nine without a state, hide each other's waits. One row alone has a hundred programs. Blocks of
+    16 tokens read their state too, after its slot: one warp of 32 channels, of which a multiprocessor holds 16, waits
+    least by the compiled code."""
     block_l = min(triton.next_power_of_2(max(L, 1)), 32)
     if 4 < L < 32:
         return CausalConv1dLaunch(BLOCK_L=block_l, BLOCK_C=min(triton.next_power_of_2(C), 512 // block_l), num_warps=1)
-    together = 1024 if B * L <= 512 else 2048 if L < 32 else 4096  # numbers of a program
+    if L >= 32 and B * L > 512:
+        return CausalConv1dLaunch(BLOCK_L=block_l, BLOCK_C=min(triton.next_power_of_2(C), 64), num_warps=2)
+    together = 1024 if B * L <= 512 else 2048  # numbers of a program
     block_c = min(triton.next_power_of_2(C), max(64 if L > 4 else 256, together // block_l))
     warps = max(1, min(4, block_l * block_c * itemsize // (32 * 32)))
     return CausalConv1dLaunch(BLOCK_L=block_l, BLOCK_C=block_c, num_warps=warps)
