@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -19,13 +19,13 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def handling(handle: Callable[[int], None]) -> Iterator[None]:
-    """Call `handle` for each of `SIGNALS`. One that is ignored (nohup, a job in the background) stays ignored; outside
-    the main thread, which alone may do this, nothing changes."""
+def handling(handle: Callable[[int], None], signals: Sequence[int] = SIGNALS) -> Iterator[None]:
+    """Call `handle` for each of the signals. One that is ignored (nohup, a job in the background) stays ignored;
+    outside the main thread, which alone may do this, nothing changes."""
     before = {}
     try:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in signals:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     before[number] = signal.signal(number, lambda number, frame: handle(number))
         yield
@@ -50,10 +50,10 @@ class Later:
 
 @contextmanager
 def whole() -> Iterator[None]:
-    """What is inside happens as a whole: a signal of `SIGNALS` that comes meanwhile is handled after it."""
+    """What is inside happens as a whole: Ctrl-C that comes meanwhile is handled after it."""
     later = Later()
     try:
-        with handling(later):
+        with handling(later, (signal.SIGINT,)):
             yield
     finally:
         if later.number is not None:

@@ -41,6 +41,7 @@ class Board:
         self.lengths, self.page_table = full(0, torch.int32), full(0, torch.int32, pages)
         # The slot of a row's states, and the plane that its conv state is read from: it is written to the other one.
         self.slot, self.conv = full(0, torch.int32), full(0, torch.int32)
+        self.idle_lengths = self.lengths[rows:]
         for row, page, slot in zip(self.idle, self.pool.pages.take(idle), self.pool.slots.take(idle), strict=True):
             for t, number in ((self.page_table, page), (self.slot, slot), (self.conv, 2 * slot)):
                 t[row].fill_(number)
@@ -131,8 +132,8 @@ class Board:
 
     def count(self, rows: Tensor, view: View, entered: Tensor | int) -> None:
         """What a pass has written: `entered` [B] tokens of each row."""
-        self.lengths[rows] = view.lengths + entered * (rows < self.rows).int()
-        self.conv[rows] = view.conv_out
+        self.lengths[rows], self.conv[rows] = view.lengths + entered, view.conv_out
+        self.idle_lengths.zero_()
 
     def sampling(self, rows: Tensor, position: Tensor, step: Tensor, *, narrow: bool) -> Sampling:
         """How tokens at `position` [B] or [B, n] are drawn. narrow: whether a row among them has top_k or top_p."""
