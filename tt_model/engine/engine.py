@@ -33,8 +33,8 @@ class Event:
 
     kind: EventKind
     request: Request
-    tokens: tuple[int, ...] = ()  # in "tokens": those that are new since the last event
-    text: str = ""  # and the text that has become certain; "finished" may have the rest of it
+    tokens: tuple[int, ...] = ()  # new since the request's last event; "finished" has the last ones
+    text: str = ""  # that has become certain since then
 
 
 class Engine(Iterator[Event]):
@@ -46,7 +46,7 @@ class Engine(Iterator[Event]):
     from one thread.
 
     Args:
-        model: a TwoTower. On a GPU its passes become CUDA graphs; its weights must stay where they are meanwhile.
+        model: a TwoTower. On a GPU its passes become CUDA graphs; its weights must stay where and as they are.
         max_rows: requests that run at a time. Each holds its Mamba states, 48 MB of the published model.
         max_tokens: tokens that all of them may hold together, prompts and what they may still write included.
         max_prefixes: beginnings of prompts that are kept to be shared, 48 MB each likewise; 0: none.

@@ -81,9 +81,8 @@ class Scheduler:
         """The next pass and who takes part; None when nobody runs.
 
         A pass costs much the same for many rows as for few, so the one goes first whose rows have waited most passes
-        together, long waits counting more (the exponent: among 16 rows of diffusion, a lone row of another mode gets
-        every sixth pass and not every sixteenth, and alone they need no more passes). Prompts are read in every other
-        pass, as long as others write.
+        together. The exponent makes long waits count more: a lone row of another mode is not held up by the number of
+        the others. Prompts are read in every other pass, as long as others write.
         """
         groups: dict[Want, list[Request]] = {}
         for request in self.running:
