@@ -201,6 +201,7 @@ class Engine(Iterator[Event]):
         self._admit()
         chosen = self._scheduler.choose()
         if chosen is None:
+            assert not self._scheduler.waiting  # whoever waits fits into an empty pool: `refuse` has seen to that
             return bool(self._events)
         want, group = chosen
         try:
