@@ -13,10 +13,7 @@ import torch
 from bench import report
 from eval import execute, quality
 from eval.intervals import Estimate, quotient, ratio, wilson
-from eval.models import random_model
-from tt_model import TwoTowerConfig, checkpoint
-from tt_model.training.boilerplate import KINDS, corpus, parse, program, split_of
-from tt_model.training.data import train_tokenizer
+from tt_model.training.boilerplate import KINDS, parse, program, split_of
 
 HEADER = "# class Invoice: number int, paid bool"
 
@@ -163,20 +160,6 @@ def test_bootstrap() -> None:
 
 
 # ---- the command ----
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random models with a tokenizer of the task."""
-    folder = tmp_path_factory.mktemp("model")
-    train_tokenizer([corpus.document(i) for i in range(40)], 300).save(str(folder / "tokenizer.json"))
-    config = TwoTowerConfig(
-        vocab_size=300, hidden_size=16, pattern="M*", num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        mamba_num_heads=2, mamba_head_dim=8, ssm_state_size=8, n_groups=1, block_size=8,
-    )  # fmt: skip
-    checkpoint.save(random_model(config), folder / "both", tokenizer=folder, progress=False)
-    checkpoint.save(random_model(config, towers="context"), folder / "one", tokenizer=folder, progress=False)
-    return folder
 
 
 def test_command(

@@ -38,18 +38,18 @@ def colour(confidence: float) -> str:
 class Watch:
     """A live view of one sequence; `step` is what `generate` calls after every pass.
 
-    Off a terminal nothing is shown. Afterwards `coloured` gives the final text with its colours.
+    Without a console, and off a terminal, nothing is shown. Afterwards `coloured` gives the final text with its colours.
     """
 
     PROMPT = "bold"  # how it is told from what was generated
 
-    def __init__(self, console: Console, prompt: str, prompt_length: int, vocabulary: Vocabulary | None):
+    def __init__(self, console: Console | None, prompt: str, prompt_length: int, vocabulary: Vocabulary | None):
         self.prompt, self.prompt_length, self.vocabulary = prompt, prompt_length, vocabulary
         self.tokens: list[int] = []
         self.confidence: list[float | None] = []  # None: still masked
         self.passes = 0
         self._lock = threading.Lock()
-        shown = console.is_terminal and not console.is_dumb_terminal
+        shown = console is not None and console.is_terminal and not console.is_dumb_terminal
         self._live = Live(self, console=console, refresh_per_second=15, transient=True) if shown else None
 
     def __enter__(self) -> Watch:
