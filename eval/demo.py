@@ -8,15 +8,19 @@ as its specification says (eval/exercise.py).
 from __future__ import annotations
 
 import argparse
+import io
 import random
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tt_model.cli.common import number
 from tt_model.cli.waiting import set_waiting
 from tt_model.cli.watch import Watch, visible
+from tt_model.files import write_text
 from tt_model.training.boilerplate import SPLITS, parse, specification, split_of
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 SPECIFICATION = "# class Invoice by total: number int, total float, customer str?, paid bool = False"
 PICTURES_A_SECOND = 15
 NEW_TOKENS = 768
+WIDTH = 96  # of a picture, in characters
 SPLIT = {
     "train": "a line that may have been in training",
     "headers": "a line that training did not have",
@@ -79,14 +84,16 @@ class Side:
         return f"{len(found.tokens)} tokens in {self.seconds:.2f} s: {self.speed():.0f} tokens/s, {passes}"
 
 
-def race(sides: Sequence[Side], console: Console) -> None:
-    """Run all of them to their ends, and show it where there is a terminal."""
+def race(sides: Sequence[Side], console: Console, first: Callable[[], object] = lambda: None) -> None:
+    """Run all of them to their ends, and show it where there is a terminal. first: called when one has ended."""
     from rich.live import Live
 
     def advance() -> bool:
         left = [side for side in sides if side.is_open]
         if left:
-            min(left, key=lambda side: side.seconds).step()
+            (side := min(left, key=lambda side: side.seconds)).step()
+            if len(left) == len(sides) and not side.is_open:
+                first()
         return bool(left)
 
     if not console.is_terminal or console.is_dumb_terminal:
@@ -119,6 +126,16 @@ def columns(sides: Sequence[Side], console: Console, *, whole: bool = False) -> 
     return grid
 
 
+def picture(file: Path, sides: Sequence[Side], title: str) -> None:
+    """What a terminal shows now, as SVG."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), record=True, width=WIDTH, force_terminal=True, color_system="truecolor")
+    console.print(columns(sides, console, whole=True))
+    drawing = console.export_svg(title=title)
+    write_text(file, re.sub(r"@font-face \{.*?\}", "", drawing, flags=re.DOTALL))  # it asks a server for its font
+
+
 def drawn(seed: int) -> str:
     """A specification that training did not have."""
     rng = random.Random(f"demo {seed}")
@@ -132,6 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--random", type=int, metavar="SEED", help="draw one that training did not have")
     p.add_argument("--model", metavar="DIR", help="folder of a model (default: the bundled one)")
     p.add_argument("--threshold", type=float, default=None, help="of diffusion (default: the model's)")
+    p.add_argument("--svg", type=Path, metavar="FILE", help="write a picture of the moment when the first has ended")
     p.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="default: what torch takes")
     return p
 
@@ -160,11 +178,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         model = TwoTower.from_pretrained(o.model)
         more = {} if o.threshold is None else {"confidence_threshold": o.threshold}
-        common = {"prompt": f"{header}\n", "watched": console.is_terminal}
+        common = {"prompt": f"{header}\n", "watched": console.is_terminal or o.svg is not None}
         diffusion = Side(model, "diffusion", mode="mask_diffusion", **common, **more)
         ar = Side(model, "AR", mode="ar", **common)
         print(visible(header), flush=True)
-        race([diffusion, ar], console)
+        sides = diffusion, ar
+        race(sides, console, lambda: None if o.svg is None else picture(o.svg, sides, header))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"{p.prog}: error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ import io
 import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
@@ -55,6 +56,14 @@ def test_a_terminal_shows_both(folder: Path) -> None:
     shown = terminal.getvalue()
     assert "mask_diffusion" in shown and f"{sides[1].seconds:.2f} s, 24 passes" in shown and "\u2591" in shown
     assert all(side.seconds > 0 for side in sides)
+
+
+def test_a_picture(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "race.svg"
+    demo.main([HEADER, "--model", str(folder / "both"), "--svg", str(file)])
+    drawing = file.read_text()
+    assert drawing.startswith("<svg") and "diffusion" in drawing and 'url("http' not in drawing
+    assert ElementTree.fromstring(drawing).tag.endswith("svg")
 
 
 def test_whoever_has_used_less_time_is_next() -> None:
