@@ -13,7 +13,6 @@ import enum
 import io
 import json
 import os
-import re
 import resource
 import sqlite3
 import sys
@@ -48,8 +47,7 @@ def exercise(task: Task, code: str) -> None:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         if task.kind == "tests":
-            name = _snake(task.name)
-            execute(task.support, stack.enter_context(_module(name)))
+            execute(task.support, stack.enter_context(_module("models")))
         names = stack.enter_context(_module("program"))
         execute(code, names)
         _DRIVERS[task.kind](task, names)
@@ -73,10 +71,6 @@ def _module(name: str) -> Iterator[dict[str, Any]]:
             del sys.modules[name]
         else:
             sys.modules[name] = before
-
-
-def _snake(name: str) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 def check(condition: bool, what: str) -> None:
@@ -304,17 +298,17 @@ def _shown(given: dict[str, Any]) -> str:
 
 def _enum(task: Task, names: dict[str, Any]) -> None:
     made = names[task.name]
-    base = {"": enum.Enum, "int": enum.IntEnum, "flag": enum.Flag}[task.modifier]
+    base = {"": enum.StrEnum, "int": enum.IntEnum, "flag": enum.Flag}[task.modifier]
     check(issubclass(made, base) and issubclass(made, enum.IntEnum) == (task.modifier == "int"), "its base")
     members = {
-        name.upper(): {"": name, "int": i + 1, "flag": 2**i}[task.modifier] for i, name in enumerate(task.choices)
+        name: {"": name.lower(), "int": i + 1, "flag": 2**i}[task.modifier] for i, name in enumerate(task.choices)
     }
     check({m.name: m.value for m in made} == members and len(made) == len(members), "members")
     for name in task.choices:
-        member = made[name.upper()]
-        check(made.parse(f" {name}\n") is member and made.parse(name.upper()) is member, "parse")
+        member = made[name]
+        check(made.parse(f" {name.lower()}\n") is member and made.parse(name) is member, "parse")
         if task.modifier != "flag":
-            check(member.label() == name.replace("_", " "), "label")
+            check(member.label() == name.lower().replace("_", " "), "label")
     if task.modifier == "flag":
         both = made.parse(" | ".join(task.choices[:2]))
         check(both.value == 3, "parse of two")

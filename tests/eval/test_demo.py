@@ -13,7 +13,7 @@ from eval import demo
 from tt_model import TwoTower
 from tt_model.training.boilerplate import KINDS, parse, program, split_of
 
-HEADER = "# enum Color: red, green"
+HEADER = "# enum Color: RED, GREEN"
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,8 @@ def colour(confidence: float) -> str:
 class Watch:
     """A live view of one sequence; `step` is what `generate` calls after every pass.
 
-    Without a console, and off a terminal, nothing is shown. Afterwards `coloured` gives the final text with its colours.
+    Off a terminal, and without a console, nothing is shown.
+    Afterwards `coloured` gives the final text with its colours.
     """
 
     PROMPT = "bold"  # how it is told from what was generated

@@ -5,7 +5,7 @@
 - class, dataclass, tests, table, csv, command: an item is a field, `NAME TYPE`, TYPE being int, float, str, bool or
   list (of str); then `?` where it may be missing, or, of a dataclass, a rule (`> 0`; of a str, `<= 20` letters), and a
   default (`= 3`). One must be given; where fields become parameters (class, dataclass, tests) such fields stand first.
-- enum: an item is a choice. The modifier `int` numbers them, `flag` gives each a bit.
+- enum: an item is a member, `DARK_RED`. The modifier `int` numbers them, `flag` gives each a bit.
 - machine: an item is `EVENT STATE -> STATE`.
 - The modifier `by FIELD` (class, table, csv) sorts, finds or indexes by a field; a dataclass may be `frozen`.
 """
@@ -36,7 +36,8 @@ _HEADER = re.compile(r"# (\w+) (\w+)(?: (int|flag|frozen)| by (\w+))?: (.+)")
 _FIELD = re.compile(
     r'([a-z_]+) (int|float|str|bool|list)(\?)?(?: (>|>=|<=) (\d+))?(?: = (\d+|\d+\.\d|True|False|"[a-z_]+"|\[\]))?'
 )
-_ITEM = re.compile(r"([a-z_]+)(?: ([a-z_]+) -> ([a-z_]+))?")
+_MOVE = re.compile(r"([a-z_]+) ([a-z_]+) -> ([a-z_]+)")
+_MEMBER = re.compile(r"([A-Z_]+)")
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,11 @@ def parse(header: str) -> Specification:
     try:
         if kind in TYPED:
             found = Specification(kind, name, modifier or "", by or "", fields=tuple(map(_field, items)))
+        elif kind == "enum":
+            found = Specification(kind, name, modifier or "", choices=tuple(_whole(_MEMBER, item)[1] for item in items))
         else:
-            parts = [_whole(_ITEM, item).groups() for item in items]
-            if kind == "enum":
-                found = Specification(kind, name, modifier or "", choices=tuple(event for event, _, _ in parts))
-            else:
-                found = Specification(kind, name, moves=tuple((event, a, b) for event, a, b in parts if b))
+            moves = tuple((m[1], m[2], m[3]) for m in (_whole(_MOVE, item) for item in items))
+            found = Specification(kind, name, moves=moves)
     except ValueError as error:
         raise ValueError(f"{header!r:.80} is no specification: {error}") from None
     if str(found) != header:  # something is there that this kind has no place for

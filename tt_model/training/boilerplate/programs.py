@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from .grammar import Field, Specification, parse
-from .words import plural, snake
+from .words import plural
 
 HINTS = {"int": "int", "float": "float", "str": "str", "bool": "bool", "list": "list[str]"}
 SQL = {"int": "INTEGER", "float": "REAL", "str": "TEXT", "bool": "BOOLEAN"}
@@ -120,9 +120,9 @@ def _check(field: Field) -> tuple[str, str]:
 
 
 def _tests(spec: Specification) -> str:
-    name, it = spec.name, snake(spec.name)
+    name = spec.name
     text = f"""
-from {it} import {name}
+from models import {name}
 
 
 def make() -> {name}:
@@ -132,21 +132,21 @@ def make() -> {name}:
 
 
 def test_fields() -> None:
-    {it} = make()
-    {_lines((f"assert {it}.{f.name} {_equals(f, sample(f))}" for f in spec.required), 4)}
+    made = make()
+    {_lines((f"assert made.{f.name} {_equals(f, sample(f))}" for f in spec.required), 4)}
 """
     if spec.tail:
         text += f"""
 
 def test_defaults() -> None:
-    {it} = make()
-    {_lines((f"assert {it}.{f.name} {_equals(f, f.default or 'None')}" for f in spec.tail), 4)}
+    made = make()
+    {_lines((f"assert made.{f.name} {_equals(f, f.default or 'None')}" for f in spec.tail), 4)}
 """
     return f"""{text}
 
 def test_round_trip() -> None:
-    {it} = make()
-    assert {name}.from_dict({it}.to_dict()) == {it}
+    made = make()
+    assert {name}.from_dict(made.to_dict()) == made
 """
 
 
@@ -267,11 +267,11 @@ def _argument(field: Field) -> str:
 
 def _enum(spec: Specification) -> str:
     name = spec.name
-    base = {"": "Enum", "int": "IntEnum", "flag": "Flag"}[spec.modifier]
-    values = {"": lambda i, choice: f'"{choice}"', "int": lambda i, _: str(i + 1), "flag": lambda i, _: str(2**i)}
-    members = (f"{c.upper()} = {values[spec.modifier](i, c)}" for i, c in enumerate(spec.choices))
+    base = {"": "StrEnum", "int": "IntEnum", "flag": "Flag"}[spec.modifier]
+    values = {"": lambda i: "auto()", "int": lambda i: str(i + 1), "flag": lambda i: str(2**i)}
+    members = (f"{choice} = {values[spec.modifier](i)}" for i, choice in enumerate(spec.choices))
     return f"""
-from enum import {base}
+from enum import {base}{"" if spec.modifier else ", auto"}
 
 
 class {name}({base}):

@@ -32,7 +32,7 @@ def split_of(header: str) -> str:
 
 def names_of(spec: Specification) -> list[str]:
     """All names of a specification, and its texts, in lower case."""
-    names = [snake(spec.name), *spec.choices, *(name for move in spec.moves for name in move)]
+    names = [snake(spec.name), *map(str.lower, spec.choices), *(name for move in spec.moves for name in move)]
     names += [field.name for field in spec.fields]
     return names + [field.value for field in spec.fields if field.type == "str" and field.default is not None]
 
@@ -54,7 +54,7 @@ def _draw(rng: random.Random, kind: str, names: Names) -> Specification:
     name = names.action() if kind == "command" else names.noun()
     name = camel(name) if kind in CAMEL else name
     if kind == "enum":
-        choices = tuple(names.quality() for _ in range(rng.randint(2, 6)))
+        choices = tuple(names.quality().upper() for _ in range(rng.randint(2, 6)))
         return Specification(kind, name, rng.choice(("", "", "int", "flag")), choices=choices)
     if kind == "machine":
         return Specification(kind, name, moves=_moves(rng, names))

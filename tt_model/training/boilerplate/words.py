@@ -1,12 +1,17 @@
 """The words that names are made of, the forms that programs give them, and which names training never sees.
 
 Common English words of at most eight letters that are no keyword, builtin or module of Python and no keyword of SQL.
+Some words of a name are made up: the beginning of one and the end of another. Few of those are a token of a tokenizer,
+so that a model learns to copy words that it does not know.
 """
 
 from __future__ import annotations
 
+import builtins
 import hashlib
+import keyword
 import random
+from collections.abc import Sequence
 
 _NOUNS = """
 account actor address agent airport album alert amount answer archive area artist asset author badge balance banner
@@ -43,6 +48,7 @@ receive recover reduce refuse reject remove repair resize restore resume review 
 sort split stop submit suspend switch teach trim turn unlock upgrade upload verify wait wake wash weigh wrap
 """
 NOUNS, ADJECTIVES, VERBS = (tuple(words.split()) for words in (_NOUNS, _ADJECTIVES, _VERBS))
+MADE_UP = 0.2  # of the words
 LONGEST = 15  # letters of a name: so every line of a program fits into 88 columns
 
 
@@ -57,6 +63,11 @@ def share(text: str) -> float:
 
 
 UNSEEN = frozenset(word for word in {*NOUNS, *ADJECTIVES, *VERBS} if share(f"new {word}") < 0.06)
+
+
+# What a word that is made up must not be: one of ours, a keyword of SQL, a name of every machine.
+_RESERVED = "collate commit detach drop fire last like limit offset primary rename select state table temp union where"
+_TAKEN = frozenset({*NOUNS, *ADJECTIVES, *VERBS, *_RESERVED.split()})
 
 
 def is_held(name: str) -> bool:
@@ -86,6 +97,17 @@ def plural(name: str) -> str:
     return name + ("es" if name.endswith(("s", "x", "z", "ch", "sh")) else "s")
 
 
+def made_up(rng: random.Random, words: Sequence[str]) -> str:
+    """A word like "brocket" from two of these, none of ours and nothing that Python or SQL knows."""
+    while True:
+        one, two = rng.choice(words), rng.choice(words)
+        if not UNSEEN.isdisjoint((one, two)):
+            continue
+        word = one[: (len(one) + 1) // 2] + two[len(two) // 2 :]
+        if 4 <= len(word) <= 8 and word not in _TAKEN and not keyword.iskeyword(word) and not hasattr(builtins, word):
+            return word
+
+
 class Names:
     """Names for one specification, all different, of the words and pairs that a split may have.
 
@@ -110,10 +132,13 @@ class Names:
     def verb(self) -> str:
         return self._draw((VERBS,))
 
+    def _word(self, words: tuple[str, ...]) -> str:
+        return made_up(self.rng, words) if self.rng.random() < MADE_UP else self.rng.choice(words)
+
     def _draw(self, *forms: tuple[tuple[str, ...], ...]) -> str:
         insists = self.rng.random() < 0.5
         for attempt in range(1000):
-            name = "_".join(map(self.rng.choice, self.rng.choice(forms)))
+            name = "_".join(map(self._word, self.rng.choice(forms)))
             words = name.split("_")
             if len(name) > LONGEST or name in self.taken or len(set(words)) < len(words):
                 continue
