@@ -1,0 +1,1 @@
+"""Programs of a page, each an op or two in somebody's own model."""
