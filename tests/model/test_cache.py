@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tt_kernels.runtime.launch import recording
 from tt_model import Cache, TwoTower
-from tt_model.modeling.state import PAGE_SIZE, Places
+from tt_model.modeling.pool import PAGE_SIZE, Layers, Places
 
 BLOCK = 8
 
@@ -190,7 +190,7 @@ def test_any_tree_of_forks(model: TwoTower, data: st.DataObject) -> None:
 
 
 def test_places() -> None:
-    buffer = {0: torch.ones(4, 3)}  # two planes a place
+    buffer = Layers([5], torch.ones(1, 4, 3))  # two planes a place
     places = Places(2, buffer)
     a, b = places.take(2)
     assert (a, b) == (0, 1) and not places.free
@@ -201,4 +201,4 @@ def test_places() -> None:
     places.leave(a)
     assert places.free == [0]
     assert places.take(3) == [0, 2, 3] and len(places) == 4
-    assert buffer[0].shape == (8, 3) and bool((buffer[0][:4] == 1).all())
+    assert buffer[5].shape == (8, 3) and bool((buffer[5][:4] == 1).all())
