@@ -1,5 +1,6 @@
 """The state of generation: buffers with fixed addresses, and caches that share them and see their own tokens only."""
 
+import copy
 import gc
 from collections.abc import Iterable, Iterator
 
@@ -158,17 +159,23 @@ def test_what_a_cache_held_is_free_when_it_goes(model: TwoTower) -> None:
     assert len(pool.slots.free) == len(pool.slots) and len(pool.pages.free) == len(pool.pages)
 
 
+@pytest.mark.parametrize("is_apart", [False, True])
 @settings(max_examples=20)
 @given(data=st.data())
-def test_any_tree_of_forks(model: TwoTower, data: st.DataObject) -> None:
-    """Commits, advances by parts, forks and drops in any order: every cache holds its own text."""
+def test_any_tree_of_forks(model: TwoTower, is_apart: bool, data: st.DataObject) -> None:
+    """Commits, advances by parts, forks and drops in any order: every cache holds its own text. Where the denoiser
+    reads copies, those that it looks at now and then hold it too."""
+    model = copy.copy(model)
+    model.is_apart = is_apart
     texts = prompts_of(data.draw(st.lists(st.integers(1, PAGE_SIZE + 2), min_size=1, max_size=3)))
     caches = [(model.prefill(texts, reserve=data.draw(st.sampled_from([0, BLOCK, 2 * PAGE_SIZE]))), texts)]
     for seed in range(data.draw(st.integers(1, 6))):
         i = data.draw(st.integers(0, len(caches) - 1))
         cache, texts = caches[i]
         block = block_of(len(texts), seed)
-        match data.draw(st.sampled_from(["commit", "advance", "fork", "drop"])):
+        match data.draw(st.sampled_from(["commit", "advance", "fork", "drop", *["denoise"] * is_apart])):
+            case "denoise":
+                model.denoise(block, torch.ones(len(texts)), cache)
             case "commit":
                 model.commit(block, cache)
                 caches[i] = cache, [text + new for text, new in zip(texts, block.tolist(), strict=True)]

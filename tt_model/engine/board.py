@@ -40,11 +40,12 @@ class Board:
         config, dtype = model.config, model.state_dtype
         self.rows, self.idle = rows, range(rows, rows + idle)
         self.mask, self.limit = config.mask_token_id, config.vocab_size
-        self.pool: Pool = (
-            near.pool
-            if near is not None
-            else Pool(config, pages=pages + idle, slots=slots + idle, device=model.device, dtype=dtype, far=model.far)
-        )
+        if near is None:
+            size = dict(pages=pages + idle, slots=slots + idle)
+            self.pool = Pool(config, **size, device=model.device, dtype=dtype, far=model.far)
+            self.places = list(zip(self.pool.pages.take(idle), self.pool.slots.take(idle), strict=True))  # of idle rows
+        else:
+            self.pool, self.places = near.pool, near.places
         self.buffers: Buffers = self.pool if near is None or self.pool.far is None else self.pool.far
         self.device = device = self.buffers.device
 
@@ -55,14 +56,9 @@ class Board:
         # The slot of a row's states, and the plane that its conv state is read from: it is written to the other one.
         self.slot, self.conv = full(0, torch.int32), full(0, torch.int32)
         self.idle_lengths = self.lengths[rows:]
-        if near is None:
-            own = zip(self.idle, self.pool.pages.take(idle), self.pool.slots.take(idle), strict=True)
-            for row, page, slot in own:
-                for t, number in ((self.page_table, page), (self.slot, slot), (self.conv, 2 * slot)):
-                    t[row].fill_(number)
-        else:
-            for name in ("page_table", "slot", "conv"):
-                getattr(self, name).copy_(getattr(near, name))
+        for row, (page, slot) in zip(self.idle, self.places, strict=True):
+            for t, number in ((self.page_table, page), (self.slot, slot), (self.conv, 2 * slot)):
+                t[row].fill_(number)
         self.token = full(0, torch.int64)  # in the autoregressive modes: the last one, not in the cache yet
         self.certain = full(0, torch.promote_types(model.dtype, torch.float32))  # its probability
         self.draft = full(False, torch.bool)  # of blocks that the context tower will verify
