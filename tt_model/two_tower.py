@@ -59,7 +59,6 @@ class TwoTower(TwoTowerModel):
         with torch.device("meta"):
             model = cls(replace(config, dtype=dtype), towers=towers)
         checkpoint.load(model, folder, device=devices, dtype=dtype, towers=towers, progress=progress)
-        model.is_apart = len(devices) > 1
         return model.requires_grad_(False)
 
     def generate(

@@ -125,7 +125,7 @@ def test_the_guard_sees_a_read_on_the_wrong_side(model: TwoTower) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_prefix_and_streams(model: TwoTower, mode: str) -> None:
+def test_a_prefix(model: TwoTower, mode: str) -> None:
     two, (begin, prompt) = apart(), prompts_of([70, 9])
     options = dict(mode=mode, max_new_tokens=20, eos_token_id=None, seed=3, temperature=0.7)
     want = model.generate([begin + prompt], **options).tokens[0]

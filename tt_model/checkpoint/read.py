@@ -32,7 +32,7 @@ def load(
         folder: safetensors with an index, or one model.safetensors: a two-tower checkpoint in the published layout, or
             for `towers="context"` also a plain Nemotron-H.
         device, dtype: of the loaded parameters; `FP32_PARAMETERS` are at least fp32. Two devices: the second one is the
-            denoiser's.
+            denoiser's, and `is_apart` is set.
         towers: "both", or "context" for the context tower and its head alone; the rest is then left as it is.
         progress: show a bar on stderr if that is a terminal and loading takes over a second.
     Raises:
@@ -73,13 +73,14 @@ def load(
                 target.copy_(files.read(stored))
                 sound.append((stored, finite(target)))
                 bar.advance(stored.nbytes)
-            flags = torch.stack(
-                [flag.to(devices[0]) for _, flag in sound]
-            ).tolist()  # one wait for the device per shard
-            if bad := [stored for (stored, _), flag in zip(sound, flags, strict=True) if not flag]:
+            flags = torch.stack([flag.to(devices[0]) for _, flag in sound])
+            are_sound = flags.tolist()  # one wait for the device per shard
+            if bad := [stored for (stored, _), flag in zip(sound, are_sound, strict=True) if not flag]:
                 raise _not_finite(files, bad, dtype)
     files.close()
     unwrapped(model).source = files.path.absolute()
+    if towers == "both":
+        unwrapped(model).is_apart = len(devices) > 1
 
 
 def _not_finite(files: Folder, bad: Sequence[Stored], dtype: torch.dtype) -> ValueError:

@@ -170,8 +170,8 @@ def _memory(facts: dict[str, Any]) -> Table:
     title = f"Memory; all, and each of two devices: with the cache of {_situation(floors)}"
     table = _table(title, "weights", *columns)
     for name, m in facts["memory"].items():
-        row = (m["context tower"], m["denoiser"], m["context tower"] + m["denoiser"])
-        row += (m["K/V per token"], m["states per sequence"], m["all"], m["each of two devices"])
+        row = [m["context tower"], m["denoiser"], m["context tower"] + m["denoiser"]]
+        row += [m[part] for part in ("K/V per token", "states per sequence", "all", "each of two devices")]
         table.add_row(name, *map(size_text, row))
     return table
 
