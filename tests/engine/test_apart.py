@@ -96,8 +96,8 @@ def test_random_requests_get_what_one_device_gives(model: TwoTower, replayed: bo
         as_on_a_gpu(engine)
     before, requests = free(engine), []
     shared = [r.randrange(4, CONFIG.vocab_size) for _ in range(130)]
-    while len(requests) < 60 or any(request.is_open for request, *_ in requests):
-        if len(requests) < 60 and r.random() < 0.4:
+    while len(requests) < 40 or any(request.is_open for request, *_ in requests):
+        if len(requests) < 40 and r.random() < 0.4:
             prompt, options = drawn(r)
             if r.random() < 0.3:
                 prompt = shared[: r.choice((65, 100, 129))] + prompt[:20]
