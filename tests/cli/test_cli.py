@@ -269,7 +269,6 @@ def test_a_small_vocabulary_warns() -> None:
         (["x", "--top-p", "0"], ["top_p is 0"]),
         (["x", "--device", "abacus"], ["--device is 'abacus'"]),
         (["x", "--device", "cuda:99"], ["--device is 'cuda:99'"]),
-        (["x", "--device", "cpu,cpu,cpu"], ["--device is 'cpu,cpu,cpu', expected one, or two"]),
         (["x", "--device", "cpu,cpu", "--mode", "ar"], ["--device is 'cpu,cpu', expected one for the context tower"]),
         (["x", "--prompt-file", "y"], ["a prompt and --prompt-file"]),
         (["--prompt-file", "/nowhere/prompt.txt"], ["/nowhere/prompt.txt: No such file"]),
