@@ -40,6 +40,21 @@ def device_of(device: str | int | torch.device | None, name: str = "device") -> 
     return found
 
 
+def devices_of(device: Any, name: str = "device", *, alone: str = "") -> tuple[torch.device, ...]:
+    """One device as `device_of` reads it, or two: the context tower's and the denoiser's, in a sequence, or in a text
+    with a comma between. ValueError for more, or for two in what stands `alone`, which it names."""
+    parts = device.split(",") if isinstance(device, str) and "," in device else device
+    if not isinstance(parts, list | tuple) or not parts:
+        return (device_of(device, name),)
+    if len(parts) > (1 if alone else 2):
+        expected = f"one for {alone}" if alone else "one, or two: the context tower's and the denoiser's"
+        raise ValueError(f"{name} is {device!r}, expected {expected}")
+    found = tuple(device_of(part, name) for part in parts)
+    if len({each.type for each in found}) > 1:
+        raise ValueError(f"{name} is {device!r}, expected two of one kind")
+    return found
+
+
 def dtype_of(dtype: torch.dtype, name: str = "dtype") -> torch.dtype:
     """A type that models have; ValueError for any other."""
     if dtype not in DTYPES.values():

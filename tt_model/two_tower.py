@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .arguments import device_of, dtype_of
+from .arguments import devices_of, dtype_of
 from .config import TwoTowerConfig
 from .engine.generate import KEPT, Stream, generate
 from .engine.prompts import prompt_ids
@@ -30,7 +30,7 @@ class TwoTower(TwoTowerModel):
         cls,
         path: str | Path | None = None,
         *,
-        device: str | torch.device | None = None,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
         dtype: torch.dtype | None = None,
         towers: str = "both",
         progress: bool = True,
@@ -39,7 +39,9 @@ class TwoTower(TwoTowerModel):
 
         Args:
             path:   folder with config.json and safetensors; None: the small model that comes with the package.
-            device: None: the current CUDA device if there is one, else the CPU.
+            device: None: the current CUDA device if there is one, else the CPU. Two, as ("cuda:0", "cuda:1"): a tower
+                on each, the denoiser with its head and time modules on the second. Generation works as on one; the
+                denoiser reads copies of what the context tower keeps, made on its device block by block.
             dtype:  of the parameters; None: the one that config.json names. Router and scan parameters stay fp32.
             towers: "both", or "context" for autoregressive use only, at half the memory.
             progress: show a bar on stderr while loading takes more than a second.
@@ -48,7 +50,7 @@ class TwoTower(TwoTowerModel):
             device that is not here.
         Cost: every shard is read once; peak memory is the model and one shard.
         """
-        target = device_of(device)
+        devices = devices_of(device, alone='towers="context"' * (towers == "context"))
         if dtype is not None:
             dtype_of(dtype)
         folder = ASSETS if path is None else Path(path)
@@ -56,7 +58,7 @@ class TwoTower(TwoTowerModel):
         dtype = dtype or config.dtype
         with torch.device("meta"):
             model = cls(replace(config, dtype=dtype), towers=towers)
-        checkpoint.load(model, folder, device=target, dtype=dtype, towers=towers, progress=progress)
+        checkpoint.load(model, folder, device=devices, dtype=dtype, towers=towers, progress=progress)
         return model.requires_grad_(False)
 
     def generate(

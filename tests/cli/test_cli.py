@@ -153,9 +153,10 @@ def test_json_says_everything(twotower, folder: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.json").read_text())["tokens"] == got["tokens"]
 
 
-def test_golden(golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cpu,cpu"])
+def test_golden(device: str, golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = json.loads((golden_dir / "small" / "generate.json").read_text())["mask_diffusion"][0]
-    arguments = ["generate", "--model", str(golden_dir / "small"), "--device", "cpu", "--no-eos", "--temperature", "0"]
+    arguments = ["generate", "--model", str(golden_dir / "small"), "--device", device, "--no-eos", "--temperature", "0"]
     for name in ("max_new_tokens", "block_size", "steps_per_block", "confidence_threshold"):
         arguments += [f"--{name.replace('_', '-')}", str(case[name])]
     assert main([*arguments, "--tokens", " ".join(map(str, case["prompt"]))]) == 0
@@ -268,6 +269,7 @@ def test_a_small_vocabulary_warns() -> None:
         (["x", "--top-p", "0"], ["top_p is 0"]),
         (["x", "--device", "abacus"], ["--device is 'abacus'"]),
         (["x", "--device", "cuda:99"], ["--device is 'cuda:99'"]),
+        (["x", "--device", "cpu,cpu", "--mode", "ar"], ["--device is 'cpu,cpu', expected one for the context tower"]),
         (["x", "--prompt-file", "y"], ["a prompt and --prompt-file"]),
         (["--prompt-file", "/nowhere/prompt.txt"], ["/nowhere/prompt.txt: No such file"]),
         (["x", "--tokenizer", "/nowhere"], ["/nowhere: no tokenizer.json"]),

@@ -209,6 +209,8 @@ def test_info_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main(["info", "--model", str(file), "--bandwidth", bandwidth, "--batch", "4", "--context", "100", "--json"])
         facts.append(json.loads(capsys.readouterr().out))
     assert facts[0]["parameters"]["tower"] == sizes.parameters(CONFIG)
+    memory = facts[0]["memory"]["bf16"]
+    assert memory["all"] - memory["each of two devices"] == memory["context tower"], "each tower reads its own copy"
     slow, fast = (f["floors"]["passes"]["denoiser pass"]["bf16"] for f in facts)
     assert slow["bytes"] == fast["bytes"] == sizes.pass_bytes(CONFIG, BF16, "denoiser pass", batch=4, context=100)
     assert slow["seconds"] == pytest.approx(2 * fast["seconds"])

@@ -176,6 +176,9 @@ def test_train_refuses(call, config: Path, tmp_path: Path) -> None:
     refused(call("ar", tmp_path / "a", *model, "--row-length", 30), "--row-length is 30", "block size 8")
     refused(call("ar", tmp_path / "a", *model, "--dtype", "int8"), "--dtype", "'int8'", "bfloat16", code=2)
     refused(call("ar", tmp_path / "a", *model, "--save-dtype", "int8"), "--save-dtype", "'int8'", code=2)
+    refused(
+        call("ar", tmp_path / "a", *model, "--device", "cpu,cpu"), "--device is 'cpu,cpu', expected one for training"
+    )
     refused(call("ar", tmp_path / "a", *model, "--dtype", "float16"), "--dtype is float16", "bfloat16 or float32")
     refused(call("ar", tmp_path / "a", *model, "--final-learning-rate", "nan"), "final_learning_rate is nan")
     refused(call("ar", tmp_path / "a", *model, "--final-learning-rate", "1"), "above learning_rate, which is 0.001")

@@ -94,7 +94,7 @@ def test_graphs_are_bounded(model: TwoTower, monkeypatch: pytest.MonkeyPatch) ->
         assert request.result().tokens == want.tokens[0]
         assert 0 < len(runner.captured) <= 3
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_free", lambda: 0)
+        patch.setattr(runner, "_free", lambda device: 0)
         request = engine.submit([4, 5], block_size=1, max_new_tokens=20, eos_token_id=None)
         before = dict(runner.captured)
         want = model.generate([[4, 5]], block_size=1, max_new_tokens=20, eos_token_id=None)

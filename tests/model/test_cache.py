@@ -1,5 +1,6 @@
 """The state of generation: buffers with fixed addresses, and caches that share them and see their own tokens only."""
 
+import copy
 import gc
 from collections.abc import Iterable, Iterator
 
@@ -13,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tt_kernels.runtime.launch import recording
 from tt_model import Cache, TwoTower
-from tt_model.modeling.state import PAGE_SIZE, Places
+from tt_model.modeling.pool import PAGE_SIZE, Layers, Places
 
 BLOCK = 8
 
@@ -158,17 +159,23 @@ def test_what_a_cache_held_is_free_when_it_goes(model: TwoTower) -> None:
     assert len(pool.slots.free) == len(pool.slots) and len(pool.pages.free) == len(pool.pages)
 
 
+@pytest.mark.parametrize("is_apart", [False, True])
 @settings(max_examples=20)
 @given(data=st.data())
-def test_any_tree_of_forks(model: TwoTower, data: st.DataObject) -> None:
-    """Commits, advances by parts, forks and drops in any order: every cache holds its own text."""
+def test_any_tree_of_forks(model: TwoTower, is_apart: bool, data: st.DataObject) -> None:
+    """Commits, advances by parts, forks and drops in any order: every cache holds its own text. Where the denoiser
+    reads copies, those that it looks at now and then hold it too."""
+    model = copy.copy(model)
+    model.is_apart = is_apart
     texts = prompts_of(data.draw(st.lists(st.integers(1, PAGE_SIZE + 2), min_size=1, max_size=3)))
     caches = [(model.prefill(texts, reserve=data.draw(st.sampled_from([0, BLOCK, 2 * PAGE_SIZE]))), texts)]
     for seed in range(data.draw(st.integers(1, 6))):
         i = data.draw(st.integers(0, len(caches) - 1))
         cache, texts = caches[i]
         block = block_of(len(texts), seed)
-        match data.draw(st.sampled_from(["commit", "advance", "fork", "drop"])):
+        match data.draw(st.sampled_from(["commit", "advance", "fork", "drop", *["denoise"] * is_apart])):
+            case "denoise":
+                model.denoise(block, torch.ones(len(texts)), cache)
             case "commit":
                 model.commit(block, cache)
                 caches[i] = cache, [text + new for text, new in zip(texts, block.tolist(), strict=True)]
@@ -190,7 +197,7 @@ def test_any_tree_of_forks(model: TwoTower, data: st.DataObject) -> None:
 
 
 def test_places() -> None:
-    buffer = {0: torch.ones(4, 3)}  # two planes a place
+    buffer = Layers([5], torch.ones(1, 4, 3))  # two planes a place
     places = Places(2, buffer)
     a, b = places.take(2)
     assert (a, b) == (0, 1) and not places.free
@@ -201,4 +208,4 @@ def test_places() -> None:
     places.leave(a)
     assert places.free == [0]
     assert places.take(3) == [0, 2, 3] and len(places) == 4
-    assert buffer[0].shape == (8, 3) and bool((buffer[0][:4] == 1).all())
+    assert buffer[5].shape == (8, 3) and bool((buffer[5][:4] == 1).all())

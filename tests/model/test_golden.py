@@ -71,6 +71,15 @@ def test_forward(model: TwoTower, forward: dict[str, Tensor], i: int) -> None:
     assert_cache(cache, 0, forward, f"forward{i}.commit.cache")
 
 
+def test_denoise_with_a_pool_for_each_tower(golden_model: Path, forward: dict[str, Tensor]) -> None:
+    model = TwoTower.from_pretrained(golden_model, device=("cpu", "cpu"))
+    for i in range(5):
+        cache = model.prefill(forward[f"forward{i}.prompt"])
+        for j in range(4):
+            block = {k: forward[f"forward{i}.block{j}.{k}"] for k in ("tokens", "t", "denoiser_logits")}
+            assert_close(model.denoise(block["tokens"], block["t"], cache)[0], block["denoiser_logits"], f"block {j}")
+
+
 def test_forward_in_one_ragged_batch(model: TwoTower, forward: dict[str, Tensor]) -> None:
     prompts = [forward[f"forward{i}.prompt"][0].tolist() for i in range(5)]
     cache = model.prefill(prompts)
@@ -165,9 +174,13 @@ def test_generation_in_one_batch(model: TwoTower, generated: dict[str, list[dict
 
 
 @pytest.mark.filterwarnings("ignore:block_size 32 is above")
-@pytest.mark.parametrize("rows", [3, 16])
-def test_all_cases_through_one_engine(model: TwoTower, generated: dict[str, list[dict]], rows: int) -> None:
-    """Every mode and setting beside the others, rows entering as others leave; and what AR wrote once more, drafted."""
+@pytest.mark.parametrize(("rows", "device"), [(3, "cpu"), (16, "cpu"), (5, ("cpu", "cpu"))])
+def test_all_cases_through_one_engine(
+    golden_model: Path, generated: dict[str, list[dict]], rows: int, device: str | tuple[str, str]
+) -> None:
+    """Every mode and setting beside the others, rows entering as others leave; and what AR wrote once more, drafted.
+    Two devices: with a pool for each tower."""
+    model = TwoTower.from_pretrained(golden_model, device=device)
     cases = [(mode, case) for mode, found in generated.items() for case in found]
     cases += [("speculative", case) for case in generated["ar"]]
     engine = Engine(model, max_rows=rows)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..arguments import device_of, dtype_of
+from ..arguments import devices_of, dtype_of
 from .folder import Bar, Folder, Stored, finite, some
 from .keys import CONTEXT, DENOISER, layout_of, match, named_parameters, owner, parameter_dtype, unwrapped
 
@@ -18,7 +18,7 @@ def load(
     model: nn.Module,
     folder: str | Path,
     *,
-    device: torch.device | str,
+    device: torch.device | str | Sequence[torch.device | str],
     dtype: torch.dtype,
     towers: str = "both",
     progress: bool = True,
@@ -31,7 +31,8 @@ def load(
             `source` is set to the folder, for `save` to copy from.
         folder: safetensors with an index, or one model.safetensors: a two-tower checkpoint in the published layout, or
             for `towers="context"` also a plain Nemotron-H.
-        device, dtype: of the loaded parameters; `FP32_PARAMETERS` are at least fp32.
+        device, dtype: of the loaded parameters; `FP32_PARAMETERS` are at least fp32. Two devices: the second one is the
+            denoiser's, and `is_apart` is set.
         towers: "both", or "context" for the context tower and its head alone; the rest is then left as it is.
         progress: show a bar on stderr if that is a terminal and loading takes over a second.
     Raises:
@@ -44,7 +45,7 @@ def load(
     """
     if towers not in ("both", "context"):
         raise ValueError(f'load: towers is {towers!r}, expected "both" or "context"')
-    device, dtype = device_of(device), dtype_of(dtype)
+    devices, dtype = devices_of(device, alone='towers="context"' * (towers == "context")), dtype_of(dtype)
     files = Folder(folder)
     kind = layout_of(files)
     if towers == "both" and kind != "two_tower":
@@ -66,16 +67,20 @@ def load(
             sound: list[tuple[Stored, Tensor]] = []
             for stored, name, index in shard:
                 if name not in memory:
-                    memory[name] = place(model, name, device, parameter_dtype(name, dtype))
+                    there = devices[-1 if name.startswith(DENOISER) else 0]
+                    memory[name] = place(model, name, there, parameter_dtype(name, dtype))
                 target = memory[name] if index is None else memory[name][index]
                 target.copy_(files.read(stored))
                 sound.append((stored, finite(target)))
                 bar.advance(stored.nbytes)
-            flags = torch.stack([flag for _, flag in sound]).tolist()  # one wait for the device per shard
-            if bad := [stored for (stored, _), flag in zip(sound, flags, strict=True) if not flag]:
+            flags = torch.stack([flag.to(devices[0]) for _, flag in sound])
+            are_sound = flags.tolist()  # one wait for the device per shard
+            if bad := [stored for (stored, _), flag in zip(sound, are_sound, strict=True) if not flag]:
                 raise _not_finite(files, bad, dtype)
     files.close()
     unwrapped(model).source = files.path.absolute()
+    if towers == "both":
+        unwrapped(model).is_apart = len(devices) > 1
 
 
 def _not_finite(files: Folder, bad: Sequence[Stored], dtype: torch.dtype) -> ValueError:

@@ -153,9 +153,9 @@ def number(kind: type, least: float, most: float = sys.float_info.max) -> Callab
     return read
 
 
-def add_machine(parser: argparse._ActionsContainer, dtype: str) -> None:
-    """--device, --dtype, the latter with its help, and --threads."""
-    option(parser, "--device", str, "DEVICE", "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+def add_machine(parser: argparse._ActionsContainer, dtype: str, *, more: str = "") -> None:
+    """--device, with more of its help, --dtype, the latter with its help, and --threads."""
+    option(parser, "--device", str, "DEVICE", "cpu, cuda, cuda:1 ... (default: a GPU if there is one)" + more)
     add_dtype(parser, "--dtype", dtype)
     threads = "threads of a CPU to compute with (default: one a core)"
     option(parser, "--threads", number(int, 1, 4096), "N", threads)
@@ -165,18 +165,18 @@ def add_dtype(parser: argparse._ActionsContainer, flag: str, what: str) -> None:
     option(parser, flag, str, "TYPE", f"{what}: {', '.join(DTYPES)}", choices=DTYPES)
 
 
-def machine_of(o: argparse.Namespace) -> tuple[torch.device, torch.dtype | None]:
-    """The device and the type that the options of `add_machine` name, of which --threads is followed here.
+def machine_of(o: argparse.Namespace, *, alone: str = "") -> tuple[tuple[torch.device, ...], torch.dtype | None]:
+    """The devices and the type that the options of `add_machine` name, of which --threads is followed here.
 
-    ValueError for a device that is not here.
+    ValueError for a device that is not here, and for two in what stands `alone`.
     """
     import torch
 
-    from ..arguments import device_of
+    from ..arguments import devices_of
 
     if o.threads is not None:
         torch.set_num_threads(o.threads)
-    return device_of(o.device, "--device"), dtype_of(o.dtype)
+    return devices_of(o.device, "--device", alone=alone), dtype_of(o.dtype)
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -65,7 +65,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     option(source, "--tokens", str, "IDS", 'the prompt as token ids, "5 6 7"; ids are written, too')
     option(source, "--model", str, "DIR", "folder of a model (default: the small one that comes along)")
     option(source, "--tokenizer", str, "DIR", "folder of tokenizer.json (default: the model's)")
-    add_machine(source, "what to compute in (default: what config.json says)")
+    add_machine(source, "what to compute in (default: what config.json says)", more="; cuda:0,cuda:1: a tower on each")
 
     s = p.add_argument_group("settings")
     option(s, "--mode", str, "MODE", f"{', '.join(MODES[:-1])} or {MODES[-1]}", choices=MODES, default=MODES[0])
@@ -140,10 +140,10 @@ def run(o: argparse.Namespace) -> None:
             ids, prompt = prompt, " ".join(map(str, prompt))
         _check_prompt(ids, settings, config)
         towers = _towers(folder, settings.mode)
-        device, dtype = machine_of(o)
+        devices, dtype = machine_of(o, alone="the context tower alone" * (towers == "context"))
 
         began = time.perf_counter()
-        model = TwoTower.from_pretrained(folder, device=device, dtype=dtype, towers=towers, progress=not o.quiet)
+        model = TwoTower.from_pretrained(folder, device=devices, dtype=dtype, towers=towers, progress=not o.quiet)
         load = time.perf_counter() - began
         view = _watch(prompt, len(ids), vocabulary) if o.watch else None
         trace = Trace(model if o.trace_experts else None) if o.trace is not None else None
@@ -179,7 +179,7 @@ def run(o: argparse.Namespace) -> None:
             "tokens_per_pass": round(len(tokens) / nfe, 3) if nfe else None,
             "cycles": cycles,
             "settings": asdict(settings)
-            | {"seed": o.seed, "model": str(folder), "device": str(device)}
+            | {"seed": o.seed, "model": str(folder), "device": ",".join(map(str, devices))}
             | {"dtype": str(model.dtype).removeprefix("torch.")},
         }
         if trace:

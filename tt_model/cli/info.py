@@ -82,6 +82,7 @@ def gather(c: TwoTowerConfig, *, bandwidth: float, batch: int, context: int) -> 
             "K/V per token": sizes.kv_bytes(c, f),
             "states per sequence": sizes.state_bytes(c, f, planes=2),
             "all": context_tower + denoiser + cache,
+            "each of two devices": max(context_tower, denoiser) + cache,
         }
         for p in sizes.PASSES:
             moved = sizes.pass_bytes(c, f, p, batch=batch, context=context)
@@ -165,12 +166,13 @@ def _parameters(c: TwoTowerConfig, facts: dict[str, Any]) -> Table:
 
 def _memory(facts: dict[str, Any]) -> Table:
     floors = facts["floors"]
-    columns = ("context tower", "denoiser", "both", "K/V per token", "states per sequence", "all")
-    title = f"Memory; all: with the cache of {_situation(floors)}"
+    columns = ("context tower", "denoiser", "both", "K/V per token", "states per sequence", "all", "each of two")
+    title = f"Memory; all, and each of two devices: with the cache of {_situation(floors)}"
     table = _table(title, "weights", *columns)
     for name, m in facts["memory"].items():
-        row = (m["context tower"], m["denoiser"], m["context tower"] + m["denoiser"])
-        table.add_row(name, *map(size_text, (*row, m["K/V per token"], m["states per sequence"], m["all"])))
+        row = [m["context tower"], m["denoiser"], m["context tower"] + m["denoiser"]]
+        row += [m[part] for part in ("K/V per token", "states per sequence", "all", "each of two devices")]
+        table.add_row(name, *map(size_text, row))
     return table
 
 

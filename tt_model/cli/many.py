@@ -153,9 +153,9 @@ def _work(
     from ..two_tower import TwoTower
     from ..vocabulary import Vocabulary
 
-    device, dtype = machine_of(o)
     towers = "context" if all(lines[i].get("mode", defaults["mode"]) == "ar" for i in missing) else "both"
-    model = TwoTower.from_pretrained(o.model, device=device, dtype=dtype, towers=towers, progress=not o.quiet)
+    devices, dtype = machine_of(o, alone="the context tower alone" * (towers == "context"))
+    model = TwoTower.from_pretrained(o.model, device=devices, dtype=dtype, towers=towers, progress=not o.quiet)
     if o.tokenizer is not None:
         model.tokenizer = Vocabulary(o.tokenizer, model.config)
 

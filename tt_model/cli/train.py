@@ -158,7 +158,7 @@ def _run(o: argparse.Namespace, settings: TrainSettings, out: Path) -> None:
     from ..training.state import STATE
     from ..vocabulary import Vocabulary
 
-    device, dtype = machine_of(o)
+    (device,), dtype = machine_of(o, alone="training")
     dtype = dtype or torch.float32
     config = _config(o, TwoTowerConfig.from_file(getattr(o, "config", None) or o.model))
     resumed = (out / STATE).is_file()

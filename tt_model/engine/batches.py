@@ -32,7 +32,8 @@ class Batches:
     @torch.inference_mode()
     def enter(self, request: Request, kept: Kept | None) -> None:
         """Bring a request that has been admitted to the board; it goes on after what is kept, or after its prefix."""
-        self.board.enter(request.row, request.slot, request.pages, request.settings, request.seed)
+        for board in {self.board, self.board.far}:
+            board.enter(request.row, request.slot, request.pages, request.settings, request.seed)
         if kept is not None:
             self.board.copy_states(kept.slot, None, request.slot)
         if request.prefix is not None:
@@ -49,11 +50,25 @@ class Batches:
         if want.kind == "ar" and not any(request.on_step for request in group):
             repeat = min(self.ahead, max(request.room for request in group))  # what is behind an end is cut off
         what = self._what(want, group, max(want.length, repeat))._replace(repeat=repeat)
-        outcome = self.runner(what, [request.row for request in group])
+        rows = [request.row for request in group]
+        if self.passes.is_apart:
+            self._cross(want, rows, group)
+        outcome = self.runner(what, rows)
         read = Read(outcome)
         for request in group:
             request.forwards += 2 if want.kind == "mock_ar" else min(repeat, request.room)
         return outcome, {request: Seen(read, place) for place, request in enumerate(group)}
+
+    @torch.inference_mode()
+    def _cross(self, want: Want, rows: Sequence[int], group: Sequence[Request]) -> None:
+        """Between devices: what a pass needs of the other tower's. It is left until then, so that meanwhile the other
+        device has passes of other rows to make."""
+        if want.kind in ("commit", "verify"):
+            self.passes.to_context(rows, want.length)
+        elif want.kind != "ar":
+            behind = [group[b] for b in self.passes.to_denoiser(rows, group)]
+            if want.kind == "denoise":  # a row that has more tokens begins a block
+                self._begin(behind)
 
     def prepare(self, s: Settings, tokens: int, rows: int, *, progress: bool) -> None:
         """Have the passes of a request with such settings captured for batches of up to so many rows."""
@@ -112,14 +127,19 @@ class Batches:
     @torch.inference_mode()
     def _start(self, group: Sequence[Request]) -> None:
         """Give those whose prompts have been read what their first pass begins from."""
-        blocks: dict[tuple[int, bool], list[Request]] = {}
         for request in group:
             request.forwards = max(1, request.forwards)
-            mode = request.settings.mode
-            if mode == "mock_ar":
+            if request.settings.mode == "mock_ar":
                 self.board.token[request.row].fill_((request.prompt + request.tokens)[-1])
-            elif mode != "ar":
-                blocks.setdefault((request.settings.block_size, mode == "speculative"), []).append(request)
+        if not self.passes.is_apart:
+            self._begin([request for request in group if request.settings.mode not in ("ar", "mock_ar")])
+
+    def _begin(self, group: Sequence[Request]) -> None:
+        """The rows' next blocks."""
+        blocks: dict[tuple[int, bool], list[Request]] = {}
+        for request in group:
+            draft = request.settings.mode == "speculative"
+            blocks.setdefault((request.settings.block_size, draft), []).append(request)
         for (size, draft), requests in blocks.items():
             self.passes.start(self._rows(requests), size, draft=draft)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tt_kernels import Sampling
 
-from ..modeling.state import PAGE_SIZE, Cache, Pool, View
+from ..modeling.pool import PAGE_SIZE, Buffers, Pool
+from ..modeling.state import Cache, View
 from ..modeling.two_tower import TwoTowerModel
 from .settings import HOTTEST, Settings
 
@@ -27,13 +28,26 @@ class Lane(NamedTuple):
 
 
 class Board:
-    """Pages and states in a pool, and a number or so a row for everything else."""
+    """Pages and states in a pool, and a number or so a row for everything else.
 
-    def __init__(self, model: TwoTowerModel, *, rows: int, pages: int, slots: int, idle: int = 1):
-        device, config = model.device, model.config
-        self.device, self.rows, self.idle = device, rows, range(rows, rows + idle)
+    Where the towers are apart each has a board: passes of the denoiser read and write the one that `far` is, on its
+    device; else that is this one.
+    """
+
+    def __init__(
+        self, model: TwoTowerModel, *, rows: int, pages: int, slots: int, idle: int = 1, near: Board | None = None
+    ):
+        config, dtype = model.config, model.state_dtype
+        self.rows, self.idle = rows, range(rows, rows + idle)
         self.mask, self.limit = config.mask_token_id, config.vocab_size
-        self.pool = Pool(config, pages=pages + idle, slots=slots + idle, device=device, dtype=model.state_dtype)
+        if near is None:
+            size = dict(pages=pages + idle, slots=slots + idle)
+            self.pool = Pool(config, **size, device=model.device, dtype=dtype, far=model.far)
+            self.places = list(zip(self.pool.pages.take(idle), self.pool.slots.take(idle), strict=True))  # of idle rows
+        else:
+            self.pool, self.places = near.pool, near.places
+        self.buffers: Buffers = self.pool if near is None or self.pool.far is None else self.pool.far
+        self.device = device = self.buffers.device
 
         def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.full((rows + idle, *shape), value, dtype=dtype, device=device)
@@ -42,7 +56,7 @@ class Board:
         # The slot of a row's states, and the plane that its conv state is read from: it is written to the other one.
         self.slot, self.conv = full(0, torch.int32), full(0, torch.int32)
         self.idle_lengths = self.lengths[rows:]
-        for row, page, slot in zip(self.idle, self.pool.pages.take(idle), self.pool.slots.take(idle), strict=True):
+        for row, (page, slot) in zip(self.idle, self.places, strict=True):
             for t, number in ((self.page_table, page), (self.slot, slot), (self.conv, 2 * slot)):
                 t[row].fill_(number)
         self.token = full(0, torch.int64)  # in the autoregressive modes: the last one, not in the cache yet
@@ -52,6 +66,8 @@ class Board:
         self.threshold, self.temperature = full(0, torch.float64), full(0, torch.float64)
         self.top_k, self.top_p, self.seed = full(0, torch.int64), full(1, torch.float64), full(0, torch.int64)
         self.lanes: dict[int, Lane] = {}
+        apart = near is None and self.pool.far is not None
+        self.far = Board(model, rows=rows, pages=pages, slots=slots, idle=idle, near=self) if apart else self
 
     def lane(self, L: int) -> Lane:
         """The blocks of L tokens."""
@@ -65,10 +81,8 @@ class Board:
 
     def enter(self, row: int, slot: int, pages: Sequence[int], s: Settings, seed: int) -> None:
         """A new row, with states that are zero."""
-        for states in self.pool.ssm.values():
-            states[slot].zero_()
-        for states in self.pool.conv.values():
-            states[2 * slot].zero_()
+        self.buffers.ssm.whole[:, slot].zero_()
+        self.buffers.conv.whole[:, 2 * slot].zero_()
         k, p = s.top_k, s.top_p
         numbers: dict[str, Any] = dict(
             lengths=0,
@@ -93,10 +107,8 @@ class Board:
     def copy_states(self, source: int, row: int | None, target: int) -> None:
         """Mamba states from a slot into another. row: whose slot it is, as its conv state may be in either plane."""
         plane = 2 * source if row is None else self.conv[row].long()
-        for states in self.pool.ssm.values():
-            states[target] = states[source]
-        for states in self.pool.conv.values():
-            states[2 * target] = states[plane]
+        ssm, conv = self.buffers.ssm.whole, self.buffers.conv.whole
+        ssm[:, target], conv[:, 2 * target] = ssm[:, source], conv[:, plane]
 
     def check(self, cache: Cache) -> None:
         """ValueError for what is no cache of one row of such a model."""
@@ -128,7 +140,7 @@ class Board:
         conv = self.conv[rows]
         table = self.page_table[rows, :pages]
         slot = self.slot[rows]
-        return View(self.pool, self.lengths[rows], table, slot, slot, conv, conv ^ 1)
+        return View(self.buffers, self.lengths[rows], table, slot, slot, conv, conv ^ 1)
 
     def count(self, rows: Tensor, view: View, entered: Tensor | int) -> None:
         """What a pass has written: `entered` [B] tokens of each row."""

@@ -281,7 +281,7 @@ class Engine(Iterator[Event]):
         for (_, step), requests in groups.items():
             on_step = next(iter(requests)).on_step
             assert outcome is not None and on_step is not None
-            places = torch.tensor([seen[r].place for r in requests], device=self._board.device)
+            places = torch.tensor([seen[r].place for r in requests], device=outcome.tokens.device)
             tokens, confidence = outcome.tokens[places], outcome.confidence[places]
             done = outcome.committed
             committed = torch.ones_like(tokens, dtype=torch.bool) if done is None else done[places]

@@ -59,7 +59,7 @@ def _is_kept(model: TwoTowerModel) -> bool:
 def _weights(model: TwoTowerModel) -> tuple[object, ...]:
     """Changes when a weight moves or is written."""
     parameters = model.parameters()
-    return model.state_dtype, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+    return model.state_dtype, model.far, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
 
 
 def generate(

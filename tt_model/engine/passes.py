@@ -6,6 +6,7 @@ so that one with equal `Pass` and other rows is the same work on the same addres
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tt_kernels import head_sample, skip_checks, unmask
 
+from ..modeling.pool import Held, across, numbers
 from ..modeling.state import ForwardContext, Pending, View
 from ..modeling.two_tower import TwoTowerModel
 from .board import Board
@@ -40,10 +42,15 @@ class Outcome(NamedTuple):
 
 
 class Passes:
-    """A model's passes over a board."""
+    """A model's passes over a board; the denoiser's over `far`, which is another where the towers are apart."""
 
     def __init__(self, model: TwoTowerModel, board: Board):
-        self.model, self.board = model, board
+        self.model, self.board, self.far = model, board, board.far
+        self.is_apart = self.far is not board
+
+    def device(self, what: Pass) -> torch.device:
+        """Of what it reads and writes; "mock_ar" needs both where the towers are apart."""
+        return (self.far if what.kind == "denoise" else self.board).device
 
     @torch.inference_mode()
     def __call__(self, what: Pass, rows: Tensor) -> Outcome:
@@ -80,7 +87,7 @@ class Passes:
 
     def _renew(self, rows: Tensor, L: int, token: Tensor | None = None) -> None:
         """A block of mask tokens, or of one that is certain and mask tokens, for each row that is not idle."""
-        board, lane = self.board, self.board.lane(L)
+        board, lane = self.far, self.far.lane(L)
         live = rows < board.rows
         block = torch.where(live.unsqueeze(1), board.mask, lane.block[rows])
         if token is not None:
@@ -91,12 +98,31 @@ class Passes:
 
     @torch.inference_mode()
     def start(self, rows: Tensor, L: int, *, draft: bool) -> None:
-        """The first block of rows whose prompts have been read."""
-        self._renew(rows, L, self.board.token[rows] if draft else None)
+        """The first block of rows whose prompts have been read; where the towers are apart, any block."""
+        token = across(self.board.token[rows], self.far.device) if draft else None
+        self._renew(across(rows, self.far.device), L, token)
+
+    @torch.inference_mode()
+    def to_denoiser(self, rows: Sequence[int], held: Sequence[Held]) -> list[int]:
+        """Where the towers are apart: have the denoiser's device catch up with rows; those that were behind."""
+        near, far, pool = self.board, self.far, self.board.pool
+        stale = pool.stale(held)
+        if stale:
+            behind = [rows[b] for b in stale]
+            pool.send([held[b] for b in stale], near.conv[numbers(behind, near.device)])
+            lengths = numbers([held[b].length for b in stale], far.device).int()
+            far.lengths[numbers(behind, far.device)] = lengths
+        return stale
+
+    @torch.inference_mode()
+    def to_context(self, rows: Sequence[int], L: int) -> None:
+        """Where the towers are apart: bring blocks that the context tower is to read."""
+        here, there = (numbers(rows, board.device) for board in (self.board, self.far))
+        self.board.lane(L).block[here] = across(self.far.lane(L).block[there], self.board.device)
 
     def _denoise(self, rows: Tensor, what: Pass) -> Outcome:
         """A denoiser pass over the rows' blocks, its predictions and the commit rule."""
-        board, lane, L = self.board, self.board.lane(what.length), what.length
+        board, lane, L = self.far, self.far.lane(what.length), what.length
         view, block, step = board.view(rows, what.pages), lane.block[rows], board.step[rows]
         hidden = self.model._denoise(block, lane.masked[rows] / L, view)
         # A draft has the noise that the autoregressive mode draws at each position: alike logits give alike tokens.
@@ -118,7 +144,8 @@ class Passes:
         """The context tower reads the rows' finished blocks, and the next ones begin."""
         block = self.board.lane(what.length).block[rows]
         self._extend(rows, block, self.board.view(rows, what.pages))
-        self._renew(rows, what.length)
+        if not self.is_apart:  # else `start` does, when the denoiser's device has caught up
+            self._renew(rows, what.length)
         return Outcome(block[:, :0], block, block)
 
     def _ar(self, rows: Tensor, what: Pass) -> Outcome:
@@ -134,14 +161,15 @@ class Passes:
 
     def _mock_ar(self, rows: Tensor, what: Pass) -> Outcome:
         """The denoiser chooses what follows each row's last token; then the context tower reads that token."""
-        board, token = self.board, self.board.token[rows].unsqueeze(1)
-        view = board.view(rows, what.pages)
-        hidden = self.model._denoise(token, None, view)[:, -1]
-        position = view.lengths.long() + 1
-        sampling = board.sampling(rows, position, torch.zeros_like(position), narrow=what.narrow)
+        board, far, token = self.board, self.far, self.board.token[rows].unsqueeze(1)
+        there, view = across(rows, far.device), board.view(rows, what.pages)
+        read = far.view(there, what.pages) if self.is_apart else view
+        hidden = self.model._denoise(across(token, far.device), None, read)[:, -1]
+        position = read.lengths.long() + 1
+        sampling = far.sampling(there, position, torch.zeros_like(position), narrow=what.narrow)
         chosen = head_sample(hidden, self.model.lm_head.matrix, sampling)
         self._extend(rows, token, view)
-        return self._chosen(rows, *chosen)
+        return self._chosen(rows, *(across(t, board.device) for t in chosen))
 
     def _verify(self, rows: Tensor, what: Pass) -> Outcome:
         """The context tower reads the rows' drafts; as much enters as it would have written itself."""
@@ -160,7 +188,8 @@ class Passes:
         board.count(rows, view, count.int())
         last = agreed.unsqueeze(1)
         self._chosen(rows, *(t.gather(1, last).squeeze(1) for t in (follows, confidence)))
-        self._renew(rows, L, board.token[rows])
+        if not self.is_apart:
+            self._renew(rows, L, board.token[rows])
         entered = places <= last
         shown = block.masked_fill(~entered, board.mask)
         probable = torch.cat([certain, confidence[:, :-1]], -1).masked_fill(~entered, 0)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
-from ..modeling.state import PAGE_SIZE, Pool
+from ..modeling.pool import PAGE_SIZE, Pool
 
 SEEN = 1 << 16  # pages of prompts that are remembered, 16 bytes each
 

@@ -50,36 +50,39 @@ class Runner:
     """
 
     def __init__(self, passes: Passes, *, graphs: bool | None = None, fill: bool | None = None):
-        self.passes, self.device = passes, passes.board.device
-        self.graphs = self.device.type == "cuda" if graphs is None else graphs
+        self.passes = passes
+        self.graphs = passes.board.device.type == "cuda" if graphs is None else graphs
         self.fill = self.graphs if fill is None else fill
         self.captured: OrderedDict[tuple[Pass, int], Captured] = OrderedDict()
         self.refused: set[tuple[Pass, int]] = set()  # that could not be captured, and are called
-        self._memory: Any = None  # that all graphs share
+        self._memory: dict[torch.device, Any] = {}  # that all graphs of a device share
         self._experts = [module for module in passes.model.modules() if isinstance(module, MoE)]
 
     def __call__(self, what: Pass, rows: Sequence[int]) -> Outcome:
         """Make a pass over rows of the board. What it tells is overwritten by the next pass that is like it."""
         board, listed = self.passes.board, list(rows)
         # Whoever counts what experts get sets a counter for a while, which graphs would know nothing of.
-        graphs = self.graphs and not any(moe.load is not None for moe in self._experts)
+        counted = any(moe.load is not None for moe in self._experts)
+        graphs = self.graphs and not counted and not self._is_across(what)
         if self.fill and graphs == self.graphs:
             what = self._filled(what)
             listed += board.idle[: batch_for(len(listed)) - len(listed)]
-        index = torch.tensor(listed)
-        if not graphs:
-            return self.passes(what, index.to(self.device))
-        found = self._find(what, len(listed))
+        index, device = torch.tensor(listed), self.passes.device(what)
+        found = self._find(what, len(listed)) if graphs else None
         if found is None:
-            return self.passes(what, index.to(self.device))
-        found.rows.copy_(index.pin_memory() if self.device.type == "cuda" else index, non_blocking=True)
+            return self.passes(what, index.to(device))
+        found.rows.copy_(index.pin_memory() if device.type == "cuda" else index, non_blocking=True)
         found.graph.replay()
         return found.outcome
+
+    def _is_across(self, what: Pass) -> bool:
+        """Whether it needs two devices: a graph is of one."""
+        return what.kind == "mock_ar" and self.passes.is_apart
 
     def prepare(self, what: Pass, most: int, *, progress: bool = True) -> None:
         """Capture a pass for all batches of up to so many rows, so that nobody waits for it later. Where passes are not
         captured it does nothing."""
-        if not self.graphs:
+        if not self.graphs or self._is_across(what):
             return
         from rich.console import Console
         from rich.progress import track
@@ -100,7 +103,7 @@ class Runner:
         if key in self.refused:
             return None
         named = f"a pass of kind {what.kind} for {size} rows of {what.pages} pages"
-        if self._free() < LEAST_FREE:
+        if self._free(self.passes.device(what)) < LEAST_FREE:
             _log.warning("little memory is left: %s is not captured, and takes longer", named)
             self.refused.add(key)
             return None
@@ -115,23 +118,25 @@ class Runner:
             return None
         return found
 
-    def _free(self) -> int:
-        """Bytes of the device, those that torch has and does not use included."""
-        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return torch.cuda.mem_get_info(self.device)[0] + unused
+    def _free(self, device: torch.device) -> int:
+        """Bytes of a device, those that torch has and does not use included."""
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
 
     def _capture(self, what: Pass, size: int) -> Captured:
         """Two passes over idle rows, which compile kernels and change nothing else, then the one that is kept."""
-        idle = self.passes.board.idle
-        rows = torch.tensor([idle[i % len(idle)] for i in range(size)], device=self.device)
-        here, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                self.passes(what, rows)
-        here.wait_stream(aside)
-        self._memory = self._memory or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, stream=aside, capture_error_mode="thread_local"):
-            outcome = self.passes(what, rows)
+        idle, device = self.passes.board.idle, self.passes.device(what)
+        rows = torch.tensor([idle[i % len(idle)] for i in range(size)], device=device)
+        with torch.cuda.device(device):
+            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                for _ in range(2):
+                    self.passes(what, rows)
+            here.wait_stream(aside)
+            if device not in self._memory:
+                self._memory[device] = torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory[device], stream=aside, capture_error_mode="thread_local"):
+                outcome = self.passes(what, rows)
         return Captured(graph, rows, outcome)

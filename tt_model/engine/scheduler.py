@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..modeling.state import PAGE_SIZE, Pool
+from ..modeling.pool import PAGE_SIZE, Pool
 from .prefixes import Kept, Prefixes, page_keys
 from .request import PREFILL, Request, Want
 

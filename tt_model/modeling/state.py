@@ -1,8 +1,8 @@
-"""Where generation keeps its state: K/V pages, conv and SSM states in buffers with fixed addresses, and views of them.
+"""What passes see of the state that generation keeps: views of buffers with fixed addresses.
 
-A `Pool` owns the buffers. A `View` is a batch of rows in it: a page table, state indices and lengths. A `Cache` is one
-whose tokens the host counts and makes room for. Passes write the buffers in place; dropping, reordering and forking
-rows move indices only.
+A `Pool` owns the buffers: K/V pages, conv and SSM states. A `View` is a batch of rows in it: a page table, state
+indices and lengths. A `Cache` is one whose tokens the host counts and makes room for. Passes write the buffers in
+place; dropping, reordering and forking rows move indices only.
 
 Shapes: B rows, L tokens that enter, Hkv key/value heads, P head size, C conv channels, K conv kernel, H Mamba heads,
 N state size. Row b's token s lies in page `page_table[b, s // PAGE_SIZE]` at offset `s % PAGE_SIZE`.
@@ -22,8 +22,7 @@ from torch import Tensor
 from tt_kernels import MambaState, MambaWeights, mamba_advance
 
 from ..config import TwoTowerConfig
-
-PAGE_SIZE = 64
+from .pool import PAGE_SIZE, Buffers, Pool, Row, across, numbers
 
 
 class Projected(NamedTuple):
@@ -78,76 +77,6 @@ class ForwardContext:
     cu_seqlens: Tensor | None = None  # [n + 1] int32: where packed clean sequences begin and end
 
 
-class Places:
-    """Equal places of buffers, one buffer a layer: which are free, and how many rows hold each of the others."""
-
-    def __init__(self, size: int, *buffers: dict[int, Tensor]):
-        self.holders = [0] * size
-        self.free = list(range(size - 1, -1, -1))
-        self.buffers = buffers
-
-    def __len__(self) -> int:
-        return len(self.holders)
-
-    def take(self, count: int) -> list[int]:
-        if count > len(self.free):
-            self._grow(max(count - len(self.free), len(self)))
-        taken = [self.free.pop() for _ in range(count)]
-        for place in taken:
-            self.holders[place] = 1
-        return taken
-
-    def _grow(self, more: int) -> None:
-        size = len(self)
-        for layers in self.buffers:
-            for i, old in layers.items():  # a place may be several planes
-                layers[i] = torch.cat([old, old.new_zeros(more * old.shape[0] // size, *old.shape[1:])])
-        self.holders += [0] * more
-        self.free = [*range(size + more - 1, size - 1, -1), *self.free]
-
-    def hold(self, place: int) -> None:
-        self.holders[place] += 1
-
-    def leave(self, place: int) -> None:
-        self.holders[place] -= 1
-        if not self.holders[place]:
-            self.free.append(place)
-
-    def is_shared(self, place: int) -> bool:
-        return self.holders[place] > 1
-
-
-class Pool:
-    """The buffers of a context tower's state, a layer each.
-
-    keys, values: [pages, PAGE_SIZE, Hkv, P]. ssm: [slots, H, P, N], fp32 (fp64 in an fp64 model). conv: [2 * slots, C,
-    K], two planes a slot: a launch reads one and writes the other, since its other programs still read.
-    They keep their addresses until there are more pages or slots wanted than there are: then they are made twice as
-    large, which copies them. `TwoTower.prefill` makes room for what it is told of (`reserve`, `forks`).
-    """
-
-    def __init__(self, config: TwoTowerConfig, *, pages: int, slots: int, device: torch.device, dtype: torch.dtype):
-        kv = (pages, PAGE_SIZE, config.num_key_value_heads, config.head_dim)
-        conv = (2 * slots, config.conv_dim, config.conv_kernel)
-        ssm = (slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-        wide = torch.promote_types(dtype, torch.float32)
-        attention, mamba = config.layers_of("*"), config.layers_of("M")
-        self.keys = {i: torch.empty(kv, device=device, dtype=dtype) for i in attention}
-        self.values = {i: torch.empty(kv, device=device, dtype=dtype) for i in attention}
-        self.conv = {i: torch.zeros(conv, device=device, dtype=dtype) for i in mamba}
-        self.ssm = {i: torch.zeros(ssm, device=device, dtype=wide) for i in mamba}
-        self.pages, self.slots = Places(pages, self.keys, self.values), Places(slots, self.conv, self.ssm)
-
-
-@dataclass
-class Row:
-    """What the host knows of a row."""
-
-    pages: list[int]
-    slot: int
-    length: int = 0  # tokens in the cache
-
-
 def _leave(pool: Pool, rows: list[Row]) -> None:
     for row in rows:
         pool.slots.leave(row.slot)
@@ -159,7 +88,7 @@ def _leave(pool: Pool, rows: list[Row]) -> None:
 class View:
     """Rows of a pool as one pass reads and writes them: what is on the device, and nothing that the host counts."""
 
-    pool: Pool
+    pool: Buffers
     lengths: Tensor  # [B] int32: tokens of each row
     page_table: Tensor  # [B, pages of a row] int32
     # [B] int32: where a row's states are read, and where the pass writes them: a conv state in its other plane.
@@ -201,6 +130,8 @@ class Cache(View):
         last_hidden: [B, D] hidden state of each row's last committed token, after the final norm; None if none.
     """
 
+    pool: Pool
+
     def __init__(self, pool: Pool, rows: list[Row], device: torch.device, *, width: int = 1):
         """Rows that hold their places already; `width` pages fit into the page table before it is made anew."""
         slots, lengths = (
@@ -222,12 +153,14 @@ class Cache(View):
         *,
         device: torch.device,
         dtype: torch.dtype,
+        far: torch.device | None = None,
         reserve: int = 0,
         forks: int = 0,
     ) -> Cache:
-        """Empty rows, in a pool with room for them and `forks` further rows of `reserve` tokens each."""
-        width = max(1, -(-reserve // PAGE_SIZE))
-        pool = Pool(config, pages=(batch + forks) * width, slots=batch + forks, device=device, dtype=dtype)
+        """Empty rows, in a pool with room for them and `forks` further rows of `reserve` tokens each. far: where a
+        denoiser tower reads it that has a device to itself."""
+        width, slots = max(1, -(-reserve // PAGE_SIZE)), batch + forks
+        pool = Pool(config, pages=slots * width, slots=slots, device=device, dtype=dtype, far=far)
         cache = cls(pool, [Row([], slot) for slot in pool.slots.take(batch)], device, width=width)
         cache.reserve(reserve)
         return cache
@@ -253,6 +186,16 @@ class Cache(View):
     def states(self, layer: int) -> tuple[Tensor, Tensor]:
         """Copies of the rows' conv [B, C, K] and SSM [B, H, P, N] states of a Mamba layer."""
         return self.pool.conv[layer][self.conv.long()], self.pool.ssm[layer][self.ssm.long()]
+
+    def for_denoiser(self) -> View:
+        """What a denoiser pass reads: this cache, or what its device has of it, after what is new has gone there."""
+        pool = self.pool
+        if (far := pool.far) is None:
+            return self
+        if stale := pool.stale(self._rows):
+            pool.send([self._rows[b] for b in stale], self.conv[numbers(stale, pool.device)])
+        lengths, table, slots = (across(t, far.device) for t in (self.lengths, self.page_table, self.ssm))
+        return View(far, lengths, table, slots, slots, 2 * slots, 2 * slots + 1)
 
     def reserve(self, tokens: int) -> None:
         """Make room for rows of `tokens` tokens in all. Nothing is copied while the pool has pages."""

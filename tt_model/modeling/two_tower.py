@@ -81,6 +81,8 @@ class TwoTowerModel(nn.Module):
     Cast to 16 bits (`to`, `half`, `bfloat16`), it keeps `checkpoint.FP32_PARAMETERS` in fp32, as loading does.
 
     Attributes:
+        is_apart: whether the denoiser reads copies of what the context tower keeps: where `from_pretrained` was given
+            two devices.
         source: the folder that it was loaded from, None for a model that was made; `checkpoint.save` copies from it.
     """
 
@@ -90,6 +92,7 @@ class TwoTowerModel(nn.Module):
             raise ValueError(f'towers is {towers!r}, expected "both" or "context"')
         self.config = config
         self.source: Path | None = None
+        self.is_apart = False
         D, V = config.hidden_size, config.vocab_size
         self.context_tower = Tower(config)
         self.context_lm_head = Linear(D, V, bias=False)
@@ -105,7 +108,13 @@ class TwoTowerModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Of the context tower."""
         return self.context_lm_head.weight.device
+
+    @property
+    def far(self) -> torch.device | None:
+        """Of the denoiser, where the towers are apart."""
+        return self.lm_head.weight.device if self.is_apart else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,6 +189,7 @@ class TwoTowerModel(nn.Module):
             len(rows),
             device=self.device,
             dtype=self.state_dtype,
+            far=self.far,
             reserve=longest + reserve,
             forks=forks,
         )
@@ -207,14 +217,15 @@ class TwoTowerModel(nn.Module):
             t:     [B] float, each row's masked fraction; None: no time conditioning (mock-AR).
             output: "logits" or "hidden".
         Returns:
-            [B, L, V] logits (the mask token is not suppressed), or [B, L, D] hidden states after the final norm.
+            [B, L, V] logits (the mask token is not suppressed), or [B, L, D] hidden states after the final norm; on
+            the denoiser's device.
         """
         self._denoiser()
-        block = self._block("denoise", block, cache)
+        block = self._block("denoise", block, cache, self.far)
         if t is not None and (not isinstance(t, Tensor) or t.shape != (cache.batch,)):
             found = f"has shape {list(t.shape)}" if isinstance(t, Tensor) else f"is {t!r}"
             raise ValueError(f"denoise: t {found}, expected [B] with the cache's B={cache.batch}, or None")
-        return self._output(self._denoise(block, t, cache), output)
+        return self._output(self._denoise(block, t, cache.for_denoiser()), output)
 
     def _denoise(self, block: Tensor, t: Tensor | None, view: View) -> Tensor:
         """Hidden states [B, L, D] of a block that is known to be right."""
@@ -279,6 +290,8 @@ class TwoTowerModel(nn.Module):
         Returns:
             [B, N, V] logits or [B, N, D] hidden states; equal to `prefill` + `denoise` block by block.
         """
+        if self.is_apart:
+            raise ValueError("denoise_all: the towers are on two devices; training takes one")
         noisy, S = self._ids("noisy", noisy), ctx.block_size
         if t.shape != (noisy.shape[0], noisy.shape[1] // S):
             shape = list(noisy.shape)
@@ -296,7 +309,7 @@ class TwoTowerModel(nn.Module):
 
     def _modulation(self, t_M: Tensor) -> Tensor:
         """(shift, scale, gate) of every layer: [layers, 3, M, D]."""
-        shared = self.t_block(self.t_embedder(t_M.to(self.device)))  # [M, 3 * D]
+        shared = self.t_block(self.t_embedder(t_M.to(self.far or self.device)))  # [M, 3 * D]
         tables = self.tables(*self.scale_shift_tables)  # [layers, 3, D]
         return tables.unsqueeze(2) + shared.view(len(t_M), 3, -1).transpose(0, 1)
 
@@ -305,7 +318,7 @@ class TwoTowerModel(nn.Module):
             raise ValueError(f'output is {output!r}, expected "logits" or "hidden"')
         return self.lm_head(h) if output == "logits" else h
 
-    def _ids(self, name: str, ids: Tensor) -> Tensor:
+    def _ids(self, name: str, ids: Tensor, device: torch.device | None = None) -> Tensor:
         if not isinstance(ids, Tensor):
             raise ValueError(f"{name} is {ids!r:.40}, expected a tensor [B, L] of integers")
         if ids.dim() != 2 or ids.dtype not in _ID_DTYPES:
@@ -316,10 +329,10 @@ class TwoTowerModel(nn.Module):
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"{name} holds token id {bad}, expected 0 to {self.config.vocab_size - 1}")
-        return ids.to(self.device, torch.int64)
+        return ids.to(device or self.device, torch.int64)
 
-    def _block(self, op: str, block: Tensor, cache: Cache) -> Tensor:
+    def _block(self, op: str, block: Tensor, cache: Cache, device: torch.device | None = None) -> Tensor:
         if isinstance(block, Tensor) and (block.dim() != 2 or len(block) != cache.batch or block.shape[1] == 0):
             expected = f"[B, L] with the cache's B={cache.batch}"
             raise ValueError(f"{op}: block has shape {list(block.shape)}, expected {expected}")
-        return self._ids(f"{op}: block", block)
+        return self._ids(f"{op}: block", block, device)
