@@ -77,8 +77,8 @@ class Page:
         wanted = lambda job: (job.kind, job.run, job.block_size) == (kind, run, size)
         return next((line for job, line in self.found.items() if wanted(job)), None)
 
-    def exact(self, run: str, size: int | None = None, arm: str = ARM) -> Estimate | None:
-        return estimate(self.get("quality", run, size), arm, "exact")
+    def exact(self, run: str, size: int | None = None) -> Estimate | None:
+        return estimate(self.get("quality", run, size), ARM, "exact")
 
     def claims(self) -> Iterator[tuple[str, ...]]:
         """What the paper says, and what stands for it here."""
@@ -184,6 +184,8 @@ class Page:
             f"Trained here: pattern `{c.pattern}`, hidden {c.hidden_size}, {c.n_routed_experts} experts, vocabulary "
             f"{c.vocab_size}; one context tower, and denoisers that begin with it."
         )
+        if base := self.get("training", "base"):
+            yield f"The baseline: `{base['command']}`"
         yield "## Beside the paper"
         yield SOURCES
         yield table(("what", "the paper", "here", "as in the paper"), list(self.claims()))

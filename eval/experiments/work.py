@@ -196,12 +196,20 @@ class Experiments:
         return {k: v for k, v in found.items() if k not in ("texts", "kinds", "splits")}
 
     def run(self, only: Sequence[str], clock: Clock, say: Callable[[str], None]) -> None:
-        """Record what is missing. OutOfTime when there is no more time for it."""
+        """Record what is missing. OutOfTime when there is no more time for it; RuntimeError of what failed, as a run
+        that diverges, after all others."""
+        failed = []
         for job in self.missing(only):
             clock.check()
             say(job.label)
-            line = self.make(job, clock)
+            try:
+                line = self.make(job, clock)
+            except RuntimeError as error:
+                failed.append(f"{job.label}: {error}")
+                continue
             append(self.results / f"{machine_name(line['machine'])}.jsonl", line)
+        if failed:
+            raise RuntimeError("; ".join(failed))
 
     # ---- beforehand ----
 
