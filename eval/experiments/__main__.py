@@ -9,7 +9,7 @@ measurement, and the same command goes on from there; Ctrl-C does so, too. --onl
 - towers: without time conditioning; context tower trained; towers tied. options: one of training at a time.
 
 The last three are of a small model that is trained here: one context tower, and a denoiser for each row of a table.
---dry-run times three steps of each run that is missing, and says what all of it would take.
+--dry-run times two steps of each run that is missing, and says what all of it would take.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from bench.figures import Figure, draw
-from bench.measure import ROOT, no_commit, parser, positive, table
+from bench.measure import ROOT, no_commit, parser, positive
 from tt_model.files import hold, write_text
 from tt_model.stops import Raise, Stopped, handling
 
@@ -51,15 +51,15 @@ def make_parser() -> argparse.ArgumentParser:
     return p
 
 
-def forecast(experiments: Experiments, only: Sequence[str]) -> str:
-    """What is missing, and what its training takes at the speed of now."""
-    found = list(experiments.forecast(only))
-    rows = [(n, state or "-", left, f"{1e3 * each:.0f}", f"{left * each / 60:.1f}") for n, state, left, each in found]
-    minutes = sum(left * each for *_, left, each in found) / 60
-    rows.append(("all", "", sum(left for *_, left, _ in found), "", f"{minutes:.1f}"))
+def forecast(experiments: Experiments, only: Sequence[str]) -> None:
+    """Print what is missing, and what its training takes at the speed of now."""
+    minutes = 0.0
+    for name, state, left, each in experiments.forecast(only):
+        minutes += left * each / 60
+        took = f"{left} steps left of {1e3 * each:.0f} ms: {left * each / 60:.1f} minutes"
+        print(f"{name}: {took if left else state}{f', {state}' if left and state else ''}", flush=True)
     measured = [job.label for job in experiments.missing(only) if job.kind != "training"]
-    said = f"{len(measured)} measurements: {'; '.join(measured) or 'none'}"
-    return f"{table(('to be trained', 'state', 'steps left', 'ms a step', 'minutes'), rows)}\n\n{said}"
+    print(f"training: {minutes:.0f} minutes; {len(measured)} measurements: {', '.join(measured) or 'none'}")
 
 
 def render(experiments: Experiments, out: Path, check: bool) -> int:
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None, pilot: Pilot | None = None) -> 
     experiments = Experiments(pilot or Pilot(), o.work, o.results, o.model, o.device)
     try:
         if o.dry_run:
-            print(forecast(experiments, o.only))
+            forecast(experiments, o.only)
             return 0
         if working:
             o.work.mkdir(parents=True, exist_ok=True)

@@ -154,7 +154,7 @@ class Page:
         if len(losses) > 2 and "base" in losses and "seed" in losses:
             yield beyond_noise(losses, about)
         title = "Held-out loss of the published objective, nats a token"
-        yield Figure(f"experiments_{block}.svg", title, title, [(about[n], loss) for n, loss in losses.items()], bars)
+        yield Figure(f"experiments_{block}.svg", title, title, [(about[n], loss) for n, loss in losses.items()], dots)
 
     def experts(self) -> Iterator[str | Figure]:
         line = self.get("experts", MODEL)
@@ -242,11 +242,11 @@ def over_blocks(points: Sequence[tuple[int, int, Any]], axes: Any) -> None:
     axes.xaxis.minorticks_off()
 
 
-def bars(lines: Sequence[tuple[str, float]], axes: Any) -> None:
+def dots(lines: Sequence[tuple[str, float]], axes: Any) -> None:
     names, losses = [name for name, _ in lines], [loss for _, loss in lines]
-    axes.barh(names, losses, color=SERIES[0], alpha=0.7)
+    axes.plot(losses, names, linestyle="", marker=MARKERS[0], color=SERIES[0])
     axes.axvline(losses[0], color=SERIES[-1], linewidth=1, label=names[0])
-    axes.set(xlabel="nats a token", xlim=(0.95 * min(losses), 1.02 * max(losses)))
+    axes.set(xlabel="nats a token")
     axes.invert_yaxis()
 
 

@@ -223,7 +223,7 @@ class Experiments:
             yield name, state, left, self.seconds_a_step(name) if left else 0.0
 
     def seconds_a_step(self, name: str) -> float:
-        """Of the third step of a run over random tokens."""
+        """Of the second step of a run over random tokens."""
         o = self.pilot.parsed(name)
         config = replace(self.pilot.config, block_size=getattr(o, "block_size", self.pilot.config.block_size))
         model = TwoTower(config, towers="context" if name == "ar" else "both")
@@ -234,5 +234,5 @@ class Experiments:
         ids = torch.randint(4, config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
         rows = Rows(ids.int(), torch.arange(0, count + 1, min(128, o.row_length)), o.row_length)
         with TemporaryDirectory() as folder:
-            history = train(model, rows, settings_of(o), folder, stop_after=3, progress=False)
+            history = train(model, rows, settings_of(o), folder, stop_after=2, progress=False)
         return o.batch_size * o.row_length / history[-1]["tokens_per_s"]
