@@ -11,7 +11,7 @@ from bench.measure import in_a_line, table
 
 from .. import quality
 from ..intervals import Estimate
-from .plan import DEFAULT, SAMPLED
+from .plan import DEFAULT
 from .work import MODEL, Experiments, Job, Line
 
 NOTES = "notes.md"  # beside the results: "## threshold" and so on, what their author says of each part
@@ -64,7 +64,7 @@ class Page:
         lines = experiments.lines()
         self.runs = [run for run in experiments.pilot.runs() if run.blocks]
         self.sizes = {run.name: experiments.pilot.parsed(run.name).block_size for run in self.runs}
-        self.config = experiments.pilot.config
+        self.config, self.sampled = experiments.pilot.config, experiments.pilot.sampled
         self.jobs = experiments.jobs()
         self.found: dict[Job, Line] = {job: line for job in self.jobs if (line := experiments.of(job, lines))}
         notes = experiments.results / NOTES
@@ -116,7 +116,7 @@ class Page:
     def block(self) -> Iterator[str | Figure]:
         rows, points = [], []
         for run in (run for run in self.runs if "block" in run.blocks):
-            for size in SAMPLED:
+            for size in self.sampled:
                 if line := self.get("quality", run.name, size):
                     cell = lambda column, line=line: text(estimate(line, ARM, column), column)
                     columns = ("exact", "runs", "tokens_per_forward", "passes")
@@ -238,7 +238,8 @@ def over_blocks(points: Sequence[tuple[int, int, Any]], axes: Any) -> None:
         mine = [(size, Estimate(*found)) for t, size, found in points if t == trained]
         spread(axes, mine, marker=MARKERS[i], color=SERIES[i], label=f"trained at {trained}")
     axes.set(xscale="log", xlabel="block that is written", ylabel="exactly right, %")
-    axes.set_xticks(SAMPLED, [str(size) for size in SAMPLED])
+    sizes = sorted({size for _, size, _ in points})
+    axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.xaxis.minorticks_off()
 
 

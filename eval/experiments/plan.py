@@ -14,7 +14,6 @@ from tt_model.cli import make_parser
 
 BLOCKS = ("threshold", "block", "towers", "experts", "options")  # parts of the page
 DEFAULT = 0.8  # threshold
-SAMPLED = (8, 16, 32, 64)  # block sizes that every model of "block" writes with
 
 CONFIG = TwoTowerConfig(
     vocab_size=2048, hidden_size=128, pattern="M*EM*E", num_attention_heads=4, num_key_value_heads=1, head_dim=32,
@@ -48,6 +47,15 @@ class Pilot:
     thresholds: tuple[float, ...] = (DEFAULT, 0.95)
     specifications: int = 120
     new_tokens: int = 640
+    of_model: tuple[str, ...] = (
+        "--steps",
+        "1",
+        "2",
+        "4",
+        "8",
+        "16",
+    )  # how eval.quality measures the model of "threshold"
+    sampled: tuple[int, ...] = (8, 16, 32, 64)  # block sizes that every model of "block" writes with
 
     def runs(self) -> list[Run]:
         """In the order in which they are made: what the others are compared with first."""

@@ -31,7 +31,7 @@ from tt_model.two_tower import ASSETS
 
 from .. import quality
 from . import overlap
-from .plan import SAMPLED, Pilot
+from .plan import Pilot
 
 Line = dict[str, Any]
 MODEL = "model"  # the name of the model that is not trained here
@@ -114,7 +114,9 @@ class Experiments:
             digest, own = self.pilot.digest(run.name), self.pilot.parsed(run.name).block_size
             found += [Job(kind, run.name, digest, None, run.blocks) for kind in ("training", "quality")]
             if "block" in run.blocks:
-                found += [Job("quality", run.name, digest, size, ("block",)) for size in SAMPLED if size != own]
+                found += [
+                    Job("quality", run.name, digest, size, ("block",)) for size in self.pilot.sampled if size != own
+                ]
         return found
 
     def lines(self) -> list[Line]:
@@ -186,7 +188,7 @@ class Experiments:
         words = ["--resume", str(kept)] + ([] if folder is None else ["--model", str(folder)])
         words += ["--device", self.device] if self.device else []
         if job.run == MODEL:
-            words += ["--steps", "1", "2", "4", "8", "16"]
+            words += self.pilot.of_model
         else:
             words += ["--thresholds", *map(str, self.pilot.thresholds)]
             words += ["--specifications", str(self.pilot.specifications), "--new-tokens", str(self.pilot.new_tokens)]
