@@ -12,7 +12,7 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from rich.console import Console
@@ -196,7 +196,7 @@ def train(
     s, out, model = settings, Path(out), unwrapped(model)
     if s.stage == "denoiser" and model.denoiser_tower is None:
         raise ValueError('stage is "denoiser", but the model was loaded with towers="context": there is no denoiser')
-    if s.stage == "denoiser" and s.no_time and bool(model.t_block[1].weight.any()):
+    if s.stage == "denoiser" and s.no_time and bool(cast(nn.Linear, model.t_block[1]).weight.any()):
         raise ValueError("no_time: the model's time modules have learned already: begin with a context tower")
     what = s.stage, s.context_tower, s.no_time
     if any(p.dtype == torch.float16 for p in trainable(model, *what).values()):
