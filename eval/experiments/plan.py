@@ -45,16 +45,9 @@ class Pilot:
     ar: dict[str, Any] = field(default_factory=lambda: AR)  # options of `twotower train`
     denoiser: dict[str, Any] = field(default_factory=lambda: DENOISER)
     thresholds: tuple[float, ...] = (DEFAULT, 0.95)
-    specifications: int = 120
-    new_tokens: int = 640
-    of_model: tuple[str, ...] = (
-        "--steps",
-        "1",
-        "2",
-        "4",
-        "8",
-        "16",
-    )  # how eval.quality measures the model of "threshold"
+    specifications: int = 96
+    new_tokens: int = 448
+    of_model: str = "--steps 1 2 4 8 16"  # how eval.quality measures the model of "threshold"
     sampled: tuple[int, ...] = (8, 16, 32, 64)  # block sizes that every model of "block" writes with
 
     def runs(self) -> list[Run]:

@@ -188,7 +188,7 @@ class Experiments:
         words = ["--resume", str(kept)] + ([] if folder is None else ["--model", str(folder)])
         words += ["--device", self.device] if self.device else []
         if job.run == MODEL:
-            words += self.pilot.of_model
+            words += self.pilot.of_model.split()
         else:
             words += ["--thresholds", *map(str, self.pilot.thresholds)]
             words += ["--specifications", str(self.pilot.specifications), "--new-tokens", str(self.pilot.new_tokens)]

@@ -33,7 +33,7 @@ class Tiny(Pilot):
     def __init__(self) -> None:
         given = {"batch-size": 2, "row-length": 64, "warmup": 1, "learning-rate": 1e-3}
         ar, denoiser = {"steps": 3} | given, {"steps": 4, "block-size": 8} | given
-        model = ("--steps", "4", "--thresholds", "0.8", "--specifications", "2", "--new-tokens", "8")
+        model = "--steps 4 --thresholds 0.8 --specifications 2 --new-tokens 8"
         super().__init__(CONFIG, 40, ar, denoiser, (0.8,), 2, 8, model, (8, 16))
 
     def runs(self):
