@@ -26,7 +26,7 @@ from tt_kernels.runtime import launch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
-RECORDED = ("bench/results", "bench/tuning", "SPEED.md", "docs/speed_*")
+RECORDED = ("bench/results", "bench/tuning", "eval/results", "SPEED.md", "docs/speed_*", "docs/experiments*")
 
 
 # ---- times ----

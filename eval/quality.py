@@ -1,8 +1,10 @@
 """`python -m eval.quality`: programs written from held-out specifications, executed: quality against speed.
 
 Every specification (`tt_model/training/boilerplate`: `# class Invoice: number int, paid bool`) is continued greedily in
-AR, by diffusion at each threshold, and in `speculative`, through one engine, `--rows` at a time; the ways take turns,
-batch by batch, after an untimed batch of each. The columns:
+AR, by diffusion at each threshold (with --steps also by so many passes a block, whatever the confidence), and in
+`speculative`, through one engine, `--rows` at a time; the ways take turns, batch by batch, after an untimed batch of
+each. With --resume FILE a run that was stopped goes on with the next batch; its times are then of several sittings. The
+columns:
 
 - exact: the share of completions that are the program itself, character for character, and ended by themselves.
 - runs: the share that can be executed and do what the specification says (eval/exercise.py has a driver a template),
@@ -24,6 +26,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -31,12 +34,15 @@ import torch
 
 from bench.measure import in_a_line, no_commit, parser, positive, record, table, where
 from tt_model import Engine, TwoTower, checkpoint
+from tt_model.cli.facts import code_digest, weights_digest
 from tt_model.files import write_atomically, write_text
 from tt_model.training.boilerplate import KINDS, SPLITS, parse, program, specification
 from tt_model.training.boilerplate.grammar import TYPED
+from tt_model.two_tower import ASSETS
 
 from .execute import run_all
 from .intervals import Estimate, quotient, ratio, wilson
+from .resume import Parts
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 SHOWN = {
@@ -106,14 +112,19 @@ def held_out(split: str, count: int, seed: int = 0) -> list[str]:
     return list(found)
 
 
-def arms_of(thresholds: Sequence[float], *, both: bool = True, **diffusion: Any) -> list[Arm]:
-    """AR first, to which the others are compared. both: whether there is a denoiser."""
+def arms_of(
+    thresholds: Sequence[float], *, steps: Sequence[int] = (), both: bool = True, **diffusion: Any
+) -> list[Arm]:
+    """AR first, to which the others are compared. both: whether there is a denoiser. steps: passes a block, without a
+    threshold."""
     ar = Arm("AR", {"mode": "ar"})
     if not both:
         return [ar]
     arms = [
         Arm(f"diffusion {t:g}", {"mode": "mask_diffusion", "confidence_threshold": t, **diffusion}) for t in thresholds
     ]
+    fixed = {"mode": "mask_diffusion", "confidence_threshold": 1, **diffusion}
+    arms += [Arm(f"steps {n}", {**fixed, "steps_per_block": n}) for n in steps]
     return [ar, *arms, Arm("speculative", {"mode": "speculative", **diffusion})]
 
 
@@ -134,16 +145,28 @@ def write(engine: Writer, headers: Sequence[str], settings: dict[str, Any], adva
 
 
 def write_all(
-    engine: Writer, headers: Sequence[str], arms: Sequence[Arm], rows: int, new_tokens: int, advance: Callable[[], Any]
+    engine: Writer,
+    headers: Sequence[str],
+    arms: Sequence[Arm],
+    rows: int,
+    new_tokens: int,
+    advance: Callable[[], Any],
+    parts: Parts | None = None,
 ) -> dict[str, list[Batch]]:
-    """The batches of every arm, in turns."""
+    """The batches of every arm, in turns; those that are among the parts are not written again."""
+    parts = parts or Parts(None, {})
+    name = lambda arm, begin: f"{arm.name}: {begin}"
+    begins = range(0, len(headers), rows)
     for arm in arms:  # first calls cost more
-        write(engine, headers[:rows], {**arm.settings, "max_new_tokens": min(16, new_tokens)}, lambda: None)
+        if any(name(arm, begin) not in parts for begin in begins):
+            write(engine, headers[:rows], {**arm.settings, "max_new_tokens": min(16, new_tokens)}, lambda: None)
     found: dict[str, list[Batch]] = {arm.name: [] for arm in arms}
-    for begin in range(0, len(headers), rows):
+    for begin in begins:
         for arm in arms:
-            some = headers[begin : begin + rows]
-            found[arm.name].append(write(engine, some, {**arm.settings, "max_new_tokens": new_tokens}, advance))
+            make = partial(write, engine, headers[begin : begin + rows])
+            settings = {**arm.settings, "max_new_tokens": new_tokens}
+            written, seconds = parts.get(name(arm, begin), partial(make, settings, advance))
+            found[arm.name].append(Batch([Written(*w) for w in written], seconds))
     return found
 
 
@@ -238,8 +261,8 @@ def plot(file: Path, arms: dict[str, dict[str, Estimate]], title: str) -> None:
 # ---- the command ----
 
 
-def measure(o: argparse.Namespace) -> dict[str, Any]:
-    """All figures, as they are recorded; the texts under "texts", which is not."""
+def measure(o: argparse.Namespace, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """All figures, as they are recorded; the texts under "texts", which is not. check: called after every program."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -247,7 +270,7 @@ def measure(o: argparse.Namespace) -> dict[str, Any]:
     both = folder is None or checkpoint.layout(folder) == "two_tower"
     model = TwoTower.from_pretrained(folder, towers="both" if both else "context", device=o.device)
     steps = {} if o.block_size is None else {"block_size": o.block_size}
-    arms = arms_of(o.thresholds, both=both, **steps)
+    arms = arms_of(o.thresholds, steps=o.steps, both=both, **steps)
     sides = {header: split for split in o.split for header in held_out(split, o.specifications, o.seed)}
     headers = list(sides)
     random.Random(o.seed).shuffle(headers)  # so that batches are alike
@@ -255,10 +278,20 @@ def measure(o: argparse.Namespace) -> dict[str, Any]:
     pages = -(-(longest + o.new_tokens + max(o.block_size or model.config.block_size, 4)) // 64) + 1
     engine = Engine(model, max_rows=o.rows, max_tokens=64 * pages * o.rows, max_prefixes=0)
     ran_on = where(threads=torch.get_num_threads())
+    facts = {
+        "model": o.resume and weights_digest(folder or ASSETS),
+        "code": o.resume and code_digest(),
+        "machine": {k: v for k, v in ran_on.items() if k not in ("date", "load", "commit")},
+        "specifications": headers,
+        "arms": arms,
+        "settings": [o.rows, o.new_tokens, str(model.dtype)],
+    }
+    parts = Parts(o.resume, facts)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("writing", total=len(headers) * len(arms))
-        found = write_all(engine, headers, arms, o.rows, o.new_tokens, lambda: progress.advance(bar))
+        advance = lambda: (progress.advance(bar), check())
+        found = write_all(engine, headers, arms, o.rows, o.new_tokens, advance, parts)
         pairs = {(w.header, w.text) for batches in found.values() for batch in batches for w in batch.written}
         bar = progress.add_task("executing", total=len(pairs))
         wrong = verdicts(
@@ -304,6 +337,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--thresholds", type=float, nargs="+", default=THRESHOLDS, help="of diffusion (default: 0.5 to 0.99)"
     )
+    p.add_argument("--steps", type=positive, nargs="+", default=(), help="passes a block, too (default: none)")
     p.add_argument("--rows", type=positive, default=8, help="specifications at a time (default: %(default)s)")
     p.add_argument("--new-tokens", type=positive, default=768, help="of a program, at most (default: %(default)s)")
     p.add_argument("--block-size", type=positive, help="default: the one that the model was trained with")
@@ -311,6 +345,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=positive, help="default: what torch takes")
     p.add_argument("--device", help="default: a CUDA device if there is one")
     p.add_argument("--plot", type=Path, metavar="FILE", help="quality against speed, PNG or SVG by its ending")
+    p.add_argument("--resume", type=Path, metavar="FILE", help="keep finished batches there, and go on from them")
     p.add_argument("--texts", type=Path, metavar="FILE", help="every program with its verdict, a JSON object a line")
     p.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     p.add_argument("--record", action="store_true", help="append a JSON line to bench/results/")

@@ -114,6 +114,23 @@ def test_from_text_to_text(call, config: Path, data: Path, tmp_path: Path, capsy
     assert capsys.readouterr().out.startswith("def")
 
 
+def test_tied_towers_are_stored_as_two(call, config: Path, tmp_path: Path) -> None:
+    assert call("ar", tmp_path / "ar", "--config", config)[0] == 0
+    options = ("--context-tower", "tied", "--no-time", "--average", 0.5)
+    out = tmp_path / "tied"
+    assert call("denoiser", out, "--model", tmp_path / "ar" / "model", *options)[0] == 0
+    made, begun = tensors_of(out / "model"), tensors_of(tmp_path / "ar" / "model")
+    pairs = {
+        key: key.replace("context_tower.", "denoiser_tower.").replace("context_lm_head", "lm_head") for key in begun
+    }
+    assert all(torch.equal(made[key], made[twin]) for key, twin in pairs.items())
+    assert not torch.equal(made["context_lm_head.weight"], begun["context_lm_head.weight"])
+    assert main(["train", "export", "--out", str(out), "--to", str(tmp_path / "copy"), "--quiet"]) == 0
+    assert same(out / "model", tmp_path / "copy")
+    assert call("denoiser", tmp_path / "on", "--model", out / "model", *options)[0] == 0  # its towers are equal
+    refused(call("denoiser", out, "--model", tmp_path / "ar" / "model"), "context_tower was tied, now frozen")
+
+
 def test_ar_goes_on_with_a_model(call, config: Path, tmp_path: Path) -> None:
     assert call("ar", tmp_path / "first", "--config", config)[0] == 0
     first = tmp_path / "first" / "model"

@@ -13,6 +13,7 @@ import torch
 from bench import report
 from eval import execute, quality
 from eval.intervals import Estimate, quotient, ratio, wilson
+from eval.resume import Parts
 from tt_model.training.boilerplate import KINDS, parse, program, split_of
 
 HEADER = "# class Invoice: number int, paid bool"
@@ -96,6 +97,38 @@ def test_specifications_are_held_out_and_of_every_kind() -> None:
     assert {parse(header).kind for header in quality.held_out("headers", 8)} == set(KINDS)
 
 
+def test_a_stopped_run_goes_on_with_the_next_batch(tmp_path: Path) -> None:
+    headers, arms = quality.held_out("headers", 12), quality.arms_of((0.5,), steps=(4,))
+    assert [arm.name for arm in arms] == ["AR", "diffusion 0.5", "steps 4", "speculative"]
+    file, told = tmp_path / "parts.json", []
+
+    def write(rows: int = 5, stop: int = 10**9) -> dict[str, list[quality.Batch]]:
+        def advance() -> None:
+            told.append(1)
+            if len(told) == stop:
+                raise KeyboardInterrupt
+
+        parts = Parts(file, {"rows": rows, "arms": arms})
+        return quality.write_all(Broken(), headers, arms, rows, 700, advance, parts)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(stop=33)  # in the third batch of the second turn
+    kept = json.loads(file.read_text())["parts"]
+    assert len(kept) == 6 and list(tmp_path.iterdir()) == [file]
+    told.clear()
+    found = write()
+    assert len(told) == len(headers) * len(arms) - 30
+    assert found["AR"][0].seconds == kept["AR: 0"][1]
+    fresh = quality.write_all(Broken(), headers, arms, 5, 700, lambda: None)
+    assert {name: [b.written for b in batches] for name, batches in found.items()} == {
+        name: [b.written for b in batches] for name, batches in fresh.items()
+    }
+    told.clear()
+    assert write() == found and told == []
+    with pytest.raises(ValueError, match="of a measurement with other rows: remove it"):
+        write(rows=4)
+
+
 # ---- in a process of its own ----
 
 
@@ -177,16 +210,19 @@ def test_command(
         "--texts",
         str(tmp_path / "texts.jsonl"),
     ]
+    more += ["--resume", str(tmp_path / "parts.json"), "--steps", "1"]
     assert quality.main(["--model", str(folder / "both"), *size, *more, "--record"]) == 0
     out = capsys.readouterr().out
     for words in ("| diffusion 0.99 ", "| speculative ", "tokens/s", "| headers | ", "times AR", "0.0 % (0.0-49.0)"):
         assert words in out, words
     texts = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
-    assert len(texts) == 4 * 4 and all(line["wrong"] and not line["exact"] for line in texts)
+    assert len(texts) == 5 * 4 and all(line["wrong"] and not line["exact"] for line in texts)
+    assert quality.main(["--model", str(folder / "one"), *size, "--resume", str(tmp_path / "parts.json")]) == 2
+    assert "is of a measurement with other model, " in capsys.readouterr().err
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     (file,) = (tmp_path / "results").iterdir()
     line = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is recorded"))
-    assert line["kind"] == "quality" and len(line["arms"]) == 4 and "texts" not in line
+    assert line["kind"] == "quality" and len(line["arms"]) == 5 and "texts" not in line
     assert report.main(["--results", str(tmp_path / "results"), "--out", str(tmp_path)]) == 0
     assert "| diffusion 0.99 " in (tmp_path / "SPEED.md").read_text()
 

@@ -12,8 +12,16 @@ from test_train import fresh, text
 
 from tt_model import TwoTower
 from tt_model.training.data import Rows, load_rows, train_tokenizer
-from tt_model.training.loop import _loss, train
-from tt_model.training.objective import Noisy, ar_loss, denoiser_loss, distil_loss, mask_blocks, own_predictions
+from tt_model.training.loop import _loss, held_out_loss, train, trainable
+from tt_model.training.objective import (
+    Noisy,
+    ar_loss,
+    denoiser_loss,
+    distil_loss,
+    encode_and_learn,
+    mask_blocks,
+    own_predictions,
+)
 from tt_model.training.schedule import TrainSettings
 from tt_model.training.state import read_state
 
@@ -142,11 +150,73 @@ def test_distillation_by_hand(model: TwoTower) -> None:
     torch.testing.assert_close(whole, 0.75 * plain + 0.25 * got.to(plain), rtol=1e-5, atol=1e-6)
 
 
+def test_a_context_tower_that_learns_is_reached_by_both_losses() -> None:
+    """Of what the denoiser's loss gives it, the gradient is held to a difference quotient."""
+    model = random_model()
+    batch = text().batch(0, 2, seed=0)
+    s = dataclasses.replace(PUBLISHED, context_tower="trained")
+    noisy = mask_blocks(batch.ids, S, MASK, torch.Generator().manual_seed(3))
+    plain = denoiser_loss(model, batch.ids, noisy, batch.cu_seqlens)
+    torch.testing.assert_close(_loss(model, batch, s, 3), plain + ar_loss(model, batch.ids, batch.cu_seqlens))
+    held = held_out_loss(model, text(4), s)
+    assert held == held_out_loss(model, text(4), PUBLISHED), "it is the published one"
+
+    learned = [p for n, p in trainable(model, "denoiser", "trained").items() if n.startswith("context_tower.")]
+    for p in learned:
+        p.requires_grad_(True)
+    loss = lambda context: denoiser_loss(model, batch.ids, noisy, batch.cu_seqlens, context=context)
+    context = encode_and_learn(model, batch.ids, S, batch.cu_seqlens)
+    gradients = torch.autograd.grad(loss(context), learned, allow_unused=True)
+    along = [torch.zeros_like(p) if g is None else g for p, g in zip(learned, gradients, strict=True)]
+    slope, losses = sum(float(g.square().sum()) for g in along), []
+    for step in (1e-5, -1e-5):
+        with torch.no_grad():
+            for p, g in zip(learned, along, strict=True):
+                p.add_(g, alpha=step)
+            losses.append(float(loss(model.encode_clean(batch.ids, S, batch.cu_seqlens))))
+            for p, g in zip(learned, along, strict=True):
+                p.sub_(g, alpha=step)
+    assert slope > 0 and (losses[0] - losses[1]) / 2e-5 == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("context_tower", ["frozen", "trained", "tied"])
+def test_what_learns(context_tower: str, tmp_path: Path) -> None:
+    model = fresh("denoiser")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    s = TrainSettings("denoiser", steps=3, batch_size=2, learning_rate=1e-2, warmup=0, context_tower=context_tower)
+    train(model, text(), s, tmp_path, progress=False)
+    kept = {name for name, p in model.named_parameters(remove_duplicate=False) if torch.equal(p, before[name])}
+    stays = lambda name: ".mixer.gate." in name or (context_tower == "frozen" and name.startswith("context_"))
+    assert kept == {name for name in before if stays(name)}
+    assert (model.denoiser_tower is model.context_tower) == (context_tower == "tied")
+
+
+def test_without_time_nothing_depends_on_it(tmp_path: Path) -> None:
+    model = fresh("denoiser")
+    s = TrainSettings("denoiser", steps=3, batch_size=2, learning_rate=1e-2, warmup=0, no_time=True)
+    train(model, text(), s, tmp_path / "a", progress=False)
+    assert any(table.grad is None and not torch.equal(table[2], torch.ones(24)) for table in model.scale_shift_tables)
+    ids = torch.full((1, S), MASK)
+    context = model.encode_clean(ids, S)
+    early, late = (model.denoise_all(context, ids, torch.tensor([[t]])) for t in (1.0, 0.1))
+    assert torch.equal(early, late)
+    timed = fresh("denoiser")
+    train(timed, text(), dataclasses.replace(s, no_time=False), tmp_path / "b", progress=False)
+    with pytest.raises(ValueError, match="no_time: the model's time modules have learned already"):
+        train(timed, text(), s, tmp_path / "c", progress=False)
+    with pytest.raises(ValueError, match='context_tower is "tied", but the towers differ'):
+        train(
+            timed, text(), dataclasses.replace(s, no_time=False, context_tower="tied"), tmp_path / "d", progress=False
+        )
+
+
 @pytest.mark.parametrize(
     "more",
     [
         dict(average=0.9, skip_first_lines=True),
         dict(average=0.9, draws=2, full_blocks=0.2, own_blocks=0.5, distil=0.2),
+        dict(average=0.9, context_tower="tied", no_time=True),
+        dict(context_tower="trained", distil=0.2, skip_first_lines=True),
     ],
     ids=str,
 )
@@ -194,6 +264,7 @@ def test_a_run_from_before_a_setting_was_there_goes_on(tmp_path: Path) -> None:
     [
         *(dict(draws=0), dict(draws=1.5), dict(full_blocks=1.1), dict(own_blocks=-0.1), dict(distil=True)),
         *(dict(average=1.0), dict(average="0.9"), dict(skip_first_lines=1)),
+        *(dict(context_tower="thawed"), dict(no_time=0)),
     ],
     ids=str,
 )

@@ -37,7 +37,7 @@ def run(o: argparse.Namespace) -> None:
 
     from ..checkpoint import load, parameter_dtype, save
     from ..config import DTYPES, TwoTowerConfig
-    from ..training.state import STATE, read_state
+    from ..training.state import STATE, read_state, tie
     from ..two_tower import TwoTower
 
     out, to = Path(o.out), Path(o.to or Path(o.out) / "model")
@@ -54,6 +54,8 @@ def run(o: argparse.Namespace) -> None:
         if "weights" in facts and weights_digest(facts["model"]) != facts["weights"]:
             raise ValueError(f"{facts['model']}: its weights are others than those that the run in {out} saw")
         load(model, facts["model"], device="cpu", dtype=dtype, towers="context", progress=not o.quiet)
+    if state["settings"].get("context_tower") == "tied":
+        tie(model)
     stored = state["weights"] | state.get("averages", {})
     weights = {name: value.to(parameter_dtype(name, dtype)) for name, value in stored.items()}
     model.load_state_dict(weights, strict=False, assign=True)

@@ -45,6 +45,7 @@ DENOISER_SETTINGS = {
     "own_blocks": (float, "SHARE", 0.0, "of blocks, partly filled with the denoiser's own predictions"),
     "distil": (float, "WEIGHT", 0.0, "of the context tower's distributions beside the tokens"),
 }
+CONTEXT_TOWERS = ("frozen", "trained", "tied")  # of training.schedule
 
 _DESCRIPTION = "Train a context tower on next tokens (ar), then a denoiser on masked tokens (denoiser)."
 _EPILOG = """\
@@ -74,8 +75,8 @@ another, notes the change in log.jsonl and run.json, and goes on from the saved 
 --steps, another --learning-rate ...) the rate warms up from where it was."""
 
 _DENOISER = """\
-Train a denoiser on masked tokens. The context tower stays as it is. A model without a denoiser gets one that starts as
-a copy of its context tower; a model with one goes on with it."""
+Train a denoiser on masked tokens. The context tower stays as it is, but for --context-tower. A model without a denoiser
+gets one that starts as a copy of its context tower; a model with one goes on with it."""
 _DENOISER_EPILOG = """\
 examples:
   twotower train denoiser --model run/ar/model --data stdlib --out run/denoiser
@@ -104,6 +105,9 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     for parser in (ar, denoiser):
         _add_common(parser)
     _add_settings(denoiser, DENOISER_SETTINGS)
+    learns = "trained: it learns, too; tied: it and the denoiser are one (default: frozen)"
+    denoiser.add_argument("--context-tower", choices=CONTEXT_TOWERS, default="frozen", help=learns)
+    denoiser.add_argument("--no-time", action="store_true", help="without time conditioning: t says nothing")
     export.add(stages)
     vocabulary = "of model and tokenizer, which is trained on the data (default: config)"
     option(ar, "--vocab-size", int, "N", vocabulary)
@@ -137,16 +141,24 @@ def _add_common(p: Parser) -> None:
 def run(o: argparse.Namespace) -> None:
     """Begin or go on with a run; at its end write OUT/model."""
     from ..files import hold
-    from ..training.schedule import TrainSettings
 
-    names = [*SETTINGS, "skip_first_lines", *(DENOISER_SETTINGS if o.stage == "denoiser" else ())]
-    settings = TrainSettings(o.stage, betas=tuple(o.betas), **{name: getattr(o, name) for name in names})
+    settings = settings_of(o)
     if o.dtype == "float16":
         raise ValueError("--dtype is float16, in which small gradients are 0: expected bfloat16 or float32 to train in")
     out = Path(o.out)
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
         _run(o, settings, out)
+
+
+def settings_of(o: argparse.Namespace) -> TrainSettings:
+    """What the command line says of the training itself."""
+    from ..training.schedule import TrainSettings
+
+    names = [*SETTINGS, "skip_first_lines"]
+    if o.stage == "denoiser":
+        names += [*DENOISER_SETTINGS, "context_tower", "no_time"]
+    return TrainSettings(o.stage, betas=tuple(o.betas), **{name: getattr(o, name) for name in names})
 
 
 def _run(o: argparse.Namespace, settings: TrainSettings, out: Path) -> None:

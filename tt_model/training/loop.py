@@ -10,8 +10,9 @@ import dataclasses
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from rich.console import Console
@@ -24,10 +25,11 @@ from ..modeling.moe import MoE
 from ..modeling.two_tower import TwoTowerModel
 from ..stops import Later, Stopped, handling
 from .data import Batch, Rows
-from .objective import ar_loss, denoiser_loss, mask_blocks, own_predictions
+from .objective import ar_loss, denoiser_loss, encode_and_learn, mask_blocks, next_token_loss, own_predictions
 from .schedule import TrainSettings, learning_rate
-from .state import STATE, Masters, load_state, save_state, stage_parameters
+from .state import STATE, Masters, load_state, save_state, stage_parameters, tie
 
+TIME = ("t_embedder.", "t_block.")
 BIAS_RATE = 1e-3  # of the router's load balance: DeepSeek-V3's (arXiv 2412.19437)
 
 
@@ -56,10 +58,13 @@ def init_weights(model: TwoTowerModel, seed: int = 0) -> None:
                 p.copy_(torch.randn(p.shape, generator=g) * 0.02 / (math.sqrt(layers) if out else 1))
 
 
-def trainable(model: TwoTowerModel, stage: str) -> dict[str, nn.Parameter]:
-    """The parameters that a stage trains, by name. The denoiser's router stays as it is."""
+def trainable(
+    model: TwoTowerModel, stage: str, context_tower: str = "frozen", no_time: bool = False
+) -> dict[str, nn.Parameter]:
+    """The parameters that a stage trains, by name. Beside a denoiser that learns, routers stay as they are."""
     left_out = "e_score" if stage == "ar" else ".mixer.gate."
-    return {n: p for n, p in stage_parameters(model, stage).items() if left_out not in n}
+    named = stage_parameters(model, stage, context_tower)
+    return {n: p for n, p in named.items() if left_out not in n and not (no_time and n.startswith(TIME))}
 
 
 def _loss(model: TwoTowerModel, batch: Batch, s: TrainSettings, step: int) -> Tensor:
@@ -69,20 +74,25 @@ def _loss(model: TwoTowerModel, batch: Batch, s: TrainSettings, step: int) -> Te
         return ar_loss(model, ids, cu_seqlens, counted)
     c = model.config
     noise = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
-    context = model.encode_clean(ids, c.block_size, cu_seqlens)
+    frozen = s.context_tower == "frozen"
+    context = (model.encode_clean if frozen else partial(encode_and_learn, model))(ids, c.block_size, cu_seqlens)
     losses = []
     for _ in range(s.draws):
         noisy = mask_blocks(ids, c.block_size, c.mask_token_id, noise, full=s.full_blocks)
         if s.own_blocks:
             noisy = own_predictions(model, context, noisy, s.own_blocks, noise)
         losses.append(denoiser_loss(model, ids, noisy, cu_seqlens, counted, context=context, distil=s.distil))
-    return torch.stack(losses).mean()
+    loss = torch.stack(losses).mean()
+    if frozen:
+        return loss
+    assert context.hidden is not None
+    return loss + next_token_loss(model, context.hidden, ids, cu_seqlens, counted)
 
 
 @torch.no_grad()
 def held_out_loss(model: TwoTowerModel, rows: Rows, s: TrainSettings, batches: int = 8) -> float:
     """Mean loss over fixed batches with fixed noise, in nats per token: the published one, whatever is trained."""
-    s = dataclasses.replace(s, draws=1, full_blocks=0.0, own_blocks=0.0, distil=0.0)
+    s = dataclasses.replace(s, draws=1, full_blocks=0.0, own_blocks=0.0, distil=0.0, context_tower="frozen")
     count = min(batches, -(-len(rows) // s.batch_size))
     losses = [_loss(model, rows.batch(i, s.batch_size, seed=0), s, step=-1 - i).item() for i in range(count)]
     return sum(losses) / len(losses)
@@ -158,7 +168,8 @@ def train(
     """Train a tower, writing what a stopped run needs into `out` every `save_every` steps.
 
     Args:
-        model: for stage "ar" its context tower learns; for "denoiser" everything but the context tower and the router.
+        model: for stage "ar" its context tower learns; for "denoiser" everything but the context tower and the router,
+            or what `context_tower` and `no_time` say.
             16-bit weights are learned in fp32 and rounded into the model; fp16 is refused. torch.compile around the
             model or a part of it leaves no trace in what is stored.
         rows:  training rows (`data.load_rows`), a multiple of the block size long.
@@ -185,12 +196,17 @@ def train(
     s, out, model = settings, Path(out), unwrapped(model)
     if s.stage == "denoiser" and model.denoiser_tower is None:
         raise ValueError('stage is "denoiser", but the model was loaded with towers="context": there is no denoiser')
-    if any(p.dtype == torch.float16 for p in trainable(model, s.stage).values()):
+    if s.stage == "denoiser" and s.no_time and bool(cast(nn.Linear, model.t_block[1]).weight.any()):
+        raise ValueError("no_time: the model's time modules have learned already: begin with a context tower")
+    what = s.stage, s.context_tower, s.no_time
+    if any(p.dtype == torch.float16 for p in trainable(model, *what).values()):
         raise ValueError("dtype is float16, in which small gradients are 0: expected bfloat16 or float32 to train in")
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
         model.requires_grad_(False)
-        learned = trainable(model, s.stage)
+        if s.stage == "denoiser" and s.context_tower == "tied":
+            tie(model)
+        learned = trainable(model, *what)
         for p in learned.values():
             p.requires_grad_(True)
         masters = Masters(learned, s)

@@ -1,7 +1,7 @@
 """The two training losses: next token for a context tower, masked tokens for a denoiser.
 
 B rows, N tokens of a row, S block size. Formulas: TwoTowerModel (arXiv 2606.26493), the paper's recipe; what goes
-beyond it, `full`, `own_predictions` and `distil_loss`, is off unless it is asked for.
+beyond it, `full`, `own_predictions`, `distil_loss` and `encode_and_learn`, is off unless it is asked for.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,15 @@ def ar_loss(
         counted:    [B, N] bool: tokens that are to be predicted; None: all.
     Gradients reach the context tower and its head.
     """
-    hidden = model.context_tower(ids, ForwardContext("clean", cu_seqlens=cu_seqlens))
+    return next_token_loss(
+        model, model.context_tower(ids, ForwardContext("clean", cu_seqlens=cu_seqlens)), ids, cu_seqlens, counted
+    )
+
+
+def next_token_loss(
+    model: TwoTowerModel, hidden: Tensor, ids: Tensor, cu_seqlens: Tensor | None, counted: Tensor | None
+) -> Tensor:
+    """`ar_loss` from the hidden states [B, N, D] of the context tower."""
     has_next = torch.ones_like(ids, dtype=torch.bool)
     has_next[:, -1] = False
     if cu_seqlens is not None:
@@ -64,6 +72,13 @@ def mask_blocks(
     masked = torch.rand(B, N, generator=generator) < t.repeat_interleave(block_size, dim=1)
     masked = masked.to(clean.device)
     return Noisy(clean.masked_fill(masked, mask_token_id), masked, t.to(clean.device))
+
+
+def encode_and_learn(model: TwoTowerModel, clean: Tensor, block_size: int, cu_seqlens: Tensor | None) -> CleanStates:
+    """`encode_clean` with gradients: the denoiser's loss reaches the context tower by all that it hands over."""
+    states = CleanStates(block_size, cu_seqlens)
+    states.hidden = model.context_tower(clean, ForwardContext("clean", keep=states, cu_seqlens=cu_seqlens))
+    return states
 
 
 @torch.no_grad()
@@ -107,7 +122,7 @@ def denoiser_loss(
         clean:      [B, N] int64; noisy: from `mask_blocks`.
         cu_seqlens: [n + 1] int32, multiples of the block size; None: every row is one sequence.
         counted:    [B, N] bool: positions whose loss counts where they are masked; None: all.
-        context:    what `encode_clean` gave for `clean`, where that is known.
+        context:    what `encode_clean` or `encode_and_learn` gave for `clean`, where that is known.
         distil:     the loss is (1 - distil) of this and distil of `distil_loss`.
     Gradients reach the denoiser tower, its head and the time modules.
     """

@@ -6,8 +6,9 @@ import dataclasses
 import math
 from dataclasses import KW_ONLY, dataclass
 
-# These decide which batches and which noise a step sees; in a run that goes on the others may change.
-FIXED = ("stage", "batch_size", "seed")
+# These decide which batches and which noise a step sees, and what learns; in a run that goes on the others may change.
+FIXED = ("stage", "batch_size", "seed", "context_tower", "no_time")
+CONTEXT_TOWERS = ("frozen", "trained", "tied")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class TrainSettings:
     full_blocks: float = 0.0  # share of blocks that are masked as a whole, as generation begins
     own_blocks: float = 0.0  # share of blocks that hold the denoiser's own predictions, as generation goes on
     distil: float = 0.0  # weight of the context tower's distributions beside the tokens themselves
+    context_tower: str = "frozen"  # "trained": learns too, of both losses; "tied": it and the denoiser are one
+    no_time: bool = False  # the time modules stay as they begin, where what they say does not depend on t
 
     def __post_init__(self) -> None:
         if self.stage not in ("ar", "denoiser"):
@@ -63,8 +66,11 @@ class TrainSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a share from 0 to 1")
         if not 0 <= _number("average", self.average) < 1:
             raise ValueError(f"average is {self.average}, expected at least 0 and below 1")
-        if not isinstance(self.skip_first_lines, bool):
-            raise ValueError(f"skip_first_lines is {self.skip_first_lines!r}, expected True or False")
+        for name in ("skip_first_lines", "no_time"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} is {value!r}, expected True or False")
+        if self.context_tower not in CONTEXT_TOWERS:
+            raise ValueError(f"context_tower is {self.context_tower!r}, expected one of {', '.join(CONTEXT_TOWERS)}")
         if len(self.betas) != 2 or not all(0 <= _number("betas", b) < 1 for b in self.betas):
             raise ValueError(f"betas is {self.betas}, expected two numbers, each at least 0 and below 1")
 

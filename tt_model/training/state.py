@@ -99,16 +99,31 @@ def _tensors(state: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
         yield from ((f"optimizer.{i}.{name}", v) for name, v in values.items() if isinstance(v, Tensor))
 
 
-def stage_parameters(model: TwoTowerModel, stage: str) -> dict[str, nn.Parameter]:
-    """What a run of a stage stores: the parameters of its tower, its head and, for the denoiser, the time modules."""
-    return {n: p for n, p in named_parameters(model, once=True).items() if n.startswith(CONTEXT) == (stage == "ar")}
+def stage_parameters(model: TwoTowerModel, stage: str, context_tower: str = "frozen") -> dict[str, nn.Parameter]:
+    """What a run of a stage stores: the parameters of its tower, its head and, for the denoiser, the time modules; all
+    of a model whose context tower learns with the denoiser."""
+    named = named_parameters(model, once=True)
+    if stage == "denoiser" and context_tower != "frozen":
+        return named
+    return {n: p for n, p in named.items() if n.startswith(CONTEXT) == (stage == "ar")}
+
+
+def tie(model: TwoTowerModel) -> None:
+    """Let a model's context tower and head be its denoiser's, too. ValueError where they are not equal."""
+    named = named_parameters(model)
+    for name, p in named.items():
+        if name.startswith(CONTEXT):
+            twin = named[name.replace("context_tower.", "denoiser_tower.").replace("context_lm_head.", "lm_head.")]
+            if not twin.is_meta and not torch.equal(p, twin):
+                raise ValueError(f'context_tower is "tied", but the towers differ ({name}): begin with a context tower')
+    model.denoiser_tower, model.lm_head = model.context_tower, model.context_lm_head
 
 
 def save_state(
     out: Path, model: TwoTowerModel, masters: Masters, settings: TrainSettings, stretch: Stretch, history: list[dict]
 ) -> None:
     """Write training.pt. ValueError, and the file stays as it was, when a weight or a moment is NaN or Inf."""
-    stored = stage_parameters(model, settings.stage) | masters.values
+    stored = stage_parameters(model, settings.stage, settings.context_tower) | masters.values
     weights = {name: value.detach() for name, value in stored.items()}
     state = {
         "settings": asdict(settings),
@@ -195,7 +210,7 @@ def load_state(
         if settings.steps < len(history):
             raise ValueError(f"steps is {settings.steps}, but {len(history)} are made: expected at least as many")
         stretch = Stretch(len(history), history[-1]["learning_rate"])
-    weights, parameters = state["weights"], stage_parameters(model, settings.stage)
+    weights, parameters = state["weights"], stage_parameters(model, settings.stage, settings.context_tower)
     if strange := [name for name, p in parameters.items() if name not in weights or weights[name].shape != p.shape]:
         raise ValueError(f"{out / STATE}: this run is of another model: {some(strange)}; use a new folder")
     with torch.no_grad():
