@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_programs_run_in_a_process() -> None:
 @pytest.mark.parametrize(
     ("code", "complaint"),
     [
-        ("while True:\n    pass\n", "ended early: SIG"),
+        ("while True:\n    pass\n", "ended early: SIG|more than 3 s"),
         ("import time\ntime.sleep(60)\n", "more than 3 s"),
         ("x = bytearray(1 << 32)\n", "MemoryError"),
         ("x = [0]\nwhile True:\n    x += x\n", "MemoryError"),
@@ -159,7 +160,7 @@ def test_programs_run_in_a_process() -> None:
     ],
 )
 def test_limits(code: str, complaint: str) -> None:
-    assert complaint in execute.run(HEADER, code, seconds=1, megabytes=256)
+    assert re.search(complaint, execute.run(HEADER, code, seconds=1, megabytes=256))
 
 
 def test_nothing_is_written_elsewhere(tmp_path: Path) -> None:
