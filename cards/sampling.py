@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from tt_kernels import Sampling
+from tt_kernels import Sampling, Strategy
 from tt_kernels.sampling.commit import commit
 from tt_kernels.sampling.gumbel_noise import gumbel_noise
 from tt_kernels.sampling.head_sample import head_sample
 from tt_kernels.sampling.head_sample_launch import HeadLaunch
 from tt_kernels.sampling.sample import SampleLaunch, sample
 from tt_kernels.sampling.unmask import unmask
+from tt_kernels.sampling.unmask_logits import unmask_logits
 
 from .op import Op
 
@@ -66,13 +67,39 @@ def _commit_inputs(dtype, B, L, V):
     return dict(**commit_inputs(B, L, V), token=torch.randint(V - 1, (B, L)), confidence=confidence)
 
 
-def _unmask_inputs(dtype, B, L, D, V, **rest):
+def strategies(B: int, rules: int) -> Strategy | None:
+    """rules: 0 none; 1 every confidence, a factor, a bound of the entropy, a number and the tempered distribution, of
+    every row another; 2 a factor alone."""
+    if rules != 1:
+        return Strategy.of(B, factor=0.7) if rules else None
+    row = torch.arange(B)
+    return Strategy(
+        confidence=(row + 4) % 5,
+        factor=torch.where(row % 2 == 1, 0.7, -1.0).double(),
+        entropy_bound=torch.where(row % 3 == 0, 2.5, -1.0).double(),
+        number=torch.where(row % 6 == 4, 2, -1),
+        tempered=row % 4 == 3,
+    )
+
+
+def _unmask_inputs(dtype, B, L, D, V, rules=0, ending=0, **rest):
     inputs = head_inputs(dtype, B, D, V, **rest)
     del inputs["suppress"]
-    return dict(inputs, hidden=torch.randn(B, L, D, dtype=dtype), **commit_inputs(B, L, V))
+    more = dict(strategy=strategies(B, rules)) if rules else {}
+    if ending:
+        bias = torch.randn(V).index_fill(0, torch.tensor([0, V // 2]), -torch.inf)
+        more |= dict(bias=bias.to(dtype), soft_cap=8.0, shift=True)
+    return dict(inputs, hidden=torch.randn(B, L, D, dtype=dtype), **commit_inputs(B, L, V), **more)
+
+
+def _unmask_logits_inputs(dtype, B, L, V, rules=0, shift=0, **rest):
+    logits = 3 * torch.randn(B, L, V, dtype=dtype)
+    rule = dict(strategy=strategies(B, rules), shift=bool(shift))
+    return dict(logits=logits, sampling=sampling(B, V, **rest), **commit_inputs(B, L, V), **rule)
 
 
 _HEAD = dict(D=2688, V=131072)
+_STRATEGY_KERNELS = ("_judge_kernel", "_decide_kernel")
 _HEAD_KERNELS = ("_head_kernel", "_limits_kernel", "_sample_kernel", "_combine_kernel")
 
 OPS = (
@@ -163,18 +190,42 @@ OPS = (
             dict(B=2, L=16, D=3, V=1100),
             dict(B=2, L=40, D=4, V=11, narrow=3),
             dict(B=2, L=520, D=2, V=5),
+            dict(B=6, L=7, D=8, V=29, rules=1),
+            dict(B=3, L=5, D=8, V=29, rules=2, ending=1),
+            dict(B=6, L=4, D=3, V=300, rules=1, ending=1, narrow=1),
+            dict(B=6, L=12, D=3, V=300, rules=1),
             dict(B=0, L=4, D=4, V=5),
             dict(B=2, L=0, D=4, V=5),
         ),
         shapes=(
             *(dict(B=B, L=L, **_HEAD) for B, L in ((1, 16), (4, 16), (8, 16), (64, 16), (1, 128))),
             dict(B=4, L=16, **_HEAD, narrow=1),
+            *(dict(B=B, L=16, **_HEAD, rules=1) for B in (1, 4)),
         ),
         grows=dict(B=64, L=64),
         outputs=("block", "committed", "confidence", "masked"),
-        kernels=("_masked_rows_kernel", *_HEAD_KERNELS, "_finish_kernel", "_commit_kernel"),
+        kernels=("_masked_rows_kernel", *_HEAD_KERNELS, "_finish_kernel", "_commit_kernel", *_STRATEGY_KERNELS),
         tensor_cores={"_head_kernel": "BLOCK_V"},
         candidates=dict(_head_kernel=CANDIDATES),
         cost=lambda itemsize, B, L, D, V, **_: (2 * B * L * V * D, (V * D + B * L * D) * itemsize),
+    ),
+    Op(
+        fn=unmask_logits,
+        inputs=_unmask_logits_inputs,
+        cases=(
+            dict(B=4, L=5, V=37, rules=2),
+            dict(B=6, L=7, V=29, rules=1, shift=1),
+            dict(B=6, L=5, V=300, rules=1, narrow=1, shift=1),
+            dict(B=2, L=16, V=11, hot=0),
+            dict(B=5, L=3, V=5003, rules=1),
+            dict(B=2, L=520, V=5, rules=1),
+            dict(B=0, L=4, V=5, rules=1),
+            dict(B=2, L=0, V=5, rules=1),
+        ),
+        shapes=(dict(B=4, L=32, V=126464, rules=2), dict(B=4, L=32, V=126464, rules=1)),  # LLaDA's vocabulary and block
+        grows=dict(B=64, L=64),
+        outputs=("block", "committed", "confidence", "masked"),
+        kernels=("_masked_rows_kernel", "_limits_kernel", "_sample_kernel", *_STRATEGY_KERNELS),
+        cost=lambda itemsize, B, L, V, **_: (40 * B * L * V, B * L * V * itemsize),
     ),
 )

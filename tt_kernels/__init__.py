@@ -28,7 +28,19 @@ else:
     from .norm import Modulated, gated_group_norm, modulated_rms_norm, rms_norm
     from .runtime.checks import skip_checks, trusted
     from .runtime.registry import use
-    from .sampling import Committed, Sampled, Sampling, Unmasked, commit, gumbel_noise, head_sample, sample, unmask
+    from .sampling import (
+        Committed,
+        Sampled,
+        Sampling,
+        Strategy,
+        Unmasked,
+        commit,
+        gumbel_noise,
+        head_sample,
+        sample,
+        unmask,
+        unmask_logits,
+    )
     from .ssm import (
         MambaState,
         MambaWeights,
@@ -55,6 +67,7 @@ __all__ = [
     "SSDChunk",
     "Sampled",
     "Sampling",
+    "Strategy",
     "Unmasked",
     "append_attention",
     "block_diffusion_attention",
@@ -85,5 +98,6 @@ __all__ = [
     "ssd_step",
     "trusted",
     "unmask",
+    "unmask_logits",
     "use",
 ]

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..reference.common import compute_dtype
 from ..runtime.launch import Launch, architecture, by_row, by_tma, multiprocessors, run, tuned
 from .head_sample_kernels import _head_kernel
-from .lang import Store
+from .lang import Ending, Store
 from .limits_launch import narrows
 from .records import Rows, combine_records, new_records
 from .sample import SampleLaunch, record_logits, sample_parts
@@ -97,6 +97,7 @@ def _run_head(
     rows: Rows,
     launch: HeadLaunch,
     suppress: int | None,
+    ending: Ending | None,
     *,
     records: Store | None = None,
     logits: Tensor | None = None,
@@ -115,6 +116,8 @@ def _run_head(
         TensorDescriptor.from_tensor(weight, [launch.BLOCK_V, launch.BLOCK_K]) if tma else weight,
         *(hidden.stride(0), weight.stride(0), rows.settings, rows.listed, records, logits),
         *(R, first, V, D, pieces.tiles, pieces.number, -1 if suppress is None else suppress),
+        *(rows.look, ending),
+        SHIFT=rows.shift,
         TMA=tma,
         SUB=SUB,
         SKIP=architecture(weight) < 100,  # there it spills 8 to 48 bytes
@@ -122,7 +125,9 @@ def _run_head(
     )
 
 
-def head_records(hidden: Tensor, weight: Tensor, rows: Rows, suppress: int | None) -> Store:
+def head_records(
+    hidden: Tensor, weight: Tensor, rows: Rows, suppress: int | None, ending: Ending | None = None
+) -> Store:
     """Records of all rows of hidden [N, D], or of those listed.
 
     Above 64 rows their logits lie in memory: a tile of products that keeps the tensor cores busy leaves no room for a
@@ -135,18 +140,18 @@ def head_records(hidden: Tensor, weight: Tensor, rows: Rows, suppress: int | Non
     launch, narrowed = _launch(rows.N, hidden, weight), narrows(rows.sampling)
     pieces = head_pieces(launch, V, multiprocessors(hidden))
     if not narrowed and (rows.N <= MERGED or launch.BLOCK_T == SUB):
-        records = new_records(rows.N, pieces.number, hidden, dtype, pieces.depth)
-        _run_head(hidden, weight, rows, launch, suppress, records=records)
+        records = new_records(rows, pieces.number, hidden, dtype, pieces.depth)
+        _run_head(hidden, weight, rows, launch, suppress, ending, records=records)
         return records
     logits = hidden.new_empty(min(WRITTEN, rows.N), V, dtype=dtype)
     few = 4 if architecture(weight) < 100 else 8  # rows that win together are left out; Triton 3.6 spills 4 on sm_100
     # Where nothing is narrowed, pieces and sums as of fewer rows: a row's bits do not depend on its neighbours.
     sampler = SampleLaunch(BLOCK_V=launch.BLOCK_V, BLOCK_T=few, TILES=pieces.depth, PAIRS=1)
     parts = sample_parts(logits) if narrowed else triton.cdiv(pieces.number, pieces.depth)
-    records = new_records(rows.N, parts, hidden, dtype)
+    records = new_records(rows, parts, hidden, dtype)
     for first in range(0, rows.N, WRITTEN):
         some = logits[: rows.N - first]
-        _run_head(hidden, weight, rows, launch, suppress, logits=some, first=first)
+        _run_head(hidden, weight, rows, launch, suppress, ending, logits=some, first=first)
         record_logits(some, rows, records, suppress, first, None if narrowed else sampler)
     return records
 

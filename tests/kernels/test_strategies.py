@@ -1,0 +1,379 @@
+"""Strategies of unmasking: against their formulas in Python's numbers, and against what LLaDA's, Dream's, SDAR's and
+Fast-dLLM's published rules take on the same logits. 15 s on one core."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from literal import rules
+from parity import DEVICE, KERNELS, make
+from torch import Tensor
+
+import tt_kernels
+from cards import OPS
+from tt_kernels import Sampling, Strategy, reference, unmask, unmask_logits
+from tt_kernels.reference.unmasking import CONFIDENCES, Judged, decide, judge, uniform
+from tt_kernels.sampling import strategies
+from tt_kernels.sampling.commit import new_committed
+
+runs_kernels = [pytest.mark.kernels, pytest.mark.skipif(not KERNELS, reason="kernels: TRITON_INTERPRET=1 or a GPU")]
+MASK = 0
+SCORES = [0.0, 0.1, 0.5, 0.625, 0.75, 0.8, 1.0, -0.3, -2.0, math.nan, -math.inf]
+ENTROPIES = [0.0, 0.125, 0.25, 0.5, 2.0, 11.0]
+
+
+def longest(
+    masked: list[int], score: dict[int, float], entropy: dict[int, float], sequential: bool, **rule: Any
+) -> list[int]:
+    """The positions that commit by all rules of a row."""
+    order = rules.order(score, sequential)
+    counts = [1]
+    if rule["threshold"] is not None:
+        counts.append(rules.while_([score[i] > rule["threshold"] for i in order]))
+    if rule["steps_left"] is not None:
+        counts.append(math.ceil(len(masked) / max(1, rule["steps_left"])))
+    if rule["factor"] is not None and rule["factor"] >= 0:
+        counts.append(rules.factor([score[i] for i in order], rule["factor"]))
+    if rule["entropy_bound"] is not None and rule["entropy_bound"] >= 0:
+        counts.append(rules.entropy_bound([entropy[i] for i in order], rule["entropy_bound"]))
+    if rule["number"] is not None and rule["number"] >= 0:
+        counts = [rule["number"]]
+    return sorted(order[: max(counts)])
+
+
+def drawn(data: st.DataObject) -> tuple[Tensor, Tensor, Tensor, dict[str, list | None]]:
+    B, L = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+
+    def numbers(values: list) -> list:
+        return data.draw(st.lists(st.sampled_from(values), min_size=B * L, max_size=B * L))
+
+    def rows(values: list) -> list | None:
+        return data.draw(st.none() | st.lists(st.sampled_from(values), min_size=B, max_size=B))
+
+    block = torch.tensor(numbers([MASK, MASK, 1, 2])).view(B, L)
+    score, entropy = (torch.tensor(numbers(v)).view(B, L).double() for v in (SCORES, ENTROPIES))
+    rule = dict(
+        threshold=rows([0.5, 0.1, 2.0, -0.5]),
+        steps_left=rows([0, 1, 2, 3, 2**40]),
+        confidence=rows([0, 1, 4]),
+        factor=rows([-1.0, 0.0, 0.5, 0.75, 1.0, 5.0]),
+        entropy_bound=rows([-1.0, 0.0, 0.125, 0.4, 1e9]),
+        number=rows([-1, 0, 1, 3, 99]),
+    )
+    return block, score, entropy, rule
+
+
+def tensors(rule: dict[str, list | None]) -> tuple[Tensor | None, Tensor | None, Strategy]:
+    def tensor(value: list) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value[0], float) else torch.int64, device=DEVICE)
+
+    made = {name: None if value is None else tensor(value) for name, value in rule.items()}
+    return made["threshold"], made["steps_left"], Strategy(*(made[name] for name in Strategy._fields[:4]))
+
+
+def hold(block: Tensor, score: Tensor, entropy: Tensor, rule: dict[str, list | None], got: Any) -> None:
+    token = torch.arange(10, 10 + block.numel()).view(block.shape)
+    for b, row in enumerate(block.tolist()):
+        masked = [i for i, t in enumerate(row) if t == MASK]
+        mine = {name: None if value is None else value[b] for name, value in rule.items()}
+        sequential = mine.pop("confidence") == 4
+        known = ({i: t[b, i].item() for i in masked} for t in (score, entropy))
+        chosen = longest(masked, *known, sequential, **mine) if masked else []
+        assert got.committed[b].nonzero().flatten().tolist() == chosen
+        assert got.block[b].tolist() == [int(token[b, i]) if i in chosen else t for i, t in enumerate(row)]
+        assert got.masked[b] == len(masked) - len(chosen)
+
+
+@given(data=st.data())
+def test_every_rule_is_its_formula(data: st.DataObject) -> None:
+    """In fp64, where each score and bound is what Python has."""
+    block, score, entropy, rule = drawn(data)
+    dirty = score.masked_fill(block != MASK, data.draw(st.sampled_from([0.0, 2.0, math.nan])))
+    token = torch.arange(10, 10 + block.numel()).view(block.shape)
+    threshold, steps_left, strategy = (None if t is None else t for t in tensors(rule))
+    strategy = Strategy(*(None if t is None else t.cpu() for t in strategy))
+    threshold, steps_left = (None if t is None else t.cpu() for t in (threshold, steps_left))
+    got = decide(block, Judged(token, dirty, dirty, entropy), strategy, MASK, threshold, steps_left)
+    hold(block, score, entropy, rule, got)
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not KERNELS, reason="kernels: TRITON_INTERPRET=1 or a GPU")
+@given(data=st.data())
+@settings(max_examples=40)
+def test_the_kernel_decides_by_the_formulas(data: st.DataObject) -> None:
+    block, score, entropy, rule = drawn(data)
+    token = torch.arange(10, 10 + block.numel()).view(block.shape)
+    score = score.float().double()  # as fp32 holds them
+    threshold, steps_left, strategy = tensors(rule)
+    known = strategies.Judged(*(t.to(DEVICE) for t in (token, score.float(), score.float(), entropy.float())))
+    if strategy.entropy_bound is None:
+        known = known._replace(entropy=None)
+    out = new_committed(block.to(DEVICE))
+    strategies.decide(block.to(DEVICE), known, strategies.Rules(threshold, steps_left, *strategy[:4]), MASK, out)
+    if rule["threshold"] is None and rule["factor"] is None:  # which fp32 rounds
+        hold(block, score, entropy, rule, type(out)(*(t.cpu() for t in out)))
+    want = decide(
+        block,
+        Judged(token, score.float(), score.float(), entropy.float()),
+        Strategy(*(None if t is None else t.cpu() for t in strategy)),
+        MASK,
+        *(None if t is None else t.cpu() for t in (threshold, steps_left)),
+    )
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(out, want, strict=True))
+
+
+@given(data=st.data())
+def test_what_is_looked_at_is_its_formula(data: st.DataObject) -> None:
+    R, V = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 9))
+    numbers = st.sampled_from([-4.0, -1.0, 0.0, 0.5, 2.0, 3.0, -math.inf])
+    logits = torch.tensor(data.draw(st.lists(numbers, min_size=R * V, max_size=R * V))).view(R, V).double()
+    logits[:, 0] = 1.0  # a row of -inf has no probabilities
+    kinds = data.draw(st.lists(st.integers(0, 4), min_size=R, max_size=R))
+    hot = data.draw(st.lists(st.sampled_from([0.0, 0.5, 2.0]), min_size=R, max_size=R))
+    tempered = data.draw(st.lists(st.booleans(), min_size=R, max_size=R))
+    token = torch.zeros(R, dtype=torch.int64)
+    sampling = Sampling.of(R, temperature=torch.tensor(hot).double(), seed=torch.arange(R), position=5, step=2)
+    strategy = Strategy(confidence=torch.tensor(kinds), tempered=torch.tensor(tempered))
+    got = judge(logits, token, sampling, strategy)
+    for r in range(R):
+        t = hot[r] if tempered[r] and hot[r] else 1.0
+        p = rules.softmax([x / t for x in logits[r].tolist()])
+        chance = uniform(*(torch.tensor(n) for n in (r, 5, 2)), -1).item()
+        score = (p[0], rules.margin(p), -rules.entropy(p), chance, p[0])[kinds[r]]
+        assert math.isclose(got.confidence[r], p[0], rel_tol=1e-12)
+        assert math.isclose(got.score[r], score, rel_tol=1e-12, abs_tol=1e-13)
+        assert math.isclose(got.entropy[r], rules.entropy(p), rel_tol=1e-12, abs_tol=1e-13)
+
+
+def test_random_scores_are_uniform_and_apart_from_the_noise() -> None:
+    n = 20_000
+    place = torch.arange(n)
+    u = uniform(torch.full((n,), 7), place, torch.zeros(n), -1)
+    assert u.min() > 0 and u.max() < 1 and torch.equal(u, u.float().double())
+    # Kolmogorov and Smirnov: beyond 1.95 / sqrt(n) once in a thousand seeds.
+    assert (u.sort().values - (place + 1) / n).abs().max() < 1.95 / math.sqrt(n)
+    assert torch.corrcoef(torch.stack([u, uniform(torch.full((n,), 7), place, torch.zeros(n), -2)]))[0, 1].abs() < 0.03
+
+
+# What others publish
+
+
+@pytest.mark.parametrize("steps", (1, 3, 8, 16, 40))
+def test_steps_left_is_lladas_schedule(steps: int) -> None:
+    """ceil(masked / steps left), step after step, is the equal share and one more in each of the first steps."""
+    for masked in range(1, 41):
+        left, numbers = masked, []
+        for step in range(steps):
+            numbers.append(min(left, -(-left // (steps - step))))
+            left -= numbers[-1]
+        assert numbers == rules.llada_numbers(masked, steps)
+
+
+def plain(logits: Tensor, mask: int) -> tuple[Tensor, Tensor]:
+    """What each program begins with: the best token and the softmax, the mask apart."""
+    logits = logits.double().index_fill(-1, torch.tensor([mask]), -math.inf)
+    return logits.argmax(-1), logits.softmax(-1)
+
+
+def case(seed: int, B: int = 4, L: int = 12, V: int = 30) -> tuple[Tensor, Tensor, int]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2.5 * torch.randn(B, L, V, generator=generator).double()
+    block = torch.randint(0, 2, (B, L), generator=generator) * (V - 1)
+    return logits, block, V - 1
+
+
+def take(block: Tensor, token: Tensor, b: int, places: list[int]) -> list[int]:
+    return [int(token[b, i]) if i in places else t for i, t in enumerate(block[b].tolist())]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("alg", ("maskgit_plus", "topk_margin", "entropy"))
+def test_dreams_rules(seed: int, alg: str) -> None:
+    """Its logits are one place late, and as many commit as its times say."""
+    logits, block, mask = case(seed)
+    B = len(block)
+    late = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+    token, p = plain(late, mask)
+    best = p.topk(2, -1).values
+    score = dict(maskgit_plus=best[..., 0], topk_margin=best[..., 0] - best[..., 1])
+    score["entropy"] = (p * (p + 1e-10).log()).sum(-1)
+    for step, steps in ((0, 4), (2, 7), (6, 7), (0, 16)):
+        numbers = [rules.dream_number(int((row == mask).sum()), step, steps) for row in block]
+        kind = dict(maskgit_plus="probability", topk_margin="margin").get(alg, alg)
+        strategy = Strategy.of(B, confidence=kind, number=torch.tensor(numbers), tempered=True)
+        got = unmask_logits(logits, block, Sampling.of(B), mask_token_id=mask, strategy=strategy, shift=True)
+        for b in range(B):
+            sure = torch.where(block[b] == mask, score[alg][b], -math.inf)
+            best = sure.sort(descending=True, stable=True).indices  # the first two places have the same logits
+            assert got.block[b].tolist() == take(block, token, b, best[: numbers[b]].tolist())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_dreams_tempered_probability(seed: int) -> None:
+    """Of the token that was drawn, after temperature and top-p."""
+    logits, block, mask = case(seed, B=3)
+    sampling = Sampling.of(3, temperature=0.7, top_p=0.8, seed=torch.arange(3))
+    strategy = Strategy.of(3, tempered=True)
+    got = unmask_logits(logits, block, sampling, mask_token_id=mask, strategy=strategy, steps_left=torch.ones(3).long())
+    scaled = logits.index_fill(-1, torch.tensor([mask]), -math.inf) / 0.7
+    ordered, ids = scaled.sort(-1, descending=True)
+    late = ordered.softmax(-1).cumsum(-1).roll(1, -1) > 0.8  # the first that exceeds it stays
+    late[..., 0] = False
+    p = scaled.masked_fill(torch.zeros_like(late).scatter(-1, ids, late), -math.inf).softmax(-1)
+    own = p.gather(-1, got.block.unsqueeze(-1)).squeeze(-1)
+    where = block == mask
+    torch.testing.assert_close(got.confidence[where], own[where], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fast_dllms_and_sdars_rules(seed: int) -> None:
+    logits, block, mask = case(seed)
+    B = len(block)
+    token, p = plain(logits, mask)
+    sure = torch.where(block == mask, p.max(-1).values, -math.inf)
+    for number in (0.3, 0.6, 1.0, 2.5):
+        threshold = torch.full((B,), min(number, 0.95)).double()
+        common = dict(mask_token_id=mask)
+        by_threshold = unmask_logits(logits, block, Sampling.of(B), threshold=threshold, **common)
+        strategy = Strategy.of(B, factor=number)
+        by_factor = unmask_logits(logits, block, Sampling.of(B), strategy=strategy, **common)
+        dynamic = unmask_logits(
+            *(logits, block, Sampling.of(B)), threshold=threshold, steps_left=torch.full((B,), 5), **common
+        )
+        for b in range(B):
+            masked = int((block[b] == mask).sum())
+            best = sure[b].sort(descending=True, stable=True)
+            places, values = best.indices.tolist()[:masked], best.values.tolist()[:masked]
+            # Fast-dLLM drops what is below the threshold, but for the best; we ask for more than the threshold.
+            kept = [i for n, i in enumerate(places) if n == 0 or values[n] >= threshold[b]]
+            assert by_threshold.block[b].tolist() == take(block, token, b, kept)
+            # Its factor; where only the last one fails its program takes that as well.
+            bounds = [-1.0, *(1 - number / (n + 1) for n in range(2, masked + 1))]
+            kept = places[: next((n for n in range(masked) if values[n] < bounds[n]), masked)]
+            assert by_factor.block[b].tolist() == take(block, token, b, kept)
+            # SDAR: what is above, or the step's share where that is more.
+            above = [i for i, v in zip(places, values, strict=True) if v > threshold[b]]
+            share = -(-masked // 5)
+            assert dynamic.block[b].tolist() == take(block, token, b, above if len(above) >= share else places[:share])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_entropy_bound_of_ascending_entropies(seed: int) -> None:
+    """transformers' and vLLM's form: what comes before in the ascending order sums to at most the bound."""
+    logits, block, mask = case(seed)
+    B = len(block)
+    token, p = plain(logits, mask)
+    entropy = torch.distributions.Categorical(probs=p).entropy()
+    for bound in (0.1, 1.0, 4.0):
+        strategy = Strategy.of(B, confidence="entropy", entropy_bound=bound)
+        got = unmask_logits(logits, block, Sampling.of(B), mask_token_id=mask, strategy=strategy)
+        for b in range(B):
+            order = torch.where(block[b] == mask, entropy[b], math.inf).sort().indices[: int((block[b] == mask).sum())]
+            ascending = entropy[b][order]
+            kept = order[ascending.cumsum(0) - ascending <= bound].tolist()
+            assert got.block[b].tolist() == take(block, token, b, kept)
+
+
+# Rows, heads, kernels
+
+
+def test_rows_of_mixed_rules_get_what_each_gets_alone() -> None:
+    kwargs = make(OPS["unmask_logits"], dict(B=6, L=7, V=29, rules=1, shift=1), torch.float64)
+    whole = reference.unmask_logits(**kwargs)
+    for b in range(6):
+        some = slice(b, b + 1)
+        mine = {name: t[some] if isinstance(t, Tensor) else t for name, t in kwargs.items()}
+        mine |= dict(sampling=kwargs["sampling"].select(some), strategy=kwargs["strategy"].select(some))
+        alone = reference.unmask_logits(**mine)
+        for got, want in zip(alone, whole, strict=True):
+            torch.testing.assert_close(got[0], want[b], rtol=1e-12, atol=0)  # sums of rows in another order
+
+
+def test_a_head_with_bias_and_soft_cap_is_its_logits() -> None:
+    kwargs = make(OPS["unmask"], dict(B=6, L=5, D=8, V=29, rules=1, ending=1), torch.float64)
+    hidden, weight = kwargs.pop("hidden"), kwargs.pop("weight")
+    bias, cap = kwargs.pop("bias"), kwargs.pop("soft_cap")
+    logits = cap * torch.tanh((hidden @ weight.T + bias) / cap)
+    logits[..., bias == -math.inf] = -math.inf
+    got = unmask(hidden, weight, **kwargs, bias=bias, soft_cap=cap)
+    want = unmask_logits(logits, **kwargs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    never = (bias == -math.inf).nonzero().flatten().tolist()
+    assert not set(got.block[got.committed].tolist()) & {*never, kwargs["mask_token_id"]}
+
+
+def test_the_default_is_a_strategy_without_rules() -> None:
+    kwargs = make(OPS["unmask"], dict(B=4, L=5, D=16, V=37), torch.float32)
+    for a, b in zip(unmask(**kwargs), reference.unmask(**kwargs, strategy=Strategy()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def test_what_is_no_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="confidence is 'certain', expected one of probability"):
+        Strategy.of(2, confidence="certain")
+    kwargs = make(OPS["unmask_logits"], dict(B=4, L=5, V=37, rules=2), torch.float32)
+    with pytest.raises(ValueError, match="confidence is 7, expected 0 to 4"):
+        unmask_logits(**kwargs | dict(strategy=Strategy(confidence=torch.full((4,), 7))))
+    with pytest.raises(ValueError, match="strategy is 'factor', expected a Strategy"):
+        unmask_logits(**kwargs | dict(strategy="factor"))
+    kwargs = make(OPS["unmask"], dict(B=4, L=5, D=16, V=37), torch.float32)
+    with pytest.raises(ValueError, match="soft_cap is 0, expected a number above 0"):
+        unmask(**kwargs, soft_cap=0)
+    assert Strategy.of(3, confidence=CONFIDENCES[:3]).confidence.tolist() == [0, 1, 2]
+    assert Strategy.of(2) == Strategy()
+
+
+def same(name: str, kwargs: dict[str, Any]) -> None:
+    got = getattr(tt_kernels, name)(**kwargs)
+    with tt_kernels.use("reference"):
+        want = getattr(tt_kernels, name)(**kwargs)
+    for a, b in zip(got, want, strict=True):
+        # exp of differences of logits up to 20: 20 eps of fp32
+        torch.testing.assert_close(a, b, rtol=3e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not KERNELS, reason="kernels: TRITON_INTERPRET=1 or a GPU")
+@pytest.mark.parametrize("kind", CONFIDENCES)
+@pytest.mark.parametrize("temperature", (0.0, 0.7))
+def test_rows_of_infinities_nan_and_ties(kind: str, temperature: float) -> None:
+    """In three parts of the vocabulary; what equals another within a tile, across tiles and across parts."""
+    nan, inf = math.nan, math.inf
+    rows = [
+        [-inf, -inf, 2.0, -inf],
+        [-inf, -inf, -inf, -inf],
+        [1.0, inf, 2.0, 0.0],
+        [1.0, nan, 2.0, nan],
+        [2.0, 2.0, -inf, 1.0],
+        [2.0, 1.0, 2.0, -inf],
+    ]
+    wide = torch.full((1, 6, 9000), -inf)
+    wide[0, :, [5, 4095, 8190, 8191]] = torch.tensor(rows)
+    wide[0, 0, :200] = 0.25 * torch.arange(200).remainder(5)
+    block = torch.full((1, 6), 8999)
+    sampling = Sampling.of(1, temperature=temperature, seed=3)
+    for tempered in (False, True):
+        strategy = Strategy.of(1, confidence=kind, entropy_bound=0.9, tempered=tempered)
+        kwargs = dict(logits=wide, block=block, sampling=sampling, mask_token_id=8999, strategy=strategy)
+        same("unmask_logits", {n: v.to(DEVICE) if isinstance(v, Tensor) else v for n, v in kwargs.items()})
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not KERNELS, reason="kernels: TRITON_INTERPRET=1 or a GPU")
+@pytest.mark.parametrize("kind", ("margin", "entropy"))
+@pytest.mark.parametrize("rows", (3, 20))
+def test_second_best_and_entropy_from_tiles_and_parts(kind: str, rows: int) -> None:
+    """All commits but one, so that a wrong score shows; 20 rows leave a part's tiles to the kernel that combines."""
+    torch.manual_seed(5)
+    weight = 2 * torch.randn(1100, 24)
+    hidden = torch.randn(1, rows, 24) * torch.linspace(0.02, 1.0, rows)[torch.randperm(rows)].unsqueeze(-1)
+    block = torch.full((1, rows), 1099)
+    tensors = dict(hidden=hidden.to(DEVICE), weight=weight.to(DEVICE), block=block.to(DEVICE))
+    for number in range(1, rows, 1 if rows < 9 else 6):
+        strategy = Strategy.of(1, confidence=kind, number=number, device=DEVICE)
+        same("unmask", dict(tensors, sampling=Sampling.of(1, device=DEVICE), mask_token_id=1099, strategy=strategy))
