@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from tt_kernels import Sampling, Strategy
+from tt_kernels import Remasking, Sampling, Strategy
 from tt_kernels.sampling.commit import commit
 from tt_kernels.sampling.gumbel_noise import gumbel_noise
 from tt_kernels.sampling.head_sample import head_sample
 from tt_kernels.sampling.head_sample_launch import HeadLaunch
+from tt_kernels.sampling.remask import remask
 from tt_kernels.sampling.sample import SampleLaunch, sample
 from tt_kernels.sampling.unmask import unmask
 from tt_kernels.sampling.unmask_logits import unmask_logits
@@ -96,6 +97,29 @@ def _unmask_logits_inputs(dtype, B, L, V, rules=0, shift=0, **rest):
     logits = 3 * torch.randn(B, L, V, dtype=dtype)
     rule = dict(strategy=strategies(B, rules), shift=bool(shift))
     return dict(logits=logits, sampling=sampling(B, V, **rest), **commit_inputs(B, L, V), **rule)
+
+
+def _remask_inputs(dtype, B, L, V, rules=7, may=1):
+    """rules: 1 edit, 2 verify with a limit, 4 sigma, shared in every other row."""
+    block, row = torch.randint(V, (B, L)).masked_fill(torch.rand(B, L) < 0.3, V - 1), torch.arange(B)
+    wide = torch.promote_types(dtype, torch.float32)
+    remasking = Remasking(
+        edit=torch.full((B,), 0.8).double() if rules & 1 else None,
+        verify=torch.full((B,), 0.5).double() if rules & 2 else None,
+        most=row % 4 - 1 if rules & 2 else None,
+        sigma=torch.full((B,), 0.6).double() if rules & 4 else None,
+        shared=row % 2 == 1 if rules & 4 else None,
+    )
+    return dict(
+        block=block,
+        remasking=remasking,
+        mask_token_id=V - 1,
+        may_change=torch.rand(B, L) < 0.8 if may else None,
+        token=torch.where(torch.rand(B, L) < 0.5, block, torch.randint(V - 1, (B, L))),
+        confidence=torch.rand(B, L, dtype=wide),
+        own=torch.rand(B, L, dtype=wide),
+        sampling=sampling(B, V),
+    )
 
 
 _HEAD = dict(D=2688, V=131072)
@@ -222,10 +246,28 @@ OPS = (
             dict(B=0, L=4, V=5, rules=1),
             dict(B=2, L=0, V=5, rules=1),
         ),
-        shapes=(dict(B=4, L=32, V=126464, rules=2), dict(B=4, L=32, V=126464, rules=1)),  # LLaDA's vocabulary and block
+        shapes=(dict(B=4, L=32, V=126464, rules=2, hot=0), dict(B=4, L=32, V=126464, rules=1)),  # as LLaDA's
         grows=dict(B=64, L=64),
         outputs=("block", "committed", "confidence", "masked"),
         kernels=("_masked_rows_kernel", "_limits_kernel", "_sample_kernel", *_STRATEGY_KERNELS),
         cost=lambda itemsize, B, L, V, **_: (40 * B * L * V, B * L * V * itemsize),
+    ),
+    Op(
+        fn=remask,
+        inputs=_remask_inputs,
+        cases=(
+            dict(B=4, L=7, V=11),
+            dict(B=3, L=16, V=11, rules=1, may=0),
+            dict(B=4, L=16, V=11, rules=2, may=0),
+            dict(B=4, L=77, V=5, rules=3),
+            dict(B=4, L=9, V=5, rules=4, may=0),
+            dict(B=0, L=4, V=5),
+            dict(B=2, L=0, V=5),
+        ),
+        shapes=(dict(B=1, L=32, V=131072), dict(B=64, L=32, V=131072)),
+        grows=dict(B=64, L=256),
+        outputs=("block", "changed", "masked"),
+        kernels=("_remask_kernel",),
+        cost=lambda itemsize, B, L, V, **_: (0, B * L * (5 * 8 + 2 * itemsize)),
     ),
 )

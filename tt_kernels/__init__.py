@@ -30,6 +30,8 @@ else:
     from .runtime.registry import use
     from .sampling import (
         Committed,
+        Remasked,
+        Remasking,
         Sampled,
         Sampling,
         Strategy,
@@ -37,6 +39,7 @@ else:
         commit,
         gumbel_noise,
         head_sample,
+        remask,
         sample,
         unmask,
         unmask_logits,
@@ -63,6 +66,8 @@ __all__ = [
     "MambaWeights",
     "Matrix",
     "Modulated",
+    "Remasked",
+    "Remasking",
     "Routing",
     "SSDChunk",
     "Sampled",
@@ -88,6 +93,7 @@ __all__ = [
     "mamba_extend",
     "mamba_step",
     "modulated_rms_norm",
+    "remask",
     "rms_norm",
     "route",
     "sample",

@@ -192,7 +192,7 @@ def decide(
     if strategy.factor is not None:
         factor = strategy.factor.to(sure).unsqueeze(-1)
         passes = (n == 1) | (sure >= 1 - factor / (n + 1))
-        count = torch.maximum(count, torch.where(strategy.factor >= 0, beginning(passes), 0))
+        count = torch.maximum(count, beginning(passes))  # below 0 only the first passes
     if strategy.entropy_bound is not None:
         entropy = entropy_units(judged.entropy.gather(-1, order))
         spread = entropy.cumsum(-1) - entropy.cummax(-1).values

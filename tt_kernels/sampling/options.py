@@ -5,7 +5,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from ..reference import Sampling, Strategy
+from ..reference import Remasking, Sampling, Strategy
 from ..reference.unmasking import CONFIDENCES
 from ..runtime.checks import is_real, looks_at, refuse
 
@@ -15,7 +15,7 @@ KINDS = dict(temperature=float, seed=int, position=int, step=int, top_k=int, top
 RULES = dict(confidence=int, factor=float, entropy_bound=float, number=int, tempered=bool)
 
 
-def flat(sampling: Sampling | Strategy) -> list[Tensor | None]:
+def flat(sampling: Sampling | Strategy | Remasking) -> list[Tensor | None]:
     """The fields, as registered ops take them: nothing is differentiated through them."""
     return [t.detach() if t is not None and t.requires_grad else t for t in sampling]
 

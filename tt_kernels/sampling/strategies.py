@@ -96,12 +96,10 @@ def longest(masked, score, rank, spread, rules, b, m):
         left = tl.load(rules.steps_left + b).to(tl.int64)
         count = tl.maximum(count, 1 + (m - 1) // tl.where(left > 1, left, 1))  # ceil(m / steps left); m may be 0
     if rules.factor is not None:
-        factor = tl.load(rules.factor + b)
-        share = factor.to(score.dtype) + tl.zeros_like(score)
+        share = tl.load(rules.factor + b).to(score.dtype) + tl.zeros_like(score)
         n = (rank + 2).to(score.dtype)
         least = 1 - (share / n if score.dtype == tl.float64 else tl.div_rn(share, n))
-        found = beginning((rank == 0) | (score >= least), masked, rank, m)
-        count = tl.maximum(count, tl.where(factor >= 0, found, 0))
+        count = tl.maximum(count, beginning((rank == 0) | (score >= least), masked, rank, m))  # below 0 the first
     if rules.entropy_bound is not None:
         bound = tl.load(rules.entropy_bound + b).to(tl.float64)
         bound = tl.minimum(tl.maximum(tl.where(bound == bound, bound, -1.0), -1.0), 1073741824.0)
