@@ -83,20 +83,25 @@ def strategies(B: int, rules: int) -> Strategy | None:
     )
 
 
+def warmer(sampling: Sampling) -> Sampling:
+    """Tempered logits are then no larger than the others, and so are the errors of their exponentials."""
+    return sampling._replace(temperature=2 * sampling.temperature)
+
+
 def _unmask_inputs(dtype, B, L, D, V, rules=0, ending=0, **rest):
     inputs = head_inputs(dtype, B, D, V, **rest)
     del inputs["suppress"]
-    more = dict(strategy=strategies(B, rules)) if rules else {}
+    more = dict(strategy=strategies(B, rules), sampling=warmer(inputs["sampling"])) if rules else {}
     if ending:
         bias = torch.randn(V).index_fill(0, torch.tensor([0, V // 2]), -torch.inf)
         more |= dict(bias=bias.to(dtype), soft_cap=8.0, shift=True)
-    return dict(inputs, hidden=torch.randn(B, L, D, dtype=dtype), **commit_inputs(B, L, V), **more)
+    return inputs | dict(hidden=torch.randn(B, L, D, dtype=dtype), **commit_inputs(B, L, V)) | more
 
 
 def _unmask_logits_inputs(dtype, B, L, V, rules=0, shift=0, **rest):
     logits = 3 * torch.randn(B, L, V, dtype=dtype)
     rule = dict(strategy=strategies(B, rules), shift=bool(shift))
-    return dict(logits=logits, sampling=sampling(B, V, **rest), **commit_inputs(B, L, V), **rule)
+    return dict(logits=logits, sampling=warmer(sampling(B, V, **rest)), **commit_inputs(B, L, V), **rule)
 
 
 def _remask_inputs(dtype, B, L, V, rules=7, may=1):
@@ -216,8 +221,8 @@ OPS = (
             dict(B=2, L=520, D=2, V=5),
             dict(B=6, L=7, D=8, V=29, rules=1),
             dict(B=3, L=5, D=8, V=29, rules=2, ending=1),
-            dict(B=6, L=4, D=3, V=300, rules=1, ending=1, narrow=1),
-            dict(B=6, L=12, D=3, V=300, rules=1),
+            dict(B=6, L=4, D=24, V=300, rules=1, ending=1, narrow=1),
+            dict(B=6, L=12, D=24, V=300, rules=1),
             dict(B=0, L=4, D=4, V=5),
             dict(B=2, L=0, D=4, V=5),
         ),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference import Committed, Strategy, Unmasked
 from ..runtime.lang import philox, programmatic_launch
-from ..runtime.launch import run
+from ..runtime.launch import Launch, run
 from .commit import before, commit_launch
 from .lang import Look, Store, combine, sequence_of
 from .records import Rows, combine_launch
@@ -170,6 +170,12 @@ def look_of(strategy: Strategy) -> Look | None:
     return Look(strategy.tempered)
 
 
+def decide_launch(L: int) -> Launch:
+    """As `commit_launch`, with half the comparisons a thread: each has an entropy of 64 bits."""
+    options = commit_launch(L).options
+    return Launch(**options | dict(num_warps=min(2 * options["num_warps"], 16)))
+
+
 def judge(records: Store, rows: Rows, strategy: Strategy, confidence: Tensor, like: Tensor) -> Judged:
     """What is known of the listed rows, from their records; nothing is written of the others."""
     score = None if strategy.confidence is None else torch.empty_like(confidence)
@@ -188,7 +194,7 @@ def judge(records: Store, rows: Rows, strategy: Strategy, confidence: Tensor, li
 def decide(block: Tensor, judged: Judged, rules: Rules, mask_token_id: int, out: Committed) -> None:
     """Write what the rules make of predictions [B, L]."""
     B, L = block.shape
-    run(_decide_kernel, (B,), *(block, judged, rules, out, L, mask_token_id), launch=commit_launch(L))
+    run(_decide_kernel, (B,), *(block, judged, rules, out, L, mask_token_id), launch=decide_launch(L))
 
 
 def unmasked(

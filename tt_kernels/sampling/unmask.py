@@ -227,7 +227,7 @@ def unmask(
     Gradients: none.
     Raises: ValueError as `sample` does, and for a confidence that there is not.
     Cost: 2 M V D flops and V D itemsize bytes for M masked positions: bound by reading the head. Strategies read it
-    once, too, and sort nothing of the vocabulary; their entropy and margin take four operations a logit.
+    once, too, and sort nothing of the vocabulary; their entropy and margin take a dozen operations a logit.
     Source: TwoTower (2606.26493); LLaDA (2502.09992), Dream (2508.15487), Fast-dLLM (2505.22618), EB-Sampler
     (2505.24857).
 
