@@ -377,3 +377,17 @@ def test_second_best_and_entropy_from_tiles_and_parts(kind: str, rows: int) -> N
     for number in range(1, rows, 1 if rows < 9 else 6):
         strategy = Strategy.of(1, confidence=kind, number=number, device=DEVICE)
         same("unmask", dict(tensors, sampling=Sampling.of(1, device=DEVICE), mask_token_id=1099, strategy=strategy))
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not KERNELS, reason="kernels: TRITON_INTERPRET=1 or a GPU")
+@pytest.mark.parametrize("seed", (1, 2))
+def test_heads_places_and_limits_of_mixed_rows(seed: int) -> None:
+    """Every confidence and rule, with a bias, a soft cap, logits of the place before, top_k and top_p."""
+    for name, dims in (("unmask", dict(D=8, ending=1)), ("unmask_logits", dict(shift=1))):
+        for narrow in (0, 1):
+            kwargs = make(OPS[name], dict(B=6, L=5, V=40, rules=1, narrow=narrow, **dims), torch.float32, seed)
+            same(name, kwargs)
+            everything = Strategy.of(6, confidence=["random", "random", "margin", "entropy", "entropy", "margin"])
+            everything = everything._replace(tempered=torch.ones(6, dtype=torch.bool), number=torch.arange(6) % 4)
+            same(name, kwargs | dict(strategy=Strategy(*(None if t is None else t.to(DEVICE) for t in everything))))

@@ -2,6 +2,7 @@
 
 LOOKED_AT = "test_strategies.py::test_second_best_and_entropy_from_tiles_and_parts"
 CORNERS = "test_strategies.py::test_rows_of_infinities_nan_and_ties"
+HEADS = "test_strategies.py::test_heads_places_and_limits_of_mixed_rows"
 DECIDED = "test_strategies.py::test_the_kernel_decides_by_the_formulas"
 REMASKED = "test_remask.py::test_every_rule_is_its_formula"
 
@@ -20,7 +21,7 @@ MUTANTS = {
         ("equals in a tile are no second best", "second = tl.where(equal > 1, m, second)", "second = second"),
         ("equals in two parts are no second best", "second = tl.where(bests > 1, top, second)", "second = second"),
     ],
-    ("unmask", "sampling/lang.py"): [
+    ("unmask", "sampling/lang.py", HEADS): [
         (
             "the distribution before temperature",
             "tempered = (tl.load(look.tempered",
@@ -35,14 +36,14 @@ MUTANTS = {
         ("the bias forgotten", "x += bias", "x += 0 * bias"),
         ("the soft cap forgotten", "x = tl.where(x < 0, -capped, capped)", "x = x"),
     ],
-    ("unmask_logits", "sampling/sample.py"): [
+    ("unmask_logits", "sampling/sample.py", HEADS): [
         ("another row's logits", "source_of(row, settings, SHIFT) if BY_ROW else offs_t", "offs_t"),
     ],
-    ("unmask_logits", "sampling/limits_kernels.py"): [
+    ("unmask_logits", "sampling/limits_kernels.py", HEADS): [
         ("limits of another row's logits", "            place = b\n", "            place = record\n"),
         ("limits of logits that are not moved", "place -= (b % L > 0)", "place -= (b % L < 0)"),
     ],
-    ("unmask_logits", "sampling/strategies.py"): [
+    ("unmask_logits", "sampling/strategies.py", HEADS): [
         ("margins for entropies", "tl.where(kind == 2, -entropy", "tl.where(kind == 2, margin"),
         ("the noise of tokens", "step + b, mask=mask, other=0), -1)", "step + b, mask=mask, other=0), 0)"),
         ("a block's chance for all its positions", "other=0) + place\n", "other=0)\n"),
