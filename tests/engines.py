@@ -31,15 +31,15 @@ def drawn(r: random.Random) -> tuple[list[int], dict[str, Any]]:
         draft_steps=r.choice((1, 2)),
         confidence_threshold=r.choice((0.0, 0.15, 0.5, 1.0)),
         temperature=r.choice((0.0, 0.0, 0.7, 1.5)),
-        strategy=r.choice(("schedule", "schedule", *STRATEGIES)),
-        confidence=r.choice(("probability", "probability", *CONFIDENCES)),
-        factor=r.choice((0.5, 1.0)),
-        entropy_bound=r.choice((0.1, 4.0)),
         top_k=r.choice((None, None, 3)),
         top_p=r.choice((None, None, 0.6)),
         eos_token_id=r.choice((None, 7, [5, 11, 12, 13, 20, 21, 22])),
         seed=r.randrange(100),
     )
+    more = random.Random(repr(found))  # which changes no other draw
+    found["strategy"] = more.choice(("schedule", "schedule", *STRATEGIES))
+    found["confidence"] = more.choice(("probability", "probability", *CONFIDENCES))
+    found["factor"], found["entropy_bound"] = more.choice((0.5, 1.0)), more.choice((0.1, 4.0))
     return prompt, found
 
 

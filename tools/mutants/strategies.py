@@ -1,7 +1,6 @@
 """Faults in the strategies of unmasking, and in remasking."""
 
 LOOKED_AT = "test_strategies.py::test_second_best_and_entropy_from_tiles_and_parts"
-CORNERS = "test_strategies.py::test_rows_of_infinities_nan_and_ties"
 HEADS = "test_strategies.py::test_heads_places_and_limits_of_mixed_rows"
 DECIDED = "test_strategies.py::test_the_kernel_decides_by_the_formulas"
 REMASKED = "test_remask.py::test_every_rule_is_its_formula"
@@ -16,8 +15,6 @@ MUTANTS = {
             "record.second, top[:, None]), axis=1)",
         ),
         ("parts' moments not added", "tl.log(total) - sum_pairs(tl.trans(moments)) / total", "tl.log(total)"),
-    ],
-    ("unmask", "sampling/lang.py", CORNERS): [
         ("equals in a tile are no second best", "second = tl.where(equal > 1, m, second)", "second = second"),
         ("equals in two parts are no second best", "second = tl.where(bests > 1, top, second)", "second = second"),
     ],
