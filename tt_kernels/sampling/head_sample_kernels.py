@@ -25,7 +25,8 @@ def _head_kernel(
     pieces,  # of the vocabulary
     suppress,
     look,  # Look, or None
-    ending,  # Ending, or None
+    bias_ptr,  # [V], or None
+    soft_cap,  # or None
     SHIFT: tl.constexpr,  # each row's logits are those of the hidden state before
     TMA: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -71,7 +72,7 @@ def _head_kernel(
                     w, h = w.to(acc_dtype), h.to(acc_dtype)
                 # The head as the larger operand fills the tensor cores.
                 x = tl.dot(w, h.T, x, input_precision="ieee", out_dtype=x.dtype)
-            x = finish(x, offs_v, V, ending)
+            x = finish(x, offs_v, V, bias_ptr, soft_cap)
             if store is None:
                 at = logits_ptr + offs_t.to(tl.int64)[None, :] * V + offs_v[:, None]
                 tl.store(at, x, mask=mask_t[None, :] & (offs_v < V)[:, None])
@@ -94,7 +95,7 @@ def _head_kernel(
                     PAIRS=True,
                     BLOCK_V=BLOCK_V,
                 )
-                record = merge(record, tile)
+                record = merge(record, tile, look is not None)
             else:
                 # Few columns at a time, and a record for every tile: those of all rows do not fit registers.
                 groups = tl.reshape(x, (BLOCK_V, BLOCK_T // SUB, SUB))
@@ -111,6 +112,6 @@ def _head_kernel(
                         PAIRS=True,
                         BLOCK_V=BLOCK_V,
                     )
-                    write_record(store, first + offs_s, mask_s, slot, tile)
+                    write_record(store, first + offs_s, mask_s, slot, tile, look is not None)
         if store is not None and BLOCK_T == SUB:
-            write_record(store, first + offs_t, mask_t, slot, record)
+            write_record(store, first + offs_t, mask_t, slot, record, look is not None)

@@ -32,7 +32,7 @@ def _combine_kernel(
     if listed is not None:
         mask = row < tl.load(listed.count)
         to = tl.load(listed.index + row, mask=mask, other=0)
-    token, confidence, _, _ = combine(store, row, mask, BLOCK_S)
+    token, confidence = combine(store, row, mask, False, BLOCK_S)
     tl.store(token_ptr + to, token.to(token_ptr.dtype.element_ty), mask=mask)
     tl.store(confidence_ptr + to, confidence.to(confidence_ptr.dtype.element_ty), mask=mask)
 
@@ -84,7 +84,7 @@ def new_records(rows: Rows, pieces: int, like: Tensor, dtype: torch.dtype, depth
     parts = triton.cdiv(pieces, depth)
     stats = like.new_empty(PLANES, N, depth, parts, dtype=dtype)
     tokens = like.new_empty(N, depth, parts, dtype=torch.int32)
-    more = None if rows.look is None else like.new_empty(2, N, depth, parts, dtype=dtype)
+    more = stats if rows.look is None else like.new_empty(2, N, depth, parts, dtype=dtype)
     return Store(stats, tokens, pieces, depth, parts, tokens.numel(), more)
 
 

@@ -77,9 +77,9 @@ def _sample_kernel(
             PAIRS=PAIRS,
             BLOCK_V=BLOCK_V,
         )
-        record = merge(record, mine)
+        record = merge(record, mine, look is not None)
         known = tl.where(known >= record.best, known, record.best)
-    write_record(store, first + offs_t, mask_t, part, record)
+    write_record(store, first + offs_t, mask_t, part, record, look is not None)
     if any_hot:
         tl.atomic_max(known_ptr, flip(record.best, known_ptr.dtype.element_ty), mask=mask_t, sem="relaxed")
 

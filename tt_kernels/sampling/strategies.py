@@ -50,6 +50,7 @@ def _judge_kernel(
     confidence_ptr,  # [B], of Rules
     out,  # Judged
     N,
+    LOOKED: tl.constexpr,  # whether records have what strategies look at
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -57,7 +58,10 @@ def _judge_kernel(
     record = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = record < tl.load(listed.count)
     row = tl.load(listed.index + record, mask=mask, other=0)
-    token, confidence, margin, entropy = combine(store, record, mask, BLOCK_S)
+    if LOOKED:
+        token, confidence, margin, entropy = combine(store, record, mask, True, BLOCK_S)
+    else:
+        token, confidence = combine(store, record, mask, False, BLOCK_S)
     tl.store(out.token + row, token.to(out.token.dtype.element_ty), mask=mask)
     tl.store(out.confidence + row, confidence.to(out.confidence.dtype.element_ty), mask=mask)
     if confidence_ptr is not None:
@@ -163,11 +167,11 @@ def _decide_kernel(
     tl.store(out.masked + b, m - count)
 
 
-def look_of(strategy: Strategy) -> Look | None:
+def look_of(strategy: Strategy, block: Tensor) -> Look | None:
     """What records are to have for a strategy; None: what the chosen token alone needs."""
     if strategy.confidence is None and strategy.tempered is None and strategy.entropy_bound is None:
         return None
-    return Look(strategy.tempered)
+    return Look(block.new_zeros(len(block), dtype=torch.bool) if strategy.tempered is None else strategy.tempered)
 
 
 def decide_launch(L: int) -> Launch:
@@ -186,6 +190,8 @@ def judge(records: Store, rows: Rows, strategy: Strategy, confidence: Tensor, li
         _judge_kernel,
         (triton.cdiv(rows.N, launch.BLOCK_R),),
         *(records, rows.listed, rows.settings, strategy.confidence, judged, rows.N),
+        LOOKED=rows.look is not None,
+        maxnreg=255,  # for another program ptxas may spill two numbers
         launch=launch,
     )
     return judged

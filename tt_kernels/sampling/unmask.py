@@ -16,7 +16,7 @@ from ..runtime.launch import Launch, by_row, run
 from ..runtime.registry import define, takes_kernel
 from .commit import Rule, _commit, before, new_committed, settle
 from .head_sample_launch import head_records
-from .lang import Ending, Listed, combine
+from .lang import Listed, combine
 from .options import check_cap, check_range, check_token, flat, specs, strategy_specs
 from .records import Rows, combine_records
 from .strategies import look_of, unmasked
@@ -64,7 +64,7 @@ def _finish_kernel(
     block = tl.load(block_ptr + b * L + offs_l, mask=mask_l, other=0)
     masked = mask_l & (block == mask_token_id)
     slot = tl.load(slot_ptr + b * L + offs_l, mask=masked, other=0)
-    token, confidence, _, _ = combine(store, slot, masked, BLOCK_S)
+    token, confidence = combine(store, slot, masked, False, BLOCK_S)
     confidence = confidence.to(confidence_ptr.dtype.element_ty)
     tl.store(confidence_ptr + b * L + offs_l, tl.where(masked, confidence, 0.0), mask=mask_l)
     sure, j = tl.where(masked, confidence, float("nan")), tl.where(masked, offs_l, BLOCK_L)
@@ -167,9 +167,10 @@ def _unmask_by(
         return out
     block = block.contiguous()
     strategy = Strategy(confidence, factor, entropy_bound, number, tempered).contiguous()
-    rows = Rows.of(settings, block.shape[1], masked_rows(block, mask_token_id)[0], look_of(strategy), shift=shift)
-    ending = None if bias is None and soft_cap is None else Ending(bias, soft_cap)
-    records = head_records(by_row(hidden), weight, rows, mask_token_id, ending)
+    rows = Rows.of(
+        settings, block.shape[1], masked_rows(block, mask_token_id)[0], look_of(strategy, block), shift=shift
+    )
+    records = head_records(by_row(hidden), weight, rows, mask_token_id, bias, soft_cap)
     return unmasked(records, rows, block, threshold, steps_left, strategy, mask_token_id, out)
 
 

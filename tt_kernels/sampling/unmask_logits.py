@@ -37,7 +37,7 @@ def _unmask_logits(
         return out
     block, logits = block.contiguous(), by_row(logits)
     strategy = Strategy(confidence, factor, entropy_bound, number, tempered).contiguous()
-    listed, look = masked_rows(block, mask_token_id)[0], look_of(strategy)
+    listed, look = masked_rows(block, mask_token_id)[0], look_of(strategy, block)
     rows = Rows.of(settings, block.shape[1], listed, look, by_row=True, shift=shift)
     records = new_records(rows, sample_parts(logits), logits, out.confidence.dtype)
     record_logits(logits, rows, records, mask_token_id)
