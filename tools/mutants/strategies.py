@@ -2,6 +2,7 @@
 
 LOOKED_AT = "test_strategies.py::test_second_best_and_entropy_from_tiles_and_parts"
 HEADS = "test_strategies.py::test_heads_places_and_limits_of_mixed_rows"
+BOUNDS = "test_strategies.py::test_the_kernel_decides_as_the_reference"
 DECIDED = "test_strategies.py::test_the_kernel_decides_by_the_formulas"
 REMASKED = "test_remask.py::test_every_rule_is_its_formula"
 
@@ -53,12 +54,14 @@ MUTANTS = {
         ),
         ("none commits", "count = tl.minimum(m, 1)", "count = m * 0"),
         ("the share rounded down", "1 + (m - 1) // tl.where", "m // tl.where"),
-        ("a factor's n from 0", "n = (rank + 2)", "n = (rank + 1)"),
-        ("the largest entropy counts", "spread = total + own - tl.maximum(most, own)", "spread = total + own"),
-        ("a bound below 0 rounded up", "tl.floor(bound * 4294967296.0)", "tl.maximum(bound * 4294967296.0, 0.0)"),
         ("a number only above others", "tl.where(number >= 0, number, count)", "tl.maximum(number, count)"),
         ("no order from the left", "key = tl.where(in_order, 0.0, score)", "key = score"),
         ("positions past the first tile unranked", "range(0, L, BLOCK_J)", "range(0, BLOCK_J, BLOCK_J)"),
+    ],
+    ("unmask", "sampling/strategies.py", BOUNDS): [
+        ("a factor's n from 0", "n = (rank + 2)", "n = (rank + 1)"),
+        ("the largest entropy counts", "spread = total + own - tl.maximum(most, own)", "spread = total + own"),
+        ("a bound below 0 rounded up", "tl.floor(bound * 4294967296.0)", "tl.maximum(bound * 4294967296.0, 0.0)"),
     ],
     ("remask", "sampling/remask.py", REMASKED): [
         ("an edit into the same token counts", "free & (token != block) & (sure >", "free & (sure >"),
