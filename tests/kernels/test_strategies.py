@@ -165,13 +165,13 @@ def test_random_scores_are_uniform_and_apart_from_the_noise() -> None:
 @pytest.mark.skipif(not KERNELS, reason="kernels: TRITON_INTERPRET=1 or a GPU")
 @pytest.mark.parametrize("rule", ("factor", "entropy_bound"))
 def test_the_kernel_decides_as_the_reference(rule: str) -> None:
-    """Sixty-four rows of many masked positions, some scores and bounds equal."""
+    """Rows of many masked positions, in two tiles; some scores and bounds are equal."""
     generator = torch.Generator().manual_seed(4)
-    block = (torch.rand(64, 12, generator=generator) < 0.2).long()
-    score = torch.randint(40, 65, (64, 12), generator=generator) / 64
-    entropy = torch.randint(0, 9, (64, 12), generator=generator) / 16
+    block = (torch.rand(16, 40, generator=generator) < 0.2).long()
+    score = torch.randint(40, 65, (16, 40), generator=generator) / 64
+    entropy = torch.randint(0, 9, (16, 40), generator=generator) / 16
     choices = torch.tensor(dict(factor=[0.25, 0.5, 1.0, 2.0], entropy_bound=[-0.5, 0.0, 0.5, 1.5])[rule]).double()
-    strategy = Strategy(**{rule: choices[torch.arange(64) % 4]})
+    strategy = Strategy(**{rule: choices[torch.arange(16) % 4]})
     token = torch.arange(10, 10 + block.numel()).view(block.shape)
     want = decide(block, Judged(token, score, score, entropy), strategy, MASK, None, None)
     out = new_committed(block.to(DEVICE))

@@ -56,9 +56,9 @@ MUTANTS = {
         ("the share rounded down", "1 + (m - 1) // tl.where", "m // tl.where"),
         ("a number only above others", "tl.where(number >= 0, number, count)", "tl.maximum(number, count)"),
         ("no order from the left", "key = tl.where(in_order, 0.0, score)", "key = score"),
-        ("positions past the first tile unranked", "range(0, L, BLOCK_J)", "range(0, BLOCK_J, BLOCK_J)"),
     ],
     ("unmask", "sampling/strategies.py", BOUNDS): [
+        ("positions past the first tile unranked", "range(0, L, BLOCK_J)", "range(0, BLOCK_J, BLOCK_J)"),
         ("a factor's n from 0", "n = (rank + 2)", "n = (rank + 1)"),
         ("the largest entropy counts", "spread = total + own - tl.maximum(most, own)", "spread = total + own"),
         ("a bound below 0 rounded up", "tl.floor(bound * 4294967296.0)", "tl.maximum(bound * 4294967296.0, 0.0)"),
