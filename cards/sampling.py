@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
-from tt_kernels import Sampling
+from tt_kernels import Remasking, Sampling, Strategy
 from tt_kernels.sampling.commit import commit
 from tt_kernels.sampling.gumbel_noise import gumbel_noise
 from tt_kernels.sampling.head_sample import head_sample
 from tt_kernels.sampling.head_sample_launch import HeadLaunch
+from tt_kernels.sampling.remask import remask
 from tt_kernels.sampling.sample import SampleLaunch, sample
 from tt_kernels.sampling.unmask import unmask
+from tt_kernels.sampling.unmask_logits import unmask_logits
 
 from .op import Op
 
@@ -66,13 +68,67 @@ def _commit_inputs(dtype, B, L, V):
     return dict(**commit_inputs(B, L, V), token=torch.randint(V - 1, (B, L)), confidence=confidence)
 
 
-def _unmask_inputs(dtype, B, L, D, V, **rest):
+def strategies(B: int, rules: int) -> Strategy | None:
+    """rules: 0 none; 1 every confidence, a factor, a bound of the entropy, a number and the tempered distribution, of
+    every row another; 2 a factor alone."""
+    if rules != 1:
+        return Strategy.of(B, factor=0.7) if rules else None
+    row = torch.arange(B)
+    return Strategy(
+        confidence=(row + 4) % 5,
+        factor=torch.where(row % 2 == 1, 0.7, -1.0).double(),
+        entropy_bound=torch.where(row % 3 == 0, 2.5, -1.0).double(),
+        number=torch.where(row % 6 == 4, 2, -1),
+        tempered=row % 4 == 3,
+    )
+
+
+def warmer(sampling: Sampling) -> Sampling:
+    """Tempered logits are then no larger than the others, and so are the errors of their exponentials."""
+    return sampling._replace(temperature=2 * sampling.temperature)
+
+
+def _unmask_inputs(dtype, B, L, D, V, rules=0, ending=0, **rest):
     inputs = head_inputs(dtype, B, D, V, **rest)
     del inputs["suppress"]
-    return dict(inputs, hidden=torch.randn(B, L, D, dtype=dtype), **commit_inputs(B, L, V))
+    more = dict(strategy=strategies(B, rules), sampling=warmer(inputs["sampling"])) if rules else {}
+    if ending:
+        bias = torch.randn(V).index_fill(0, torch.tensor([0, V // 2]), -torch.inf)
+        more |= dict(bias=bias.to(dtype), soft_cap=8.0, shift=True)
+    return inputs | dict(hidden=torch.randn(B, L, D, dtype=dtype), **commit_inputs(B, L, V)) | more
+
+
+def _unmask_logits_inputs(dtype, B, L, V, rules=0, shift=0, **rest):
+    logits = 3 * torch.randn(B, L, V, dtype=dtype)
+    rule = dict(strategy=strategies(B, rules), shift=bool(shift))
+    return dict(logits=logits, sampling=warmer(sampling(B, V, **rest)), **commit_inputs(B, L, V), **rule)
+
+
+def _remask_inputs(dtype, B, L, V, rules=7, may=1):
+    """rules: 1 edit, 2 verify with a limit, 4 sigma, shared in every other row."""
+    block, row = torch.randint(V, (B, L)).masked_fill(torch.rand(B, L) < 0.3, V - 1), torch.arange(B)
+    wide = torch.promote_types(dtype, torch.float32)
+    remasking = Remasking(
+        edit=torch.full((B,), 0.8).double() if rules & 1 else None,
+        verify=torch.full((B,), 0.5).double() if rules & 2 else None,
+        most=row % 4 - 1 if rules & 2 else None,
+        sigma=torch.full((B,), 0.6).double() if rules & 4 else None,
+        shared=row % 2 == 1 if rules & 4 else None,
+    )
+    return dict(
+        block=block,
+        remasking=remasking,
+        mask_token_id=V - 1,
+        may_change=torch.rand(B, L) < 0.8 if may else None,
+        token=torch.where(torch.rand(B, L) < 0.5, block, torch.randint(V - 1, (B, L))),
+        confidence=torch.rand(B, L, dtype=wide),
+        own=torch.rand(B, L, dtype=wide),
+        sampling=sampling(B, V),
+    )
 
 
 _HEAD = dict(D=2688, V=131072)
+_STRATEGY_KERNELS = ("_judge_kernel", "_decide_kernel")
 _HEAD_KERNELS = ("_head_kernel", "_limits_kernel", "_sample_kernel", "_combine_kernel")
 
 OPS = (
@@ -163,18 +219,60 @@ OPS = (
             dict(B=2, L=16, D=3, V=1100),
             dict(B=2, L=40, D=4, V=11, narrow=3),
             dict(B=2, L=520, D=2, V=5),
+            dict(B=6, L=7, D=8, V=29, rules=1),
+            dict(B=3, L=5, D=8, V=29, rules=2, ending=1),
+            dict(B=6, L=4, D=24, V=300, rules=1, ending=1, narrow=1),
+            dict(B=6, L=12, D=24, V=300, rules=1),
             dict(B=0, L=4, D=4, V=5),
             dict(B=2, L=0, D=4, V=5),
         ),
         shapes=(
             *(dict(B=B, L=L, **_HEAD) for B, L in ((1, 16), (4, 16), (8, 16), (64, 16), (1, 128))),
             dict(B=4, L=16, **_HEAD, narrow=1),
+            *(dict(B=B, L=16, **_HEAD, rules=1) for B in (1, 4)),
         ),
         grows=dict(B=64, L=64),
         outputs=("block", "committed", "confidence", "masked"),
-        kernels=("_masked_rows_kernel", *_HEAD_KERNELS, "_finish_kernel", "_commit_kernel"),
+        kernels=("_masked_rows_kernel", *_HEAD_KERNELS, "_finish_kernel", "_commit_kernel", *_STRATEGY_KERNELS),
         tensor_cores={"_head_kernel": "BLOCK_V"},
         candidates=dict(_head_kernel=CANDIDATES),
         cost=lambda itemsize, B, L, D, V, **_: (2 * B * L * V * D, (V * D + B * L * D) * itemsize),
+    ),
+    Op(
+        fn=unmask_logits,
+        inputs=_unmask_logits_inputs,
+        cases=(
+            dict(B=4, L=5, V=37, rules=2),
+            dict(B=6, L=7, V=29, rules=1, shift=1),
+            dict(B=6, L=5, V=300, rules=1, narrow=1, shift=1),
+            dict(B=2, L=16, V=11, hot=0),
+            dict(B=5, L=3, V=5003, rules=1),
+            dict(B=2, L=520, V=5, rules=1),
+            dict(B=0, L=4, V=5, rules=1),
+            dict(B=2, L=0, V=5, rules=1),
+        ),
+        shapes=(dict(B=4, L=32, V=126464, rules=2, hot=0), dict(B=4, L=32, V=126464, rules=1)),  # as LLaDA's
+        grows=dict(B=64, L=64),
+        outputs=("block", "committed", "confidence", "masked"),
+        kernels=("_masked_rows_kernel", "_limits_kernel", "_sample_kernel", *_STRATEGY_KERNELS),
+        cost=lambda itemsize, B, L, V, **_: (40 * B * L * V, B * L * V * itemsize),
+    ),
+    Op(
+        fn=remask,
+        inputs=_remask_inputs,
+        cases=(
+            dict(B=4, L=7, V=11),
+            dict(B=3, L=16, V=11, rules=1, may=0),
+            dict(B=4, L=16, V=11, rules=2, may=0),
+            dict(B=4, L=77, V=5, rules=3),
+            dict(B=4, L=9, V=5, rules=4, may=0),
+            dict(B=0, L=4, V=5),
+            dict(B=2, L=0, V=5),
+        ),
+        shapes=(dict(B=1, L=32, V=131072), dict(B=64, L=32, V=131072)),
+        grows=dict(B=64, L=256),
+        outputs=("block", "changed", "masked"),
+        kernels=("_remask_kernel",),
+        cost=lambda itemsize, B, L, V, **_: (0, B * L * (5 * 8 + 2 * itemsize)),
     ),
 )

@@ -9,6 +9,7 @@ from models import CONFIG
 from tt_model import Engine, Request, TwoTower
 from tt_model.engine.passes import Pass, Passes
 from tt_model.engine.runner import Runner
+from tt_model.engine.settings import CONFIDENCES, STRATEGIES
 
 MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
 
@@ -35,6 +36,10 @@ def drawn(r: random.Random) -> tuple[list[int], dict[str, Any]]:
         eos_token_id=r.choice((None, 7, [5, 11, 12, 13, 20, 21, 22])),
         seed=r.randrange(100),
     )
+    more = random.Random(repr(found))  # which changes no other draw
+    found["strategy"] = more.choice(("schedule", "schedule", *STRATEGIES))
+    found["confidence"] = more.choice(("probability", "probability", *CONFIDENCES))
+    found["factor"], found["entropy_bound"] = more.choice((0.5, 1.0)), more.choice((0.1, 4.0))
     return prompt, found
 
 

@@ -28,7 +28,22 @@ else:
     from .norm import Modulated, gated_group_norm, modulated_rms_norm, rms_norm
     from .runtime.checks import skip_checks, trusted
     from .runtime.registry import use
-    from .sampling import Committed, Sampled, Sampling, Unmasked, commit, gumbel_noise, head_sample, sample, unmask
+    from .sampling import (
+        Committed,
+        Remasked,
+        Remasking,
+        Sampled,
+        Sampling,
+        Strategy,
+        Unmasked,
+        commit,
+        gumbel_noise,
+        head_sample,
+        remask,
+        sample,
+        unmask,
+        unmask_logits,
+    )
     from .ssm import (
         MambaState,
         MambaWeights,
@@ -51,10 +66,13 @@ __all__ = [
     "MambaWeights",
     "Matrix",
     "Modulated",
+    "Remasked",
+    "Remasking",
     "Routing",
     "SSDChunk",
     "Sampled",
     "Sampling",
+    "Strategy",
     "Unmasked",
     "append_attention",
     "block_diffusion_attention",
@@ -75,6 +93,7 @@ __all__ = [
     "mamba_extend",
     "mamba_step",
     "modulated_rms_norm",
+    "remask",
     "rms_norm",
     "route",
     "sample",
@@ -85,5 +104,6 @@ __all__ = [
     "ssd_step",
     "trusted",
     "unmask",
+    "unmask_logits",
     "use",
 ]

@@ -72,6 +72,10 @@ class TwoTower(TwoTowerModel):
         steps_per_block: int = 16,
         draft_steps: int = 1,
         confidence_threshold: float = 0.8,
+        strategy: str = "schedule",
+        confidence: str = "probability",
+        factor: float = 1.0,
+        entropy_bound: float = 0.1,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -95,6 +99,12 @@ class TwoTower(TwoTowerModel):
             steps_per_block: most denoiser passes for a block.
             draft_steps: in "speculative", most denoiser passes for a draft.
             confidence_threshold: masked positions whose prediction is more probable than this are committed at once.
+            strategy: which positions of a block commit in a pass: "schedule" (all above the threshold, and as many as
+                finish the block in steps_per_block passes), "threshold" (all above it, or one), "static" (the
+                schedule alone), "factor" (Fast-dLLM's) or "entropy_bound" (EB-Sampler's); docs/decoding.md has them.
+            confidence: what orders positions and is held to the threshold: "probability" of the prediction, "margin",
+                "entropy", "random" or "sequential".
+            factor, entropy_bound: of the strategies of these names.
             temperature: 0 takes the most probable token; 1e-30 and above, a Gumbel-max sample of logits / temperature,
                 which at 1e30 and above draws every token alike.
             top_k, top_p: narrow what may be sampled at a temperature above 0.
@@ -128,6 +138,10 @@ class TwoTower(TwoTowerModel):
             steps_per_block=steps_per_block,
             draft_steps=draft_steps,
             confidence_threshold=confidence_threshold,
+            strategy=strategy,
+            confidence=confidence,
+            factor=factor,
+            entropy_bound=entropy_bound,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

@@ -1,5 +1,7 @@
 """Generation: passes that a row's end makes needless, any temperature, what seeds and on_step may be."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -193,3 +195,65 @@ def test_the_mask_token_in_clean_text_is_a_token_like_any_other(model: TwoTower)
         assert together.tokens[0] == model.generate([[4, 5]], **options).tokens[0]
         if mode == "mask_diffusion":
             assert MASK not in together.tokens[1]
+
+
+# ---- strategies ----
+
+
+def commits(model: TwoTower, **options: Any) -> list[list[int]]:
+    """How many positions of each block each of its passes commits."""
+    numbers: list[list[int]] = []
+
+    def on_step(step: Step) -> None:
+        if step.step == 0:
+            numbers.append([])
+        numbers[-1].append(int(step.committed.sum()))
+
+    model.generate(prompts_of([9]), max_new_tokens=16, block_size=8, eos_token_id=None, on_step=on_step, **options)
+    return numbers
+
+
+def test_strategies_commit_as_they_say(model: TwoTower) -> None:
+    assert commits(model, strategy="static", steps_per_block=3) == [[3, 3, 2]] * 2
+    assert commits(model, strategy="threshold", confidence_threshold=1.0) == [[1] * 8] * 2  # steps_per_block is 16
+    assert commits(model, strategy="threshold", confidence_threshold=1.0, steps_per_block=2) == [[1] * 8] * 2
+    assert commits(model, strategy="threshold", confidence_threshold=0.0) == [[8]] * 2
+    assert commits(model, strategy="factor", factor=1e9) == [[8]] * 2
+    assert commits(model, strategy="factor", factor=0.0) == [[1] * 8] * 2
+    assert commits(model, strategy="entropy_bound", entropy_bound=1e9) == [[8]] * 2
+    assert commits(model, strategy="entropy_bound", entropy_bound=0.0) == [[1] * 8] * 2
+    some = commits(model, strategy="entropy_bound", confidence="entropy", entropy_bound=8.0)
+    assert all(sum(block) == 8 and 1 < len(block) < 8 for block in some)
+
+
+def test_a_sequential_strategy_commits_from_the_left(model: TwoTower) -> None:
+    taken: list[list[int]] = []
+    options = dict(max_new_tokens=8, block_size=8, steps_per_block=4, eos_token_id=None, strategy="static")
+    model.generate(
+        prompts_of([9]),
+        confidence="sequential",
+        on_step=lambda step: taken.append(step.committed[0].nonzero().flatten().tolist()),
+        **options,
+    )
+    assert taken == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_the_default_strategy_is_the_schedule_of_probabilities(model: TwoTower) -> None:
+    options = dict(max_new_tokens=16, confidence_threshold=0.15, temperature=0.7, seed=3)
+    want = model.generate(prompts_of([5, 9]), **options)
+    assert model.generate(prompts_of([5, 9]), strategy="schedule", confidence="probability", **options) == want
+
+
+@pytest.mark.parametrize(
+    "bad,message",
+    [
+        (dict(strategy="greedy"), "strategy is 'greedy', expected one of schedule, threshold"),
+        (dict(confidence="entropies"), "confidence is 'entropies', expected one of probability"),
+        (dict(factor=-1.0), "factor is -1.0, expected 0 or more"),
+        (dict(entropy_bound=float("nan")), "entropy_bound is nan, expected 0 or more"),
+        (dict(factor="1"), "factor is '1', expected a number"),
+    ],
+)
+def test_bad_strategies_are_named(model: TwoTower, bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate([[4]], **bad)

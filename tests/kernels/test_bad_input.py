@@ -10,7 +10,7 @@ from parity import KERNELS, leaves, make, with_leaves
 from torch import Tensor
 
 from cards import OPS
-from tt_kernels import ExpertWeights, Matrix, Routing, Sampling
+from tt_kernels import ExpertWeights, Matrix, Routing, Sampling, Strategy
 
 pytestmark = pytest.mark.kernels
 
@@ -270,6 +270,29 @@ BAD = [
     ("unmask", dict(sampling=Sampling.of(4, position=torch.ones(4, 5).long())), "position is [4, 5], expected [B]"),
     ("unmask", dict(mask_token_id=None), "unmask: mask_token_id is None, expected a token id below V=37"),
     ("unmask", dict(mask_token_id=37), "unmask: mask_token_id is 37, expected a token id below V=37"),
+    ("unmask", dict(soft_cap=0), "unmask: soft_cap is 0, expected a number above 0, or None"),
+    ("unmask", dict(bias=torch.ones(36)), "unmask: bias has V=36, but weight has V=37"),
+    ("unmask", dict(strategy="margin"), "unmask: strategy is 'margin', expected a Strategy or None"),
+    (
+        "unmask",
+        dict(strategy=Strategy.of(3, factor=1.0)),
+        "unmask: strategy.factor has B=3, but hidden has B=4",
+    ),
+    (
+        "unmask_logits",
+        dict(strategy=Strategy(confidence=torch.full((4,), 5))),
+        "unmask_logits: confidence is 5, expected 0 to 4",
+    ),
+    ("unmask_logits", dict(logits=torch.ones(4, 5)), "unmask_logits: logits is [4, 5], expected [B, L, V]"),
+    (
+        "unmask_logits",
+        dict(strategy=Strategy(number=torch.ones(4))),
+        "unmask_logits: strategy.number is torch.float32, expected a tensor of ints",
+    ),
+    ("remask", dict(remasking=None), "remask: remasking is None, expected a Remasking"),
+    ("remask", dict(own=None), "remask: own is None, expected what shared is decided by"),
+    ("remask", dict(token=torch.ones(4, 7).int()), "remask: token is torch.int32, expected the dtype of block"),
+    ("remask", dict(mask_token_id=1.0), "remask: mask_token_id is 1.0, expected an id of the block's torch.int64"),
     ("linear_cross_entropy", dict(targets=torch.ones(2, 5)), "targets is torch.float32, expected a tensor of ints"),
     ("linear_cross_entropy", dict(targets=torch.full((2, 5), 11)), "targets has 11, expected token ids below V=11"),
     ("linear_cross_entropy", dict(targets=torch.full((2, 5), -100)), "targets has -100, expected token ids below V=11"),
@@ -295,6 +318,7 @@ def test_bad_input_is_named(name: str, changes: dict[str, Any], message: str) ->
     assert message in str(error.value) and str(error.value).startswith(f"{name}: ")
 
 
+OPTIONAL = {("linear_cross_entropy", "mask"), ("unmask", "threshold"), ("unmask", "steps_left")}
 NEEDED = [
     (name, argument)
     for name in ("gumbel_noise", "sample", "head_sample", "commit", "unmask", "linear_cross_entropy")
@@ -306,7 +330,7 @@ NEEDED = [
 def test_missing_and_distant_tensors_are_named(name: str, argument: str) -> None:
     """The unmasking ops and the loss: every tensor, also those of integers and temperatures."""
     shown = argument.removeprefix("sampling.")
-    if argument != "mask":
+    if (name, argument) not in OPTIONAL:
         with pytest.raises(ValueError, match=f"^{name}: {shown} is None, expected a tensor$"):
             OPS[name].fn(**with_leaves(args(name), {argument: None}))
     distant = with_leaves(args(name), {argument: torch.empty_like(leaves(args(name))[argument], device="meta")})

@@ -17,8 +17,10 @@ from .loss import linear_cross_entropy
 from .mamba import MambaState, MambaWeights, mamba_advance, mamba_block, mamba_extend, mamba_step
 from .moe import ExpertWeights, Matrix, Routing, experts, experts_norm, route
 from .norm import Modulated, gated_group_norm, modulated_rms_norm, rms_norm
-from .sampling import Committed, Sampled, Sampling, Unmasked, commit, gumbel_noise, head_sample, sample, unmask
+from .remasking import Remasked, Remasking, remask
+from .sampling import Sampled, Sampling, gumbel_noise, head_sample, sample
 from .ssd import SSDChunk, ssd_advance, ssd_block, ssd_chunk, ssd_step
+from .unmasking import Committed, Strategy, Unmasked, commit, unmask, unmask_logits
 
 __all__ = [
     "AttentionWithLSE",
@@ -28,10 +30,13 @@ __all__ = [
     "MambaWeights",
     "Matrix",
     "Modulated",
+    "Remasked",
+    "Remasking",
     "Routing",
     "SSDChunk",
     "Sampled",
     "Sampling",
+    "Strategy",
     "Unmasked",
     "append_attention",
     "block_diffusion_attention",
@@ -52,6 +57,7 @@ __all__ = [
     "mamba_extend",
     "mamba_step",
     "modulated_rms_norm",
+    "remask",
     "rms_norm",
     "route",
     "sample",
@@ -60,4 +66,5 @@ __all__ = [
     "ssd_chunk",
     "ssd_step",
     "unmask",
+    "unmask_logits",
 ]

@@ -1,4 +1,4 @@
-"""The unmasking step: counter-based Gumbel noise, prediction with its confidence, the commit rule."""
+"""Counter-based Gumbel noise, and the prediction of a token with its confidence."""
 
 import math
 from typing import NamedTuple
@@ -63,23 +63,6 @@ class Sampled(NamedTuple):
 
     token: Tensor  # [*] int64
     confidence: Tensor  # [*] fp32, or fp64: the token's probability at temperature 1
-
-
-class Committed(NamedTuple):
-    """A block after the commit rule."""
-
-    block: Tensor  # [B, L] dtype of the block that came in, in new memory
-    committed: Tensor  # [B, L] bool: what took its prediction now
-    masked: Tensor  # [B] int64: how many positions are masked still
-
-
-class Unmasked(NamedTuple):
-    """A block after one unmasking step."""
-
-    block: Tensor  # [B, L] dtype of the block that came in, in new memory
-    committed: Tensor  # [B, L] bool: what took its prediction now
-    confidence: Tensor  # [B, L] fp32, or fp64: of the predictions; 0 where nothing was masked
-    masked: Tensor  # [B] int64: how many positions are masked still
 
 
 _WORD = 0xFFFFFFFF  # 32 bits
@@ -227,49 +210,3 @@ def sample(logits: Tensor, sampling: Sampling, *, suppress: int | None = None) -
 @full_precision
 def head_sample(hidden: Tensor, weight: Tensor, sampling: Sampling, *, suppress: int | None = None) -> Sampled:
     return sample(head_logits(hidden.detach(), weight.detach()), sampling, suppress=suppress)
-
-
-@full_precision
-def commit(
-    block: Tensor, token: Tensor, confidence: Tensor, *, mask_token_id: int, threshold: Tensor, steps_left: Tensor
-) -> Committed:
-    masked = block == mask_token_id  # [B, L]
-    m = masked.sum(-1)
-    above = (masked & (confidence > threshold.to(confidence).unsqueeze(-1))).sum(-1)
-    share = -(-m // steps_left.clamp(min=1))  # ceil(m / steps left)
-    count = torch.minimum(m, torch.maximum(above, share).clamp(min=1))
-    order = (-confidence).argsort(dim=-1, stable=True)  # ascending, where NaN is last
-    ranked = masked.gather(-1, order)
-    committed = torch.zeros_like(masked).scatter(-1, order, ranked & (ranked.cumsum(-1) <= count.unsqueeze(-1)))
-    return Committed(torch.where(committed, token, block), committed, m - count)
-
-
-@full_precision
-def unmask(
-    hidden: Tensor,
-    weight: Tensor,
-    block: Tensor,
-    sampling: Sampling,
-    *,
-    mask_token_id: int,
-    threshold: Tensor,
-    steps_left: Tensor,
-) -> Unmasked:
-    masked = block == mask_token_id
-    token = block.clone()
-    confidence = torch.zeros(block.shape, dtype=compute_dtype(hidden.dtype, weight.dtype), device=block.device)
-    in_graph = torch.compiler.is_compiling()
-    if in_graph:  # the number of masked positions is no size there: logits of all
-        rows, cols = (torch.arange(n, device=block.device) for n in block.shape)
-        rows = rows.unsqueeze(-1).expand(block.shape)
-    else:
-        rows, cols = masked.nonzero(as_tuple=True)
-        hidden = hidden[rows, cols]
-    mine = sampling.select(rows)
-    found, sure = head_sample(hidden, weight, mine._replace(position=mine.position + cols), suppress=mask_token_id)
-    if in_graph:
-        token, confidence = torch.where(masked, found.to(token.dtype), token), torch.where(masked, sure, confidence)
-    else:
-        token[rows, cols], confidence[rows, cols] = found.to(token.dtype), sure
-    result = commit(block, token, confidence, mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
-    return Unmasked(result.block, result.committed, confidence, result.masked)

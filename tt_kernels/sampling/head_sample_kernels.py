@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..runtime.lang import programmatic_launch
-from .lang import empty_record, is_any_hot, merge, tile_record, write_record
+from .lang import empty_record, finish, is_any_hot, merge, source_of, tile_record, write_record
 
 
 @triton.jit(do_not_specialize=["R", "first"])
@@ -24,6 +24,10 @@ def _head_kernel(
     tiles,  # of BLOCK_V tokens a piece
     pieces,  # of the vocabulary
     suppress,
+    look,  # Look, or None
+    bias_ptr,  # [V], or None
+    soft_cap,  # or None
+    SHIFT: tl.constexpr,  # each row's logits are those of the hidden state before
     TMA: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -50,8 +54,9 @@ def _head_kernel(
         if store is not None:
             slot = piece % store.depth * store.parts + piece // store.depth
             any_hot = is_any_hot(row, mask_t, settings)
-            record = empty_record(SUB, acc_dtype)
-        hidden = hidden_ptr + row.to(tl.int64)[:, None] * stride_hidden + offs_k[None, :]
+            record = empty_record(SUB, acc_dtype, look)
+        source = source_of(row, settings, SHIFT)
+        hidden = hidden_ptr + source.to(tl.int64)[:, None] * stride_hidden + offs_k[None, :]
         for start in range(begin, min(begin + tiles * BLOCK_V, V), BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             x = tl.zeros((BLOCK_V, BLOCK_T), dtype=acc_dtype)
@@ -67,16 +72,30 @@ def _head_kernel(
                     w, h = w.to(acc_dtype), h.to(acc_dtype)
                 # The head as the larger operand fills the tensor cores.
                 x = tl.dot(w, h.T, x, input_precision="ieee", out_dtype=x.dtype)
+            x = finish(x, offs_v, V, bias_ptr, soft_cap)
             if store is None:
                 at = logits_ptr + offs_t.to(tl.int64)[None, :] * V + offs_v[:, None]
                 tl.store(at, x, mask=mask_t[None, :] & (offs_v < V)[:, None])
             elif BLOCK_T == SUB:
                 tile = tile_record(
-                    *(x, start, any_hot, row, mask_t, settings, None, None, V, suppress, record.best if SKIP else None),
+                    *(
+                        x,
+                        start,
+                        any_hot,
+                        row,
+                        mask_t,
+                        settings,
+                        None,
+                        None,
+                        V,
+                        suppress,
+                        record.best if SKIP else None,
+                        look,
+                    ),
                     PAIRS=True,
                     BLOCK_V=BLOCK_V,
                 )
-                record = merge(record, tile)
+                record = merge(record, tile, look is not None)
             else:
                 # Few columns at a time, and a record for every tile: those of all rows do not fit registers.
                 groups = tl.reshape(x, (BLOCK_V, BLOCK_T // SUB, SUB))
@@ -89,10 +108,10 @@ def _head_kernel(
                     if listed is not None:
                         row_s = tl.load(listed.index + first + offs_s, mask=mask_s, other=0)
                     tile = tile_record(
-                        *(some, start, any_hot, row_s, mask_s, settings, None, None, V, suppress, None),
+                        *(some, start, any_hot, row_s, mask_s, settings, None, None, V, suppress, None, look),
                         PAIRS=True,
                         BLOCK_V=BLOCK_V,
                     )
-                    write_record(store, first + offs_s, mask_s, slot, tile)
+                    write_record(store, first + offs_s, mask_s, slot, tile, look is not None)
         if store is not None and BLOCK_T == SUB:
-            write_record(store, first + offs_t, mask_t, slot, record)
+            write_record(store, first + offs_t, mask_t, slot, record, look is not None)

@@ -19,6 +19,7 @@ from .sample import SampleLaunch, record_logits, sample_parts
 MERGED = 64  # rows up to which the products are sampled as they come; wider ones are on tensor cores only
 WRITTEN = 512  # rows whose logits lie in memory at a time: 268 MB in fp32 of the published vocabulary
 SUB = 16  # the fewest rows that tensor cores take; more would not fit registers beside the products
+LOOKED = 8  # at a time where a record has more numbers: of 16 rows they would spill 8 to 40 bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +83,15 @@ class Pieces(NamedTuple):
     depth: int  # pieces a part
 
 
-def head_pieces(launch: HeadLaunch, V: int, multiprocessors: int) -> Pieces:
+def head_pieces(launch: HeadLaunch, V: int, multiprocessors: int, look: bool = False) -> Pieces:
     """Parts are two a multiprocessor at most and the same however many rows there are, so that a row's sums have one
     order: up to 16 rows a piece is a part, whose tiles a program merges; of more rows a piece is a tile, and the kernel
-    that combines the records merges a part's first."""
+    that combines the records merges a part's first; so it does for records that strategies look at."""
     count = triton.cdiv(V, launch.BLOCK_V)
     tiles = max(1, triton.cdiv(count, 2 * multiprocessors))
-    return Pieces(triton.cdiv(count, tiles), tiles, 1) if launch.BLOCK_T == SUB else Pieces(count, 1, tiles)
+    return (
+        Pieces(triton.cdiv(count, tiles), tiles, 1) if launch.BLOCK_T == SUB and not look else Pieces(count, 1, tiles)
+    )
 
 
 def _run_head(
@@ -97,6 +100,8 @@ def _run_head(
     rows: Rows,
     launch: HeadLaunch,
     suppress: int | None,
+    bias: Tensor | None,
+    soft_cap: float | None,
     *,
     records: Store | None = None,
     logits: Tensor | None = None,
@@ -105,7 +110,7 @@ def _run_head(
     """Write all records, or the logits [R, V] of records first to first + R."""
     V, D = weight.shape
     programs = 2 * multiprocessors(hidden)
-    pieces = head_pieces(launch, V, multiprocessors(hidden))
+    pieces = head_pieces(launch, V, multiprocessors(hidden), rows.look is not None)
     R = rows.N if logits is None else len(logits)
     tma = by_tma(weight, architecture(weight))
     run(
@@ -115,14 +120,25 @@ def _run_head(
         TensorDescriptor.from_tensor(weight, [launch.BLOCK_V, launch.BLOCK_K]) if tma else weight,
         *(hidden.stride(0), weight.stride(0), rows.settings, rows.listed, records, logits),
         *(R, first, V, D, pieces.tiles, pieces.number, -1 if suppress is None else suppress),
+        *(rows.look, bias, soft_cap),
+        SHIFT=rows.shift,
         TMA=tma,
-        SUB=SUB,
-        SKIP=architecture(weight) < 100,  # there it spills 8 to 48 bytes
+        SUB=SUB if rows.look is None else LOOKED,
+        SKIP=architecture(weight) < 100 and rows.look is None,  # there it spills 8 to 48 bytes
         launch=launch,
+        # With more numbers a record ptxas would spill two there to fit another program.
+        **(dict(maxnreg=255) if rows.look is not None and architecture(weight) < 90 else {}),
     )
 
 
-def head_records(hidden: Tensor, weight: Tensor, rows: Rows, suppress: int | None) -> Store:
+def head_records(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Rows,
+    suppress: int | None,
+    bias: Tensor | None = None,
+    soft_cap: float | None = None,
+) -> Store:
     """Records of all rows of hidden [N, D], or of those listed.
 
     Above 64 rows their logits lie in memory: a tile of products that keeps the tensor cores busy leaves no room for a
@@ -133,20 +149,20 @@ def head_records(hidden: Tensor, weight: Tensor, rows: Rows, suppress: int | Non
     weight = by_row(weight)
     V, dtype = len(weight), compute_dtype(hidden.dtype, weight.dtype)
     launch, narrowed = _launch(rows.N, hidden, weight), narrows(rows.sampling)
-    pieces = head_pieces(launch, V, multiprocessors(hidden))
+    pieces = head_pieces(launch, V, multiprocessors(hidden), rows.look is not None)
     if not narrowed and (rows.N <= MERGED or launch.BLOCK_T == SUB):
-        records = new_records(rows.N, pieces.number, hidden, dtype, pieces.depth)
-        _run_head(hidden, weight, rows, launch, suppress, records=records)
+        records = new_records(rows, pieces.number, hidden, dtype, pieces.depth)
+        _run_head(hidden, weight, rows, launch, suppress, bias, soft_cap, records=records)
         return records
     logits = hidden.new_empty(min(WRITTEN, rows.N), V, dtype=dtype)
     few = 4 if architecture(weight) < 100 else 8  # rows that win together are left out; Triton 3.6 spills 4 on sm_100
     # Where nothing is narrowed, pieces and sums as of fewer rows: a row's bits do not depend on its neighbours.
     sampler = SampleLaunch(BLOCK_V=launch.BLOCK_V, BLOCK_T=few, TILES=pieces.depth, PAIRS=1)
     parts = sample_parts(logits) if narrowed else triton.cdiv(pieces.number, pieces.depth)
-    records = new_records(rows.N, parts, hidden, dtype)
+    records = new_records(rows, parts, hidden, dtype)
     for first in range(0, rows.N, WRITTEN):
         some = logits[: rows.N - first]
-        _run_head(hidden, weight, rows, launch, suppress, logits=some, first=first)
+        _run_head(hidden, weight, rows, launch, suppress, bias, soft_cap, logits=some, first=first)
         record_logits(some, rows, records, suppress, first, None if narrowed else sampler)
     return records
 

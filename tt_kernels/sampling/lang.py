@@ -3,7 +3,7 @@
 A record says of one row and one piece of the vocabulary: the largest logit m and s = sum(exp(logit - m)) for the
 confidence, the best score (at a temperature above 0 with its noise), its token and that token's own logit. Records are
 combined in the order of the vocabulary, so equal scores go to the lowest token and two runs are equal bit for bit.
-A confidence that needs more of the logits (the second best, say) is a field of `Record` and a plane of `Store`.
+Where a strategy looks at more, a record also has the second best logit and sum((logit - m) exp(logit - m)).
 """
 
 from typing import Any, NamedTuple
@@ -38,6 +38,12 @@ class Limits(NamedTuple):
     last: Any
 
 
+class Look(NamedTuple):
+    """Says that records are to have what strategies look at."""
+
+    tempered: Any  # [rows / L]: whether of the distribution that is drawn from
+
+
 class Store(NamedTuple):
     """Where records lie. Piece p of the vocabulary is in slot [p % depth, p // depth] of its row."""
 
@@ -47,6 +53,7 @@ class Store(NamedTuple):
     depth: Any
     parts: Any
     plane: Any  # N * depth * parts
+    more: Any  # [2, N, depth, parts]: second and moment, where LOOKED
 
 
 class Record(NamedTuple):
@@ -57,6 +64,18 @@ class Record(NamedTuple):
     best: Any
     token: Any
     raw: Any
+
+
+class Looked(NamedTuple):
+    """A record where somebody looks at more: in Triton 3.6 no tuple that is returned or compared may hold None."""
+
+    m: Any
+    s: Any
+    best: Any
+    token: Any
+    raw: Any
+    second: Any
+    moment: Any
 
 
 LARGEST32 = tl.constexpr(3.4028234663852886e38)
@@ -76,6 +95,15 @@ def sequence_of(row, settings):
 
 
 @triton.jit
+def source_of(row, settings, SHIFT: tl.constexpr):
+    """The row whose logits predict each row: with SHIFT the one before in its sequence, of the first itself."""
+    if SHIFT:
+        _, place = sequence_of(row, settings)
+        row -= (place > 0).to(row.dtype)
+    return row
+
+
+@triton.jit
 def is_any_hot(row, mask, settings):
     """Whether one of the rows is above temperature 0."""
     b, _ = sequence_of(row, settings)
@@ -84,10 +112,14 @@ def is_any_hot(row, mask, settings):
 
 
 @triton.jit
-def empty_record(N: tl.constexpr, dtype: tl.constexpr):
+def empty_record(N: tl.constexpr, dtype: tl.constexpr, look):
     """A record of N rows before the first tile: merged with that tile's it is that tile's."""
     m = tl.full((N,), float("-inf"), dtype=dtype)
-    return Record(m, tl.zeros((N,), dtype=dtype), m + float("nan"), tl.zeros((N,), dtype=tl.int32), m)
+    zeros, nothing = tl.zeros((N,), dtype=dtype), m + float("nan")
+    if look is not None:
+        return Looked(m, zeros, nothing, tl.zeros((N,), dtype=tl.int32), m, m, zeros)
+    else:
+        return Record(m, zeros, nothing, tl.zeros((N,), dtype=tl.int32), m)
 
 
 @triton.jit
@@ -133,6 +165,21 @@ def sum_of_exp(x, m, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def finish(x, ids, V, bias_ptr, soft_cap):
+    """Logits [BLOCK_V, rows] of tokens ids [BLOCK_V] from a head's products: the reference's `finish`."""
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + ids, mask=ids < V, other=0.0).to(x.dtype)[:, None]
+        x += bias
+    if soft_cap is not None:
+        e = tl.exp2(tl.abs(x) * (-2.8853900817779268 / soft_cap))  # tanh z = (1 - e^-2z) / (1 + e^-2z)
+        capped = soft_cap * ((1 - e) / (1 + e))
+        x = tl.where(x < 0, -capped, capped)
+        if bias_ptr is not None:
+            x = tl.where(bias == float("-inf"), float("-inf"), x)
+    return x
+
+
+@triton.jit
 def flip(number, dtype: tl.constexpr):
     """Bits of a float as an int of its order, and back: the sign says whether the others are reversed."""
     if number.dtype.is_floating():
@@ -140,6 +187,45 @@ def flip(number, dtype: tl.constexpr):
     WIDE: tl.constexpr = number.dtype == tl.int64
     flipped = number ^ ((number >> (63 if WIDE else 31)) & (0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF))
     return flipped.to(dtype, bitcast=True)
+
+
+@triton.jit
+def look_at(
+    x,  # [BLOCK_V, rows]: logits, -inf for what is none
+    ids,  # [BLOCK_V, 1]
+    raw,  # [rows]: the chosen token's logit
+    row,
+    mask,
+    settings,
+    limits,
+    offs,
+    look,
+    PAIRS: tl.constexpr,
+):
+    """What strategies know of a tile: m, s, raw, second and moment."""
+    b, _ = sequence_of(row, settings)
+    temperature = tl.load(settings.temperature + b, mask=mask, other=0.0)
+    tempered = (tl.load(look.tempered + b, mask=mask, other=0) != 0) & (temperature > 0)
+    t = tl.where(tempered, tl.minimum(tl.maximum(temperature.to(x.dtype), 1e-30), 1e30), 1.0)
+    if limits is not None:
+        least = tl.load(limits.least + offs, mask=mask, other=0.0)
+        last = tl.load(limits.last + offs, mask=mask, other=0)
+        out = (x < least[None, :]) | ((x == least[None, :]) & (ids > last[None, :]))
+        x = tl.where(tempered[None, :] & out, float("-inf"), x)
+    ts = t[None, :] + tl.zeros_like(x)
+    x = x / ts if x.dtype == tl.float64 else tl.div_rn(x, ts)
+    raw = raw / t if x.dtype == tl.float64 else tl.div_rn(raw, t)
+    m = tl.max(x, axis=0)
+    equal = tl.sum((x == m[None, :]).to(tl.int32), axis=0)
+    second = tl.max(tl.where(x == m[None, :], float("-inf"), x), axis=0)
+    second = tl.where(equal > 1, m, second)
+    shift = tl.where(m == float("-inf"), 0.0, m)
+    below = x - shift[None, :]
+    terms = tl.exp2(below * 1.4426950408889634)
+    moments = tl.where(terms == 0, 0.0, below * terms)
+    s = sum_pairs(terms) if PAIRS else tl.sum(terms, axis=0)
+    moment = sum_pairs(moments) if PAIRS else tl.sum(moments, axis=0)
+    return m, s, raw, second, moment
 
 
 @triton.jit
@@ -155,6 +241,7 @@ def tile_record(
     V,
     suppress,
     known,  # [rows]: a score that a token of each row has reached; NaN: none is known; None: nothing is left out
+    look,  # Look, or None
     PAIRS: tl.constexpr,  # the sum by pairs, which several tiles of rows must have in one order
     BLOCK_V: tl.constexpr,
 ):
@@ -206,12 +293,23 @@ def tile_record(
         s = sum_of_exp(x, m, PAIRS)
     token = start + at
     token = tl.where(token == suppress, token + 1, token)  # where all are -inf: not the suppressed one
-    return Record(m, s, best, token, raw)
+    if look is not None:
+        m, s, raw, second, moment = look_at(x, ids, raw, row, mask, settings, limits, offs, look, PAIRS)
+        return Looked(m, s, best, token, raw, second, moment)
+    else:
+        return Record(m, s, best, token, raw)
 
 
 @triton.jit
-def merge(a, b):
-    """Record a with the next one in the order of the vocabulary."""
+def rescaled(moment, s, by):
+    """A sum((x - m) exp(x - m)), with s = sum(exp(x - m)), once m is larger by -by."""
+    scale = tl.exp2(by * 1.4426950408889634)
+    return tl.where(scale == 0, 0.0, (moment + by * s) * scale)
+
+
+@triton.jit
+def merge(a, b, LOOKED: tl.constexpr):
+    """Record a with the next one in the order of the vocabulary; where LOOKED both are `Looked`."""
     upper, lower = tl.maximum(a.m, b.m), tl.minimum(a.m, b.m)
     shift = tl.where(upper == float("-inf"), 0.0, upper)
     first = a.m >= b.m
@@ -219,11 +317,18 @@ def merge(a, b):
     s = tl.where(first, a.s, b.s) + tl.where(first, b.s, a.s) * tl.exp2((lower - shift) * 1.4426950408889634)
     kept = b.best <= a.best  # of equals the first; never where a.best is the NaN of no record
     best, token = tl.where(kept, a.best, b.best), tl.where(kept, a.token, b.token)
-    return Record(upper, s, best, token, tl.where(kept, a.raw, b.raw))
+    raw = tl.where(kept, a.raw, b.raw)
+    if LOOKED:
+        second = tl.maximum(lower, tl.maximum(a.second, b.second))
+        other = rescaled(tl.where(first, b.moment, a.moment), tl.where(first, b.s, a.s), lower - shift)
+        moment = tl.where(first, a.moment, b.moment) + other
+        return Looked(upper, s, best, token, raw, second, moment)
+    else:
+        return Record(upper, s, best, token, raw)
 
 
 @triton.jit
-def write_record(store, row, mask, slot, record):
+def write_record(store, row, mask, slot, record, LOOKED: tl.constexpr):
     at = row.to(tl.int64) * (store.depth * store.parts) + slot
     stats = store.stats + at
     tl.store(stats, record.m, mask=mask)
@@ -234,10 +339,14 @@ def write_record(store, row, mask, slot, record):
     stats += store.plane
     tl.store(stats, record.raw, mask=mask)
     tl.store(store.tokens + at, record.token, mask=mask)
+    if LOOKED:
+        more = store.more + at
+        tl.store(more, record.second, mask=mask)
+        tl.store(more + store.plane, record.moment, mask=mask)
 
 
 @triton.jit
-def read_record(store, at, mask):
+def read_record(store, at, mask, LOOKED: tl.constexpr):
     stats = store.stats + at
     m = tl.load(stats, mask=mask, other=float("-inf"))
     stats += store.plane
@@ -246,19 +355,26 @@ def read_record(store, at, mask):
     best = tl.load(stats, mask=mask, other=float("-inf"))
     stats += store.plane
     raw = tl.load(stats, mask=mask, other=0.0)
-    return Record(m, s, best, tl.load(store.tokens + at, mask=mask, other=0), raw)
+    token = tl.load(store.tokens + at, mask=mask, other=0)
+    if LOOKED:
+        more = store.more + at
+        second = tl.load(more, mask=mask, other=float("-inf"))
+        return Looked(m, s, best, token, raw, second, tl.load(more + store.plane, mask=mask, other=0.0))
+    else:
+        return Record(m, s, best, token, raw)
 
 
 @triton.jit
-def combine(store, row, mask, BLOCK_S: tl.constexpr):
-    """Token and confidence of rows [n] from all their records: a part's first, as a program that walks it does."""
+def combine(store, row, mask, LOOKED: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Token and confidence of rows [n] from all their records: a part's first, as a program that walks it does. Where
+    LOOKED, also the margin of the two best tokens and the entropy."""
     offs_s = tl.arange(0, BLOCK_S)[None, :]
     at = row.to(tl.int64)[:, None] * (store.depth * store.parts) + offs_s  # [n, BLOCK_S]
     mask = mask[:, None] & (offs_s < store.parts)
-    record = read_record(store, at, mask)
+    record = read_record(store, at, mask, LOOKED)
     for tile in range(1, store.depth):
         there = mask & (offs_s * store.depth + tile < store.pieces)  # the last part may have fewer
-        record = merge(record, read_record(store, at + tile * store.parts, there))
+        record = merge(record, read_record(store, at + tile * store.parts, there, LOOKED), LOOKED)
     top = tl.max(record.m, axis=1)
     shift = tl.where(top == float("-inf"), 0.0, top)
     # The second `where` keeps the product from being fused into a sum: which sum would depend on the layout.
@@ -269,4 +385,15 @@ def combine(store, row, mask, BLOCK_S: tl.constexpr):
     token = tl.sum(tl.where(won, record.token, 0), axis=1)
     raw = tl.sum(tl.where(won, record.raw, 0.0), axis=1)
     confidence = tl.exp2((raw - top) * 1.4426950408889634) / total
-    return token, tl.where(total < float("inf"), confidence, float("nan"))
+    confidence = tl.where(total < float("inf"), confidence, float("nan"))
+    if LOOKED:
+        bests = tl.sum((record.m == top[:, None]).to(tl.int32), axis=1)
+        second = tl.max(tl.where(record.m == top[:, None], record.second, record.m), axis=1)
+        second = tl.where(bests > 1, top, second)
+        margin = (1 - tl.exp2((second - top) * 1.4426950408889634)) / total
+        moments = tl.where(mask, rescaled(record.moment, record.s, record.m - shift[:, None]), 0.0)
+        entropy = tl.log(total) - sum_pairs(tl.trans(moments)) / total
+        margin = tl.where(total < float("inf"), margin, float("nan"))
+        return token, confidence, margin, tl.where(total < float("inf"), entropy, float("nan"))
+    else:
+        return token, confidence

@@ -300,7 +300,7 @@ def nth_of(numbers, cut, nth, acc_dtype: tl.constexpr, SHAPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["R", "first", "L"])
 def _limits_kernel(
-    logits_ptr,  # [R, V]: of records first to first + R
+    logits_ptr,  # [R, V]: of records first to first + R; where BY_ROW [rows, V]
     stride_logits,
     narrowing,  # Narrowing
     listed,  # Listed, or None: record n is of row n
@@ -311,6 +311,8 @@ def _limits_kernel(
     L,  # rows of a sequence
     V,
     suppress,
+    BY_ROW: tl.constexpr,
+    SHIFT: tl.constexpr,
     ROOM: tl.constexpr,  # numbers that a program may list
     LISTED: tl.constexpr,  # of them in registers
     LANES: tl.constexpr,
@@ -329,6 +331,11 @@ def _limits_kernel(
         b = first + record
         if listed is not None:
             b = tl.load(listed.index + b)
+        place = record
+        if BY_ROW:
+            place = b
+            if SHIFT:
+                place -= (b % L > 0).to(place.dtype)
         b = b // L
         tl.store(limits.least + record, LOWEST)
         tl.store(limits.last + record, V)
@@ -340,7 +347,7 @@ def _limits_kernel(
         if narrowing.top_p is not None:
             by_p = hot & (tl.load(narrowing.top_p + b) < 1)
         if by_k | by_p:
-            logits = logits_ptr + (tl.zeros((), dtype=tl.int64) + record) * stride_logits
+            logits = logits_ptr + (tl.zeros((), dtype=tl.int64) + place) * stride_logits
             row = Numbers(logits, no_place + 1 + V, no_place + 1 + suppress, LOWEST, 1.0)
             most = bests(row, acc_dtype, SHAPE)
             best, lane = tl.max(most, axis=0), tl.min(most, axis=0)

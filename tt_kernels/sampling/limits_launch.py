@@ -30,9 +30,11 @@ def narrows(sampling: Sampling) -> bool:
     return sampling.top_k is not None or sampling.top_p is not None
 
 
-def limits_of(logits: Tensor, rows: Rows, dtype: torch.dtype, suppress: int | None, first: int = 0) -> Limits:
-    """What top_k and top_p leave of logits [R, V], of records first to first + R."""
-    R, V = logits.shape
+def limits_of(
+    logits: Tensor, rows: Rows, dtype: torch.dtype, suppress: int | None, first: int = 0, count: int | None = None
+) -> Limits:
+    """What top_k and top_p leave of logits [R, V], of records first to first + R; where rows.by_row, of so many."""
+    V, R = logits.shape[1], len(logits) if count is None else count
     launch, sampling = limits_launch(V, architecture(logits)), rows.sampling
     limits = Limits(logits.new_empty(R, dtype=dtype), logits.new_empty(R, dtype=torch.int32))
     programs = min(R, 2 * multiprocessors(logits))  # each has a list: they walk the rows
@@ -43,6 +45,8 @@ def limits_of(logits: Tensor, rows: Rows, dtype: torch.dtype, suppress: int | No
         Narrowing(sampling.temperature, sampling.top_k, sampling.top_p),
         *(rows.listed, limits, logits.new_empty(programs, launch.ROOM)),
         *(R, first, rows.L, V, -1 if suppress is None else suppress),
+        BY_ROW=rows.by_row,
+        SHIFT=rows.shift,
         launch=launch,
     )
     return limits

@@ -5,13 +5,17 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from ..reference import Sampling
-from ..runtime.checks import looks_at, refuse
+from ..reference import Remasking, Sampling, Strategy
+from ..reference.unmasking import CONFIDENCES
+from ..runtime.checks import is_real, looks_at, refuse
 
 KINDS = dict(temperature=float, seed=int, position=int, step=int, top_k=int, top_p=float)  # of `Sampling`'s fields
 
+# Of `Strategy`'s.
+RULES = dict(confidence=int, factor=float, entropy_bound=float, number=int, tempered=bool)
 
-def flat(sampling: Sampling) -> list[Tensor | None]:
+
+def flat(sampling: Sampling | Strategy | Remasking) -> list[Tensor | None]:
     """The fields, as registered ops take them: nothing is differentiated through them."""
     return [t.detach() if t is not None and t.requires_grad else t for t in sampling]
 
@@ -23,12 +27,30 @@ def specs(op: str, sampling: Sampling, rows: str) -> dict[str, tuple]:
     return {name: (getattr(sampling, name), rows, kind) for name, kind in KINDS.items()}
 
 
+def strategy_specs(op: str, strategy: Strategy | None, rows: str) -> dict[str, tuple]:
+    """As `specs`, of a strategy."""
+    if strategy is None:
+        return {}
+    if not isinstance(strategy, Strategy):
+        refuse(op, "strategy", strategy, "a Strategy or None")
+    if (kinds := strategy.confidence) is not None and looks_at(kinds) and kinds.numel():
+        least, most = (bound.item() for bound in torch.aminmax(kinds))
+        if not 0 <= least <= most < len(CONFIDENCES):
+            refuse(op, "confidence", least if least < 0 else most, f"0 to {len(CONFIDENCES) - 1}")
+    return {f"strategy.{name}": (getattr(strategy, name), rows, kind) for name, kind in RULES.items()}
+
+
 def check_whole(op: str, name: str, value: object, least: int, most: int, expected: str) -> None:
     """Refuse what is no whole number of least to most; True is none. As `check`, torch.compile leaves it out."""
     if torch.compiler.is_compiling():
         return
     if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
         refuse(op, name, value, expected)
+
+
+def check_cap(op: str, soft_cap: float | None) -> None:
+    if soft_cap is not None and not (is_real(soft_cap) and soft_cap > 0):
+        refuse(op, "soft_cap", soft_cap, "a number above 0, or None")
 
 
 def check_token(op: str, name: str, token: int | None, vocab_size: int) -> None:

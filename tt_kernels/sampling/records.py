@@ -12,7 +12,7 @@ from ..reference import Sampling
 from ..runtime.lang import programmatic_launch
 from ..runtime.launch import Launch, run
 from ..runtime.structs import odd
-from .lang import Listed, Settings, Store, combine
+from .lang import Listed, Look, Settings, Store, combine
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -32,7 +32,7 @@ def _combine_kernel(
     if listed is not None:
         mask = row < tl.load(listed.count)
         to = tl.load(listed.index + row, mask=mask, other=0)
-    token, confidence = combine(store, row, mask, BLOCK_S)
+    token, confidence = combine(store, row, mask, False, BLOCK_S)
     tl.store(token_ptr + to, token.to(token_ptr.dtype.element_ty), mask=mask)
     tl.store(confidence_ptr + to, confidence.to(confidence_ptr.dtype.element_ty), mask=mask)
 
@@ -51,11 +51,22 @@ class Rows:
     N: int
     L: int = 1
     listed: Listed | None = None
+    look: Look | None = None  # what strategies look at
+    by_row: bool = False  # whether logits in memory are those of all rows, not of the records
+    shift: bool = False  # whether each row's logits are those of the row before it in its sequence
 
     @classmethod
-    def of(cls, settings: Sequence[Tensor | None], L: int = 1, listed: Listed | None = None) -> "Rows":
+    def of(
+        cls,
+        settings: Sequence[Tensor | None],
+        L: int = 1,
+        listed: Listed | None = None,
+        look: Look | None = None,
+        by_row: bool = False,
+        shift: bool = False,
+    ) -> "Rows":
         vectors = Sampling(*(None if t is None else t.reshape(-1).contiguous() for t in settings))  # type: ignore[arg-type]
-        return cls(vectors, vectors.seed.numel() * L, L, listed)
+        return cls(vectors, vectors.seed.numel() * L, L, listed, look, by_row, shift)
 
     @property
     def settings(self) -> Settings:
@@ -67,12 +78,14 @@ class Rows:
 PLANES = 4  # of Store.stats: m, s, best, raw
 
 
-def new_records(N: int, pieces: int, like: Tensor, dtype: torch.dtype, depth: int = 1) -> Store:
-    """Memory for one record of each of N rows and each piece of the vocabulary."""
+def new_records(rows: Rows, pieces: int, like: Tensor, dtype: torch.dtype, depth: int = 1) -> Store:
+    """Memory for one record of each row and each piece of the vocabulary."""
+    N = rows.N
     parts = triton.cdiv(pieces, depth)
     stats = like.new_empty(PLANES, N, depth, parts, dtype=dtype)
     tokens = like.new_empty(N, depth, parts, dtype=torch.int32)
-    return Store(stats, tokens, pieces, depth, parts, tokens.numel())
+    more = stats if rows.look is None else like.new_empty(2, N, depth, parts, dtype=dtype)
+    return Store(stats, tokens, pieces, depth, parts, tokens.numel(), more)
 
 
 def combine_records(records: Store, rows: Rows, token: Tensor, confidence: Tensor) -> None:

@@ -14,7 +14,7 @@ from ..runtime.checks import check
 from ..runtime.lang import programmatic_launch
 from ..runtime.launch import Launch, architecture, by_row, run, tuned
 from ..runtime.registry import define, takes_kernel
-from .lang import Store, empty_record, flip, is_any_hot, merge, tile_record, write_record
+from .lang import Store, empty_record, flip, is_any_hot, merge, source_of, tile_record, write_record
 from .limits_launch import limits_of, narrows
 from .options import check_range, check_token, flat, specs
 from .records import Rows, combine_records, new_records
@@ -26,7 +26,7 @@ UNKNOWN64 = tl.constexpr(-(2**63))
 
 @triton.jit(do_not_specialize=["R", "first"])
 def _sample_kernel(
-    logits_ptr,  # [R, V]: of records first to first + R
+    logits_ptr,  # [R, V]: of records first to first + R; where BY_ROW [rows, V]
     stride_logits,
     settings,  # Settings of the rows
     listed,  # Listed, or None: record n is of row n
@@ -37,6 +37,9 @@ def _sample_kernel(
     first,
     V,
     suppress,
+    look,  # Look, or None
+    BY_ROW: tl.constexpr,  # logits are found by row, not by record
+    SHIFT: tl.constexpr,  # each row's are those of the row before
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
     TILES: tl.constexpr,  # of BLOCK_V tokens a part
@@ -56,7 +59,8 @@ def _sample_kernel(
     acc_dtype = store.stats.dtype.element_ty
     any_hot = is_any_hot(row, mask_t, settings)
     start = part * TILES * BLOCK_V
-    record = empty_record(BLOCK_T, acc_dtype)
+    record = empty_record(BLOCK_T, acc_dtype, look)
+    source = source_of(row, settings, SHIFT) if BY_ROW else offs_t
     known_ptr += first + offs_t
     known = tl.full((BLOCK_T,), UNKNOWN64 if acc_dtype == tl.float64 else UNKNOWN32, dtype=known_ptr.dtype.element_ty)
     if any_hot:
@@ -66,16 +70,16 @@ def _sample_kernel(
     known = flip(known, acc_dtype)
     for tile in range(start, min(start + TILES * BLOCK_V, V), BLOCK_V):
         ids = tile + tl.arange(0, BLOCK_V)
-        at = offs_t.to(tl.int64)[None, :] * stride_logits + ids[:, None]
+        at = source.to(tl.int64)[None, :] * stride_logits + ids[:, None]
         x = tl.load(logits_ptr + at, mask=mask_t[None, :] & (ids[:, None] < V), other=0.0)  # [BLOCK_V, BLOCK_T]
         mine = tile_record(
-            *(x.to(acc_dtype), tile, any_hot, row, mask_t, settings, limits, offs_t, V, suppress, known),
+            *(x.to(acc_dtype), tile, any_hot, row, mask_t, settings, limits, offs_t, V, suppress, known, look),
             PAIRS=PAIRS,
             BLOCK_V=BLOCK_V,
         )
-        record = merge(record, mine)
+        record = merge(record, mine, look is not None)
         known = tl.where(known >= record.best, known, record.best)
-    write_record(store, first + offs_t, mask_t, part, record)
+    write_record(store, first + offs_t, mask_t, part, record, look is not None)
     if any_hot:
         tl.atomic_max(known_ptr, flip(record.best, known_ptr.dtype.element_ty), mask=mask_t, sem="relaxed")
 
@@ -120,20 +124,24 @@ def nothing_known(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 def record_logits(
     logits: Tensor, rows: Rows, records: Store, suppress: int | None, first: int = 0, launch: SampleLaunch | None = None
 ) -> None:
-    """Write records first to first + R from their logits [R, V]."""
+    """Write records first to first + R from their logits [R, V]; where rows.by_row, of all listed
+    rows from [rows, V]."""
     R, V = logits.shape
     launch = launch or _launch(logits)
     known = nothing_known(rows.N, logits, records.stats.dtype)
     most = PROGRAMS * launch.BLOCK_T
     for begin in range(0, R, most):
-        some, limits, start = logits[begin : begin + most], None, first + begin
+        count, limits, start = min(most, R - begin), None, first + begin
+        some = logits if rows.by_row else logits[begin : begin + count]
         if narrows(rows.sampling):
-            limits = limits_of(some, rows, records.stats.dtype, suppress, start)
+            limits = limits_of(some, rows, records.stats.dtype, suppress, start, count)
         run(
             _sample_kernel,
-            (records.parts, triton.cdiv(len(some), launch.BLOCK_T)),
+            (records.parts, triton.cdiv(count, launch.BLOCK_T)),
             *(some, logits.stride(0), rows.settings, rows.listed, limits, records, known),
-            *(len(some), start, V, -1 if suppress is None else suppress),
+            *(count, start, V, -1 if suppress is None else suppress, rows.look),
+            BY_ROW=rows.by_row,
+            SHIFT=rows.shift,
             launch=launch,
             # With limits ptxas may spill a number or two to fit a third program.
             **({} if limits is None else dict(maxnreg=255)),
@@ -143,7 +151,7 @@ def record_logits(
 def _sample(logits: Tensor, suppress: int | None, *settings: Tensor | None) -> tuple[Tensor, Tensor]:
     token, confidence = _sample_fake(logits, suppress)
     logits, rows = by_row(logits), Rows.of(settings)
-    records = new_records(rows.N, sample_parts(logits), logits, confidence.dtype)
+    records = new_records(rows, sample_parts(logits), logits, confidence.dtype)
     record_logits(logits, rows, records, suppress)
     combine_records(records, rows, token, confidence)
     return token, confidence

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..reference import Committed, Sampling, Unmasked
+from ..reference import Committed, Sampling, Strategy, Unmasked
 from ..reference.common import compute_dtype
 from ..runtime.checks import check
 from ..runtime.lang import programmatic_launch
@@ -17,8 +17,9 @@ from ..runtime.registry import define, takes_kernel
 from .commit import Rule, _commit, before, new_committed, settle
 from .head_sample_launch import head_records
 from .lang import Listed, combine
-from .options import check_range, check_token, flat, specs
+from .options import check_cap, check_range, check_token, flat, specs, strategy_specs
 from .records import Rows, combine_records
+from .strategies import look_of, unmasked
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -63,7 +64,7 @@ def _finish_kernel(
     block = tl.load(block_ptr + b * L + offs_l, mask=mask_l, other=0)
     masked = mask_l & (block == mask_token_id)
     slot = tl.load(slot_ptr + b * L + offs_l, mask=masked, other=0)
-    token, confidence = combine(store, slot, masked, BLOCK_S)
+    token, confidence = combine(store, slot, masked, False, BLOCK_S)
     confidence = confidence.to(confidence_ptr.dtype.element_ty)
     tl.store(confidence_ptr + b * L + offs_l, tl.where(masked, confidence, 0.0), mask=mask_l)
     sure, j = tl.where(masked, confidence, float("nan")), tl.where(masked, offs_l, BLOCK_L)
@@ -87,6 +88,15 @@ def masked_rows_launch(N: int) -> Launch:
     return Launch(BLOCK=min(1024, triton.next_power_of_2(max(N, 1))))
 
 
+def masked_rows(block: Tensor, mask_token_id: int) -> tuple[Listed, Tensor]:
+    """The masked positions of a block, and how many are before each."""
+    N = block.numel()
+    index, slot, count = (block.new_empty(n, dtype=torch.int32) for n in (N, N, 1))
+    listed = Listed(index, count)
+    run(_masked_rows_kernel, (1,), *(block, slot, listed, N, mask_token_id), launch=masked_rows_launch(N))
+    return listed, slot
+
+
 def _unmask(
     hidden: Tensor,
     weight: Tensor,
@@ -96,15 +106,12 @@ def _unmask(
     mask_token_id: int,
     *settings: Tensor | None,
 ) -> Unmasked:
-    out = _unmask_fake(hidden, weight, block)
-    (B, L), N = block.shape, block.numel()
-    if not N:
+    out, L = _unmask_fake(hidden, weight, block), block.shape[1]
+    if not block.numel():
         out.masked.zero_()
         return out
     block = block.contiguous()
-    index, slot, count = (block.new_empty(n, dtype=torch.int32) for n in (N, N, 1))
-    listed = Listed(index, count)
-    run(_masked_rows_kernel, (1,), *(block, slot, listed, N, mask_token_id), launch=masked_rows_launch(N))
+    listed, slot = masked_rows(block, mask_token_id)
     rows = Rows.of(settings, L, listed)
     records = head_records(by_row(hidden), weight, rows, mask_token_id)
     launch = finish_launch(L, records.parts, records.depth)
@@ -115,7 +122,7 @@ def _unmask(
         return out._replace(**done._asdict())
     run(
         _finish_kernel,
-        (B,),
+        (len(block),),
         *(records, block, slot, Rule(threshold.contiguous(), steps_left.contiguous())),
         *(Committed(out.block, out.committed, out.masked), out.confidence, L, mask_token_id),
         launch=launch,
@@ -123,13 +130,55 @@ def _unmask(
     return out
 
 
-def _unmask_fake(hidden: Tensor, weight: Tensor, block: Tensor, *rest: object) -> Unmasked:
+def new_unmasked(block: Tensor, dtype: torch.dtype) -> Unmasked:
+    """Memory for the result."""
     out = new_committed(block)
-    confidence = hidden.new_empty(block.shape, dtype=compute_dtype(hidden.dtype, weight.dtype))
-    return Unmasked(out.block, out.committed, confidence, out.masked)
+    return Unmasked(out.block, out.committed, block.new_empty(block.shape, dtype=dtype), out.masked)
+
+
+def _unmask_fake(hidden: Tensor, weight: Tensor, block: Tensor, *rest: object) -> Unmasked:
+    return new_unmasked(block, compute_dtype(hidden.dtype, weight.dtype))
 
 
 _op = define(_unmask, _unmask_fake, rest=Sampling)
+
+
+def _unmask_by(
+    hidden: Tensor,
+    weight: Tensor,
+    block: Tensor,
+    threshold: Tensor | None,
+    steps_left: Tensor | None,
+    mask_token_id: int,
+    bias: Tensor | None,
+    soft_cap: float | None,
+    shift: bool,
+    confidence: Tensor | None,
+    factor: Tensor | None,
+    entropy_bound: Tensor | None,
+    number: Tensor | None,
+    tempered: Tensor | None,
+    *settings: Tensor | None,
+) -> Unmasked:
+    """`_unmask` by a strategy, of another head or of the states before."""
+    out = _unmask_fake(hidden, weight, block)
+    if not block.numel():
+        out.masked.zero_()
+        return out
+    block = block.contiguous()
+    strategy = Strategy(confidence, factor, entropy_bound, number, tempered).contiguous()
+    rows = Rows.of(
+        settings, block.shape[1], masked_rows(block, mask_token_id)[0], look_of(strategy, block), shift=shift
+    )
+    records = head_records(by_row(hidden), weight, rows, mask_token_id, bias, soft_cap)
+    return unmasked(records, rows, block, threshold, steps_left, strategy, mask_token_id, out)
+
+
+def _unmask_by_fake(hidden: Tensor, weight: Tensor, block: Tensor, *rest: object) -> Unmasked:
+    return _unmask_fake(hidden, weight, block)
+
+
+_op_by = define(_unmask_by, _unmask_by_fake, rest=Sampling)
 
 
 def unmask(
@@ -139,10 +188,18 @@ def unmask(
     sampling: Sampling,
     *,
     mask_token_id: int,
-    threshold: Tensor,
-    steps_left: Tensor,
+    threshold: Tensor | None = None,
+    steps_left: Tensor | None = None,
+    strategy: Strategy | None = None,
+    bias: Tensor | None = None,
+    soft_cap: float | None = None,
+    shift: bool = False,
 ) -> Unmasked:
-    """One unmasking step: `head_sample` of the masked positions with the mask token suppressed, then `commit`.
+    """One unmasking step: `head_sample` of the masked positions with the mask token suppressed, then the commit rule.
+
+    By threshold and steps_left that of `commit`. A `Strategy` has the other rules of masked diffusion models, of each
+    row its own: positions stand in the order of their confidence, and the longest beginning of it that one of the rules
+    allows commits, at least one position, or exactly `number`. docs/decoding.md has them by their names.
 
     Args:
         hidden:        [B, L, D] float, after the final norm.
@@ -151,39 +208,61 @@ def unmask(
         sampling:      `Sampling` of tensors [B], as in `sample`; position is that of the block's first token in its
                        sequence.
         mask_token_id: the mask, which is never predicted.
-        threshold:     [B] float: confidence above which a position commits.
-        steps_left:    [B] int: steps that remain, this one included.
+        threshold:     [B] float: while confidence is above, positions commit. None: no such rule.
+        steps_left:    [B] int: steps that remain, this one included: ceil(masked / steps left) commit. None: no such
+                       rule.
+        strategy:      `Strategy` of tensors [B]. None: the confidence is the prediction's probability at temperature 1,
+                       and there are no other rules.
+        bias:          [V] float that is added to the logits; -inf: such a token is never predicted, as the mask.
+        soft_cap:      logits are cap tanh(logits / cap), above 0; the bias comes before.
+        shift:         whether hidden state i predicts token i + 1, and the first one token 0 too.
     Returns:
         block:      [B, L] dtype of block, in new memory.
         committed:  [B, L] bool: what changed now.
-        confidence: [B, L] fp32 (fp64 where hidden or weight is): of the prediction; 0 where nothing was masked.
+        confidence: [B, L] fp32 (fp64 where hidden or weight is): probability of the prediction, whose logarithm is its
+                    log-probability, in the distribution that the strategy is of; 0 where nothing was masked.
         masked:     [B] int64: how many are masked still.
 
-    Numerics: as `head_sample`. Deterministic.
+    Numerics: as `head_sample`. Entropies are added as whole numbers of 2^-32. With a strategy that looks at more than
+    the chosen token, a confidence may differ in its last bits from what it is without. Deterministic.
     Gradients: none.
-    Raises: ValueError as `sample` does.
-    Cost: 2 M V D flops and V D itemsize bytes for M masked positions: bound by reading the head.
-    Source: TwoTower (2606.26493).
+    Raises: ValueError as `sample` does, and for a confidence that there is not.
+    Cost: 2 M V D flops and V D itemsize bytes for M masked positions: bound by reading the head. Strategies read it
+    once, too, and sort nothing of the vocabulary; their entropy and margin take a dozen operations a logit.
+    Source: TwoTower (2606.26493); LLaDA (2502.09992), Dream (2508.15487), Fast-dLLM (2505.22618), EB-Sampler
+    (2505.24857).
 
     Example:
         >>> hidden, weight, block = torch.randn(1, 4, 64), torch.randn(1000, 64), torch.tensor([[7, 999, 999, 999]])
         >>> rule = dict(mask_token_id=999, threshold=torch.tensor([0.8]), steps_left=torch.tensor([3]))
         >>> unmask(hidden, weight, block, Sampling.of(1, temperature=0.7, seed=1), **rule).block
+        >>> unmask(hidden, weight, block, Sampling.of(1), mask_token_id=999, strategy=Strategy.of(1, factor=1.0)).block
     """
     check(
         "unmask",
-        9,
+        7,
         hidden=(hidden, "B L D"),
         weight=(weight, "V D"),
         block=(block, "B L", int),
+        **specs("unmask", sampling, "B"),
         threshold=(threshold, "B"),
         steps_left=(steps_left, "B", int),
-        **specs("unmask", sampling, "B"),
+        bias=(bias, "V"),
+        **strategy_specs("unmask", strategy, "B"),
     )
     check_range("unmask", sampling)
     check_token("unmask", "mask_token_id", mask_token_id, weight.shape[0])
-    if not takes_kernel("unmask", hidden, weight):
+    check_cap("unmask", soft_cap)
+    if not takes_kernel("unmask", hidden, weight, bias):
         rule: dict[str, Any] = dict(mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
-        return reference.unmask(hidden, weight, block, sampling, **rule)
-    tensors = (hidden.detach(), weight.detach(), block, threshold.detach(), steps_left)
-    return Unmasked(*_op(*tensors, mask_token_id, *flat(sampling)))
+        more: dict[str, Any] = dict(strategy=strategy, bias=bias, soft_cap=soft_cap, shift=shift)
+        return reference.unmask(hidden, weight, block, sampling, **rule, **more)
+    hidden, weight = hidden.detach(), weight.detach()
+    plain = strategy is None and bias is None and soft_cap is None and not shift
+    if plain and threshold is not None and steps_left is not None:
+        return Unmasked(*_op(hidden, weight, block, threshold.detach(), steps_left, mask_token_id, *flat(sampling)))
+    head = (None if bias is None else bias.detach(), soft_cap, shift)
+    rules = flat(strategy or Strategy())
+    return Unmasked(
+        *_op_by(hidden, weight, block, threshold, steps_left, mask_token_id, *head, *rules, *flat(sampling))
+    )

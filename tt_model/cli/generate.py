@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # As in tt_model.engine.settings, which is not imported for --help.
 MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
+STRATEGIES = ("schedule", "threshold", "static", "factor", "entropy_bound")
+CONFIDENCES = ("probability", "margin", "entropy", "random", "sequential")
 
 _DESCRIPTION = """\
 Continue a prompt: block by block with the denoiser, or token by token. The text goes to standard output as it is
@@ -75,6 +77,12 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     option(s, "--draft-steps", int, "N", "speculative: most passes for a draft", default=1)
     threshold = "predictions more probable than this are all taken at once"
     option(s, "--confidence-threshold", float, "P", threshold, default=0.8)
+    chosen = f"which positions are taken in a pass: {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}"
+    option(s, "--strategy", str, "RULE", chosen, choices=STRATEGIES, default=STRATEGIES[0])
+    sure = f"by which they are ordered: {', '.join(CONFIDENCES[:-1])} or {CONFIDENCES[-1]}"
+    option(s, "--confidence", str, "KIND", sure, choices=CONFIDENCES, default=CONFIDENCES[0])
+    option(s, "--factor", float, "F", "of the strategy of that name", default=1.0)
+    option(s, "--entropy-bound", float, "E", "of the strategy of that name", default=0.1)
     temperature = "0: the most probable token; above: samples (default: %(default)s, as published)"
     option(s, "--temperature", float, "T", temperature, default=0.1)
     option(s, "--top-k", int, "K", "sample among the K most probable tokens")
@@ -229,7 +237,7 @@ def _settings(o: argparse.Namespace, config: TwoTowerConfig) -> Settings:
     from ..engine.settings import Settings
 
     names = ["mode", "max_new_tokens", "steps_per_block", "draft_steps", "confidence_threshold"]
-    names += ["temperature", "top_k", "top_p"]
+    names += ["strategy", "confidence", "factor", "entropy_bound", "temperature", "top_k", "top_p"]
     settings = Settings(
         **{name: getattr(o, name) for name in names},
         block_size=config.block_size if o.block_size is None else o.block_size,

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ..two_tower import TwoTower
 
 _LOOP = ("mode", "max_new_tokens", "block_size", "steps_per_block", "draft_steps", "confidence_threshold")
-SETTINGS = (*_LOOP, "temperature", "top_k", "top_p", "stop")
+_RULES = ("strategy", "confidence", "factor", "entropy_bound")
+SETTINGS = (*_LOOP, *_RULES, "temperature", "top_k", "top_p", "stop")
 PROMPTS = {"prompt": str, "tokens": list, "messages": list}
 EXPECTED = {"prompt": "a text", "tokens": "a list of token ids", "messages": "a list of objects with role and content"}
 KEYS = (*PROMPTS, "id", "seed", "eos_token_id", "logprobs", *SETTINGS)

@@ -77,14 +77,16 @@ class Batches:
             repeat = self.ahead if want.kind == "ar" else 1
             pages = 1
             while pages < 2 * -(-tokens // PAGE_SIZE):
-                what = Pass(cast(Kind, want.kind), want.length, pages, narrow, repeat)
+                rules = s.has_rules and want.kind == "denoise"
+                what = Pass(cast(Kind, want.kind), want.length, pages, narrow, repeat, rules)
                 self.runner.prepare(what, rows, progress=progress)
                 pages *= 2
 
     def _what(self, want: Want, group: Sequence[Request], more: int) -> Pass:
         longest = max(request.length for request in group) + more
         narrow = any(r.settings.top_k is not None or r.settings.top_p is not None for r in group)
-        return Pass(cast(Kind, want.kind), want.length, -(-longest // PAGE_SIZE), narrow)
+        rules = want.kind == "denoise" and any(r.settings.has_rules for r in group)
+        return Pass(cast(Kind, want.kind), want.length, -(-longest // PAGE_SIZE), narrow, rules=rules)
 
     def _read(self, group: Sequence[Request], beside: bool) -> tuple[Outcome | None, dict[Request, Seen]]:
         """Read a stretch of each prompt. Who is through looks at the token that comes next, if its mode wants one."""

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tt_kernels import Sampling
+from tt_kernels import Sampling, Strategy
 
 from ..modeling.pool import PAGE_SIZE, Buffers, Pool
 from ..modeling.state import Cache, View
 from ..modeling.two_tower import TwoTowerModel
-from .settings import HOTTEST, Settings
+from .settings import CONFIDENCES, HOTTEST, Settings
 
 
 class Lane(NamedTuple):
@@ -65,6 +65,7 @@ class Board:
         self.step, self.steps = full(0, torch.int64), full(1, torch.int64)  # denoising steps: made, and allowed
         self.threshold, self.temperature = full(0, torch.float64), full(0, torch.float64)
         self.top_k, self.top_p, self.seed = full(0, torch.int64), full(1, torch.float64), full(0, torch.int64)
+        self.kind, self.factor, self.bound = full(0, torch.int64), full(-1, torch.float64), full(-1, torch.float64)
         self.lanes: dict[int, Lane] = {}
         apart = near is None and self.pool.far is not None
         self.far = Board(model, rows=rows, pages=pages, slots=slots, idle=idle, near=self) if apart else self
@@ -89,8 +90,11 @@ class Board:
             slot=slot,
             conv=2 * slot,
             draft=s.mode == "speculative",
-            steps=min(s.steps_per_block, 2**31),
-            threshold=s.confidence_threshold,
+            steps=s.scheduled_steps,
+            threshold=s.threshold,
+            kind=CONFIDENCES.index(s.confidence),
+            factor=s.factor if s.strategy == "factor" else -1.0,
+            bound=s.entropy_bound if s.strategy == "entropy_bound" else -1.0,
             temperature=min(s.temperature, HOTTEST),
             top_k=0 if k is None or k >= self.limit else k,
             top_p=1.0 if p is None or p >= 1 else p,
@@ -156,3 +160,8 @@ class Board:
 
         limits = (of(self.top_k), of(self.top_p)) if narrow else (None, None)
         return Sampling(of(self.temperature), of(self.seed), position, step, *limits)
+
+    def strategy(self, rows: Tensor, *, rules: bool) -> Strategy | None:
+        """Which positions of some rows [B] commit. rules: whether one among them has more than a threshold and a
+        schedule."""
+        return Strategy(self.kind[rows], self.factor[rows], self.bound[rows]) if rules else None

@@ -29,7 +29,7 @@ def mask_diffusion(request: Request, mask: int) -> Program:
     yield PREFILL
     while True:
         block, probable = list[int](), [0.0] * s.block_size
-        for step in range(s.steps_per_block):
+        for step in range(s.passes_per_block):
             seen = yield Want("denoise", s.block_size)
             request.nfe += 1
             request.report(step)

@@ -30,6 +30,7 @@ class Pass(NamedTuple):
     pages: int  # of a row that it may read and write
     narrow: bool = False  # whether top_k or top_p is to be looked at
     repeat: int = 1  # in "ar": steps, of a token each
+    rules: bool = False  # in "denoise": whether a strategy is to be looked at
 
 
 class Outcome(NamedTuple):
@@ -135,6 +136,7 @@ class Passes:
             mask_token_id=board.mask,
             threshold=board.threshold[rows],
             steps_left=(board.steps[rows] - step).clamp(max=L),  # more means no more
+            strategy=board.strategy(rows, rules=what.rules),
         )
         lane.block[rows], lane.masked[rows], board.step[rows] = out.block, out.masked, step + 1
         listed = torch.cat([out.block, out.masked.unsqueeze(1)], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,10 @@ from ..arguments import integer, is_integer
 from ..config import TwoTowerConfig
 
 MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
+# Which positions of a block commit in a pass, and what it is that says how sure a prediction is.
+STRATEGIES = ("schedule", "threshold", "static", "factor", "entropy_bound")
+CONFIDENCES = ("probability", "margin", "entropy", "random", "sequential")
+NO_SCHEDULE = 2**31  # steps that are left: more than any block has positions
 HOTTEST = 1e30  # fp32 holds it, and logits divided by it are nothing beside the noise: more is the same
 
 
@@ -29,6 +34,10 @@ class Settings:
     steps_per_block: int = 16
     draft_steps: int = 1
     confidence_threshold: float = 0.8
+    strategy: str = "schedule"
+    confidence: str = "probability"
+    factor: float = 1.0
+    entropy_bound: float = 0.1
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -69,12 +78,32 @@ class Settings:
         ids = tuple(int(token) if is_integer(token) else token for token in self.eos_token_ids)
         object.__setattr__(self, "eos_token_ids", ids)
 
+    @property
+    def passes_per_block(self) -> int:
+        """The most for a block. A strategy without a schedule commits at least one position in each."""
+        return self.steps_per_block if self.strategy in ("schedule", "static") else self.block_size
+
+    @property
+    def scheduled_steps(self) -> int:
+        return min(self.steps_per_block, NO_SCHEDULE) if self.strategy in ("schedule", "static") else NO_SCHEDULE
+
+    @property
+    def threshold(self) -> float:
+        """What confidences are to be above; infinite where the strategy asks for something else."""
+        return self.confidence_threshold if self.strategy in ("schedule", "threshold") else math.inf
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether unmasking needs to know more than a threshold and the steps that are left."""
+        return self.strategy in ("factor", "entropy_bound") or self.confidence != "probability"
+
     def check(self, config: TwoTowerConfig) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}")
+        for name, known in (("mode", MODES), ("strategy", STRATEGIES), ("confidence", CONFIDENCES)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         for name, least in (("max_new_tokens", 0), ("block_size", 1), ("steps_per_block", 1), ("draft_steps", 1)):
             integer(name, getattr(self, name), least)
-        for name in ("confidence_threshold", "temperature", "top_p"):
+        for name in ("confidence_threshold", "factor", "entropy_bound", "temperature", "top_p"):
             value = getattr(self, name)
             if type(value) not in (int, float) and not (value is None and name == "top_p"):
                 raise ValueError(f"{name} is {value!r}, expected a number")
@@ -82,6 +111,9 @@ class Settings:
             raise ValueError(f"block_size is {self.block_size}, expected at most the model's context of {limit}")
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold is {self.confidence_threshold}, expected 0 to 1")
+        for name in ("factor", "entropy_bound"):
+            if not 0 <= (value := getattr(self, name)) <= sys.float_info.max:
+                raise ValueError(f"{name} is {value}, expected 0 or more, finite")
         # Logits are divided by it in fp32, where less than about 1e-36 makes infinities of them.
         if self.temperature != 0 and not 1e-30 <= self.temperature <= sys.float_info.max:
             raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy), or 1e-30 and above, finite")

@@ -33,7 +33,19 @@ SETTINGS_OF = {
     "draft_steps": ("speculative",),
     "block_size": ("mask_diffusion", "speculative"),
     "confidence_threshold": ("mask_diffusion", "speculative"),
+    "strategy": ("mask_diffusion", "speculative"),
+    "confidence": ("mask_diffusion", "speculative"),
+    "factor": ("mask_diffusion", "speculative"),
+    "entropy_bound": ("mask_diffusion", "speculative"),
 }
+# Strategies that follow a setting; the others follow all.
+RULES_OF = {
+    "steps_per_block": ("schedule", "static"),
+    "confidence_threshold": ("schedule", "threshold"),
+    "factor": ("factor",),
+    "entropy_bound": ("entropy_bound",),
+}
+COMMON = {"strategy": "schedule", "confidence": "probability"}  # not worth a word
 REASONS = {"eos": "end token", "stop": "stop text", "length": "length"}
 
 
@@ -123,7 +135,7 @@ class Trace:
             "unit": {"mask_diffusion": "Pass", "speculative": "Cycle"}.get(said["mode"], "Token"),
             "title": MODES.get(said["mode"], said["mode"]),
             "settings": [
-                f"{name.replace('_', ' ')} {_value(v)}" for name, v in said.items() if _is_said(name, v, said["mode"])
+                f"{name.replace('_', ' ')} {_value(v)}" for name, v in said.items() if _is_said(name, v, said)
             ],
             "rows": [row | {"prompt": prompt} for row, prompt in zip(rows, shown, strict=True)],
             "experts": self._experts(),
@@ -279,10 +291,12 @@ def _prompt(prompt: str | Sequence[int], vocabulary: Vocabulary | None) -> str:
     return vocabulary.decode(prompt) if vocabulary else " ".join(map(str, prompt)) + " "
 
 
-def _is_said(name: str, value: Any, mode: str) -> bool:
+def _is_said(name: str, value: Any, said: Mapping[str, Any]) -> bool:
     if value is None or value in ((), [], "") or name in ("mode", "logprobs", "max_new_tokens", "eos_token_ids"):
         return False
-    return mode in SETTINGS_OF.get(name, MODES)
+    rule = said.get("strategy", COMMON["strategy"])
+    followed = said["mode"] in SETTINGS_OF.get(name, MODES) and rule in RULES_OF.get(name, (rule,))
+    return followed and COMMON.get(name) != value
 
 
 def _value(value: Any) -> str:

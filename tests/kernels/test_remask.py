@@ -1,0 +1,126 @@
+"""Remasking against its rules in Python's numbers: LLaDA2.1's edits, WINO's verification, ReMDM's schedules."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from parity import DEVICE, make
+from torch import Tensor
+
+from cards import OPS
+from tt_kernels import Remasking, Sampling, remask
+from tt_kernels.reference.unmasking import uniform
+
+pytestmark = pytest.mark.kernels
+MASK = 0
+
+
+def on(t: Tensor) -> Tensor:
+    return t.to(DEVICE)
+
+
+def plain(row: dict[str, Any], rule: dict[str, Any]) -> list[int]:
+    """One row, position by position."""
+    block, doubted = list(row["block"]), []
+    own = row["own"]
+    total = math.fsum(math.exp(-p) for p, t in zip(own, row["block"], strict=True) if t != MASK)
+    for i, t in enumerate(row["block"]):
+        if t == MASK or not row["may"][i]:
+            continue
+        if rule["edit"] is not None and row["token"][i] != t and row["confidence"][i] > rule["edit"]:
+            block[i] = row["token"][i]
+            continue
+        if rule["verify"] is not None and own[i] < rule["verify"]:
+            doubted.append(i)
+        if rule["sigma"] is not None:
+            sigma = rule["sigma"] * (math.exp(-own[i]) / total if rule["shared"] else 1)
+            if row["chance"][i] < sigma:
+                block[i] = MASK
+    most = len(doubted) if rule["most"] is None or rule["most"] < 0 else rule["most"]
+    for i in sorted(doubted, key=lambda i: (own[i], i))[:most]:
+        block[i] = MASK
+    return block
+
+
+@given(data=st.data())
+def test_every_rule_is_its_formula(data: st.DataObject) -> None:
+    B, L = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
+
+    def numbers(values: list) -> Tensor:
+        drawn = data.draw(st.lists(st.sampled_from(values), min_size=B * L, max_size=B * L))
+        return torch.tensor(drawn, dtype=torch.float32 if isinstance(values[0], float) else None).view(B, L)
+
+    def rows(values: list) -> list | None:
+        return data.draw(st.none() | st.lists(st.sampled_from(values), min_size=B, max_size=B))
+
+    block, token, may = numbers([MASK, 1, 2, 3]), numbers([1, 2, 3]), numbers([True, True, False])
+    confidence, own = (numbers([0.0, 0.25, 0.5, 0.75, 1.0, math.nan]) for _ in range(2))
+    own = own.nan_to_num(0.125)
+    rules = dict(
+        edit=rows([0.25, 0.5, 1.0]),
+        verify=rows([0.0, 0.5, 0.75]),
+        most=rows([-1, 0, 1, 2]),
+        sigma=rows([0.0, 0.4, 1.0]),
+    )
+    rules["shared"] = rows([True, False]) if rules["sigma"] is not None else None
+    sampling = Sampling.of(B, seed=torch.arange(B), position=torch.arange(B) * 3, step=torch.full((B,), 4))
+    made = {name: None if values is None else on(torch.tensor(values)) for name, values in rules.items()}
+    got = remask(
+        *(on(block), Remasking(**made)),
+        mask_token_id=MASK,
+        may_change=on(may),
+        token=on(token),
+        confidence=on(confidence),
+        own=on(own),
+        sampling=Sampling(*(None if t is None else on(t) for t in sampling)),
+    )
+    places = torch.arange(L)
+    for b in range(B):
+        row = dict(block=block, token=token, may=may, confidence=confidence, own=own)
+        mine: dict[str, Any] = {name: t[b].tolist() for name, t in row.items()}
+        mine["chance"] = uniform(torch.full((L,), b), 3 * b + places, torch.full((L,), 4), -2).tolist()
+        want = plain(mine, {name: None if values is None else values[b] for name, values in rules.items()})
+        assert got.block[b].tolist() == want
+        assert got.changed[b].tolist() == [x != y for x, y in zip(want, mine["block"], strict=True)]
+        assert got.masked[b] == want.count(MASK)
+
+
+def test_remdm_schedules() -> None:
+    """sigma by the share of tokens that are not masked: at most (1 - alpha_s) / alpha_t, so that the share is kept."""
+    before, after = torch.tensor([0.0, 0.5, 0.9]).double(), torch.tensor([0.1, 0.6, 0.95]).double()
+    largest = torch.tensor([1.0, 0.8, 0.05 / 0.9]).double()
+    cap = Remasking.remdm(before, after, 0.1, kind="cap")
+    torch.testing.assert_close(cap.sigma, largest.clamp(max=0.1))
+    torch.testing.assert_close(Remasking.remdm(before, after, 0.1, kind="rescale").sigma, 0.1 * largest)
+    conf = Remasking.remdm(before, after, kind="conf")
+    torch.testing.assert_close(conf.sigma, largest)
+    assert cap.shared is None and conf.shared.tolist() == [True] * 3
+    with pytest.raises(ValueError, match="kind is 'loop', expected cap, rescale or conf"):
+        Remasking.remdm(before, after, kind="loop")
+
+
+def test_positions_are_masked_as_often_as_sigma_says() -> None:
+    n = 4096
+    block = torch.ones(2, n, dtype=torch.int64)
+    sampling = Sampling.of(2, seed=torch.arange(2), step=7)
+    sigma = torch.tensor([0.1, 0.7])
+    if DEVICE == "cuda":
+        sampling = Sampling(*(None if t is None else on(t) for t in sampling))
+    left = remask(on(block), Remasking(sigma=on(sigma)), mask_token_id=MASK, sampling=sampling).masked.cpu()
+    assert ((left / n - sigma).abs() < 4 * (sigma * (1 - sigma) / n).sqrt()).all()  # four deviations
+
+
+@pytest.mark.parametrize("rule,needed", [("edit", "token"), ("verify", "own"), ("sigma", "sampling")])
+def test_what_a_rule_needs_is_asked_for(rule: str, needed: str) -> None:
+    block = on(torch.ones(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"remask: {needed} is None, expected what {rule} is decided by"):
+        remask(block, Remasking(**{rule: on(torch.ones(2))}), mask_token_id=MASK)
+
+
+def test_nothing_changes_without_rules() -> None:
+    kwargs = make(OPS["remask"], dict(B=4, L=7, V=11), torch.float32)
+    got = remask(**kwargs | dict(remasking=Remasking()))
+    assert torch.equal(got.block, kwargs["block"]) and not got.changed.any()

@@ -1,0 +1,84 @@
+"""Faults in the strategies of unmasking, and in remasking."""
+
+LOOKED_AT = "test_strategies.py::test_second_best_and_entropy_from_tiles_and_parts"
+HEADS = "test_strategies.py::test_heads_places_and_limits_of_mixed_rows"
+BOUNDS = "test_strategies.py::test_the_kernel_decides_as_the_reference"
+DECIDED = "test_strategies.py::test_the_kernel_decides_by_the_formulas"
+REMASKED = "test_remask.py::test_every_rule_is_its_formula"
+
+MUTANTS = {
+    ("unmask", "sampling/lang.py", LOOKED_AT): [
+        ("a worse second best", "second = tl.maximum(lower, tl.maximum(", "second = tl.minimum(lower, tl.maximum("),
+        ("a moment about another maximum", "(moment + by * s) * scale", "moment * scale"),
+        (
+            "the second best of other parts forgotten",
+            "record.second, record.m), axis=1)",
+            "record.second, top[:, None]), axis=1)",
+        ),
+        ("parts' moments not added", "tl.log(total) - sum_pairs(tl.trans(moments)) / total", "tl.log(total)"),
+        ("equals in a tile are no second best", "second = tl.where(equal > 1, m, second)", "second = second"),
+        ("equals in two parts are no second best", "second = tl.where(bests > 1, top, second)", "second = second"),
+    ],
+    ("unmask", "sampling/lang.py", HEADS): [
+        (
+            "the distribution before temperature",
+            "tempered = (tl.load(look.tempered",
+            "tempered = 0 * (tl.load(look.tempered",
+        ),
+        (
+            "no top-k and top-p in what is looked at",
+            "tl.where(tempered[None, :] & out, ",
+            "tl.where(tempered[None, :] & out & (ids < 0), ",
+        ),
+        ("the first state's logits one too early", "row -= (place > 0)", "row -= (place >= 0)"),
+        ("the bias forgotten", "x += bias", "x += 0 * bias"),
+        ("the soft cap forgotten", "x = tl.where(x < 0, -capped, capped)", "x = x"),
+    ],
+    ("unmask_logits", "sampling/sample.py", HEADS): [
+        ("another row's logits", "source_of(row, settings, SHIFT) if BY_ROW else offs_t", "offs_t"),
+    ],
+    ("unmask_logits", "sampling/limits_kernels.py", HEADS): [
+        ("limits of another row's logits", "            place = b\n", "            place = record\n"),
+        ("limits of logits that are not moved", "place -= (b % L > 0)", "place -= (b % L < 0)"),
+    ],
+    ("unmask_logits", "sampling/strategies.py", HEADS): [
+        ("margins for entropies", "tl.where(kind == 2, -entropy", "tl.where(kind == 2, margin"),
+        ("the noise of tokens", "step + b, mask=mask, other=0), -1)", "step + b, mask=mask, other=0), 0)"),
+        ("a block's chance for all its positions", "other=0) + place\n", "other=0)\n"),
+    ],
+    ("unmask", "sampling/strategies.py", DECIDED): [
+        (
+            "positions after one that does not pass",
+            "tl.min(tl.where(masked & (passes == 0), rank.to(tl.int64), m)",
+            "tl.max(tl.where(masked & (passes == 0), rank.to(tl.int64) * 0, m)",
+        ),
+        ("none commits", "count = tl.minimum(m, 1)", "count = m * 0"),
+        ("the share rounded down", "1 + (m - 1) // tl.where", "m // tl.where"),
+        ("a number only above others", "tl.where(number >= 0, number, count)", "tl.maximum(number, count)"),
+        ("no order from the left", "key = tl.where(in_order, 0.0, score)", "key = score"),
+    ],
+    ("unmask", "sampling/strategies.py", BOUNDS): [
+        ("positions past the first tile unranked", "range(0, L, BLOCK_J)", "range(0, BLOCK_J, BLOCK_J)"),
+        ("a factor's n from 0", "n = (rank + 2)", "n = (rank + 1)"),
+        ("the largest entropy counts", "spread = total + own - tl.maximum(most, own)", "spread = total + own"),
+        ("a bound below 0 rounded up", "tl.floor(bound * 4294967296.0)", "tl.maximum(bound * 4294967296.0, 0.0)"),
+    ],
+    ("remask", "sampling/remask.py", REMASKED): [
+        ("an edit into the same token counts", "free & (token != block) & (sure >", "free & (sure >"),
+        ("what was edited is doubted too", "free = free & (better == 0)", "free = free & (better <= 1)"),
+        ("the most probable first", "tl.where(theirs, -probable", "tl.where(theirs, probable"),
+        ("one too many", "(rank < most)", "(rank <= most)"),
+        (
+            "what may not change does",
+            "free = free & (tl.load(known.may_change",
+            "free = free | (tl.load(known.may_change",
+        ),
+        ("shares of masked positions, too", "terms = tl.where(filled, ", "terms = tl.where(mask_l, "),
+        (
+            "another position's chance",
+            "tl.load(noise.position + b) + offs_l",
+            "tl.load(noise.position + b) + offs_l + 1",
+        ),
+        ("the chance of random confidences", "tl.zeros_like(offs_l), -2)", "tl.zeros_like(offs_l), -1)"),
+    ],
+}
