@@ -95,7 +95,8 @@ def mamba2_chunk_scan(
     out = ssd_chunk(hidden_states, dt, A, B, C, D, dt_bias, state, chunk_size=None, dt_limit=tuple(dt_limit))
     final = out.final_state if state is None else state
     assert final is not None
-    return (out.y, final) if return_final_states else out.y
+    y = out.y.contiguous()  # as a kernel's is; Falcon-H1 takes views of it
+    return (y, final) if return_final_states else y
 
 
 def mamba2_selective_state_update(
