@@ -1,5 +1,6 @@
 """Tiny random models of transformers, of every type that ours are put into, computing in fp64."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -116,10 +117,10 @@ def greedy(model: Any) -> tuple[Tensor, Tensor]:
     return out.sequences, torch.stack(out.logits)
 
 
-def gradients(model: Any, *, training: bool = True) -> dict[str, Tensor]:
-    """Of the loss of the tokens, by parameter."""
-    model.train(training).zero_grad()
-    with Wide():
+def gradients(model: Any, *, wide: bool = True) -> dict[str, Tensor]:
+    """Of the loss of the tokens, by parameter. wide=False: fp32 stays, as a mode does not reach into a checkpoint."""
+    model.train().zero_grad()
+    with Wide() if wide else nullcontext():
         model(IDS, attention_mask=PADDED, labels=LABELS, use_cache=False).loss.backward()
     model.eval()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

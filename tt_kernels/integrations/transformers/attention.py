@@ -105,7 +105,7 @@ def attention_forward(
     is_causal: bool | None = None,
     **asked: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, Hq, q, D], key and value [B, Hkv, kv, D] -> [B, q, Hq, D]. On a cache the queries are the last of kv."""
+    """query [B, Hq, q, D], key and value [B, Hkv, kv, D] -> [B, q, Hq, D]. Queries on a cache are the last of kv."""
     _check(module, query, key, attention_mask, dropout, asked)
     if key.shape[-1] != value.shape[-1]:
         _refuse(f"heads of {key.shape[-1]} in keys and {value.shape[-1]} in values, served is one size")

@@ -112,7 +112,7 @@ def mamba2_selective_state_update(
     z: Tensor | None = None,
     **given: Any,
 ) -> Tensor:
-    """hidden_states, dt [B, H, P], A [H, P, N], D, dt_bias [H, P] -> [B, H, P]; state [B, H, P, N] moves on in place."""
+    """hidden_states, dt [B, H, P], A [H, P, N], D, dt_bias [H, P] -> [B, H, P]; state [B, H, P, N] moves on here."""
     name = "mamba2_selective_state_update"
     if not dt_softplus:
         _refuse(name, "dt_softplus is False, served is True")
