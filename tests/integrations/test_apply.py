@@ -41,6 +41,17 @@ def test_it_is_the_same_model(name: str) -> None:
     assert not changes.replaced and torch.equal(logits(model), before[0])
 
 
+@pytest.mark.kernels
+def test_two_tokens() -> None:
+    """Of a model with every kind of layer: a padded prompt, and a token on its cache."""
+    model = tiny("nemotron_h")
+    sequences, expected = greedy(model, 2)
+    changes = tt.apply(model)
+    found, got = greedy(model, 2)
+    changes.undo()
+    assert torch.equal(found, sequences) and error(got, expected) < BOUND
+
+
 def replaced(changes: tt.Changes) -> dict[str, list[str]]:
     """What was replaced, by kind."""
     kinds: dict[str, list[str]] = {}

@@ -91,6 +91,11 @@ def test_by_name(model_type: str, tmp_path: Any) -> None:
         ("is_transposed", True, "is_transposed is True"),
         ("is_concatenated", False, "is_concatenated is False .gate and up interleaved."),
         ("has_post_expert_norm", True, "has_post_expert_norm is True"),
+        (
+            "down_proj",
+            torch.nn.Parameter(torch.zeros(6, 32, 24, dtype=torch.int8), requires_grad=False),
+            r"down_proj is torch\.int8, served are torch\.bfloat16",
+        ),
         ("act_fn", torch.nn.GELU(), r"act_fn is GELU.*, served are SiLU and relu2"),
     ],
 )

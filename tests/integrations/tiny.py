@@ -102,14 +102,14 @@ def logits(model: Any, ids: Tensor = IDS, attention_mask: Tensor | None = PADDED
 
 
 @torch.no_grad()
-def greedy(model: Any) -> tuple[Tensor, Tensor]:
-    """Five tokens of each padded row, through the model's cache, and their logits [5, B, V]."""
+def greedy(model: Any, tokens: int = 5) -> tuple[Tensor, Tensor]:
+    """So many tokens for each padded row, through the model's cache, and their logits [tokens, B, V]."""
     with Wide():
         out = model.generate(
             IDS,
             attention_mask=PADDED,
-            max_new_tokens=5,
-            min_new_tokens=5,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ... import ExpertWeights, Routing, experts
 
 # Their activation, by its class or function, and ours.
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "silu": "silu", "ReLUSquaredActivation": "relu2"}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Their flag, the value of it that is served, and the name for what the other value means.
 _SERVED = (
     ("has_bias", False, "biases"),
@@ -23,6 +25,8 @@ def unserved(module: Any) -> str | None:
     for flag, value, what in _SERVED:
         if getattr(module, flag, value) != value:
             return f"{name}.{flag} is {not value} ({what}), served is {value}"
+    if module.down_proj.dtype not in _DTYPES:
+        return f"{name}.down_proj is {module.down_proj.dtype}, served are {', '.join(map(str, _DTYPES))}"
     if _activation(module) is None:
         return f"{name}.act_fn is {module.act_fn}, served are SiLU and relu2"
     if module.has_gate and type(module)._apply_gate.__name__ != "_default_apply_gate":
