@@ -111,6 +111,7 @@ def masked(rows: list[str] | None = None, **options: Any) -> None:
         (lambda: attend(output_attentions=True), "output_attentions is given"),
         (lambda: attend(torch.zeros(3, 1, 7, 7)), r"a mask \[3, 1, 7, 7\] of torch.float32"),
         (lambda: attend(torch.ones(3, 1, 7, 7, dtype=torch.bool)), r"of torch\.bool"),
+        (lambda: attend(torch.ones(3, 7, dtype=torch.int32)), r"a mask \[3, 7\] of torch\.int32"),
         (lambda: attend(causal=False, lengths=(3, 7)), "full attention of 3 queries to 7 keys"),
         (lambda: masked(mask_function=masking_utils.sliding_window_causal_mask_function(3)), "neither causal nor full"),
         (lambda: masked(local_size=3), "a window of 3 tokens"),

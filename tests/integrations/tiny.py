@@ -128,4 +128,5 @@ def gradients(model: Any, *, wide: bool = True) -> dict[str, Tensor]:
 
 def error(got: Tensor, expected: Tensor) -> float:
     """Relative to the largest."""
+    got, expected = got.detach(), expected.detach()
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

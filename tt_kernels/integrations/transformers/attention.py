@@ -5,7 +5,7 @@ int32: [B], where they start, of causal attention; [B, 2], where they start and 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ...runtime.registry import wants_gradients
 _UNSERVED = ("softcap", "s_aux", "sinks", "position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "output_attentions")
 
 
-def _refuse(reason: str) -> None:
+def _refuse(reason: str) -> NoReturn:
     raise NotImplementedError(f"tt_kernels: attention: {reason}; choose another attn_implementation")
 
 
@@ -79,7 +79,7 @@ def _full_spans(here: Tensor, q_length: int) -> Tensor:
     return torch.stack(_ends(here), 1)
 
 
-def _check(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, asked: dict[str, Any]) -> None:
+def _check(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, asked: dict[str, Any]) -> None:
     if dropout:
         _refuse(f"dropout is {dropout}, served is 0 (config.attention_dropout)")
     window = asked.get("sliding_window")
@@ -88,7 +88,7 @@ def _check(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, dropout
     for name in _UNSERVED:
         if asked.get(name) is not None and asked[name] is not False:
             _refuse(f"{name} is given, and not served")
-    if mask is not None and (mask.dtype != torch.int32 or mask.dim() > 2):
+    if mask is not None and (mask.dtype != torch.int32 or mask.shape[1:] not in ((), (2,))):
         _refuse(f"a mask {list(mask.shape)} of {mask.dtype} of your own, served is a 2-D attention_mask")
     if query.is_cuda and wants_gradients(query, key):
         _refuse("no backward kernel; train with 'sdpa', or run under torch.no_grad()")
@@ -106,7 +106,7 @@ def attention_forward(
     **asked: Any,
 ) -> tuple[Tensor, None]:
     """query [B, Hq, q, D], key and value [B, Hkv, kv, D] -> [B, q, Hq, D]. Queries on a cache are the last of kv."""
-    _check(module, query, key, attention_mask, dropout, asked)
+    _check(query, key, attention_mask, dropout, asked)
     if key.shape[-1] != value.shape[-1]:
         _refuse(f"heads of {key.shape[-1]} in keys and {value.shape[-1]} in values, served is one size")
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

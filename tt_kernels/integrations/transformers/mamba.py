@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from ...runtime.registry import wants_gradients
 _CARRIED = "a state that is carried on has no gradients here: decode under torch.no_grad(), or train without a cache"
 
 
-def _refuse(name: str, reason: str) -> None:
+def _refuse(name: str, reason: str) -> NoReturn:
     raise NotImplementedError(f"tt_kernels: {name}: {reason}")
 
 
@@ -90,9 +90,11 @@ def mamba2_chunk_scan(
         if return_final_states and wants_gradients(hidden_states, dt, A, B, C, initial_states):
             _refuse(name, _CARRIED)
         state = initial_states.clone()  # written in place; theirs stays the cache's
-    D, dt_bias = (A.new_zeros(A.shape) if t is None else t for t in (D, dt_bias))
+    D = A.new_zeros(A.shape) if D is None else D
+    dt_bias = A.new_zeros(A.shape) if dt_bias is None else dt_bias
+    low, high = dt_limit  # a config may hold a list
     # Only y and the last state are wanted: the size of chunks is ours.
-    out = ssd_chunk(hidden_states, dt, A, B, C, D, dt_bias, state, chunk_size=None, dt_limit=tuple(dt_limit))
+    out = ssd_chunk(hidden_states, dt, A, B, C, D, dt_bias, state, chunk_size=None, dt_limit=(low, high))
     final = out.final_state if state is None else state
     assert final is not None
     y = out.y.contiguous()  # as a kernel's is; Falcon-H1 takes views of it
