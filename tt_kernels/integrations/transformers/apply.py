@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from types import MethodType, ModuleType
 from typing import Any
 
@@ -102,7 +103,7 @@ def apply_to(model_type: str) -> Callable[..., Changes]:
                 changes.share(cls, "forward", lambda theirs: experts_forward)
                 changes.replaced.append(f"experts: {cls.__name__}")
             if norm and (ours := _norm_forward(cls)):
-                changes.share(cls, "forward", lambda theirs, ours=ours: _where_served(ours, theirs))
+                changes.share(cls, "forward", partial(_where_served, ours))
                 changes.replaced.append(f"norm: {cls.__name__}")
         if attention:
             changes.left["attention"] = f'a config chooses it: load with attn_implementation="{NAME}"'
@@ -162,7 +163,7 @@ def _mamba(changes: Changes, module: ModuleType) -> None:
     short = module.__name__.rpartition(".")[2]
     for name, ours in FUNCTIONS.items():
         if hasattr(module, name):
-            changes.share(module, name, lambda theirs, ours=ours: unless_training_on_gpu(ours, theirs))
+            changes.share(module, name, partial(unless_training_on_gpu, ours))
             changes.replaced.append(f"mamba: {short}.{name}")
     changes.left["convolution and scan in training on a GPU"] = _NO_BACKWARD
 

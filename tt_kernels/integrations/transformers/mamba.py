@@ -34,7 +34,9 @@ def _of_heads(name: str, what: str, t: Tensor, dims: int) -> Tensor:
     """One number a head, of a tensor that repeats it along its last `dims` dimensions."""
     if any(size > 1 and stride for size, stride in zip(t.shape[-dims:], t.stride()[-dims:], strict=True)):
         _refuse(name, f"{what} differs within a head, served is one number for each")
-    return t[(..., *[0] * dims)]
+    for _ in range(dims):
+        t = t[..., 0]
+    return t
 
 
 def causal_conv1d_fn(
