@@ -23,6 +23,7 @@ LADDER = (
     ("tt_kernels.*",),
     ("tt_kernels",),
     ("tt_kernels.testing",),
+    ("tt_kernels.integrations",),
     ("tt_model.files", "tt_model.stops"),
     ("tt_model.config",),
     ("tt_model.arguments", "tt_model.vocabulary"),
@@ -110,10 +111,11 @@ def unit_of(module: str) -> str:
 
 
 def dependencies() -> tuple[set[str], set[str]]:
-    """The import names that pyproject.toml requires, and those of its extra `cuda`."""
+    """The import names that pyproject.toml requires, and those of its extras `cuda` and `transformers`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = lambda lines: {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines}
-    return names(project["dependencies"]), names(project["optional-dependencies"]["cuda"])
+    extras = project["optional-dependencies"]
+    return names(project["dependencies"]), names([*extras["cuda"], *extras["transformers"]])
 
 
 def violations(files: dict[str, str]) -> list[str]:
@@ -281,6 +283,8 @@ def test_checker_accepts_a_sound_tree() -> None:
         ("tt_kernels/norm/rms.py", "from profiling import nsight", "a package imports"),
         ("tt_kernels/norm/rms.py", "import transformers", "not a dependency"),
         ("tt_kernels/norm/rms.py", "import mamba_ssm", "not a dependency"),
+        ("tt_kernels/integrations/x.py", "import transformers", "not a dependency"),
+        ("tt_kernels/norm/rms.py", "from ..integrations import x", "comes after"),
         ("tt_model/config.py", "from .modeling.mamba2 import Mixer", "comes after"),
         ("tt_model/config.py", "if TYPE_CHECKING:\n  from .two_tower import TwoTower", "comes after"),
         ("tt_model/config.py", "def f():\n  from .engine.generate import generate", "comes after"),

@@ -1,0 +1,215 @@
+"""`apply` in tiny models of every type: what comes out is theirs, on the CPU, where ours run as references."""
+
+import importlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from tiny import TINY, error, gradients, greedy, logits, tiny
+
+pytest.importorskip("transformers", minversion="5.20")
+
+from tt_kernels.integrations import transformers as tt
+from tt_kernels.integrations.transformers import mamba
+
+# fp64 on both sides (tiny.Wide), whose roundings are 1e-16: a few layers of sums, exponentials and norms make 1e-13 of
+# them. One part in fp32 would show as 1e-7.
+BOUND = 1e-11
+
+FALCON = dict(mamba_rms_norm=True, mamba_norm_before_gate=False)
+MODELS = {**{name: (name, {}) for name in TINY}, "falcon_h1, gated norm": ("falcon_h1", FALCON)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_the_same_model(name: str) -> None:
+    model_type, options = MODELS[name]
+    model = tiny(model_type, **options)
+    before, slopes = (logits(model), *greedy(model)), gradients(model)
+    data = [p.data_ptr() for p in model.parameters()]
+    changes = tt.apply(model)
+    after, found = (logits(model), *greedy(model)), gradients(model)
+    assert torch.equal(after[1], before[1])
+    assert error(after[0], before[0]) < BOUND and error(after[2], before[2]) < BOUND
+    assert found.keys() == slopes.keys()
+    for parameter, slope in slopes.items():
+        assert error(found[parameter], slope) < BOUND, parameter
+    assert data == [p.data_ptr() for p in model.parameters()]
+    changes.undo()
+    assert not changes.replaced and torch.equal(logits(model), before[0])
+
+
+@pytest.mark.kernels
+def test_two_tokens() -> None:
+    """Of a model with every kind of layer: a padded prompt, and a token on its cache."""
+    model = tiny("nemotron_h")
+    sequences, expected = greedy(model, 2)
+    changes = tt.apply(model)
+    found, got = greedy(model, 2)
+    changes.undo()
+    assert torch.equal(found, sequences) and error(got, expected) < BOUND
+
+
+def replaced(changes: tt.Changes) -> dict[str, list[str]]:
+    """What was replaced, by kind."""
+    kinds: dict[str, list[str]] = {}
+    for line in changes.replaced:
+        kind, _, what = line.partition(": ")
+        kinds.setdefault(kind, []).append(what)
+    return kinds
+
+
+def test_it_says_what_it_did() -> None:
+    model = tiny("nemotron_h")
+    changes = tt.apply(model)
+    found = replaced(changes)
+    assert found["experts"] == ["1 NemotronHExperts"]
+    assert found["attention"] == ["1 NemotronHAttention, and its mask"]
+    assert found["norm"] == ["6 NemotronHRMSNorm", "2 NemotronHRMSNormGated"]
+    assert found["mamba"] == [f"modeling_nemotron_h.{name}" for name in mamba.FUNCTIONS]
+    assert set(changes.left) == {"routers, shared experts", "convolution and scan in training on a GPU"}
+    assert "left      routers" in str(changes) and "replaced  experts: 1" in str(changes)
+    tt.revert(model)
+    assert str(changes) == ""
+
+
+@pytest.mark.parametrize("part", ["experts", "attention", "mamba", "norm"])
+def test_parts_can_be_chosen(part: str) -> None:
+    model = tiny("nemotron_h")
+    others = {name: name == part for name in ("experts", "attention", "mamba", "norm")}
+    assert set(replaced(tt.apply(model, **others))) == {part}
+    tt.revert(model)
+
+
+def test_undoing_one_model_leaves_another_of_its_type() -> None:
+    """The functions of a module serve all models of a type: they go with the last."""
+    module: Any = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
+    theirs = module.mamba2_chunk_scan
+    first, second = tiny("mamba2"), tiny("mamba2")
+    tt.apply(first)
+    tt.apply(first)  # again: the first time is undone
+    tt.apply(second)
+    tt.revert(first)
+    assert module.mamba2_chunk_scan is not theirs
+    tt.revert(second)
+    tt.revert(second)
+    assert module.mamba2_chunk_scan is theirs
+    assert all("forward" not in vars(m) for m in (*first.modules(), *second.modules()))
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "qwen3_moe"])
+def test_classes_of_a_type(model_type: str) -> None:
+    """Without a model, what is made before and after runs ours, and attention is for the config."""
+    model = tiny(model_type)
+    before = logits(model)
+    changes = getattr(tt, f"apply_tt_kernels_to_{model_type}")()
+    try:
+        later = tiny(model_type)
+        for m in (model, later):
+            assert error(logits(m), before) < BOUND and m.config._attn_implementation != tt.NAME
+        assert set(replaced(changes)) == (
+            {"experts", "norm", "mamba"} if model_type == "nemotron_h" else {"experts", "norm"}
+        )
+        assert "attn_implementation" in changes.left["attention"]
+    finally:
+        changes.undo()
+    assert torch.equal(logits(model), before)
+
+
+def test_the_functions_of_types() -> None:
+    model = tiny("olmoe")
+    with pytest.raises(ValueError, match="model is of type 'olmoe', expected 'mixtral'"):
+        tt.apply_tt_kernels_to_mixtral(model)
+    assert "experts" in replaced(tt.apply_tt_kernels_to_olmoe(model, norm=False))
+    tt.revert(model)
+    with pytest.raises(AttributeError, match="model types are nemotron_h"):
+        _ = tt.apply_tt_kernels_to_gpt2
+    assert {f"apply_tt_kernels_to_{t}" for t in TINY} <= set(dir(tt))
+
+
+def test_what_is_not_served_is_left() -> None:
+    changes = tt.apply(tiny("mixtral", hidden_act="gelu", sliding_window=4, attention_dropout=0.1))
+    assert "act_fn" in changes.left["experts"] and "sliding_window is 4" in changes.left["attention"]
+    changes = tt.apply(tiny("olmoe", attention_dropout=0.1))
+    assert "attention_dropout is 0.1" in changes.left["attention"]
+    changes = tt.apply(model := tiny("falcon_h1", mamba_rms_norm=True))
+    assert "norm_before_gate" in changes.left["norm: FalconH1RMSNormGated"]
+    tt.revert(model)
+
+
+def test_activation_checkpointing() -> None:
+    model = tiny("nemotron_h")
+    tt.apply(model)
+    slopes = gradients(model, wide=False)
+    model.gradient_checkpointing_enable()
+    found = gradients(model, wide=False)
+    tt.revert(model)
+    assert all(error(found[name], slope) < BOUND for name, slope in slopes.items())
+
+
+def scan(**options: Any) -> Any:
+    x, dt, A, B, C = (torch.randn(s) for s in ((1, 6, 4, 8), (1, 6, 4), (4,), (1, 6, 2, 5), (1, 6, 2, 5)))
+    return mamba.mamba2_chunk_scan(x, dt, -A.exp(), B, C, **(dict(chunk_size=4, dt_softplus=True) | options))
+
+
+def update(*, grad: bool = False, **options: Any) -> Any:
+    x, dt, A, B, C = (torch.randn(s) for s in ((2, 4, 8), (2, 4), (4,), (2, 2, 5), (2, 2, 5)))
+    given = dict(dt=dt[..., None].expand(-1, -1, 8), A=-A.exp()[:, None, None].expand(-1, 8, 5), B=B, C=C)
+    given |= dict(dt_softplus=True) | options
+    return mamba.mamba2_selective_state_update(torch.zeros(2, 4, 8, 5), x.requires_grad_(grad), **given)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: scan(seq_idx=torch.zeros(1, 6)), "seq_idx is given"),
+        (lambda: scan(dt_softplus=False), "dt_softplus is False"),
+        (lambda: scan(z=torch.zeros(1, 6, 4, 8)), "z is given"),
+        (
+            lambda: scan(initial_states=torch.zeros(1, 4, 8, 5, requires_grad=True), return_final_states=True),
+            r"under torch\.no_grad",
+        ),
+        (lambda: update(dt_softplus=False), "dt_softplus is False"),
+        (lambda: update(dt=torch.zeros(2, 4, 8)), "dt differs within a head"),
+        (lambda: update(A=torch.zeros(4, 8, 5)), "A differs within a head"),
+        (lambda: update(grad=True), r"under torch\.no_grad"),
+        (
+            lambda: mamba.causal_conv1d_fn(torch.zeros(1, 3, 5), torch.zeros(3, 4), activation="gelu"),
+            "activation is 'gelu', served are 'silu' and None",
+        ),
+        (
+            lambda: mamba.causal_conv1d_fn(torch.zeros(1, 3, 5), torch.zeros(3, 4), cu_seqlens=torch.zeros(2)),
+            "cu_seqlens is given",
+        ),
+    ],
+)
+def test_mamba_refuses(call: Any, reason: str) -> None:
+    with pytest.raises(NotImplementedError, match=reason):
+        call()
+
+
+def test_initial_states_stay_as_they_were() -> None:
+    state = torch.randn(1, 4, 8, 5)
+    kept = state.clone()
+    y, final = scan(initial_states=state, return_final_states=True)
+    assert torch.equal(state, kept) and final.shape == state.shape and not torch.equal(final, state)
+    assert not y.isnan().any()
+
+
+def test_training_on_a_gpu_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no GPUs here: a tensor that says it is on one stands for it."""
+    function = mamba.unless_training_on_gpu(lambda x: "ours", lambda x: "theirs")
+    x = torch.zeros(1, requires_grad=True)
+    assert function(x) == "ours"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    assert function(x) == "theirs" and function(x.detach()) == "ours"
+    with torch.no_grad():
+        assert function(x) == "ours"
+
+
+def test_importing_the_kernels_imports_no_transformers() -> None:
+    code = "import sys, tt_kernels.integrations.transformers as tt; tt.TYPES; print('transformers' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert out.stdout.strip() == "False"

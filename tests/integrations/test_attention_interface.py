@@ -1,0 +1,147 @@
+"""Attention by name: every mask that is served, against transformers' own with its own mask; the rest is refused."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import IDS, PADDED, Wide, error, tiny
+
+pytest.importorskip("transformers", minversion="5.20")
+
+from transformers import masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from tt_kernels.integrations import transformers as tt
+from tt_kernels.integrations.transformers.attention import attention_forward, mask
+
+BOUND = 1e-12  # fp64 on both sides; one layer
+CAUSAL, FULL = masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function
+# Rows of queries, keys, mask function, and the mask of the keys, by row.
+NONE, LEFT = None, ["0001111", "1111111", "0111111"]
+CASES = {
+    "causal": (7, 7, CAUSAL, NONE),
+    "causal, padding before": (7, 7, CAUSAL, LEFT),
+    "causal, padding on both sides": (7, 7, CAUSAL, ["0011110", "1110000", "1111111"]),
+    "one token on a cache": (1, 7, CAUSAL, NONE),
+    "one token on a cache, padding before": (1, 7, CAUSAL, LEFT),
+    "three tokens on a cache": (3, 7, CAUSAL, NONE),
+    "three tokens on a cache, padding before": (3, 7, CAUSAL, LEFT),
+    "a row that begins now": (3, 7, CAUSAL, ["0000111", "1111111", "0111111"]),
+    "full": (7, 7, FULL, NONE),
+    "full, padding before and behind": (7, 7, FULL, ["0001111", "1111100", "0111110"]),
+    "a single token": (1, 1, CAUSAL, NONE),
+}
+
+
+def tensors(q: int, kv: int, layout: str) -> list[torch.Tensor]:
+    """query [3, 4, q, 8], key and value [3, 2, kv, 8], as a projection, a cache or a longer buffer has them."""
+    g = torch.Generator().manual_seed(q + kv)
+    make = lambda heads, length: torch.randn(3, heads, length, 8, dtype=torch.float64, generator=g)
+    made = [make(4, q), make(2, kv), make(2, kv)]
+    if layout == "projection":
+        return [t.transpose(1, 2).contiguous().transpose(1, 2) for t in made]
+    if layout == "odd rows":
+        return [torch.cat([t.flatten(1), t.flatten(1)[:, :1]], 1)[:, :-1].view(t.shape) for t in made]
+    return made
+
+
+def both(name: str, layout: str, grad: bool) -> None:
+    q, kv, function, rows = CASES[name]
+    padding = None if rows is None else torch.tensor([[c == "1" for c in row] for row in rows])
+    given: dict[str, Any] = dict(
+        batch_size=3, q_length=q, kv_length=kv, q_offset=kv - q, mask_function=function, attention_mask=padding
+    )
+    module = SimpleNamespace(is_causal=function is CAUSAL, num_key_value_groups=2, training=False)
+    theirs = masking_utils.sdpa_mask(**given, allow_is_causal_skip=False)
+    found = [t.requires_grad_(grad) for t in tensors(q, kv, layout)]
+    expected = [t.detach().clone().requires_grad_(grad) for t in found]
+    seen = slice(None) if padding is None else padding[:, kv - q :]
+    y = attention_forward(module, *found, mask(**given), scaling=0.3)[0][seen]
+    right = sdpa_attention_forward(module, *expected, theirs, scaling=0.3)[0][seen]
+    assert error(y, right) < BOUND
+    if grad:
+        for out in (y, right):
+            out.square().sum().backward()
+        for got, wanted in zip(found, expected, strict=True):
+            assert error(got.grad, wanted.grad) < BOUND
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", CASES)
+def test_values(name: str) -> None:
+    both(name, "cache", grad=False)
+
+
+@pytest.mark.parametrize("layout", ["projection", "odd rows"])
+@pytest.mark.parametrize("name", CASES)
+def test_layouts_and_gradients(name: str, layout: str) -> None:
+    both(name, layout, grad=True)
+
+
+def test_nothing_is_copied() -> None:
+    from tt_kernels.integrations.transformers.attention import _as_pages
+
+    k, v = torch.randn(2, 3, 2, 7, 8).transpose(2, 3)
+    starts = torch.tensor([3, 0, 1], dtype=torch.int32)
+    pages, table = _as_pages(k[:, :6], v[:, :6], starts)
+    assert pages[0].data_ptr() == k.data_ptr() and pages[1].data_ptr() == v.data_ptr()
+    assert torch.equal(pages[0][table[0, 2], 0], k[0, 5]) and torch.equal(pages[1][table[2, 1], 0], v[2, 2])
+
+
+def attend(attention_mask: torch.Tensor | None = None, **options: Any) -> None:
+    module = SimpleNamespace(is_causal=options.pop("causal", True), num_key_value_groups=2)
+    q, kv = options.pop("lengths", (7, 7))
+    attention_forward(module, *tensors(q, kv, "cache"), attention_mask, **options)
+
+
+def masked(rows: list[str] | None = None, **options: Any) -> None:
+    padding = None if rows is None else torch.tensor([[c == "1" for c in row] for row in rows])
+    given = dict(batch_size=3, q_length=7, kv_length=7, mask_function=CAUSAL, attention_mask=padding)
+    mask(**(given | options))
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: attend(dropout=0.1), "dropout is 0.1"),
+        (lambda: attend(sliding_window=4), "sliding_window is 4"),
+        (lambda: attend(softcap=30.0), "softcap is given"),
+        (lambda: attend(s_aux=torch.zeros(4)), "s_aux is given"),
+        (lambda: attend(output_attentions=True), "output_attentions is given"),
+        (lambda: attend(torch.zeros(3, 1, 7, 7)), r"a mask \[3, 1, 7, 7\] of torch.float32"),
+        (lambda: attend(torch.ones(3, 1, 7, 7, dtype=torch.bool)), r"of torch\.bool"),
+        (lambda: attend(torch.ones(3, 7, dtype=torch.int32)), r"a mask \[3, 7\] of torch\.int32"),
+        (lambda: attend(causal=False, lengths=(3, 7)), "full attention of 3 queries to 7 keys"),
+        (lambda: masked(mask_function=masking_utils.sliding_window_causal_mask_function(3)), "neither causal nor full"),
+        (lambda: masked(local_size=3), "a window of 3 tokens"),
+        (lambda: masked(kv_length=9), "a static one"),
+        (lambda: masked(q_offset=torch.tensor(0)), "a static one"),
+        (lambda: masked(["1101111"] * 3), "padding between tokens"),
+        (lambda: masked(["0000011"] * 3, q_length=3, q_offset=4), "padding behind cached tokens"),
+        (lambda: masked(["1111110"] * 3, q_length=1, q_offset=6), "padding behind cached tokens"),
+        (lambda: masked(mask_function=FULL, q_length=3, q_offset=4), "full attention on a cache"),
+        (lambda: masked(["1110000"] * 3, mask_function=FULL, q_length=3), "padding in full attention of 3 queries"),
+    ],
+)
+def test_refusals(call: Any, reason: str) -> None:
+    with pytest.raises(NotImplementedError, match=reason):
+        call()
+
+
+def test_no_gradients_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [t.requires_grad_() for t in tensors(7, 7, "cache")]
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    with pytest.raises(NotImplementedError, match="train with 'sdpa'"):
+        attention_forward(SimpleNamespace(is_causal=True), *given, None)
+
+
+@torch.no_grad()
+def test_packed_rows_and_static_caches_are_refused_by_a_model() -> None:
+    tt.register()
+    model = tiny("mixtral")
+    model.set_attn_implementation(tt.NAME)
+    with pytest.raises(NotImplementedError, match="packed sequences"), Wide():
+        model(IDS[:, :6], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
+    with pytest.raises(NotImplementedError, match="a static one"), Wide():
+        model.generate(IDS, attention_mask=PADDED, max_new_tokens=2, cache_implementation="static")

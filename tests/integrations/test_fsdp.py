@@ -1,0 +1,47 @@
+"""Two processes that share the layers of a model: gradients are those of one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("transformers", minversion="5.20")
+
+PROGRAM = """
+import sys
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from tiny import error, gradients, tiny
+from tt_kernels.integrations import transformers as tt
+
+rank, store = sys.argv[1:]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
+model = tiny("nemotron_h")
+tt.apply(model)
+alone = gradients(model, wide=False)
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+shared = gradients(model, wide=False)
+assert all(p.to_local().numel() < p.numel() for p in model.parameters() if p.dim() > 1)
+print(max(error(shared[name].full_tensor(), grad) for name, grad in alone.items()))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_gradients(tmp_path: Path) -> None:
+    path = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))
+    start = lambda rank: subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store")],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for process in [start(0), start(1)]:
+        out, _ = process.communicate(timeout=200)
+        # Both read the same batch: what is averaged is equal, and only the order of sums can differ.
+        assert process.returncode == 0 and float(out.splitlines()[-1]) < 1e-11

@@ -1,0 +1,202 @@
+"""The three ways in: by name, in a model that is there, in all models of a type."""
+
+import importlib
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from types import MethodType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from .attention import attention_forward, mask
+from .changes import Changes
+from .experts import experts_forward
+from .experts import unserved as unserved_experts
+from .mamba import FUNCTIONS, unless_training_on_gpu
+from .norms import FORWARD
+from .norms import unserved as unserved_norm
+
+NAME = "tt_kernels"
+# The model types whose norms and mixers were held against ours. By name, experts and attention serve others too.
+TYPES = (
+    *("nemotron_h", "bamba", "mamba2", "zamba2", "falcon_h1", "granitemoehybrid"),
+    *("mixtral", "qwen3_moe", "olmoe"),
+)
+_FOLDER = "transformers.models"
+_NO_BACKWARD = "no backward kernel: theirs run where gradients are wanted on a GPU"
+
+
+def register() -> None:
+    """Make "tt_kernels" a name that attn_implementation and experts_implementation take.
+
+    Attention has its mask function with it. What a model asks for and is not served raises NotImplementedError at its
+    first call, with the reason.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.moe import ExpertsInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    ExpertsInterface.register(NAME, experts_forward)
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def apply(
+    model: Any, *, experts: bool = True, attention: bool = True, mamba: bool = True, norm: bool = True
+) -> Changes:
+    """Let a model of transformers run ours wherever it is served; its weights stay where they are.
+
+    Args:
+        model:     any PreTrainedModel. Mixers and norms are replaced in models of TYPES.
+        experts:   the routed experts. Routers and shared experts stay theirs.
+        attention: needs a mask of ours, and sets both.
+        mamba:     convolution and scan of Mamba-2 mixers, in all models of the type: theirs are functions of a module.
+        norm:      RMS norms, plain and gated.
+    Returns:
+        What it replaced, what it left and why, and `undo()`. A second call undoes the first.
+    """
+    revert(model)
+    register()
+    changes = Changes()
+    if experts:
+        _experts(changes, model)
+    if attention:
+        _attention(changes, model)
+    if mamba:
+        for module in sorted({type(m).__module__ for m in model.modules()}):
+            _mamba(changes, sys.modules[module])
+    if norm:
+        _norms(changes, model)
+    model._tt_kernels_changes = changes
+    return changes
+
+
+def revert(model: Any) -> None:
+    """Undo `apply`, if it was."""
+    changes = vars(model).pop("_tt_kernels_changes", None)
+    if changes is not None:
+        changes.undo()
+
+
+def apply_to(model_type: str) -> Callable[..., Changes]:
+    """The function apply_tt_kernels_to_<model_type>."""
+
+    def function(
+        model: Any = None, *, experts: bool = True, attention: bool = True, mamba: bool = True, norm: bool = True
+    ) -> Changes:
+        """`apply` to a model of this type; without one, to the classes of the type: all its models, made or to come.
+        Then attention is left, as a model's config chooses it."""
+        if model is not None:
+            found = model.config.model_type
+            if found != model_type:
+                raise ValueError(f"{function.__name__}: model is of type {found!r}, expected {model_type!r}")
+            return apply(model, experts=experts, attention=attention, mamba=mamba, norm=norm)
+        register()
+        changes = Changes()
+        module = importlib.import_module(f"{_FOLDER}.{model_type}.modeling_{model_type}")
+        classes = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
+        for cls in classes:
+            if experts and hasattr(cls, "_apply_gate"):
+                changes.share(cls, "forward", lambda theirs: experts_forward)
+                changes.replaced.append(f"experts: {cls.__name__}")
+            if norm and (ours := _norm_forward(cls)):
+                changes.share(cls, "forward", partial(_where_served, ours))
+                changes.replaced.append(f"norm: {cls.__name__}")
+        if attention:
+            changes.left["attention"] = f'a config chooses it: load with attn_implementation="{NAME}"'
+        if mamba:
+            _mamba(changes, module)
+        return changes
+
+    function.__name__ = function.__qualname__ = f"apply_tt_kernels_to_{model_type}"
+    return function
+
+
+def _experts(changes: Changes, model: Any) -> None:
+    found = [m for m in model.modules() if hasattr(m, "_apply_gate")]  # what use_experts_implementation decorates
+    if not found:
+        return
+    reason = next(filter(None, map(unserved_experts, found)), None)
+    if reason:
+        changes.left["experts"] = reason
+        return
+    before = model.config._experts_implementation
+    model.set_experts_implementation(NAME)
+    changes.call_back(lambda: model.set_experts_implementation(before))
+    changes.replaced.append(f"experts: {len(found)} {type(found[0]).__name__}")
+    changes.left["routers, shared experts"] = "they lie outside of what an experts implementation is given"
+
+
+def _attention(changes: Changes, model: Any) -> None:
+    found = [m for m in model.modules() if hasattr(m, "is_causal") and hasattr(m, "num_key_value_groups")]
+    if not found:
+        return
+    reason = next(filter(None, (_unserved_attention(m, model.config) for m in found)), None)
+    if reason is None and model.training and any(p.is_cuda for p in model.parameters()):
+        reason = "no backward kernel, and the model is on a GPU in training mode"
+    if reason is None:
+        before = model.config._attn_implementation
+        model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != NAME:
+            reason = f"{type(model).__name__} lets nobody choose its attention"
+    if reason:
+        changes.left["attention"] = reason
+        return
+    changes.call_back(lambda: model.set_attn_implementation(before))
+    changes.replaced.append(f"attention: {len(found)} {type(found[0]).__name__}, and its mask")
+
+
+def _unserved_attention(module: Any, config: Any) -> str | None:
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    if window is not None:
+        return f"sliding_window is {window}, served is attention to all tokens before"
+    dropout = getattr(module, "attention_dropout", 0.0)
+    return f"attention_dropout is {dropout}, served is 0" if dropout else None
+
+
+def _mamba(changes: Changes, module: ModuleType) -> None:
+    if not module.__name__.startswith(_FOLDER) or not hasattr(module, "mamba2_chunk_scan"):
+        return
+    short = module.__name__.rpartition(".")[2]
+    for name, ours in FUNCTIONS.items():
+        if hasattr(module, name):
+            changes.share(module, name, partial(unless_training_on_gpu, ours))
+            changes.replaced.append(f"mamba: {short}.{name}")
+    changes.left["convolution and scan in training on a GPU"] = _NO_BACKWARD
+
+
+def _norm_forward(cls: type) -> Callable | None:
+    """Ours for a class of norms of TYPES."""
+    if cls.__module__ not in {f"{_FOLDER}.{t}.modeling_{t}" for t in TYPES}:
+        return None
+    return next((forward for end, forward in FORWARD.items() if cls.__name__.endswith(end)), None)
+
+
+def _norms(changes: Changes, model: Any) -> None:
+    replaced: Counter[str] = Counter()
+    for module in model.modules():
+        name = type(module).__name__
+        if not isinstance(module, nn.Module) or "RMSNorm" not in name:
+            continue
+        ours = _norm_forward(type(module))
+        reason = unserved_norm(module)
+        if ours is None:
+            reason = f"it is of none of the types {', '.join(TYPES)}"
+        elif "forward" in vars(module):
+            reason = "its forward is another's already (a hook, or other kernels)"
+        if reason or ours is None:
+            changes.left[f"norm: {name}"] = str(reason)
+            continue
+        changes.swap(module, "forward", MethodType(ours, module))
+        replaced[name] += 1
+    changes.replaced += [f"norm: {count} {name}" for name, count in replaced.items()]
+
+
+def _where_served(ours: Callable, theirs: Callable) -> Callable:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (theirs if unserved_norm(self) else ours)(self, *args, **kwargs)
+
+    return forward

@@ -1,0 +1,153 @@
+"""Attention of transformers' models, as its `AttentionInterface` and `AttentionMaskInterface` call it.
+
+A mask is made once for a pass and read by every layer: None, or where the tokens of each row lie between its padding,
+int32: [B], where they start, of causal attention; [B, 2], where they start and end, of full attention.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ... import block_diffusion_attention, causal_attention, context_attention
+from ...runtime.registry import wants_gradients
+
+# What a model may ask of an attention function beside the mask. None, 0 and False ask for nothing.
+_UNSERVED = ("softcap", "s_aux", "sinks", "position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "output_attentions")
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise NotImplementedError(f"tt_kernels: attention: {reason}; choose another attn_implementation")
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **_: Any,
+) -> Tensor | None:
+    """What the layers get for the padding of attention_mask [B, kv_length] bool, 1 where a token is. Reads it on the
+    host, once a pass, as transformers' own mask does."""
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    if local_size is not None:
+        _refuse(f"a window of {local_size} tokens, served is attention to all tokens before")
+    if mask_function not in (None, causal_mask_function, bidirectional_mask_function):
+        _refuse("a mask that is neither causal nor full (a window, packed sequences, or a function of your own)")
+    full = mask_function is bidirectional_mask_function
+    if not isinstance(q_offset, int) or kv_offset or (not full and kv_length != q_offset + q_length):
+        _refuse("a cache with room behind its tokens (a static one), served is one that grows")
+    if full and q_offset:
+        _refuse("full attention on a cache, served is full attention of the tokens to each other")
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_length:
+        _refuse(f"attention_mask is {list(attention_mask.shape)}, served is [B, {kv_length}]")
+    here = attention_mask[:, :kv_length].bool()
+    if bool(here.all()):
+        return None
+    return _full_spans(here, q_length) if full else _causal_starts(here, q_offset)
+
+
+def _ends(here: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the tokens of each row start and end, [B] int32; rows with padding between tokens are refused."""
+    starts = here.int().argmax(1).int()
+    counts = here.sum(1, dtype=torch.int32)
+    at = torch.arange(here.shape[1], device=here.device)
+    span = (at >= starts[:, None]) & (at < (starts + counts)[:, None])
+    if not bool((span == here).all()):
+        _refuse("attention_mask has padding between tokens, served is padding before and behind them")
+    return starts, starts + counts
+
+
+def _causal_starts(here: Tensor, q_offset: int) -> Tensor:
+    starts, ends = _ends(here)
+    if q_offset and bool(((ends < here.shape[1]) | (starts > q_offset)).any()):
+        _refuse("attention_mask has padding behind cached tokens, served is padding before them")
+    return starts  # padding behind is seen by itself alone
+
+
+def _full_spans(here: Tensor, q_length: int) -> Tensor:
+    if q_length != here.shape[1]:
+        _refuse(f"padding in full attention of {q_length} queries to {here.shape[1]} keys, served are as many")
+    return torch.stack(_ends(here), 1)
+
+
+def _check(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, asked: dict[str, Any]) -> None:
+    if dropout:
+        _refuse(f"dropout is {dropout}, served is 0 (config.attention_dropout)")
+    window = asked.get("sliding_window")
+    if window is not None and window < key.shape[2]:
+        _refuse(f"sliding_window is {window}, served is attention to all {key.shape[2]} tokens")
+    for name in _UNSERVED:
+        if asked.get(name) is not None and asked[name] is not False:
+            _refuse(f"{name} is given, and not served")
+    if mask is not None and (mask.dtype != torch.int32 or mask.shape[1:] not in ((), (2,))):
+        _refuse(f"a mask {list(mask.shape)} of {mask.dtype} of your own, served is a 2-D attention_mask")
+    if query.is_cuda and wants_gradients(query, key):
+        _refuse("no backward kernel; train with 'sdpa', or run under torch.no_grad()")
+
+
+def attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **asked: Any,
+) -> tuple[Tensor, None]:
+    """query [B, Hq, q, D], key and value [B, Hkv, kv, D] -> [B, q, Hq, D]. Queries on a cache are the last of kv."""
+    _check(query, key, attention_mask, dropout, asked)
+    if key.shape[-1] != value.shape[-1]:
+        _refuse(f"heads of {key.shape[-1]} in keys and {value.shape[-1]} in values, served is one size")
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    spans = attention_mask
+    if spans is not None:
+        causal = spans.dim() == 1
+    (B, L), N = q.shape[:2], k.shape[1]
+    if L == N and causal:
+        return causal_attention(q, k, v, cu_seqlens=_packed(spans, B, N), scale=scaling), None
+    if L == N and spans is not None:  # one block, in which neither tokens see padding nor padding sees them
+        return block_diffusion_attention(
+            q, k, v, k, v, block_size=N, cu_seqlens=_packed(spans, B, N), scale=scaling
+        ), None
+    if L > N or not (causal or L in (1, N)):
+        _refuse(f"full attention of {L} queries to {N} keys, served are as many")
+    cached = N - L
+    starts = q.new_zeros(B, dtype=torch.int32) if spans is None else spans
+    pages, table = _as_pages(k[:, :cached], v[:, :cached], starts)
+    own = (q, k[:, cached:], v[:, cached:])
+    return context_attention(*own, *pages, table, cached - starts, causal=causal, scale=scaling), None
+
+
+def _packed(spans: Tensor | None, B: int, N: int) -> Tensor | None:
+    """Rows between their padding, as the sequences of `causal_attention`."""
+    if spans is None:
+        return None
+    rows = torch.arange(B, device=spans.device, dtype=spans.dtype) * N
+    inside = rows[:, None] + spans.view(B, -1)  # [B, 1 or 2]
+    return torch.cat([torch.cat([rows[:, None], inside], 1).flatten(), spans.new_full((1,), B * N)])
+
+
+def _as_pages(k: Tensor, v: Tensor, starts: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """k and v [B, N, H, P], from starts[b] on, as a pool of pages of one token each, [tokens, 1, H, P], and the table
+    [B, N] of each row's: views. A token further along a row is one page further, and a row begins at a whole page."""
+    B, N = k.shape[:2]
+    if k.stride() != v.stride() or (B > 1 and N and (k.stride(1) == 0 or k.stride(0) % k.stride(1))):
+        k, v = k.contiguous(), v.contiguous()
+    row = k.stride(0) // k.stride(1) if B > 1 and N else N
+    size = ((B - 1) * row + N if N else 0, 1, *k.shape[2:])
+    pages = [t.as_strided(size, (t.stride(1), *t.stride()[1:])) for t in (k, v)]
+    first = torch.arange(B, device=starts.device, dtype=starts.dtype) * row + starts
+    table = first[:, None] + torch.arange(N, device=starts.device, dtype=starts.dtype)
+    return (pages[0], pages[1]), table
