@@ -126,8 +126,8 @@ def _run_head(
         SUB=SUB if rows.look is None else LOOKED,
         SKIP=architecture(weight) < 100 and rows.look is None,  # there it spills 8 to 48 bytes
         launch=launch,
-        # With more numbers a record ptxas would spill two there to fit another program.
-        **(dict(maxnreg=255) if rows.look is not None and architecture(weight) < 90 else {}),
+        # With more numbers a record ptxas would spill some to fit another program; not on sm_90.
+        **(dict(maxnreg=255) if rows.look is not None and architecture(weight) != 90 else {}),
     )
 
 
