@@ -22,22 +22,10 @@ from tt_model.vocabulary import Vocabulary
 
 ASSETS = Path(common.__file__).parents[1] / "assets"
 CONFIG = TwoTowerConfig(
-    vocab_size=2048,
-    hidden_size=16,
-    pattern="ME*",
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    mamba_num_heads=2,
-    mamba_head_dim=8,
-    ssm_state_size=4,
-    n_groups=1,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=8,
-    moe_shared_expert_intermediate_size=8,
-    max_position_embeddings=200,
-)
+    vocab_size=2048, hidden_size=16, pattern="ME*", num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    mamba_num_heads=2, mamba_head_dim=8, ssm_state_size=4, n_groups=1, n_routed_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=8, moe_shared_expert_intermediate_size=8, max_position_embeddings=200,
+)  # fmt: skip
 PROMPT = "def f(x):\n    return"
 SHORT = ("--max-new-tokens", "12", "--steps-per-block", "4")
 
