@@ -254,7 +254,7 @@ OPS = (
         shapes=(dict(B=4, L=32, V=126464, rules=2, hot=0), dict(B=4, L=32, V=126464, rules=1)),  # as LLaDA's
         grows=dict(B=64, L=64),
         outputs=("block", "committed", "confidence", "masked"),
-        kernels=("_masked_rows_kernel", "_limits_kernel", "_sample_kernel", *_STRATEGY_KERNELS),
+        kernels=("_masked_rows_kernel", "_sample_kernel", *_STRATEGY_KERNELS),
         cost=lambda itemsize, B, L, V, **_: (40 * B * L * V, B * L * V * itemsize),
     ),
     Op(

@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from boilerplate import boilerplate_models
 from rich.console import Console
 
 from eval import demo
@@ -14,6 +15,12 @@ from tt_model import TwoTower
 from tt_model.training.boilerplate import KINDS, parse, program, split_of
 
 HEADER = "# enum Color: RED, GREEN"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    boilerplate_models(folder := tmp_path_factory.mktemp("models"))
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from boilerplate import boilerplate_models
 
 from bench import report
 from eval import execute, quality
@@ -194,6 +195,12 @@ def test_bootstrap() -> None:
 
 
 # ---- the command ----
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    boilerplate_models(folder := tmp_path_factory.mktemp("models"))
+    return folder
 
 
 def test_command(

@@ -1,8 +1,6 @@
-"""Random models of the boilerplate task."""
+"""Models of the boilerplate task."""
 
 from pathlib import Path
-
-import pytest
 
 from eval.models import random_model
 from tt_model import TwoTowerConfig, checkpoint
@@ -10,10 +8,8 @@ from tt_model.training.boilerplate import corpus
 from tt_model.training.data import train_tokenizer
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random models with a tokenizer of the task."""
-    folder = tmp_path_factory.mktemp("model")
+def boilerplate_models(folder: Path) -> None:
+    """Random models with a tokenizer of the task, in folders both (two towers) and one."""
     train_tokenizer([corpus.document(i) for i in range(40)], 300).save(str(folder / "tokenizer.json"))
     config = TwoTowerConfig(
         vocab_size=300, hidden_size=16, pattern="M*", num_attention_heads=2, num_key_value_heads=1, head_dim=8,
@@ -21,4 +17,3 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     checkpoint.save(random_model(config), folder / "both", tokenizer=folder, progress=False)
     checkpoint.save(random_model(config, towers="context"), folder / "one", tokenizer=folder, progress=False)
-    return folder
