@@ -18,7 +18,8 @@ from tt_kernels.runtime.launch import INTERPRET, ON_CPU
 
 pytestmark = pytest.mark.kernels
 # Per-row settings, in fp64 on purpose: no dtype of theirs is refused.
-SETTINGS = {"sampling.temperature", "threshold"}
+SETTINGS = {"sampling.temperature", "threshold", "strategy.factor", "strategy.entropy_bound"}
+SETTINGS |= {"remasking.edit", "remasking.verify", "remasking.sigma"}
 COMPUTED_WITH = [
     pytest.param(name, leaf, id=f"{name}-{leaf}")
     for name, op in OPS.items()

@@ -170,6 +170,7 @@ def _unmask_by(
     rows = Rows.of(
         settings, block.shape[1], masked_rows(block, mask_token_id)[0], look_of(strategy, block), shift=shift
     )
+    bias = None if bias is None else bias.contiguous()
     records = head_records(by_row(hidden), weight, rows, mask_token_id, bias, soft_cap)
     return unmasked(records, rows, block, threshold, steps_left, strategy, mask_token_id, out)
 
