@@ -8,7 +8,10 @@ import torch
 from models import CONFIG, prompts_of, random_model
 
 from tt_kernels import use
+from tt_kernels.reference.unmasking import CONFIDENCES
 from tt_model import Step, TwoTower
+from tt_model.cli import generate as command
+from tt_model.engine import settings
 from tt_model.engine.settings import Generation
 
 MASK = CONFIG.mask_token_id
@@ -257,3 +260,9 @@ def test_the_default_strategy_is_the_schedule_of_probabilities(model: TwoTower) 
 def test_bad_strategies_are_named(model: TwoTower, bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate([[4]], **bad)
+
+
+def test_names_of_confidences_are_those_of_the_op() -> None:
+    """The board hands their places on, and the command line names them without loading torch."""
+    assert CONFIDENCES == settings.CONFIDENCES == command.CONFIDENCES
+    assert (settings.MODES, settings.STRATEGIES) == (command.MODES, command.STRATEGIES)
