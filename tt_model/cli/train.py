@@ -45,7 +45,9 @@ DENOISER_SETTINGS = {
     "own_blocks": (float, "SHARE", 0.0, "of blocks, partly filled with the denoiser's own predictions"),
     "distil": (float, "WEIGHT", 0.0, "of the context tower's distributions beside the tokens"),
 }
-CONTEXT_TOWERS = ("frozen", "trained", "tied")  # of training.schedule
+# Of training.schedule.
+CONTEXT_TOWERS = ("frozen", "trained", "tied")
+OPTIMIZERS = ("adamw", "muon")
 
 _DESCRIPTION = "Train a context tower on next tokens (ar), then a denoiser on masked tokens (denoiser)."
 _EPILOG = """\
@@ -128,6 +130,8 @@ def _add_common(p: Parser) -> None:
     _add_settings(p, SETTINGS)
     first = "a document's first line is read, and not learned to be written"
     p.add_argument("--skip-first-lines", action="store_true", help=first)
+    which = "muon: of the matrices inside the towers, with the same rates; AdamW of all others (default: adamw)"
+    p.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help=which)
     option(p, "--betas", float, "B", "AdamW's betas (default: 0.9 0.95)", nargs=2, default=(0.9, 0.95))
     option(p, "--save-every", number(int, 1), "N", "steps between saves", default=200)
     option(p, "--stop-after", number(int, 0), "N", "stop after so many steps of this call, as if interrupted")
@@ -155,7 +159,7 @@ def settings_of(o: argparse.Namespace) -> TrainSettings:
     """What the command line says of the training itself."""
     from ..training.schedule import TrainSettings
 
-    names = [*SETTINGS, "skip_first_lines"]
+    names = [*SETTINGS, "skip_first_lines", "optimizer"]
     if o.stage == "denoiser":
         names += [*DENOISER_SETTINGS, "context_tower", "no_time"]
     return TrainSettings(o.stage, betas=tuple(o.betas), **{name: getattr(o, name) for name in names})

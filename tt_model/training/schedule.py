@@ -6,8 +6,10 @@ import dataclasses
 import math
 from dataclasses import KW_ONLY, dataclass
 
-# These decide which batches and which noise a step sees, and what learns; in a run that goes on the others may change.
-FIXED = ("stage", "batch_size", "seed", "context_tower", "no_time")
+# These decide which batches and which noise a step sees, what learns and what is stored; the others may change in a
+# run that goes on.
+FIXED = ("stage", "batch_size", "seed", "context_tower", "no_time", "optimizer")
+OPTIMIZERS = ("adamw", "muon")
 CONTEXT_TOWERS = ("frozen", "trained", "tied")
 
 
@@ -24,6 +26,7 @@ class TrainSettings:
     final_learning_rate: float = 1e-6
     warmup: int = 100  # steps up to learning_rate
     decay: float = 0.2  # share of the steps, at the end, that fall linearly to final_learning_rate
+    optimizer: str = "adamw"  # "muon": of the matrices inside the towers' mixers; AdamW of all others
     weight_decay: float = 0.1  # of matrices
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # largest norm of the gradient
@@ -71,6 +74,8 @@ class TrainSettings:
                 raise ValueError(f"{name} is {value!r}, expected True or False")
         if self.context_tower not in CONTEXT_TOWERS:
             raise ValueError(f"context_tower is {self.context_tower!r}, expected one of {', '.join(CONTEXT_TOWERS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
         if len(self.betas) != 2 or not all(0 <= _number("betas", b) < 1 for b in self.betas):
             raise ValueError(f"betas is {self.betas}, expected two numbers, each at least 0 and below 1")
 

@@ -15,9 +15,18 @@ from ..checkpoint.folder import finite, some
 from ..checkpoint.keys import CONTEXT, named_parameters
 from ..files import write_atomically
 from ..modeling.two_tower import TwoTowerModel
+from .muon import Muon
 from .schedule import FIXED, Stretch, TrainSettings, changed_settings
 
+OPTIMIZERS = {"optimizer", "muon"}  # keys of their states in STATE
 STATE = "training.pt"  # parameters, optimizer and history of a run that can be resumed
+
+
+def is_inner(name: str, p: Tensor) -> bool:
+    """Whether a parameter is one of the matrices inside a tower's mixers, which Muon is for: no embedding, head,
+    router, convolution or time module."""
+    left_out = ("embeddings.", "lm_head.", ".gate.", ".conv1d.", "t_embedder.", "t_block.")
+    return p.dim() >= 2 and ".mixer." in name and not any(part in name for part in left_out)
 
 
 class Masters:
@@ -36,13 +45,17 @@ class Masters:
                 master = p.detach().float().requires_grad_()
                 self.values[name] = master
                 self._pairs.append((p, master))
-        matrices = [p for p in self.values.values() if p.dim() >= 2]
-        vectors = [p for p in self.values.values() if p.dim() < 2]
+        inner = {name for name in self.values if settings.optimizer == "muon" and is_inner(name, self.values[name])}
+        others = [p for name, p in self.values.items() if name not in inner]
         groups = [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": [p for p in others if p.dim() >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+        adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"optimizer": adamw}  # by its key in training.pt
+        if inner:
+            matrices = [self.values[name] for name in self.values if name in inner]
+            self.optimizers["muon"] = Muon(matrices, settings.learning_rate, settings.weight_decay)
         self.decay = settings.average
         self.averages = {name: p.detach().clone() for name, p in self.values.items()} if self.decay else {}
         self._parameters = learned
@@ -57,10 +70,11 @@ class Masters:
     @torch.no_grad()
     def step(self, rate: float, number: int) -> None:
         """A step, 0-based, at a learning rate; then the masters are rounded into the model."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
         for p, master in self._pairs:
             p.copy_(master)
         decay = min(self.decay, (number + 1) / (number + 10))  # the first steps are soon forgotten
@@ -95,8 +109,9 @@ def bad_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 def _tensors(state: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
     yield from state["weights"].items()
     yield from state.get("averages", {}).items()
-    for i, values in state["optimizer"]["state"].items():
-        yield from ((f"optimizer.{i}.{name}", v) for name, v in values.items() if isinstance(v, Tensor))
+    for key in OPTIMIZERS & state.keys():
+        for i, values in state[key]["state"].items():
+            yield from ((f"{key}.{i}.{name}", v) for name, v in values.items() if isinstance(v, Tensor))
 
 
 def stage_parameters(model: TwoTowerModel, stage: str, context_tower: str = "frozen") -> dict[str, nn.Parameter]:
@@ -130,9 +145,9 @@ def save_state(
         "stretch": asdict(stretch),
         "weights": weights,
         "averages": masters.averages,
-        "optimizer": masters.optimizer.state_dict(),
         "history": history,
     }
+    state |= {key: optimizer.state_dict() for key, optimizer in masters.optimizers.items()}
     if bad := bad_names(_tensors(state)):
         raise ValueError(f"{len(bad)} tensors hold NaN or Inf ({', '.join(bad[:3])}{', ...' * (len(bad) > 3)})")
 
@@ -219,8 +234,9 @@ def load_state(
         averages = state.get("averages", {})
         for name, value in masters.averages.items():  # from the weights on, where none were kept before
             value.copy_(averages.get(name, masters.values[name]))
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in masters.optimizer.param_groups]
-    masters.optimizer.load_state_dict(state["optimizer"])
-    for group, ours in zip(masters.optimizer.param_groups, groups, strict=True):
-        group.update(ours)  # betas and weight decay are the settings', which may have changed
+    for key, optimizer in masters.optimizers.items():
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state[key])
+        for group, ours in zip(optimizer.param_groups, groups, strict=True):
+            group.update(ours)  # betas and weight decay are the settings', which may have changed
     return history, stretch, changed
