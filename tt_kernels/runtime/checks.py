@@ -102,10 +102,13 @@ def check(op: str, needed: int = 0, /, **specs: tuple[Any, ...]) -> None:
     `*` stands for any leading dimensions, the same ones for all arguments. `T*K` is the product of sizes that other
     arguments bind, `sequences+1` binds `sequences`. A tensor is of floats unless its kind says int (32 or 64 bit) or
     bool. None passes, but for the first `needed` arguments, and then all are to be on one device. Sizes in NEVER_EMPTY
-    are 1 or more. One call an op; torch.compile leaves it out of its graphs.
+    are 1 or more. One call an op; torch.compile leaves it out of its graphs. NotImplementedError for tensors that
+    torch.func.vmap batches.
     """
     if torch.compiler.is_compiling() or _skipping.get():
         return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        _refuse_batched(op, specs)
     try:
         key = (op, *[None if (t := spec[0]) is None else (t.shape, t.dtype, t.device) for spec in specs.values()])
         if key in _passed:
@@ -122,6 +125,16 @@ def check(op: str, needed: int = 0, /, **specs: tuple[Any, ...]) -> None:
         _passed.clear()
     if key is not None:
         _passed.add(key)
+
+
+def _refuse_batched(op: str, specs: dict[str, tuple[Any, ...]]) -> None:
+    """A kernel takes a tensor's memory as it lies: the dimension that torch.func.vmap hides would be lost."""
+    for name, (tensor, *_) in specs.items():
+        if isinstance(tensor, Tensor) and torch._C._functorch.is_batchedtensor(tensor):
+            raise NotImplementedError(
+                f"{op}: {name} is batched by torch.func.vmap; expected a plain tensor: "
+                "give the batch as a dimension of the op's own, or loop over it"
+            )
 
 
 def _compare_devices(op: str, devices: dict[str, torch.device]) -> None:
