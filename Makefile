@@ -18,8 +18,8 @@ help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo '  PYTHON=python3.12 and TORCH=2.15.0 pick what a new $(VENV) gets; ARGS="-k golden" goes to pytest.'
 
-demo: $(VENV)/.package ## write Python with the bundled model
-	$(BIN)/twotower generate "def fibonacci(n):"
+demo: $(VENV)/.package ## write a class from its specification, by diffusion and token by token, side by side
+	$(BIN)/python -m eval.demo $(ARGS)
 
 test: $(VENV)/.test ## run the tests (minutes, no GPU needed)
 	$(TEST) $(PARALLEL) $(ARGS)

@@ -1,8 +1,8 @@
 """The words that names are made of, the forms that programs give them, and which names training never sees.
 
 Common English words of at most eight letters that are no keyword, builtin or module of Python and no keyword of SQL.
-Some words of a name are made up: the beginning of one and the end of another. Few of those are a token of a tokenizer,
-so that a model learns to copy words that it does not know.
+Some words of a name are made up, of parts of others or of syllables. Few of those are a token of a tokenizer, so that a
+model learns to copy words that it does not know, of whatever tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ receive recover reduce refuse reject remove repair resize restore resume review 
 sort split stop submit suspend switch teach trim turn unlock upgrade upload verify wait wake wash weigh wrap
 """
 NOUNS, ADJECTIVES, VERBS = (tuple(words.split()) for words in (_NOUNS, _ADJECTIVES, _VERBS))
-MADE_UP = 0.2  # of the words
+MADE_UP = 0.25  # of the words
 LONGEST = 15  # letters of a name: so every line of a program fits into 88 columns
 
 
@@ -65,8 +65,19 @@ def share(text: str) -> float:
 UNSEEN = frozenset(word for word in {*NOUNS, *ADJECTIVES, *VERBS} if share(f"new {word}") < 0.06)
 
 
-# What a word that is made up must not be: one of ours, a keyword of SQL, a name of every machine.
-_RESERVED = "collate commit detach drop fire last like limit offset primary rename select state table temp union where"
+# What a word that is made up must not be: one of ours, a keyword of SQL, a name that the programs themselves have.
+_RESERVED = """
+args argv auto collate commit create data detach dict drop enum file fire insert last like limit made main make models
+offset other parse parser path primary query rename row rows select self state table temp text union value where
+"""
+_ONSETS, _VOWELS, _CODAS = (  # of syllables; common ones stand more than once
+    tuple(parts.split(" "))
+    for parts in (
+        "b br c ch cl cr d dr f fl fr g gl gr h j k l m n p pl pr qu r s sc sh sk sl sm sn sp st str t th tr v w y z",
+        "a a e e i i o o u ai ea ee oa oo ou",
+        "    b ck d g l ll m n nd ng nk nt p r rd rk rm s ss st t x",
+    )
+)
 _TAKEN = frozenset({*NOUNS, *ADJECTIVES, *VERBS, *_RESERVED.split()})
 
 
@@ -98,12 +109,15 @@ def plural(name: str) -> str:
 
 
 def made_up(rng: random.Random, words: Sequence[str]) -> str:
-    """A word like "brocket" from two of these, none of ours and nothing that Python or SQL knows."""
+    """A word that is none of ours and nothing that Python or SQL knows: the beginning of one of these and the end of
+    another, cut anywhere ("brocket"), or two or three syllables ("plamon"). Words that training never has may lend
+    their parts: what is unseen is the word."""
     while True:
-        one, two = rng.choice(words), rng.choice(words)
-        if not UNSEEN.isdisjoint((one, two)):
-            continue
-        word = one[: (len(one) + 1) // 2] + two[len(two) // 2 :]
+        if rng.random() < 0.5:
+            one, two = rng.choice(words), rng.choice(words)
+            word = one[: rng.randrange(1, len(one))] + two[rng.randrange(1, len(two)) :]
+        else:
+            word = "".join(map(rng.choice, (_ONSETS, _VOWELS, _CODAS) * rng.randint(2, 3)))
         if 4 <= len(word) <= 8 and word not in _TAKEN and not keyword.iskeyword(word) and not hasattr(builtins, word):
             return word
 
