@@ -20,8 +20,8 @@ from .waiting import set_waiting
 
 _EPILOG = """\
 examples:
-  twotower generate "def fibonacci(n):"
-  twotower generate --watch --temperature 0.5 --seed 7 "class Stack:"
+  echo "# enum Color: RED, GREEN, BLUE" | twotower generate
+  echo "# csv reading: sensor str, level float" | twotower generate --watch
   twotower info
   twotower train ar --config config.json --data my_texts --out run/ar
   twotower convert nemotron-3-nano two-towers

@@ -40,8 +40,8 @@ modes:
   speculative     what ar writes, several tokens a cycle: the denoiser drafts, the context tower verifies
 
 examples:
-  twotower generate "def fibonacci(n):"
-  twotower generate --watch --block-size 16 --confidence-threshold 0.9 "class Stack:"
+  echo "# enum Color: RED, GREEN, BLUE" | twotower generate
+  echo "# csv reading: sensor str, level float" | twotower generate --watch
   printf '%s' "import os" | twotower generate --temperature 0.7 --top-p 0.95 --seed 1
   twotower generate --prompt-file prompt.txt --max-new-tokens 512 --json --output out.json
   twotower generate --model two-towers --device cuda --dtype bfloat16 "The capital of France is"
@@ -52,7 +52,8 @@ A line of --jsonl has "prompt" (or "tokens", or "messages"), and may have an "id
 Whoever stops it and runs the same command again goes on where it was.
 
 A prompt is read as it is, and is best ended without a trailing space or newline: models rarely begin a token there
-(`printf '%s'` adds no newline, `echo` does). Put -- before a prompt that begins with a dash. No model is downloaded:
+(`printf '%s'` adds no newline, `echo` does). The small model that comes along is another case: it writes the program of a
+line of specification (docs/training.md), which its line end completes. Put -- before a prompt that begins with a dash. No model is downloaded:
 --model is a folder with config.json, safetensors and tokenizer.json."""
 
 
