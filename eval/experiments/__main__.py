@@ -8,7 +8,7 @@ measurement, and the same command goes on from there; Ctrl-C does so, too. --onl
 - block: denoisers trained at blocks of 8, 16 and 32, each written with at 8 to 64.
 - towers: without time conditioning; context tower trained; towers tied. options: one of training at a time.
 
-The last three are of a small model that is trained here: one context tower, and a denoiser for each row of a table.
+The last three are of denoisers that are trained here, a row of a table each, all for the context tower of that model.
 --dry-run times two steps of each run that is missing, and says what all of it would take.
 """
 
@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     p = parser("eval.experiments", __doc__)
     p.add_argument("--only", nargs="+", choices=BLOCKS, default=BLOCKS, metavar="PART", help=", ".join(BLOCKS))
     p.add_argument("--minutes", type=float, default=math.inf, help="stop after so many (default: when all is there)")
-    p.add_argument("--model", type=Path, metavar="DIR", help="of threshold and experts (default: the bundled model)")
+    p.add_argument("--model", type=Path, metavar="DIR", help="default: the bundled model")
     p.add_argument("--work", type=Path, default=ROOT / "runs/experiments", help="folder of training runs")
     p.add_argument(
         "--results", type=Path, default=ROOT / "eval/results", help="folder of .jsonl (default: %(default)s)"

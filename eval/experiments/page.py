@@ -64,7 +64,7 @@ class Page:
         lines = experiments.lines()
         self.runs = [run for run in experiments.pilot.runs() if run.blocks]
         self.sizes = {run.name: experiments.pilot.parsed(run.name).block_size for run in self.runs}
-        self.config, self.sampled = experiments.pilot.config, experiments.pilot.sampled
+        self.sampled = experiments.pilot.sampled
         self.jobs = experiments.jobs()
         self.found: dict[Job, Line] = {job: line for job in self.jobs if (line := experiments.of(job, lines))}
         notes = experiments.results / NOTES
@@ -179,11 +179,7 @@ class Page:
         machines = [line["machine"] for line in self.found.values()]
         latest = {in_a_line(machine | {"load": 0, "date": ""}): machine for machine in machines}
         yield "\n".join(f"- {in_a_line(machine)}" for machine in latest.values())
-        c = self.config
-        yield (
-            f"Trained here: pattern `{c.pattern}`, hidden {c.hidden_size}, {c.n_routed_experts} experts, vocabulary "
-            f"{c.vocab_size}; one context tower, and denoisers that begin with it."
-        )
+        yield "Trained here: denoisers of the bundled model's context tower, each but for one thing as the baseline."
         if base := self.get("training", "base"):
             yield f"The baseline: `{base['command']}`"
         yield "## Beside the paper"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -17,13 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.measure import append, machine_name, recorded, where
-from tt_model import TwoTower, checkpoint
+from tt_model import TwoTower, TwoTowerConfig, checkpoint
 from tt_model.cli import main as twotower
 from tt_model.cli.facts import steps_logged, weights_digest
 from tt_model.cli.train import settings_of
 from tt_model.files import write_text
 from tt_model.stops import Raise, Stopped, handling
-from tt_model.training import data
 from tt_model.training.boilerplate import corpus
 from tt_model.training.data import Rows
 from tt_model.training.loop import init_weights, train
@@ -31,7 +31,7 @@ from tt_model.two_tower import ASSETS
 
 from .. import quality
 from . import overlap
-from .plan import Pilot
+from .plan import START, Pilot
 
 Line = dict[str, Any]
 MODEL = "model"  # the name of the model that is not trained here
@@ -103,7 +103,7 @@ class Experiments:
     device: str | None = None
 
     def jobs(self) -> list[Job]:
-        digest = weights_digest(self.model or ASSETS)
+        digest, start = weights_digest(self.model or ASSETS), self.start_digest()
         found = [
             Job("quality", MODEL, digest, None, ("threshold",)),
             Job("experts", MODEL, digest, None, ("experts",)),
@@ -111,7 +111,7 @@ class Experiments:
         for run in self.pilot.runs():
             if not run.blocks:
                 continue
-            digest, own = self.pilot.digest(run.name), self.pilot.parsed(run.name).block_size
+            digest, own = f"{self.pilot.digest(run.name)}-{start}", self.pilot.parsed(run.name).block_size
             found += [Job(kind, run.name, digest, None, run.blocks) for kind in ("training", "quality")]
             if "block" in run.blocks:
                 found += [
@@ -155,22 +155,28 @@ class Experiments:
                 clock.run(self.pilot.command(each, self.work))
         return self.work / name / "model"
 
+    def start(self) -> TwoTower:
+        """The context tower that every run begins with."""
+        return TwoTower.from_pretrained(self.model, towers="context", device="cpu", dtype=torch.float32, progress=False)
+
+    def start_digest(self) -> str:
+        found = hashlib.sha256()
+        for name, p in sorted(self.start().named_parameters()):
+            found.update(name.encode())
+            found.update(p.detach().numpy().tobytes())
+        return found.hexdigest()[:12]
+
     def prepare(self) -> None:
-        """Corpus, tokenizer and config of the pilot."""
-        config, tokenizer = self.work / "config.json", self.work / "tokenizer" / "tokenizer.json"
-        self.work.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.pilot.config.to_dict(), indent=1) + "\n"
-        if config.is_file() and config.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{config} is of another pilot: remove {self.work}, or name another --work")
-        if not tokenizer.is_file():
-            out, documents = str(self.work / "corpus"), str(self.pilot.documents)
-            vocabulary = ["--vocab-size", str(self.pilot.config.vocab_size), "--pieces", "words"]
-            for done in (
-                corpus.main(["--out", out, "--documents", documents, "--python", "0", "--quiet"]),
-                data.main(["--source", out, *vocabulary, "--out", str(tokenizer)]),
-            ):
-                assert done == 0
-        write_text(config, text)
+        """The corpus, and the context tower by itself."""
+        folder, kept = self.work / START / "model", self.work / "start.json"
+        text = json.dumps({"context_tower": self.start_digest(), "documents": self.pilot.documents}) + "\n"
+        if kept.is_file() and kept.read_text(encoding="utf-8") != text:
+            raise ValueError(f"{kept} is of another start: remove {self.work}, or name another --work")
+        write_text(kept, text)
+        if not (folder / "config.json").is_file():
+            checkpoint.save(self.start(), folder, tokenizer=self.model or ASSETS, progress=False)
+        options = ["--documents", str(self.pilot.documents), "--seed", "7", "--python", "0", "--quiet"]
+        assert corpus.main(["--out", str(self.work / "corpus"), *options]) == 0
 
     def training(self, name: str) -> Line:
         log = [json.loads(line) for line in (self.work / name / "log.jsonl").read_text().splitlines()]
@@ -227,11 +233,10 @@ class Experiments:
     def seconds_a_step(self, name: str) -> float:
         """Of the second step of a run over random tokens."""
         o = self.pilot.parsed(name)
-        config = replace(self.pilot.config, block_size=getattr(o, "block_size", self.pilot.config.block_size))
-        model = TwoTower(config, towers="context" if name == "ar" else "both")
+        config = replace(TwoTowerConfig.from_file(self.model or ASSETS), block_size=o.block_size, dtype=torch.float32)
+        model = TwoTower(config)
         init_weights(model)
-        if name != "ar":
-            checkpoint.start_denoiser(model)
+        checkpoint.start_denoiser(model)
         count = 4 * o.batch_size * o.row_length
         ids = torch.randint(4, config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
         rows = Rows(ids.int(), torch.arange(0, count + 1, min(128, o.row_length)), o.row_length)

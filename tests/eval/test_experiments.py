@@ -32,9 +32,9 @@ class Tiny(Pilot):
 
     def __init__(self) -> None:
         given = {"batch-size": 2, "row-length": 64, "warmup": 1, "learning-rate": 1e-3}
-        ar, denoiser = {"steps": 3} | given, {"steps": 4, "block-size": 8} | given
+        denoiser = {"steps": 4, "block-size": 8} | given
         model = "--steps 4 --thresholds 0.8 --specifications 2 --new-tokens 8"
-        super().__init__(CONFIG, 40, ar, denoiser, (0.8,), 2, 8, model, (8, 16))
+        super().__init__(40, denoiser, (0.8,), 2, 8, model, (8, 16))
 
     def runs(self):
         return [run for run in super().runs() if run.name in ("base", "seed", "first-32", "curriculum")]
@@ -64,7 +64,7 @@ def lines(folder: Path) -> list[dict]:
 def test_a_page_from_nothing(call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--dry-run") == 0
     out = capsys.readouterr().out
-    assert "ar: 3 steps left of " in out and "curriculum: 2 steps left of " in out and "quality base, block 16" in out
+    assert "base: 4 steps left of " in out and "curriculum: 2 steps left of " in out and "quality base, block 16" in out
     assert call("--only", "threshold", "experts") == 0
     written = (tmp_path / "out" / "experiments.md").read_text()
     assert "| steps 4 " in written and "Independent even draws" in written and written.count("Not measured yet") == 3
@@ -83,9 +83,9 @@ def test_a_page_from_nothing(call, tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "results" / "notes.md").write_text("## block\n\nIt collapses.\n\n## towers\n\nNothing.\n")
     assert call("--check") == 1 and call("--render") == 0 and call("--check") == 0
     assert "It collapses.\n\n## Time conditioning" in (tmp_path / "out" / "experiments.md").read_text()
-    (tmp_path / "work" / "config.json").write_text("{}")
+    (tmp_path / "work" / "start.json").write_text("{}")
     (tmp_path / "results").rename(tmp_path / "elsewhere")
-    assert call("--only", "towers") == 2 and "is of another pilot" in capsys.readouterr().err
+    assert call("--only", "towers") == 2 and "is of another start" in capsys.readouterr().err
 
 
 def test_a_training_run_is_stopped_in_the_middle(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_each_run_changes_what_it_says() -> None:
         assert changed == {*(name.replace("-", "_") for name in run.options), *["model"] * (run.start != "ar")}, (
             run.name
         )
-    assert pilot.chain("curriculum") == ["ar", "first-32", "curriculum"]
+    assert pilot.chain("curriculum") == ["first-32", "curriculum"]
     half = [pilot.parsed(name) for name in ("first-32", "curriculum")]
     assert sum(o.steps for o in half) == base["steps"] and [o.block_size for o in half] == [32, 16]
     assert math.isinf(command.make_parser().parse_args([]).minutes)

@@ -191,6 +191,9 @@ def test_words_can_be_names() -> None:
     assert words.plural("city") == "cities" and words.plural("tray") == "trays" and words.plural("box") == "boxes"
     assert words.snake(words.camel("dark_room")) == "dark_room"
     assert 15 <= len(words.UNSEEN) <= 40
+    samples = (corpus.document(i).partition("\n")[2] for i in range(200))
+    written = {word for text in samples for word in re.findall("[a-z]+", text)}
+    assert not words.UNSEEN & written, "programs themselves have them: a token of its own, never copied in training"
     rng = random.Random(0)
     made = {words.made_up(rng, words.NOUNS) for _ in range(3000)}
     assert len(made) > 2500 and not made & (known | set(keyword.kwlist) | set(dir(builtins)))

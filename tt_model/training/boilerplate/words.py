@@ -37,7 +37,7 @@ easy empty extra fair fast final fine fixed flat formal free fresh gentle golden
 hidden high hot huge large late light local loud lower main major mature minor mixed modern monthly narrow native new
 normal old paid pale plain prime private proper public pure quick quiet rapid rare ready recent red remote rough royal
 safe second secure sharp short silent silver simple single slow small smooth soft solid stable steady strict strong
-sunny sweet tall thick thin tidy tiny upper urgent valid verbose warm weak weekly wet white whole wide wild wooden
+sunny sweet tall thick thin tidy tiny urgent valid verbose warm weak weekly wet white whole wide wild wooden
 yellow young
 """
 _VERBS = """
