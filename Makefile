@@ -58,8 +58,9 @@ mutants: $(VENV)/.test $(VENV)/ttsem-0.1.0 ## plant faults in kernels: the tests
 bench: $(VENV)/.test ## measure the ops, and against peers
 	$(TEST) bench/ -m "" --timeout 0 -s $(ARGS)
 
-report: $(VENV)/.package ## render SPEED.md and its figures from bench/results
+report: $(VENV)/.package ## render SPEED.md, its figures and docs/kernels.md from bench/results
 	$(BIN)/python -m bench.report $(ARGS)
+	$(BIN)/python -m tools.kernels_page
 
 tune: $(VENV)/.test ## measure launches on a GPU, keep what wins: make tune OP=experts
 	$(BIN)/python -m tools.tune $(OP) $(ARGS)
