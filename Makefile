@@ -12,7 +12,7 @@ PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full check lint layering types format aot sanitize mutants bench report tune gpu clean
+.PHONY: help demo test test-full check lint layering types format aot sanitize mutants hub bench report tune gpu clean
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -21,11 +21,11 @@ help: ## list what make can do
 demo: $(VENV)/.package ## write a class from its specification, by diffusion and token by token, side by side
 	$(BIN)/python -m eval.demo $(ARGS)
 
-test: $(VENV)/.test ## run the tests (minutes, no GPU needed)
+test: $(VENV)/.test $(VENV)/hub-0.17.2 ## run the tests (minutes, no GPU needed)
 	$(TEST) $(PARALLEL) $(ARGS)
 	TRITON_INTERPRET=1 $(TEST) $(PARALLEL) -m "kernels and not slow" $(ARGS) || [ $$? -eq 5 ] # 5: none of these
 
-test-full: $(VENV)/.test ## run the tests, the slow ones included
+test-full: $(VENV)/.test $(VENV)/hub-0.17.2 ## run the tests, the slow ones included
 	$(TEST) $(PARALLEL) -m "" $(ARGS)
 	TRITON_INTERPRET=1 $(TEST) $(PARALLEL) -m kernels $(ARGS)
 
@@ -55,11 +55,15 @@ sanitize: $(VENV)/.test $(VENV)/ttsem-0.1.0 ## execute every kernel in bf16 with
 mutants: $(VENV)/.test $(VENV)/ttsem-0.1.0 ## plant faults in kernels: the tests must catch every one
 	PYTHONPATH=tests:$(VENV)/ttsem-0.1.0 $(BIN)/python -m tools.mutants $(ARGS)
 
+hub: $(VENV)/.test ## write the kernel for the Hugging Face Hub into build/hub
+	$(BIN)/python -m tools.hub $(ARGS)
+
 bench: $(VENV)/.test ## measure the ops, and against peers
 	$(TEST) bench/ -m "" --timeout 0 -s $(ARGS)
 
-report: $(VENV)/.package ## render SPEED.md and its figures from bench/results
+report: $(VENV)/.package ## render SPEED.md, its figures and docs/kernels.md from bench/results
 	$(BIN)/python -m bench.report $(ARGS)
+	$(BIN)/python -m tools.kernels_page
 
 tune: $(VENV)/.test ## measure launches on a GPU, keep what wins: make tune OP=experts
 	$(BIN)/python -m tools.tune $(OP) $(ARGS)
@@ -85,6 +89,11 @@ $(VENV)/.package $(VENV)/.test $(VENV)/.dev: pyproject.toml | $(BIN)/python
 # What the oldest supported torch brings: kernels are compiled by it and by the installed one.
 $(VENV)/triton-3.6.0: | $(BIN)/python
 	$(PIP) install --target $@ --no-deps triton==3.6.0
+
+# Hugging Face's kernels, and of the releases of transformers that take it the last: later ones ask for another kernels.
+# It imports nothing else; what it depends on besides is for checking signatures.
+$(VENV)/hub-0.17.2: | $(BIN)/python
+	$(PIP) install --target $@ --no-deps kernels==0.17.2 tomlkit==0.15.2 transformers==5.20.2
 
 # Beside the environment, as it asks for Python 3.12 and works with 3.11.
 $(VENV)/ttsem-0.1.0: | $(BIN)/python

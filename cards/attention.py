@@ -106,6 +106,7 @@ _MASKED = dict(
 OPS = (
     Op(
         fn=context_attention,
+        when="A block on a paged cache that stays as it is: denoisers, drafts, beams.",
         inputs=_context_attention_inputs,
         cases=(
             dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
@@ -137,6 +138,7 @@ OPS = (
     ),
     Op(
         fn=append_attention,
+        when="Prefill, commit passes and decoding on a paged cache: attention and the writing of keys and values.",
         inputs=_append_inputs,
         cases=(
             dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4),
@@ -163,6 +165,7 @@ OPS = (
     ),
     Op(
         fn=causal_attention,
+        when="Training and scoring without a cache, packed sequences too.",
         inputs=_causal,
         cases=(
             dict(B=2, N=5, Hq=4, Hkv=2, P=3),
@@ -184,6 +187,7 @@ OPS = (
     ),
     Op(
         fn=block_diffusion_attention,
+        when="Block-diffusion training (BD3-LM, TwoTower): all noisy blocks in one call, no mask in memory.",
         inputs=_blocks,
         cases=(
             dict(B=2, N=6, Hq=4, Hkv=2, P=3, S=2),

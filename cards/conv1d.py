@@ -37,6 +37,7 @@ _CHANNELS = dict(C=6144, K=4)
 OPS = (
     Op(
         fn=causal_conv1d,
+        when="The short convolution before a scan, of whole sequences, packed ones, or a block behind a state.",
         inputs=_conv,
         cases=(
             dict(B=2, L=5, C=6, K=4),
@@ -75,6 +76,7 @@ OPS = (
     ),
     Op(
         fn=conv_advance,
+        when="Beside `causal_conv1d`, when tokens are accepted. With the scan's state too: `mamba_advance`.",
         inputs=_advance_inputs,
         cases=(
             dict(B=3, L=5, C=6, K=4),
@@ -96,6 +98,7 @@ OPS = (
     ),
     Op(
         fn=conv_block_states,
+        when="In block-diffusion training, for the convolution of every noisy block.",
         inputs=_block_states_inputs,
         cases=(
             dict(B=2, N=12, C=5, K=4, S=4),

@@ -98,6 +98,7 @@ def _tiles(*heads: int) -> tuple[TileLaunch, ...]:
 OPS = (
     Op(
         fn=mamba_block,
+        when="A denoiser's pass: convolution and scan of a block in one launch, states untouched.",
         inputs=mamba_inputs,
         cases=_MAMBA_BLOCK_CASES,
         shapes=(
@@ -114,6 +115,7 @@ OPS = (
     ),
     Op(
         fn=mamba_advance,
+        when="After a denoiser has finished a block, where its outputs are not needed.",
         inputs=_mamba_advance_inputs,
         cases=(*_MAMBA_BLOCK_CASES, dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4, ragged=0)),
         shapes=(
@@ -132,6 +134,7 @@ OPS = (
     ),
     Op(
         fn=mamba_step,
+        when="Decoding: convolution and scan of a token a row in one launch.",
         inputs=_mamba_step_inputs,
         cases=(
             dict(b=2, H=4, P=3, G=2, N=5, K=4),
@@ -154,6 +157,7 @@ OPS = (
     ),
     Op(
         fn=mamba_extend,
+        when="Prefill, commit passes and decoding alike: it picks the form by the number of tokens.",
         inputs=_mamba_extend_inputs,
         cases=(
             dict(b=2, L=5, H=4, P=3, G=2, N=5, K=4),

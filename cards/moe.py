@@ -118,6 +118,7 @@ def _halves(block_t: int, block_e: int, splits: int, block_d: int = 32, stages: 
 OPS = (
     Op(
         fn=experts,
+        when="Any mixture of experts, from one token to a prefill, with a choice of experts from anywhere.",
         inputs=_experts_inputs,
         cases=(
             dict(T=5, D=6, N=11, E=4, K=2, M=9),
@@ -157,6 +158,7 @@ OPS = (
     ),
     Op(
         fn=experts_norm,
+        when="Where a norm follows the experts, as in every pre-norm tower: a launch and a pass less.",
         inputs=_norm_inputs,
         cases=(
             dict(B=2, L=3, D=29, N=11, E=4, K=2, M=9),
@@ -181,6 +183,7 @@ OPS = (
     ),
     Op(
         fn=route,
+        when="Sigmoid routers with a bias (DeepSeek-V3, Nemotron 3). For others give `experts` your own Routing.",
         inputs=_route_inputs,
         cases=(
             dict(T=3, D=5, E=8, K=3),

@@ -27,6 +27,7 @@ def modulated_inputs(dtype, B, L, D, plain=0, norm_first=0):
 OPS = (
     Op(
         fn=gated_group_norm,
+        when="After a Mamba-2 scan: its gate, and the norm of each group of heads, in one pass.",
         inputs=_gated,
         cases=(
             dict(T=3, D=24, groups=4),
@@ -43,6 +44,7 @@ OPS = (
     ),
     Op(
         fn=modulated_rms_norm,
+        when="Between two residual layers: one pass adds, norms and modulates (adaLN). Without modulation too.",
         inputs=modulated_inputs,
         cases=(
             dict(B=2, L=3, D=29),
@@ -62,6 +64,7 @@ OPS = (
     ),
     Op(
         fn=rms_norm,
+        when="A norm by itself. Where a residual is added before, `modulated_rms_norm` saves a pass.",
         inputs=lambda dtype, T, D: dict(x=torch.randn(T, D, dtype=dtype), weight=torch.randn(D, dtype=dtype)),
         cases=(dict(T=5, D=37), dict(T=19, D=5), dict(T=3, D=64), dict(T=1, D=1), dict(T=0, D=8)),
         shapes=(dict(T=16, D=2688), dict(T=4096, D=2688)),

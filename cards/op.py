@@ -13,6 +13,7 @@ class Op:
     """One op's card: all that tests and benchmarks need to know about it."""
 
     fn: Callable[..., Any]  # the public function
+    when: str = ""  # in a line: when it is the one to use; docs/kernels.md has it
     inputs: Callable[..., dict[str, Any]]  # (dtype, **dims) -> keyword arguments, random; the caller seeds torch
     cases: tuple[dict[str, int], ...]  # small dims, ragged and empty ones too; the first serves gradcheck and compile
     shapes: tuple[dict[str, int], ...]  # the published model's own

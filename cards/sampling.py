@@ -134,6 +134,7 @@ _HEAD_KERNELS = ("_head_kernel", "_limits_kernel", "_sample_kernel", "_combine_k
 OPS = (
     Op(
         fn=gumbel_noise,
+        when="To see, or to do elsewhere, the draws that `sample` and its kin make.",
         inputs=lambda dtype, R, V: dict(**keys(R), vocab_size=V),
         cases=(dict(R=3, V=11), dict(R=1, V=64), dict(R=2, V=1101), dict(R=0, V=4)),
         shapes=(dict(R=16, V=131072),),
@@ -143,6 +144,7 @@ OPS = (
     ),
     Op(
         fn=sample,
+        when="Next tokens from logits in memory, each row with settings of its own.",
         inputs=_sample_inputs,
         cases=(
             dict(R=6, V=11),
@@ -168,6 +170,7 @@ OPS = (
     ),
     Op(
         fn=head_sample,
+        when="Next tokens from hidden states: the head's product and the draw, without logits in memory.",
         inputs=head_inputs,
         cases=(
             dict(R=6, D=16, V=37),
@@ -193,6 +196,7 @@ OPS = (
     ),
     Op(
         fn=commit,
+        when="The published rule by itself, for predictions that came from elsewhere.",
         inputs=_commit_inputs,
         cases=(
             dict(B=4, L=7, V=11),
@@ -210,6 +214,7 @@ OPS = (
     ),
     Op(
         fn=unmask,
+        when="A denoising step of masked diffusion from hidden states: head, draw, and which positions commit.",
         inputs=_unmask_inputs,
         cases=(
             dict(B=4, L=5, D=16, V=37),
@@ -240,6 +245,7 @@ OPS = (
     ),
     Op(
         fn=unmask_logits,
+        when="The same for models whose head is not ours.",
         inputs=_unmask_logits_inputs,
         cases=(
             dict(B=4, L=5, V=37, rules=2),
@@ -259,6 +265,7 @@ OPS = (
     ),
     Op(
         fn=remask,
+        when="Samplers that take tokens back or replace them.",
         inputs=_remask_inputs,
         cases=(
             dict(B=4, L=7, V=11),

@@ -102,6 +102,7 @@ _TILES = tuple(TileLaunch(BLOCK_T=t, BLOCK_P=p, BLOCK_N=128) for t in (16, 32) f
 OPS = (
     Op(
         fn=ssd_step,
+        when="Decoding, a token a row, where the convolution is yours. With it: `mamba_step`.",
         inputs=_ssd_step_inputs,
         cases=(
             dict(b=2, H=4, P=3, G=2, N=5),
@@ -124,6 +125,7 @@ OPS = (
     ),
     Op(
         fn=ssd_block,
+        when="A few tokens (up to 64) behind a state that must not change, such as a denoiser's block.",
         inputs=scan_inputs,
         cases=_SSD_BLOCK_CASES,
         shapes=tuple(dict(b=b, L=L, **PUBLISHED) for b, L in ((1, 16), (1, 1), (1, 64), (64, 16), (1, 32), (64, 64))),
@@ -136,6 +138,7 @@ OPS = (
     ),
     Op(
         fn=ssd_advance,
+        when="When tokens of a block are accepted: the state moves, no output is made.",
         inputs=_ssd_advance_inputs,
         cases=(*_SSD_ADVANCE_CASES, dict(b=2, L=5, H=4, P=3, G=2, N=5, ragged=0)),
         shapes=tuple(
@@ -151,6 +154,7 @@ OPS = (
     ),
     Op(
         fn=ssd_chunk,
+        when="Prefill and training: long sequences, packed or ragged, in time linear in their length.",
         inputs=_ssd_chunk_inputs,
         cases=(
             dict(b=2, L=7, H=4, P=3, G=2, N=5, Q=4),

@@ -75,10 +75,13 @@ def test_it_says_what_it_did() -> None:
     assert str(changes) == ""
 
 
-@pytest.mark.parametrize("part", ["experts", "attention", "mamba", "norm"])
+PARTS = ("experts", "attention", "mamba", "norm", "loss")
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_parts_can_be_chosen(part: str) -> None:
     model = tiny("nemotron_h")
-    others = {name: name == part for name in ("experts", "attention", "mamba", "norm")}
+    others = {name: name == part for name in PARTS}
     assert set(replaced(tt.apply(model, **others))) == {part}
     tt.revert(model)
 

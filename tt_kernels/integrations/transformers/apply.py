@@ -15,9 +15,11 @@ from .attention import attention_forward, mask
 from .changes import Changes
 from .experts import experts_forward
 from .experts import unserved as unserved_experts
+from .loss import apply_loss
 from .mamba import FUNCTIONS, unless_training_on_gpu
 from .norms import FORWARD
 from .norms import unserved as unserved_norm
+from .two_tower import apply_two_tower, is_two_tower
 
 NAME = "tt_kernels"
 # The model types whose norms and mixers were held against ours. By name, experts and attention serve others too.
@@ -45,31 +47,45 @@ def register() -> None:
 
 
 def apply(
-    model: Any, *, experts: bool = True, attention: bool = True, mamba: bool = True, norm: bool = True
+    model: Any,
+    *,
+    experts: bool = True,
+    attention: bool = True,
+    mamba: bool = True,
+    norm: bool = True,
+    loss: bool = True,
 ) -> Changes:
     """Let a model of transformers run ours wherever it is served; its weights stay where they are.
 
     Args:
-        model:     any PreTrainedModel. Mixers and norms are replaced in models of TYPES.
+        model:     any PreTrainedModel. Mixers and norms are replaced in models of TYPES and in the published TwoTower's
+                   remote code.
         experts:   the routed experts. Routers and shared experts stay theirs.
         attention: needs a mask of ours, and sets both.
         mamba:     convolution and scan of Mamba-2 mixers, in all models of the type: theirs are functions of a module.
         norm:      RMS norms, plain and gated.
+        loss:      head and loss in one where the model is given labels in training: logits are None then, unless it is
+                   called with skip_logits=False.
     Returns:
         What it replaced, what it left and why, and `undo()`. A second call undoes the first.
     """
     revert(model)
     register()
     changes = Changes()
-    if experts:
+    two_towers = is_two_tower(model)
+    if two_towers:
+        apply_two_tower(changes, model, experts=experts, attention=attention, mamba=mamba)
+    if experts and not two_towers:
         _experts(changes, model)
-    if attention:
+    if attention and not two_towers:
         _attention(changes, model)
-    if mamba:
+    if mamba and not two_towers:
         for module in sorted({type(m).__module__ for m in model.modules()}):
             _mamba(changes, sys.modules[module])
     if norm:
-        _norms(changes, model)
+        _norms(changes, model, anywhere=two_towers)
+    if loss and not two_towers:
+        apply_loss(changes, model)
     model._tt_kernels_changes = changes
     return changes
 
@@ -85,15 +101,21 @@ def apply_to(model_type: str) -> Callable[..., Changes]:
     """The function apply_tt_kernels_to_<model_type>."""
 
     def function(
-        model: Any = None, *, experts: bool = True, attention: bool = True, mamba: bool = True, norm: bool = True
+        model: Any = None,
+        *,
+        experts: bool = True,
+        attention: bool = True,
+        mamba: bool = True,
+        norm: bool = True,
+        loss: bool = True,
     ) -> Changes:
         """`apply` to a model of this type; without one, to the classes of the type: all its models, made or to come.
-        Then attention is left, as a model's config chooses it."""
+        Then attention is left, as a model's config chooses it, and so is the loss."""
         if model is not None:
             found = model.config.model_type
             if found != model_type:
                 raise ValueError(f"{function.__name__}: model is of type {found!r}, expected {model_type!r}")
-            return apply(model, experts=experts, attention=attention, mamba=mamba, norm=norm)
+            return apply(model, experts=experts, attention=attention, mamba=mamba, norm=norm, loss=loss)
         register()
         changes = Changes()
         module = importlib.import_module(f"{_FOLDER}.{model_type}.modeling_{model_type}")
@@ -107,6 +129,8 @@ def apply_to(model_type: str) -> Callable[..., Changes]:
                 changes.replaced.append(f"norm: {cls.__name__}")
         if attention:
             changes.left["attention"] = f'a config chooses it: load with attn_implementation="{NAME}"'
+        if loss:
+            changes.left["loss"] = "it is a model's own: call apply(model)"
         if mamba:
             _mamba(changes, module)
         return changes
@@ -168,20 +192,20 @@ def _mamba(changes: Changes, module: ModuleType) -> None:
     changes.left["convolution and scan in training on a GPU"] = _NO_BACKWARD
 
 
-def _norm_forward(cls: type) -> Callable | None:
-    """Ours for a class of norms of TYPES."""
-    if cls.__module__ not in {f"{_FOLDER}.{t}.modeling_{t}" for t in TYPES}:
+def _norm_forward(cls: type, anywhere: bool = False) -> Callable | None:
+    """Ours for a class of norms of TYPES, or of that name in any module."""
+    if not anywhere and cls.__module__ not in {f"{_FOLDER}.{t}.modeling_{t}" for t in TYPES}:
         return None
     return next((forward for end, forward in FORWARD.items() if cls.__name__.endswith(end)), None)
 
 
-def _norms(changes: Changes, model: Any) -> None:
+def _norms(changes: Changes, model: Any, *, anywhere: bool) -> None:
     replaced: Counter[str] = Counter()
     for module in model.modules():
         name = type(module).__name__
         if not isinstance(module, nn.Module) or "RMSNorm" not in name:
             continue
-        ours = _norm_forward(type(module))
+        ours = _norm_forward(type(module), anywhere)
         reason = unserved_norm(module)
         if ours is None:
             reason = f"it is of none of the types {', '.join(TYPES)}"
