@@ -69,8 +69,8 @@ def _commit_inputs(dtype, B, L, V):
 
 
 def strategies(B: int, rules: int) -> Strategy | None:
-    """rules: 0 none; 1 every confidence, a factor, a bound of the entropy, a number and the tempered distribution, of
-    every row another; 2 a factor alone."""
+    """rules: 0 none; 1 every confidence, a factor, a bound of the entropy, a number, the tempered distribution and a
+    drawn order, of every row another; 2 a factor alone."""
     if rules != 1:
         return Strategy.of(B, factor=0.7) if rules else None
     row = torch.arange(B)
@@ -80,6 +80,7 @@ def strategies(B: int, rules: int) -> Strategy | None:
         entropy_bound=torch.where(row % 3 == 0, 2.5, -1.0).double(),
         number=torch.where(row % 6 == 4, 2, -1),
         tempered=row % 4 == 3,
+        alg_temp=torch.where(row % 3 == 1, 0.3, 0.0).double(),
     )
 
 

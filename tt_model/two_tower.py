@@ -77,6 +77,7 @@ class TwoTower(TwoTowerModel):
         factor: float = 1.0,
         entropy_bound: float = 0.1,
         tempered: bool = False,
+        alg_temp: float = 0.0,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -108,6 +109,7 @@ class TwoTower(TwoTowerModel):
             factor, entropy_bound: of the strategies of these names.
             tempered: whether confidences are of the distribution that tokens are drawn from, after temperature, top_k
                 and top_p, and logprobs with them; of no effect at temperature 0.
+            alg_temp: Dream's: above 0, the order of positions is drawn, in proportion to exp(confidence / alg_temp).
             temperature: 0 takes the most probable token; 1e-30 and above, a Gumbel-max sample of logits / temperature,
                 which at 1e30 and above draws every token alike.
             top_k, top_p: narrow what may be sampled at a temperature above 0.
@@ -146,6 +148,7 @@ class TwoTower(TwoTowerModel):
             factor=factor,
             entropy_bound=entropy_bound,
             tempered=tempered,
+            alg_temp=alg_temp,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

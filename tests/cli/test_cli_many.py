@@ -16,7 +16,7 @@ LINES: list[dict[str, Any]] = [
     {"tokens": [5, 6, 7], "max_new_tokens": 3, "logprobs": True},
     {"id": 3, "prompt": "class A:", "mode": "speculative", "stop": ["\n"]},
     {"prompt": "x" * 40, "max_new_tokens": 1},
-    {"prompt": "return ", "temperature": 0.4, "top_p": 0.8, "tempered": True, "strategy": "factor", "logprobs": True},
+    {"prompt": "return ", "temperature": 0.4, "top_p": 0.8, "tempered": True, "strategy": "factor", "alg_temp": 0.1},
 ]
 SHORT = ["--max-new-tokens", "8", "--temperature", "0", "--quiet"]
 

@@ -2,6 +2,7 @@
 
 LOOKED_AT = "test_strategies.py::test_second_best_and_entropy_from_tiles_and_parts"
 HEADS = "test_strategies.py::test_heads_places_and_limits_of_mixed_rows"
+DRAWN = "test_strategies_drawn.py::test_the_kernels_draw_as_the_reference"
 BOUNDS = "test_strategies.py::test_the_kernel_decides_as_the_reference"
 DECIDED = "test_strategies.py::test_the_kernel_decides_by_the_formulas"
 REMASKED = "test_remask.py::test_every_rule_is_its_formula"
@@ -43,8 +44,15 @@ MUTANTS = {
     ],
     ("unmask_logits", "sampling/strategies.py", HEADS): [
         ("margins for entropies", "tl.where(kind == 2, -entropy", "tl.where(kind == 2, margin"),
-        ("the noise of tokens", "step + b, mask=mask, other=0), -1)", "step + b, mask=mask, other=0), 0)"),
+        ("the noise of tokens", "uniform(seed, position, step, -1)", "uniform(seed, position, step, 0)"),
         ("a block's chance for all its positions", "other=0) + place\n", "other=0)\n"),
+    ],
+    ("unmask_logits", "sampling/strategies.py", DRAWN): [
+        ("an order that is not drawn", "score + t * gumbel(", "score + 0 * gumbel("),
+        ("the draw of random confidences", "tl.full(position.shape, -3,", "tl.full(position.shape, -1,"),
+        ("drawn below temperature 0", "tl.where(t > 0, tl.minimum(t, 1e30), 0.0)", "tl.minimum(t, 1e30)"),
+        ("others stand by their scores", "score_ptr if judged.key is None else judged.key", "score_ptr"),
+        ("each stands by its own score", "key = tl.load(key_ptr + at, mask=masked, other=0.0)", "key = score"),
     ],
     ("unmask", "sampling/strategies.py", DECIDED): [
         (
@@ -55,7 +63,7 @@ MUTANTS = {
         ("none commits", "count = tl.minimum(m, 1)", "count = m * 0"),
         ("the share rounded down", "1 + (m - 1) // tl.where", "m // tl.where"),
         ("a number only above others", "tl.where(number >= 0, number, count)", "tl.maximum(number, count)"),
-        ("no order from the left", "key = tl.where(in_order, 0.0, score)", "key = score"),
+        ("no order from the left", "key = tl.where(in_order, 0.0, key)", "key = key"),
     ],
     ("unmask", "sampling/strategies.py", BOUNDS): [
         ("positions past the first tile unranked", "range(0, L, BLOCK_J)", "range(0, BLOCK_J, BLOCK_J)"),

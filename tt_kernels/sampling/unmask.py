@@ -158,6 +158,7 @@ def _unmask_by(
     entropy_bound: Tensor | None,
     number: Tensor | None,
     tempered: Tensor | None,
+    alg_temp: Tensor | None,
     *settings: Tensor | None,
 ) -> Unmasked:
     """`_unmask` by a strategy, of another head or of the states before."""
@@ -166,7 +167,7 @@ def _unmask_by(
         out.masked.zero_()
         return out
     block = block.contiguous()
-    strategy = Strategy(confidence, factor, entropy_bound, number, tempered).contiguous()
+    strategy = Strategy(confidence, factor, entropy_bound, number, tempered, alg_temp).contiguous()
     rows = Rows.of(
         settings, block.shape[1], masked_rows(block, mask_token_id)[0], look_of(strategy, block), shift=shift
     )

@@ -66,7 +66,7 @@ class Board:
         self.threshold, self.temperature = full(0, torch.float64), full(0, torch.float64)
         self.top_k, self.top_p, self.seed = full(0, torch.int64), full(1, torch.float64), full(0, torch.int64)
         self.kind, self.factor, self.bound = full(0, torch.int64), full(-1, torch.float64), full(-1, torch.float64)
-        self.tempered = full(False, torch.bool)
+        self.tempered, self.alg_temp = full(False, torch.bool), full(0, torch.float64)
         self.lanes: dict[int, Lane] = {}
         apart = near is None and self.pool.far is not None
         self.far = Board(model, rows=rows, pages=pages, slots=slots, idle=idle, near=self) if apart else self
@@ -97,6 +97,7 @@ class Board:
             factor=s.factor if s.strategy == "factor" else -1.0,
             bound=s.entropy_bound if s.strategy == "entropy_bound" else -1.0,
             tempered=s.tempered,
+            alg_temp=s.alg_temp,
             temperature=min(s.temperature, HOTTEST),
             top_k=0 if k is None or k >= self.limit else k,
             top_p=1.0 if p is None or p >= 1 else p,
@@ -168,4 +169,5 @@ class Board:
         schedule."""
         if not rules:
             return None
-        return Strategy(self.kind[rows], self.factor[rows], self.bound[rows], tempered=self.tempered[rows])
+        first = (self.kind[rows], self.factor[rows], self.bound[rows])
+        return Strategy(*first, tempered=self.tempered[rows], alg_temp=self.alg_temp[rows])

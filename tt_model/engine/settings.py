@@ -39,6 +39,7 @@ class Settings:
     factor: float = 1.0
     entropy_bound: float = 0.1
     tempered: bool = False
+    alg_temp: float = 0.0
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -97,7 +98,8 @@ class Settings:
     def has_rules(self) -> bool:
         """Whether unmasking needs to know more than a threshold and the steps that are left."""
         is_tempered = self.tempered and self.temperature > 0  # else there is nothing to temper
-        return self.strategy in ("factor", "entropy_bound") or self.confidence != "probability" or is_tempered
+        is_other = self.strategy in ("factor", "entropy_bound") or self.confidence != "probability"
+        return is_other or is_tempered or self.alg_temp > 0
 
     def check(self, config: TwoTowerConfig) -> None:
         for name, known in (("mode", MODES), ("strategy", STRATEGIES), ("confidence", CONFIDENCES)):
@@ -105,7 +107,7 @@ class Settings:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         for name, least in (("max_new_tokens", 0), ("block_size", 1), ("steps_per_block", 1), ("draft_steps", 1)):
             integer(name, getattr(self, name), least)
-        for name in ("confidence_threshold", "factor", "entropy_bound", "temperature", "top_p"):
+        for name in ("confidence_threshold", "factor", "entropy_bound", "alg_temp", "temperature", "top_p"):
             value = getattr(self, name)
             if type(value) not in (int, float) and not (value is None and name == "top_p"):
                 raise ValueError(f"{name} is {value!r}, expected a number")
@@ -113,7 +115,7 @@ class Settings:
             raise ValueError(f"block_size is {self.block_size}, expected at most the model's context of {limit}")
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold is {self.confidence_threshold}, expected 0 to 1")
-        for name in ("factor", "entropy_bound"):
+        for name in ("factor", "entropy_bound", "alg_temp"):
             if not 0 <= (value := getattr(self, name)) <= sys.float_info.max:
                 raise ValueError(f"{name} is {value}, expected 0 or more, finite")
         # Logits are divided by it in fp32, where less than about 1e-36 makes infinities of them.
