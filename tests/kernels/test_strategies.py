@@ -170,21 +170,30 @@ def test_random_scores_are_uniform_and_apart_from_the_noise() -> None:
 
 @pytest.mark.kernels
 @pytest.mark.skipif(not KERNELS, reason="kernels: TRITON_INTERPRET=1 or a GPU")
-@pytest.mark.parametrize("rule", ("factor", "entropy_bound"))
-def test_the_kernel_decides_as_the_reference(rule: str) -> None:
+@pytest.mark.parametrize(
+    "rule",
+    [
+        dict(factor=[0.25, 0.5, 1.0, 2.0]),
+        dict(entropy_bound=[-0.5, 0.0, 0.5, 1.5]),
+        dict(steps_left=[0, 2, 3, 7]),
+        dict(confidence=[0, 1, 4, 4], number=[1, 2, 3, 9]),
+    ],
+    ids=lambda rule: next(iter(rule)),
+)
+def test_the_kernel_decides_as_the_reference(rule: dict[str, list]) -> None:
     """Rows of many masked positions, in two tiles; some scores and bounds are equal."""
     generator = torch.Generator().manual_seed(4)
     block = (torch.rand(16, 40, generator=generator) < 0.2).long()
     score = torch.randint(40, 65, (16, 40), generator=generator) / 64
     entropy = torch.randint(0, 9, (16, 40), generator=generator) / 16
-    choices = torch.tensor(dict(factor=[0.25, 0.5, 1.0, 2.0], entropy_bound=[-0.5, 0.0, 0.5, 1.5])[rule]).double()
-    strategy = Strategy(**{rule: choices[torch.arange(16) % 4]})
-    token = torch.arange(10, 10 + block.numel()).view(block.shape)
-    want = decide(block, Judged(token, score, score, entropy), strategy, MASK, None, None)
+    rows = {name: torch.tensor(values)[torch.arange(16) % 4] for name, values in rule.items()}
+    steps_left, strategy = rows.pop("steps_left", None), Strategy(**rows)
+    judged = Judged(torch.arange(10, 10 + block.numel()).view(block.shape), score, score, entropy)
+    want = decide(block, judged, strategy, MASK, None, steps_left)
     out = new_committed(block.to(DEVICE))
-    known = strategies.Judged(*(t.to(DEVICE) for t in (token, score, score, entropy)))
-    rows = (None if t is None else t.to(DEVICE) for t in strategy[:4])
-    strategies.decide(block.to(DEVICE), known, strategies.Rules(None, None, *rows), MASK, out)
+    known = strategies.Judged(*(None if t is None else t.to(DEVICE) for t in judged))
+    there = (None if t is None else t.to(DEVICE) for t in (steps_left, *strategy[:4]))
+    strategies.decide(block.to(DEVICE), known, strategies.Rules(None, *there), MASK, out)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(out, want, strict=True))
 
 

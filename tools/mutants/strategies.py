@@ -6,6 +6,8 @@ DRAWN = "test_strategies_drawn.py::test_the_kernels_draw_as_the_reference"
 BOUNDS = "test_strategies.py::test_the_kernel_decides_as_the_reference"
 DECIDED = "test_strategies.py::test_the_kernel_decides_by_the_formulas"
 REMASKED = "test_remask.py::test_every_rule_is_its_formula"
+SHARED = "test_remask.py::test_shares_are_of_what_is_not_masked"
+LIMITED = "test_remask.py::test_the_least_probable_are_masked_first_and_no_more_than_the_limit"
 
 MUTANTS = {
     ("unmask", "sampling/lang.py", LOOKED_AT): [
@@ -61,27 +63,47 @@ MUTANTS = {
             "tl.max(tl.where(masked & (passes == 0), rank.to(tl.int64) * 0, m)",
         ),
         ("none commits", "count = tl.minimum(m, 1)", "count = m * 0"),
-        ("the share rounded down", "1 + (m - 1) // tl.where", "m // tl.where"),
         ("a number only above others", "tl.where(number >= 0, number, count)", "tl.maximum(number, count)"),
-        ("no order from the left", "key = tl.where(in_order, 0.0, key)", "key = key"),
     ],
     ("unmask", "sampling/strategies.py", BOUNDS): [
+        ("the share rounded down", "1 + (m - 1) // tl.where", "m // tl.where"),
+        ("no order from the left", "key = tl.where(in_order, 0.0, key)", "key = key"),
+        ("others not from the left", "sure = tl.where(theirs & in_order, 0.0, sure)", "sure = sure"),
+        ("another kind from the left", "tl.load(rules.confidence + b) == 4", "tl.load(rules.confidence + b) == 1"),
         ("positions past the first tile unranked", "range(0, L, BLOCK_J)", "range(0, BLOCK_J, BLOCK_J)"),
         ("a factor's n from 0", "n = (rank + 2)", "n = (rank + 1)"),
         ("the largest entropy counts", "spread = total + own - tl.maximum(most, own)", "spread = total + own"),
         ("a bound below 0 rounded up", "tl.floor(bound * 4294967296.0)", "tl.maximum(bound * 4294967296.0, 0.0)"),
     ],
+    ("remask", "sampling/remask.py", LIMITED): [
+        ("the most probable first", "tl.where(theirs, -probable", "tl.where(theirs, probable"),
+        ("one too many", "(rank < most)", "(rank <= most)"),
+        ("none where there is no limit", "((most < 0) | (rank < most))", "(rank < most)"),
+        (
+            "what is edited takes up the limit",
+            "theirs = theirs & ((found == other) | (surely_better == 0))",
+            "theirs = theirs",
+        ),
+        (
+            "what may not change takes up the limit",
+            "theirs = theirs & (tl.load(known.may_change",
+            "theirs = theirs | (tl.load(known.may_change",
+        ),
+    ],
+    ("remask", "sampling/remask.py", SHARED): [
+        ("shares of masked positions, too", "terms = tl.where(filled, ", "terms = tl.where(mask_l, "),
+    ],
     ("remask", "sampling/remask.py", REMASKED): [
         ("an edit into the same token counts", "free & (token != block) & (sure >", "free & (sure >"),
         ("what was edited is doubted too", "free = free & (better == 0)", "free = free & (better <= 1)"),
-        ("the most probable first", "tl.where(theirs, -probable", "tl.where(theirs, probable"),
-        ("one too many", "(rank < most)", "(rank <= most)"),
+        ("an edit at its bound", "(sure > tl.load(rules.edit + b)", "(sure >= tl.load(rules.edit + b)"),
+        ("a doubt at its bound", "doubted = free & (own < least)", "doubted = free & (own <= least)"),
+        ("a share where none is asked for", "tl.load(rules.shared + b) != 0", "tl.load(rules.shared + b) == 0"),
         (
             "what may not change does",
             "free = free & (tl.load(known.may_change",
             "free = free | (tl.load(known.may_change",
         ),
-        ("shares of masked positions, too", "terms = tl.where(filled, ", "terms = tl.where(mask_l, "),
         (
             "another position's chance",
             "tl.load(noise.position + b) + offs_l",
