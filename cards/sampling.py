@@ -69,10 +69,15 @@ def _commit_inputs(dtype, B, L, V):
 
 
 def strategies(B: int, rules: int) -> Strategy | None:
-    """rules: 0 none; 1 every confidence, a factor, a bound of the entropy, a number and the tempered distribution, of
-    every row another; 2 a factor alone."""
+    """rules: 0 none; 1 every confidence, a factor, a bound of the entropy, a number, the tempered distribution and a
+    drawn order, of every row another; 2 a factor alone; 3, LLaDA's, and 4, Fast-dLLM's threshold, none; 5 Dream's
+    confidences with numbers; 6 a bound of entropies in ascending order."""
+    if rules == 5:
+        return Strategy(confidence=torch.arange(B) % 3, number=torch.arange(B) % 4 + 1)
+    if rules == 6:
+        return Strategy(confidence=torch.full((B,), 2), entropy_bound=torch.full((B,), 2.5).double())
     if rules != 1:
-        return Strategy.of(B, factor=0.7) if rules else None
+        return Strategy.of(B, factor=0.7) if rules == 2 else None
     row = torch.arange(B)
     return Strategy(
         confidence=(row + 4) % 5,
@@ -80,6 +85,7 @@ def strategies(B: int, rules: int) -> Strategy | None:
         entropy_bound=torch.where(row % 3 == 0, 2.5, -1.0).double(),
         number=torch.where(row % 6 == 4, 2, -1),
         tempered=row % 4 == 3,
+        alg_temp=torch.where(row % 3 == 1, 0.3, 0.0).double(),
     )
 
 
@@ -99,9 +105,14 @@ def _unmask_inputs(dtype, B, L, D, V, rules=0, ending=0, **rest):
 
 
 def _unmask_logits_inputs(dtype, B, L, V, rules=0, shift=0, **rest):
+    """rules: as `strategies`; from 3 on those of a program, of rows of temperature 0."""
     logits = 3 * torch.randn(B, L, V, dtype=dtype)
-    rule = dict(strategy=strategies(B, rules), shift=bool(shift))
-    return dict(logits=logits, sampling=warmer(sampling(B, V, **rest)), **commit_inputs(B, L, V), **rule)
+    rule = commit_inputs(B, L, V) | dict(strategy=strategies(B, rules), shift=bool(shift))
+    if rules >= 3:
+        rest["hot"] = 0
+        rule["threshold"] = rule["threshold"] if rules == 4 else None
+        rule["steps_left"] = rule["steps_left"] if rules == 3 else None
+    return dict(logits=logits, sampling=warmer(sampling(B, V, **rest)), **rule)
 
 
 def _remask_inputs(dtype, B, L, V, rules=7, may=1):
@@ -257,7 +268,10 @@ OPS = (
             dict(B=0, L=4, V=5, rules=1),
             dict(B=2, L=0, V=5, rules=1),
         ),
-        shapes=(dict(B=4, L=32, V=126464, rules=2, hot=0), dict(B=4, L=32, V=126464, rules=1)),  # as LLaDA's
+        shapes=(  # as LLaDA's
+            dict(B=4, L=32, V=126464, rules=2, hot=0),
+            *(dict(B=4, L=32, V=126464, rules=rules) for rules in (1, 3, 4, 5, 6)),
+        ),
         grows=dict(B=64, L=64),
         outputs=("block", "committed", "confidence", "masked"),
         kernels=("_masked_rows_kernel", "_sample_kernel", *_STRATEGY_KERNELS),
@@ -276,7 +290,11 @@ OPS = (
             dict(B=0, L=4, V=5),
             dict(B=2, L=0, V=5),
         ),
-        shapes=(dict(B=1, L=32, V=131072), dict(B=64, L=32, V=131072)),
+        shapes=(
+            dict(B=1, L=32, V=131072),
+            dict(B=64, L=32, V=131072),
+            *(dict(B=64, L=32, V=131072, rules=rules) for rules in (1, 2, 4)),
+        ),
         grows=dict(B=64, L=256),
         outputs=("block", "changed", "masked"),
         kernels=("_remask_kernel",),

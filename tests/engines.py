@@ -40,6 +40,7 @@ def drawn(r: random.Random) -> tuple[list[int], dict[str, Any]]:
     found["strategy"] = more.choice(("schedule", "schedule", *STRATEGIES))
     found["confidence"] = more.choice(("probability", "probability", *CONFIDENCES))
     found["factor"], found["entropy_bound"] = more.choice((0.5, 1.0)), more.choice((0.1, 4.0))
+    found["tempered"], found["alg_temp"] = more.choice((False, True)), more.choice((0.0, 0.0, 0.2))
     return prompt, found
 
 

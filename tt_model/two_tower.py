@@ -76,6 +76,8 @@ class TwoTower(TwoTowerModel):
         confidence: str = "probability",
         factor: float = 1.0,
         entropy_bound: float = 0.1,
+        tempered: bool = False,
+        alg_temp: float = 0.0,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -105,6 +107,9 @@ class TwoTower(TwoTowerModel):
             confidence: what orders positions and is held to the threshold: "probability" of the prediction, "margin",
                 "entropy", "random" or "sequential".
             factor, entropy_bound: of the strategies of these names.
+            tempered: whether confidences are of the distribution that tokens are drawn from, after temperature, top_k
+                and top_p, and logprobs with them; of no effect at temperature 0.
+            alg_temp: Dream's: above 0, the order of positions is drawn, in proportion to exp(confidence / alg_temp).
             temperature: 0 takes the most probable token; 1e-30 and above, a Gumbel-max sample of logits / temperature,
                 which at 1e30 and above draws every token alike.
             top_k, top_p: narrow what may be sampled at a temperature above 0.
@@ -121,7 +126,7 @@ class TwoTower(TwoTowerModel):
         Returns:
             a list with a value for each row: `tokens`: new token ids; `text`; `finish_reason`: "eos", "stop" or
             "length"; `nfe`: denoiser passes; `cycles`: in "speculative", how often a draft was verified; `logprobs`:
-            of the tokens, as predicted when they were committed, at temperature 1.
+            of the tokens, as predicted when they were committed, at temperature 1 (or `tempered`).
         Raises:
             ValueError: a setting, prompt or token id that cannot be meant, before any work. Warns when block_size is
             above the trained one, and when a prompt holds the mask token.
@@ -142,6 +147,8 @@ class TwoTower(TwoTowerModel):
             confidence=confidence,
             factor=factor,
             entropy_bound=entropy_bound,
+            tempered=tempered,
+            alg_temp=alg_temp,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

@@ -7,7 +7,7 @@ from functools import partial
 
 from cards import Op
 
-from . import attention, experts, head, mamba, norm, paged, router
+from . import attention, experts, head, mamba, norm, paged, router, unmask
 from .base import TOLERANCE, Peer, Unavailable, compiled, difference, fresh
 
 __all__ = ["GENERAL", "REGISTRY", "TOLERANCE", "Peer", "Unavailable", "difference", "names", "peers_of"]
@@ -15,7 +15,7 @@ __all__ = ["GENERAL", "REGISTRY", "TOLERANCE", "Peer", "Unavailable", "differenc
 GENERAL = ("eager", "compiled")  # of every op: its reference as it stands, and under torch.compile
 
 REGISTRY: dict[str, dict[str, Peer]] = {}
-for part in (norm, router, experts, attention, paged, mamba, head):
+for part in (norm, router, experts, attention, paged, mamba, head, unmask):
     for op, peers in part.PEERS.items():
         REGISTRY.setdefault(op, {}).update({peer.name: peer for peer in peers})
 

@@ -56,38 +56,6 @@ def logits_compiled(a: Arguments) -> Call:
     return lambda: choose(a.logits, noise, a.sampling.temperature, a.suppress)
 
 
-def field_unmask(a: Arguments) -> Call:
-    """As the published loops of LLaDA and Fast-dLLM go: a softmax of all logits in fp64, then a sort and a look from
-    the host for every row. By threshold, schedule and factor, of rows of temperature 0."""
-    rules = a.strategy
-    plain = rules is None or all(getattr(rules, name) is None for name in rules._fields if name != "factor")
-    only(plain and not (a.sampling.temperature > 0).any(), "LLaDA's loop: greedy, by threshold, schedule and factor")
-
-    def step() -> tuple[Tensor, ...]:
-        logits = torch.cat([a.logits[:, :1], a.logits[:, :-1]], 1) if a.shift else a.logits
-        p = logits.double().index_fill(2, torch.tensor([a.mask_token_id], device=logits.device), -math.inf).softmax(-1)
-        sure, token = p.max(-1)
-        masked = a.block == a.mask_token_id
-        confidence = sure.masked_fill(~masked, 0).to(torch.promote_types(a.logits.dtype, torch.float32))
-        committed = torch.zeros_like(masked)
-        for b in range(len(masked)):
-            count, m = 1, int(masked[b].sum())
-            best = torch.where(masked[b], sure[b], -1.0).topk(m)
-            values = best.values.tolist()
-            if a.threshold is not None:
-                count = max(count, sum(v > float(a.threshold[b]) for v in values))
-            if a.steps_left is not None:
-                count = max(count, -(-m // max(1, int(a.steps_left[b]))))
-            if rules is not None and rules.factor is not None:
-                bounds = [-1.0, *(1 - float(rules.factor[b]) / (n + 1) for n in range(2, m + 1))]
-                count = max(count, next((n for n in range(m) if values[n] < bounds[n]), m))
-            committed[b, best.indices[:count]] = True
-        block = torch.where(committed, token.to(a.block), a.block)
-        return block, committed, confidence, (block == a.mask_token_id).sum(-1)
-
-    return step
-
-
 # ---- the loss ----
 
 
@@ -121,7 +89,6 @@ def liger_loss(a: Arguments) -> Call:
 PEERS = {
     "head_sample": (Peer("logits", whole_logits),),
     "sample": (Peer("logits", logits_compiled),),
-    "unmask_logits": (Peer("published loops", field_unmask),),
     "linear_cross_entropy": (
         Peer("F.linear_cross_entropy", torch_loss, backward=True),
         Peer("cut_cross_entropy", cut_loss, backward=True),

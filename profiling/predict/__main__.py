@@ -267,6 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = parser("profiling.predict", __doc__)
     p.add_argument("op", nargs="?", metavar="OP", help="an op by its card's name")
     p.add_argument("--shape", type=sizes, metavar="T=16,..", help="sizes; others as in the card's nearest shape")
+    p.add_argument(
+        "--beside", type=sizes, metavar="rules=1,..", help="of the op: the same with these sizes, and a ratio"
+    )
     p.add_argument("--backward", action="store_true", help="of the op: its backward")
     p.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     p.add_argument("--pass", dest="kind", choices=passes.PASSES, help="a whole pass of the published model")
@@ -282,6 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     o = p.parse_args(arguments)
     if INTERPRET:
         p.error("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled")
+    if o.beside and not o.op:
+        p.error("--beside needs an OP")
     if o.target not in RATES:
         p.error(f"--target is sm_{o.target}, there are {', '.join(f'sm_{sm}' for sm in RATES)}")
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -309,11 +314,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if o.op not in OPS or not OPS[o.op].kernels:
             p.error(f"OP is {o.op}, expected one of {', '.join(name for name, op in OPS.items() if op.kernels)}")
         base = nearest(o.op, o.shape or {})
-        rows = of_op(o.op, base, o.target, DTYPES[o.dtype], o.backward)
-        print_rows(console, rows, f"{o.op} {label(base)} {o.dtype}, sm_{o.target}: predicted, us")
-        found = summed(o.op, base, rows, o.target, DTYPES[o.dtype], o.backward)
-        console.print(f"{_number(1e6 * found['seconds'])} us, the card's limit is {_number(1e6 * found['limit'])} us")
-        out = [found | dict(rows=[row.record() for row in rows])]
+        for dims in (base, base | o.beside) if o.beside else (base,):
+            rows = of_op(o.op, dims, o.target, DTYPES[o.dtype], o.backward)
+            print_rows(console, rows, f"{o.op} {label(dims)} {o.dtype}, sm_{o.target}: predicted, us")
+            found = summed(o.op, dims, rows, o.target, DTYPES[o.dtype], o.backward)
+            console.print(
+                f"{_number(1e6 * found['seconds'])} us, the card's limit is {_number(1e6 * found['limit'])} us"
+            )
+            out.append(found | dict(rows=[row.record() for row in rows]))
+        if o.beside:
+            first, second = (found["seconds"] for found in out)
+            console.print(f"with {label(o.beside)} {second / first:.2f} times {label(base)}'s")
     else:
         p.error("name an OP, or --pass, or --all")
     if o.json:

@@ -118,7 +118,7 @@ def test_prompt_from_anywhere(twotower, tmp_path: Path, monkeypatch: pytest.Monk
 def test_json_says_everything(twotower, folder: Path, tmp_path: Path) -> None:
     sampled = ("--temperature", "0.9", "--top-k", "50", "--top-p", "0.9", "--seed", "7")
     others = ("--no-eos", "--dtype", "float64", "--json", "--block-size", "5", "--confidence-threshold", "0.3")
-    arguments = (*SHORT, *sampled, *others, PROMPT)
+    arguments = (*SHORT, *sampled, *others, "--tempered", "--alg-temp", "0.5", PROMPT)
     code, out, _ = twotower(*arguments)
     got = json.loads(out)
     assert code == 0 and out.count("\n") == 1
@@ -128,7 +128,9 @@ def test_json_says_everything(twotower, folder: Path, tmp_path: Path) -> None:
     assert list(got) == names.split()
     chosen = dict(mode="mask_diffusion", max_new_tokens=12, block_size=5, steps_per_block=4, confidence_threshold=0.3)
     chosen |= dict(draft_steps=1, temperature=0.9, top_k=50, top_p=0.9)
-    chosen |= dict(strategy="schedule", confidence="probability", factor=1.0, entropy_bound=0.1)
+    chosen |= dict(
+        strategy="schedule", confidence="probability", factor=1.0, entropy_bound=0.1, tempered=True, alg_temp=0.5
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = dict(seed=7, model=str(folder), device=device, dtype="float64")
     assert got["settings"] == chosen | dict(eos_token_ids=[], stop=[], logprobs=False) | where

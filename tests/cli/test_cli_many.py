@@ -16,6 +16,7 @@ LINES: list[dict[str, Any]] = [
     {"tokens": [5, 6, 7], "max_new_tokens": 3, "logprobs": True},
     {"id": 3, "prompt": "class A:", "mode": "speculative", "stop": ["\n"]},
     {"prompt": "x" * 40, "max_new_tokens": 1},
+    {"prompt": "return ", "temperature": 0.4, "top_p": 0.8, "tempered": True, "strategy": "factor", "alg_temp": 0.1},
 ]
 SHORT = ["--max-new-tokens", "8", "--temperature", "0", "--quiet"]
 
@@ -38,7 +39,7 @@ def read(out: Path) -> list[dict[str, Any]]:
 def test_each_line_gets_what_it_would_get_alone(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert run(*files, "--rows", "2") == 0
     records, model = read(files[1]), TwoTower.from_pretrained()
-    assert [record.get("id") for record in records] == ["a", None, None, 3, None]
+    assert [record.get("id") for record in records] == ["a", None, None, 3, None, None]
     for i, (line, record) in enumerate(zip(LINES, records, strict=True)):
         options = dict(max_new_tokens=8, temperature=0.0, seed=i)
         options |= {k: v for k, v in line.items() if k not in ("prompt", "tokens", "id")}
@@ -84,7 +85,7 @@ def test_what_is_done_is_not_done_again(files: tuple[Path, Path], monkeypatch: p
 
     monkeypatch.setattr(Engine, "submit", count)
     assert run(*files, "--rows", "3") == 0
-    assert read(files[1]) == whole and len(submitted) == 3 and not part.exists()
+    assert read(files[1]) == whole and len(submitted) == 4 and not part.exists()
 
 
 def test_what_is_half_done_is_of_this_input(

@@ -9,7 +9,7 @@ from models import CONFIG, prompts_of, random_model
 
 from tt_kernels import use
 from tt_kernels.reference.unmasking import CONFIDENCES
-from tt_model import Step, TwoTower
+from tt_model import Engine, Step, TwoTower
 from tt_model.cli import generate as command
 from tt_model.engine import settings
 from tt_model.engine.settings import Generation
@@ -247,6 +247,59 @@ def test_the_default_strategy_is_the_schedule_of_probabilities(model: TwoTower) 
     assert model.generate(prompts_of([5, 9]), strategy="schedule", confidence="probability", **options) == want
 
 
+def test_tempered_confidences_are_of_what_is_drawn_from(model: TwoTower) -> None:
+    """At a low temperature the best token is nearly certain, so that all commit at once."""
+    options = dict(strategy="threshold", confidence_threshold=0.9, temperature=1e-4, seed=5)
+    assert len(commits(model, **options)[0]) > 1
+    assert commits(model, tempered=True, **options) == [[8]] * 2
+    cold = options | dict(temperature=0.0)
+    assert commits(model, tempered=True, **cold) == commits(model, **cold)
+    sure = model.generate(prompts_of([9]), max_new_tokens=8, logprobs=True, tempered=True, **options).logprobs[0]
+    assert all(-0.1 < log <= 0 for log in sure)
+    narrow = model.generate(prompts_of([9]), max_new_tokens=8, top_k=1, temperature=2.0, logprobs=True, tempered=True)
+    assert max(map(abs, narrow.logprobs[0])) < 1e-12  # the one token that may be drawn is certain
+
+
+def test_tempered_rows_beside_others_get_what_each_gets_alone(model: TwoTower) -> None:
+    engine, prompts = Engine(model, max_rows=7), prompts_of([9] * 7)
+    common = dict(max_new_tokens=16, confidence_threshold=0.5, temperature=0.6, seed=2)
+    rows = [
+        dict(tempered=True),
+        {},
+        dict(tempered=True, top_p=0.7, strategy="factor"),
+        dict(tempered=True, temperature=0.0),
+        dict(tempered=True, confidence="margin", top_k=3),
+        dict(tempered=True, mode="speculative", draft_steps=2),
+        dict(tempered=True, alg_temp=0.3, strategy="static", steps_per_block=4),
+    ]
+    requests = [engine.submit(p, **common | row) for p, row in zip(prompts, rows, strict=True)]
+    found = [request.result() for request in requests]
+    for prompt, row, result in zip(prompts, rows, found, strict=True):
+        own = model.generate([prompt], **common | row)
+        assert (result.tokens, result.nfe) == (own.tokens[0], own.nfe[0])
+        plain = model.generate([prompt], **common | row | dict(tempered=False, alg_temp=0.0))
+        followed = "tempered" in row and row.get("temperature") != 0
+        if row.get("mode") != "speculative":  # whose tokens no draft changes
+            assert ((own.tokens, own.nfe) != (plain.tokens, plain.nfe)) == followed, row
+
+
+def test_alg_temp_draws_the_order(model: TwoTower) -> None:
+    """So many commit as without it, others, and by the seed alone."""
+    options = dict(max_new_tokens=8, block_size=8, steps_per_block=4, eos_token_id=None, strategy="static")
+
+    def taken(seed: int, **more: Any) -> list[list[int]]:
+        found: list[list[int]] = []
+        on_step = lambda step: found.append(step.committed[0].nonzero().flatten().tolist())
+        model.generate(prompts_of([9]), seed=seed, on_step=on_step, **options, **more)
+        return found
+
+    plain = taken(0)
+    drawn = [taken(seed, alg_temp=0.5) for seed in range(6)]
+    assert all([len(places) for places in one] == [2, 2, 2, 2] for one in drawn)
+    assert len({str(one) for one in drawn}) > 3 and taken(2, alg_temp=0.5) == drawn[2]
+    assert taken(0, alg_temp=1e-12) == plain == taken(5)
+
+
 @pytest.mark.parametrize(
     "bad,message",
     [
@@ -255,6 +308,8 @@ def test_the_default_strategy_is_the_schedule_of_probabilities(model: TwoTower) 
         (dict(factor=-1.0), "factor is -1.0, expected 0 or more"),
         (dict(entropy_bound=float("nan")), "entropy_bound is nan, expected 0 or more"),
         (dict(factor="1"), "factor is '1', expected a number"),
+        (dict(tempered=1), "tempered is 1, expected True or False"),
+        (dict(alg_temp=-0.5), "alg_temp is -0.5, expected 0 or more"),
     ],
 )
 def test_bad_strategies_are_named(model: TwoTower, bad: dict[str, Any], message: str) -> None:

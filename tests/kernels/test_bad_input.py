@@ -289,6 +289,11 @@ BAD = [
         dict(strategy=Strategy(number=torch.ones(4))),
         "unmask_logits: strategy.number is torch.float32, expected a tensor of ints",
     ),
+    (
+        "unmask_logits",
+        dict(strategy=Strategy(alg_temp=torch.ones(3))),
+        "unmask_logits: strategy.alg_temp has B=3, but logits has B=4",
+    ),
     ("remask", dict(remasking=None), "remask: remasking is None, expected a Remasking"),
     ("remask", dict(own=None), "remask: own is None, expected what shared is decided by"),
     ("remask", dict(token=torch.ones(4, 7).int()), "remask: token is torch.int32, expected the dtype of block"),

@@ -45,6 +45,31 @@ def plain(row: dict[str, Any], rule: dict[str, Any]) -> list[int]:
     return block
 
 
+def hold(known: dict[str, Tensor], rules: dict[str, list | None]) -> None:
+    """The op's rows to `plain`'s."""
+    B, L = known["block"].shape
+    sampling = Sampling.of(B, seed=torch.arange(B), position=torch.arange(B) * 3, step=torch.full((B,), 4))
+    made = {name: None if values is None else on(torch.tensor(values)) for name, values in rules.items()}
+    there = {name: on(t) for name, t in known.items()}
+    got = remask(
+        *(there["block"], Remasking(**made)),
+        mask_token_id=MASK,
+        may_change=there["may"],
+        token=there["token"],
+        confidence=there["confidence"],
+        own=there["own"],
+        sampling=Sampling(*(None if t is None else on(t) for t in sampling)),
+    )
+    places = torch.arange(L)
+    for b in range(B):
+        mine: dict[str, Any] = {name: t[b].tolist() for name, t in known.items()}
+        mine["chance"] = uniform(torch.full((L,), b), 3 * b + places, torch.full((L,), 4), -2).tolist()
+        want = plain(mine, {name: None if values is None else values[b] for name, values in rules.items()})
+        assert got.block[b].tolist() == want
+        assert got.changed[b].tolist() == [x != y for x, y in zip(want, mine["block"], strict=True)]
+        assert got.masked[b] == want.count(MASK)
+
+
 @given(data=st.data())
 def test_every_rule_is_its_formula(data: st.DataObject) -> None:
     B, L = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
@@ -66,26 +91,33 @@ def test_every_rule_is_its_formula(data: st.DataObject) -> None:
         sigma=rows([0.0, 0.4, 1.0]),
     )
     rules["shared"] = rows([True, False]) if rules["sigma"] is not None else None
-    sampling = Sampling.of(B, seed=torch.arange(B), position=torch.arange(B) * 3, step=torch.full((B,), 4))
-    made = {name: None if values is None else on(torch.tensor(values)) for name, values in rules.items()}
-    got = remask(
-        *(on(block), Remasking(**made)),
-        mask_token_id=MASK,
-        may_change=on(may),
-        token=on(token),
-        confidence=on(confidence),
-        own=on(own),
-        sampling=Sampling(*(None if t is None else on(t) for t in sampling)),
+    known = dict(block=block, token=token, may=may, confidence=confidence, own=own)
+    hold(known, rules)
+
+
+def rows_of_many(block: list[int]) -> dict[str, Tensor]:
+    """24 rows of 14 positions, equals among them, of which some may not change."""
+    generator = torch.Generator().manual_seed(2)
+
+    def drawn(values: list) -> Tensor:
+        return torch.tensor(values)[torch.randint(len(values), (24, 14), generator=generator)]
+
+    known = dict(block=drawn(block), token=drawn([1, 2, 2, 3]), may=drawn([True, True, True, False]))
+    return known | dict(confidence=drawn([0.25, 0.75]), own=drawn([0.0, 0.125, 0.25, 0.5, 0.75, 1.0]))
+
+
+def test_the_least_probable_are_masked_first_and_no_more_than_the_limit() -> None:
+    """Of many doubted positions; what is edited is none of them."""
+    rules = dict(
+        edit=[0.5, 2.0] * 12, verify=[0.75, 0.75, 1.5] * 8, most=[0, 1, 2, 4, 6, -1] * 4, sigma=None, shared=None
     )
-    places = torch.arange(L)
-    for b in range(B):
-        row = dict(block=block, token=token, may=may, confidence=confidence, own=own)
-        mine: dict[str, Any] = {name: t[b].tolist() for name, t in row.items()}
-        mine["chance"] = uniform(torch.full((L,), b), 3 * b + places, torch.full((L,), 4), -2).tolist()
-        want = plain(mine, {name: None if values is None else values[b] for name, values in rules.items()})
-        assert got.block[b].tolist() == want
-        assert got.changed[b].tolist() == [x != y for x, y in zip(want, mine["block"], strict=True)]
-        assert got.masked[b] == want.count(MASK)
+    hold(rows_of_many([MASK, 1, 2, 2, 2]), rules)
+
+
+def test_shares_are_of_what_is_not_masked() -> None:
+    """Half of the positions are: a share is about twice what it would be among all."""
+    rules = dict(edit=None, verify=None, most=None, sigma=[1.0] * 24, shared=[True] * 23 + [False])
+    hold(rows_of_many([MASK, 1]), rules)
 
 
 def test_remdm_schedules() -> None:

@@ -25,10 +25,15 @@ ENTROPIES = [0.0, 0.125, 0.25, 0.5, 2.0, 11.0]
 
 
 def longest(
-    masked: list[int], score: dict[int, float], entropy: dict[int, float], sequential: bool, **rule: Any
+    masked: list[int],
+    score: dict[int, float],
+    entropy: dict[int, float],
+    key: dict[int, float],
+    sequential: bool,
+    **rule: Any,
 ) -> list[int]:
     """The positions that commit by all rules of a row."""
-    order = rules.order(score, sequential)
+    order = rules.order(key, sequential)
     counts = [1]
     if rule["threshold"] is not None:
         counts.append(rules.while_([score[i] > rule["threshold"] for i in order]))
@@ -43,7 +48,7 @@ def longest(
     return sorted(order[: max(counts)])
 
 
-def drawn(data: st.DataObject) -> tuple[Tensor, Tensor, Tensor, dict[str, list | None]]:
+def drawn(data: st.DataObject) -> tuple[Tensor, Judged, dict[str, list | None]]:
     B, L = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
 
     def numbers(values: list) -> list:
@@ -53,7 +58,9 @@ def drawn(data: st.DataObject) -> tuple[Tensor, Tensor, Tensor, dict[str, list |
         return data.draw(st.none() | st.lists(st.sampled_from(values), min_size=B, max_size=B))
 
     block = torch.tensor(numbers([MASK, MASK, 1, 2])).view(B, L)
-    score, entropy = (torch.tensor(numbers(v)).view(B, L).double() for v in (SCORES, ENTROPIES))
+    score, entropy, key = (torch.tensor(numbers(v)).view(B, L).double() for v in (SCORES, ENTROPIES, SCORES))
+    token = torch.arange(10, 10 + block.numel()).view(B, L)
+    known = Judged(token, score, score, entropy, key if data.draw(st.booleans()) else None)
     rule = dict(
         threshold=rows([0.5, 0.1, 2.0, -0.5]),
         steps_left=rows([0, 1, 2, 3, 2**40]),
@@ -62,7 +69,7 @@ def drawn(data: st.DataObject) -> tuple[Tensor, Tensor, Tensor, dict[str, list |
         entropy_bound=rows([-1.0, 0.0, 0.125, 0.4, 1e9]),
         number=rows([-1, 0, 1, 3, 99]),
     )
-    return block, score, entropy, rule
+    return block, known, rule
 
 
 def tensors(rule: dict[str, list | None]) -> tuple[Tensor | None, Tensor | None, Strategy]:
@@ -73,30 +80,30 @@ def tensors(rule: dict[str, list | None]) -> tuple[Tensor | None, Tensor | None,
     return made["threshold"], made["steps_left"], Strategy(*(made[name] for name in Strategy._fields[:4]))
 
 
-def hold(block: Tensor, score: Tensor, entropy: Tensor, rule: dict[str, list | None], got: Any) -> None:
-    token = torch.arange(10, 10 + block.numel()).view(block.shape)
+def hold(block: Tensor, judged: Judged, rule: dict[str, list | None], got: Any) -> None:
+    key = judged.score if judged.key is None else judged.key
     for b, row in enumerate(block.tolist()):
         masked = [i for i, t in enumerate(row) if t == MASK]
         mine = {name: None if value is None else value[b] for name, value in rule.items()}
         sequential = mine.pop("confidence") == 4
-        known = ({i: t[b, i].item() for i in masked} for t in (score, entropy))
+        known = ({i: t[b, i].item() for i in masked} for t in (judged.score, judged.entropy, key))
         chosen = longest(masked, *known, sequential, **mine) if masked else []
         assert got.committed[b].nonzero().flatten().tolist() == chosen
-        assert got.block[b].tolist() == [int(token[b, i]) if i in chosen else t for i, t in enumerate(row)]
+        assert got.block[b].tolist() == [int(judged.token[b, i]) if i in chosen else t for i, t in enumerate(row)]
         assert got.masked[b] == len(masked) - len(chosen)
 
 
 @given(data=st.data())
 def test_every_rule_is_its_formula(data: st.DataObject) -> None:
     """In fp64, where each score and bound is what Python has."""
-    block, score, entropy, rule = drawn(data)
-    dirty = score.masked_fill(block != MASK, data.draw(st.sampled_from([0.0, 2.0, math.nan])))
-    token = torch.arange(10, 10 + block.numel()).view(block.shape)
+    block, known, rule = drawn(data)
+    dirt = data.draw(st.sampled_from([0.0, 2.0, math.nan]))
+    score, key = (None if t is None else t.masked_fill(block != MASK, dirt) for t in (known.score, known.key))
     threshold, steps_left, strategy = (None if t is None else t for t in tensors(rule))
     strategy = Strategy(*(None if t is None else t.cpu() for t in strategy))
     threshold, steps_left = (None if t is None else t.cpu() for t in (threshold, steps_left))
-    got = decide(block, Judged(token, dirty, dirty, entropy), strategy, MASK, threshold, steps_left)
-    hold(block, score, entropy, rule, got)
+    dirty = known._replace(confidence=score, score=score, key=key)
+    hold(block, known, rule, decide(block, dirty, strategy, MASK, threshold, steps_left))
 
 
 @pytest.mark.kernels
@@ -104,20 +111,20 @@ def test_every_rule_is_its_formula(data: st.DataObject) -> None:
 @given(data=st.data())
 @settings(max_examples=40)
 def test_the_kernel_decides_by_the_formulas(data: st.DataObject) -> None:
-    block, score, entropy, rule = drawn(data)
-    token = torch.arange(10, 10 + block.numel()).view(block.shape)
-    score = score.float().double()  # as fp32 holds them
+    block, wide, rule = drawn(data)
+    narrow = wide._replace(**{f: None if (t := getattr(wide, f)) is None else t.float() for f in wide._fields[1:]})
+    wide = wide._replace(score=narrow.score.double(), key=None if wide.key is None else narrow.key.double())
     threshold, steps_left, strategy = tensors(rule)
-    known = strategies.Judged(*(t.to(DEVICE) for t in (token, score.float(), score.float(), entropy.float())))
+    known = strategies.Judged(*(None if t is None else t.to(DEVICE) for t in narrow))
     if strategy.entropy_bound is None:
         known = known._replace(entropy=None)
     out = new_committed(block.to(DEVICE))
     strategies.decide(block.to(DEVICE), known, strategies.Rules(threshold, steps_left, *strategy[:4]), MASK, out)
     if rule["threshold"] is None and rule["factor"] is None:  # which fp32 rounds
-        hold(block, score, entropy, rule, type(out)(*(t.cpu() for t in out)))
+        hold(block, wide, rule, type(out)(*(t.cpu() for t in out)))
     want = decide(
         block,
-        Judged(token, score.float(), score.float(), entropy.float()),
+        narrow,
         Strategy(*(None if t is None else t.cpu() for t in strategy)),
         MASK,
         *(None if t is None else t.cpu() for t in (threshold, steps_left)),
@@ -163,21 +170,30 @@ def test_random_scores_are_uniform_and_apart_from_the_noise() -> None:
 
 @pytest.mark.kernels
 @pytest.mark.skipif(not KERNELS, reason="kernels: TRITON_INTERPRET=1 or a GPU")
-@pytest.mark.parametrize("rule", ("factor", "entropy_bound"))
-def test_the_kernel_decides_as_the_reference(rule: str) -> None:
+@pytest.mark.parametrize(
+    "rule",
+    [
+        dict(factor=[0.25, 0.5, 1.0, 2.0]),
+        dict(entropy_bound=[-0.5, 0.0, 0.5, 1.5]),
+        dict(steps_left=[0, 2, 3, 7]),
+        dict(confidence=[0, 1, 4, 4], number=[1, 2, 3, 9]),
+    ],
+    ids=lambda rule: next(iter(rule)),
+)
+def test_the_kernel_decides_as_the_reference(rule: dict[str, list]) -> None:
     """Rows of many masked positions, in two tiles; some scores and bounds are equal."""
     generator = torch.Generator().manual_seed(4)
     block = (torch.rand(16, 40, generator=generator) < 0.2).long()
     score = torch.randint(40, 65, (16, 40), generator=generator) / 64
     entropy = torch.randint(0, 9, (16, 40), generator=generator) / 16
-    choices = torch.tensor(dict(factor=[0.25, 0.5, 1.0, 2.0], entropy_bound=[-0.5, 0.0, 0.5, 1.5])[rule]).double()
-    strategy = Strategy(**{rule: choices[torch.arange(16) % 4]})
-    token = torch.arange(10, 10 + block.numel()).view(block.shape)
-    want = decide(block, Judged(token, score, score, entropy), strategy, MASK, None, None)
+    rows = {name: torch.tensor(values)[torch.arange(16) % 4] for name, values in rule.items()}
+    steps_left, strategy = rows.pop("steps_left", None), Strategy(**rows)
+    judged = Judged(torch.arange(10, 10 + block.numel()).view(block.shape), score, score, entropy)
+    want = decide(block, judged, strategy, MASK, None, steps_left)
     out = new_committed(block.to(DEVICE))
-    known = strategies.Judged(*(t.to(DEVICE) for t in (token, score, score, entropy)))
-    rows = (None if t is None else t.to(DEVICE) for t in strategy[:4])
-    strategies.decide(block.to(DEVICE), known, strategies.Rules(None, None, *rows), MASK, out)
+    known = strategies.Judged(*(None if t is None else t.to(DEVICE) for t in judged))
+    there = (None if t is None else t.to(DEVICE) for t in (steps_left, *strategy[:4]))
+    strategies.decide(block.to(DEVICE), known, strategies.Rules(None, *there), MASK, out)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(out, want, strict=True))
 
 
@@ -265,44 +281,42 @@ def test_rows_of_infinities_nan_and_ties(kind: str, temperature: float) -> None:
 
 @pytest.mark.kernels
 @pytest.mark.skipif(not KERNELS, reason="kernels: TRITON_INTERPRET=1 or a GPU")
-@pytest.mark.parametrize("rows", (6, 20))
-def test_second_best_and_entropy_from_tiles_and_parts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name,V,equals",
+    [  # logits in two parts of two tiles of 2048; a head's in six parts of three tiles of 64, of two tiles of rows
+        ("unmask_logits", 4300, ((5, 7), (5, 2100), (5, 4200), (4200, 2), (2300, 4205))),
+        ("unmask", 1100, ((5, 7), (5, 100), (5, 700), (800, 2), (900, 905))),
+    ],
+)
+def test_second_best_and_entropy_from_tiles_and_parts(
+    name: str, V: int, equals: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the rules are given, of logits in memory and of heads; equals within a tile, across tiles and parts."""
     torch.manual_seed(5)
     known: list[strategies.Judged] = []
     monkeypatch.setattr(strategies, "decide", lambda block, judged, *rest: known.append(judged))
-    V = 9000 if rows == 6 else 1100
+    L, rows = 5, 20  # of each kind and temper five, which are those of `equals`
     hidden, weight = torch.zeros(rows, 32), torch.randn(V, 32)
     hidden[torch.arange(rows), torch.arange(rows)] = torch.linspace(0.1, 2, rows)  # row r's logits are column r
-    for r, (first, second) in enumerate(((5, 7), (5, 300), (5, 700), (800, 2), (900, 905))):
-        weight[first, r] = weight[second, r] = 7.0
-    weight[1000, 0] = weight[20, 1] = 7.5
-    logits = hidden @ weight.T
-    block = torch.full((1, rows), V - 1)
-    hot = torch.full((1,), 0.5)
-    for kind in ("margin", "entropy"):
-        for tempered in (False, True):
-            strategy = Strategy.of(1, confidence=kind, entropy_bound=0.5, tempered=tempered, device=DEVICE)
-            sampling = Sampling.of(1, temperature=hot.to(DEVICE), seed=3, device=DEVICE)
-            rule = dict(mask_token_id=V - 1, strategy=strategy)
-            tensors = [t.to(DEVICE) for t in (hidden[None], weight, block, logits[None])]
-            known.clear()
-            unmask(*tensors[:3], sampling, **rule)
-            unmask_logits(tensors[3], tensors[2], sampling, **rule)
-            plain_logits = logits.double().index_fill(1, torch.tensor([V - 1]), -math.inf)
-            each = sampling.select(torch.zeros(rows, dtype=torch.int64, device=DEVICE))
-            for judged in known:
-                token = judged.token[0].cpu()
-                mine = Sampling(*(None if t is None else t.cpu() for t in each))
-                row = Strategy(*(None if t is None else t.cpu().expand(rows) for t in strategy))
-                want = judge(plain_logits, token, mine, row)
-                for got, name in (
-                    (judged.score, "score"),
-                    (judged.entropy, "entropy"),
-                    (judged.confidence, "confidence"),
-                ):
-                    # logits up to 30: a few eps of fp32 of them, in p as in sum p log p
-                    torch.testing.assert_close(got[0].cpu().double(), getattr(want, name), rtol=3e-5, atol=1e-6)
+    for r in range(rows):
+        weight[list(equals[r % L]), r] = 7.0
+    weight[V - 100, :rows:L] = weight[20, 1:rows:L] = 7.5
+    logits, block = hidden @ weight.T, torch.full((rows // L, L), V - 1)
+    strategy = Strategy.of(4, confidence=["margin", "margin", "entropy", "entropy"], entropy_bound=0.5)
+    strategy = strategy._replace(tempered=torch.tensor([False, True, False, True]))
+    sampling = Sampling.of(4, temperature=0.5, seed=3)
+    given = (hidden.view(4, L, -1), weight, block) if name == "unmask" else (logits.view(4, L, V), block)
+    here = (type(t)(*(None if x is None else x.to(DEVICE) for x in t)) for t in (sampling, strategy))
+    options = dict(zip(("sampling", "strategy"), here, strict=True), mask_token_id=V - 1)
+    getattr(tt_kernels, name)(*(t.to(DEVICE) for t in given), **options)
+    (judged,) = known
+    each = torch.arange(4).repeat_interleave(L)
+    plain = logits.double().index_fill(1, torch.tensor([V - 1]), -math.inf)
+    want = judge(plain, judged.token.flatten().cpu(), sampling.select(each), strategy.select(each))
+    for field in ("score", "entropy", "confidence"):
+        got = getattr(judged, field).flatten().cpu().double()
+        # logits up to 30: a few eps of fp32 of them, in p as in sum p log p
+        torch.testing.assert_close(got, getattr(want, field), rtol=3e-5, atol=1e-6)
 
 
 @pytest.mark.kernels

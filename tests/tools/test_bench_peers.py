@@ -10,6 +10,7 @@ from bench import peers
 from bench.ops import Case, bind, disagreement, named
 from bench.peers import base
 from cards import OPS
+from tt_kernels import Strategy
 from tt_kernels.runtime.launch import ON_CPU as AS_KERNELS
 
 pytestmark = [
@@ -32,6 +33,13 @@ ON_CPU = {
     "mamba_advance": ("apart",),
     "mamba_step": ("apart",),
     "linear_cross_entropy": ("F.linear_cross_entropy",),
+    "unmask_logits": ("published loops", "LLaDA", "Fast-dLLM", "Dream", "entropy bound"),
+    "remask": ("LLaDA2.1", "WINO", "ReMDM"),
+}
+# Forms that a program has and no small case of the card.
+MORE = {
+    "unmask_logits": [dict(B=6, L=7, V=37, rules=2, hot=0), *(dict(B=6, L=9, V=37, rules=r) for r in (3, 4, 5, 6))],
+    "remask": [dict(B=6, L=9, V=11, rules=rules, may=may) for rules in (1, 2, 4) for may in (0, 1)],
 }
 PAIRS = [(op, name) for op, names in ON_CPU.items() for name in names]
 
@@ -42,7 +50,7 @@ def test_equal_results(op: str, name: str) -> None:
     if name == "F.linear_cross_entropy" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
         pytest.skip("this torch has none")
     card, peer, right = OPS[op], peers.REGISTRY[op][name], 0
-    for dims in card.cases:
+    for dims in (*card.cases, *MORE.get(op, ())):
         kwargs, want = make(card, dims, torch.float32), make(card, dims, torch.float32)
         high, low = results(card, card.reference, double(want)), results(card, card.reference, want)
         card.reference(**want)
@@ -61,6 +69,33 @@ def test_equal_results(op: str, name: str) -> None:
         if right == 3:
             break
     assert right, "no case of the card has a form of it"
+
+
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    [
+        ("Fast-dLLM", dict(strategy=Strategy.of(6, factor=0.9))),
+        ("Fast-dLLM", dict(threshold=torch.linspace(0, 1, 6))),
+        ("LLaDA", dict(steps_left=torch.arange(6))),
+        ("Dream", dict(strategy=Strategy.of(6, confidence="margin", number=2, tempered=True))),
+        ("Dream", dict(strategy=Strategy.of(6, confidence=["entropy"] * 6, number=torch.arange(6)))),
+        ("entropy bound", dict(strategy=Strategy.of(6, confidence="entropy", entropy_bound=torch.linspace(0, 9, 6)))),
+    ],
+)
+@pytest.mark.parametrize("shift", (False, True))
+def test_published_rules_take_what_ours_take(name: str, rules: dict[str, Any], shift: bool) -> None:
+    """Rows of none to all masked, a number a row: the same blocks, to the last position."""
+    card, peer = OPS["unmask_logits"], peers.REGISTRY["unmask_logits"][name]
+    for seed in range(3):
+        kwargs = make(card, dict(B=6, L=12, V=41, rules=3), torch.float32, seed)
+        kwargs["block"][:2] = torch.tensor([[7], [40]])
+        if shift:  # the first two places have the same logits, and topk of equals takes any
+            kwargs["block"][:, 0] = 7
+        kwargs |= dict(threshold=None, steps_left=None, strategy=None, shift=shift) | rules
+        want, got = card.fn(**kwargs), peer.call(card, kwargs)()
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=0)  # a softmax in fp64 beside one in fp32
+        assert want.committed[1:].any(-1).sum() > 2
 
 
 @pytest.mark.parametrize(

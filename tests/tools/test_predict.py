@@ -160,8 +160,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "the card's limit is" in capsys.readouterr().out
     (found,) = json.loads(file.read_text())
     assert found["seconds"] == pytest.approx(20.5e-6, rel=0.05) == found["limit"]  # its bytes
-    with pytest.raises(SystemExit):
-        predict.main([])
+    options = ("--shape", "T=8192", "--beside", "T=4096", "--json", str(file))
+    assert predict.main(["rms_norm", *options]) == 0
+    whole, half = json.loads(file.read_text())
+    assert whole["dims"]["T"] == 8192 and half["dims"]["T"] == 4096
+    times = half["seconds"] / whole["seconds"]
+    assert times == pytest.approx(0.5, abs=0.1) and f"with T=4096 {times:.2f} times" in capsys.readouterr().out
+    for wrong in ([], ["--all", "--beside", "T=4096"]):
+        with pytest.raises(SystemExit):
+            predict.main(wrong)
 
 
 @COMPILES

@@ -34,6 +34,10 @@ class Strategy(NamedTuple):
     # [B] bool: p is of the distribution that is drawn from, after temperature, top_k and top_p; else of the softmax of
     # all logits. Rows of temperature 0 draw from that as well.
     tempered: Tensor | None = None
+    # [B] float, 0 and below: none. The order is drawn: the next position in proportion to exp(confidence / alg_temp),
+    # without replacement, by Gumbel noise keyed on seed, position and step. Thresholds see confidences as they are;
+    # "sequential" stays in its order.
+    alg_temp: Tensor | None = None
 
     @classmethod
     def of(
@@ -45,6 +49,7 @@ class Strategy(NamedTuple):
         entropy_bound: float | Tensor | None = None,
         number: int | Tensor | None = None,
         tempered: bool | Tensor = False,
+        alg_temp: float | Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> "Strategy":
         """Rules of so many rows: a value holds for all of them, a tensor is taken as it is."""
@@ -69,6 +74,7 @@ class Strategy(NamedTuple):
             entropy_bound=of_rows(entropy_bound, torch.float64),
             number=of_rows(number, torch.int64),
             tempered=None if tempered is False else of_rows(tempered, torch.bool),
+            alg_temp=of_rows(alg_temp, torch.float64),
         )
 
     def select(self, rows: Tensor | slice) -> "Strategy":
@@ -103,18 +109,39 @@ class Judged(NamedTuple):
     confidence: Tensor  # [*]: the token's probability
     score: Tensor  # [*]: what is held to the threshold and to the factor
     entropy: Tensor  # [*]: of the distribution
+    key: Tensor | None = None  # [*]: what orders the positions; None: the score
 
 
-def uniform(seed: Tensor, position: Tensor, step: Tensor, counter: int) -> Tensor:
-    """Numbers in (0, 1) that fp32 holds, of 23 bits: word 0 of Philox4x32-10 at (counter, position, step, 0). Tokens'
-    noise has the counters from 0 up to V / 4, these have -1 and below."""
+def word_at(seed: Tensor, position: Tensor, step: Tensor, counter: int) -> Tensor:
+    """Word 0 of Philox4x32-10 at (counter, position, step, 0). Tokens' noise has the counters from 0 up to V / 4; what
+    is drawn once a position has -1 and below."""
     word = 0xFFFFFFFF
     seed, position, step = (t.long() for t in (seed, position, step))
     at = [torch.full_like(seed, counter & word), position & word, step & word, torch.zeros_like(seed)]
-    return ((_philox(at, [seed & word, seed >> 32 & word])[0] >> 9).double() + 0.5) * 2.0**-23
+    return _philox(at, [seed & word, seed >> 32 & word])[0]
 
 
-RANDOM, REMASK = -1, -2  # counters of `uniform`
+def uniform(seed: Tensor, position: Tensor, step: Tensor, counter: int) -> Tensor:
+    """Numbers in (0, 1) that fp32 holds, of 23 bits."""
+    return ((word_at(seed, position, step, counter) >> 9).double() + 0.5) * 2.0**-23
+
+
+def gumbel(seed: Tensor, position: Tensor, step: Tensor, counter: int) -> Tensor:
+    """Standard Gumbel noise, of a word as tokens' noise is."""
+    u = (word_at(seed, position, step, counter).double() + 0.5) * 2.0**-32
+    return -(-(-u).log1p()).log()
+
+
+RANDOM, REMASK, DRAW = -1, -2, -3  # counters of what is drawn once a position
+HOTTEST_DRAW = 1e30  # above it nothing is left of any confidence beside the noise, and fp32 holds their product
+
+
+def drawn(score: Tensor, sampling: Sampling, alg_temp: Tensor) -> Tensor:
+    """Keys [*] whose order is drawn: confidence + alg_temp noise, which is confidence / alg_temp + noise in another
+    unit, of which 0 makes the confidence itself."""
+    t = alg_temp.to(score)
+    t = torch.where(t > 0, t.clamp(max=HOTTEST_DRAW), 0)
+    return score + t * gumbel(sampling.seed, sampling.position, sampling.step, DRAW).to(score)
 
 
 def judge(logits: Tensor, token: Tensor, sampling: Sampling, strategy: Strategy) -> Judged:
@@ -139,7 +166,8 @@ def judge(logits: Tensor, token: Tensor, sampling: Sampling, strategy: Strategy)
         chance = uniform(sampling.seed, sampling.position, sampling.step, RANDOM).to(confidence)
         for place, other in ((1, margin), (2, -entropy), (3, chance)):
             score = torch.where(kind == place, other, score)
-    return Judged(token, confidence, score, entropy)
+    key = None if strategy.alg_temp is None else drawn(score, sampling, strategy.alg_temp)
+    return Judged(token, confidence, score, entropy, key)
 
 
 ENTROPY_UNIT = 2.0**32  # entropies are added as whole numbers of 2^-32, whose sum has no order
@@ -173,9 +201,9 @@ def decide(
     """The commit rule of predictions [B, L]: the longest beginning of the order that a rule allows, at least one."""
     masked, score = block == mask_token_id, judged.score
     m = masked.sum(-1)
-    key = score
+    key = score if judged.key is None else judged.key
     if strategy.confidence is not None:
-        key = torch.where((strategy.confidence == CONFIDENCES.index("sequential")).unsqueeze(-1), 0, score)
+        key = torch.where((strategy.confidence == CONFIDENCES.index("sequential")).unsqueeze(-1), 0, key)
     order = (-key).argsort(dim=-1, stable=True)  # ascending, where NaN is last
     order = order.gather(-1, (~masked.gather(-1, order)).int().argsort(dim=-1, stable=True))  # the masked ones first
     n = torch.arange(1, block.shape[-1] + 1, device=block.device)
@@ -262,9 +290,9 @@ def _step(
     strategy = strategy or Strategy()
     logits = logits.to(dtype).index_fill(-1, torch.tensor([mask_token_id], device=logits.device), -math.inf)
     judged = judge(logits, found.token, mine, strategy.select(rows))
-    confidence, score, entropy = (placed(t, zeros()) for t in judged[1:])
-    done = decide(block, Judged(token, confidence, score, entropy), strategy, mask_token_id, threshold, steps_left)
-    return Unmasked(done.block, done.committed, confidence, done.masked)
+    judged = Judged(token, *(None if t is None else placed(t, zeros()) for t in judged[1:]))  # type: ignore[arg-type]
+    done = decide(block, judged, strategy, mask_token_id, threshold, steps_left)
+    return Unmasked(done.block, done.committed, judged.confidence, done.masked)
 
 
 @full_precision

@@ -12,7 +12,7 @@ from ..runtime.checks import is_real, looks_at, refuse
 KINDS = dict(temperature=float, seed=int, position=int, step=int, top_k=int, top_p=float)  # of `Sampling`'s fields
 
 # Of `Strategy`'s.
-RULES = dict(confidence=int, factor=float, entropy_bound=float, number=int, tempered=bool)
+RULES = dict(confidence=int, factor=float, entropy_bound=float, number=int, tempered=bool, alg_temp=float)
 
 
 def flat(sampling: Sampling | Strategy | Remasking) -> list[Tensor | None]:

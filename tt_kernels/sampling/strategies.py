@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Committed, Strategy, Unmasked
-from ..runtime.lang import philox, programmatic_launch
+from ..runtime.lang import gumbel, philox, programmatic_launch
 from ..runtime.launch import Launch, run
 from .commit import before, commit_launch
 from .lang import Look, Store, combine, sequence_of
@@ -22,6 +22,7 @@ class Judged(NamedTuple):
     confidence: Any
     score: Any  # what is held to the threshold and to the factor; None: the confidence
     entropy: Any  # None: nobody asks
+    key: Any = None  # what orders the positions, where that is drawn; None: the score
 
 
 class Rules(NamedTuple):
@@ -42,12 +43,22 @@ def uniform(seed, position, step, counter: tl.constexpr):
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
 
 
+@triton.jit
+def drawn(score, seed, position, step, alg_temp):
+    """The reference's `drawn`."""
+    word, _, _, _ = philox(seed, tl.full(position.shape, -3, dtype=tl.int32), position, step)
+    t = alg_temp.to(score.dtype)
+    t = tl.where(t > 0, tl.minimum(t, 1e30), 0.0).to(score.dtype)
+    return score + t * gumbel(word, WIDE=score.dtype == tl.float64)
+
+
 @triton.jit(do_not_specialize=["N"])
 def _judge_kernel(
     store,  # Store of the records
     listed,  # Listed
     settings,  # Settings of the rows
     confidence_ptr,  # [B], of Rules
+    alg_temp_ptr,  # [B], or None
     out,  # Judged
     N,
     LOOKED: tl.constexpr,  # whether records have what strategies look at
@@ -64,14 +75,20 @@ def _judge_kernel(
         token, confidence = combine(store, record, mask, False, BLOCK_S)
     tl.store(out.token + row, token.to(out.token.dtype.element_ty), mask=mask)
     tl.store(out.confidence + row, confidence.to(out.confidence.dtype.element_ty), mask=mask)
-    if confidence_ptr is not None:
+    score = confidence
+    if out.score is not None or out.key is not None:
         b, place = sequence_of(row, settings)
-        kind = tl.load(confidence_ptr + b, mask=mask, other=0)
         seed = tl.load(settings.seed + b, mask=mask, other=0)
         position = tl.load(settings.position + b, mask=mask, other=0) + place
-        chance = uniform(seed, position, tl.load(settings.step + b, mask=mask, other=0), -1).to(confidence.dtype)
+        step = tl.load(settings.step + b, mask=mask, other=0)
+    if out.score is not None:
+        kind = tl.load(confidence_ptr + b, mask=mask, other=0)
+        chance = uniform(seed, position, step, -1).to(confidence.dtype)
         score = tl.where(kind == 1, margin, tl.where(kind == 2, -entropy, tl.where(kind == 3, chance, confidence)))
         tl.store(out.score + row, score, mask=mask)
+    if out.key is not None:
+        alg_temp = tl.load(alg_temp_ptr + b, mask=mask, other=0.0)
+        tl.store(out.key + row, drawn(score, seed, position, step, alg_temp), mask=mask)
     if out.entropy is not None:
         tl.store(out.entropy + row, entropy, mask=mask)
 
@@ -135,18 +152,21 @@ def _decide_kernel(
     masked = mask_l & (block == mask_token_id)
     token = tl.load(judged.token + at, mask=masked, other=0)
     score_ptr = judged.confidence if judged.score is None else judged.score
+    key_ptr = score_ptr if judged.key is None else judged.key
     score = tl.load(score_ptr + at, mask=masked, other=0.0)
     key, in_order = score, False
+    if judged.key is not None:
+        key = tl.load(key_ptr + at, mask=masked, other=0.0)
     if rules.confidence is not None:
         in_order = tl.load(rules.confidence + b) == 4
-        key = tl.where(in_order, 0.0, score)
+        key = tl.where(in_order, 0.0, key)
     rank = tl.zeros((BLOCK_L,), dtype=tl.int32)
     total, most, spread = rank.to(tl.int64), rank.to(tl.int64), rank.to(tl.int64)
     for start in range(0, L, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         other = tl.load(block_ptr + b * L + j, mask=j < L, other=0)
         theirs = (j < L) & (other == mask_token_id)
-        sure = tl.load(score_ptr + b * L + j, mask=theirs, other=float("nan"))
+        sure = tl.load(key_ptr + b * L + j, mask=theirs, other=float("nan"))
         sure = tl.where(theirs & in_order, 0.0, sure)
         place = tl.where(theirs, j, BLOCK_L)
         earlier = before(sure[None, :], place[None, :], key[:, None], offs_l[:, None])  # [BLOCK_L, BLOCK_J]
@@ -182,14 +202,15 @@ def decide_launch(L: int) -> Launch:
 
 def judge(records: Store, rows: Rows, strategy: Strategy, confidence: Tensor, like: Tensor) -> Judged:
     """What is known of the listed rows, from their records; nothing is written of the others."""
-    score = None if strategy.confidence is None else torch.empty_like(confidence)
-    entropy = None if strategy.entropy_bound is None else torch.empty_like(confidence)
-    judged = Judged(torch.empty_like(like), confidence, score, entropy)
+    asked = (strategy.confidence, strategy.entropy_bound, strategy.alg_temp)
+    judged = Judged(
+        torch.empty_like(like), confidence, *(None if t is None else torch.empty_like(confidence) for t in asked)
+    )
     launch = combine_launch(records.parts, records.depth)
     run(
         _judge_kernel,
         (triton.cdiv(rows.N, launch.BLOCK_R),),
-        *(records, rows.listed, rows.settings, strategy.confidence, judged, rows.N),
+        *(records, rows.listed, rows.settings, strategy.confidence, strategy.alg_temp, judged, rows.N),
         LOOKED=rows.look is not None,
         maxnreg=255,  # for another program ptxas may spill two numbers
         launch=launch,

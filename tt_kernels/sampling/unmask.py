@@ -158,6 +158,7 @@ def _unmask_by(
     entropy_bound: Tensor | None,
     number: Tensor | None,
     tempered: Tensor | None,
+    alg_temp: Tensor | None,
     *settings: Tensor | None,
 ) -> Unmasked:
     """`_unmask` by a strategy, of another head or of the states before."""
@@ -166,7 +167,7 @@ def _unmask_by(
         out.masked.zero_()
         return out
     block = block.contiguous()
-    strategy = Strategy(confidence, factor, entropy_bound, number, tempered).contiguous()
+    strategy = Strategy(confidence, factor, entropy_bound, number, tempered, alg_temp).contiguous()
     rows = Rows.of(
         settings, block.shape[1], masked_rows(block, mask_token_id)[0], look_of(strategy, block), shift=shift
     )
@@ -199,8 +200,9 @@ def unmask(
     """One unmasking step: `head_sample` of the masked positions with the mask token suppressed, then the commit rule.
 
     By threshold and steps_left that of `commit`. A `Strategy` has the other rules of masked diffusion models, of each
-    row its own: positions stand in the order of their confidence, and the longest beginning of it that one of the rules
-    allows commits, at least one position, or exactly `number`. docs/decoding.md has them by their names.
+    row its own: positions stand in the order of their confidence, or in one that is drawn by it, and the longest
+    beginning that one of the rules allows commits, at least one position, or exactly `number`. docs/decoding.md has
+    them by their names.
 
     Args:
         hidden:        [B, L, D] float, after the final norm.

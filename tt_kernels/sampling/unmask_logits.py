@@ -29,6 +29,7 @@ def _unmask_logits(
     entropy_bound: Tensor | None,
     number: Tensor | None,
     tempered: Tensor | None,
+    alg_temp: Tensor | None,
     *settings: Tensor | None,
 ) -> Unmasked:
     out = _unmask_logits_fake(logits, block)
@@ -36,7 +37,7 @@ def _unmask_logits(
         out.masked.zero_()
         return out
     block, logits = block.contiguous(), by_row(logits)
-    strategy = Strategy(confidence, factor, entropy_bound, number, tempered).contiguous()
+    strategy = Strategy(confidence, factor, entropy_bound, number, tempered, alg_temp).contiguous()
     listed, look = masked_rows(block, mask_token_id)[0], look_of(strategy, block)
     rows = Rows.of(settings, block.shape[1], listed, look, by_row=True, shift=shift)
     records = new_records(rows, sample_parts(logits), logits, out.confidence.dtype)

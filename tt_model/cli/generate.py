@@ -84,6 +84,8 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     option(s, "--confidence", str, "KIND", sure, choices=CONFIDENCES, default=CONFIDENCES[0])
     option(s, "--factor", float, "F", "of the strategy of that name", default=1.0)
     option(s, "--entropy-bound", float, "E", "of the strategy of that name", default=0.1)
+    s.add_argument("--tempered", action="store_true", help="how sure: after temperature, top-k and top-p")
+    option(s, "--alg-temp", float, "T", "above 0: draw which positions are taken, by how sure they are", default=0.0)
     temperature = "0: the most probable token; above: samples (default: %(default)s, as published)"
     option(s, "--temperature", float, "T", temperature, default=0.1)
     option(s, "--top-k", int, "K", "sample among the K most probable tokens")
@@ -238,7 +240,17 @@ def _settings(o: argparse.Namespace, config: TwoTowerConfig) -> Settings:
     from ..engine.settings import Settings
 
     names = ["mode", "max_new_tokens", "steps_per_block", "draft_steps", "confidence_threshold"]
-    names += ["strategy", "confidence", "factor", "entropy_bound", "temperature", "top_k", "top_p"]
+    names += [
+        "strategy",
+        "confidence",
+        "factor",
+        "entropy_bound",
+        "tempered",
+        "alg_temp",
+        "temperature",
+        "top_k",
+        "top_p",
+    ]
     settings = Settings(
         **{name: getattr(o, name) for name in names},
         block_size=config.block_size if o.block_size is None else o.block_size,

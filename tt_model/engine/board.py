@@ -66,6 +66,7 @@ class Board:
         self.threshold, self.temperature = full(0, torch.float64), full(0, torch.float64)
         self.top_k, self.top_p, self.seed = full(0, torch.int64), full(1, torch.float64), full(0, torch.int64)
         self.kind, self.factor, self.bound = full(0, torch.int64), full(-1, torch.float64), full(-1, torch.float64)
+        self.tempered, self.alg_temp = full(False, torch.bool), full(0, torch.float64)
         self.lanes: dict[int, Lane] = {}
         apart = near is None and self.pool.far is not None
         self.far = Board(model, rows=rows, pages=pages, slots=slots, idle=idle, near=self) if apart else self
@@ -95,6 +96,8 @@ class Board:
             kind=CONFIDENCES.index(s.confidence),
             factor=s.factor if s.strategy == "factor" else -1.0,
             bound=s.entropy_bound if s.strategy == "entropy_bound" else -1.0,
+            tempered=s.tempered,
+            alg_temp=s.alg_temp,
             temperature=min(s.temperature, HOTTEST),
             top_k=0 if k is None or k >= self.limit else k,
             top_p=1.0 if p is None or p >= 1 else p,
@@ -164,4 +167,7 @@ class Board:
     def strategy(self, rows: Tensor, *, rules: bool) -> Strategy | None:
         """Which positions of some rows [B] commit. rules: whether one among them has more than a threshold and a
         schedule."""
-        return Strategy(self.kind[rows], self.factor[rows], self.bound[rows]) if rules else None
+        if not rules:
+            return None
+        first = (self.kind[rows], self.factor[rows], self.bound[rows])
+        return Strategy(*first, tempered=self.tempered[rows], alg_temp=self.alg_temp[rows])

@@ -38,6 +38,8 @@ class Settings:
     confidence: str = "probability"
     factor: float = 1.0
     entropy_bound: float = 0.1
+    tempered: bool = False
+    alg_temp: float = 0.0
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -95,7 +97,9 @@ class Settings:
     @property
     def has_rules(self) -> bool:
         """Whether unmasking needs to know more than a threshold and the steps that are left."""
-        return self.strategy in ("factor", "entropy_bound") or self.confidence != "probability"
+        is_tempered = self.tempered and self.temperature > 0  # else there is nothing to temper
+        is_other = self.strategy in ("factor", "entropy_bound") or self.confidence != "probability"
+        return is_other or is_tempered or self.alg_temp > 0
 
     def check(self, config: TwoTowerConfig) -> None:
         for name, known in (("mode", MODES), ("strategy", STRATEGIES), ("confidence", CONFIDENCES)):
@@ -103,7 +107,7 @@ class Settings:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         for name, least in (("max_new_tokens", 0), ("block_size", 1), ("steps_per_block", 1), ("draft_steps", 1)):
             integer(name, getattr(self, name), least)
-        for name in ("confidence_threshold", "factor", "entropy_bound", "temperature", "top_p"):
+        for name in ("confidence_threshold", "factor", "entropy_bound", "alg_temp", "temperature", "top_p"):
             value = getattr(self, name)
             if type(value) not in (int, float) and not (value is None and name == "top_p"):
                 raise ValueError(f"{name} is {value!r}, expected a number")
@@ -111,7 +115,7 @@ class Settings:
             raise ValueError(f"block_size is {self.block_size}, expected at most the model's context of {limit}")
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold is {self.confidence_threshold}, expected 0 to 1")
-        for name in ("factor", "entropy_bound"):
+        for name in ("factor", "entropy_bound", "alg_temp"):
             if not 0 <= (value := getattr(self, name)) <= sys.float_info.max:
                 raise ValueError(f"{name} is {value}, expected 0 or more, finite")
         # Logits are divided by it in fp32, where less than about 1e-36 makes infinities of them.
@@ -124,8 +128,9 @@ class Settings:
         for token in self.eos_token_ids:
             if not is_integer(token) or not 0 <= token < config.vocab_size:
                 raise ValueError(f"eos_token_id is {token!r}, expected 0 to {config.vocab_size - 1}")
-        if not isinstance(self.logprobs, bool):
-            raise ValueError(f"logprobs is {self.logprobs!r}, expected True or False")
+        for name in ("tempered", "logprobs"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} is {value!r}, expected True or False")
         if bad := [text for text in self.stop if not isinstance(text, str) or not text]:
             raise ValueError(f"stop holds {bad[0]!r}, expected texts of at least a character")
         if self.mode in ("mask_diffusion", "speculative") and self.block_size > config.block_size:
@@ -181,7 +186,8 @@ class Generation:
     cycles: list[int] = field(default_factory=list)  # in "speculative": drafts that were verified
     # "eos": an end-of-sequence token; "stop": a stop string; "length": max_new_tokens.
     finish_reason: list[str] = field(default_factory=list, compare=False)
-    # Where asked for: of each token, as the model predicted it when it was committed, at temperature 1.
+    # Where asked for: of each token, as the model predicted it when it was committed, at temperature 1; with `tempered`
+    # in the distribution that it was drawn from.
     logprobs: list[list[float]] = field(default_factory=list, compare=False)
     # Passes of either tower, the reading of the prompt as one.
     forwards: list[int] = field(default_factory=list, compare=False)

@@ -37,6 +37,8 @@ SETTINGS_OF = {
     "confidence": ("mask_diffusion", "speculative"),
     "factor": ("mask_diffusion", "speculative"),
     "entropy_bound": ("mask_diffusion", "speculative"),
+    "tempered": ("mask_diffusion", "speculative"),
+    "alg_temp": ("mask_diffusion", "speculative"),
 }
 # Strategies that follow a setting; the others follow all.
 RULES_OF = {
@@ -45,7 +47,7 @@ RULES_OF = {
     "factor": ("factor",),
     "entropy_bound": ("entropy_bound",),
 }
-COMMON = {"strategy": "schedule", "confidence": "probability"}  # not worth a word
+COMMON = {"strategy": "schedule", "confidence": "probability", "tempered": False, "alg_temp": 0.0}  # not worth a word
 REASONS = {"eos": "end token", "stop": "stop text", "length": "length"}
 
 
