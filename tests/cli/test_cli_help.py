@@ -19,14 +19,14 @@ from test_cli import ASSETS, CONFIG, folder  # noqa: F401 (a fixture)
 
 from tt_model import Step, TwoTower, __version__
 from tt_model.cli import main, make_parser
+from tt_model.cli import train as offered
 from tt_model.cli.common import DTYPES
 from tt_model.cli.generate import MODES as OFFERED_MODES
-from tt_model.cli.train import CONTEXT_TOWERS as OFFERED_TOWERS
 from tt_model.cli.train import DENOISER_SETTINGS, SETTINGS
 from tt_model.cli.watch import Watch, colour, visible
 from tt_model.config import DTYPES as KNOWN_DTYPES
 from tt_model.engine.settings import MODES
-from tt_model.training.schedule import CONTEXT_TOWERS, TrainSettings
+from tt_model.training.schedule import CONTEXT_TOWERS, OPTIMIZERS, TrainSettings
 from tt_model.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,9 +104,9 @@ def test_help_knows_the_library(capsys: pytest.CaptureFixture[str]) -> None:
         if field.name in options:
             assert options[field.name][2] == field.default, field.name
         else:
-            others = ("stage", "betas", "skip_first_lines", "context_tower", "no_time")
+            others = ("stage", "betas", "skip_first_lines", "context_tower", "no_time", "optimizer")
             assert field.name in others, f"{field.name} has no option"
-    assert CONTEXT_TOWERS == OFFERED_TOWERS
+    assert (CONTEXT_TOWERS, OPTIMIZERS) == (offered.CONTEXT_TOWERS, offered.OPTIMIZERS)
     assert TrainSettings("ar").betas == (0.9, 0.95)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"twotower {__version__}\n"

@@ -52,9 +52,9 @@ A line of --jsonl has "prompt" (or "tokens", or "messages"), and may have an "id
 Whoever stops it and runs the same command again goes on where it was.
 
 A prompt is read as it is, and is best ended without a trailing space or newline: models rarely begin a token there
-(`printf '%s'` adds no newline, `echo` does). The small model that comes along is another case: it writes the program of a
-line of specification (docs/training.md), which its line end completes. Put -- before a prompt that begins with a dash. No model is downloaded:
---model is a folder with config.json, safetensors and tokenizer.json."""
+(`printf '%s'` adds no newline, `echo` does). The small model that comes along is another case: it writes the program
+of a line of specification (docs/training.md), which its line end completes. Put -- before a prompt that begins with a
+dash. No model is downloaded: --model is a folder with config.json, safetensors and tokenizer.json."""
 
 
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
