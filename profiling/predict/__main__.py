@@ -61,6 +61,8 @@ RECORDED: tuple[tuple[str, dict[str, int]], ...] = (
     *((name, dict(B=1, N=8192)) for name in ("causal_attention", "block_diffusion_attention")),
     ("ssd_chunk", dict(L=8192, Q=0)),
     ("ssd_chunk", dict(L=8192, Q=16)),
+    ("unmask", dict(B=1, L=16)),
+    ("unmask", dict(B=1, L=16, rules=1)),  # strategies beside the default rule
 )
 PREDICTED = RESULTS / "predicted.json"
 
@@ -186,6 +188,16 @@ def of_shape(name: str, wanted: Mapping[str, int], target: int) -> dict[str, Any
     return summed(name, dims, of_op(name, dims, target, torch.bfloat16), target, torch.bfloat16)
 
 
+def keep(found: Sequence[dict[str, Any]]) -> None:
+    """Puts an op's predictions behind the recorded ones, but those of the same shapes."""
+    known = json.loads(PREDICTED.read_text())
+    if known["triton"] != triton.__version__:
+        raise SystemExit(f"recorded with Triton {known['triton']}, here is {triton.__version__}: use --all --record")
+    shapes = [(new["op"], new["dims"]) for new in found]
+    known["ops"] = [x for x in known["ops"] if (x["op"], x["dims"]) not in shapes] + list(found)
+    PREDICTED.write_text(json.dumps(known, indent=1) + "\n")
+
+
 # ---- what is printed ----
 
 
@@ -280,7 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--greedy", action="store_true", help="of a pass: temperature 0 (an op's shape says it: hot=0)")
     p.add_argument("--target", type=lambda text: int(text.removeprefix("sm_")), default=90, help="sm_80, sm_90, sm_100")
     p.add_argument("--json", type=Path, metavar="FILE", help="all of it, with what is not sure")
-    p.add_argument("--record", action="store_true", help="with --all: totals and some ops for SPEED.md (make report)")
+    record = "with --all: totals and some ops for SPEED.md (make report); with OP: it beside what is there"
+    p.add_argument("--record", action="store_true", help=record)
     p.add_argument("--fit", nargs="?", const="", metavar="FILE", help="compare with results (default: bench/results)")
     o = p.parse_args(arguments)
     if INTERPRET:
@@ -322,6 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{_number(1e6 * found['seconds'])} us, the card's limit is {_number(1e6 * found['limit'])} us"
             )
             out.append(found | dict(rows=[row.record() for row in rows]))
+        if o.record:
+            keep([{name: found[name] for name in ("op", "dims", "seconds", "limit")} for found in out])
         if o.beside:
             first, second = (found["seconds"] for found in out)
             console.print(f"with {label(o.beside)} {second / first:.2f} times {label(base)}'s")

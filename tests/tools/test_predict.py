@@ -171,6 +171,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             predict.main(wrong)
 
 
+def test_an_op_is_recorded_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "predicted.json"
+    monkeypatch.setattr(predict, "PREDICTED", file)
+    old = [dict(op=op, dims=dict(T=16), seconds=1.0, limit=0.5) for op in ("experts", "route")]
+    file.write_text(json.dumps(dict(triton=predict.triton.__version__, passes=[1], ops=old)))
+    new = [old[0] | dict(seconds=2.0), old[0] | dict(dims=dict(T=32))]
+    predict.keep(new)
+    assert json.loads(file.read_text()) == dict(triton=predict.triton.__version__, passes=[1], ops=[old[1], *new])
+    file.write_text(json.dumps(dict(triton="1.0", passes=[], ops=[])))
+    with pytest.raises(SystemExit, match=r"recorded with Triton 1\.0, here is .* use --all --record"):
+        predict.keep(new)
+
+
 @COMPILES
 def test_fit_against_recorded_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = dict(op="rms_norm", dims=dict(T=4096, D=2688), dtype="bf16", which="forward", kernel=True, p50=11.5e-6)

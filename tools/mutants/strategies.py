@@ -44,8 +44,10 @@ MUTANTS = {
         ("limits of another row's logits", "            place = b\n", "            place = record\n"),
         ("limits of logits that are not moved", "place -= (b % L > 0)", "place -= (b % L < 0)"),
     ],
-    ("unmask_logits", "sampling/strategies.py", HEADS): [
+    ("unmask_logits", "sampling/strategies.py", LOOKED_AT): [
         ("margins for entropies", "tl.where(kind == 2, -entropy", "tl.where(kind == 2, margin"),
+    ],
+    ("unmask_logits", "sampling/strategies.py", HEADS): [
         ("the noise of tokens", "uniform(seed, position, step, -1)", "uniform(seed, position, step, 0)"),
         ("a block's chance for all its positions", "other=0) + place\n", "other=0)\n"),
     ],
