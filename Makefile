@@ -18,7 +18,7 @@ help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo '  PYTHON=python3.12 and TORCH=2.15.0 pick what a new $(VENV) gets; ARGS="-k golden" goes to pytest.'
 
-demo: $(VENV)/.package ## write a class from its specification, by diffusion and token by token, side by side
+demo: $(VENV)/.package ## write a class twice, side by side: several tokens a pass, and token by token
 	$(BIN)/python -m eval.demo $(ARGS)
 
 test: $(VENV)/.test $(VENV)/hub-0.17.2 ## run the tests (minutes, no GPU needed)

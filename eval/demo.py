@@ -1,4 +1,7 @@
-"""`python -m eval.demo`: one program from its specification, by diffusion and token by token, side by side.
+"""`python -m eval.demo`: one program from its specification, several tokens a pass and token by token, side by side.
+
+The first side is `speculative` (the denoiser drafts, the context tower verifies: AR's text) or, with --mode, diffusion
+alone, which writes what the denoiser is sure of.
 
 Both ways are in one model and take turns, pass by pass: whichever has used less time goes next, so that a terminal
 shows how far each is after the same time of its own. Drawing counts for neither. The program is then executed and used
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from tt_model.engine.settings import Result, Step
 
 SPECIFICATION = "# class Invoice by total: number int, total float, customer str?, paid bool = False"
+MODES = ("speculative", "mask_diffusion")
 PICTURES_A_SECOND = 15
 NEW_TOKENS = 768
 WIDTH = 96  # of a picture, in characters
@@ -148,7 +152,8 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("specification", nargs="?", help=f'a comment line (default: "{SPECIFICATION}")')
     p.add_argument("--random", type=int, metavar="SEED", help="draw one that training did not have")
     p.add_argument("--model", metavar="DIR", help="folder of a model (default: the bundled one)")
-    p.add_argument("--threshold", type=float, default=None, help="of diffusion (default: the model's)")
+    p.add_argument("--mode", choices=MODES, default=MODES[0], help="of the first side (default: %(default)s)")
+    p.add_argument("--threshold", type=float, default=None, help="of mask_diffusion (default: 0.8)")
     p.add_argument("--svg", type=Path, metavar="FILE", help="write a picture of the moment when the first has ended")
     p.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="default: what torch takes")
     return p
@@ -179,24 +184,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = TwoTower.from_pretrained(o.model)
         more = {} if o.threshold is None else {"confidence_threshold": o.threshold}
         common = {"prompt": f"{header}\n", "watched": console.is_terminal or o.svg is not None}
-        diffusion = Side(model, "diffusion", mode="mask_diffusion", **common, **more)
+        fast = Side(model, o.mode, mode=o.mode, **common, **more)
         ar = Side(model, "AR", mode="ar", **common)
         print(visible(header), flush=True)
-        sides = diffusion, ar
+        sides = fast, ar
         race(sides, console, lambda: None if o.svg is None else picture(o.svg, sides, header))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"{p.prog}: error: {error}", file=sys.stderr)
         return 2
-    code = diffusion.result().text or ""
+    code = fast.result().text or ""
     if not console.is_terminal:
         print(visible(code), end="")
     wrong = run(header, code)
     same = "the same text" if code == ar.result().text else "another text"
     verdict = f"it does not do what the line says: {wrong}" if wrong else "it runs, and does what the line says"
     print(f"\n{SPLIT[split_of(header)]}: {verdict}")
-    print(f"diffusion: {diffusion.figures()}")
-    print(f"AR:        {ar.figures()}; {same}")
-    print(f"diffusion writes {diffusion.speed() / ar.speed():.2f} times as many tokens a second")
+    width = len(o.mode) + 1
+    print(f"{o.mode}: {fast.figures()}")
+    print(f"{'AR:':{width}} {ar.figures()}; {same}")
+    print(f"{o.mode} writes {fast.speed() / ar.speed():.2f} times as many tokens a second")
     return int(bool(wrong))
 
 

@@ -33,7 +33,7 @@ def test_what_a_model_without_training_writes(folder: Path, capsys: pytest.Captu
     assert demo.main([HEADER, "--model", str(folder / "both")]) == 1
     out = capsys.readouterr().out
     assert out.startswith(f"{HEADER}\n") and demo.SPLIT[split_of(HEADER)] in out and "does not do what" in out
-    for side in ("diffusion", "AR"):
+    for side in ("speculative", "AR"):
         assert re.search(
             rf"^{side}: +\d+ tokens in [\d.]+ s: \d+ tokens/s, \d+ passes, [\d.]+ tokens a forward", out, re.M
         )
