@@ -106,7 +106,7 @@ def test_it_fits_and_can_be_read(pages: dict[str, Path], mode: str, width: int, 
     """
     for at in ("#prompt=2", "#pass=7&colour=pass"):
         found = visited(pages[mode], script, at=at, width=width, dark=dark)
-        assert (found["width"], found["dark"], found["layers"]) == (width, dark, 4)
+        assert (found["width"], found["dark"], found["layers"]) == (width, dark, 3)
         assert (found["wide"], found["page"] <= width) == ([], True)
         assert found["faint"] == []
         assert found["colour"] == ("rgb(18, 21, 24)" if dark else "rgb(246, 245, 241)")
@@ -192,4 +192,4 @@ def test_everything_has_a_name(pages: dict[str, Path]) -> None:
     """
     found = visited(pages["mask_diffusion"], script)
     assert (found["unnamed"], found["hidden"], found["language"], found["live"]) == ([], 0, "en", "polite")
-    assert found["layer"] == f"layer 1: {found['lines'][0]}"
+    assert found["layer"] == f"layer 2: {found['lines'][0]}"

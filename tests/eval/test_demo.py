@@ -69,7 +69,7 @@ def test_a_picture(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "race.svg"
     demo.main([HEADER, "--model", str(folder / "both"), "--svg", str(file)])
     drawing = file.read_text()
-    assert drawing.startswith("<svg") and "diffusion" in drawing and 'url("http' not in drawing
+    assert drawing.startswith("<svg") and "speculative" in drawing and 'url("http' not in drawing
     assert ElementTree.fromstring(drawing).tag.endswith("svg")
 
 

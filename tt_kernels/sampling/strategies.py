@@ -195,8 +195,8 @@ def look_of(strategy: Strategy, block: Tensor) -> Look | None:
 
 
 def decide_launch(L: int) -> Launch:
-    """As `commit_launch`, with half the comparisons a thread: each has an entropy of 64 bits. ptxas, left to itself, may
-    spill two numbers at 96 registers: it is told how many there are."""
+    """As `commit_launch`, with half the comparisons a thread: each has an entropy of 64 bits. ptxas, left to itself,
+    may spill two numbers at 96 registers: it is told how many there are."""
     options = commit_launch(L).options
     warps = min(2 * options["num_warps"], 16)
     return Launch(**options | dict(num_warps=warps, maxnreg=min(255, 2048 // warps)))
