@@ -206,6 +206,10 @@ def test_names_of_made_up_words() -> None:
     found = [word for spec in train for name in names_of(spec) for word in name.split("_")]
     known = {*words.NOUNS, *words.ADJECTIVES, *words.VERBS}
     assert 0.1 < sum(word not in known for word in found) / len(found) < 0.3
+    for made_up, least, most in ((0, 0, 0), (0.5, 0.35, 0.65), (1, 1, 1)):  # unseen words stay in their own split
+        some = [parse(specification(random.Random(i), made_up=made_up)) for i in range(100)]
+        found = [word for spec in some for name in names_of(spec) for word in name.split("_")]
+        assert least <= sum(word not in known for word in found) / len(found) <= most
 
 
 # ---- tokens ----

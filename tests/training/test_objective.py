@@ -61,6 +61,18 @@ def test_full_blocks_are_masked_as_a_whole() -> None:
     assert all_of_them.masked.all() and (all_of_them.ids == MASK).all()
 
 
+def test_tail_blocks_are_masked_to_their_end() -> None:
+    ids = torch.full((4, 800), 9)
+    some, all_of_them = (mask_blocks(ids, S, MASK, noise(), full=0.3, tail=share) for share in (0.5, 1.0))
+    for noisy in (some, all_of_them):
+        blocks = noisy.masked.view(4, -1, S)
+        tail = (noisy.t == blocks.float().mean(-1)) & (blocks.int().diff(dim=-1) >= 0).all(-1)
+        assert torch.equal(noisy.ids == MASK, noisy.masked)
+        assert tail.all() if noisy is all_of_them else 0.5 < tail.float().mean() < 0.9
+    counts = all_of_them.masked.view(-1, S).sum(-1).bincount(minlength=S + 1)
+    assert counts[0] == 0 and counts[1:].min() > 0, "the last token is masked always, the first sometimes"
+
+
 def test_draws_are_averaged_over_one_reading(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, read = text().batch(0, 2, seed=0), []
     encode = TwoTower.encode_clean
@@ -214,7 +226,7 @@ def test_without_time_nothing_depends_on_it(tmp_path: Path) -> None:
     "more",
     [
         dict(average=0.9, skip_first_lines=True),
-        dict(average=0.9, draws=2, full_blocks=0.2, own_blocks=0.5, distil=0.2),
+        dict(average=0.9, draws=2, full_blocks=0.2, tail_blocks=0.3, own_blocks=0.5, distil=0.2),
         dict(average=0.9, context_tower="tied", no_time=True),
         dict(context_tower="trained", distil=0.2, skip_first_lines=True),
     ],
@@ -252,7 +264,7 @@ def test_a_run_from_before_a_setting_was_there_goes_on(tmp_path: Path) -> None:
     s = TrainSettings("ar", steps=4, batch_size=2)
     train(fresh("ar"), text(), s, tmp_path, stop_after=2, progress=False)
     state = torch.load(tmp_path / "training.pt", weights_only=True)
-    for name in ("draws", "average", "distil"):
+    for name in ("draws", "average", "distil", "tail_blocks"):
         del state["settings"][name]
     del state["averages"]
     torch.save(state, tmp_path / "training.pt")
@@ -262,7 +274,14 @@ def test_a_run_from_before_a_setting_was_there_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        *(dict(draws=0), dict(draws=1.5), dict(full_blocks=1.1), dict(own_blocks=-0.1), dict(distil=True)),
+        *(
+            dict(draws=0),
+            dict(draws=1.5),
+            dict(full_blocks=1.1),
+            dict(tail_blocks=2),
+            dict(own_blocks=-0.1),
+            dict(distil=True),
+        ),
         *(dict(average=1.0), dict(average="0.9"), dict(skip_first_lines=1)),
         *(dict(context_tower="thawed"), dict(no_time=0)),
     ],

@@ -78,7 +78,7 @@ def _loss(model: TwoTowerModel, batch: Batch, s: TrainSettings, step: int) -> Te
     context = (model.encode_clean if frozen else partial(encode_and_learn, model))(ids, c.block_size, cu_seqlens)
     losses = []
     for _ in range(s.draws):
-        noisy = mask_blocks(ids, c.block_size, c.mask_token_id, noise, full=s.full_blocks)
+        noisy = mask_blocks(ids, c.block_size, c.mask_token_id, noise, full=s.full_blocks, tail=s.tail_blocks)
         if s.own_blocks:
             noisy = own_predictions(model, context, noisy, s.own_blocks, noise)
         losses.append(denoiser_loss(model, ids, noisy, cu_seqlens, counted, context=context, distil=s.distil))
@@ -92,7 +92,8 @@ def _loss(model: TwoTowerModel, batch: Batch, s: TrainSettings, step: int) -> Te
 @torch.no_grad()
 def held_out_loss(model: TwoTowerModel, rows: Rows, s: TrainSettings, batches: int = 8) -> float:
     """Mean loss over fixed batches with fixed noise, in nats per token: the published one, whatever is trained."""
-    s = dataclasses.replace(s, draws=1, full_blocks=0.0, own_blocks=0.0, distil=0.0, context_tower="frozen")
+    published = dict(full_blocks=0.0, tail_blocks=0.0, own_blocks=0.0, distil=0.0)
+    s = dataclasses.replace(s, draws=1, context_tower="frozen", **published)
     count = min(batches, -(-len(rows) // s.batch_size))
     losses = [_loss(model, rows.batch(i, s.batch_size, seed=0), s, step=-1 - i).item() for i in range(count)]
     return sum(losses) / len(losses)

@@ -1,7 +1,7 @@
 """The two training losses: next token for a context tower, masked tokens for a denoiser.
 
 B rows, N tokens of a row, S block size. Formulas: TwoTowerModel (arXiv 2606.26493), the paper's recipe; what goes
-beyond it, `full`, `own_predictions`, `distil_loss` and `encode_and_learn`, is off unless it is asked for.
+beyond it, `full`, `tail`, `own_predictions`, `distil_loss` and `encode_and_learn`, is off unless it is asked for.
 """
 
 from typing import NamedTuple
@@ -56,7 +56,13 @@ def next_token_loss(
 
 
 def mask_blocks(
-    clean: Tensor, block_size: int, mask_token_id: int, generator: torch.Generator, *, full: float = 0.0
+    clean: Tensor,
+    block_size: int,
+    mask_token_id: int,
+    generator: torch.Generator,
+    *,
+    full: float = 0.0,
+    tail: float = 0.0,
 ) -> Noisy:
     """Draw t ~ U(0, 1] for every block and mask each of its tokens with probability t.
 
@@ -64,12 +70,21 @@ def mask_blocks(
         clean: [B, N] int64, N a multiple of block_size.
         generator: a CPU generator, so that the draw is the same on every device.
         full: share of blocks whose t is 1, drawn apart.
+        tail: share of blocks masked from one of their tokens on, any of them as often, drawn apart from all others;
+            their t is the masked fraction.
     """
     B, N = clean.shape
-    t = 1 - torch.rand(B, N // block_size, generator=generator)
+    S = block_size
+    t = 1 - torch.rand(B, N // S, generator=generator)
     if full:
         t = t.masked_fill(torch.rand(t.shape, generator=generator) < full, 1.0)
-    masked = torch.rand(B, N, generator=generator) < t.repeat_interleave(block_size, dim=1)
+    masked = torch.rand(B, N, generator=generator) < t.repeat_interleave(S, dim=1)
+    if tail:
+        chosen = torch.rand(t.shape, generator=generator) < tail
+        first = torch.randint(S, t.shape, generator=generator)
+        t = torch.where(chosen, 1 - first / S, t)
+        tails = (torch.arange(S) >= first.unsqueeze(-1)).flatten(1)
+        masked = torch.where(chosen.repeat_interleave(S, dim=1), tails, masked)
     masked = masked.to(clean.device)
     return Noisy(clean.masked_fill(masked, mask_token_id), masked, t.to(clean.device))
 

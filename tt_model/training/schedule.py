@@ -36,6 +36,7 @@ class TrainSettings:
     # Of the denoiser.
     draws: int = 1  # of noise, over one pass of the context tower
     full_blocks: float = 0.0  # share of blocks that are masked as a whole, as generation begins
+    tail_blocks: float = 0.0  # share of blocks that are masked from one of their tokens on
     own_blocks: float = 0.0  # share of blocks that hold the denoiser's own predictions, as generation goes on
     distil: float = 0.0  # weight of the context tower's distributions beside the tokens themselves
     context_tower: str = "frozen"  # "trained": learns too, of both losses; "tied": it and the denoiser are one
@@ -64,7 +65,7 @@ class TrainSettings:
         if self.final_learning_rate > self.learning_rate:
             what = f"above learning_rate, which is {self.learning_rate}"
             raise ValueError(f"final_learning_rate is {self.final_learning_rate}, {what}: expected no more than that")
-        for name in ("decay", "full_blocks", "own_blocks", "distil"):
+        for name in ("decay", "full_blocks", "tail_blocks", "own_blocks", "distil"):
             if not 0 <= _number(name, getattr(self, name)) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a share from 0 to 1")
         if not 0 <= _number("average", self.average) < 1:

@@ -23,18 +23,19 @@ from ...files import hold, read_object, write_text
 from ..data import load_texts
 from .programs import program
 from .sampling import SPLITS, specification
+from .words import MADE_UP
 
 FACTS = "corpus.json"
 OF_A_FILE = 5000  # documents
 
 
-def document(number: int, *, seed: int = 0, split: str = "train") -> str:
-    """One document, of its number, seed and split alone: a header, a line end, its program."""
-    header = specification(random.Random(f"boilerplate {split} {seed} {number}"), split)
+def document(number: int, *, seed: int = 0, split: str = "train", made_up: float = MADE_UP) -> str:
+    """One document, of these alone: a header, a line end, its program."""
+    header = specification(random.Random(f"boilerplate {split} {seed} {number}"), split, made_up=made_up)
     return f"{header}\n{program(header)}"
 
 
-def facts(documents: int, seed: int, split: str, share: float, source: str) -> dict[str, Any]:
+def facts(documents: int, seed: int, split: str, share: float, source: str, made_up: float) -> dict[str, Any]:
     """What a corpus is of."""
     code = hashlib.sha256()
     for name in ("words", "grammar", "programs", "sampling"):
@@ -43,6 +44,7 @@ def facts(documents: int, seed: int, split: str, share: float, source: str) -> d
         "documents": documents,
         "seed": seed,
         "split": split,
+        "made_up_share": made_up,
         "python_share": share,
         "python_source": source,
         "python_version": platform.python_version(),
@@ -58,22 +60,24 @@ def write_corpus(
     split: str = "train",
     share: float = 0.25,
     source: str = "stdlib",
+    made_up: float = MADE_UP,
     advance: Callable[[int], object] = lambda documents: None,
 ) -> dict[str, int]:
     """Write what is missing of a corpus; bytes of text in each of its files.
 
     share: real Python in all of the text, by bytes, as near as whole files come to it, or all that there is.
+    made_up: words of names that are, of all of them.
     advance: is told how many more documents are there.
     Raises ValueError where the folder holds another corpus, and for a share, split or source that there is not.
     """
-    if documents < 1 or not 0 <= share < 1 or split not in SPLITS:
+    if documents < 1 or not 0 <= share < 1 or not 0 <= made_up <= 1 or split not in SPLITS:
         raise ValueError(
-            f"documents is {documents}, share is {share}, split is {split!r}: expected at least 1, "
-            f"a share of at least 0 and below 1, and one of {', '.join(SPLITS)}"
+            f"documents is {documents}, share is {share}, made_up is {made_up}, split is {split!r}: expected at least "
+            f"1, a share of at least 0 and below 1, one of 0 to 1, and one of {', '.join(SPLITS)}"
         )
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
-        known, wanted = out / FACTS, facts(documents, seed, split, share, source)
+        known, wanted = out / FACTS, facts(documents, seed, split, share, source, made_up)
         if known.is_file():
             there = read_object(known)
             if other := [name for name in wanted if there.get(name) != wanted[name]]:
@@ -86,7 +90,7 @@ def write_corpus(
         for begin in range(0, documents, OF_A_FILE):
             numbers = range(begin, min(begin + OF_A_FILE, documents))
             file = out / f"boilerplate-{begin // OF_A_FILE:03d}.jsonl"
-            make = partial(document, seed=seed, split=split)
+            make = partial(document, seed=seed, split=split, made_up=made_up)
             sizes[file.name] = _write(file, partial(map, make, numbers))
             advance(len(numbers))
         if share:
@@ -129,6 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     p.add_argument("--split", choices=SPLITS, default="train", help="default: %(default)s")
     p.add_argument(
+        "--made-up", type=float, default=MADE_UP, metavar="SHARE", help="of the words in names (default: %(default)s)"
+    )
+    p.add_argument(
         "--python", type=float, default=0.25, metavar="SHARE", help="of real Python, by bytes (default: %(default)s)"
     )
     p.add_argument("--source", default="stdlib", help='of real Python: a file, a folder or "stdlib" (default)')
@@ -146,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 split=o.split,
                 share=o.python,
                 source=o.source,
+                made_up=o.made_up,
                 advance=lambda done: progress.advance(bar, done),
             )
     except (ValueError, OSError) as error:

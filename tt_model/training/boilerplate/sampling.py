@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from .grammar import CAMEL, KINDS, MAY, TYPED, Field, Specification, keeps, parse, sortable
-from .words import Names, camel, has_unseen, is_held, share, snake
+from .words import MADE_UP, Names, camel, has_unseen, is_held, share, snake
 
 # "train": what training sees. Its words, its pairs of words and its orders of types occur in "headers" too, whose
 # headers it does not see; the others have what training never has, and a header that has several goes to the first of
@@ -37,15 +37,20 @@ def names_of(spec: Specification) -> list[str]:
     return names + [field.value for field in spec.fields if field.type == "str" and field.default is not None]
 
 
-def specification(rng: random.Random, split: str = "train", kind: str | None = None) -> str:
-    """A header of that side, and of that kind (None: any, all as often), by chance. ValueError for an unknown one."""
+def specification(
+    rng: random.Random, split: str = "train", kind: str | None = None, *, made_up: float = MADE_UP
+) -> str:
+    """A header of that side, and of that kind (None: any, all as often), by chance. ValueError for an unknown one.
+
+    made_up: the share of words that are (0 to 1).
+    """
     if split not in SPLITS or kind not in (None, *KINDS):
         raise ValueError(f"split is {split!r}, kind is {kind!r}: expected one of {SPLITS} and one of {KINDS} or None")
     if split == "orders" and kind is not None and kind not in TYPED:
         raise ValueError(f"kind is {kind!r}, which has no types: the split 'orders' has none")
     kind = kind or rng.choice(TYPED if split == "orders" else KINDS)
     while True:
-        header = str(_draw(rng, kind, Names(rng, split)))
+        header = str(_draw(rng, kind, Names(rng, split, made_up)))
         if split_of(header) == split:
             return header
 

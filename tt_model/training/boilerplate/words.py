@@ -48,7 +48,7 @@ receive recover reduce refuse reject remove repair resize restore resume review 
 sort split stop submit suspend switch teach trim turn unlock upgrade upload verify wait wake wash weigh wrap
 """
 NOUNS, ADJECTIVES, VERBS = (tuple(words.split()) for words in (_NOUNS, _ADJECTIVES, _VERBS))
-MADE_UP = 0.25  # of the words
+MADE_UP = 0.25  # of the words, where nothing else is said
 LONGEST = 15  # letters of a name: so every line of a program fits into 88 columns
 
 
@@ -125,11 +125,11 @@ def made_up(rng: random.Random, words: Sequence[str]) -> str:
 class Names:
     """Names for one specification, all different, of the words and pairs that a split may have.
 
-    A split of held-out names takes one for every other name.
+    A split of held-out names takes one for every other name. made_up: the share of words that are.
     """
 
-    def __init__(self, rng: random.Random, split: str) -> None:
-        self.rng, self.split, self.taken = rng, split, set[str]()
+    def __init__(self, rng: random.Random, split: str, made_up: float = MADE_UP) -> None:
+        self.rng, self.split, self.made_up, self.taken = rng, split, made_up, set[str]()
 
     def noun(self) -> str:
         """A thing: "invoice", "paid_invoice", "invoice_number"."""
@@ -147,7 +147,7 @@ class Names:
         return self._draw((VERBS,))
 
     def _word(self, words: tuple[str, ...]) -> str:
-        return made_up(self.rng, words) if self.rng.random() < MADE_UP else self.rng.choice(words)
+        return made_up(self.rng, words) if self.rng.random() < self.made_up else self.rng.choice(words)
 
     def _draw(self, *forms: tuple[tuple[str, ...], ...]) -> str:
         insists = self.rng.random() < 0.5
