@@ -142,6 +142,27 @@ def test_ar_goes_on_with_a_model(call, config: Path, tmp_path: Path) -> None:
     assert (first / "tokenizer.json").read_bytes() == (tmp_path / "second" / "model" / "tokenizer.json").read_bytes()
 
 
+def test_a_denoiser_of_another_model(call, config: Path, tmp_path: Path) -> None:
+    """It goes on beside a context tower that was trained further, and the run knows where it came from."""
+    ar, more = tmp_path / "ar" / "model", tmp_path / "more" / "model"
+    assert call("ar", tmp_path / "ar", "--config", config)[0] == 0
+    assert call("denoiser", tmp_path / "first", "--model", ar)[0] == 0
+    assert call("ar", tmp_path / "more", "--model", ar)[0] == 0
+    first, out = tmp_path / "first" / "model", tmp_path / "on"
+    rates = ("--learning-rate", 1e-9, "--final-learning-rate", 0)
+    assert call("denoiser", out, "--model", more, "--denoiser", first, *rates)[0] == 0
+    denoiser, context, made = tensors_of(first), tensors_of(more), tensors_of(out / "model")
+    for key, value in made.items():
+        if key.startswith("context"):
+            assert torch.equal(value, context[key]), key
+        else:
+            assert torch.allclose(value, denoiser[key], atol=5e-3 if "e_score" in key else 1e-6), key
+    refused(call("denoiser", out, "--model", more, *rates), "denoiser was", "now None", "--accept model")
+    refused(
+        call("denoiser", tmp_path / "no", "--model", more, "--denoiser", ar), "context tower alone: expected two towers"
+    )
+
+
 def test_vocabulary_is_chosen(call, config: Path, tmp_path: Path) -> None:
     assert call("ar", tmp_path / "a", "--config", config, "--vocab-size", 280)[0] == 0
     assert TwoTower.from_pretrained(tmp_path / "a" / "model", towers="context").config.vocab_size == 280

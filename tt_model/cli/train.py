@@ -79,12 +79,14 @@ another, notes the change in log.jsonl and run.json, and goes on from the saved 
 
 _DENOISER = """\
 Train a denoiser on masked tokens. The context tower stays as it is, but for --context-tower. A model without a denoiser
-gets one that starts as a copy of its context tower; a model with one goes on with it."""
+gets one that starts as a copy of its context tower; a model with one goes on with it. --denoiser takes that of another
+model of the same sizes, as when the context tower was trained further."""
 _DENOISER_EPILOG = """\
 examples:
   twotower train denoiser --model run/ar/model --data stdlib --out run/denoiser
   twotower train denoiser --model run/ar/model --data stdlib --out run/s32 --block-size 32 --steps 4000
   twotower train denoiser --model run/s32/model --data stdlib --out run/s16 --block-size 16 --steps 1000
+  twotower train denoiser --model run/more/model --denoiser run/denoiser/model --data stdlib --out run/again
   twotower train denoiser --model two-towers --data my_texts --out run/big --device cuda
 
 The same command goes on with a run that was stopped; --accept and twotower train export are as for ar. The published
@@ -103,6 +105,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     option(start, "--model", str, "DIR", "folder of a model whose context tower to go on with")
     denoiser = add_command(stages, "denoiser", run, "a denoiser, on masked tokens", _DENOISER, _DENOISER_EPILOG)
     option(denoiser, "--model", str, "DIR", "folder of a context tower or of two towers", required=True)
+    option(denoiser, "--denoiser", str, "DIR", "folder of two towers whose denoiser to begin with (default: --model's)")
     option(denoiser, "--block-size", int, "N", "tokens of a block (default: as in config.json)")
     option(denoiser, "--mask-token-id", int, "ID", "default: as in config.json")
     for parser in (ar, denoiser):
@@ -184,6 +187,7 @@ def _run(o: argparse.Namespace, settings: TrainSettings, out: Path) -> None:
         "stage": o.stage,
         "model": str(Path(o.model).resolve()) if o.model else None,
         "weights": weights_digest(o.model) if o.model else None,
+        "denoiser": weights_digest(o.denoiser) if getattr(o, "denoiser", None) else None,
         "config": config.to_dict(),
         "data": o.data if o.data == "stdlib" else str(Path(o.data).resolve()),
         "held_out": o.held_out,
@@ -307,9 +311,13 @@ def _model(
     towers = "context" if o.stage == "ar" else "both"
     with torch.device("meta"):
         model = TwoTower(config, towers=towers)
-    there = "both" if towers == "both" and layout(o.model) == "two_tower" else "context"
+    if other := getattr(o, "denoiser", None):
+        if layout(other) != "two_tower":
+            raise ValueError(f"--denoiser is {other}, which has a context tower alone: expected two towers")
+        load(model, other, device=device, dtype=dtype, progress=progress)
+    there = "both" if towers == "both" and not other and layout(o.model) == "two_tower" else "context"
     load(model, o.model, device=device, dtype=dtype, towers=there, progress=progress)
-    if there != towers:
+    if there != towers and not other:
         start_denoiser(model, seed=settings.seed)
     return model
 
