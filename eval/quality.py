@@ -1,9 +1,9 @@
 """`python -m eval.quality`: programs written from held-out specifications, executed: quality against speed.
 
 Every specification (`tt_model/training/boilerplate`: `# class Invoice: number int, paid bool`) is continued greedily in
-AR, by diffusion at each threshold (with --steps also by so many passes a block, whatever the confidence), and in
-`speculative`, through one engine, `--rows` at a time; the ways take turns, batch by batch, after an untimed batch of
-each. With --resume FILE a run that was stopped goes on with the next batch; its times are then of several sittings. The
+AR, by diffusion at each threshold (with --rules also by other strategies of docs/decoding.md), and in `speculative`,
+through one engine, `--rows` at a time; the ways take turns, batch by batch, after an untimed batch of each. With
+--resume FILE a run that was stopped goes on with the next batch; its times are then of several sittings. The
 columns:
 
 - exact: the share of completions that are the program itself, character for character, and ended by themselves.
@@ -35,15 +35,24 @@ import torch
 from bench.measure import in_a_line, no_commit, parser, positive, record, table, where
 from tt_model import Engine, TwoTower, checkpoint
 from tt_model.cli.facts import code_digest, weights_digest
-from tt_model.files import write_atomically, write_text
+from tt_model.engine.settings import CONFIDENCES
+from tt_model.files import write_text
 from tt_model.training.boilerplate import KINDS, SPLITS, parse, program, specification
 from tt_model.training.boilerplate.grammar import TYPED
 from tt_model.two_tower import ASSETS
 
 from .execute import run_all
 from .intervals import Estimate, quotient, ratio, wilson
+from .plots import plot
 from .resume import Parts
 
+NUMBERS = {  # of a strategy, and what they are called
+    "schedule": "confidence_threshold",
+    "threshold": "confidence_threshold",
+    "static": "steps_per_block",
+    "factor": "factor",
+    "entropy_bound": "entropy_bound",
+}
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 SHOWN = {
     "exact": (1, True),
@@ -112,19 +121,33 @@ def held_out(split: str, count: int, seed: int = 0) -> list[str]:
     return list(found)
 
 
+def rule(text: str) -> Arm:
+    """Diffusion by a strategy, its number and, if named, its confidence: "static=4", "margin:threshold=0.9"."""
+    before, _, number = text.rpartition("=")
+    confidence, _, strategy = before.rpartition(":")
+    try:
+        if strategy not in NUMBERS or confidence not in ("", *CONFIDENCES):
+            raise ValueError
+        value = int(number) if strategy == "static" else float(number)
+    except ValueError:
+        known = f"of {', '.join(NUMBERS)} and {', '.join(CONFIDENCES)}"
+        raise ValueError(f"--rules has {text!r}: expected [CONFIDENCE:]STRATEGY=NUMBER, {known}") from None
+    settings = {"mode": "mask_diffusion", "strategy": strategy, NUMBERS[strategy]: value}
+    name = f"{confidence} {strategy}".strip().replace("_", " ")
+    return Arm(f"{name} {value:g}", settings | ({"confidence": confidence} if confidence else {}))
+
+
 def arms_of(
-    thresholds: Sequence[float], *, steps: Sequence[int] = (), both: bool = True, **diffusion: Any
+    thresholds: Sequence[float], *, rules: Sequence[str] = (), both: bool = True, **diffusion: Any
 ) -> list[Arm]:
-    """AR first, to which the others are compared. both: whether there is a denoiser. steps: passes a block, without a
-    threshold."""
+    """AR first, to which the others are compared. both: whether there is a denoiser. rules: as `rule` reads them."""
     ar = Arm("AR", {"mode": "ar"})
     if not both:
         return [ar]
     arms = [
         Arm(f"diffusion {t:g}", {"mode": "mask_diffusion", "confidence_threshold": t, **diffusion}) for t in thresholds
     ]
-    fixed = {"mode": "mask_diffusion", "confidence_threshold": 1, **diffusion}
-    arms += [Arm(f"steps {n}", {**fixed, "steps_per_block": n}) for n in steps]
+    arms += [Arm(name, {**settings, **diffusion}) for name, settings in map(rule, rules)]
     return [ar, *arms, Arm("speculative", {"mode": "speculative", **diffusion})]
 
 
@@ -226,38 +249,6 @@ def markdown(arms: dict[str, dict[str, Estimate]], *parts: dict[str, dict[str, t
     return "\n\n".join(tables)
 
 
-def plot(file: Path, arms: dict[str, dict[str, Estimate]], title: str) -> None:
-    """Exact ones over tokens a forward and over the speed beside AR's: PNG or SVG, by the file's ending."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    canvas, both = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
-    words = {"tokens_per_forward": "tokens a forward", "times_ar": "tokens/s, times AR's"}
-    for axes, (column, label) in zip(both, words.items(), strict=True):
-        for name, arm in arms.items():
-            colour = {"AR": "tab:gray", "speculative": "tab:green"}.get(name, "tab:blue")
-            (x, *x_ends), (y, *y_ends) = arm[column], arm["exact"]
-            spread = [
-                [[abs(v - end)] for end in ends] for v, ends in ((x, x_ends), (100 * y, [100 * e for e in y_ends]))
-            ]
-            axes.errorbar([x], [100 * y], xerr=spread[0], yerr=spread[1], fmt="o", color=colour, capsize=2)
-            axes.annotate(name.removeprefix("diffusion "), (x, 100 * y), xytext=(4, 5), textcoords="offset points")
-        line = [arm for name, arm in arms.items() if name.startswith("diffusion")]
-        axes.plot(
-            [arm[column][0] for arm in line], [100 * arm["exact"][0] for arm in line], color="tab:blue", alpha=0.4
-        )
-        axes.grid(True, color="#d0d7de", linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel(label)
-    both[0].set_ylabel("exactly right, %")
-    canvas.suptitle(title, fontsize=10)
-    kind = file.suffix.removeprefix(".") or "png"
-    write_atomically(file, lambda temporary: canvas.savefig(temporary, format=kind))
-    pyplot.close(canvas)
-
-
 # ---- the command ----
 
 
@@ -269,8 +260,8 @@ def measure(o: argparse.Namespace, check: Callable[[], None] = lambda: None) -> 
     folder = None if o.model is None else Path(o.model)
     both = folder is None or checkpoint.layout(folder) == "two_tower"
     model = TwoTower.from_pretrained(folder, towers="both" if both else "context", device=o.device)
-    steps = {} if o.block_size is None else {"block_size": o.block_size}
-    arms = arms_of(o.thresholds, steps=o.steps, both=both, **steps)
+    size = {} if o.block_size is None else {"block_size": o.block_size}
+    arms = arms_of(o.thresholds, rules=o.rules, both=both, **size)
     sides = {header: split for split in o.split for header in held_out(split, o.specifications, o.seed)}
     headers = list(sides)
     random.Random(o.seed).shuffle(headers)  # so that batches are alike
@@ -335,9 +326,11 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--specifications", type=positive, default=200, help="of each split (default: %(default)s)")
     p.add_argument("--split", nargs="+", choices=SPLITS, default=["headers"], help="default: headers")
     p.add_argument(
-        "--thresholds", type=float, nargs="+", default=THRESHOLDS, help="of diffusion (default: 0.5 to 0.99)"
+        "--thresholds", type=float, nargs="*", default=THRESHOLDS, help="of diffusion (default: 0.5 to 0.99)"
     )
-    p.add_argument("--steps", type=positive, nargs="+", default=(), help="passes a block, too (default: none)")
+    p.add_argument(
+        "--rules", nargs="+", default=(), metavar="RULE", help='other strategies: "static=4", "margin:threshold=0.9"'
+    )
     p.add_argument("--rows", type=positive, default=8, help="specifications at a time (default: %(default)s)")
     p.add_argument("--new-tokens", type=positive, default=768, help="of a program, at most (default: %(default)s)")
     p.add_argument("--block-size", type=positive, help="default: the one that the model was trained with")

@@ -107,7 +107,7 @@ class Page:
 
     def threshold(self) -> Iterator[str | Figure]:
         if line := self.get("quality", MODEL):
-            yield f"{quality.about(line)}. `steps 4`: 4 passes a block, whatever the confidence."
+            yield f"{quality.about(line)}. `static 4`: 4 passes a block, whatever the confidence."
             yield quality.markdown(line["arms"])
             arms = {name: {c: arm[c] for c in ("exact", "tokens_per_forward")} for name, arm in line["arms"].items()}
             title = f"{line['model']}: exactly right over tokens a forward"
@@ -218,10 +218,10 @@ def spread(axes: Any, points: Sequence[tuple[float, Estimate]], **style: Any) ->
 
 def over_tokens(lines: Sequence[Mapping[str, Any]], axes: Any) -> None:
     (arms,) = lines
-    for i, kind in enumerate(("AR", "diffusion", "steps", "speculative")):
+    for i, kind in enumerate(("AR", "diffusion", "static", "speculative")):
         mine = {name: arm for name, arm in arms.items() if name.split()[0] == kind}
         if points := [(arm["tokens_per_forward"][0], Estimate(*arm["exact"])) for arm in mine.values()]:
-            label = {"diffusion": "diffusion, by threshold", "steps": "diffusion, by steps a block"}.get(kind, kind)
+            label = {"diffusion": "diffusion, by threshold", "static": "diffusion, by steps a block"}.get(kind, kind)
             spread(axes, points, marker=MARKERS[i], color=SERIES[i], label=label, linewidth=1)
             for name, (x, y) in zip(mine, points, strict=True):
                 said = name.partition(" ")[2]

@@ -33,7 +33,7 @@ class Tiny(Pilot):
     def __init__(self) -> None:
         given = {"batch-size": 2, "row-length": 64, "warmup": 1, "learning-rate": 1e-3}
         denoiser = {"steps": 4, "block-size": 8} | given
-        model = "--steps 4 --thresholds 0.8 --specifications 2 --new-tokens 8"
+        model = "--rules static=4 --thresholds 0.8 --specifications 2 --new-tokens 8"
         super().__init__(40, denoiser, (0.8,), 2, 8, model, (8, 16))
 
     def runs(self):
@@ -67,7 +67,7 @@ def test_a_page_from_nothing(call, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "base: 4 steps left of " in out and "curriculum: 2 steps left of " in out and "quality base, block 16" in out
     assert call("--only", "threshold", "experts") == 0
     written = (tmp_path / "out" / "experiments.md").read_text()
-    assert "| steps 4 " in written and "Independent even draws" in written and written.count("Not measured yet") == 3
+    assert "| static 4 " in written and "Independent even draws" in written and written.count("Not measured yet") == 3
     assert call("--minutes", "0") == 0, "there is no time for anything"
     assert "time is over: 7 lines are missing" in capsys.readouterr().err
     assert len(lines(tmp_path)) == 2

@@ -100,8 +100,8 @@ def test_specifications_are_held_out_and_of_every_kind() -> None:
 
 
 def test_a_stopped_run_goes_on_with_the_next_batch(tmp_path: Path) -> None:
-    headers, arms = quality.held_out("headers", 12), quality.arms_of((0.5,), steps=(4,))
-    assert [arm.name for arm in arms] == ["AR", "diffusion 0.5", "steps 4", "speculative"]
+    headers, arms = quality.held_out("headers", 12), quality.arms_of((0.5,), rules=("static=4",))
+    assert [arm.name for arm in arms] == ["AR", "diffusion 0.5", "static 4", "speculative"]
     file, told = tmp_path / "parts.json", []
 
     def write(rows: int = 5, stop: int = 10**9) -> dict[str, list[quality.Batch]]:
@@ -218,10 +218,18 @@ def test_command(
         "--texts",
         str(tmp_path / "texts.jsonl"),
     ]
-    more += ["--resume", str(tmp_path / "parts.json"), "--steps", "1"]
+    more += ["--resume", str(tmp_path / "parts.json"), "--rules", "margin:factor=1"]
     assert quality.main(["--model", str(folder / "both"), *size, *more, "--record"]) == 0
     out = capsys.readouterr().out
-    for words in ("| diffusion 0.99 ", "| speculative ", "tokens/s", "| headers | ", "times AR", "0.0 % (0.0-49.0)"):
+    for words in (
+        "| diffusion 0.99 ",
+        "| speculative ",
+        "| margin factor 1 ",
+        "tokens/s",
+        "| headers | ",
+        "times AR",
+        "0.0 % (0.0-49.0)",
+    ):
         assert words in out, words
     texts = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
     assert len(texts) == 5 * 4 and all(line["wrong"] and not line["exact"] for line in texts)
@@ -247,6 +255,8 @@ def test_a_model_without_a_denoiser(folder: Path, capsys: pytest.CaptureFixture[
     [
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--thresholds", "2"], "confidence_threshold is 2"),
+        (["--rules", "sure=4"], "--rules has 'sure=4': expected [CONFIDENCE:]STRATEGY=NUMBER"),
+        (["--rules", "static=x"], "--rules has 'static=x': expected"),
         (["--new-tokens", "100000"], "exceed the model's context"),
     ],
 )
