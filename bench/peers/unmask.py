@@ -15,7 +15,7 @@ from torch import Tensor
 from tt_kernels import Strategy
 from tt_kernels.reference.unmasking import REMASK, uniform
 
-from .base import Arguments, Call, Peer, only, prepared
+from .base import Arguments, Call, Peer, bare_package, kernels_run, needs, only, prepared
 
 
 def _logits(a: Arguments) -> Tensor:
@@ -161,6 +161,27 @@ def entropy_bound(a: Arguments) -> Call:
     return step
 
 
+def sglang(a: Arguments) -> Call:
+    """SGLang's dllm_post_process (sglang.srt.dllm.kernels): softmax, best token and threshold of a block in a Triton
+    launch, the fallback to one position in a second; one block a call, which it changes in place. Its softmax has the
+    mask's logit, so that is -inf before the clock."""
+    only(_has(a, "threshold") and not a.shift, "SGLang's dllm_post_process: greedy, by threshold alone")
+    kernels_run(a.logits, "SGLang's dllm_post_process")
+    for name in ("sglang", "sglang.srt", "sglang.srt.dllm"):
+        bare_package(name)
+    process = needs("sglang.srt.dllm.kernels.post_process", "sglang").dllm_post_process_fused
+    mask = torch.tensor([a.mask_token_id], device=a.logits.device)
+    logits, thresholds = a.logits.index_fill(2, mask, -math.inf), a.threshold.tolist()
+
+    def step() -> Tensor:
+        block = a.block.clone()
+        for row, ids, threshold in zip(logits, block, thresholds, strict=True):
+            process(row, ids, a.mask_token_id, threshold, autotune=ids.is_cuda)
+        return block
+
+    return step
+
+
 # ---- remasking ----
 
 
@@ -231,6 +252,7 @@ PEERS = {
         Peer("Fast-dLLM", fast_dllm),
         Peer("Dream", dream),
         Peer("entropy bound", entropy_bound),
+        Peer("sglang", sglang, outputs=("block",)),
     ),
     "remask": (Peer("LLaDA2.1", llada_edit), Peer("WINO", wino), Peer("ReMDM", remdm)),
 }
