@@ -3,11 +3,13 @@
 import importlib
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
+from packaging.version import Version
 from tiny import TINY, error, gradients, greedy, logits, tiny
 
 pytest.importorskip("transformers", minversion="5.20")
@@ -26,6 +28,8 @@ MODELS = {**{name: (name, {}) for name in TINY}, "falcon_h1, gated norm": ("falc
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_the_same_model(name: str) -> None:
     model_type, options = MODELS[name]
+    if options is FALCON and Version(version("transformers")) < Version("5.23"):
+        pytest.skip("its gated norm drops a dimension of one token: its own cached generation fails")
     model = tiny(model_type, **options)
     before, slopes = (logits(model), *greedy(model)), gradients(model)
     data = [p.data_ptr() for p in model.parameters()]

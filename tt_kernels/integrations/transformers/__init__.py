@@ -1,4 +1,4 @@
-"""Our kernels in transformers' models: experts, attention, Mamba-2 and norms. Tested with transformers 5.24.
+"""Our kernels in transformers' models: experts, attention, Mamba-2 and norms. Tested with transformers 5.20 to 5.24.
 
     from tt_kernels.integrations import transformers as tt
 
