@@ -92,7 +92,7 @@ def _loss(model: TwoTowerModel, batch: Batch, s: TrainSettings, step: int) -> Te
 @torch.no_grad()
 def held_out_loss(model: TwoTowerModel, rows: Rows, s: TrainSettings, batches: int = 8) -> float:
     """Mean loss over fixed batches with fixed noise, in nats per token: the published one, whatever is trained."""
-    published = dict(full_blocks=0.0, tail_blocks=0.0, own_blocks=0.0, distil=0.0)
+    published: dict[str, Any] = dict(full_blocks=0.0, tail_blocks=0.0, own_blocks=0.0, distil=0.0)
     s = dataclasses.replace(s, draws=1, context_tower="frozen", **published)
     count = min(batches, -(-len(rows) // s.batch_size))
     losses = [_loss(model, rows.batch(i, s.batch_size, seed=0), s, step=-1 - i).item() for i in range(count)]
