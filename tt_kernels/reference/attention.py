@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -9,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import can_look, check_starts, compute_dtype, full_precision, sequence_index
+
+
+SHORT = 32  # tokens: sequences that are shorter in the mean cost more one by one than all at once
 
 
 class AttentionWithLSE(NamedTuple):
@@ -318,6 +323,28 @@ def append_attention(
     return out
 
 
+Attend = Callable[..., Tensor]  # where the tokens begin in their row, which are of one sequence, and the tensors
+
+
+def _of_sequences(op: str, attend: Attend, tensors: tuple[Tensor, ...], cu_seqlens: Tensor | None) -> Tensor:
+    """Attention among the tokens of each packed sequence: one after the other where the host knows them and they are
+    long, so that nobody computes scores between them; else of whole rows, `together` [B, N, N] saying who may."""
+    B, N = tensors[0].shape[:2]
+    starts = check_starts(op, cu_seqlens, B * N)
+    if cu_seqlens is None or B * N == 0:
+        return attend(0, None, *tensors)
+    if starts is None or len(starts) * SHORT > B * N:
+        seq = sequence_index(cu_seqlens, B, N)
+        return attend(0, seq.unsqueeze(2) == seq.unsqueeze(1), *tensors)
+    bounds = sorted({*starts, *range(0, B * N + 1, N)})  # none goes on in the next row
+    if bounds == list(range(0, B * N + 1, N)):
+        return attend(0, None, *tensors)
+    lengths = [b - a for a, b in pairwise(bounds)]
+    parts = zip(*(t.flatten(0, 1).split(lengths) for t in tensors), strict=True)
+    each = (attend(at % N, None, *(t.unsqueeze(0) for t in part)) for at, part in zip(bounds, parts, strict=False))
+    return torch.cat(list(each), 1).view(B, N, *tensors[0].shape[2:])
+
+
 @full_precision
 def causal_attention(
     q: Tensor,
@@ -329,15 +356,14 @@ def causal_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    B, N = q.shape[:2]
-    starts = None if cu_seqlens is None else check_starts("causal_attention", cu_seqlens, B * N)
-    if cu_seqlens is None or (starts is not None and all(start % max(N, 1) == 0 for start in starts)):
-        if window is None or window >= N:  # nothing but whole rows
+    def attend(q: Tensor, k: Tensor, v: Tensor, together: Tensor | None = None) -> Tensor:
+        N = q.shape[1]
+        if together is None and (window is None or window >= N):
             return _attend(q, k, v, None, scale, causal=True, softcap=softcap)
-        return _attend(q, k, v, _up_to_itself(N, window, q.device), scale, softcap=softcap)
-    seq = sequence_index(cu_seqlens, B, N)
-    together = seq.unsqueeze(2) == seq.unsqueeze(1)
-    return _attend(q, k, v, together & _up_to_itself(N, window, q.device), scale, softcap=softcap)
+        seen = _up_to_itself(N, window, q.device)
+        return _attend(q, k, v, seen if together is None else seen & together, scale, softcap=softcap)
+
+    return _of_sequences("causal_attention", lambda at, together, *t: attend(*t, together), (q, k, v), cu_seqlens)
 
 
 @full_precision
@@ -352,11 +378,13 @@ def block_diffusion_attention(
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    B, N = q.shape[:2]
-    block = torch.arange(N, device=q.device) // block_size
-    mask = torch.cat([block.unsqueeze(1) > block, block.unsqueeze(1) == block], -1).unsqueeze(0)  # clean, noisy
-    if cu_seqlens is not None:
-        check_starts("block_diffusion_attention", cu_seqlens, B * N)
-        seq = sequence_index(cu_seqlens, B, N)
-        mask = mask & (seq.unsqueeze(2) == seq.unsqueeze(1)).repeat(1, 1, 2)
-    return _attend(q, torch.cat([k_clean, k], 1), torch.cat([v_clean, v], 1), mask, scale)
+    def attend(
+        at: int, together: Tensor | None, q: Tensor, k: Tensor, v: Tensor, k_clean: Tensor, v_clean: Tensor
+    ) -> Tensor:
+        block = torch.arange(at, at + q.shape[1], device=q.device) // block_size
+        mask = torch.cat([block.unsqueeze(1) > block, block.unsqueeze(1) == block], -1).unsqueeze(0)  # clean, noisy
+        if together is not None:
+            mask = mask & together.repeat(1, 1, 2)
+        return _attend(q, torch.cat([k_clean, k], 1), torch.cat([v_clean, v], 1), mask, scale)
+
+    return _of_sequences("block_diffusion_attention", attend, (q, k, v, k_clean, v_clean), cu_seqlens)
