@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .common import can_look, check_starts, compute_dtype, full_precision, sequence_index
 
-
 SHORT = 32  # tokens: sequences that are shorter in the mean cost more one by one than all at once
 
 
