@@ -10,9 +10,11 @@ from tt_kernels.attention.context_attention_launch import ContextAttentionLaunch
 from .op import Op
 
 
-def _context_attention_inputs(dtype, B, L, Hq, Hkv, P, S, page_size=64, causal=0, shuffled=1, wide=0):
+def _context_attention_inputs(
+    dtype, B, L, Hq, Hkv, P, S, page_size=64, causal=0, shuffled=1, wide=0, window=0, softcap=0
+):
     """Rows of S tokens in pages in order; shuffled=1: of S and fewer, in shuffled pages; 2: of S, in shuffled pages; 3:
-    as 1, with cache_lengths around the ends of pages. wide: table and lengths in 64 bits."""
+    as 1, with cache_lengths around the ends of pages. wide: table and lengths in 64 bits. window, softcap: 0: none."""
     row = max(1, -(-S // page_size))
     pages = torch.randn(2, B * row, page_size, Hkv, P, dtype=dtype)
     table = torch.randperm(B * row) if shuffled else torch.arange(B * row)
@@ -31,18 +33,29 @@ def _context_attention_inputs(dtype, B, L, Hq, Hkv, P, S, page_size=64, causal=0
         page_table=table.view(B, row).to(ints),
         cache_lengths=lengths.to(ints),
         causal=bool(causal),
+        window=window or None,
+        softcap=float(softcap) or None,
     )
 
 
-def _context_attention_cost(itemsize, *, B, L, Hq, Hkv, P, S, causal=0, **_):
-    own = (L + 1) / 2 if causal else L  # that a token sees of its block
-    return int(4 * B * L * Hq * (S + own) * P), (2 * B * (S + L) * Hkv + 2 * B * L * Hq) * P * itemsize
+def _in_windows(L, S, window):
+    """Pairs of L tokens behind S others, where each sees what is before it, itself included, up to `window` of it."""
+    whole = max(0, S + L - max(window, S))  # tokens that see `window`; those before see all
+    return whole * window + (L - whole) * S + (L - whole) * (L - whole + 1) // 2
+
+
+def _context_attention_cost(itemsize, *, B, L, Hq, Hkv, P, S, causal=0, window=0, **_):
+    pairs = _in_windows(L, S, window or S + L)
+    pairs += 0 if causal else L * (L - 1) // 2  # tokens of the block behind each
+    cached = min(S, window - 1) if window else S
+    return 4 * B * Hq * pairs * P, (2 * B * (cached + L) * Hkv + 2 * B * L * Hq) * P * itemsize
 
 
 def _append_inputs(dtype, *, B, L, S, counted=0, **dims):
     """Room for S tokens a row and L more. counted: the rows take none, one, ... of them in turn."""
     inputs = _context_attention_inputs(dtype, B=B, L=L, S=S + L, **dims)
-    del inputs["causal"]
+    for option in ("causal", "window", "softcap"):
+        del inputs[option]
     inputs["cache_lengths"] = (inputs["cache_lengths"] - L).clamp(min=0)
     return inputs | dict(counts=(torch.arange(B) % (L + 1)).to(inputs["cache_lengths"].dtype) if counted else None)
 
@@ -52,15 +65,18 @@ def _append_cost(itemsize, **dims):
     return flops, moved + 2 * dims["B"] * dims["L"] * dims["Hkv"] * dims["P"] * itemsize
 
 
-def _causal(dtype, B, N, Hq, Hkv, P, packed=0):
+def _causal(dtype, B, N, Hq, Hkv, P, packed=0, window=0, softcap=0):
+    """window, softcap: 0 is none."""
     k, v = torch.randn(2, B, N, Hkv, P, dtype=dtype)
     cu_seqlens = torch.tensor([0, N // 3, N // 2, B * N]) if packed else None
-    return dict(q=torch.randn(B, N, Hq, P, dtype=dtype), k=k, v=v, cu_seqlens=cu_seqlens)
+    limits = dict(window=window or None, softcap=float(softcap) or None)
+    return dict(q=torch.randn(B, N, Hq, P, dtype=dtype), k=k, v=v, cu_seqlens=cu_seqlens) | limits
 
 
-def _causal_cost(itemsize, B, N, Hq, Hkv, P, packed=0):
-    pieces = (N // 3, N // 2 - N // 3, N - N // 2) if packed else (N,)  # of the first row; the others are whole
-    pairs = sum(n * n for n in pieces) + (B - 1) * N * N
+def _causal_cost(itemsize, B, N, Hq, Hkv, P, packed=0, window=0, **_):
+    pieces = [N // 3, N // 2 - N // 3, N - N // 2] if packed else [N]  # of the first row; the others are whole
+    pieces += [N] * (B - 1)
+    pairs = sum(2 * _in_windows(n, 0, window) if 0 < window < n else n * n for n in pieces)
     return 2 * Hq * pairs * P, 2 * B * N * (Hq + Hkv) * P * itemsize
 
 
@@ -68,11 +84,15 @@ def _blocks(dtype, B, N, Hq, Hkv, P, S, packed=0):
     k_clean, v_clean = torch.randn(2, B, N, Hkv, P, dtype=dtype)
     cu_seqlens = torch.tensor([0, S, 3 * S, B * N]) if packed else None
     inputs = _causal(dtype, B, N, Hq, Hkv, P)
+    del inputs["window"], inputs["softcap"]
     return dict(inputs, k_clean=k_clean, v_clean=v_clean, block_size=S, cu_seqlens=cu_seqlens)
 
 
 _HEADS = dict(Hq=32, Hkv=2, P=128)
 _PUBLISHED = dict(_HEADS, shuffled=2)
+# Of others' models: Mistral 7B v0.1 has windows; Gemma 2 9B caps scores, and has windows in every second layer.
+_MISTRAL = dict(Hq=32, Hkv=8, P=128, window=4096)
+_GEMMA2 = dict(Hq=16, Hkv=8, P=256, window=4096, softcap=50)
 
 # What the two ops on a paged cache share, and the two with the masks of training.
 _PAGED = dict(
@@ -119,6 +139,10 @@ OPS = (
             dict(B=2, L=2, Hq=2, Hkv=1, P=8, S=90, page_size=16),
             dict(B=2, L=20, Hq=2, Hkv=1, P=16, S=100, causal=1),
             dict(B=1, L=140, Hq=2, Hkv=1, P=16, S=30, causal=1, shuffled=2),  # its own keys by TMA in 16 bits
+            dict(B=2, L=3, Hq=4, Hkv=2, P=5, S=9, page_size=4, causal=1, window=5, softcap=2),
+            dict(B=3, L=3, Hq=4, Hkv=2, P=16, S=700, window=200),  # in splits
+            dict(B=2, L=20, Hq=4, Hkv=1, P=8, S=100, window=12, softcap=1),
+            dict(B=1, L=140, Hq=2, Hkv=1, P=16, S=70, causal=1, shuffled=2, window=67),  # by TMA in 16 bits
             dict(B=6, L=3, Hq=4, Hkv=2, P=16, S=150, shuffled=3),  # in 16 bits with TMA, as the next two
             dict(B=4, L=5, Hq=2, Hkv=1, P=128, S=130, page_size=128, causal=1, shuffled=3, wide=1),
             dict(B=2, L=17, Hq=4, Hkv=1, P=128, S=120, shuffled=2),
@@ -131,6 +155,8 @@ OPS = (
             dict(B=1, L=16, S=4096, wide=1, **_PUBLISHED),
             dict(B=1, L=2048, S=32768, causal=1, **_PUBLISHED),
             dict(B=1, L=4096, S=0, causal=1, **_PUBLISHED),
+            *(dict(B=B, L=1, S=32768, causal=1, shuffled=2, **model) for B in (1, 64) for model in (_MISTRAL, _GEMMA2)),
+            *(dict(B=1, L=2048, S=32768, causal=1, shuffled=2, **model) for model in (_MISTRAL, _GEMMA2)),
         ),
         grads=("q", "k", "v", "k_pages", "v_pages"),
         cost=_context_attention_cost,
@@ -174,12 +200,18 @@ OPS = (
             dict(B=1, N=1, Hq=2, Hkv=1, P=29),
             dict(B=1, N=0, Hq=2, Hkv=1, P=8),
             dict(B=2, N=70, Hq=2, Hkv=1, P=8, packed=1),
+            dict(B=2, N=9, Hq=4, Hkv=2, P=8, window=4, softcap=2),
+            dict(B=2, N=70, Hq=2, Hkv=1, P=8, packed=1, window=17),
             dict(B=1, N=200, Hq=2, Hkv=1, P=16),  # in 16 bits with TMA
+            dict(B=1, N=200, Hq=2, Hkv=1, P=16, window=70, softcap=1),
         ),
         shapes=(
             dict(B=1, N=4096, **_HEADS),
             dict(B=1, N=8192, **_HEADS),
             dict(B=1, N=4096, packed=1, **_HEADS),
+            dict(B=1, N=8192, **_MISTRAL),
+            dict(B=1, N=8192, packed=1, **_MISTRAL),
+            dict(B=1, N=8192, **_GEMMA2),
         ),
         grads=("q", "k", "v"),
         cost=_causal_cost,

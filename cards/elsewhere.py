@@ -104,8 +104,8 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "commit": {"SGLang": "`LowConfidence`, by threshold"},
     "unmask": {},
     "unmask_logits": {
-        "SGLang": "`LowConfidence`, `JointThreshold` and other rules of its `dllm/algorithm`, a file each; the threshold "
-        "of one block fused, `dllm_post_process`"
+        "SGLang": "`LowConfidence`, `JointThreshold` and other rules of its `dllm/algorithm`, a file each; the "
+        "threshold of one block fused, `dllm_post_process`"
     },
     "remask": {"SGLang": "`JointThreshold` edits"},
     "linear_cross_entropy": {

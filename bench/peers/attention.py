@@ -37,12 +37,18 @@ def _sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
     return call
 
 
+def unlimited(name: str, a: Arguments) -> None:
+    only(a.window is None and a.softcap is None, f"{name}: neither windows nor soft caps")
+
+
 def sdpa_causal(name: str, a: Arguments) -> Call:
+    unlimited("SDPA", a)
     only(a.cu_seqlens is None, "SDPA has no packed sequences")
     return _sdpa(name, a.q, a.k, a.v, True, a.scale)
 
 
 def sdpa_context(name: str, a: Arguments) -> Call:
+    unlimited("SDPA", a)
     L, S = a.q.shape[1], even_length(a.cache_lengths)
     only(not a.causal or L == 1 or S == 0, "SDPA's causal mask starts at the first key")
     return _sdpa(name, a.q, *in_order(a, S), a.causal and L > 1, a.scale)
@@ -66,6 +72,7 @@ def in_order(a: Arguments, length: int) -> list[Tensor]:
 
 def varlen(a: Arguments) -> Call:
     on_gpu(a.q, "varlen_attn")
+    unlimited("varlen_attn", a)
     only(a.q.dtype.itemsize == 2, "varlen_attn: 16-bit inputs only")
     attention = needs("torch.nn.attention.varlen", "torch").varlen_attn
     B, N, H = a.q.shape[:3]
@@ -82,11 +89,16 @@ def varlen(a: Arguments) -> Call:
 # ---- flex_attention ----
 
 
-def flex_call(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None) -> Call:
+def flex_call(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, softcap: float | None = None) -> Call:
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    score_mod = None if softcap is None else capped
     fn = prepared(flex_attention.flex_attention, q)  # on a CPU unfused: to check that the mask is right
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    return lambda: fn(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    options = dict(block_mask=mask, score_mod=score_mod, scale=scale, enable_gqa=grouped)
+    return lambda: fn(q, k, v, **options).transpose(1, 2)
 
 
 def block_mask(seen: Callable[..., Any], B: int | None, L: int, S: int, t: Tensor, *key: Any) -> Any:
@@ -110,10 +122,13 @@ def _mask_of_sequences(seen: Callable[..., Any], a: Arguments, S: int, *key: Any
 
 
 def flex_causal(a: Arguments) -> Call:
-    def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return i >= j
+    N = a.q.shape[1]
+    window = N if a.window is None else a.window
 
-    return flex_call(a.q, a.k, a.v, _mask_of_sequences(causal, a, a.q.shape[1]), a.scale)
+    def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (i - j < window)
+
+    return flex_call(a.q, a.k, a.v, _mask_of_sequences(causal, a, N, window), a.scale, a.softcap)
 
 
 def flex_block_diffusion(a: Arguments) -> Call:
@@ -136,11 +151,14 @@ def flex_context(a: Arguments) -> Call:
     dead = (torch.arange(longest, device=a.q.device) >= cache_lengths.view(-1, 1)).view(B, -1, 1, 1)
     keys, values = (t.masked_fill(F.pad(dead, (0, 0, 0, 0, 0, L)), 0) for t in in_order(a, longest))
 
-    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return torch.where(j >= longest, (j - longest <= i) | (not causal), j < cache_lengths[b])
+    window = longest + L if a.window is None else a.window
 
-    mask = block_mask(seen, B, L, longest + L, a.q, causal, *cache_lengths.tolist())
-    return flex_call(a.q, keys, values, mask, a.scale)
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        near = torch.where(j >= longest, j - longest, j - cache_lengths[b]) > i - window
+        return near & torch.where(j >= longest, (j - longest <= i) | (not causal), j < cache_lengths[b])
+
+    mask = block_mask(seen, B, L, longest + L, a.q, causal, window, *cache_lengths.tolist())
+    return flex_call(a.q, keys, values, mask, a.scale, a.softcap)
 
 
 PEERS = {

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clock import DeviceClock, interleave
-from .attention import block_mask, even_length, flex_call, in_order
+from .attention import block_mask, even_length, flex_call, in_order, unlimited
 from .base import HOW_TO, Arguments, Call, Peer, Unavailable, needs, on_gpu, once, only, prepared
 
 KV = tuple[Tensor, Tensor]  # keys and values
@@ -118,6 +118,7 @@ def fa3(p: Paged) -> Call:
 def in_context(attention: Callable[[Paged], Call], a: Arguments) -> Call:
     """On pages of a cache into which the block was written before the clock."""
     on_gpu(a.q, attention.__name__)
+    unlimited(attention.__name__, a)
     (B, L), S, size = a.k.shape[:2], even_length(a.cache_lengths), a.k_pages.shape[1]
     rows = [F.pad(t, (0, 0, 0, 0, 0, -(S + L) % size)) for t in in_order(a, S)]
     pages = [t.unflatten(1, (-1, size)).flatten(0, 1).contiguous() for t in rows]

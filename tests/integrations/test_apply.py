@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from packaging.version import Version
-from tiny import TINY, error, gradients, greedy, logits, tiny
+from tiny import LIMITED, TINY, error, gradients, greedy, logits, tiny
 
 pytest.importorskip("transformers", minversion="5.20")
 
@@ -43,6 +43,27 @@ def test_it_is_the_same_model(name: str) -> None:
     assert data == [p.data_ptr() for p in model.parameters()]
     changes.undo()
     assert not changes.replaced and torch.equal(logits(model), before[0])
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_windows_and_soft_caps(name: str) -> None:
+    """Padded rows longer than the window, generation far past it through caches that drop what is before, gradients."""
+    model = tiny(name)
+    before, slopes = (logits(model), *greedy(model, 9)), gradients(model)
+    wide = tiny(name, sliding_window=64)
+    assert error(logits(wide), before[0]) > 1e-3, "the window does not matter"
+    if name == "gemma2":
+        assert error(logits(tiny(name, attn_logit_softcapping=None)), before[0]) > 1e-3, "the cap does not matter"
+    changes = tt.apply(model, norm=False)
+    assert replaced(changes)["attention"][0].endswith("and its mask")
+    after, found = (logits(model), *greedy(model, 9)), gradients(model)
+    assert torch.equal(after[1], before[1])
+    assert error(after[0], before[0]) < BOUND and error(after[2], before[2]) < BOUND
+    assert found.keys() == slopes.keys()
+    for parameter, slope in slopes.items():
+        assert error(found[parameter], slope) < BOUND, parameter
+    changes.undo()
+    assert torch.equal(logits(model), before[0])
 
 
 @pytest.mark.kernels
@@ -137,10 +158,12 @@ def test_the_functions_of_types() -> None:
 
 
 def test_what_is_not_served_is_left() -> None:
-    changes = tt.apply(tiny("mixtral", hidden_act="gelu", sliding_window=4, attention_dropout=0.1))
-    assert "act_fn" in changes.left["experts"] and "sliding_window is 4" in changes.left["attention"]
-    changes = tt.apply(tiny("olmoe", attention_dropout=0.1))
-    assert "attention_dropout is 0.1" in changes.left["attention"]
+    changes = tt.apply(tiny("mixtral", hidden_act="gelu", attention_dropout=0.1))
+    assert "act_fn" in changes.left["experts"] and "attention_dropout is 0.1" in changes.left["attention"]
+    model = tiny("olmoe")
+    model.model.layers[1].self_attn.sinks = torch.zeros(4)  # as gpt_oss has them
+    assert "sinks" in tt.apply(model).left["attention"]
+    tt.revert(model)
     changes = tt.apply(model := tiny("falcon_h1", mamba_rms_norm=True))
     assert "norm_before_gate" in changes.left["norm: FalconH1RMSNormGated"]
     tt.revert(model)

@@ -5,17 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from parity import KERNELS
 from tiny import IDS, PADDED, Wide, error, tiny
 
 pytest.importorskip("transformers", minversion="5.20")
 
 from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_attention
 
 from tt_kernels.integrations import transformers as tt
 from tt_kernels.integrations.transformers.attention import attention_forward, mask
 
 BOUND = 1e-12  # fp64 on both sides; one layer
+SLIDING = masking_utils.sliding_window_causal_mask_function(3)
 CAUSAL, FULL = masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function
 # Rows of queries, keys, mask function, and the mask of the keys, by row.
 NONE, LEFT = None, ["0001111", "1111111", "0111111"]
@@ -31,6 +34,18 @@ CASES = {
     "full": (7, 7, FULL, NONE),
     "full, padding before and behind": (7, 7, FULL, ["0001111", "1111100", "0111110"]),
     "a single token": (1, 1, CAUSAL, NONE),
+}
+# Rows of queries, keys, window, the mask of all tokens by row, and the first tokens that the cache has dropped.
+WINDOWS = {
+    "a window": (7, 7, 3, NONE, 0),
+    "a window of one": (7, 7, 1, NONE, 0),
+    "a window that holds all": (7, 7, 7, NONE, 0),
+    "a window, padding on both sides": (7, 7, 3, ["0011110", "1110000", "1111111"], 0),
+    "one token on a cache that keeps all": (1, 7, 3, NONE, 0),
+    "one token on a cache of a window": (1, 4, 4, ["0001111", "1111111", "0000111"], 3),
+    "three tokens on a cache that keeps all": (3, 7, 2, LEFT, 0),
+    "three tokens on a cache of a window": (3, 6, 4, ["000011111", "111111111", "000000111"], 3),
+    "more tokens than the window": (5, 6, 2, ["0000111111", "1111111111", "0000011111"], 4),
 }
 
 
@@ -79,6 +94,46 @@ def test_layouts_and_gradients(name: str, layout: str) -> None:
     both(name, layout, grad=True)
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows(name: str, softcap: float | None) -> None:
+    """Values and, without kernels, gradients, against transformers' eager attention under its own mask."""
+    q, kv, window, rows, dropped = WINDOWS[name]
+    padding = None if rows is None else torch.tensor([[c == "1" for c in row] for row in rows])
+    sliding = masking_utils.sliding_window_causal_mask_function(window)
+    made: dict[str, Any] = dict(batch_size=3, q_length=q, kv_length=kv, q_offset=dropped + kv - q, kv_offset=dropped)
+    made |= dict(mask_function=sliding, attention_mask=padding, local_size=window)
+    theirs = masking_utils.sdpa_mask(**made, allow_is_causal_skip=False)
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=False)
+    found = [t.requires_grad_(not KERNELS) for t in tensors(q, kv, "cache")]
+    expected = [t.detach().clone().requires_grad_() for t in found]
+    seen = slice(None) if padding is None else padding[:, -q:]
+    y = attention_forward(module, *found, mask(**made), scaling=0.3, sliding_window=window, softcap=softcap)[0][seen]
+    unseen = torch.zeros(theirs.shape, dtype=torch.float64).masked_fill(~theirs, -1e300)
+    with Wide():
+        right = gemma2_attention(module, *expected, unseen, scaling=0.3, softcap=softcap)[0][seen]
+    assert error(y, right) < BOUND
+    if not KERNELS:
+        for out in (y, right):
+            out.square().sum().backward()
+        # Together: in a window of one those of queries and keys are 0.
+        got, wanted = (torch.cat([t.grad.flatten() for t in tensors]) for tensors in (found, expected))
+        assert error(got, wanted) < BOUND
+
+
+@pytest.mark.parametrize(("q", "kv", "function"), [(7, 7, CAUSAL), (1, 7, CAUSAL), (3, 7, CAUSAL), (7, 7, FULL)])
+def test_soft_caps(q: int, kv: int, function: Any) -> None:
+    module = SimpleNamespace(is_causal=function is CAUSAL, num_key_value_groups=2, training=False)
+    given = dict(batch_size=3, q_length=q, kv_length=kv, q_offset=kv - q, mask_function=function)
+    theirs = masking_utils.sdpa_mask(**given, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    y, _ = attention_forward(module, *tensors(q, kv, "cache"), mask(**given), scaling=0.3, softcap=0.5)
+    unseen = torch.zeros(theirs.shape, dtype=torch.float64).masked_fill(~theirs, -1e300)
+    with Wide():
+        right, _ = gemma2_attention(module, *tensors(q, kv, "cache"), unseen, scaling=0.3, softcap=0.5)
+    assert error(y, right) < BOUND
+
+
 def test_nothing_is_copied() -> None:
     from tt_kernels.integrations.transformers.attention import _as_pages
 
@@ -105,16 +160,34 @@ def masked(rows: list[str] | None = None, **options: Any) -> None:
     ("call", "reason"),
     [
         (lambda: attend(dropout=0.1), "dropout is 0.1"),
-        (lambda: attend(sliding_window=4), "sliding_window is 4"),
-        (lambda: attend(softcap=30.0), "softcap is given"),
-        (lambda: attend(s_aux=torch.zeros(4)), "s_aux is given"),
+        (lambda: attend(sliding_window=4), "sliding_window is 4, and the mask is of attention to all 7 tokens"),
+        (lambda: attend(torch.zeros(3, 1, dtype=torch.int32)), "the layer names no sliding_window"),
+        (lambda: attend(torch.zeros(3, 1, dtype=torch.int32), sliding_window=7), "no sliding_window or another"),
+        (lambda: attend(torch.zeros(3, 2, dtype=torch.int32), softcap=30.0), "softcap is 30.0 in full attention"),
+        (lambda: attend(s_aux=torch.zeros(4)), "s_aux is given, and not served: attention sinks"),
+        (lambda: attend(sinks=torch.zeros(4)), "sinks is given, and not served: attention sinks"),
         (lambda: attend(output_attentions=True), "output_attentions is given"),
         (lambda: attend(torch.zeros(3, 1, 7, 7)), r"a mask \[3, 1, 7, 7\] of torch.float32"),
         (lambda: attend(torch.ones(3, 1, 7, 7, dtype=torch.bool)), r"of torch\.bool"),
         (lambda: attend(torch.ones(3, 7, dtype=torch.int32)), r"a mask \[3, 7\] of torch\.int32"),
         (lambda: attend(causal=False, lengths=(3, 7)), "full attention of 3 queries to 7 keys"),
-        (lambda: masked(mask_function=masking_utils.sliding_window_causal_mask_function(3)), "neither causal nor full"),
-        (lambda: masked(local_size=3), "a window of 3 tokens"),
+        (lambda: masked(local_size=3), "neither causal, in a sliding window or not, nor full"),
+        (lambda: masked(mask_function=SLIDING, local_size=4), "neither causal"),
+        (lambda: masked(mask_function=masking_utils.or_masks(SLIDING, FULL), local_size=3), "neither causal"),
+        (lambda: masked(mask_function=masking_utils.and_masks(SLIDING, FULL), local_size=3), "neither causal"),
+        (
+            lambda: masked(mask_function=masking_utils.sliding_window_bidirectional_mask_function(3), local_size=3),
+            "a window to both sides",
+        ),
+        (
+            lambda: masked(
+                mask_function=masking_utils.chunked_causal_mask_function(3, torch.zeros(3).int()), local_size=3
+            ),
+            "chunks",
+        ),
+        (lambda: masked(kv_offset=2, q_offset=2), "dropped its first 2 tokens"),
+        (lambda: masked(mask_function=SLIDING, kv_offset=2, q_offset=2, local_size=3), "dropped its first 2 tokens"),
+        (lambda: masked(mask_function=SLIDING, kv_length=9, local_size=3), "a static one"),
         (lambda: masked(kv_length=9), "a static one"),
         (lambda: masked(q_offset=torch.tensor(0)), "a static one"),
         (lambda: masked(["1101111"] * 3), "padding between tokens"),
@@ -145,3 +218,7 @@ def test_packed_rows_and_static_caches_are_refused_by_a_model() -> None:
         model(IDS[:, :6], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
     with pytest.raises(NotImplementedError, match="a static one"), Wide():
         model.generate(IDS, attention_mask=PADDED, max_new_tokens=2, cache_implementation="static")
+    model = tiny("mistral")
+    model.set_attn_implementation(tt.NAME)
+    with pytest.raises(NotImplementedError, match="packed sequences"), Wide():
+        model(IDS[:, :6], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)

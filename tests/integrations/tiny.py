@@ -57,6 +57,30 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3_moe": dict(moe_intermediate_size=24, num_experts=6, head_dim=8, norm_topk_prob=True, **EXPERTS),
     "olmoe": dict(intermediate_size=24, num_experts=6, **EXPERTS),
 }
+# Models whose attention alone is held against ours: windows shorter than the text, in all layers or every second one,
+# and soft caps low enough to bend scores.
+LIMITED: dict[str, dict[str, Any]] = {
+    "mistral": dict(intermediate_size=40, num_hidden_layers=2, sliding_window=4, **HEADS),
+    "gemma2": dict(
+        intermediate_size=40,
+        num_hidden_layers=3,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=4,
+        attn_logit_softcapping=1.0,
+        final_logit_softcapping=5.0,
+        **HEADS,
+    ),
+    "gemma3_text": dict(
+        intermediate_size=40,
+        num_hidden_layers=3,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        **HEADS,
+    ),
+}
 # Rows of 3 and 7 tokens, behind their padding.
 IDS = torch.tensor([[0, 0, 0, 0, 5, 17, 9], [3, 44, 21, 8, 30, 12, 50]])
 PADDED = (IDS != 0).long()
@@ -78,7 +102,8 @@ def tiny(model_type: str, **options: Any) -> Any:
     """A model whose every part matters, in fp64, on theirs."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **(COMMON | TINY[model_type] | options))
+    sizes = (TINY | LIMITED)[model_type]
+    config = AutoConfig.for_model(model_type, **(COMMON | sizes | options))
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config).double().eval()
@@ -90,6 +115,8 @@ def tiny(model_type: str, **options: Any) -> Any:
                     p.add_(0.2 * torch.randn_like(p))
     if any(hasattr(m, "_apply_gate") for m in model.modules()):
         model.set_experts_implementation("eager")
+    if model_type in LIMITED:  # the one implementation of theirs that has soft caps
+        model.set_attn_implementation("eager")
     return model
 
 

@@ -14,6 +14,7 @@ CASES = (
     dict(B=2, L=2, Hq=4, Hkv=1, P=16, S=400),  # in splits
     dict(B=1, L=70, Hq=2, Hkv=1, P=8, S=30, causal=1),
     dict(B=1, L=2, Hq=2, Hkv=1, P=8, S=0),
+    dict(B=2, L=3, Hq=4, Hkv=2, P=16, S=400, window=150, softcap=2),
 )
 
 
@@ -24,7 +25,7 @@ def test_is_the_logarithm_of_the_sum(dims: dict[str, int], scale: float | None, 
     torch.manual_seed(0)
     given = OPS["context_attention"].inputs(dtype, **dims)
     tensors = {name: t for name, t in given.items() if isinstance(t, torch.Tensor)}
-    more = dict(causal=given["causal"], scale=scale)
+    more = {name: option for name, option in given.items() if name not in tensors} | dict(scale=scale)
     exact = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
     want = reference.context_attention(**exact, **more, return_lse=True)
     there = {name: t.to(DEVICE) for name, t in tensors.items()}
@@ -42,8 +43,7 @@ def test_two_parts_are_the_whole(append: bool, dtype: torch.dtype) -> None:
     the second is the rest of the context and the block itself."""
     torch.manual_seed(0)
     given = OPS["context_attention"].inputs(dtype, B=1, L=8, Hq=4, Hkv=2, P=16, S=192, shuffled=0)
-    del given["causal"]
-    given = {name: t.to(DEVICE) for name, t in given.items()}
+    given = {name: t.to(DEVICE) for name, t in given.items() if isinstance(t, torch.Tensor)}
     given["cache_lengths"] = given["cache_lengths"] - 64  # room for those that enter
     op = append_attention if append else context_attention
     late = dict(page_table=given["page_table"][:, 1:], cache_lengths=given["cache_lengths"] - 64)

@@ -196,6 +196,16 @@ BAD = [
         ("context_attention", dict(scale=scale), f"scale is {scale!r}, expected a finite number, or None")
         for scale in ("1", True, float("nan"), float("inf"), 1j)
     ),
+    *(
+        (name, dict(window=window), f"{name}: window is {window!r}, expected a whole number, 1 or more, or None")
+        for name in ("context_attention", "causal_attention")
+        for window in (0, -1, 2.0, True, 2**63)
+    ),
+    *(
+        (name, dict(softcap=cap), f"{name}: softcap is {cap!r}, expected a finite number above 0, of 1e-30 to 1e30")
+        for name in ("context_attention", "causal_attention")
+        for cap in (0, -1.0, NAN, INF, 1e-31, "30", True)
+    ),
     ("append_attention", dict(counts=torch.ones(3).int()), "append_attention: counts has B=3, but q has B=2"),
     ("append_attention", dict(counts=1), "append_attention: counts is 1, expected a tensor"),
     ("append_attention", dict(counts=torch.ones(2)), "counts is torch.float32, expected a tensor of ints"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cards import OPS
 from tt_kernels import causal_attention
+from tt_kernels.reference import attention
 from tt_kernels.reference.common import sequence_index
 from tt_kernels.runtime.varlen import begins, resets
 
@@ -116,3 +117,23 @@ def test_a_tail_of_one_row_does_not_see_the_sequence() -> None:
     q, k, v = rows(1, 6, 2, 4), rows(1, 6, 1, 4), rows(1, 6, 1, 4)
     got = causal_attention(q, k, v, cu_seqlens=torch.tensor([0, 4], device=DEVICE))
     close(got[:, 4:], causal_attention(q[:, 4:], k[:, 4:], v[:, 4:]))
+
+
+@pytest.mark.skipif(KERNELS, reason="a choice of the references")
+@pytest.mark.parametrize("entries", [[0, 40, 41, 100, 160], [0, 160], [0, 80, 160], [0, 7], [0, 50, 50, 130]], ids=str)
+@pytest.mark.parametrize("name", PACKED[:2])
+def test_attention_goes_one_by_one_as_it_goes_at_once(
+    name: str, entries: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long sequences are taken one by one: values and gradients of the masked form. Blocks are those of the row."""
+    tokens, options = call(name, 2, 80)
+    options |= dict(cu_seqlens=torch.tensor(entries)) | (dict(block_size=16) if options else {})
+    found = []
+    for short in (1, 10**9):
+        monkeypatch.setattr(attention, "SHORT", short)
+        leaves = {key: t.clone().requires_grad_() for key, t in tokens.items()}
+        out = getattr(attention, name)(**leaves, **options)
+        slopes = torch.autograd.grad((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum(), leaves.values())
+        found.append((out, *slopes))
+    for one_by_one, at_once in zip(*found, strict=True):
+        close(one_by_one, at_once)

@@ -72,6 +72,24 @@ def test_equal_results(op: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("op", "dims"),
+    [
+        ("causal_attention", dict(B=2, N=40, Hq=2, Hkv=1, P=8, packed=1, window=7, softcap=2)),
+        ("context_attention", dict(B=3, L=5, Hq=4, Hkv=1, P=8, S=70, causal=1, window=20, softcap=2)),
+        ("context_attention", dict(B=2, L=5, Hq=4, Hkv=1, P=8, S=30, window=3)),
+    ],
+)
+def test_windows_and_soft_caps(op: str, dims: dict[str, int]) -> None:
+    """flex_attention has both; the others say that they do not."""
+    card = OPS[op]
+    kwargs = make(card, dims, torch.float32)
+    got = peers.REGISTRY[op]["flex"].call(card, kwargs)()
+    assert base.difference(got, card.reference(**kwargs)) < 1e-5
+    with pytest.raises(peers.Unavailable, match="neither windows nor soft caps"):
+        peers.REGISTRY[op]["flash"].call(card, kwargs)
+
+
+@pytest.mark.parametrize(
     ("name", "rules"),
     [
         ("Fast-dLLM", dict(strategy=Strategy.of(6, factor=0.9))),

@@ -22,10 +22,14 @@ MUTANTS = {
         ("splits are not weighted", "tl.exp2(high - most[:, None])", "tl.where(high > -float('inf'), 1.0, 0.0)"),
         (
             "splits do not reach the end",
-            "tl.cdiv(tl.cdiv(length, splits), 64) * 64, min_tokens)",
-            "(length // splits) // 64 * 64, 1)",
+            "tl.cdiv(tl.cdiv(span, splits), 64) * 64, min_tokens)",
+            "(span // splits) // 64 * 64, 1)",
         ),
-        ("stale page", "page = pages_of(table_ptr, n + BLOCK_N,", "page = pages_of(table_ptr, n,"),
+        (
+            "stale page",
+            "n + BLOCK_N, end, page_size, BLOCK_N, IN_PAGE)\n        m, l, o",
+            "n, end, page_size, BLOCK_N, IN_PAGE)\n        m, l, o",
+        ),
         (
             "own tiles at the diagonal run unmasked",
             "seen_by_all = tl.minimum(L, tile * BLOCK_M // R + 1)",
@@ -39,12 +43,49 @@ MUTANTS = {
         "context_attention",
         "attention/context_attention_kernels.py",
         "test_attention_context.py::test_splits_of_a_row_in_a_larger_batch",
-    ): [("splits that nobody computes", "tl.maximum(fill, tl.cdiv(length, 16 * min_tokens))", "max_splits")],
+    ): [("splits that nobody computes", "tl.maximum(fill, tl.cdiv(span, 16 * min_tokens))", "max_splits")],
     (
         "context_attention",
         "attention/context_attention_launch.py",
         "test_attention_context.py::test_splits_of_a_row_in_a_larger_batch",
     ): [("too few splits are launched", "max(self.fill, triton.cdiv(length, 16 * self.min_tokens))", "self.fill")],
+    ("context_attention", "attention/context_attention_kernels.py", "test_attention_windows.py"): [
+        (
+            "a token too many in windows of cached ones",
+            "begin = tl.minimum(token, L - 1) - window + 1",
+            "begin = tl.minimum(token, L - 1) - window",
+        ),
+        (
+            "a page too few in splits of a window",
+            "start = tl.maximum(length - window + 1, 0) // 64 * 64",
+            "start = tl.cdiv(tl.maximum(length - window + 1, 0), 64) * 64",
+        ),
+        (
+            "the tile in which a window begins runs unmasked",
+            "tl.cdiv(tl.maximum(length + latest, 0), BLOCK_N) * BLOCK_N, full)",
+            "tl.maximum(length + latest, 0) // BLOCK_N * BLOCK_N, full)",
+        ),
+        (
+            "tiles before a window are masked, and not skipped",
+            "tl.maximum(start, tl.maximum(low, 0) // BLOCK_N * BLOCK_N)",
+            "start",
+        ),
+        ("values before every window come through", "page, n, low, end, head", "page, n, None, end, head"),
+    ],
+    ("causal_attention", "attention/block_attention_kernels.py", "test_attention_windows.py"): [
+        ("a token too few in a window", "rows - window + 1", "rows - window + 2"),
+        (
+            "a window that begins in a tile runs unmasked",
+            "inner = tl.minimum((latest + BLOCK_N - 1)",
+            "inner = tl.minimum(latest",
+        ),
+    ],
+    ("causal_attention", "attention/lang.py", "test_attention_windows.py"): [
+        ("tanh of small scores cancels", "small = size * size, size < 0.125", "small = size * size, size < 0.0"),
+        ("masked scores are at the cap, as if it came after masks", '(seen, s, -float("inf"))', "(seen, s, -1.0)"),
+        ("the sign of capped scores is lost", "tl.where(z < 0, -t, t)", "t"),
+        ("the cap comes twice", "softcap * log2e", "softcap * softcap * log2e"),
+    ],
     (
         "append_attention",
         "attention/context_attention_kernels.py",

@@ -6,11 +6,18 @@ from .. import reference
 from ..runtime.checks import check, is_whole, refuse
 from ..runtime.registry import define, takes_kernel, wants_gradients
 from .block_attention_launch import _block_attention, _block_attention_fake
-from .context_attention import check_heads, scale_of
+from .context_attention import check_heads, limits_of, scale_of
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal grouped-query attention within each sequence, without a cache.
 
@@ -21,6 +28,8 @@ def causal_attention(
                     in a row do not see each other. Every row starts a sequence, and so do the tokens behind the last
                     entry.
         scale:      P^-1/2 if None; 0 and below are fine.
+        window:     1 or more: token i sees tokens j of its sequence with i - window < j <= i; None: all up to itself.
+        softcap:    scores become softcap tanh(scores / softcap), before masks; above 0. None: they stay.
     Returns:
         o: [B, N, Hq, P] dtype of q.
 
@@ -30,9 +39,12 @@ def causal_attention(
     Gradients: for q, k and v; where they are wanted the reference runs.
     Raises: ValueError for sizes, dtypes and devices that disagree, for Hkv that does not divide Hq, and in the
     reference on a CPU for a cu_seqlens that is not from 0 and ascending up to B * N. Kernels take every entry for the
-    start of a sequence, and leave out those that are no token.
-    Cost: 2 B Hq N^2 P flops, 2 B N (Hq + Hkv) P itemsize bytes.
-    Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245).
+    start of a sequence, and leave out those that are no token. ValueError also for a window below 1 and for a softcap
+    outside of 1e-30 to 1e30.
+    Cost: 2 B Hq N^2 P flops, 2 B N (Hq + Hkv) P itemsize bytes. With a window 4 B Hq N window P flops at most: tiles
+    before it are skipped.
+    Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245), windows as in Mistral 7B
+    (2310.06825), soft caps as in Gemma 2 (2408.00118).
 
     Example:
         >>> q, (k, v) = torch.randn(1, 64, 32, 128), torch.randn(2, 1, 64, 2, 128)
@@ -48,9 +60,10 @@ def causal_attention(
     )
     check_heads("causal_attention", q, k, v=v)
     scale = scale_of("causal_attention", q, scale)
+    window, softcap = limits_of("causal_attention", window, softcap)
     if not takes_kernel("causal_attention", q, k, v) or wants_gradients(q, k, v):
-        return reference.causal_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale)
-    return _block(q, k, v, cu_seqlens, scale)[0]
+        return reference.causal_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale, window=window, softcap=softcap)
+    return _block(q, k, v, cu_seqlens, scale, 1, None, None, window, softcap)[0]
 
 
 def block_diffusion_attention(

@@ -11,7 +11,7 @@ from ..runtime.lang import programmatic_launch
 from .lang import attend, attend_whole, tile_of
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "window"])
 def _block_attention_kernel(
     q,  # Heads [B, N, Hq, P]
     k_clean,  # Heads [B, N, Hkv, P]: of the clean sequence, as v_clean
@@ -26,7 +26,9 @@ def _block_attention_kernel(
     lse_ptr,  # [B, N, Hq]: log-sum-exp, natural
     N,
     Hq,
+    window,  # keys that a causal query sees, up to itself; None: all
     factor,  # of the scores, times log2(e), where it is not `scale` (`log2_scale`); or None
+    slope,  # of scores in the tanh of a soft cap; or None
     scale,
     P: tl.constexpr,
     R: tl.constexpr,  # query heads of a KV head
@@ -38,6 +40,7 @@ def _block_attention_kernel(
     programmatic_launch()
     CAUSAL: tl.constexpr = k is None
     PACKED: tl.constexpr = starts_ptr is not None
+    LATE: tl.constexpr = PACKED or window is not None  # rows that do not see the first keys
     # The longest rows first: the programs that start last are then short.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)  # offsets may exceed 2^31, of b too
@@ -48,10 +51,13 @@ def _block_attention_kernel(
     first = tile * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
     q_tile = tile_of(q, b, rows, head, offs_p, N, P)  # [BLOCK_M, BLOCK_P]
-    begin = tl.zeros((BLOCK_M,), dtype=tl.int32)  # of each row's sequence
+    begin = tl.zeros((BLOCK_M,), dtype=tl.int32)  # of each row's sequence, or of its window
     low = 0
     if PACKED:
         begin = tl.load(starts_ptr + b * N + rows, mask=rows < N, other=0)
+    if window is not None:
+        begin = tl.maximum(begin, rows - window + 1)
+    if LATE:
         low = tl.min(tl.where(rows < N, begin, N), axis=0) // BLOCK_N * BLOCK_N
     m = tl.full((BLOCK_M,), -float("inf"), dtype=acc)
     l = tl.zeros((BLOCK_M,), dtype=acc)
@@ -65,12 +71,12 @@ def _block_attention_kernel(
         most = tl.maximum(most - 1, 0) // S * S
     whole = tl.minimum(least, N) // BLOCK_N * BLOCK_N
     inner = low
-    if PACKED:  # from where every row of the tile is in its sequence
+    if LATE:  # from where every row of the tile is in its sequence and its window
         latest = tl.max(tl.where(rows < N, begin, 0), axis=0)
         inner = tl.minimum((latest + BLOCK_N - 1) // BLOCK_N * BLOCK_N, tl.maximum(whole, low))
         whole = tl.maximum(whole, inner)
     m, l, o = attend_whole(
-        *(q_tile, k_clean, v_clean, k_desc, v_desc, b, head // R, inner, whole, N, P, m, l, o, factor, scale),
+        *(q_tile, k_clean, v_clean, k_desc, v_desc, b, head // R, inner, whole, N, P, m, l, o, factor, slope, scale),
         *(BLOCK_N, BLOCK_P),
     )
     for i in tl.range(low, inner + tl.maximum(most - whole, 0), BLOCK_N):  # the tiles on both sides of those
@@ -78,7 +84,7 @@ def _block_attention_kernel(
         k_tile = tile_of(k_clean, b, n + offs_n, head // R, offs_p, most, P)
         v_tile = tile_of(v_clean, b, n + offs_n, head // R, offs_p, most, P)
         seen = ((n + offs_n)[None, :] < limit[:, None]) & ((n + offs_n)[None, :] >= begin[:, None])
-        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, scale, MASKED=True)
+        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, slope, scale, MASKED=True)
     if not CAUSAL:  # its own noisy block, both ways
         end = tl.minimum((first + BLOCK_M - 1) // S * S + S, N)
         for n in tl.range(first // S * S // BLOCK_N * BLOCK_N, end, BLOCK_N):
@@ -89,7 +95,7 @@ def _block_attention_kernel(
             if PACKED:  # a block may be of two sequences
                 of = tl.load(starts_ptr + b * N + n + offs_n, mask=n + offs_n < N, other=0)
                 seen = seen & (of[None, :] == begin[:, None])
-            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, scale, MASKED=True)
+            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, slope, scale, MASKED=True)
 
     out = (b * N + rows) * Hq + head
     mask_o = (rows < N)[:, None] & (offs_p < P)[None, :]

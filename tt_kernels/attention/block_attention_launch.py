@@ -55,13 +55,17 @@ def _block_attention(
     block_size: int = 1,
     k: Tensor | None = None,
     v: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The result [B, N, Hq, P] and its log-sum-exp, natural, [B, N, Hq]. Without the noisy k and v: causal attention
-    among the clean tokens."""
+    among the clean tokens, and only then with a window."""
     B, N, Hq, P = q.shape
-    out = _block_attention_fake(q, k_clean, v_clean, cu_seqlens, scale)
+    out = _block_attention_fake(q, k_clean, v_clean)
     packed, itemsize, arch = cu_seqlens is not None, q.element_size(), architecture(q)
     default = block_attention_launch(P, itemsize, arch)
+    if window is not None and window >= N:  # it reaches every token
+        window = None
     near, S = triton.next_power_of_2(N), 0 if k is None else block_size
     launch = tuned("_block_attention_kernel", default, arch, N=near, S=S, packed=int(packed), P=P, itemsize=itemsize)
     run(
@@ -71,7 +75,7 @@ def _block_attention(
         *in_tiles(k_clean, v_clean, launch.BLOCK_N, launch.BLOCK_P, arch),
         *(None if t is None else heads(t) for t in (k, v)),
         *(None if cu_seqlens is None else begins(cu_seqlens, B, N), *out),
-        *(N, Hq, *log2_scale(scale)),
+        *(N, Hq, window, *log2_scale(scale, softcap)),
         P=P,
         R=Hq // k_clean.shape[2],
         S=block_size,
@@ -80,5 +84,5 @@ def _block_attention(
     return out
 
 
-def _block_attention_fake(q, k_clean, v_clean, cu_seqlens, scale, block_size=1, k=None, v=None):
+def _block_attention_fake(q, k_clean, v_clean, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=compute_dtype(q.dtype))

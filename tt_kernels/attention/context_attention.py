@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import AttentionWithLSE
-from ..runtime.checks import as_float, check, is_real, refuse
+from ..runtime.checks import as_float, check, is_real, is_whole, refuse
 from ..runtime.registry import define, takes_kernel, unasked, wants_gradients
 from .context_attention_launch import _append_attention, _context_attention, _context_attention_fake
 
@@ -30,6 +30,18 @@ def scale_of(op: str, q: Tensor, scale: float | None) -> float:
     if not is_real(scale):
         refuse(op, "scale", scale, "a finite number, or None")
     return as_float(scale)
+
+
+def limits_of(op: str, window: int | None, softcap: float | None) -> tuple[int | None, float | None]:
+    """The window and the soft cap, as launchers take them."""
+    if window is not None and not (is_whole(window) and window >= 1):
+        refuse(op, "window", window, "a whole number, 1 or more, or None")
+    if softcap is None:
+        return window, None
+    # Beyond, fp32 would hold neither the cap nor what is divided by it.
+    if not (is_real(softcap) and 1e-30 <= softcap <= 1e30):
+        refuse(op, "softcap", softcap, "a finite number above 0, of 1e-30 to 1e30, or None")
+    return window, as_float(softcap)
 
 
 def _check_cached(op, q, k, v, k_pages, v_pages, page_table, cache_lengths, counts=None) -> None:
@@ -60,6 +72,8 @@ def context_attention(
     *,
     causal: bool = ...,
     scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -76,6 +90,8 @@ def context_attention(
     *,
     causal: bool = ...,
     scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
     return_lse: Literal[True],
 ) -> AttentionWithLSE: ...
 
@@ -92,11 +108,14 @@ def context_attention(
     *,
     causal: bool = False,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | AttentionWithLSE:
     """Let the L tokens of each row attend to the row's cached tokens and to each other; the cache is only read.
 
-    softmax(scale q [K_cache; k]^T) [V_cache; v], without any mask for a denoiser's block. The cache is paged: all rows
+    softmax(scale q [K_cache; k]^T) [V_cache; v], without any mask for a denoiser's block; `causal`, a sliding `window`
+    and a `softcap` are for other models' layers. The cache is paged: all rows
     share a pool of pages, and token s of row b lies in page page_table[b, s // page_size] at slot s % page_size. Rows
     may have pages in common, as forks of one prompt do. For tokens that are to stay in the cache, `append_attention`.
 
@@ -108,6 +127,10 @@ def context_attention(
         cache_lengths:    [B] int, 0 or more: cached tokens. Slots past them may hold anything, NaN included.
         causal:           a token sees the tokens of its own block up to itself, instead of all of them.
         scale:            P^-1/2 if None; 0 and below are fine.
+        window:           1 or more: a token sees the last `window` tokens up to itself, itself included, of its block
+                          and the cache; None: all. It is a limit to the left only: without `causal` a token sees the
+                          tokens of its block behind it too, however many they are.
+        softcap:          scores become softcap tanh(scores / softcap), before masks; above 0. None: they stay.
         return_lse:       also give the logarithm of each token's sum of exponents, by which results over parts of a
                           context are joined: o = sum_i exp(lse_i - lse) o_i with lse = log sum_i exp(lse_i).
     Returns:
@@ -117,13 +140,17 @@ def context_attention(
     has bits that depend on that row, on L, the heads and P, and through the split size on the number of rows B; not on
     what the other rows hold, nor on the room in their pages. NaN and infinity in what a token sees reach it; in what it
     does not see they stay away, except for the values of later tokens of its own block where `causal` (a weight of 0
-    times NaN). On a GPU the reference, which adds its masks, holds to that only for slots past a row's cached tokens.
+    times NaN), and with a `window` of tokens that others of the block see. With a softcap an infinite score is that of
+    the cap. On a GPU the reference, which adds its masks, holds to that only for slots past a row's cached tokens.
     Gradients: for q, k, v and the pages; where they are wanted the reference runs.
     Raises: ValueError for sizes, dtypes and devices that disagree, for Hkv that does not divide Hq, and in the
     reference on a CPU for a cache length below 0 or beyond the row's pages and for a page outside the pool. Elsewhere
     such a length is cut to 0 and to the pages; such a page is never read, and the result of its row has no meaning.
-    Cost: for S cached tokens a row 4 B L Hq (S + L) P flops and (2 B (S + L) Hkv + 2 B L Hq) P itemsize bytes.
-    Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245), pages of Kwon et al. (2309.06180).
+    ValueError also for a window below 1 and for a softcap outside of 1e-30 to 1e30.
+    Cost: for S cached tokens a row 4 B L Hq (S + L) P flops and (2 B (S + L) Hkv + 2 B L Hq) P itemsize bytes. With a
+    window S is window + 63 at most: kernels skip the tiles before it.
+    Source: Vaswani et al. (2017), grouped queries of Ainslie et al. (2305.13245), pages of Kwon et al. (2309.06180),
+    windows as in Mistral 7B (2310.06825), soft caps as in Gemma 2 (2408.00118).
 
     Example:
         >>> q, (k, v) = torch.randn(1, 16, 32, 128), torch.randn(2, 1, 16, 2, 128)
@@ -135,9 +162,12 @@ def context_attention(
         if not isinstance(flag, bool):
             refuse("context_attention", name, flag, "True or False")
     scale = scale_of("context_attention", q, scale)
+    window, softcap = limits_of("context_attention", window, softcap)
     if not takes_kernel("context_attention", *tensors) or wants_gradients(*tensors):
-        return reference.context_attention(*tensors, *places, causal=causal, scale=scale, return_lse=return_lse)
-    out = AttentionWithLSE(*_context(*tensors, *places, causal, scale))
+        return reference.context_attention(
+            *tensors, *places, causal=causal, scale=scale, window=window, softcap=softcap, return_lse=return_lse
+        )
+    out = AttentionWithLSE(*_context(*tensors, *places, causal, scale, window, softcap))
     return out if return_lse else out.o
 
 

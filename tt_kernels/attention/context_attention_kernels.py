@@ -7,7 +7,7 @@ from ..runtime.lang import programmatic_launch
 from .lang import attend, attend_whole, cached, pages_of, slots, tile_of, tokens_of
 
 
-@triton.jit(do_not_specialize=["stride_table", "B", "L", "pages", "room", "fill", "max_splits"])
+@triton.jit(do_not_specialize=["stride_table", "B", "L", "pages", "room", "fill", "max_splits", "window"])
 def _context_attention_kernel(
     q,  # Heads [B, L, Hq, P]
     k,  # Heads [B, L, Hkv, P]: the block's own, as v
@@ -38,7 +38,9 @@ def _context_attention_kernel(
     fill,  # splits of a row's context that keep the GPU busy
     max_splits,
     min_tokens,  # cached tokens of a split, at least
+    window,  # tokens that one sees up to itself; None: all
     factor,  # of the scores, times log2(e), where it is not `scale` (`log2_scale`); or None
+    slope,  # of scores in the tanh of a soft cap; or None
     scale,
     P: tl.constexpr,
     R: tl.constexpr,  # query heads of a KV head
@@ -64,11 +66,14 @@ def _context_attention_kernel(
     b = tl.program_id(2).to(tl.int64)
     acc = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
     length = tl.minimum(tl.maximum(tl.load(cache_lengths_ptr + b), 0), room).to(tl.int32)  # inside the row's pages
-    start, end = 0, length
+    start, end, span = 0, length, length
+    if window is not None:  # what comes before is in no token's window; a tile still lies in one page
+        start = tl.maximum(length - window + 1, 0) // 64 * 64
+        span = length - start
     if SPLIT:  # by the row's own length: its splits are equal, however much room there is
-        splits = tl.minimum(tl.maximum(fill, tl.cdiv(length, 16 * min_tokens)), max_splits)
-        size = tl.maximum(tl.cdiv(tl.cdiv(length, splits), 64) * 64, min_tokens)
-        start = split * size
+        splits = tl.minimum(tl.maximum(fill, tl.cdiv(span, 16 * min_tokens)), max_splits)
+        size = tl.maximum(tl.cdiv(tl.cdiv(span, splits), 64) * 64, min_tokens)
+        start += split * size
         end = tl.minimum(length, start + size)
     table_ptr = page_table_ptr + b * stride_table
     offs_p = tl.arange(0, BLOCK_P)
@@ -100,6 +105,12 @@ def _context_attention_kernel(
     m = tl.full((BLOCK_M,), -float("inf"), dtype=acc)
     l = tl.zeros((BLOCK_M,), dtype=acc)
     o = tl.zeros((BLOCK_M, BLOCK_P), dtype=acc)
+    low = None
+    if window is not None:  # of tokens of the block: the first that the tile's first sees, and that each of them sees
+        earliest = tile * BLOCK_M // R - window + 1
+        begin = tl.minimum(token, L - 1) - window + 1  # [BLOCK_M]
+        latest = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // R, L - 1) - window + 1
+        low = length + earliest  # of cached ones
 
     # The block's own keys and values, not from the cache: first, they come while the cache's pages are looked up.
     if split == 0:
@@ -111,37 +122,66 @@ def _context_attention_kernel(
             if CAUSAL:
                 seen_by_all = tl.minimum(L, tile * BLOCK_M // R + 1)
             seen_by_all = seen_by_all // BLOCK_N * BLOCK_N
+        first, stop, inner = seen_by_all, last, 0
+        if window is not None:  # [first, inner) and [seen_by_all, last) are masked
+            first = tl.maximum(earliest, 0) // BLOCK_L * BLOCK_L
+            inner = tl.minimum(tl.cdiv(tl.maximum(latest, 0), BLOCK_L) * BLOCK_L, tl.maximum(seen_by_all, first))
+            seen_by_all = tl.maximum(seen_by_all, inner)
+            stop = inner + tl.maximum(last - seen_by_all, 0)
+        if k_own_desc is not None:  # then BLOCK_L is BLOCK_N
             m, l, o = attend_whole(
-                *(q_tile, k, v, k_own_desc, v_own_desc, b, head, 0, seen_by_all, L, P, m, l, o, factor, scale),
-                *(BLOCK_N, BLOCK_P),
+                *(q_tile, k, v, k_own_desc, v_own_desc, b, head, inner, seen_by_all, L, P, m, l, o),
+                *(factor, slope, scale, BLOCK_N, BLOCK_P),
             )
-        for n in tl.range(seen_by_all, last, BLOCK_L):
+        for i in tl.range(first, stop, BLOCK_L):
+            n = i
+            if window is not None:
+                n = i if i < inner else i - inner + seen_by_all
             own = n + offs_l
             k_tile = tile_of(k, b, own, head, offs_p, L, P)  # [BLOCK_L, BLOCK_P]
             v_tile = tile_of(v, b, own, head, offs_p, L, P)
             seen = (own < L)[None, :]
             if CAUSAL:
                 seen = seen & (own[None, :] <= token[:, None])
-            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, scale, MASKED=True)
+            if window is not None:
+                seen = seen & (own[None, :] >= begin[:, None])
+            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, slope, scale, MASKED=True)
 
     offs_n = tl.arange(0, BLOCK_N)
+    if window is not None:
+        start = tl.maximum(start, tl.maximum(low, 0) // BLOCK_N * BLOCK_N)
     full = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
     # A tile's pages are looked up an iteration ahead: a look-up in the same iteration would take a stage of the
     # pipeline, and the load of the tile could not run ahead.
     page = pages_of(table_ptr, start, end, page_size, BLOCK_N, IN_PAGE)
-    for n in tl.range(start, full, BLOCK_N):  # all of these are seen: no mask
+    whole = start
+    if window is not None:  # tiles in which windows begin
+        whole = tl.minimum(tl.cdiv(tl.maximum(length + latest, 0), BLOCK_N) * BLOCK_N, full)
+        whole = tl.maximum(whole, start)
+        for n in tl.range(start, whole, BLOCK_N):
+            k_tile, v_tile = cached(
+                *(k_pages, v_pages, k_desc, v_desc, page, n, low, end, head, pages, page_size),
+                *(P, BLOCK_N, BLOCK_P, TMA, True),
+            )
+            page = pages_of(table_ptr, n + BLOCK_N, end, page_size, BLOCK_N, IN_PAGE)
+            seen = (n + offs_n)[None, :] >= (length + begin)[:, None]
+            m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, slope, scale, MASKED=True)
+    for n in tl.range(whole, full, BLOCK_N):  # all of these are seen: no mask
         k_tile, v_tile = cached(
-            *(k_pages, v_pages, k_desc, v_desc, page, n, end, head, pages, page_size),
+            *(k_pages, v_pages, k_desc, v_desc, page, n, None, end, head, pages, page_size),
             *(P, BLOCK_N, BLOCK_P, TMA, False),
         )
         page = pages_of(table_ptr, n + BLOCK_N, end, page_size, BLOCK_N, IN_PAGE)
-        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, True, factor, scale, MASKED=False)
+        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, True, factor, slope, scale, MASKED=False)
     if full < end:
         k_tile, v_tile = cached(
-            *(k_pages, v_pages, k_desc, v_desc, page, full, end, head, pages, page_size),
+            *(k_pages, v_pages, k_desc, v_desc, page, full, low, end, head, pages, page_size),
             *(P, BLOCK_N, BLOCK_P, TMA, True),
         )
-        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, (full + offs_n < end)[None, :], factor, scale, MASKED=True)
+        seen = (full + offs_n < end)[None, :]
+        if window is not None:
+            seen = seen & ((full + offs_n)[None, :] >= (length + begin)[:, None])
+        m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, slope, scale, MASKED=True)
 
     out = ((split * B + b) * L + token) * (Hkv * R) + query_head
     if SPLIT:

@@ -29,7 +29,8 @@ class Splits(NamedTuple):
 def context_splits(batch: int, rows: int, heads: int) -> Splits:
     """A row of S tokens goes into n = max(fill, S / (16 min_tokens)) splits, at most max_splits, of
     max(min_tokens, S / n, rounded up to 64) tokens. The kernel computes n on the device: neither what other rows hold
-    nor the room in the cache changes a row's bits.
+    nor the room in the cache changes a row's bits. With a window S is what the block's first token sees, from a
+    multiple of 64 on.
 
     max_splits makes 128 programs of equal work for the 132 multiprocessors of an H200, one wave without a tail: 32 for
     the published block alone (2 KV heads of 256 rows, 128 to a program) from 8K tokens on, 64 for one token (16 rows a
@@ -106,6 +107,8 @@ def _context_attention(
     cache_lengths: Tensor,
     causal: bool,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
     *,
     append: bool = False,
     counts: Tensor | None = None,
@@ -115,15 +118,18 @@ def _context_attention(
     B, L, Hq, P = q.shape
     Hkv, page_size = k.shape[2], k_pages.shape[1]
     R, room = Hq // Hkv, page_table.shape[1] * page_size if len(k_pages) else 0
+    if window is not None and window >= room + L:  # it reaches every token
+        window = None
+    reach = room if window is None else min(room, window + 63)  # cached tokens that a row can see, whole tiles of 64
     out = _context_attention_fake(q)
     itemsize, arch = q.element_size(), architecture(q)
-    batch, near = triton.next_power_of_2(B), triton.next_power_of_2(room)
-    default = context_attention_launch(B, L * R, room, P, itemsize, arch)
+    batch, near = triton.next_power_of_2(B), triton.next_power_of_2(reach)
+    default = context_attention_launch(B, L * R, reach, P, itemsize, arch)
     launch = tuned(
         "_context_attention_kernel", default, arch, batch=batch, rows=L * R, room=near, P=P, itemsize=itemsize
     )
     limits = context_splits(B, max(L, 1) * R, Hkv)
-    splits = limits.of(room)
+    splits = limits.of(reach)
     in_page = page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64  # splits begin at multiples of 64
     cached = in_tiles(k_pages, v_pages, launch.BLOCK_N, launch.BLOCK_P, arch) if in_page else (None, None)
     own_whole = L > launch.BLOCK_N and P <= 128  # wider ones lack the registers
@@ -139,7 +145,8 @@ def _context_attention(
         *(*cached, *own),
         *(page_table, cache_lengths.contiguous(), None if counts is None else counts.contiguous(), *out),
         *(partial, m, l),
-        *(page_table.stride(0), B, L, Hkv, len(k_pages), page_size, room, *limits, *log2_scale(scale)),
+        *(page_table.stride(0), B, L, Hkv, len(k_pages), page_size, room, *limits, window),
+        *log2_scale(scale, softcap),
         P=P,
         R=R,
         APPEND=append,

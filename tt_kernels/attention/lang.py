@@ -37,11 +37,15 @@ def heads(t: Tensor) -> Heads:
     return Heads(t, *t.stride()[:3])
 
 
-def log2_scale(scale: float) -> tuple[float | None, float]:
-    """factor and scale, as kernels take them: the scale of the scores, times log2(e), is `scale` where it can be folded
-    into exponents (`weigh`), as those of models can; where it is 0, negative or above 1 it is `factor`."""
-    log2 = scale * 1.4426950408889634
-    return (None, log2) if 1e-30 < scale <= 1 else (log2, 1.0)
+def log2_scale(scale: float, softcap: float | None = None) -> tuple[float | None, float | None, float]:
+    """factor, slope and scale, as kernels take them: the scale of the scores, times log2(e), is `scale` where it can be
+    folded into exponents (`weigh`), as those of models can; where it is 0, negative or above 1 it is `factor`. Capped
+    scores are softcap tanh(slope q k), whose softcap, times log2(e), is folded likewise."""
+    log2e = 1.4426950408889634
+    if softcap is not None:
+        return None, scale / softcap, softcap * log2e
+    log2 = scale * log2e
+    return (None, None, log2) if 1e-30 < scale <= 1 else (log2, None, 1.0)
 
 
 def in_tiles(
@@ -65,11 +69,26 @@ def in_tiles(
 
 
 @triton.jit
-def scores(q, k, factor, acc: tl.constexpr):
-    """Products of rows with keys, times `factor` unless None: [BLOCK_M, BLOCK_N]."""
+def tanh(z):
+    """By one exp2 and one division, to 4 eps of itself: below 1/8, where 1 - exp2 would cancel, it is the continued
+    fraction z / (1 + z^2 / (3 + z^2 / (5 + ...))) up to 9, whose error is 1e-16 there."""
+    size = tl.abs(z)
+    e = tl.exp2(size * -2.8853900817779268)  # tanh z = (1 - e^-2z) / (1 + e^-2z), which cannot overflow
+    square, small = size * size, size < 0.125
+    above = tl.where(small, size * ((square + 105.0) * square + 945.0), 1.0 - e)
+    t = above / tl.where(small, (15.0 * square + 420.0) * square + 945.0, 1.0 + e)
+    return tl.where(z < 0, -t, t)
+
+
+@triton.jit
+def scores(q, k, factor, slope, acc: tl.constexpr):
+    """Products of rows with keys, times `factor` unless None, or capped, tanh of `slope` times them, unless None:
+    [BLOCK_M, BLOCK_N]."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=acc)
     if factor is not None:
         s = s * factor
+    if slope is not None:
+        s = tanh(s * slope)
     return s
 
 
@@ -102,9 +121,9 @@ def add_values(p, v, o, kept):
 
 
 @triton.jit
-def attend(q, k, v, m, l, o, seen, factor, scale, MASKED: tl.constexpr):
+def attend(q, k, v, m, l, o, seen, factor, slope, scale, MASKED: tl.constexpr):
     """One tile of keys and values: m and l of rows q as `weigh` has them, and their output o."""
-    m, l, p, kept = weigh(scores(q, k, factor, m.dtype), m, l, seen, scale, MASKED)
+    m, l, p, kept = weigh(scores(q, k, factor, slope, m.dtype), m, l, seen, scale, MASKED)
     return m, l, add_values(p, v, o, kept)
 
 
@@ -150,6 +169,7 @@ def attend_whole(
     l,
     o,
     factor,
+    slope,
     scale,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -159,12 +179,13 @@ def attend_whole(
     The values of a tile are multiplied while the weights of the next are computed: o is a tile behind m and l. The
     weights are carried in the dtype of m: operands in 16 bits would go through shared memory."""
     if start < end:
-        s = scores(q, _whole(k, k_desc, b, start, head, N, P, BLOCK_N, BLOCK_P), factor, m.dtype)  # [BLOCK_M, BLOCK_N]
+        k_tile = _whole(k, k_desc, b, start, head, N, P, BLOCK_N, BLOCK_P)
+        s = scores(q, k_tile, factor, slope, m.dtype)  # [BLOCK_M, BLOCK_N]
         m, l, p, kept = weigh(s, m, l, True, scale, MASKED=False)
         for n in tl.range(start + BLOCK_N, end, BLOCK_N):
             k_tile = _whole(k, k_desc, b, n, head, N, P, BLOCK_N, BLOCK_P)  # [BLOCK_N, BLOCK_P]
             v_tile = _whole(v, v_desc, b, n - BLOCK_N, head, N, P, BLOCK_N, BLOCK_P)
-            s = scores(q, k_tile, factor, m.dtype)
+            s = scores(q, k_tile, factor, slope, m.dtype)
             o = add_values(p, v_tile, o, kept)
             m, l, p, kept = weigh(s, m, l, True, scale, MASKED=False)
         o = add_values(p, _whole(v, v_desc, b, end - BLOCK_N, head, N, P, BLOCK_N, BLOCK_P), o, kept)
@@ -197,6 +218,7 @@ def cached(
     v_desc,
     page,  # of `pages_of`
     n,
+    low,  # the first token that is seen, or None
     end,
     head,
     pages,
@@ -207,7 +229,8 @@ def cached(
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Keys and values of cached tokens n and on: [BLOCK_N, BLOCK_P]; MASKED: values are 0 from `end` on."""
+    """Keys and values of cached tokens n and on: [BLOCK_N, BLOCK_P]; MASKED: values are 0 below `low` and from `end`
+    on."""
     tokens = n + tl.arange(0, BLOCK_N)
     if TMA:
         at = page * page_size + n % page_size
@@ -215,11 +238,15 @@ def cached(
         v = v_desc.load([at, head.to(tl.int32) * P])
         if MASKED:  # slots past the end may hold NaN, which a weight of 0 does not remove
             v = tl.where((tokens < end)[:, None], v, tl.zeros_like(v))
+            if low is not None:
+                v = tl.where((tokens >= low)[:, None], v, tl.zeros_like(v))
     else:
         offs_p = tl.arange(0, BLOCK_P)
         mask = (offs_p < P)[None, :]
         if MASKED:
             mask = mask & (tokens < end)[:, None]
+            if low is not None:
+                mask = mask & (tokens >= low)[:, None]
         page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)  # inside the pool, as TMA does by itself
         slot = (tokens % page_size).to(tl.int64)
         k = tl.load(slots(k_pages, page, slot, head, offs_p), mask=mask, other=0.0)  # [BLOCK_N, BLOCK_P]

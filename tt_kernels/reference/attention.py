@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -9,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import can_look, check_starts, compute_dtype, full_precision, sequence_index
+
+SHORT = 32  # tokens: sequences that are shorter in the mean cost more one by one than all at once
 
 
 class AttentionWithLSE(NamedTuple):
@@ -35,39 +39,56 @@ def _is_tame(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     return scores < torch.finfo(compute_dtype(q.dtype)).max and math.isfinite(_largest(v))
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
-    """Written out: what a query does not see is replaced among its scores, and what no query sees is cleared."""
+def _scores(q: Tensor, k: Tensor, seen: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """[B, Hkv, R, L, S]: scale q k, capped to softcap tanh(scale q k / softcap), -inf where a query does not see."""
     acc, Hkv = compute_dtype(q.dtype), k.shape[2]
+    grouped = q.to(acc).unflatten(2, (Hkv, q.shape[2] // Hkv))
+    scores = torch.einsum("blgrp,bsgp->bgrls", grouped, k.to(acc)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores if seen is None else scores.masked_fill(~seen[:, None, None], -math.inf)
+
+
+def _up_to_itself(L: int, window: int | None, device: torch.device) -> Tensor:
+    """[1, L, L]: token i sees tokens j with i - window < j <= i."""
+    seen = torch.ones(1, L, L, dtype=torch.bool, device=device).tril()
+    return seen if window is None or window >= L else seen.triu(1 - window)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None = None) -> Tensor:
+    """Written out: what a query does not see is replaced among its scores, and what no query sees is cleared."""
     if seen is not None:
         nobody = ~seen.any(1)[..., None, None]  # [B or 1, S, 1, 1]
         k, v = k.masked_fill(nobody, 0), v.masked_fill(nobody, 0)
-    grouped = q.to(acc).unflatten(2, (Hkv, q.shape[2] // Hkv))
-    scores = torch.einsum("blgrp,bsgp->bgrls", grouped, k.to(acc)) * scale
-    if seen is not None:
-        scores = scores.masked_fill(~seen[:, None, None], -math.inf)
-    return torch.einsum("bgrls,bsgp->blgrp", scores.softmax(-1), v.to(acc)).flatten(2, 3).to(q.dtype)
+    weights = _scores(q, k, seen, scale, softcap).softmax(-1)
+    return torch.einsum("bgrls,bsgp->blgrp", weights, v.to(weights.dtype)).flatten(2, 3).to(q.dtype)
 
 
-def _log_sums(q: Tensor, k: Tensor, seen: Tensor | None, scale: float | None, causal: bool) -> Tensor:
+def _log_sums(
+    q: Tensor, k: Tensor, seen: Tensor | None, scale: float | None, causal: bool, softcap: float | None
+) -> Tensor:
     """[B, L, Hq]: log sum exp of the scores, of the arguments of `_attend`."""
-    acc, Hkv = compute_dtype(q.dtype), k.shape[2]
-    grouped = q.to(acc).unflatten(2, (Hkv, q.shape[2] // Hkv))
-    scores = torch.einsum("blgrp,bsgp->blgrs", grouped, k.to(acc)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
-        seen = torch.ones(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
-    if seen is not None:
-        scores = scores.masked_fill(~seen[:, :, None, None], -math.inf)
-    return scores.logsumexp(-1).flatten(2)
+        seen = _up_to_itself(q.shape[1], None, q.device)
+    scores = _scores(q, k, seen, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    return scores.logsumexp(-1).flatten(1, 2).transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None, causal: bool = False) -> Tensor:
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    scale: float | None,
+    causal: bool = False,
+    softcap: float | None = None,
+) -> Tensor:
     """[B, L, Hq, P] against [B, S, Hkv, P], of which queries see those in `seen` [B or 1, L or 1, S], or where causal
     those up to themselves; softmax in fp32 or better."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.device.type == "cpu" and not _is_tame(q, k, v, scale):
-        if causal:
-            seen = torch.ones(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
-        return _masked(q, k, v, seen, scale)
+    # PyTorch's attention has no soft cap.
+    if softcap is not None or (q.device.type == "cpu" and not _is_tame(q, k, v, scale)):
+        return _masked(q, k, v, _up_to_itself(q.shape[1], None, q.device) if causal else seen, scale, softcap)
     # PyTorch multiplies with the mask in place, whose infinities turn, or are NaN where the scale is 0 in fp32.
     if abs(scale) < 1e-44:
         q, scale = q * 0, 1.0
@@ -131,15 +152,34 @@ def _past(pages: Tensor, page_table: Tensor, in_order: slice | None, cache_lengt
 
 def _behind(before: int, L: int, device: torch.device) -> Tensor:
     """[1, L, before + L]: what of them L tokens see that stand behind `before` others."""
-    return F.pad(torch.ones(1, L, L, dtype=torch.bool, device=device).tril(), (before, 0), value=True)
+    return F.pad(_up_to_itself(L, None, device), (before, 0), value=True)
+
+
+def _in_window(window: int, longest: int, L: int, cache_lengths: Tensor) -> Tensor:
+    """[B, L, longest + L]: whether keys, cached ones and then the block's, are less than `window` tokens before a token
+    of the block, or behind it."""
+    token = torch.arange(L, device=cache_lengths.device)
+    last = cache_lengths.unsqueeze(1)
+    slots = torch.arange(longest, device=cache_lengths.device)
+    place = torch.cat([slots.expand(len(last), longest), last + token], 1)  # of keys in their sequence
+    return place.unsqueeze(1) > (last + token - window).unsqueeze(2)
 
 
 Cached = tuple[Tensor, Tensor, Tensor, Tensor]  # k_pages, v_pages, page_table, cache_lengths
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float | None, bool]  # of `_attend`
+# Of `_attend`, without the soft cap.
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float | None, bool]
 
 
 def _context(
-    op: str, q: Tensor, k: Tensor, v: Tensor, cached: Cached, causal: bool, scale: float | None, entering=None
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cached: Cached,
+    causal: bool,
+    scale: float | None,
+    window: int | None = None,
+    entering: list[int] | None = None,
 ) -> Arguments:
     """The arguments of `_attend`. entering: as `_look` takes it."""
     (k_pages, v_pages, page_table, cache_lengths), L = cached, q.shape[1]
@@ -148,8 +188,13 @@ def _context(
     in_order = None
     if can_look(cache_lengths):
         longest, shortest, in_order = _look(op, k_pages, page_table, cache_lengths, entering)
+    if window is not None and window >= longest + L:  # it reaches every token
+        window = None
     if longest == 0 or k_pages.shape[0] == 0:
-        return q, k, v, None, scale, causal
+        if window is None:
+            return q, k, v, None, scale, causal
+        own = _in_window(window, 0, L, cache_lengths.new_zeros(1))
+        return q, k, v, own & _behind(0, L, q.device) if causal else own, scale, False
     past = [_past(pages, page_table, in_order, cache_lengths, longest) for pages in (k_pages, v_pages)]
     mask = None
     if shortest < longest:  # cached tokens past a row's length may hold anything, NaN included
@@ -159,13 +204,16 @@ def _context(
     if causal:
         own = _behind(longest, L, q.device)
         mask = own if mask is None else mask & own
+    if window is not None:
+        near = _in_window(window, longest, L, cache_lengths)
+        mask = near if mask is None else mask & near
     return q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), mask, scale, False
 
 
-def _result(arguments: Arguments, return_lse: bool) -> Tensor | AttentionWithLSE:
+def _result(arguments: Arguments, return_lse: bool, softcap: float | None = None) -> Tensor | AttentionWithLSE:
     q, k, v, seen, scale, causal = arguments
-    o = _attend(q, k, v, seen, scale, causal)
-    return AttentionWithLSE(o, _log_sums(q, k, seen, scale, causal)) if return_lse else o
+    o = _attend(q, k, v, seen, scale, causal, softcap)
+    return AttentionWithLSE(o, _log_sums(q, k, seen, scale, causal, softcap)) if return_lse else o
 
 
 @full_precision
@@ -180,10 +228,12 @@ def context_attention(
     *,
     causal: bool = False,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | AttentionWithLSE:
     cached = k_pages, v_pages, page_table, cache_lengths
-    return _result(_context("context_attention", q, k, v, cached, causal, scale), return_lse)
+    return _result(_context("context_attention", q, k, v, cached, causal, scale, window), return_lse, softcap)
 
 
 def _enter(k: Tensor, v: Tensor, cached: Cached, entering: list[int]) -> None:
@@ -263,7 +313,7 @@ def append_attention(
             S, mask = longest + L, None if L == 1 else _behind(longest, L, q.device)
             k, v = (_past(pages, page_table, in_order, cache_lengths, S) for pages in (k_pages, v_pages))
             return _result((q, k, v, mask, scale, False), return_lse)
-    out = _result(_context("append_attention", q, k, v, cached, True, scale, entering), return_lse)
+    out = _result(_context("append_attention", q, k, v, cached, True, scale, None, entering), return_lse)
     with torch.no_grad():
         if entering is None:
             _append(k, v, cached, counts)
@@ -272,16 +322,47 @@ def append_attention(
     return out
 
 
+Attend = Callable[..., Tensor]  # where the tokens begin in their row, which are of one sequence, and the tensors
+
+
+def _of_sequences(op: str, attend: Attend, tensors: tuple[Tensor, ...], cu_seqlens: Tensor | None) -> Tensor:
+    """Attention among the tokens of each packed sequence: one after the other where the host knows them and they are
+    long, so that nobody computes scores between them; else of whole rows, `together` [B, N, N] saying who may."""
+    B, N = tensors[0].shape[:2]
+    starts = check_starts(op, cu_seqlens, B * N)
+    if cu_seqlens is None or B * N == 0:
+        return attend(0, None, *tensors)
+    if starts is None or len(starts) * SHORT > B * N:
+        seq = sequence_index(cu_seqlens, B, N)
+        return attend(0, seq.unsqueeze(2) == seq.unsqueeze(1), *tensors)
+    bounds = sorted({*starts, *range(0, B * N + 1, N)})  # none goes on in the next row
+    if bounds == list(range(0, B * N + 1, N)):
+        return attend(0, None, *tensors)
+    lengths = [b - a for a, b in pairwise(bounds)]
+    parts = zip(*(t.flatten(0, 1).split(lengths) for t in tensors), strict=True)
+    each = (attend(at % N, None, *(t.unsqueeze(0) for t in part)) for at, part in zip(bounds, parts, strict=False))
+    return torch.cat(list(each), 1).view(B, N, *tensors[0].shape[2:])
+
+
 @full_precision
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    B, N = q.shape[:2]
-    starts = None if cu_seqlens is None else check_starts("causal_attention", cu_seqlens, B * N)
-    if cu_seqlens is None or (starts is not None and all(start % max(N, 1) == 0 for start in starts)):
-        return _attend(q, k, v, None, scale, causal=True)  # nothing but whole rows
-    seq = sequence_index(cu_seqlens, B, N)
-    return _attend(q, k, v, (seq.unsqueeze(2) == seq.unsqueeze(1)).tril(), scale)
+    def attend(at: int, together: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        N = q.shape[1]
+        if together is None and (window is None or window >= N):
+            return _attend(q, k, v, None, scale, causal=True, softcap=softcap)
+        seen = _up_to_itself(N, window, q.device)
+        return _attend(q, k, v, seen if together is None else seen & together, scale, softcap=softcap)
+
+    return _of_sequences("causal_attention", attend, (q, k, v), cu_seqlens)
 
 
 @full_precision
@@ -296,11 +377,13 @@ def block_diffusion_attention(
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    B, N = q.shape[:2]
-    block = torch.arange(N, device=q.device) // block_size
-    mask = torch.cat([block.unsqueeze(1) > block, block.unsqueeze(1) == block], -1).unsqueeze(0)  # clean, noisy
-    if cu_seqlens is not None:
-        check_starts("block_diffusion_attention", cu_seqlens, B * N)
-        seq = sequence_index(cu_seqlens, B, N)
-        mask = mask & (seq.unsqueeze(2) == seq.unsqueeze(1)).repeat(1, 1, 2)
-    return _attend(q, torch.cat([k_clean, k], 1), torch.cat([v_clean, v], 1), mask, scale)
+    def attend(
+        at: int, together: Tensor | None, q: Tensor, k: Tensor, v: Tensor, k_clean: Tensor, v_clean: Tensor
+    ) -> Tensor:
+        block = torch.arange(at, at + q.shape[1], device=q.device) // block_size
+        mask = torch.cat([block.unsqueeze(1) > block, block.unsqueeze(1) == block], -1).unsqueeze(0)  # clean, noisy
+        if together is not None:
+            mask = mask & together.repeat(1, 1, 2)
+        return _attend(q, torch.cat([k_clean, k], 1), torch.cat([v_clean, v], 1), mask, scale)
+
+    return _of_sequences("block_diffusion_attention", attend, (q, k, v, k_clean, v_clean), cu_seqlens)

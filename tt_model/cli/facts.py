@@ -13,7 +13,11 @@ from ..files import read_object, write_text
 
 FACTS = "run.json"
 # What --accept names, and the facts behind it. "settings" are those of the optimizer and the schedule.
-KINDS = {"data": ("data", "held_out", "tokens", "held_out_tokens"), "model": ("model", "weights", "denoiser"), "code": ("code",)}
+KINDS = {
+    "data": ("data", "held_out", "tokens", "held_out_tokens"),
+    "model": ("model", "weights", "denoiser"),
+    "code": ("code",),
+}
 ACCEPTED = ("settings", *KINDS)
 _OF = {fact: kind for kind, facts in KINDS.items() for fact in facts}
 

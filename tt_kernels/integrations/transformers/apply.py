@@ -158,7 +158,7 @@ def _attention(changes: Changes, model: Any) -> None:
     found = [m for m in model.modules() if hasattr(m, "is_causal") and hasattr(m, "num_key_value_groups")]
     if not found:
         return
-    reason = next(filter(None, (_unserved_attention(m, model.config) for m in found)), None)
+    reason = next(filter(None, map(_unserved_attention, found)), None)
     if reason is None and model.training and any(p.is_cuda for p in model.parameters()):
         reason = "no backward kernel, and the model is on a GPU in training mode"
     if reason is None:
@@ -173,10 +173,9 @@ def _attention(changes: Changes, model: Any) -> None:
     changes.replaced.append(f"attention: {len(found)} {type(found[0]).__name__}, and its mask")
 
 
-def _unserved_attention(module: Any, config: Any) -> str | None:
-    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
-    if window is not None:
-        return f"sliding_window is {window}, served is attention to all tokens before"
+def _unserved_attention(module: Any) -> str | None:
+    if getattr(module, "sinks", None) is not None:
+        return "its layers have sinks, which no kernel of ours has"
     dropout = getattr(module, "attention_dropout", 0.0)
     return f"attention_dropout is {dropout}, served is 0" if dropout else None
 

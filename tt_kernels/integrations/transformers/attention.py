@@ -1,7 +1,8 @@
 """Attention of transformers' models, as its `AttentionInterface` and `AttentionMaskInterface` call it.
 
 A mask is made once for a pass and read by every layer: None, or where the tokens of each row lie between its padding,
-int32: [B], where they start, of causal attention; [B, 2], where they start and end, of full attention.
+int32: [B], where they start, of causal attention; [B, 1], the same of causal attention in a sliding window, whose size
+the layer names; [B, 2], where they start and end, of full attention.
 """
 
 from collections.abc import Callable
@@ -13,12 +14,36 @@ from torch import Tensor
 from ... import block_diffusion_attention, causal_attention, context_attention
 from ...runtime.registry import wants_gradients
 
-# What a model may ask of an attention function beside the mask. None, 0 and False ask for nothing.
-_UNSERVED = ("softcap", "s_aux", "sinks", "position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "output_attentions")
+# What a model may ask of an attention function beside the mask, and why it is not served. None and False ask nothing.
+_SINKS = "attention sinks enter the sum of exponents without a key, which no kernel of ours has"
+_UNSERVED = {
+    "s_aux": _SINKS,
+    "sinks": _SINKS,
+    "position_bias": "scores are those of queries and keys alone",
+    "cu_seq_lens_q": "packed sequences have a mask of their own",
+    "cu_seq_lens_k": "packed sequences have a mask of their own",
+    "output_attentions": "no weights are kept",
+}
 
 
 def _refuse(reason: str) -> NoReturn:
     raise NotImplementedError(f"tt_kernels: attention: {reason}; choose another attn_implementation")
+
+
+def _held(function: Any, like: Callable) -> Any:
+    """What a function of transformers was made with, if it was made as `like` was, else None."""
+    return function.__closure__[0].cell_contents if getattr(function, "__code__", None) is like.__code__ else None
+
+
+def _window_of(mask_function: Callable | None, local_size: int | None) -> int | None:
+    """The window of a mask function that is transformers' causal sliding window and nothing else, else None."""
+    from transformers import masking_utils as theirs
+
+    both = _held(mask_function, theirs.sliding_window_causal_mask_function(1))
+    if both is None or len(both) != 2 or both[1] is not theirs.causal_mask_function:
+        return None
+    window = _held(both[0], theirs.sliding_window_overlay(1))
+    return window if local_size in (None, window) else None
 
 
 def mask(
@@ -30,29 +55,40 @@ def mask(
     mask_function: Callable | None = None,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
+    device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor | None:
-    """What the layers get for the padding of attention_mask [B, kv_length] bool, 1 where a token is. Reads it on the
-    host, once a pass, as transformers' own mask does."""
+    """What the layers get for the padding of attention_mask [B, kv_offset + kv_length] bool, 1 where a token is. Reads
+    it on the host, once a pass, as transformers' own mask does. kv_offset: the tokens that a cache has dropped."""
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-    if local_size is not None:
-        _refuse(f"a window of {local_size} tokens, served is attention to all tokens before")
-    if mask_function not in (None, causal_mask_function, bidirectional_mask_function):
-        _refuse("a mask that is neither causal nor full (a window, packed sequences, or a function of your own)")
+    window = None
+    if local_size is not None or mask_function not in (None, causal_mask_function, bidirectional_mask_function):
+        window = _window_of(mask_function, local_size)
+        if window is None:
+            other = "chunks, a window to both sides, packed sequences, or a function of your own"
+            _refuse(f"a mask that is neither causal, in a sliding window or not, nor full ({other})")
     full = mask_function is bidirectional_mask_function
-    if not isinstance(q_offset, int) or kv_offset or (not full and kv_length != q_offset + q_length):
+    if not isinstance(q_offset, int) or (not full and kv_offset + kv_length != q_offset + q_length):
         _refuse("a cache with room behind its tokens (a static one), served is one that grows")
+    if kv_offset and (window is None or kv_offset > q_offset - window + 1):
+        _refuse(f"a cache that has dropped its first {kv_offset} tokens, which are seen, served is one that has these")
     if full and q_offset:
         _refuse("full attention on a cache, served is full attention of the tokens to each other")
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_length:
-        _refuse(f"attention_mask is {list(attention_mask.shape)}, served is [B, {kv_length}]")
-    here = attention_mask[:, :kv_length].bool()
-    if bool(here.all()):
-        return None
-    return _full_spans(here, q_length) if full else _causal_starts(here, q_offset)
+    windowed = window is not None and window < kv_length
+    starts = None
+    if attention_mask is not None:
+        end = kv_offset + kv_length
+        if attention_mask.dim() != 2 or attention_mask.shape[1] < end:
+            _refuse(f"attention_mask is {list(attention_mask.shape)}, served is [B, {end}]")
+        here = attention_mask[:, kv_offset:end].bool()
+        if not bool(here.all()):
+            starts = _full_spans(here, q_length) if full else _causal_starts(here, q_offset - kv_offset)
+    if not windowed:
+        return starts
+    if starts is None:
+        starts = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    return starts.unsqueeze(1)
 
 
 def _ends(here: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,16 +118,25 @@ def _full_spans(here: Tensor, q_length: int) -> Tensor:
 def _check(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, asked: dict[str, Any]) -> None:
     if dropout:
         _refuse(f"dropout is {dropout}, served is 0 (config.attention_dropout)")
-    window = asked.get("sliding_window")
-    if window is not None and window < key.shape[2]:
-        _refuse(f"sliding_window is {window}, served is attention to all {key.shape[2]} tokens")
-    for name in _UNSERVED:
+    for name, reason in _UNSERVED.items():
         if asked.get(name) is not None and asked[name] is not False:
-            _refuse(f"{name} is given, and not served")
-    if mask is not None and (mask.dtype != torch.int32 or mask.shape[1:] not in ((), (2,))):
+            _refuse(f"{name} is given, and not served: {reason}")
+    if mask is not None and (mask.dtype != torch.int32 or mask.shape[1:] not in ((), (1,), (2,))):
         _refuse(f"a mask {list(mask.shape)} of {mask.dtype} of your own, served is a 2-D attention_mask")
     if query.is_cuda and wants_gradients(query, key):
         _refuse("no backward kernel; train with 'sdpa', or run under torch.no_grad()")
+
+
+def _window(key: Tensor, mask: Tensor | None, window: int | None) -> int | None:
+    """Of a layer and of the mask that it was given, which must agree; None where it holds all tokens."""
+    masked = mask is not None and mask.shape[1:] == (1,)
+    if window is not None and window >= key.shape[2]:
+        window = None
+    if masked and window is None:
+        _refuse("the mask is of a sliding window, and the layer names no sliding_window or another")
+    if not masked and window is not None:
+        _refuse(f"sliding_window is {window}, and the mask is of attention to all {key.shape[2]} tokens")
+    return window
 
 
 def attention_forward(
@@ -103,9 +148,12 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **asked: Any,
 ) -> tuple[Tensor, None]:
     """query [B, Hq, q, D], key and value [B, Hkv, kv, D] -> [B, q, Hq, D]. Queries on a cache are the last of kv."""
+    window = _window(key, attention_mask, sliding_window)
     _check(query, key, attention_mask, dropout, asked)
     if key.shape[-1] != value.shape[-1]:
         _refuse(f"heads of {key.shape[-1]} in keys and {value.shape[-1]} in values, served is one size")
@@ -113,11 +161,15 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     spans = attention_mask
     if spans is not None:
-        causal = spans.dim() == 1
+        causal = spans.shape[1:] != (2,)
+        spans = spans if window is None else spans[:, 0]
     (B, L), N = q.shape[:2], k.shape[1]
     if L == N and causal:
-        return causal_attention(q, k, v, cu_seqlens=_packed(spans, B, N), scale=scaling), None
+        packed = _packed(spans, B, N)
+        return causal_attention(q, k, v, cu_seqlens=packed, scale=scaling, window=window, softcap=softcap), None
     if L == N and spans is not None:  # one block, in which neither tokens see padding nor padding sees them
+        if softcap is not None:
+            _refuse(f"softcap is {softcap} in full attention with padding, served is one without padding, or causal")
         return block_diffusion_attention(
             q, k, v, k, v, block_size=N, cu_seqlens=_packed(spans, B, N), scale=scaling
         ), None
@@ -127,7 +179,9 @@ def attention_forward(
     starts = q.new_zeros(B, dtype=torch.int32) if spans is None else spans
     pages, table = _as_pages(k[:, :cached], v[:, :cached], starts)
     own = (q, k[:, cached:], v[:, cached:])
-    return context_attention(*own, *pages, table, cached - starts, causal=causal, scale=scaling), None
+    return context_attention(
+        *own, *pages, table, cached - starts, causal=causal, scale=scaling, window=window, softcap=softcap
+    ), None
 
 
 def _packed(spans: Tensor | None, B: int, N: int) -> Tensor | None:
