@@ -32,8 +32,6 @@ class Denoiser(nn.Module):
 
 def plain_step(logits: Tensor, block: Tensor, name: str, step: int) -> Tensor:
     """The same step on whole logits in PyTorch: softmax, sort, and a look at every row from the host."""
-    if name == "Dream":  # its logits i are of token i + 1
-        logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
     p = logits.double().index_fill(2, torch.tensor([MASK]), -math.inf).softmax(-1)
     sure, token = p.max(-1)
     entropy = -torch.xlogy(p, p).sum(-1)
@@ -69,7 +67,7 @@ def op_step(logits: Tensor, block: Tensor, name: str, step: int) -> Tensor:
         options |= dict(steps_left=torch.full((B,), STEPS - step))
     elif name == "Dream":
         number = torch.tensor([dream_number(int((row == MASK).sum()), step) for row in block])
-        options |= dict(strategy=Strategy.of(B, confidence="entropy", number=number), shift=True)
+        options |= dict(strategy=Strategy.of(B, confidence="entropy", number=number))
     elif name == "Fast-dLLM":
         options |= dict(strategy=Strategy.of(B, factor=1.0))
     else:
@@ -84,7 +82,8 @@ def main() -> None:
     for name in ("LLaDA", "Dream", "Fast-dLLM", "EB-Sampler"):
         block, passes = torch.full((3, BLOCK), MASK), 0
         while (block == MASK).any():
-            logits = model(torch.cat([prompt, block], 1))[:, prompt.shape[1] :]
+            first = prompt.shape[1] - (name == "Dream")  # its logits i are of token i + 1
+            logits = model(torch.cat([prompt, block], 1))[:, first : first + BLOCK]
             new = op_step(logits, block, name, passes)
             assert torch.equal(new, plain_step(logits, block, name, passes)), f"{name}: pass {passes} differs"
             block, passes = new, passes + 1

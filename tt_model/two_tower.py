@@ -98,14 +98,16 @@ class TwoTower(TwoTowerModel):
                 block, the context tower reads it and keeps what it would have written itself).
             max_new_tokens: need not divide by the block size: the last block keeps its size, the output is cut.
             block_size: tokens denoised together; None: the size that the denoiser was trained with.
-            steps_per_block: most denoiser passes for a block.
+            steps_per_block: most denoiser passes for a block, of the strategies "schedule" and "static"; the others
+                take at most one a position.
             draft_steps: in "speculative", most denoiser passes for a draft.
             confidence_threshold: masked positions whose prediction is more probable than this are committed at once.
             strategy: which positions of a block commit in a pass: "schedule" (all above the threshold, and as many as
                 finish the block in steps_per_block passes), "threshold" (all above it, or one), "static" (the
                 schedule alone), "factor" (Fast-dLLM's) or "entropy_bound" (EB-Sampler's); docs/decoding.md has them.
             confidence: what orders positions and is held to the threshold: "probability" of the prediction, "margin",
-                "entropy", "random" or "sequential".
+                "entropy", "random" or "sequential". "entropy" is 0 or less, so no threshold or factor of 0 to 1 lets it
+                pass: it orders what the schedule or the entropy bound takes.
             factor, entropy_bound: of the strategies of these names.
             tempered: whether confidences are of the distribution that tokens are drawn from, after temperature, top_k
                 and top_p, and logprobs with them; of no effect at temperature 0.
@@ -130,7 +132,7 @@ class TwoTower(TwoTowerModel):
         Raises:
             ValueError: a setting, prompt or token id that cannot be meant, before any work. Warns when block_size is
             above the trained one, and when a prompt holds the mask token.
-        Cost: a prefill, then per block at most steps_per_block denoiser passes and one context pass; in the block in
+        Cost: a prefill, then per block at most so many denoiser passes and one context pass; in the block in
             which a row ends, passes until its end and all before it are committed and tokens behind it could only be
             dropped (a last pass over one such position is made all the same: the published NFE counts it).
         Source: the published implementation's generation loop (arXiv 2606.26493), one row at a time there.

@@ -83,7 +83,6 @@ def test_every_rule_is_its_formula(data: st.DataObject) -> None:
 
     block, token, may = numbers([MASK, 1, 2, 3]), numbers([1, 2, 3]), numbers([True, True, False])
     confidence, own = (numbers([0.0, 0.25, 0.5, 0.75, 1.0, math.nan]) for _ in range(2))
-    own = own.nan_to_num(0.125)
     rules = dict(
         edit=rows([0.25, 0.5, 1.0]),
         verify=rows([0.0, 0.5, 0.75]),
@@ -130,8 +129,19 @@ def test_remdm_schedules() -> None:
     conf = Remasking.remdm(before, after, kind="conf")
     torch.testing.assert_close(conf.sigma, largest)
     assert cap.shared is None and conf.shared.tolist() == [True] * 3
+    torch.testing.assert_close(Remasking.remdm(before, after, 0.5, kind="conf").sigma, 0.5 * largest)
     with pytest.raises(ValueError, match="kind is 'loop', expected cap, rescale or conf"):
         Remasking.remdm(before, after, kind="loop")
+    for name, wrong in (("eta", (before, after, 5)), ("eta", (before, after, -1)), ("alpha_s", (before, after + 1))):
+        with pytest.raises(ValueError, match=f"{name} is .*, expected numbers from 0 to 1"):
+            Remasking.remdm(*wrong)
+
+
+def test_a_share_of_nan_masks_nothing() -> None:
+    """Whatever position it is of; the other rows are as they are."""
+    known = rows_of_many([1, 2])
+    known["own"][::2, 5] = math.nan
+    hold(known, dict(edit=None, verify=None, most=None, sigma=[1.0] * 24, shared=[True] * 24))
 
 
 def test_positions_are_masked_as_often_as_sigma_says() -> None:

@@ -3,6 +3,8 @@ values are plain Python's, on the reference and on the kernels alike."""
 
 import math
 import random
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from test_sampling import WORD, plain_words, words
 from torch import Tensor
 
 from cards import OPS
-from tt_kernels import Sampling, commit, gumbel_noise, head_sample, sample, unmask
+from tt_kernels import Sampling, Strategy, commit, gumbel_noise, head_sample, sample, unmask
 
 pytestmark = pytest.mark.kernels
 INF, NAN = math.inf, math.nan
@@ -188,6 +190,34 @@ def test_positions_run_past_32_bits() -> None:
             for i in range(5):
                 here = row._replace(position=on((ends[b] + i) % 2**32))
                 assert tokens[b, i] == head_sample(hidden[b, i], weight, here, suppress=8).token
+
+
+@pytest.mark.parametrize("size", [30.0, 3e4, 1e30])
+def test_probabilities_of_large_logits(size: float) -> None:
+    """Two of one size share the whole: a logarithm of the sum would not know of the other."""
+    logits = torch.randn(3, 40).to(DEVICE)
+    logits[:, 7:9] = size
+    suppressed = logits.index_fill(1, torch.arange(9, 40, device=DEVICE), -math.inf)
+    settings = Sampling(*(None if t is None else t.to(DEVICE) for t in Sampling.of(3)))
+    p = sample(suppressed, settings).confidence
+    torch.testing.assert_close(p, torch.full_like(p, 0.5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("of", "option", "value"),
+    [
+        *((Sampling, "temperature", value) for value in ("hot", None, True)),
+        *((Sampling, "seed", value) for value in (1.5, "x")),
+        *((Strategy, "number", value) for value in (1.7, [1], True)),
+        *((Strategy, "factor", value) for value in ("x", [1.0])),
+        *((Strategy, "tempered", value) for value in (1, "yes", [True])),
+        *((Strategy, "confidence", value) for value in (None, "sure", 1)),
+    ],
+    ids=str,
+)
+def test_numbers_of_rows_are_numbers(of: Any, option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{of.__name__}: {option} is {value!r}, expected")):
+        of.of(3, **{option: value})
 
 
 def test_options_that_narrow_nothing() -> None:

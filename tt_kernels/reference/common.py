@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -91,6 +92,18 @@ def check_counts(op: str, counts: Tensor | None, L: int) -> None:
     for count in counts.tolist():
         if not 0 <= count <= L:
             raise ValueError(f"{op}: counts is {count}, expected 0 to L={L}")
+
+
+def of_rows(name: str, value: object, rows: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """A tensor as it is, a number for all rows. ValueError for what is neither, or another kind of number."""
+    if isinstance(value, Tensor):
+        return value
+    whole, real = (Integral, torch.SymInt), (Real, torch.SymInt, torch.SymFloat)
+    kinds = {torch.bool: ((bool,), "True or False"), torch.int64: (whole, "a whole number")}
+    kind, expected = kinds.get(dtype, (real, "a number"))
+    if not isinstance(value, kind) or (isinstance(value, bool) and dtype is not torch.bool):
+        raise ValueError(f"{name} is {value!r}, expected {expected}, or a tensor of one for each row")
+    return torch.full((rows,), value, dtype=dtype, device=device)  # type: ignore[arg-type]
 
 
 def check_starts(op: str, cu_seqlens: Tensor | None, tokens: int) -> list[int] | None:

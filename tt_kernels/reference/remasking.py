@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import full_precision
+from .common import can_look, full_precision
 from .sampling import Sampling
 from .unmasking import REMASK, uniform
 
@@ -29,12 +29,16 @@ class Remasking(NamedTuple):
     @classmethod
     def remdm(cls, alpha_t: Tensor, alpha_s: Tensor, eta: Tensor | float = 1.0, *, kind: str = "cap") -> "Remasking":
         """ReMDM's, of the share alpha of tokens that are not masked before a step (t) and after it (s), both [B]:
-        kind "cap", "rescale" or "conf"."""
+        kind "cap", "rescale" or "conf", which eta bounds, scales and scales. ValueError for another kind, and for what
+        is not from 0 to 1."""
         if kind not in ("cap", "rescale", "conf"):
             raise ValueError(f"Remasking: kind is {kind!r}, expected cap, rescale or conf")
+        eta = torch.as_tensor(eta, dtype=torch.float64, device=alpha_t.device)
+        for name, t in (("alpha_t", alpha_t), ("alpha_s", alpha_s), ("eta", eta)):
+            if can_look(t) and not bool(((t >= 0) & (t <= 1)).all()):
+                raise ValueError(f"Remasking: {name} is {t.tolist()}, expected numbers from 0 to 1")
         largest = torch.where(alpha_t > 0, (1 - alpha_s) / alpha_t, math.inf).clamp(max=1)
-        eta = torch.as_tensor(eta).to(largest)
-        sigma = dict(cap=torch.minimum(eta, largest), rescale=eta * largest, conf=largest)[kind]
+        sigma = (torch.minimum(eta.to(largest), largest) if kind == "cap" else eta * largest).to(largest)
         return cls(sigma=sigma, shared=torch.ones_like(sigma, dtype=torch.bool) if kind == "conf" else None)
 
     def contiguous(self) -> "Remasking":

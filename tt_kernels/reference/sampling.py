@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import can_look, compute_dtype, full_precision, head_logits
+from .common import can_look, compute_dtype, full_precision, head_logits, of_rows
 
 
 class Sampling(NamedTuple):
@@ -39,18 +39,18 @@ class Sampling(NamedTuple):
         top_p: float | Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> "Sampling":
-        """Settings of so many rows: a number holds for all of them, a tensor is taken as it is."""
+        """Settings of so many rows: a number holds for all of them, a tensor is itself. ValueError for others."""
 
-        def of_rows(value: float | Tensor, dtype: torch.dtype) -> Tensor:
-            return value if isinstance(value, Tensor) else torch.full((rows,), value, dtype=dtype, device=device)
+        def each(name: str, value: float | Tensor, dtype: torch.dtype) -> Tensor:
+            return of_rows(f"Sampling: {name}", value, rows, dtype, device)
 
         return cls(
-            temperature=of_rows(temperature, torch.float64),
-            seed=of_rows(seed, torch.int64),
-            position=of_rows(position, torch.int64),
-            step=of_rows(step, torch.int64),
-            top_k=None if top_k is None else of_rows(top_k, torch.int64),
-            top_p=None if top_p is None else of_rows(top_p, torch.float64),
+            temperature=each("temperature", temperature, torch.float64),
+            seed=each("seed", seed, torch.int64),
+            position=each("position", position, torch.int64),
+            step=each("step", step, torch.int64),
+            top_k=None if top_k is None else each("top_k", top_k, torch.int64),
+            top_p=None if top_p is None else each("top_p", top_p, torch.float64),
         )
 
     def select(self, rows: Tensor | slice) -> "Sampling":
@@ -187,7 +187,8 @@ def _confidence(logits: Tensor, token: Tensor) -> Tensor:
     """How sure a prediction is: its probability at temperature 1. Another rule for this is a function of the same
     arguments here. Its kernel: `Record` and all that makes, merges, stores or reads one, and `combine`, in
     `tt_kernels/sampling/lang.py`; the planes in `records.py`; the launchers of the three ops that sample."""
-    return (logits.gather(-1, token.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
+    shifted = logits - logits.amax(-1, keepdim=True)  # exact near the largest, where a logarithm of sums is not
+    return shifted.gather(-1, token.unsqueeze(-1)).squeeze(-1).exp() / shifted.exp().sum(-1)
 
 
 @full_precision

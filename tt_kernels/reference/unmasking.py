@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import compute_dtype, full_precision, head_logits
+from .common import compute_dtype, full_precision, head_logits, of_rows
 from .sampling import Sampling, _narrow, _philox, sample
 
 CONFIDENCES = ("probability", "margin", "entropy", "random", "sequential")
@@ -54,13 +54,11 @@ class Strategy(NamedTuple):
     ) -> "Strategy":
         """Rules of so many rows: a value holds for all of them, a tensor is taken as it is."""
 
-        def of_rows(value: float | Tensor | None, dtype: torch.dtype) -> Tensor | None:
-            if value is None or isinstance(value, Tensor):
-                return value
-            return torch.full((rows,), value, dtype=dtype, device=device)
+        def each(name: str, value: float | Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            return None if value is None else of_rows(f"Strategy: {name}", value, rows, dtype, device)
 
         if not isinstance(confidence, Tensor):
-            names = [confidence] * rows if isinstance(confidence, str) else list(confidence)
+            names = list(confidence) if isinstance(confidence, (list, tuple)) else [confidence] * rows
             for name in names:
                 if name not in CONFIDENCES:
                     raise ValueError(f"Strategy: confidence is {name!r}, expected one of {', '.join(CONFIDENCES)}")
@@ -70,11 +68,11 @@ class Strategy(NamedTuple):
             plain = False
         return cls(
             confidence=None if plain else confidence,
-            factor=of_rows(factor, torch.float64),
-            entropy_bound=of_rows(entropy_bound, torch.float64),
-            number=of_rows(number, torch.int64),
-            tempered=None if tempered is False else of_rows(tempered, torch.bool),
-            alg_temp=of_rows(alg_temp, torch.float64),
+            factor=each("factor", factor, torch.float64),
+            entropy_bound=each("entropy_bound", entropy_bound, torch.float64),
+            number=each("number", number, torch.int64),
+            tempered=None if tempered is False else each("tempered", tempered, torch.bool),
+            alg_temp=each("alg_temp", alg_temp, torch.float64),
         )
 
     def select(self, rows: Tensor | slice) -> "Strategy":
@@ -152,17 +150,17 @@ def judge(logits: Tensor, token: Tensor, sampling: Sampling, strategy: Strategy)
         tempered = strategy.tempered & (t > 0)
         narrowed = _narrow(y, y, sampling)  # by limits at the row's temperature
         y = torch.where(tempered.unsqueeze(-1), narrowed / t.clamp(1e-30, 1e30).unsqueeze(-1), y)
-    total = y.logsumexp(-1)
     best = y.topk(min(2, y.shape[-1]), dim=-1).values
-    own = y.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-    confidence = (own - total).exp()
-    log_p = y - total.unsqueeze(-1)
+    shifted = y - best[..., :1]  # exact near the largest, where a logarithm of sums is not
+    total = shifted.exp().sum(-1)
+    confidence = shifted.gather(-1, token.unsqueeze(-1)).squeeze(-1).exp() / total
+    log_p = shifted - total.log().unsqueeze(-1)
     entropy = -torch.where(y == -math.inf, 0, log_p.exp() * log_p).sum(-1)
     entropy = torch.where(total.isfinite(), entropy, math.nan)
     score = confidence
     if strategy.confidence is not None:
         kind = strategy.confidence
-        margin = -torch.expm1(best[..., -1] - best[..., 0]) * (best[..., 0] - total).exp()
+        margin = -torch.expm1(best[..., -1] - best[..., 0]) / total
         chance = uniform(sampling.seed, sampling.position, sampling.step, RANDOM).to(confidence)
         for place, other in ((1, margin), (2, -entropy), (3, chance)):
             score = torch.where(kind == place, other, score)

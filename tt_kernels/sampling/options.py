@@ -33,7 +33,7 @@ def strategy_specs(op: str, strategy: Strategy | None, rows: str) -> dict[str, t
         return {}
     if not isinstance(strategy, Strategy):
         refuse(op, "strategy", strategy, "a Strategy or None")
-    if (kinds := strategy.confidence) is not None and looks_at(kinds) and kinds.numel():
+    if isinstance(kinds := strategy.confidence, Tensor) and looks_at(kinds) and kinds.numel():
         least, most = (bound.item() for bound in torch.aminmax(kinds))
         if not 0 <= least <= most < len(CONFIDENCES):
             refuse(op, "confidence", least if least < 0 else most, f"0 to {len(CONFIDENCES) - 1}")
@@ -46,6 +46,11 @@ def check_whole(op: str, name: str, value: object, least: int, most: int, expect
         return
     if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
         refuse(op, name, value, expected)
+
+
+def check_flag(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        refuse(op, name, value, "True or False")
 
 
 def check_cap(op: str, soft_cap: float | None) -> None:

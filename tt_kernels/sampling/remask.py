@@ -103,7 +103,8 @@ def _remask_kernel(
         if rules.shared is not None:
             terms = tl.where(filled, tl.exp(-own.to(tl.float64)), 0.0)
             total = tl.sum(terms, axis=0)
-            share = tl.where(tl.load(rules.shared + b) != 0, terms / tl.where(total > 0, total, 1.0), 1.0)
+            share = tl.where(total > 0, terms / tl.where(total > 0, total, 1.0), 0.0)  # none where a term is NaN
+            share = tl.where(tl.load(rules.shared + b) != 0, share, 1.0)
             again = again | (free & (chance < sigma * share))
         else:
             again = again | (free & (chance < sigma))
@@ -205,6 +206,8 @@ def remask(
     """
     if not isinstance(remasking, Remasking):
         refuse("remask", "remasking", remasking, "a Remasking")
+    if sampling is not None and not isinstance(sampling, Sampling):
+        refuse("remask", "sampling", sampling, "a Sampling or None")
     check(
         "remask",
         1,

@@ -17,7 +17,7 @@ from ..runtime.registry import define, takes_kernel
 from .commit import Rule, _commit, before, new_committed, settle
 from .head_sample_launch import head_records
 from .lang import Listed, combine
-from .options import check_cap, check_range, check_token, flat, specs, strategy_specs
+from .options import check_cap, check_flag, check_range, check_token, flat, specs, strategy_specs
 from .records import Rows, combine_records
 from .strategies import look_of, unmasked
 
@@ -216,9 +216,11 @@ def unmask(
                        rule.
         strategy:      `Strategy` of tensors [B]. None: the confidence is the prediction's probability at temperature 1,
                        and there are no other rules.
-        bias:          [V] float that is added to the logits; -inf: such a token is never predicted, as the mask.
+        bias:          [V] float that is added to the logits; -inf: such a token is never predicted, as the mask, while
+                       another may be.
         soft_cap:      logits are cap tanh(logits / cap), above 0; the bias comes before.
-        shift:         whether hidden state i predicts token i + 1, and the first one token 0 too.
+        shift:         whether hidden state i predicts token i + 1, and the first one token 0 too: right of a whole
+                       sequence. Of a block alone, pass the states from the token before it on, and no shift.
     Returns:
         block:      [B, L] dtype of block, in new memory.
         committed:  [B, L] bool: what changed now.
@@ -231,7 +233,8 @@ def unmask(
     Gradients: none.
     Raises: ValueError as `sample` does, and for a confidence that there is not.
     Cost: 2 M V D flops and V D itemsize bytes for M masked positions: bound by reading the head. Strategies read it
-    once, too, and sort nothing of the vocabulary; their entropy and margin take a dozen operations a logit.
+    once, too, and sort nothing of the vocabulary; their entropy and margin take a dozen operations a logit. Logits of
+    B L rows are in memory, in parts, where there are more than 64 or top_k or top_p is given, as in `head_sample`.
     Source: TwoTower (2606.26493); LLaDA (2502.09992), Dream (2508.15487), Fast-dLLM (2505.22618), EB-Sampler
     (2505.24857).
 
@@ -256,6 +259,7 @@ def unmask(
     check_range("unmask", sampling)
     check_token("unmask", "mask_token_id", mask_token_id, weight.shape[0])
     check_cap("unmask", soft_cap)
+    check_flag("unmask", "shift", shift)
     if not takes_kernel("unmask", hidden, weight, bias):
         rule: dict[str, Any] = dict(mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
         more: dict[str, Any] = dict(strategy=strategy, bias=bias, soft_cap=soft_cap, shift=shift)

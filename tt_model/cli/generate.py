@@ -74,7 +74,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     option(s, "--mode", str, "MODE", f"{', '.join(MODES[:-1])} or {MODES[-1]}", choices=MODES, default=MODES[0])
     option(s, "--max-new-tokens", int, "N", "most tokens to write", default=128)
     option(s, "--block-size", int, "N", "tokens denoised together (default: as trained)")
-    option(s, "--steps-per-block", int, "N", "most passes for a block", default=16)
+    option(s, "--steps-per-block", int, "N", "schedule and static: most passes for a block", default=16)
     option(s, "--draft-steps", int, "N", "speculative: most passes for a draft", default=1)
     threshold = "predictions more probable than this are all taken at once"
     option(s, "--confidence-threshold", float, "P", threshold, default=0.8)
