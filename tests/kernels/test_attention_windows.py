@@ -129,7 +129,7 @@ def test_a_window_has_the_splits_of_a_context_of_its_size() -> None:
 
     def grid(S: int, window: int = 0) -> tuple[int, ...]:
         dims = dict(B=1, L=1, Hq=32, Hkv=8, P=128, S=S, window=window, causal=1, shuffled=2)
-        return launches(OPS["context_attention"], torch.bfloat16, 90, dims)[0][3]
+        return launches(OPS["context_attention"], torch.float16, 90, dims)[0][3]
 
     assert grid(131072, 449) == grid(512) != grid(131072)
     assert grid(1024, 2000) == grid(1024)
@@ -163,6 +163,7 @@ def test_what_is_before_every_window_may_be_anything() -> None:
         close(rows.call(window=20, causal=True), clean)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_an_infinite_score_is_the_cap() -> None:
     q, k, v = heads(1, 3)
     q[0, 1, 0, 0], k[..., 0] = math.inf, 1.0

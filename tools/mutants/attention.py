@@ -70,7 +70,7 @@ MUTANTS = {
             "tl.maximum(start, tl.maximum(low, 0) // BLOCK_N * BLOCK_N)",
             "start",
         ),
-        ("values before every window come through", "page, n, low, end, head", "page, n, None, end, head"),
+        ("values before every window come through", "TMA, False, True)", "TMA, False, False)"),
     ],
     ("causal_attention", "attention/block_attention_kernels.py", "test_attention_windows.py"): [
         ("a token too few in a window", "rows - window + 1", "rows - window + 2"),

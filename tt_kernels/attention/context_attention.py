@@ -140,8 +140,9 @@ def context_attention(
     has bits that depend on that row, on L, the heads and P, and through the split size on the number of rows B; not on
     what the other rows hold, nor on the room in their pages. NaN and infinity in what a token sees reach it; in what it
     does not see they stay away, except for the values of later tokens of its own block where `causal` (a weight of 0
-    times NaN), and with a `window` of tokens that others of the block see. With a softcap an infinite score is that of
-    the cap. On a GPU the reference, which adds its masks, holds to that only for slots past a row's cached tokens.
+    times NaN), and with a `window` of tokens shortly before it. With a softcap an infinite score is
+    that of the cap. On a GPU the reference, which adds its masks, holds to that only for slots past a row's cached
+    tokens.
     Gradients: for q, k, v and the pages; where they are wanted the reference runs.
     Raises: ValueError for sizes, dtypes and devices that disagree, for Hkv that does not divide Hq, and in the
     reference on a CPU for a cache length below 0 or beyond the row's pages and for a page outside the pool. Elsewhere

@@ -105,7 +105,7 @@ def _context_attention_kernel(
     m = tl.full((BLOCK_M,), -float("inf"), dtype=acc)
     l = tl.zeros((BLOCK_M,), dtype=acc)
     o = tl.zeros((BLOCK_M, BLOCK_P), dtype=acc)
-    low = None
+    low = 0
     if window is not None:  # of tokens of the block: the first that the tile's first sees, and that each of them sees
         earliest = tile * BLOCK_M // R - window + 1
         begin = tl.minimum(token, L - 1) - window + 1  # [BLOCK_M]
@@ -161,22 +161,22 @@ def _context_attention_kernel(
         for n in tl.range(start, whole, BLOCK_N):
             k_tile, v_tile = cached(
                 *(k_pages, v_pages, k_desc, v_desc, page, n, low, end, head, pages, page_size),
-                *(P, BLOCK_N, BLOCK_P, TMA, True),
+                *(P, BLOCK_N, BLOCK_P, TMA, False, True),
             )
             page = pages_of(table_ptr, n + BLOCK_N, end, page_size, BLOCK_N, IN_PAGE)
             seen = (n + offs_n)[None, :] >= (length + begin)[:, None]
             m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, seen, factor, slope, scale, MASKED=True)
     for n in tl.range(whole, full, BLOCK_N):  # all of these are seen: no mask
         k_tile, v_tile = cached(
-            *(k_pages, v_pages, k_desc, v_desc, page, n, None, end, head, pages, page_size),
-            *(P, BLOCK_N, BLOCK_P, TMA, False),
+            *(k_pages, v_pages, k_desc, v_desc, page, n, low, end, head, pages, page_size),
+            *(P, BLOCK_N, BLOCK_P, TMA, False, False),
         )
         page = pages_of(table_ptr, n + BLOCK_N, end, page_size, BLOCK_N, IN_PAGE)
         m, l, o = attend(q_tile, k_tile, v_tile, m, l, o, True, factor, slope, scale, MASKED=False)
     if full < end:
         k_tile, v_tile = cached(
             *(k_pages, v_pages, k_desc, v_desc, page, full, low, end, head, pages, page_size),
-            *(P, BLOCK_N, BLOCK_P, TMA, True),
+            *(P, BLOCK_N, BLOCK_P, TMA, True, window is not None),
         )
         seen = (full + offs_n < end)[None, :]
         if window is not None:

@@ -132,8 +132,9 @@ def _context_attention(
     splits = limits.of(reach)
     in_page = page_size % launch.BLOCK_N == 0 and launch.BLOCK_N <= 64  # splits begin at multiples of 64
     cached = in_tiles(k_pages, v_pages, launch.BLOCK_N, launch.BLOCK_P, arch) if in_page else (None, None)
-    own_whole = L > launch.BLOCK_N and P <= 128  # wider ones lack the registers
+    own_whole = L > launch.BLOCK_N and P <= 128 and window is None  # others lack the registers
     own = in_tiles(k, v, launch.BLOCK_N, launch.BLOCK_P, arch) if own_whole else (None, None)
+    own_keys = triton.next_power_of_2(L) if window is None or P <= 128 else 16  # more than those spill
     m = l = partial = None
     if splits > 1:
         m, l = torch.empty(2, splits, B, L, Hq, dtype=compute_dtype(q.dtype), device=q.device)
@@ -155,7 +156,7 @@ def _context_attention(
         TMA=cached[0] is not None,
         SPLIT=splits > 1,
         # Below 64 rows four warps lie side by side along the keys, 8 each.
-        BLOCK_L=min(launch.BLOCK_N, max(16 if launch.BLOCK_M >= 64 else 32, triton.next_power_of_2(L))),
+        BLOCK_L=min(launch.BLOCK_N, max(16 if launch.BLOCK_M >= 64 else 32, own_keys)),
         BLOCK_T=triton.next_power_of_2(triton.cdiv(launch.BLOCK_M, R)) if append else 1,
         launch=launch,
     )

@@ -218,7 +218,7 @@ def cached(
     v_desc,
     page,  # of `pages_of`
     n,
-    low,  # the first token that is seen, or None
+    low,  # the first token that is seen, where LATE; what TMA brings of a page before it is the row's own
     end,
     head,
     pages,
@@ -228,9 +228,9 @@ def cached(
     BLOCK_P: tl.constexpr,
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
+    LATE: tl.constexpr,
 ):
-    """Keys and values of cached tokens n and on: [BLOCK_N, BLOCK_P]; MASKED: values are 0 below `low` and from `end`
-    on."""
+    """Keys and values of cached tokens n and on: [BLOCK_N, BLOCK_P]; MASKED: values are 0 from `end` on."""
     tokens = n + tl.arange(0, BLOCK_N)
     if TMA:
         at = page * page_size + n % page_size
@@ -238,15 +238,13 @@ def cached(
         v = v_desc.load([at, head.to(tl.int32) * P])
         if MASKED:  # slots past the end may hold NaN, which a weight of 0 does not remove
             v = tl.where((tokens < end)[:, None], v, tl.zeros_like(v))
-            if low is not None:
-                v = tl.where((tokens >= low)[:, None], v, tl.zeros_like(v))
     else:
         offs_p = tl.arange(0, BLOCK_P)
         mask = (offs_p < P)[None, :]
         if MASKED:
             mask = mask & (tokens < end)[:, None]
-            if low is not None:
-                mask = mask & (tokens >= low)[:, None]
+        if LATE:
+            mask = mask & (tokens >= low)[:, None]
         page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)  # inside the pool, as TMA does by itself
         slot = (tokens % page_size).to(tl.int64)
         k = tl.load(slots(k_pages, page, slot, head, offs_p), mask=mask, other=0.0)  # [BLOCK_N, BLOCK_P]
