@@ -113,7 +113,7 @@ def test_classes_of_a_type(model_type: str) -> None:
         for m in (model, later):
             assert error(logits(m), before) < BOUND and m.config._attn_implementation != tt.NAME
         assert set(replaced(changes)) == (
-            {"experts", "norm", "mamba"} if model_type == "nemotron_h" else {"experts", "norm"}
+            {"experts", "norm", "mamba"} if model_type == "nemotron_h" else {"experts", "router", "norm"}
         )
         assert "attn_implementation" in changes.left["attention"]
     finally:

@@ -42,6 +42,11 @@ def _activation(module: Any) -> str | None:
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K] -> [T, D]. An id of num_experts or more is of an
     expert on another device, and adds nothing. gate_up_proj is read in place, by halves."""
+    return routed(self, hidden_states, Routing(top_k_index, top_k_weights, None, None))
+
+
+def routed(self: Any, hidden_states: Tensor, routing: Routing) -> Tensor:
+    """`experts_forward` with any Routing."""
     reason = unserved(self)
     if reason:
         raise NotImplementedError(f"tt_kernels: {reason}; choose another experts_implementation")
@@ -49,4 +54,4 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     weights = ExpertWeights(up, self.down_proj, gate)
     activation = _activation(self)
     assert activation is not None  # else unserved
-    return experts(hidden_states, Routing(top_k_index, top_k_weights, None, None), weights, activation=activation)
+    return experts(hidden_states, routing, weights, activation=activation)
