@@ -134,11 +134,14 @@ OPS = (
             dict(T=140, D=16, N=40, E=1, K=1, gated=1, M=8),
             dict(T=0, D=8, N=16, E=4, K=2),
             *(dict(T=7, D=16, N=24, E=3, K=2, act=act) for act in range(2, len(ACTIVATIONS))),
+            *(dict(T=7, D=16, N=24, E=3, K=2, gated=1, act=act) for act in (2, 3)),
         ),
         shapes=(
             *(dict(T=T, D=2688, N=1856, E=128, K=6, M=3712) for T in (1, 16, 64, 128, 512, 1024, 4096)),
             # The gated form, few tokens and many: DeepSeek-V2-Lite's.
             *(dict(T=T, D=2048, N=1408, E=64, K=6, gated=1, M=2816) for T in (16, 4096)),
+            # The same with gated GELU, whose erf and exponentials are the most that an activation takes.
+            *(dict(T=T, D=2048, N=1408, E=64, K=6, gated=1, act=act) for T in (16, 4096) for act in (2, 3)),
         ),
         grows=dict(T=16384),
         outputs=("y",),

@@ -133,7 +133,7 @@ def test_the_functions_of_types() -> None:
 
 
 def test_what_is_not_served_is_left() -> None:
-    changes = tt.apply(tiny("mixtral", hidden_act="gelu", sliding_window=4, attention_dropout=0.1))
+    changes = tt.apply(tiny("mixtral", hidden_act="quick_gelu", sliding_window=4, attention_dropout=0.1))
     assert "act_fn" in changes.left["experts"] and "sliding_window is 4" in changes.left["attention"]
     changes = tt.apply(tiny("olmoe", attention_dropout=0.1))
     assert "attention_dropout is 0.1" in changes.left["attention"]

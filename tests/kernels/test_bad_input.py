@@ -142,7 +142,7 @@ BAD = [
     ("route", dict(norm_topk_prob="no"), "route: norm_topk_prob is 'no', expected True or False"),
     ("route", dict(scale=float("inf")), "route: scale is inf, expected a finite number"),
     ("route", dict(scale=None), "route: scale is None, expected a finite number"),
-    ("experts", dict(activation="gelu"), "experts: activation is 'gelu', expected 'relu2' or 'silu'"),
+    ("experts", dict(activation="tanh"), "experts: activation is 'tanh', expected 'relu2' or 'silu'"),
     ("experts", dict(x=torch.ones(5, 6).half()), "up is torch.float32, expected the dtype of x, torch.float16"),
     ("experts", dict(routing=ROUTING._replace(offsets=torch.ones(4).int())), "sorted_pairs is None, expected"),
     ("experts", dict(routing=ROUTING._replace(topk_ids=torch.zeros(5, 3).long())), "topk_weights has K=2, but"),

@@ -180,7 +180,7 @@ def experts(
         weights:    up [E, N, D], down [E, D, N], gate [E, N, D] or None: each a tensor of the dtype of x, or a Matrix.
                     Halves of one [E, 2 N, D] are read in place; what has other strides is copied at each call.
         shared:     up [M, D], down [D, M], gate [M, D] or None, or None: the expert that every token goes through.
-        activation: "relu2" (relu(h)^2) or "silu".
+        activation: "relu2" (relu(h)^2), "silu", "gelu" (by erf) or "gelu_pytorch_tanh" (its approximation).
     Returns:
         y: [T, D] dtype of x.
 

@@ -57,7 +57,12 @@ FORMATS: dict[str | None, Format] = {None: Format(lambda matrix, dtype: matrix.d
 
 # down(act(up(x))), or down(act(gate(x)) * up(x)). Kernels: `activate` in moe/lang.py.
 # Append only: cards count by position. Kernels: `activate` in moe/lang.py; models: tt_model/config.py names its own.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": lambda h: F.relu(h).square(), "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu2": lambda h: F.relu(h).square(),
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda h: F.gelu(h, approximate="tanh"),
+}
 
 
 SCORES = ("sigmoid", "softmax")  # of a router
