@@ -165,7 +165,8 @@ def experts(
     """Send each token through its K experts: y_t = sum_k topk_weights[t, k] down_e(act(up_e(x_t))), e = topk_ids[t, k].
 
     Takes what `route` returns, or a Routing of your own choice of experts. With gate weights an expert is
-    down(act(gate(x)) * up(x)). A shared expert sees every token, with weight 1.
+    down(act(gate(x)) * up(x)). A shared expert sees every token, with weight 1; one with a weight for each token, as
+    Qwen2-MoE has, is yours to compute and add.
 
     Pairs whose id is not 0 to E - 1 contribute nothing to y nor to any gradient, and the gradient of their weight is 0,
     whatever x and topk_weights hold. So experts can be spread over devices: each calls with its own E experts and with
