@@ -89,8 +89,11 @@ CANDIDATES = {
 }
 
 
-def _route_inputs(dtype, T, D, E, K, groups=1, kept=1):
+def _route_inputs(dtype, T, D, E, K, groups=1, kept=1, softmax=0, norm=1):
     wide = torch.promote_types(dtype, torch.float32)
+    if softmax:  # whose models keep the weight in their dtype
+        x, weight = torch.randn(T, D, dtype=dtype), torch.randn(E, D, dtype=dtype) * D**-0.5
+        return dict(x=x, weight=weight, top_k=K, scores="softmax", norm_topk_prob=bool(norm))
     return dict(
         x=torch.randn(T, D, dtype=dtype),
         weight=torch.randn(E, D, dtype=wide) * D**-0.5,
@@ -131,11 +134,14 @@ OPS = (
             dict(T=140, D=16, N=40, E=1, K=1, gated=1, M=8),
             dict(T=0, D=8, N=16, E=4, K=2),
             *(dict(T=7, D=16, N=24, E=3, K=2, act=act) for act in range(2, len(ACTIVATIONS))),
+            *(dict(T=7, D=16, N=24, E=3, K=2, gated=1, act=act) for act in (2, 3)),
         ),
         shapes=(
             *(dict(T=T, D=2688, N=1856, E=128, K=6, M=3712) for T in (1, 16, 64, 128, 512, 1024, 4096)),
             # The gated form, few tokens and many: DeepSeek-V2-Lite's.
             *(dict(T=T, D=2048, N=1408, E=64, K=6, gated=1, M=2816) for T in (16, 4096)),
+            # The same with gated GELU, whose erf and exponentials are the most that an activation takes.
+            *(dict(T=T, D=2048, N=1408, E=64, K=6, gated=1, act=act) for T in (16, 4096) for act in (2, 3)),
         ),
         grows=dict(T=16384),
         outputs=("y",),
@@ -183,7 +189,8 @@ OPS = (
     ),
     Op(
         fn=route,
-        when="Sigmoid routers with a bias (DeepSeek-V3, Nemotron 3). For others give `experts` your own Routing.",
+        when="Routers by sigmoids with a bias (DeepSeek-V3, Nemotron 3) or by a softmax (Mixtral, Qwen3-MoE, OLMoE). "
+        "For others give `experts` your own Routing.",
         inputs=_route_inputs,
         cases=(
             dict(T=3, D=5, E=8, K=3),
@@ -193,10 +200,15 @@ OPS = (
             dict(T=37, D=300, E=13, K=3),  # three tiles, the last one ragged, and two parts of D
             dict(T=19, D=31, E=30, K=14, groups=5, kept=2),  # two choices among zeros
             dict(T=530, D=8, E=6, K=2),  # many
+            dict(T=21, D=29, E=12, K=3, softmax=1),
+            dict(T=37, D=300, E=13, K=3, softmax=1, norm=0),  # three tiles, two parts of D
+            dict(T=530, D=8, E=6, K=2, softmax=1, norm=0),
         ),
         shapes=(
             *(dict(T=T, D=2688, E=128, K=6) for T in (1, 16, 64, 256, 512, 1024, 4096)),
             *(dict(T=T, D=7168, E=256, K=8, groups=8, kept=4) for T in (16, 4096)),  # in groups: DeepSeek-V3's
+            *(dict(T=T, D=2048, E=128, K=8, softmax=1) for T in (16, 4096)),  # Qwen3-30B-A3B's
+            *(dict(T=T, D=2048, E=64, K=8, softmax=1, norm=0) for T in (16, 4096)),  # OLMoE's
         ),
         grows=dict(T=16384),
         outputs=Routing._fields,

@@ -11,6 +11,7 @@ from .base import Arguments, Call, Peer, bare_package, kernels_run, needs, only,
 def sglang_gate(a: Arguments) -> Call:
     """Logits by cuBLAS in fp32, then their kernel. No sorted index lists, which ours makes too."""
     kernels_run(a.x, "SGLang's moe_fused_gate")
+    only(a.scores == "sigmoid", "SGLang's moe_fused_gate: with sigmoids here")
     only(a.norm_topk_prob, "SGLang's moe_fused_gate: with normalised weights here")
     for name in ("sglang", "sglang.kernels", "sglang.kernels.ops", "sglang.kernels.ops.moe"):
         bare_package(name)

@@ -138,7 +138,7 @@ def test_classes_of_a_type(model_type: str) -> None:
         for m in (model, later):
             assert error(logits(m), before) < BOUND and m.config._attn_implementation != tt.NAME
         assert set(replaced(changes)) == (
-            {"experts", "norm", "mamba"} if model_type == "nemotron_h" else {"experts", "norm"}
+            {"experts", "norm", "mamba"} if model_type == "nemotron_h" else {"experts", "router", "norm"}
         )
         assert "attn_implementation" in changes.left["attention"]
     finally:
@@ -158,7 +158,7 @@ def test_the_functions_of_types() -> None:
 
 
 def test_what_is_not_served_is_left() -> None:
-    changes = tt.apply(tiny("mixtral", hidden_act="gelu", attention_dropout=0.1))
+    changes = tt.apply(tiny("mixtral", hidden_act="quick_gelu", attention_dropout=0.1))
     assert "act_fn" in changes.left["experts"] and "attention_dropout is 0.1" in changes.left["attention"]
     model = tiny("olmoe")
     model.model.layers[1].self_attn.sinks = torch.zeros(4)  # as gpt_oss has them

@@ -56,6 +56,21 @@ def test_values_and_gradients(model_type: str, elsewhere: bool) -> None:
         assert error(got, expected) < BOUND
 
 
+GELU = ["gelu", "gelu_pytorch_tanh", torch.nn.GELU(), torch.nn.GELU(approximate="tanh")]
+
+
+@pytest.mark.parametrize("act", GELU, ids=str)
+def test_gelu(act: Any) -> None:
+    module = layer("mixtral", **(dict(hidden_act=act) if isinstance(act, str) else {}))
+    if not isinstance(act, str):
+        module.act_fn = act
+    given = inputs(module, [[0, 1], [3, 2], [0, 5]])
+    found = forward_and_gradients(module, given)
+    module.config._experts_implementation = "eager"
+    for got, expected in zip(found, forward_and_gradients(module, given), strict=True):
+        assert error(got, expected) < BOUND
+
+
 def test_weights_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     module = layer("mixtral")
     seen = []
@@ -96,7 +111,7 @@ def test_by_name(model_type: str, tmp_path: Any) -> None:
             torch.nn.Parameter(torch.zeros(6, 32, 24, dtype=torch.int8), requires_grad=False),
             r"down_proj is torch\.int8, served are torch\.bfloat16",
         ),
-        ("act_fn", torch.nn.GELU(), r"act_fn is GELU.*, served are SiLU and relu2"),
+        ("act_fn", torch.nn.Tanh(), r"act_fn is Tanh.*, served are SiLU, relu2 and GELU"),
     ],
 )
 def test_refusals(attribute: str, value: Any, reason: str) -> None:

@@ -88,7 +88,7 @@ def test_experts_that_are_elsewhere_are_not_read() -> None:
         (dict(norm_weight=torch.ones(28)), "experts_norm: norm_weight has D=28, but residual has D=29"),
         (dict(shift=None), "experts_norm: shift is None, expected shift and scale, or neither"),
         (dict(order="norm"), "experts_norm: order is 'norm', expected 'modulate_norm' or 'norm_modulate'"),
-        (dict(activation="gelu"), "experts_norm: activation is 'gelu', expected 'relu2' or 'silu'"),
+        (dict(activation="tanh"), "experts_norm: activation is 'tanh', expected 'relu2' or 'silu'"),
         (dict(eps=-1), "experts_norm: eps is -1, expected a number, 0 or more"),
     ],
 )

@@ -121,6 +121,24 @@ def test_router_choice_is_not_rounded() -> None:
     assert ids.item() == 1 and weights.dtype == torch.float32
 
 
+GELU = {
+    "gelu": lambda h: h * (1 + torch.erf(h / math.sqrt(2))) / 2,
+    "gelu_pytorch_tanh": lambda h: h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))) / 2,
+}
+
+
+@pytest.mark.parametrize("activation", GELU)
+def test_experts_with_gelu(activation: str) -> None:
+    x, up, gate, down = 3 * torch.randn(5, 4), torch.randn(2, 7, 4), torch.randn(2, 7, 4), torch.randn(2, 4, 7)
+    routing = Routing(torch.tensor([[0], [1], [1], [0], [1]]), torch.ones(5, 1))
+    for one in (None, gate):
+        y = experts(x, routing, ExpertWeights(up, down, one), activation=activation)
+        for t, e in enumerate(routing.topk_ids.flatten().tolist()):
+            h = up[e] @ x[t]
+            h = GELU[activation](h) if one is None else GELU[activation](gate[e] @ x[t]) * h
+            close(y[t], down[e] @ h)
+
+
 def test_experts_with_gate_and_repeated_ids() -> None:
     x, up, gate, down = torch.randn(3, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(2, 4, 5)
     ids, weights = torch.tensor([[1, 1], [0, 1], [1, 0]]), torch.rand(3, 2)

@@ -54,12 +54,17 @@ def planted(
     )  # fmt: skip
 
 
-def check(kwargs: dict[str, Any]) -> None:
+def of_softmax(kwargs: dict[str, Any], norm: bool) -> dict[str, Any]:
+    kept = {name: kwargs[name] for name in ("x", "weight", "top_k", "scale")}
+    return kept | dict(scores="softmax", norm_topk_prob=norm)
+
+
+def check(kwargs: dict[str, Any], rtol: float = 2e-6) -> None:
     for name, value, want in zip(
         reference.moe.Routing._fields, route(**kwargs), reference.route(**kwargs), strict=True
     ):
         if name == "topk_weights":
-            torch.testing.assert_close(value, want, rtol=2e-6, atol=1e-7, equal_nan=True)
+            torch.testing.assert_close(value, want, rtol=rtol, atol=1e-7, equal_nan=True)
         else:
             assert torch.equal(value, want), name
 
@@ -113,6 +118,19 @@ def test_neighbours_of_a_batch(by_halves: None, K: int, groups: int, size: float
     check(planted(3, 70, 130, 24, K, torch.bfloat16 if SANITIZE else HALVES, size, groups, near))
 
 
+@RUNS
+@pytest.mark.sanitize
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_neighbours_of_a_softmax(norm: bool, halves: bool) -> None:
+    """Chosen by logits, which no score's rounding blurs. By halves, logits of who is no neighbour are off by fp32's
+    rounding of numbers some 100 times as large."""
+    dtype = torch.bfloat16 if SANITIZE else HALVES
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(route_launch, "takes_halves", lambda *_: halves)
+        check(of_softmax(planted(3, 37, 130, 24, 6, dtype, 16.0, 1), norm), 1e-4 if halves else 2e-6)
+
+
 def test_the_plants_are_beyond_fp32() -> None:
     for seed in range(4):
         assert fp32_chooses_wrongly(planted(seed, 21, 130, 24, 6, torch.float32, 4.0, 1))
@@ -126,6 +144,7 @@ def test_rows_without_a_bound(by_halves: None, huge: float) -> None:
     kwargs["x"][1, 3] = huge
     kwargs["x"][2] *= huge
     check(kwargs)
+    check(of_softmax(kwargs, norm=False), 1e-4)  # as below: neighbours alone are computed anew
 
 
 @RUNS

@@ -56,6 +56,9 @@ MUTANTS = {
         ("a tile of two experts", "(within < count)", "(within <= count)"),
         ("derivative of the square without its 2", "h * h, 2 * h", "h * h, h"),
         ("derivative of sigmoid, not silu", "s * (1 + h * (1 - s))", "s * (1 - s)"),
+        ("GELU by the density at 2 h", "-0.7213475204444817 * h * h", "-2.885390081777927 * h * h"),
+        ("GELU's approximation without its cube", "h * (1 + 0.044715 * h * h)", "h"),
+        ("its derivative as of the cube's h", "(1 + 0.134145 * h * h)", "(1 + 0.044715 * h * h)"),
     ],
     ("experts", "runtime/lang.py"): [
         ("a token's last expert forgotten", "tl.static_range(K)", "tl.static_range(K - 1)"),

@@ -30,7 +30,11 @@ MUTANTS = {
         ("lengths of x forgotten", "tl.sqrt(error) * tl.sqrt(most)", "tl.sqrt(most)")
     ],
     ("route", "moe/route_backward.py", "test_kernels.py::test_matches_reference[route-T3-D5-E8-K3-torch.bfloat16]"): [
-        ("logits that nobody chose get no gradient, not one of 0 (memory that nobody wrote)", "(e < E)", "(e < 0)")
+        (
+            "logits that nobody chose get no gradient, not one of 0 (memory that nobody wrote)",
+            "rest, mask=(rows < T)[:, None] & (e < E)",
+            "rest, mask=(rows < T)[:, None] & (e < 0)",
+        )
     ],
     (
         "append_attention",

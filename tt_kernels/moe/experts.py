@@ -165,7 +165,8 @@ def experts(
     """Send each token through its K experts: y_t = sum_k topk_weights[t, k] down_e(act(up_e(x_t))), e = topk_ids[t, k].
 
     Takes what `route` returns, or a Routing of your own choice of experts. With gate weights an expert is
-    down(act(gate(x)) * up(x)). A shared expert sees every token, with weight 1.
+    down(act(gate(x)) * up(x)). A shared expert sees every token, with weight 1; one with a weight for each token, as
+    Qwen2-MoE has, is yours to compute and add.
 
     Pairs whose id is not 0 to E - 1 contribute nothing to y nor to any gradient, and the gradient of their weight is 0,
     whatever x and topk_weights hold. So experts can be spread over devices: each calls with its own E experts and with
@@ -180,7 +181,7 @@ def experts(
         weights:    up [E, N, D], down [E, D, N], gate [E, N, D] or None: each a tensor of the dtype of x, or a Matrix.
                     Halves of one [E, 2 N, D] are read in place; what has other strides is copied at each call.
         shared:     up [M, D], down [D, M], gate [M, D] or None, or None: the expert that every token goes through.
-        activation: "relu2" (relu(h)^2) or "silu".
+        activation: "relu2" (relu(h)^2), "silu", "gelu" (by erf) or "gelu_pytorch_tanh" (its approximation).
     Returns:
         y: [T, D] dtype of x.
 

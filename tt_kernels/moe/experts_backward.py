@@ -178,7 +178,7 @@ def hidden_bwd(
     R, E = (T, 1) if pairs is None else (len(pairs.order), len(pairs.offsets))
     top_k = R // T
     sizes = Sizes.of(x, rows=R, experts=E, N=N, K=D, two=matrices.gate is not None)
-    launch = hidden_launch(sizes)
+    launch = hidden_launch(sizes, activation)
     du, wh = x.new_empty(2, R, N)
     dg = None if matrices.gate is None else x.new_empty(R, N)
     n_tiles = triton.cdiv(N, launch.BLOCK_N)

@@ -63,6 +63,7 @@ class HiddenLaunch(Launch):
     SORTED: int
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None  # where ptxas would stop at fewer registers, and spill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +152,13 @@ def down_launch(s: Sizes, transposed: bool = False) -> ProductLaunch:
     return measured("_experts_down_kernel", ProductLaunch(**options), s, transposed=int(transposed))
 
 
-def hidden_launch(s: Sizes) -> HiddenLaunch:
+def hidden_launch(s: Sizes, activation: str = "relu2") -> HiddenLaunch:
     """Two accumulators of tokens by N (three with a gate): 128 by 128 in 8 warps, 64 wide with a gate. Where `_TILES`
     has 64 rows or fewer, 64: the smallest tile whose rows, the M operand, are wgmma. A tile has two loops, so no
     persistent form; three stages leave room for two programs. Rows are gathered once: two tensors by pointer would take
     70 registers more. sm_80 has no TMA, and takes 8 warps and 64 of N for what it holds in registers; with a gate half
-    of them each way and 32 of K, as 64 spill under Triton 3.6, and a stage more. Elements of 4 bytes as in
+    of them each way and 32 of K, as 64 spill under Triton 3.6, and a stage more; there the polynomials of erf spill two
+    numbers too, where ptxas stops at 128 registers. Elements of 4 bytes as in
     `product_launch`."""
     few, old = row_of(s)[0] < 128, s.architecture < 90
     crowded, wide = s.two and old, s.itemsize > 2
@@ -169,6 +171,7 @@ def hidden_launch(s: Sizes) -> HiddenLaunch:
         SORTED=int(s.N >= 64 and not old),
         num_warps=4 if few and not (old or wide) else 8,
         num_stages=4 if crowded and not wide else 3,
+        maxnreg=168 if crowded and activation == "gelu" else None,
     )
     return measured("_experts_bwd_hidden_kernel", launch, s)
 

@@ -134,6 +134,12 @@ def activate(h, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu2":
         h = tl.maximum(h, 0, propagate_nan=tl.PropagateNan.ALL)
         a, da = h * h, 2 * h
+    elif ACTIVATION == "gelu":
+        p = 0.5 + 0.5 * tl.erf(0.7071067811865476 * h)  # of a normal number below h
+        a, da = h * p, p + h * (0.3989422804014327 * tl.exp2(-0.7213475204444817 * h * h))
+    elif ACTIVATION == "gelu_pytorch_tanh":
+        s = sigmoid(1.5957691216057308 * h * (1 + 0.044715 * h * h))  # (1 + tanh(u)) / 2 is sigmoid(2 u)
+        a, da = h * s, s + h * (s * (1 - s)) * (1.5957691216057308 * (1 + 0.134145 * h * h))
     else:
         tl.static_assert(ACTIVATION == "silu", "an activation without a kernel")
         s = sigmoid(h)

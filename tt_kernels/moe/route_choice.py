@@ -1,9 +1,12 @@
-"""Inside the router's kernels: the choice of a tile of tokens, and the places of its pairs in the sorted lists.
+"""Inside the router's kernels: the choice of a tile of tokens.
 
 Scores of a tile lie in BLOCK_P columns, BLOCK_N (a power of two) for each group of experts: column g * BLOCK_N + n is
 expert g * (E / GROUPS) + n, so that columns ascend as experts do. A tile of R tokens has the shape [R, H, C], C at most
 128 and H * C = BLOCK_P: a warp loads 128 scores of fp32 at a time, 16 bytes a lane, so that a token's lie in one warp
 (if two held them, they would meet at a barrier in every round of the choice).
+
+Scores that are chosen by are sigmoids and a bias, or, where CHOICE.SOFTMAX, the logits themselves: a softmax is in
+their order.
 
 The choice is made twice at most. First in fp32, where a round is one instruction of a warp: with it comes a bound of
 what its scores are off by, and a token whose best TOP_K + 1 all lie further apart than that is chosen for. If any of
@@ -24,6 +27,7 @@ _NONE = tl.constexpr(2**31 - 1)  # also the key of NaN in 32 bits
 # What an fp32 score plus bias is off by, besides what its logit is: with exp2 and a division that are off by 2^-22 of
 # their results, and a logit's product with log2(e), a score is off by 2^-21.2 at most.
 _SCORE = tl.constexpr(2.0**-20 + 2.0**-22)
+_LEAST = tl.constexpr(2.0**-120)  # what parts of a logit below the smallest numbers add up to
 _PART = tl.constexpr(2.0**-26)  # of a logit's parts, each rounded and added: a quarter of 2^-24 for each
 _SUM = tl.constexpr(2.0**-23)  # of a sum with a bias, which may come from fp64
 
@@ -50,7 +54,11 @@ def expert_of(p, E, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):
 def bias_of(bias_ptr, E, CHOICE: tl.constexpr):
     """The bias of each column: [H, C]."""
     expert, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
-    return tl.load(bias_ptr + expert, mask=real, other=0.0)
+    if CHOICE.SOFTMAX:
+        bias = tl.zeros(expert.shape, dtype=tl.float32)
+    else:
+        bias = tl.load(bias_ptr + expert, mask=real, other=0.0)
+    return bias
 
 
 @triton.jit
@@ -184,7 +192,10 @@ def within_groups(biased, GROUPS: tl.constexpr, TOPK_GROUP: tl.constexpr, BLOCK_
 def chosen_of(logits, bias_ptr, E, CHOICE: tl.constexpr):
     """The rounds that take experts with these logits [R, H, C] of fp64, their biased scores, and where those stay."""
     _, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
-    biased = sigmoid64(logits) + bias_of(bias_ptr, E, CHOICE).to(tl.float64)[None, :, :]
+    if CHOICE.SOFTMAX:
+        biased = tl.where(logits == 0, 0.0, logits)  # -0 is no less than 0
+    else:
+        biased = sigmoid64(logits) + bias_of(bias_ptr, E, CHOICE).to(tl.float64)[None, :, :]
     stays = tl.broadcast_to(real[None, :, :], biased.shape)
     if CHOICE.GROUPS > 1:
         masked = tl.where(real[None, :, :], biased, -float("inf"))
@@ -243,12 +254,22 @@ def exact_logits(logits, wanted, x_ptr, weight_ptr, stride_x, stride_w, tile, D,
 
 
 @triton.jit
+def rest_of(logits, taken, E, CHOICE: tl.constexpr):
+    """The sum over the experts that a token does not go to, of exp(logit - the largest): [R]."""
+    _, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
+    top = largest(tl.where(taken >= 0, logits, -float("inf")))
+    terms = tl.where((taken < 0) & real[None, :, :], tl.exp(logits - top[:, None, None]), 0.0)
+    return tl.sum(tl.sum(terms, axis=1), axis=1)
+
+
+@triton.jit
 def choose_again(
-    given, quick, quick_biased, doubted, doubted_group, margin, tile, rows, found_ptr, T, E, CHOICE: tl.constexpr,
-    SPLITS: tl.constexpr, SPLIT: tl.constexpr,
+    given, quick, quick_biased, doubted, doubted_group, margin, tile, rows, found_ptr, rest_ptr, T, E,
+    CHOICE: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The choice of a tile in fp64: the rounds that take experts [R, H, C]. Their logits are written to found_ptr
-    [T, K]: as results of a branch that nearly nobody takes, they would be in its layout for all."""
+    [T, K], and where it is wanted `rest_of` to the first of each row of rest_ptr [T, K]: as results of a branch that
+    nearly nobody takes, they would be in its layout for all."""
     _, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
     logits, _ = logits_of(given.exact, rows, T, E, CHOICE, SPLITS, tl.float64)
     if SPLIT:
@@ -266,6 +287,9 @@ def choose_again(
     for n in range(CHOICE.TOP_K):
         one = tl.sum(tl.sum(tl.where(taken == n, logits, 0.0), axis=1), axis=1)
         tl.store(found_ptr + rows * CHOICE.TOP_K + n, one, mask=rows < T)
+    if CHOICE.SOFTMAX and not CHOICE.NORM:
+        rest = rest_of(logits, taken, E, CHOICE).to(rest_ptr.dtype.element_ty)
+        tl.store(rest_ptr + rows * CHOICE.TOP_K, rest, mask=rows < T)
     tl.debug_barrier()  # other threads read them
     return taken
 
@@ -293,13 +317,17 @@ def choose(
     [H, C]: which tokens of the tile chose the column, a bit for each."""
     _, real = columns(E, CHOICE.GROUPS, CHOICE.BLOCK_N, CHOICE.BLOCK_P)
     quick, size = logits_of(given.rounded, rows, T, E, CHOICE, SPLITS, tl.float32)
-    biased = 1 / (1 + tl.exp(-quick)) + bias.to(tl.float32)[None, :, :]
-    biased = tl.where(real[None, :, :], biased, -float("inf"))
-    # The sigmoid's slope is 1/4 at most. Numbers from 0 on are ordered as their bits.
-    off = size * ((SPLITS + 1) * _PART) + tl.abs(biased) * _SUM
+    if CHOICE.SOFTMAX:
+        biased = tl.where(real[None, :, :], quick, -float("inf"))
+        off = size * ((SPLITS + 1) * 4 * _PART)
+    else:
+        biased = 1 / (1 + tl.exp(-quick)) + bias.to(tl.float32)[None, :, :]
+        biased = tl.where(real[None, :, :], biased, -float("inf"))
+        # The sigmoid's slope is 1/4 at most. Numbers from 0 on are ordered as their bits.
+        off = size * ((SPLITS + 1) * _PART) + tl.abs(biased) * _SUM
     off = tl.where(tl.abs(biased) < float("inf"), off, 0.0)
     off = largest(off.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    margin = 2 * (off + (0.25 * error + _SCORE))
+    margin = 2 * (off + (error + _LEAST)) if CHOICE.SOFTMAX else 2 * (off + (0.25 * error + _SCORE))
     certain = margin < float("inf")
     if CHOICE.GROUPS > 1:
         biased, certain = quick_groups(biased, margin, CHOICE.GROUPS, CHOICE.TOPK_GROUP, CHOICE.BLOCK_N)
@@ -310,7 +338,7 @@ def choose(
     again = tl.max(doubted.to(tl.int32), axis=0) > 0
     if again:
         operands = given, taken, biased, doubted, doubted & ~certain_group, margin, tile, rows, out.chosen
-        taken = choose_again(*operands, T, E, CHOICE, SPLITS, SPLIT)
+        taken = choose_again(*operands, out.topk_weights, T, E, CHOICE, SPLITS, SPLIT)
     k = tl.arange(0, CHOICE.BLOCK_K)[None, :]
     column = columns_of(taken, CHOICE)
     paired = (k < CHOICE.TOP_K) & (rows < T)[:, None]
@@ -322,11 +350,25 @@ def choose(
         logits += tl.load(ptrs + s * T * E, mask=paired, other=0.0, cache_modifier=".cg").to(tl.float64)
     if again:  # some may be computed anew
         logits = tl.load(out.chosen + pair, mask=paired, other=0.0)
-    scores = sigmoid64(logits)
-    weights = scores * CHOICE.SCALE
-    if CHOICE.NORM:
-        total = tl.sum(tl.where(k < CHOICE.TOP_K, scores, 0.0), axis=1)
-        weights *= (1 / (total + 1e-20))[:, None]
+    if CHOICE.SOFTMAX:
+        logits = tl.where(k < CHOICE.TOP_K, logits, -float("inf"))
+        scores = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+        total = tl.sum(scores, axis=1)
+        if not CHOICE.NORM:
+            every, _ = logits_of(given.exact, rows, T, E, CHOICE, SPLITS, tl.float64)
+            rest = rest_of(every, taken, E, CHOICE)
+            if again:
+                rest = tl.load(out.topk_weights + rows * CHOICE.TOP_K, mask=rows < T, other=0.0).to(tl.float64)
+                tl.debug_barrier()  # other threads store weights there
+            total += rest
+        scores /= total[:, None]
+        weights = scores * CHOICE.SCALE
+    else:
+        scores = sigmoid64(logits)
+        weights = scores * CHOICE.SCALE
+        if CHOICE.NORM:
+            total = tl.sum(tl.where(k < CHOICE.TOP_K, scores, 0.0), axis=1)
+            weights *= (1 / (total + 1e-20))[:, None]
     tl.store(out.topk_ids + pair, expert.to(tl.int64), mask=paired)
     tl.store(out.topk_weights + pair, weights.to(out.topk_weights.dtype.element_ty), mask=paired)
     tl.store(out.chosen + pair, scores, mask=paired)
@@ -345,25 +387,3 @@ def columns_of(taken, CHOICE: tl.constexpr):
     for n in range(CHOICE.TOP_K):
         found = tl.where(k == n, largest(tl.where(taken == n, p, 0))[:, None], found)
     return found
-
-
-@triton.jit
-def ones(bits):
-    """How many of the lowest 16 bits are set."""
-    bits -= (bits >> 1) & 0x5555
-    bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
-    bits = (bits + (bits >> 4)) & 0x0F0F
-    return (bits + (bits >> 8)) & 0x1F
-
-
-@triton.jit
-def at_columns(values, column):
-    """[R, BLOCK_K] from values [H, C]."""
-    flat = tl.reshape(values, (values.shape[0] * values.shape[1],))
-    return tl.reshape(tl.gather(flat, tl.reshape(column, (column.shape[0] * column.shape[1],)), axis=0), column.shape)
-
-
-@triton.jit
-def before(bits, R: tl.constexpr):
-    """Of each row's bits [R, BLOCK_K] those of the tokens before it."""
-    return ones(bits & ((1 << tl.arange(0, R)) - 1)[:, None])

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..runtime.lang import programmatic_launch
 from ..runtime.launch import INTERPRET
-from .route_choice import at_columns, before, bias_of, choose, columns, ones
+from .route_choice import bias_of, choose, columns
 
 _INTERPRET = tl.constexpr(INTERPRET)
 
@@ -93,6 +93,28 @@ def _sort_pairs(
     at = tl.where(mask_pair, pair // (BLOCK_T * TOP_K) * BLOCK_E + expert, 0)
     place = tl.gather(tl.reshape(first, (BLOCK_TILES * BLOCK_E,)), at, axis=0) + rank
     tl.store(out.sorted_pairs + place, pair.to(tl.int64), mask=mask_pair)
+
+
+@triton.jit
+def ones(bits):
+    """How many of the lowest 16 bits are set."""
+    bits -= (bits >> 1) & 0x5555
+    bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
+    bits = (bits + (bits >> 4)) & 0x0F0F
+    return (bits + (bits >> 8)) & 0x1F
+
+
+@triton.jit
+def at_columns(values, column):
+    """[R, BLOCK_K] from values [H, C]."""
+    flat = tl.reshape(values, (values.shape[0] * values.shape[1],))
+    return tl.reshape(tl.gather(flat, tl.reshape(column, (column.shape[0] * column.shape[1],)), axis=0), column.shape)
+
+
+@triton.jit
+def before(bits, R: tl.constexpr):
+    """Of each row's bits [R, BLOCK_K] those of the tokens before it."""
+    return ones(bits & ((1 << tl.arange(0, R)) - 1)[:, None])
 
 
 @triton.jit

@@ -58,7 +58,7 @@ class Outputs(NamedTuple):
     topk_weights: Tensor  # [T, K]
     sorted_pairs: Tensor  # [T * K] int64
     offsets: Tensor  # [E] int32
-    chosen: Tensor  # [T, K] fp64
+    chosen: Tensor  # [T, K] fp64: sigmoids, or of a softmax the weights before scale
 
 
 class Given(NamedTuple):
@@ -66,7 +66,7 @@ class Given(NamedTuple):
 
     x: Tensor  # [T, D]
     weight: Tensor  # [E, D]
-    bias: Tensor  # [E]
+    bias: Tensor  # [E], of a softmax any
     exact: Tensor  # [SPLITS, T, E]: parts of the logits, fp64 where they are sums of that, else as they are
     rounded: Tensor  # the same in fp32
     squares: Tensor  # [SPLITS, T + E] fp32: sums of squares of x and of weight, empty where logits are fp64
@@ -81,6 +81,7 @@ class Choice(NamedTuple):
     TOP_K: int
     GROUPS: int
     TOPK_GROUP: int
+    SOFTMAX: bool
     NORM: bool
     SCALE: float
     BLOCK_N: int  # columns of a group of experts
@@ -89,25 +90,26 @@ class Choice(NamedTuple):
 
 
 def _route_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor, K: int, groups: int, kept: int, norm: bool, scale: float
-) -> Outputs:
-    out = _route_fwd_fake(x, weight, bias, K, groups, kept, norm, scale)
+    x: Tensor, weight: Tensor, bias: Tensor | None, K: int, scores: str, groups: int, kept: int, norm: bool,
+    scale: float,
+) -> Outputs:  # fmt: skip
+    out = _route_fwd_fake(x, weight, bias, K, scores, groups, kept, norm, scale)
     T, E = len(x), len(weight)
     if not T:
         out.offsets.zero_()
         return out
     block_n = triton.next_power_of_2(E // groups)
     block_p = block_n * triton.next_power_of_2(groups)
-    choice = Choice(K, groups, kept, norm, scale, block_n, block_p, triton.next_power_of_2(K))
+    choice = Choice(K, groups, kept, scores == "softmax", norm, scale, block_n, block_p, triton.next_power_of_2(K))
     x, weight = (t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in (x, weight))
     few = is_few(T, K, block_p)
     by_halves = takes_halves(x.dtype, weight.dtype, few, architecture(x))
     launcher = route_few if few and not by_halves else route_many
-    launcher(x, weight, bias.contiguous(), choice, out, by_halves)
+    launcher(x, weight, weight if bias is None else bias.contiguous(), choice, out, by_halves)
     return out
 
 
-def _route_fwd_fake(x, weight, bias, K, groups, kept, norm, scale):
+def _route_fwd_fake(x, weight, bias, K, scores, groups, kept, norm, scale):
     T, E = x.shape[0], weight.shape[0]
     return Outputs(
         topk_ids=x.new_empty(T, K, dtype=torch.int64),
@@ -155,18 +157,19 @@ def _listing(T: int, K: int, columns: int, rows: int) -> dict[str, int]:
     return dict(LISTS=1, BLOCK_TILES=triton.next_power_of_2(tiles), BLOCK_PAIRS=triton.next_power_of_2(T * K))
 
 
-def route_few_launch(T: int, E: int, D: int, *, columns: int) -> FewLaunch:
+def route_few_launch(T: int, E: int, D: int, *, columns: int, wide: bool = True) -> FewLaunch:
     """Tiles of 16 experts, as many as a tensor core takes: wider ones read and widen x less often, but leave half of a
     GPU idle up to 256 tokens. D is split until there are two programs for each multiprocessor of a large GPU, about
     256, in 8 parts at most: the program that adds them reads 4 bytes for each score of each part. Few counts of parts,
     as each is a kernel of its own, and none that leaves programs without columns: 2688 are 6 times 512, 6 parts. Who
-    has 512 columns or less loads them all at once; who has more takes half as many at a time."""
+    has 512 columns or less loads them all at once; who has more takes half as many at a time. wide: weight has more
+    than 16 bits; from those Triton widens it by more registers, 220 where they are loaded at once."""
     rows = tile_rows(T, columns)
     programs = triton.cdiv(T, rows) * triton.cdiv(E, 16)
     turns = max(triton.cdiv(D, 512), 1)
     most = next(splits for splits in (8, 6, 4, 2, 1) if splits == 1 or splits * programs <= 256)
     splits = triton.cdiv(turns, triton.cdiv(turns, most))
-    once = dict(BLOCK_D=64, num_stages=1)
+    once = dict(BLOCK_D=64, num_stages=1, maxnreg=200 if wide else 240)
     # Two programs a multiprocessor. The choice of more than 128 experts spills with so few registers.
     loop = dict(BLOCK_D=32, num_stages=3, maxnreg=128 if columns <= 128 else 200)
     return FewLaunch(BLOCK_T=rows, BLOCK_E=16, SPLITS=splits, **(once if splits == turns else loop))
@@ -176,7 +179,7 @@ def route_few(x: Tensor, weight: Tensor, bias: Tensor, choice: Choice, out: Outp
     """16 tokens, E=128, D=2688: 1.5 MB read, 45 MFLOP of fp64. Latency bounds it: a launch, the first reads, a ticket,
     and K rounds of a maximum."""
     (T, D), E, K = x.shape, len(weight), choice.TOP_K
-    default = route_few_launch(T, E, D, columns=choice.BLOCK_P)
+    default = route_few_launch(T, E, D, columns=choice.BLOCK_P, wide=weight.element_size() > 2)
     launch = tuned("_route_few_kernel", default, architecture(x), T=triton.next_power_of_2(T), E=E, D=D)
     tiles = triton.cdiv(T, launch.BLOCK_T)
     counts = x.new_empty(tiles, E, dtype=torch.int32)

@@ -57,35 +57,55 @@ FORMATS: dict[str | None, Format] = {None: Format(lambda matrix, dtype: matrix.d
 
 # down(act(up(x))), or down(act(gate(x)) * up(x)). Kernels: `activate` in moe/lang.py.
 # Append only: cards count by position. Kernels: `activate` in moe/lang.py; models: tt_model/config.py names its own.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": lambda h: F.relu(h).square(), "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu2": lambda h: F.relu(h).square(),
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda h: F.gelu(h, approximate="tanh"),
+}
+
+
+SCORES = ("sigmoid", "softmax")  # of a router
 
 
 @full_precision
 def route(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None = None,
     *,
     top_k: int,
+    scores: str = "sigmoid",
     n_group: int = 1,
     topk_group: int = 1,
     norm_topk_prob: bool = True,
     scale: float = 1.0,
 ) -> Routing:
-    scores = F.linear(x.double(), weight.double()).sigmoid()  # [T, E]
-    biased = scores.detach() + bias  # fp64
+    logits = F.linear(x.double(), weight.double())  # [T, E]
+    if scores == "softmax":
+        ids = _best(logits.detach(), top_k)
+        chosen = logits.gather(1, ids).softmax(-1) if norm_topk_prob else logits.softmax(-1).gather(1, ids)
+        weights = cast(chosen if scale == 1 else chosen * scale, compute_dtype(x.dtype))
+        return Routing(ids, weights, *_sorted_pairs(ids, len(weight)))
+    assert bias is not None, "sigmoids have a bias"
+    every = logits.sigmoid()
+    biased = every.detach() + bias  # fp64
     if n_group > 1:
         grouped = biased.unflatten(1, (n_group, -1))
         rank = grouped.topk(2, dim=-1).values.sum(-1)  # [T, n_group]
         kept = torch.zeros_like(rank, dtype=torch.bool)
         kept.scatter_(1, rank.sort(dim=1, descending=True, stable=True).indices[:, :topk_group], True)
         biased = torch.where(kept.unsqueeze(-1) | (grouped == -torch.inf), grouped, 0).flatten(1)
-    ids = biased.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()  # ties: the lower expert
-    weights = scores.gather(1, ids)
+    ids = _best(biased, top_k)
+    weights = every.gather(1, ids)
     if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     weights = cast(weights if scale == 1 else weights * scale, compute_dtype(x.dtype))
     return Routing(ids, weights, *_sorted_pairs(ids, len(weight)))
+
+
+def _best(scores: Tensor, top_k: int) -> Tensor:
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()  # ties: the lower expert
 
 
 def sort_pairs(topk_ids: Tensor, E: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from .attention import attention_forward, mask
+from .blocks import BLOCKS, block_forward
+from .blocks import unserved as unserved_block
 from .changes import Changes
 from .experts import experts_forward
 from .experts import unserved as unserved_experts
@@ -28,6 +30,7 @@ TYPES = (
     *("mixtral", "qwen3_moe", "olmoe"),
 )
 _FOLDER = "transformers.models"
+_HEARD = "theirs where router logits are asked for, or a hook listens to a router"
 _NO_BACKWARD = "no backward kernel: theirs run where gradients are wanted on a GPU"
 
 
@@ -50,6 +53,7 @@ def apply(
     model: Any,
     *,
     experts: bool = True,
+    router: bool = True,
     attention: bool = True,
     mamba: bool = True,
     norm: bool = True,
@@ -60,7 +64,9 @@ def apply(
     Args:
         model:     any PreTrainedModel. Mixers and norms are replaced in models of TYPES and in the published TwoTower's
                    remote code.
-        experts:   the routed experts. Routers and shared experts stay theirs.
+        experts:   the routed experts. Shared experts stay theirs.
+        router:    with the experts, routers that are a linear and a softmax (mixtral, qwen3_moe, olmoe,
+                   granitemoehybrid): they choose by exact logits, which theirs round to the model's dtype.
         attention: needs a mask of ours, and sets both.
         mamba:     convolution and scan of Mamba-2 mixers, in all models of the type: theirs are functions of a module.
         norm:      RMS norms, plain and gated.
@@ -76,7 +82,7 @@ def apply(
     if two_towers:
         apply_two_tower(changes, model, experts=experts, attention=attention, mamba=mamba)
     if experts and not two_towers:
-        _experts(changes, model)
+        _experts(changes, model, router)
     if attention and not two_towers:
         _attention(changes, model)
     if mamba and not two_towers:
@@ -104,6 +110,7 @@ def apply_to(model_type: str) -> Callable[..., Changes]:
         model: Any = None,
         *,
         experts: bool = True,
+        router: bool = True,
         attention: bool = True,
         mamba: bool = True,
         norm: bool = True,
@@ -115,7 +122,8 @@ def apply_to(model_type: str) -> Callable[..., Changes]:
             found = model.config.model_type
             if found != model_type:
                 raise ValueError(f"{function.__name__}: model is of type {found!r}, expected {model_type!r}")
-            return apply(model, experts=experts, attention=attention, mamba=mamba, norm=norm, loss=loss)
+            parts = dict(experts=experts, router=router, attention=attention, mamba=mamba, norm=norm, loss=loss)
+            return apply(model, **parts)
         register()
         changes = Changes()
         module = importlib.import_module(f"{_FOLDER}.{model_type}.modeling_{model_type}")
@@ -124,6 +132,10 @@ def apply_to(model_type: str) -> Callable[..., Changes]:
             if experts and hasattr(cls, "_apply_gate"):
                 changes.share(cls, "forward", lambda theirs: experts_forward)
                 changes.replaced.append(f"experts: {cls.__name__}")
+            if experts and router and _has_router(cls):
+                changes.share(cls, "forward", block_forward)
+                changes.replaced.append(f"router: {cls.__name__}")
+                changes.left["routers"] = _HEARD
             if norm and (ours := _norm_forward(cls)):
                 changes.share(cls, "forward", partial(_where_served, ours))
                 changes.replaced.append(f"norm: {cls.__name__}")
@@ -139,7 +151,7 @@ def apply_to(model_type: str) -> Callable[..., Changes]:
     return function
 
 
-def _experts(changes: Changes, model: Any) -> None:
+def _experts(changes: Changes, model: Any, router: bool) -> None:
     found = [m for m in model.modules() if hasattr(m, "_apply_gate")]  # what use_experts_implementation decorates
     if not found:
         return
@@ -151,7 +163,31 @@ def _experts(changes: Changes, model: Any) -> None:
     model.set_experts_implementation(NAME)
     changes.call_back(lambda: model.set_experts_implementation(before))
     changes.replaced.append(f"experts: {len(found)} {type(found[0]).__name__}")
-    changes.left["routers, shared experts"] = "they lie outside of what an experts implementation is given"
+    if not (router and _routers(changes, model)):
+        changes.left["routers, shared experts"] = "they lie outside of what an experts implementation is given"
+
+
+def _has_router(cls: type) -> bool:
+    return cls.__name__ in BLOCKS and cls.__module__ in _modules_of_types()
+
+
+def _routers(changes: Changes, model: Any) -> bool:
+    """Replace what blocks of BLOCKS do; whether there were any."""
+    found = [m for m in model.modules() if _has_router(type(m))]
+    if not found:
+        return False
+    name = type(found[0]).__name__
+    taken = next((m for m in found if "forward" in vars(m)), None)
+    reason = "its forward is another's already (a hook, or other kernels)" if taken is not None else None
+    reason = reason or next(filter(None, map(unserved_block, found)), None)
+    if reason:
+        changes.left[f"router: {name}"] = reason
+        return True
+    for module in found:
+        changes.swap(module, "forward", MethodType(block_forward(type(module).forward, NAME), module))
+    changes.replaced.append(f"router: {len(found)} {name}")
+    changes.left["routers"] = _HEARD
+    return True
 
 
 def _attention(changes: Changes, model: Any) -> None:
@@ -191,9 +227,13 @@ def _mamba(changes: Changes, module: ModuleType) -> None:
     changes.left["convolution and scan in training on a GPU"] = _NO_BACKWARD
 
 
+def _modules_of_types() -> set[str]:
+    return {f"{_FOLDER}.{t}.modeling_{t}" for t in TYPES}
+
+
 def _norm_forward(cls: type, anywhere: bool = False) -> Callable | None:
     """Ours for a class of norms of TYPES, or of that name in any module."""
-    if not anywhere and cls.__module__ not in {f"{_FOLDER}.{t}.modeling_{t}" for t in TYPES}:
+    if not anywhere and cls.__module__ not in _modules_of_types():
         return None
     return next((forward for end, forward in FORWARD.items() if cls.__name__.endswith(end)), None)
 
