@@ -25,7 +25,6 @@ MUTANTS = {
     ],
     ("route", "moe/route_choice.py", "test_route_bounds.py::test_neighbours_of_a_softmax"): [
         ("logits taken for exact", "2 * (off + (error + _LEAST))", "2 * _LEAST"),
-        ("scores of sigmoids in fp64", "biased = tl.where(logits == 0, 0.0, logits)", "biased = sigmoid64(logits)"),
     ],
     ("route", "moe/route_choice.py", "test_route_bounds.py::test_neighbours_are_told_apart_by_halves"): [
         ("a group's neighbours not computed anew", "wanted = doubted_group[:, None, None] &", "wanted = (tile < 0) &"),
