@@ -61,7 +61,8 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, 
         nobody = ~seen.any(1)[..., None, None]  # [B or 1, S, 1, 1]
         k, v = k.masked_fill(nobody, 0), v.masked_fill(nobody, 0)
     weights = _scores(q, k, seen, scale, softcap).softmax(-1)
-    return torch.einsum("bgrls,bsgp->blgrp", weights, v.to(weights.dtype)).flatten(2, 3).to(q.dtype)
+    rounded = weights.to(q.dtype).to(weights.dtype)  # as PyTorch's attention rounds them
+    return torch.einsum("bgrls,bsgp->blgrp", rounded, v.to(weights.dtype)).flatten(2, 3).to(q.dtype)
 
 
 def _log_sums(
