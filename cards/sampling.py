@@ -94,17 +94,22 @@ def warmer(sampling: Sampling) -> Sampling:
     return sampling._replace(temperature=2 * sampling.temperature)
 
 
+def ending_of(dtype, V: int) -> dict[str, object]:
+    """What comes after a head's product, and Dream's place of the logits."""
+    bias = torch.randn(V).index_fill(0, torch.tensor([0, V // 2]), -torch.inf)
+    return dict(bias=bias.to(dtype), soft_cap=8.0, shift=True)
+
+
 def _unmask_inputs(dtype, B, L, D, V, rules=0, ending=0, **rest):
     inputs = head_inputs(dtype, B, D, V, **rest)
     del inputs["suppress"]
     more = dict(strategy=strategies(B, rules), sampling=warmer(inputs["sampling"])) if rules else {}
     if ending:
-        bias = torch.randn(V).index_fill(0, torch.tensor([0, V // 2]), -torch.inf)
-        more |= dict(bias=bias.to(dtype), soft_cap=8.0, shift=True)
+        more |= ending_of(dtype, V)
     return inputs | dict(hidden=torch.randn(B, L, D, dtype=dtype), **commit_inputs(B, L, V)) | more
 
 
-def _unmask_logits_inputs(dtype, B, L, V, rules=0, shift=0, **rest):
+def _unmask_logits_inputs(dtype, B, L, V, rules=0, shift=0, ending=0, **rest):
     """rules: as `strategies`; from 3 on those of a program, of rows of temperature 0."""
     logits = 3 * torch.randn(B, L, V, dtype=dtype)
     rule = commit_inputs(B, L, V) | dict(strategy=strategies(B, rules), shift=bool(shift))
@@ -112,6 +117,8 @@ def _unmask_logits_inputs(dtype, B, L, V, rules=0, shift=0, **rest):
         rest["hot"] = 0
         rule["threshold"] = rule["threshold"] if rules == 4 else None
         rule["steps_left"] = rule["steps_left"] if rules == 3 else None
+    if ending:
+        rule |= ending_of(dtype, V)
     return dict(logits=logits, sampling=warmer(sampling(B, V, **rest)), **rule)
 
 
@@ -246,6 +253,7 @@ OPS = (
             *(dict(B=B, L=L, **_HEAD) for B, L in ((1, 16), (4, 16), (8, 16), (64, 16), (1, 128))),
             dict(B=4, L=16, **_HEAD, narrow=1),
             *(dict(B=B, L=16, **_HEAD, rules=1) for B in (1, 4)),
+            dict(B=4, L=16, **_HEAD, rules=1, ending=1),
         ),
         grows=dict(B=64, L=64),
         outputs=("block", "committed", "confidence", "masked"),
@@ -262,6 +270,8 @@ OPS = (
             dict(B=4, L=5, V=37, rules=2),
             dict(B=6, L=7, V=29, rules=1, shift=1),
             dict(B=6, L=5, V=300, rules=1, narrow=1, shift=1),
+            dict(B=6, L=5, V=29, rules=1, ending=1),
+            dict(B=6, L=4, V=300, rules=1, ending=1, narrow=1),
             dict(B=2, L=16, V=11, hot=0),
             dict(B=5, L=3, V=5003, rules=1),
             dict(B=2, L=520, V=5, rules=1),
@@ -271,10 +281,13 @@ OPS = (
         shapes=(  # as LLaDA's
             dict(B=4, L=32, V=126464, rules=2, hot=0),
             *(dict(B=4, L=32, V=126464, rules=rules) for rules in (1, 3, 4, 5, 6)),
+            dict(B=4, L=32, V=126464, rules=1, ending=1),
+            dict(B=4, L=32, V=126464, rules=1, shift=1, narrow=1),
+            dict(B=4, L=32, V=126464, rules=1, ending=1, narrow=1),
         ),
         grows=dict(B=64, L=64),
         outputs=("block", "committed", "confidence", "masked"),
-        kernels=("_masked_rows_kernel", "_sample_kernel", *_STRATEGY_KERNELS),
+        kernels=("_masked_rows_kernel", "_finished_kernel", "_limits_kernel", "_sample_kernel", *_STRATEGY_KERNELS),
         cost=lambda itemsize, B, L, V, **_: (40 * B * L * V, B * L * V * itemsize),
     ),
     Op(

@@ -300,6 +300,11 @@ BAD = [
         dict(strategy=Strategy(confidence=torch.full((4,), 5))),
         "unmask_logits: confidence is 5, expected 0 to 4",
     ),
+    ("unmask_logits", dict(soft_cap=0), "unmask_logits: soft_cap is 0, expected a number above 0, or None"),
+    ("unmask_logits", dict(soft_cap=-2.0), "unmask_logits: soft_cap is -2.0, expected a number above 0, or None"),
+    ("unmask_logits", dict(bias=torch.ones(36)), "unmask_logits: bias has V=36, but logits has V=37"),
+    ("unmask_logits", dict(bias=torch.ones(37).long()), "bias is torch.int64, expected a tensor of floats"),
+    ("unmask_logits", dict(bias=torch.ones(37, device="meta")), "unmask_logits: bias is on meta, but logits is on"),
     ("unmask_logits", dict(logits=torch.ones(4, 5)), "unmask_logits: logits is [4, 5], expected [B, L, V]"),
     (
         "unmask_logits",

@@ -2,6 +2,8 @@
 
 LOOKED_AT = "test_strategies.py::test_second_best_and_entropy_from_tiles_and_parts"
 HEADS = "test_strategies.py::test_heads_places_and_limits_of_mixed_rows"
+FINISHED = "test_strategies_rows.py::test_kernels_finish_logits_as_the_reference"
+ONE_PLACE = "test_strategies_rows.py::test_blocks_of_one_position_have_no_place_before"
 DRAWN = "test_strategies_drawn.py::test_the_kernels_draw_as_the_reference"
 BOUNDS = "test_strategies.py::test_the_kernel_decides_as_the_reference"
 DECIDED = "test_strategies.py::test_the_kernel_decides_by_the_formulas"
@@ -39,6 +41,21 @@ MUTANTS = {
     ],
     ("unmask_logits", "sampling/sample.py", HEADS): [
         ("another row's logits", "source_of(row, settings, SHIFT) if BY_ROW else offs_t", "offs_t"),
+    ],
+    ("unmask_logits", "sampling/sample.py", FINISHED): [
+        (
+            "logits that nothing comes after",
+            "finish(x.to(acc_dtype), ids, V, bias_ptr, soft_cap)",
+            "finish(x.to(acc_dtype), ids, V, bias_ptr, None)",
+        ),
+    ],
+    ("unmask_logits", "sampling/finished.py", FINISHED): [
+        ("finished logits of the place itself", "settings, SHIFT)", "settings, False)"),
+        ("other records' finished logits", "listed.index + first + record", "listed.index + record * 0"),
+        ("limits of logits that nothing came after", "not narrows(rows.sampling)", "narrows(rows.sampling)"),
+    ],
+    ("unmask_logits", "sampling/records.py", ONE_PLACE): [
+        ("a place before the only one", "shift and L > 1", "shift"),
     ],
     ("unmask_logits", "sampling/limits_kernels.py", HEADS): [
         ("limits of another row's logits", "            place = b\n", "            place = record\n"),

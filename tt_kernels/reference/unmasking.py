@@ -325,10 +325,12 @@ def unmask_logits(
     threshold: Tensor | None = None,
     steps_left: Tensor | None = None,
     strategy: Strategy | None = None,
+    bias: Tensor | None = None,
+    soft_cap: float | None = None,
     shift: bool = False,
 ) -> Unmasked:
     def read(rows: Tensor | slice, cols: Tensor | slice) -> Tensor:
-        return logits[rows, cols].detach().to(dtype)
+        return finish(logits[rows, cols].detach().to(dtype), bias, soft_cap)
 
     dtype = compute_dtype(logits.dtype)
     return _step(read, block, dtype, sampling, mask_token_id, threshold, steps_left, strategy, shift)

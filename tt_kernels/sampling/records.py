@@ -66,7 +66,7 @@ class Rows:
         shift: bool = False,
     ) -> "Rows":
         vectors = Sampling(*(None if t is None else t.reshape(-1).contiguous() for t in settings))  # type: ignore[arg-type]
-        return cls(vectors, vectors.seed.numel() * L, L, listed, look, by_row, shift)
+        return cls(vectors, vectors.seed.numel() * L, L, listed, look, by_row, shift and L > 1)
 
     @property
     def settings(self) -> Settings:

@@ -14,7 +14,7 @@ from ..runtime.checks import check
 from ..runtime.lang import programmatic_launch
 from ..runtime.launch import Launch, architecture, by_row, run, tuned
 from ..runtime.registry import define, takes_kernel
-from .lang import Store, empty_record, flip, is_any_hot, merge, source_of, tile_record, write_record
+from .lang import Store, empty_record, finish, flip, is_any_hot, merge, source_of, tile_record, write_record
 from .limits_launch import limits_of, narrows
 from .options import check_range, check_token, flat, specs
 from .records import Rows, combine_records, new_records
@@ -38,6 +38,8 @@ def _sample_kernel(
     V,
     suppress,
     look,  # Look, or None
+    bias_ptr,  # [V], or None
+    soft_cap,  # or None
     BY_ROW: tl.constexpr,  # logits are found by row, not by record
     SHIFT: tl.constexpr,  # each row's are those of the row before
     BLOCK_V: tl.constexpr,
@@ -72,8 +74,9 @@ def _sample_kernel(
         ids = tile + tl.arange(0, BLOCK_V)
         at = source.to(tl.int64)[None, :] * stride_logits + ids[:, None]
         x = tl.load(logits_ptr + at, mask=mask_t[None, :] & (ids[:, None] < V), other=0.0)  # [BLOCK_V, BLOCK_T]
+        x = finish(x.to(acc_dtype), ids, V, bias_ptr, soft_cap)
         mine = tile_record(
-            *(x.to(acc_dtype), tile, any_hot, row, mask_t, settings, limits, offs_t, V, suppress, known, look),
+            *(x, tile, any_hot, row, mask_t, settings, limits, offs_t, V, suppress, known, look),
             PAIRS=PAIRS,
             BLOCK_V=BLOCK_V,
         )
@@ -122,10 +125,18 @@ def nothing_known(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def record_logits(
-    logits: Tensor, rows: Rows, records: Store, suppress: int | None, first: int = 0, launch: SampleLaunch | None = None
+    logits: Tensor,
+    rows: Rows,
+    records: Store,
+    suppress: int | None,
+    first: int = 0,
+    launch: SampleLaunch | None = None,
+    bias: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
-    """Write records first to first + R from their logits [R, V]; where rows.by_row, of all listed
-    rows from [rows, V]."""
+    """Write records first to first + R from their logits [R, V]; where rows.by_row, of all listed rows from [rows, V].
+    A bias and a soft cap, which limits know nothing of, are for rows that nothing narrows: `finished_records` has them
+    beside limits."""
     R, V = logits.shape
     launch = launch or _launch(logits)
     known = nothing_known(rows.N, logits, records.stats.dtype)
@@ -139,7 +150,7 @@ def record_logits(
             _sample_kernel,
             (records.parts, triton.cdiv(count, launch.BLOCK_T)),
             *(some, logits.stride(0), rows.settings, rows.listed, limits, records, known),
-            *(count, start, V, -1 if suppress is None else suppress, rows.look),
+            *(count, start, V, -1 if suppress is None else suppress, rows.look, bias, soft_cap),
             BY_ROW=rows.by_row,
             SHIFT=rows.shift,
             launch=launch,

@@ -10,9 +10,10 @@ from ..reference.common import compute_dtype
 from ..runtime.checks import check
 from ..runtime.launch import by_row
 from ..runtime.registry import define, takes_kernel
-from .options import check_range, check_token, flat, specs, strategy_specs
+from .finished import finished_records
+from .options import check_cap, check_range, check_token, flat, specs, strategy_specs
 from .records import Rows, new_records
-from .sample import record_logits, sample_parts
+from .sample import sample_parts
 from .strategies import look_of, unmasked
 from .unmask import masked_rows, new_unmasked
 
@@ -23,6 +24,8 @@ def _unmask_logits(
     threshold: Tensor | None,
     steps_left: Tensor | None,
     mask_token_id: int,
+    bias: Tensor | None,
+    soft_cap: float | None,
     shift: bool,
     confidence: Tensor | None,
     factor: Tensor | None,
@@ -40,8 +43,9 @@ def _unmask_logits(
     strategy = Strategy(confidence, factor, entropy_bound, number, tempered, alg_temp).contiguous()
     listed, look = masked_rows(block, mask_token_id)[0], look_of(strategy, block)
     rows = Rows.of(settings, block.shape[1], listed, look, by_row=True, shift=shift)
+    bias = None if bias is None else bias.contiguous()
     records = new_records(rows, sample_parts(logits), logits, out.confidence.dtype)
-    record_logits(logits, rows, records, mask_token_id)
+    finished_records(logits, rows, records, mask_token_id, bias, soft_cap)
     return unmasked(records, rows, block, threshold, steps_left, strategy, mask_token_id, out)
 
 
@@ -61,6 +65,8 @@ def unmask_logits(
     threshold: Tensor | None = None,
     steps_left: Tensor | None = None,
     strategy: Strategy | None = None,
+    bias: Tensor | None = None,
+    soft_cap: float | None = None,
     shift: bool = False,
 ) -> Unmasked:
     """One unmasking step as `unmask` makes it, of logits in memory.
@@ -75,6 +81,9 @@ def unmask_logits(
         threshold:     [B] float, or None.
         steps_left:    [B] int, or None.
         strategy:      `Strategy` of tensors [B], or None.
+        bias:          [V] float that is added to the logits; -inf: such a token is never predicted, as the mask.
+        soft_cap:      logits are cap tanh(logits / cap), above 0; the bias comes before. A logit of -inf is then -cap,
+                       unless the bias is -inf.
         shift:         whether logits i are of token i + 1, and the first ones of token 0 too, as Dream's are: they are
                        read from there, not moved.
     Returns:
@@ -86,7 +95,8 @@ def unmask_logits(
     Numerics: as `sample`. Entropies are added as whole numbers of 2^-32. Deterministic.
     Gradients: none.
     Raises: ValueError as `unmask` does.
-    Cost: as `sample` of the M masked rows: M V itemsize bytes.
+    Cost: as `sample` of the M masked rows: M V itemsize bytes; a bias or a soft cap takes no pass of its own. Beside
+    top_k or top_p, which read a row several times, they do: those rows are written first, 512 at a time, 4 M V bytes.
     Source: as `unmask`.
 
     Example:
@@ -102,12 +112,18 @@ def unmask_logits(
         **specs("unmask_logits", sampling, "B"),
         threshold=(threshold, "B"),
         steps_left=(steps_left, "B", int),
+        bias=(bias, "V"),
         **strategy_specs("unmask_logits", strategy, "B"),
     )
     check_range("unmask_logits", sampling)
     check_token("unmask_logits", "mask_token_id", mask_token_id, logits.shape[-1])
-    if not takes_kernel("unmask_logits", logits):
+    check_cap("unmask_logits", soft_cap)
+    if not takes_kernel("unmask_logits", logits, bias):
         rule: dict[str, Any] = dict(mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
-        return reference.unmask_logits(logits, block, sampling, **rule, strategy=strategy, shift=shift)
+        more: dict[str, Any] = dict(strategy=strategy, bias=bias, soft_cap=soft_cap, shift=shift)
+        return reference.unmask_logits(logits, block, sampling, **rule, **more)
+    ending = (None if bias is None else bias.detach(), soft_cap, shift)
     rules = flat(strategy or Strategy())
-    return Unmasked(*_op(logits.detach(), block, threshold, steps_left, mask_token_id, shift, *rules, *flat(sampling)))
+    return Unmasked(
+        *_op(logits.detach(), block, threshold, steps_left, mask_token_id, *ending, *rules, *flat(sampling))
+    )
