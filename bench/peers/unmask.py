@@ -29,7 +29,12 @@ def _has(a: Arguments, *names: str) -> bool:
     rules = a.strategy or Strategy()
     given = {name for name in ("threshold", "steps_left") if getattr(a, name) is not None}
     given |= {name for name in rules._fields if getattr(rules, name) is not None}
-    return given == set(names) and not bool((a.sampling.temperature > 0).any())
+    return given == set(names) and _is_plain(a)
+
+
+def _is_plain(a: Arguments) -> bool:
+    """Whether logits are taken as they are, and nothing is drawn."""
+    return a.bias is None and a.soft_cap is None and not bool((a.sampling.temperature > 0).any())
 
 
 def _taken(a: Arguments, token: Tensor, probability: Tensor, committed: Tensor) -> tuple[Tensor, ...]:
@@ -56,8 +61,7 @@ def published_loops(a: Arguments) -> Call:
     """Threshold, schedule and factor together, which no program has, by the loops of those that have one."""
     rules = a.strategy or Strategy()
     only(
-        all(getattr(rules, name) is None for name in rules._fields if name != "factor")
-        and not bool((a.sampling.temperature > 0).any()),
+        all(getattr(rules, name) is None for name in rules._fields if name != "factor") and _is_plain(a),
         "published loops: greedy, by threshold, schedule and factor",
     )
 

@@ -286,6 +286,7 @@ BAD = [
     ("unmask", dict(mask_token_id=37), "unmask: mask_token_id is 37, expected a token id below V=37"),
     ("unmask", dict(soft_cap=0), "unmask: soft_cap is 0, expected a number above 0, or None"),
     ("unmask", dict(shift="no"), "unmask: shift is 'no', expected True or False"),
+    ("unmask_logits", dict(shift=1), "unmask_logits: shift is 1, expected True or False"),
     ("unmask", dict(strategy=Strategy(confidence="margin")), "strategy.confidence is 'margin', expected a tensor"),
     ("remask", dict(sampling="x"), "remask: sampling is 'x', expected a Sampling or None"),
     ("unmask", dict(bias=torch.ones(36)), "unmask: bias has V=36, but weight has V=37"),
