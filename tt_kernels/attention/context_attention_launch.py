@@ -134,7 +134,8 @@ def _context_attention(
     cached = in_tiles(k_pages, v_pages, launch.BLOCK_N, launch.BLOCK_P, arch) if in_page else (None, None)
     own_whole = L > launch.BLOCK_N and P <= 128 and window is None  # others lack the registers
     own = in_tiles(k, v, launch.BLOCK_N, launch.BLOCK_P, arch) if own_whole else (None, None)
-    own_keys = triton.next_power_of_2(L) if window is None or P <= 128 else 16  # more than those spill
+    is_plain = window is None and softcap is None
+    own_keys = triton.next_power_of_2(L) if is_plain or P <= 128 else 16  # more than those spill
     m = l = partial = None
     if splits > 1:
         m, l = torch.empty(2, splits, B, L, Hq, dtype=compute_dtype(q.dtype), device=q.device)
