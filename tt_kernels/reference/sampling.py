@@ -183,12 +183,18 @@ def _narrow(scores: Tensor, logits: Tensor, sampling: Sampling) -> Tensor:
     return scores.masked_fill((logits < least) | ((logits == least) & (ids > last)), -math.inf)
 
 
+def below_largest(logits: Tensor, largest: Tensor) -> Tensor:
+    """Logits less the largest of each row [*, 1], where that is finite: so their exponentials are exact near it, which
+    a logarithm of sums is not, and infinities and NaN stay what they are."""
+    return logits - torch.where(largest.isfinite(), largest, 0)
+
+
 def _confidence(logits: Tensor, token: Tensor) -> Tensor:
     """How sure a prediction is: its probability at temperature 1. Another rule for this is a function of the same
     arguments here. Its kernel: `Record` and all that makes, merges, stores or reads one, and `combine`, in
     `tt_kernels/sampling/lang.py`; the planes in `records.py`; the launchers of the three ops that sample."""
-    shifted = logits - logits.amax(-1, keepdim=True)  # exact near the largest, where a logarithm of sums is not
-    return shifted.gather(-1, token.unsqueeze(-1)).squeeze(-1).exp() / shifted.exp().sum(-1)
+    below = below_largest(logits, logits.amax(-1, keepdim=True))
+    return below.gather(-1, token.unsqueeze(-1)).squeeze(-1).exp() / below.exp().sum(-1)
 
 
 @full_precision

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .common import compute_dtype, full_precision, head_logits, of_rows
-from .sampling import Sampling, _narrow, _philox, sample
+from .sampling import Sampling, _narrow, _philox, below_largest, sample
 
 CONFIDENCES = ("probability", "margin", "entropy", "random", "sequential")
 
@@ -151,16 +151,16 @@ def judge(logits: Tensor, token: Tensor, sampling: Sampling, strategy: Strategy)
         narrowed = _narrow(y, y, sampling)  # by limits at the row's temperature
         y = torch.where(tempered.unsqueeze(-1), narrowed / t.clamp(1e-30, 1e30).unsqueeze(-1), y)
     best = y.topk(min(2, y.shape[-1]), dim=-1).values
-    shifted = y - best[..., :1]  # exact near the largest, where a logarithm of sums is not
-    total = shifted.exp().sum(-1)
-    confidence = shifted.gather(-1, token.unsqueeze(-1)).squeeze(-1).exp() / total
-    log_p = shifted - total.log().unsqueeze(-1)
+    below = below_largest(y, best[..., :1])
+    total = below.exp().sum(-1)
+    confidence = below.gather(-1, token.unsqueeze(-1)).squeeze(-1).exp() / total
+    log_p = below - total.log().unsqueeze(-1)
     entropy = -torch.where(y == -math.inf, 0, log_p.exp() * log_p).sum(-1)
-    entropy = torch.where(total.isfinite(), entropy, math.nan)
+    entropy = torch.where(total.isfinite() & (total > 0), entropy, math.nan)
     score = confidence
     if strategy.confidence is not None:
         kind = strategy.confidence
-        margin = -torch.expm1(best[..., -1] - best[..., 0]) / total
+        margin = -torch.expm1(best[..., -1] - best[..., 0]) * below.amax(-1).exp() / total
         chance = uniform(sampling.seed, sampling.position, sampling.step, RANDOM).to(confidence)
         for place, other in ((1, margin), (2, -entropy), (3, chance)):
             score = torch.where(kind == place, other, score)
