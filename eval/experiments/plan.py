@@ -43,9 +43,8 @@ class Pilot:
     thresholds: tuple[float, ...] = (DEFAULT, 0.95)
     specifications: int = 96
     new_tokens: int = 448
-    of_model: str = (
-        "--rules static=1 static=2 static=4 static=8 static=16"  # how eval.quality measures the model of "threshold"
-    )
+    # How eval.quality measures the model of "threshold".
+    of_model: str = "--rules static=1 static=2 static=4 static=8 static=16"
     sampled: tuple[int, ...] = (8, 16, 32, 64)  # block sizes that every model of "block" writes with
 
     def runs(self) -> list[Run]:

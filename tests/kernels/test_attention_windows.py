@@ -11,6 +11,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import DEVICE, KERNELS
+from test_attention_masks import DTYPE, close
 from torch import Tensor
 
 from cards import OPS
@@ -23,19 +24,12 @@ from tt_kernels.attention.lang import tanh
 from tt_kernels.runtime.launch import INTERPRET
 
 pytestmark = pytest.mark.kernels
-DTYPE = torch.float32 if DEVICE == "cuda" else torch.float64  # a GPU has no fp64 kernels
 PAGE = 64
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(2)
-
-
-def close(got: Tensor, want: Tensor) -> None:
-    """fp64: 4500 eps. fp32: 80, for products summed in another order over 200 terms. A wrong token shows at 1e-2."""
-    bound = 1e-12 if got.dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(got, want.to(got), rtol=bound, atol=bound)
 
 
 def heads(B: int, N: int, P: int = 4) -> tuple[Tensor, Tensor, Tensor]:

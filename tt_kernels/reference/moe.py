@@ -55,7 +55,7 @@ class Format(NamedTuple):
 
 FORMATS: dict[str | None, Format] = {None: Format(lambda matrix, dtype: matrix.data)}
 
-# down(act(up(x))), or down(act(gate(x)) * up(x)). Kernels: `activate` in moe/lang.py.
+# down(act(up(x))), or down(act(gate(x)) * up(x)).
 # Append only: cards count by position. Kernels: `activate` in moe/lang.py; models: tt_model/config.py names its own.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda h: F.relu(h).square(),
@@ -63,7 +63,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda h: F.gelu(h, approximate="tanh"),
 }
-
 
 SCORES = ("sigmoid", "softmax")  # of a router
 
