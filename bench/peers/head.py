@@ -35,8 +35,8 @@ def _choose(logits: Tensor, noise: Tensor | None, temperature: Tensor, suppress:
         hot = (temperature > 0).unsqueeze(-1)
         scores = torch.where(hot, logits / torch.where(hot, temperature.unsqueeze(-1), 1) + noise, logits)
     token = scores.argmax(-1)
-    chosen = logits.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-    return token, (chosen - logits.logsumexp(-1)).exp()
+    below = logits - logits.amax(-1, keepdim=True)
+    return token, below.gather(-1, token.unsqueeze(-1)).squeeze(-1).exp() / below.exp().sum(-1)
 
 
 def _noise(sampling: Sampling, V: int) -> Tensor | None:
