@@ -196,7 +196,7 @@ def decoding(subject: Subject, batch: int, context: int, mode: str, *, new: int,
     """A line of tokens a second, prefill excluded: the time of `new` tokens less that of none. Where that is half of it
     or more, the difference would be noise: then the line is of the whole, and says so."""
     prompts = subject.prompts(batch, context).tolist()
-    options = dict(mode=mode, confidence_threshold=threshold, eos_token_id=None, seed=0)
+    options = dict(mode=mode, confidence_threshold=threshold, confidence="probability", eos_token_id=None, seed=0)
 
     def run(tokens: int) -> tuple[float, Any]:
         return subject.seconds(lambda: subject.model.generate(prompts, max_new_tokens=tokens, **options))

@@ -153,7 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--random", type=int, metavar="SEED", help="draw one that training did not have")
     p.add_argument("--model", metavar="DIR", help="folder of a model (default: the bundled one)")
     p.add_argument("--mode", choices=MODES, default=MODES[0], help="of the first side (default: %(default)s)")
-    p.add_argument("--threshold", type=float, default=None, help="of mask_diffusion (default: 0.8)")
+    p.add_argument("--threshold", type=float, default=None, help="of mask_diffusion (default: the model's)")
     p.add_argument("--svg", type=Path, metavar="FILE", help="write a picture of the moment when the first has ended")
     p.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="default: what torch takes")
     return p

@@ -178,6 +178,7 @@ def generate(model: TwoTower, prompts: Sequence[Prompt], options: argparse.Names
             max_new_tokens=options.new_tokens,
             block_size=options.block_size,
             confidence_threshold=options.threshold,
+            confidence="probability",
             on_step=lambda step: advance(int(step.committed.sum())),
         )
         tokens, nfe = tokens + out.tokens, nfe + out.nfe

@@ -125,16 +125,17 @@ def rule(text: str) -> Arm:
     """Diffusion by a strategy, its number and, if named, its confidence: "static=4", "margin:threshold=0.9"."""
     before, _, number = text.rpartition("=")
     confidence, _, strategy = before.rpartition(":")
+    confidence = confidence or "probability"
     try:
-        if strategy not in NUMBERS or confidence not in ("", *CONFIDENCES):
+        if strategy not in NUMBERS or confidence not in CONFIDENCES:
             raise ValueError
         value = int(number) if strategy == "static" else float(number)
     except ValueError:
         known = f"of {', '.join(NUMBERS)} and {', '.join(CONFIDENCES)}"
         raise ValueError(f"--rules has {text!r}: expected [CONFIDENCE:]STRATEGY=NUMBER, {known}") from None
-    settings = {"mode": "mask_diffusion", "strategy": strategy, NUMBERS[strategy]: value}
-    name = f"{confidence} {strategy}".strip().replace("_", " ")
-    return Arm(f"{name} {value:g}", settings | ({"confidence": confidence} if confidence else {}))
+    settings = {"mode": "mask_diffusion", "confidence": confidence, "strategy": strategy, NUMBERS[strategy]: value}
+    name = f"{confidence} {strategy}".removeprefix("probability ").replace("_", " ")
+    return Arm(f"{name} {value:g}", settings)
 
 
 def arms_of(
@@ -144,9 +145,8 @@ def arms_of(
     ar = Arm("AR", {"mode": "ar"})
     if not both:
         return [ar]
-    arms = [
-        Arm(f"diffusion {t:g}", {"mode": "mask_diffusion", "confidence_threshold": t, **diffusion}) for t in thresholds
-    ]
+    default = {"mode": "mask_diffusion", "confidence": "probability", **diffusion}
+    arms = [Arm(f"diffusion {t:g}", default | {"confidence_threshold": t}) for t in thresholds]
     arms += [Arm(name, {**settings, **diffusion}) for name, settings in map(rule, rules)]
     return [ar, *arms, Arm("speculative", {"mode": "speculative", **diffusion})]
 

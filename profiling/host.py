@@ -99,7 +99,9 @@ def engine_pass(model: TwoTower, kind: str, o: Any) -> tuple[str, str, str, str]
         4, model.config.vocab_size, (o.batch, o.context), generator=torch.Generator().manual_seed(0)
     )
     # Above a threshold of 1 a pass commits one position: the block stays in passes of one kind.
-    options = dict(mode=MODES[kind], max_new_tokens=900, eos_token_id=None, confidence_threshold=1.0)
+    options = dict(
+        mode=MODES[kind], max_new_tokens=900, eos_token_id=None, confidence_threshold=1.0, confidence="probability"
+    )
     for row in prompts.tolist():
         engine.submit(row, **options)
     samples: list[tuple[float, float]] = []

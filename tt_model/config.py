@@ -15,6 +15,7 @@ from .files import read_object
 
 LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "dense MLP"}
 ACTIVATIONS = ("relu2", "silu")
+CONFIDENCES = ("probability", "margin", "entropy", "random", "sequential")  # what says how sure a prediction is
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 # What transformers calls the four kinds, newest name first; the second name is that of its earlier releases.
@@ -143,6 +144,8 @@ class TwoTowerConfig:
     mask_token_id: int = 3
     # the denoiser
     block_size: int = 16  # the one that it was trained with
+    confidence_threshold: float = 0.8  # what generation takes where it is asked for nothing else, as is confidence
+    confidence: str = "probability"
     time_embedding_size: int = 256
 
     def __post_init__(self) -> None:
@@ -185,6 +188,8 @@ class TwoTowerConfig:
             why = f"it must be a multiple of n_groups ({self.n_groups})"
             need(self.mamba_num_heads % self.n_groups == 0, "mamba_num_heads", why)
         need(self.conv_kernel >= 2, "conv_kernel", "it must be at least 2")
+        need(0 <= self.confidence_threshold <= 1, "confidence_threshold", "expected 0 to 1")
+        need(self.confidence in CONFIDENCES, "confidence", f"expected one of {', '.join(CONFIDENCES)}")
         low, high = self.time_step_limit
         need(0 <= low <= high, "time_step_limit", "expected 0 <= smallest <= largest")
         need(self.mlp_hidden_act in ACTIVATIONS, "mlp_hidden_act", f"only {' and '.join(ACTIVATIONS)} are supported")
@@ -303,7 +308,7 @@ class TwoTowerConfig:
     def to_dict(self) -> dict[str, Any]:
         """The published spelling of config.json, ready for `json.dump`; `from_dict` reads it back to an equal one.
 
-        `mask_token_id`, `block_size` and `time_embedding_size`, which the published file lacks, are extra keys.
+        `mask_token_id` and what is the denoiser's alone, which the published file lacks, are extra keys.
         """
         values: dict[str, Any] = {
             "architectures": ["NemotronHTwoTowerForCausalLM"],

@@ -71,9 +71,9 @@ class TwoTower(TwoTowerModel):
         block_size: int | None = None,
         steps_per_block: int = 16,
         draft_steps: int = 1,
-        confidence_threshold: float = 0.8,
+        confidence_threshold: float | None = None,
         strategy: str = "schedule",
-        confidence: str = "probability",
+        confidence: str | None = None,
         factor: float = 1.0,
         entropy_bound: float = 0.1,
         tempered: bool = False,
@@ -101,13 +101,15 @@ class TwoTower(TwoTowerModel):
             steps_per_block: most denoiser passes for a block, of the strategies "schedule" and "static"; the others
                 take at most one a position.
             draft_steps: in "speculative", most denoiser passes for a draft.
-            confidence_threshold: masked positions whose prediction is more probable than this are committed at once.
+            confidence_threshold: masked positions whose prediction is more probable than this are committed at once;
+                None: what config.json says, 0.8 where it says nothing.
             strategy: which positions of a block commit in a pass: "schedule" (all above the threshold, and as many as
                 finish the block in steps_per_block passes), "threshold" (all above it, or one), "static" (the
                 schedule alone), "factor" (Fast-dLLM's) or "entropy_bound" (EB-Sampler's); docs/decoding.md has them.
             confidence: what orders positions and is held to the threshold: "probability" of the prediction, "margin",
                 "entropy", "random" or "sequential". "entropy" is 0 or less, so no threshold or factor of 0 to 1 lets it
-                pass: it orders what the schedule or the entropy bound takes.
+                pass: it orders what the schedule or the entropy bound takes. None: what config.json says, "probability"
+                where it says nothing.
             factor, entropy_bound: of the strategies of these names.
             tempered: whether confidences are of the distribution that tokens are drawn from, after temperature, top_k
                 and top_p, and logprobs with them; of no effect at temperature 0.

@@ -1,5 +1,6 @@
 """Generation: passes that a row's end makes needless, any temperature, what seeds and on_step may be."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -315,6 +316,20 @@ def test_alg_temp_draws_the_order(model: TwoTower) -> None:
 def test_bad_strategies_are_named(model: TwoTower, bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate([[4]], **bad)
+
+
+def test_a_model_has_its_own_defaults(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its config says holds where nothing else is asked for."""
+    own: dict[str, Any] = dict(confidence_threshold=0.0, confidence="sequential")
+    prompts, options = prompts_of([5, 9]), dict(max_new_tokens=16, eos_token_id=None, strategy="threshold")
+    plain, asked = model.generate(prompts, **options), model.generate(prompts, **options, **own)
+    assert plain.nfe != asked.nfe
+    monkeypatch.setattr(model, "config", replace(model.config, **own))
+    assert model.generate(prompts, **options) == asked
+    usual: dict[str, Any] = dict(confidence_threshold=0.8, confidence="probability")
+    assert model.generate(prompts, **options, **usual) == plain
+    engine = Engine(model, max_rows=2, max_tokens=64)
+    assert [engine.submit(p, **options).result().nfe for p in prompts] == asked.nfe
 
 
 def test_names_of_confidences_are_those_of_the_op() -> None:

@@ -86,6 +86,7 @@ def test_published_sizes() -> None:
     assert [len(config.layers_of(kind)) for kind in "ME*-"] == [23, 23, 6, 0]
     assert config.layers_of("*") == (5, 12, 19, 26, 33, 42)
     assert (config.mask_token_id, config.block_size, config.time_embedding_size) == (3, 16, 256)
+    assert (config.confidence_threshold, config.confidence) == (0.8, "probability")
     assert config.dtype is torch.bfloat16
     assert config.time_step_limit == (0.0, math.inf)
     with pytest.raises(ValueError, match="'X'"):
@@ -108,6 +109,7 @@ def test_golden_configs_round_trip(golden_model: Path) -> None:
         {},
         {"dtype": torch.float16, "eos_token_id": (2, 11), "pad_token_id": None, "time_step_limit": (0.01, 0.5)},
         {"mask_token_id": 7, "block_size": 32, "time_embedding_size": 64, "eos_token_id": None, "bos_token_id": None},
+        {"confidence_threshold": 0.95, "confidence": "sequential"},
         {"moe_shared_expert_intermediate_size": 0},
         {"pattern": "M-", "mlp_bias": True, "n_routed_experts": 0, "num_attention_heads": 0, "use_bias": True},
     ],
@@ -229,6 +231,9 @@ def test_what_cannot_matter_is_ignored() -> None:
         ("block_size", 0),
         ("max_position_embeddings", 0),
         ("time_embedding_size", 3),
+        ("confidence_threshold", 1.5),
+        ("confidence_threshold", "0.8"),
+        ("confidence", "sure"),
     ],
 )
 def test_refusals_name_field_and_value(name: str, value: object) -> None:

@@ -22,10 +22,14 @@ if TYPE_CHECKING:
     from ..vocabulary import Vocabulary
     from .watch import Watch
 
-# As in tt_model.engine.settings, which is not imported for --help.
+# As in tt_model.engine.settings and tt_model.config, which are not imported for --help.
 MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
 STRATEGIES = ("schedule", "threshold", "static", "factor", "entropy_bound")
 CONFIDENCES = ("probability", "margin", "entropy", "random", "sequential")
+# Options that are settings of those names.
+_LOOP = ("mode", "max_new_tokens", "block_size", "steps_per_block", "draft_steps", "confidence_threshold")
+_RULES = ("strategy", "confidence", "factor", "entropy_bound", "tempered", "alg_temp")
+SETTINGS = (*_LOOP, *_RULES, "temperature", "top_k", "top_p", "stop")
 
 _DESCRIPTION = """\
 Continue a prompt: block by block with the denoiser, or token by token. The text goes to standard output as it is
@@ -76,12 +80,13 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     option(s, "--block-size", int, "N", "tokens denoised together (default: as trained)")
     option(s, "--steps-per-block", int, "N", "schedule and static: most passes for a block", default=16)
     option(s, "--draft-steps", int, "N", "speculative: most passes for a draft", default=1)
-    threshold = "predictions more probable than this are all taken at once"
-    option(s, "--confidence-threshold", float, "P", threshold, default=0.8)
+    threshold = "predictions more probable than this are all taken at once (default: what config.json says, or 0.8)"
+    option(s, "--confidence-threshold", float, "P", threshold)
     chosen = f"which positions are taken in a pass: {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}"
     option(s, "--strategy", str, "RULE", chosen, choices=STRATEGIES, default=STRATEGIES[0])
     sure = f"by which they are ordered: {', '.join(CONFIDENCES[:-1])} or {CONFIDENCES[-1]}"
-    option(s, "--confidence", str, "KIND", sure, choices=CONFIDENCES, default=CONFIDENCES[0])
+    sure += f" (default: what config.json says, or {CONFIDENCES[0]})"
+    option(s, "--confidence", str, "KIND", sure, choices=CONFIDENCES)
     option(s, "--factor", float, "F", "of the strategy of that name", default=1.0)
     option(s, "--entropy-bound", float, "E", "of the strategy of that name", default=0.1)
     s.add_argument("--tempered", action="store_true", help="how sure: after temperature, top-k and top-p")
@@ -239,24 +244,8 @@ def _parse_ids(text: str) -> list[int]:
 def _settings(o: argparse.Namespace, config: TwoTowerConfig) -> Settings:
     from ..engine.settings import Settings
 
-    names = ["mode", "max_new_tokens", "steps_per_block", "draft_steps", "confidence_threshold"]
-    names += [
-        "strategy",
-        "confidence",
-        "factor",
-        "entropy_bound",
-        "tempered",
-        "alg_temp",
-        "temperature",
-        "top_k",
-        "top_p",
-    ]
-    settings = Settings(
-        **{name: getattr(o, name) for name in names},
-        block_size=config.block_size if o.block_size is None else o.block_size,
-        eos_token_ids=() if o.no_eos else config.eos_token_ids,
-        stop=tuple(o.stop or ()),
-    )
+    ends = {"eos_token_id": None} if o.no_eos else {}
+    settings = Settings.of(config, **{name: getattr(o, name) for name in SETTINGS}, **ends)
     settings.check(config)
     return settings
 

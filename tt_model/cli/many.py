@@ -16,15 +16,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ..files import read_text
 from .common import describe, machine_of, output_to
+from .generate import SETTINGS
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
     from ..engine.request import Request
     from ..two_tower import TwoTower
 
-_LOOP = ("mode", "max_new_tokens", "block_size", "steps_per_block", "draft_steps", "confidence_threshold")
-_RULES = ("strategy", "confidence", "factor", "entropy_bound", "tempered", "alg_temp")
-SETTINGS = (*_LOOP, *_RULES, "temperature", "top_k", "top_p", "stop")
 PROMPTS = {"prompt": str, "tokens": list, "messages": list}
 EXPECTED = {"prompt": "a text", "tokens": "a list of token ids", "messages": "a list of objects with role and content"}
 KEYS = (*PROMPTS, "id", "seed", "eos_token_id", "logprobs", *SETTINGS)

@@ -14,12 +14,10 @@ from typing import Any, cast
 from torch import Tensor
 
 from ..arguments import integer, is_integer
-from ..config import TwoTowerConfig
+from ..config import CONFIDENCES, TwoTowerConfig
 
 MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
-# Which positions of a block commit in a pass, and what it is that says how sure a prediction is.
-STRATEGIES = ("schedule", "threshold", "static", "factor", "entropy_bound")
-CONFIDENCES = ("probability", "margin", "entropy", "random", "sequential")
+STRATEGIES = ("schedule", "threshold", "static", "factor", "entropy_bound")  # what commits in a pass
 NO_SCHEDULE = 2**31  # steps that are left: more than any block has positions
 HOTTEST = 1e30  # fp32 holds it, and logits divided by it are nothing beside the noise: more is the same
 
@@ -54,7 +52,6 @@ class Settings:
         *,
         eos_token_id: int | Iterable[int] | str | None = "config",
         stop: str | Iterable[str] | None = None,
-        block_size: int | None = None,
         **given: Any,
     ) -> Settings:
         """What `TwoTower.generate` was told, in the model's terms; TypeError for a setting that there is not."""
@@ -69,8 +66,10 @@ class Settings:
         stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
         if isinstance(stop, bytes) or not isinstance(stop, Iterable):
             raise ValueError(f"stop is {stop!r}, expected a text or several")
-        size = config.block_size if block_size is None else block_size
-        return cls(block_size=size, eos_token_ids=tuple(eos), stop=tuple(stop), **given)
+        for name in ("block_size", "confidence_threshold", "confidence"):
+            if given.get(name) is None:
+                given[name] = getattr(config, name)
+        return cls(eos_token_ids=tuple(eos), stop=tuple(stop), **given)
 
     def __post_init__(self) -> None:
         """NumPy's numbers as Python's; what is no number is for `check` to refuse."""
