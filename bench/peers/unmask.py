@@ -1,7 +1,8 @@
 """Peers of unmasking and remasking: the published rules, each written plainly in PyTorch as its program goes.
 
 Whole logits, a softmax in fp64, and where the program has them a loop over rows and looks from the host. All leave the
-mask's logit out, as the op does, and return what it returns; none of them draws, so that results can be equal.
+mask's logit out, as the op does, and return what it returns; none of them draws, so that results can be equal. LLaDA's
+step and Fast-dLLM's threshold are that program's own function where its file is there (sources.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 from tt_kernels import Strategy
 from tt_kernels.reference.unmasking import REMASK, uniform
 
-from .base import Arguments, Call, Peer, bare_package, kernels_run, needs, only, prepared
+from .base import Arguments, Call, Peer, Unavailable, bare_package, kernels_run, needs, only, prepared
+from .sources import published
 
 
 def _logits(a: Arguments) -> Tensor:
@@ -86,13 +88,42 @@ def _factor(sure: list[float], f: float) -> int:
     return passes.index(False) if False in passes else len(passes)
 
 
+def _program(a: Arguments, numbers: Tensor | None) -> Call | None:
+    """Fast-dLLM's own get_transfer_index, which is LLaDA's step as a function, where $TT_PEER_SOURCES has its file: all
+    rows in a call, or a call a row where thresholds differ, which it takes one of. The mask's logit is -inf before the
+    clock. It tells no confidence."""
+    try:
+        names = ("get_transfer_index", "add_gumbel_noise")
+        transfer = published("NVlabs/Fast-dLLM", "llada/generate.py", *names).get_transfer_index
+    except Unavailable:
+        return None
+    if a.shift:
+        return None
+    logits = a.logits.index_fill(2, torch.tensor([a.mask_token_id], device=a.logits.device), -math.inf)
+    thresholds = [None] if a.threshold is None else a.threshold.tolist()
+    apart = len(set(thresholds)) > 1
+    parts = [slice(b, b + 1) for b in range(len(logits))] if apart else [slice(None)]
+
+    def step() -> tuple[Tensor, ...]:
+        block, committed = a.block.clone(), torch.zeros_like(a.block, dtype=torch.bool)
+        for part, threshold in zip(parts, thresholds if apart else thresholds[:1], strict=True):
+            x = block[part]
+            how = (None if numbers is None else numbers[part], threshold)
+            token, chosen = transfer(logits[part], 0.0, "low_confidence", x == a.mask_token_id, x, *how)
+            x[chosen], committed[part] = token[chosen].to(x), chosen
+        return block, committed
+
+    return step
+
+
 def llada(a: Arguments) -> Call:
     """LLaDA (2502.09992, generate.py of ML-GSAI/LLaDA), low_confidence: an equal share of the masked positions in each
     step, known before the first. The loop asks for as many as the host says, row after row."""
     only(_has(a, "steps_left"), "LLaDA: greedy, by its schedule alone")
     masked = (a.block == a.mask_token_id).sum(-1)
-    numbers = (-(-masked // a.steps_left.clamp(min=1))).tolist()
-    return lambda: _by_row(a, lambda b, sure: numbers[b])
+    numbers = -(-masked // a.steps_left.clamp(min=1))
+    counts = numbers.tolist()
+    return _program(a, numbers) or (lambda: _by_row(a, lambda b, sure: counts[b])[:2])
 
 
 def fast_dllm(a: Arguments) -> Call:
@@ -107,7 +138,8 @@ def fast_dllm(a: Arguments) -> Call:
     def best(b: int, sure: Tensor) -> int:
         return _factor(sure.tolist(), float(a.strategy.factor[b]))
 
-    return lambda: _by_row(a, above if by_threshold else best)
+    own = _program(a, None) if by_threshold else None  # its factor takes the last position where ours does not
+    return own or (lambda: _by_row(a, above if by_threshold else best)[:2])
 
 
 def dream(a: Arguments) -> Call:
@@ -252,8 +284,8 @@ def remdm(a: Arguments) -> Call:
 PEERS = {
     "unmask_logits": (
         Peer("published loops", published_loops),
-        Peer("LLaDA", llada),
-        Peer("Fast-dLLM", fast_dllm),
+        Peer("LLaDA", llada, outputs=("block", "committed")),
+        Peer("Fast-dLLM", fast_dllm, outputs=("block", "committed")),
         Peer("Dream", dream),
         Peer("entropy bound", entropy_bound),
         Peer("sglang", sglang, outputs=("block",)),
