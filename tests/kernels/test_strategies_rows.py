@@ -36,13 +36,13 @@ def finished(logits: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("narrow", (0, 1))
-@pytest.mark.parametrize("given_", (("bias",), ("soft_cap",), ("bias", "soft_cap")), ids="-".join)
+@pytest.mark.parametrize("given_", (("bias",), ("softcap",), ("bias", "softcap")), ids="-".join)
 def test_logits_with_bias_and_soft_cap_are_what_the_formula_makes_of_them(given_: tuple[str, ...], narrow: int) -> None:
     kwargs = make(OPS["unmask_logits"], dict(B=6, L=5, V=29, rules=1, ending=1, narrow=narrow), torch.float64)
-    bias, cap, logits = kwargs.pop("bias"), kwargs.pop("soft_cap"), kwargs.pop("logits")
-    ending: dict[str, Any] = {name: dict(bias=bias, soft_cap=cap)[name] for name in given_}
+    bias, cap, logits = kwargs.pop("bias"), kwargs.pop("softcap"), kwargs.pop("logits")
+    ending: dict[str, Any] = {name: dict(bias=bias, softcap=cap)[name] for name in given_}
     got = unmask_logits(logits, **kwargs, **ending)
-    want = reference.unmask_logits(finished(logits, ending.get("bias"), ending.get("soft_cap")), **kwargs)
+    want = reference.unmask_logits(finished(logits, ending.get("bias"), ending.get("softcap")), **kwargs)
     plain = reference.unmask_logits(logits, **kwargs)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)

@@ -45,7 +45,7 @@ MUTANTS = {
     ("unmask_logits", "sampling/sample.py", FINISHED): [
         (
             "logits that nothing comes after",
-            "finish(x.to(acc_dtype), ids, V, bias_ptr, soft_cap)",
+            "finish(x.to(acc_dtype), ids, V, bias_ptr, softcap)",
             "finish(x.to(acc_dtype), ids, V, bias_ptr, None)",
         ),
     ],

@@ -165,14 +165,14 @@ def sum_of_exp(x, m, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def finish(x, ids, V, bias_ptr, soft_cap):
+def finish(x, ids, V, bias_ptr, softcap):
     """Logits [BLOCK_V, rows] of tokens ids [BLOCK_V] from a head's products: the reference's `finish`."""
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + ids, mask=ids < V, other=0.0).to(x.dtype)[:, None]
         x += bias
-    if soft_cap is not None:
-        e = tl.exp2(tl.abs(x) * (-2.8853900817779268 / soft_cap))  # tanh z = (1 - e^-2z) / (1 + e^-2z)
-        capped = soft_cap * ((1 - e) / (1 + e))
+    if softcap is not None:
+        e = tl.exp2(tl.abs(x) * (-2.8853900817779268 / softcap))  # tanh z = (1 - e^-2z) / (1 + e^-2z)
+        capped = softcap * ((1 - e) / (1 + e))
         x = tl.where(x < 0, -capped, capped)
         if bias_ptr is not None:
             x = tl.where(bias == float("-inf"), float("-inf"), x)

@@ -53,9 +53,9 @@ def check_flag(op: str, name: str, value: object) -> None:
         refuse(op, name, value, "True or False")
 
 
-def check_cap(op: str, soft_cap: float | None) -> None:
-    if soft_cap is not None and not (is_real(soft_cap) and soft_cap > 0):
-        refuse(op, "soft_cap", soft_cap, "a number above 0, or None")
+def check_cap(op: str, softcap: float | None) -> None:
+    if softcap is not None and not (is_real(softcap) and softcap > 0):
+        refuse(op, "softcap", softcap, "a number above 0, or None")
 
 
 def check_token(op: str, name: str, token: int | None, vocab_size: int) -> None:

@@ -151,7 +151,7 @@ def _unmask_by(
     steps_left: Tensor | None,
     mask_token_id: int,
     bias: Tensor | None,
-    soft_cap: float | None,
+    softcap: float | None,
     shift: bool,
     confidence: Tensor | None,
     factor: Tensor | None,
@@ -172,7 +172,7 @@ def _unmask_by(
         settings, block.shape[1], masked_rows(block, mask_token_id)[0], look_of(strategy, block), shift=shift
     )
     bias = None if bias is None else bias.contiguous()
-    records = head_records(by_row(hidden), weight, rows, mask_token_id, bias, soft_cap)
+    records = head_records(by_row(hidden), weight, rows, mask_token_id, bias, softcap)
     return unmasked(records, rows, block, threshold, steps_left, strategy, mask_token_id, out)
 
 
@@ -194,7 +194,7 @@ def unmask(
     steps_left: Tensor | None = None,
     strategy: Strategy | None = None,
     bias: Tensor | None = None,
-    soft_cap: float | None = None,
+    softcap: float | None = None,
     shift: bool = False,
 ) -> Unmasked:
     """One unmasking step: `head_sample` of the masked positions with the mask token suppressed, then the commit rule.
@@ -218,7 +218,7 @@ def unmask(
                        and there are no other rules.
         bias:          [V] float that is added to the logits; -inf: such a token is never predicted, as the mask, while
                        another may be.
-        soft_cap:      logits are cap tanh(logits / cap), above 0; the bias comes before.
+        softcap:       logits are cap tanh(logits / cap), above 0; the bias comes before.
         shift:         whether hidden state i predicts token i + 1, and the first one token 0 too: right of a whole
                        sequence. Of a block alone, pass the states from the token before it on, and no shift.
     Returns:
@@ -258,17 +258,17 @@ def unmask(
     )
     check_range("unmask", sampling)
     check_token("unmask", "mask_token_id", mask_token_id, weight.shape[0])
-    check_cap("unmask", soft_cap)
+    check_cap("unmask", softcap)
     check_flag("unmask", "shift", shift)
     if not takes_kernel("unmask", hidden, weight, bias):
         rule: dict[str, Any] = dict(mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
-        more: dict[str, Any] = dict(strategy=strategy, bias=bias, soft_cap=soft_cap, shift=shift)
+        more: dict[str, Any] = dict(strategy=strategy, bias=bias, softcap=softcap, shift=shift)
         return reference.unmask(hidden, weight, block, sampling, **rule, **more)
     hidden, weight = hidden.detach(), weight.detach()
-    plain = strategy is None and bias is None and soft_cap is None and not shift
+    plain = strategy is None and bias is None and softcap is None and not shift
     if plain and threshold is not None and steps_left is not None:
         return Unmasked(*_op(hidden, weight, block, threshold.detach(), steps_left, mask_token_id, *flat(sampling)))
-    head = (None if bias is None else bias.detach(), soft_cap, shift)
+    head = (None if bias is None else bias.detach(), softcap, shift)
     rules = flat(strategy or Strategy())
     return Unmasked(
         *_op_by(hidden, weight, block, threshold, steps_left, mask_token_id, *head, *rules, *flat(sampling))
