@@ -238,7 +238,7 @@ def test_what_is_no_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="strategy is 'factor', expected a Strategy"):
         unmask_logits(**kwargs | dict(strategy="factor"))
     kwargs = make(OPS["unmask"], dict(B=4, L=5, D=16, V=37), torch.float32)
-    with pytest.raises(ValueError, match="softcap is 0, expected a number above 0"):
+    with pytest.raises(ValueError, match="softcap is 0, expected a finite number above 0"):
         unmask(**kwargs, softcap=0)
     assert Strategy.of(3, confidence=CONFIDENCES[:3]).confidence.tolist() == [0, 1, 2]
     assert Strategy.of(2) == Strategy()

@@ -71,6 +71,28 @@ def test_kernels_finish_logits_as_the_reference(L: int, V: int, narrow: int) -> 
 
 
 @pytest.mark.kernels
+@runs_kernels
+@pytest.mark.parametrize(
+    "dtype,rtol", ((torch.float32, 3e-6), (torch.float64, 1e-14))
+)  # exp of logits up to 16: 20 eps
+@pytest.mark.parametrize("cap", (1e-30, 0.3, 30.1, 1e4, 1e9, 1e30))
+@pytest.mark.parametrize("name", ("unmask", "unmask_logits"))
+def test_caps_of_any_size(name: str, cap: float, dtype: torch.dtype, rtol: float) -> None:
+    """A large cap leaves logits as they are, however small they are beside it."""
+    dims = dict(B=2, L=5, V=29) | (dict(D=8) if name == "unmask" else {})
+    kwargs, op = make(OPS[name], dims, dtype), getattr(tt_kernels, name)
+    if name == "unmask":  # sixteenths: products are exact in any order
+        kwargs |= {n: (kwargs[n] * 16).round() / 16 for n in ("hidden", "weight")}
+    got = op(**kwargs, softcap=cap)
+    with tt_kernels.use("reference"):
+        want, uncapped = op(**kwargs, softcap=cap), op(**kwargs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=0)
+    if cap > 1e8:
+        torch.testing.assert_close(got.confidence, uncapped.confidence, rtol=rtol, atol=0)
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", ("unmask", "unmask_logits"))
 def test_blocks_of_one_position_have_no_place_before(name: str) -> None:
     dims = dict(B=3, L=1, V=29, rules=1, narrow=1) | (dict(D=8) if name == "unmask" else {})

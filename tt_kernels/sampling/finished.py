@@ -26,7 +26,7 @@ def _finished_kernel(
     first,
     V,
     bias_ptr,  # [V], or None
-    softcap,  # or None
+    softcap: tl.constexpr,  # or None
     SHIFT: tl.constexpr,  # each row's are those of the row before
     BLOCK_V: tl.constexpr,
 ):

@@ -26,7 +26,7 @@ def _head_kernel(
     suppress,
     look,  # Look, or None
     bias_ptr,  # [V], or None
-    softcap,  # or None
+    softcap: tl.constexpr,  # or None
     SHIFT: tl.constexpr,  # each row's logits are those of the hidden state before
     TMA: tl.constexpr,
     BLOCK_V: tl.constexpr,

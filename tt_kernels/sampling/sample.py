@@ -39,7 +39,7 @@ def _sample_kernel(
     suppress,
     look,  # Look, or None
     bias_ptr,  # [V], or None
-    softcap,  # or None
+    softcap: tl.constexpr,  # or None
     BY_ROW: tl.constexpr,  # logits are found by row, not by record
     SHIFT: tl.constexpr,  # each row's are those of the row before
     BLOCK_V: tl.constexpr,

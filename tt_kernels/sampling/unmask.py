@@ -17,7 +17,7 @@ from ..runtime.registry import define, takes_kernel
 from .commit import Rule, _commit, before, new_committed, settle
 from .head_sample_launch import head_records
 from .lang import Listed, combine
-from .options import check_cap, check_flag, check_range, check_token, flat, specs, strategy_specs
+from .options import cap_of, check_flag, check_range, check_token, flat, specs, strategy_specs
 from .records import Rows, combine_records
 from .strategies import look_of, unmasked
 
@@ -258,7 +258,7 @@ def unmask(
     )
     check_range("unmask", sampling)
     check_token("unmask", "mask_token_id", mask_token_id, weight.shape[0])
-    check_cap("unmask", softcap)
+    softcap = cap_of("unmask", softcap)
     check_flag("unmask", "shift", shift)
     if not takes_kernel("unmask", hidden, weight, bias):
         rule: dict[str, Any] = dict(mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)

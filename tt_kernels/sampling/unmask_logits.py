@@ -11,7 +11,7 @@ from ..runtime.checks import check
 from ..runtime.launch import by_row
 from ..runtime.registry import define, takes_kernel
 from .finished import finished_records
-from .options import check_cap, check_flag, check_range, check_token, flat, specs, strategy_specs
+from .options import cap_of, check_flag, check_range, check_token, flat, specs, strategy_specs
 from .records import Rows, new_records
 from .sample import sample_parts
 from .strategies import look_of, unmasked
@@ -117,7 +117,7 @@ def unmask_logits(
     )
     check_range("unmask_logits", sampling)
     check_token("unmask_logits", "mask_token_id", mask_token_id, logits.shape[-1])
-    check_cap("unmask_logits", softcap)
+    softcap = cap_of("unmask_logits", softcap)
     check_flag("unmask_logits", "shift", shift)
     if not takes_kernel("unmask_logits", logits, bias):
         rule: dict[str, Any] = dict(mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
