@@ -232,6 +232,8 @@ def test_the_default_is_a_strategy_without_rules() -> None:
 def test_what_is_no_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="confidence is 'certain', expected one of probability"):
         Strategy.of(2, confidence="certain")
+    with pytest.raises(ValueError, match="confidence has 1 names, expected one for each of 2 rows"):
+        Strategy.of(2, confidence=["margin"])
     kwargs = make(OPS["unmask_logits"], dict(B=4, L=5, V=37, rules=2), torch.float32)
     with pytest.raises(ValueError, match="confidence is 7, expected 0 to 4"):
         unmask_logits(**kwargs | dict(strategy=Strategy(confidence=torch.full((4,), 7))))

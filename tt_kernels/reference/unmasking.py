@@ -52,13 +52,16 @@ class Strategy(NamedTuple):
         alg_temp: float | Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> "Strategy":
-        """Rules of so many rows: a value holds for all of them, a tensor is taken as it is."""
+        """Rules of so many rows: a value holds for all of them, a tensor is taken as it is, and confidence may be a
+        list with a name for each row. ValueError for others."""
 
         def each(name: str, value: float | Tensor | None, dtype: torch.dtype) -> Tensor | None:
             return None if value is None else of_rows(f"Strategy: {name}", value, rows, dtype, device)
 
         if not isinstance(confidence, Tensor):
             names = list(confidence) if isinstance(confidence, (list, tuple)) else [confidence] * rows
+            if len(names) != rows:
+                raise ValueError(f"Strategy: confidence has {len(names)} names, expected one for each of {rows} rows")
             for name in names:
                 if name not in CONFIDENCES:
                     raise ValueError(f"Strategy: confidence is {name!r}, expected one of {', '.join(CONFIDENCES)}")
