@@ -111,7 +111,7 @@ def test_blocks_of_one_position_have_no_place_before(name: str) -> None:
 @pytest.mark.parametrize("ending", (0, 1))
 @pytest.mark.parametrize("narrow", (0, 1))
 @pytest.mark.parametrize("name", ("unmask", "unmask_logits"))
-def test_kernels_give_rows_of_mixed_rules_what_each_gets_alone(name: str, narrow: int, ending: int) -> None:
+def test_kernels_give_rows_of_mixed_given_ruleswhat_each_gets_alone(name: str, narrow: int, ending: int) -> None:
     """Bit for bit, also where the head writes its logits in memory for all rows together and not for one of them."""
     dims = dict(B=6, L=5 if narrow or name == "unmask_logits" else 11, V=300, rules=1, narrow=narrow, ending=ending) | (
         dict(D=8) if name == "unmask" else {}
@@ -127,6 +127,28 @@ def test_kernels_give_rows_of_mixed_rules_what_each_gets_alone(name: str, narrow
         mine |= dict(sampling=kwargs["sampling"].select(some), strategy=kwargs["strategy"].select(some))
         for got, want in zip(op(**mine), whole, strict=True):
             assert torch.equal(got[0], want[b]), b
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ("unmask", "unmask_logits"))
+def test_rows_without_a_rule_that_others_have(name: str) -> None:
+    """As docs/decoding.md and the docstrings have it: what leaves a rule out in one row of a batch."""
+    kwargs = make(OPS[name], dict(B=5, L=9, V=29) | (dict(D=8) if name == "unmask" else {}), torch.float32)
+    op = partial(getattr(tt_kernels, name), **kwargs | dict(block=torch.full_like(kwargs["block"], 28)))
+    none = dict(threshold=[math.inf] * 5, steps_left=[9] * 5, alg_temp=[0.0] * 5)
+    none |= {rule: [-1.0] * 5 for rule in ("factor", "entropy_bound")} | dict(number=[-1] * 5)
+    own = dict(threshold=0.2, steps_left=3, factor=3.0, entropy_bound=6.0, number=4)
+    given_rules = {rule: torch.tensor(values, device=DEVICE) for rule, values in none.items()}
+    for row, (rule, value) in enumerate(own.items()):
+        given_rules[rule][row] = value
+    mixed = {rule: given_rules.pop(rule) for rule in ("threshold", "steps_left")}
+    whole = op(**mixed, strategy=Strategy(**given_rules))
+    for row, (rule, value) in enumerate(own.items()):
+        given: dict[str, Any] = dict(threshold=None, steps_left=None)
+        tensor = torch.tensor([value] * 5, device=DEVICE)
+        given |= {rule: tensor} if rule in given else dict(strategy=Strategy(**{rule: tensor}))
+        alone = op(**given)
+        assert torch.equal(whole.block[row], alone.block[row]) and whole.committed[row].sum() > 1, rule
 
 
 # ---- what is no number ----

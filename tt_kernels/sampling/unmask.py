@@ -211,21 +211,24 @@ def unmask(
         sampling:      `Sampling` of tensors [B], as in `sample`; position is that of the block's first token in its
                        sequence.
         mask_token_id: the mask, which is never predicted.
-        threshold:     [B] float: while confidence is above, positions commit. None: no such rule.
-        steps_left:    [B] int: steps that remain, this one included: ceil(masked / steps left) commit. None: no such
-                       rule.
+        threshold:     [B] float: while confidence is above, positions commit. inf: no such rule in that row; None:
+                       in none.
+        steps_left:    [B] int: steps that remain, this one included: ceil(masked / steps left) commit. L and above:
+                       one, as without the rule; None: no such rule in any row.
         strategy:      `Strategy` of tensors [B]. None: the confidence is the prediction's probability at temperature 1,
                        and there are no other rules.
         bias:          [V] float that is added to the logits; -inf: such a token is never predicted, as the mask, while
                        another may be.
-        softcap:       logits are cap tanh(logits / cap), above 0; the bias comes before.
+        softcap:       logits are cap tanh(logits / cap), from 1e-30 to 1e30; the bias comes before.
         shift:         whether hidden state i predicts token i + 1, and the first one token 0 too: right of a whole
                        sequence. Of a block alone, pass the states from the token before it on, and no shift.
     Returns:
         block:      [B, L] dtype of block, in new memory.
         committed:  [B, L] bool: what changed now.
-        confidence: [B, L] fp32 (fp64 where hidden or weight is): probability of the prediction, whose logarithm is its
-                    log-probability, in the distribution that the strategy is of; 0 where nothing was masked.
+        confidence: [B, L] fp32 (fp64 where hidden or weight is): probability of the prediction, whichever confidence
+                    orders: at temperature 1, or where `tempered` in the distribution that it was drawn from; 0 where
+                    nothing was masked. `confidence.log()` is its log-probability: -inf where the probability is too
+                    small for the dtype, below 1e-37 in fp32.
         masked:     [B] int64: how many are masked still.
 
     Numerics: as `head_sample`. Entropies are added as whole numbers of 2^-32. With a strategy that looks at more than

@@ -82,14 +82,15 @@ def unmask_logits(
         steps_left:    [B] int, or None.
         strategy:      `Strategy` of tensors [B], or None.
         bias:          [V] float that is added to the logits; -inf: such a token is never predicted, as the mask.
-        softcap:       logits are cap tanh(logits / cap), above 0; the bias comes before. A logit of -inf is then -cap,
-                       unless the bias is -inf.
+        softcap:       logits are cap tanh(logits / cap), from 1e-30 to 1e30; the bias comes before. A logit of -inf is
+                       then -cap, unless the bias is -inf.
         shift:         whether logits i are of token i + 1, and the first ones of token 0 too, as Dream's are: they are
                        read from there, not moved.
     Returns:
         block:      [B, L] dtype of block, in new memory.
         committed:  [B, L] bool: what changed now.
-        confidence: [B, L] fp32 (fp64 for fp64 logits): probability of the prediction; 0 where nothing was masked.
+        confidence: [B, L] fp32 (fp64 for fp64 logits): probability of the prediction, as `unmask`'s; 0 where nothing
+                    was masked. `confidence.log()` is its log-probability.
         masked:     [B] int64: how many are masked still.
 
     Numerics: as `sample`. Entropies are added as whole numbers of 2^-32. Deterministic.
