@@ -98,6 +98,7 @@ def unmask_logits(
     Raises: ValueError as `unmask` does.
     Cost: as `sample` of the M masked rows: M V itemsize bytes; a bias or a soft cap takes no pass of its own. Beside
     top_k or top_p, which read a row several times, they do: those rows are written first, 512 at a time, 4 M V bytes.
+    A block cut out of longer sequences' logits is copied first where B is above 1: 2 B L V itemsize bytes more.
     Source: as `unmask`.
 
     Example:
