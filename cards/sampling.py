@@ -97,7 +97,7 @@ def warmer(sampling: Sampling) -> Sampling:
 def ending_of(dtype, V: int) -> dict[str, object]:
     """What comes after a head's product, and Dream's place of the logits."""
     bias = torch.randn(V).index_fill(0, torch.tensor([0, V // 2]), -torch.inf)
-    return dict(bias=bias.to(dtype), soft_cap=8.0, shift=True)
+    return dict(bias=bias.to(dtype), softcap=8.0, shift=True)
 
 
 def _unmask_inputs(dtype, B, L, D, V, rules=0, ending=0, **rest):

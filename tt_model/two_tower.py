@@ -112,7 +112,7 @@ class TwoTower(TwoTowerModel):
                 where it says nothing.
             factor, entropy_bound: of the strategies of these names.
             tempered: whether confidences are of the distribution that tokens are drawn from, after temperature, top_k
-                and top_p, and logprobs with them; of no effect at temperature 0.
+                and top_p, and in "mask_diffusion" logprobs with them; of no effect at temperature 0.
             alg_temp: Dream's: above 0, the order of positions is drawn, in proportion to exp(confidence / alg_temp).
             temperature: 0 takes the most probable token; 1e-30 and above, a Gumbel-max sample of logits / temperature,
                 which at 1e30 and above draws every token alike.
@@ -130,7 +130,8 @@ class TwoTower(TwoTowerModel):
         Returns:
             a list with a value for each row: `tokens`: new token ids; `text`; `finish_reason`: "eos", "stop" or
             "length"; `nfe`: denoiser passes; `cycles`: in "speculative", how often a draft was verified; `logprobs`:
-            of the tokens, as predicted when they were committed, at temperature 1 (or `tempered`).
+            of the tokens, as predicted when they were committed, at temperature 1 (or `tempered`); -inf where fp32 has
+            no such small probability.
         Raises:
             ValueError: a setting, prompt or token id that cannot be meant, before any work. Warns when block_size is
             above the trained one, and when a prompt holds the mask token.

@@ -36,7 +36,7 @@ def _has(a: Arguments, *names: str) -> bool:
 
 def _is_plain(a: Arguments) -> bool:
     """Whether logits are taken as they are, and nothing is drawn."""
-    return a.bias is None and a.soft_cap is None and not bool((a.sampling.temperature > 0).any())
+    return a.bias is None and a.softcap is None and not bool((a.sampling.temperature > 0).any())
 
 
 def _taken(a: Arguments, token: Tensor, probability: Tensor, committed: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ import torch
 from models import CONFIG, prompts_of, random_model
 
 from tt_model import TwoTower, TwoTowerConfig
-from tt_model.engine.settings import Generation, Step
+from tt_model.engine.settings import Generation, Settings, Step
 from tt_model.engine.trace import TEMPLATE, Trace, script_json
 from tt_model.two_tower import ASSETS
 from tt_model.vocabulary import Vocabulary
@@ -18,6 +18,8 @@ from tt_model.vocabulary import Vocabulary
 MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
 VOCABULARY = Vocabulary(ASSETS, TwoTowerConfig.from_file(ASSETS))
 MASK = 3
+RULES = ("steps_per_block", "confidence_threshold", "strategy", "confidence", "factor", "entropy_bound", "tempered")
+RULES += ("alg_temp",)
 TEXT, PLACE, IDS, AT, SURE, SEEN, KIND = range(7)  # of a cell
 
 
@@ -178,6 +180,27 @@ def test_figures_of_cycles() -> None:
     assert [cell[AT] for cell in row["cells"]] == [1, 1, 2, 2, 2, 0]
     assert [cell[KIND] for cell in row["cells"]] == ["", "", "", "", "dropped", "open"]
     assert (data["unit"], data["settings"]) == ("Cycle", ["draft steps 2"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, ["steps per block 16", "confidence threshold 0.8"]),
+        (dict(strategy="threshold"), ["confidence threshold 0.8", "strategy threshold"]),
+        (dict(strategy="static", confidence="margin"), ["steps per block 16", "strategy static", "confidence margin"]),
+        (dict(strategy="factor", factor=0.5), ["strategy factor", "factor 0.5"]),
+        (
+            dict(strategy="entropy_bound", tempered=True),
+            ["strategy entropy_bound", "entropy bound 0.1", "tempered True"],
+        ),
+        (dict(strategy="factor", alg_temp=0.3), ["strategy factor", "factor 1.0", "alg temp 0.3"]),
+        (dict(strategy="factor", mode="ar"), []),
+    ],
+)
+def test_a_page_names_the_rule_and_the_settings_that_it_follows(given: dict, said: list[str]) -> None:
+    rules = {name: vars(Settings())[name] for name in RULES}
+    page = traced(step_of(5, 0, [9], [0.25], [0])).page(Generation([[9]], [1]), ["#"], None, rules | given)
+    assert data_of(page)["settings"] == said
 
 
 def test_figures_of_tokens() -> None:

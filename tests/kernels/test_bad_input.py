@@ -207,7 +207,7 @@ BAD = [
     ),
     *(
         (name, dict(softcap=cap), f"{name}: softcap is {cap!r}, expected a finite number above 0, of 1e-30 to 1e30")
-        for name in ("context_attention", "causal_attention")
+        for name in ("context_attention", "causal_attention", "unmask", "unmask_logits")
         for cap in (0, -1.0, NAN, INF, 1e-31, "30", True)
     ),
     ("append_attention", dict(counts=torch.ones(3).int()), "append_attention: counts has B=3, but q has B=2"),
@@ -284,7 +284,6 @@ BAD = [
     ("unmask", dict(sampling=Sampling.of(4, position=torch.ones(4, 5).long())), "position is [4, 5], expected [B]"),
     ("unmask", dict(mask_token_id=None), "unmask: mask_token_id is None, expected a token id below V=37"),
     ("unmask", dict(mask_token_id=37), "unmask: mask_token_id is 37, expected a token id below V=37"),
-    ("unmask", dict(soft_cap=0), "unmask: soft_cap is 0, expected a number above 0, or None"),
     ("unmask", dict(shift="no"), "unmask: shift is 'no', expected True or False"),
     ("unmask_logits", dict(shift=1), "unmask_logits: shift is 1, expected True or False"),
     ("unmask", dict(strategy=Strategy(confidence="margin")), "strategy.confidence is 'margin', expected a tensor"),
@@ -301,8 +300,6 @@ BAD = [
         dict(strategy=Strategy(confidence=torch.full((4,), 5))),
         "unmask_logits: confidence is 5, expected 0 to 4",
     ),
-    ("unmask_logits", dict(soft_cap=0), "unmask_logits: soft_cap is 0, expected a number above 0, or None"),
-    ("unmask_logits", dict(soft_cap=-2.0), "unmask_logits: soft_cap is -2.0, expected a number above 0, or None"),
     ("unmask_logits", dict(bias=torch.ones(36)), "unmask_logits: bias has V=36, but logits has V=37"),
     ("unmask_logits", dict(bias=torch.ones(37).long()), "bias is torch.int64, expected a tensor of floats"),
     ("unmask_logits", dict(bias=torch.ones(37, device="meta")), "unmask_logits: bias is on meta, but logits is on"),

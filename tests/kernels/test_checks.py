@@ -1,7 +1,10 @@
 """What ops share to check their arguments: sizes by name, products, and leaving it out."""
 
 import sys
+import warnings
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,3 +64,13 @@ def test_ops_inside_skip_checks_ask_nothing_where_the_reference_serves(monkeypat
             tt_kernels.gated_group_norm(x, z, weight, groups=2)
         assert len(launches) == 1 and len(asked) == 1
     assert torch.equal(tt_kernels.gated_group_norm(x, z, weight, groups=2), want) and len(asked) == 2
+
+
+def test_numbers_of_other_types_are_numbers() -> None:
+    """Without a warning of theirs that the bounds of a Python float are beyond their own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in (np.float32(30), np.float16(0.5), np.int64(3), Fraction(1, 3)):
+            assert checks.is_real(number) and checks.as_float(number) == float(number)
+        for other in (np.float32("inf"), np.float32("nan"), Fraction(10**400), np.bool_(True), 10**400, "1", None):
+            assert not checks.is_real(other)

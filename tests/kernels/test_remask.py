@@ -1,6 +1,7 @@
 """Remasking against its rules in Python's numbers: LLaDA2.1's edits, WINO's verification, ReMDM's schedules."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -135,6 +136,18 @@ def test_remdm_schedules() -> None:
     for name, wrong in (("eta", (before, after, 5)), ("eta", (before, after, -1)), ("alpha_s", (before, after + 1))):
         with pytest.raises(ValueError, match=f"{name} is .*, expected numbers from 0 to 1"):
             Remasking.remdm(*wrong)
+    for wrong, message in (
+        ((0.5, 0.6), "alpha_t is 0.5, expected a tensor [B]"),
+        ((before[0], after), "alpha_t is [], expected a tensor [B]"),
+        ((before, 0.6), "alpha_s is 0.6, expected a tensor of alpha_t's [B=3]"),
+        ((before, after[:2]), "alpha_s is [2], expected a tensor of alpha_t's [B=3]"),
+        ((before, after, torch.ones(2)), "eta is [2], expected a tensor of alpha_t's [B=3]"),
+        ((before, after, "all"), "eta is 'all', expected a number, or a tensor of one for each row"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"Remasking: {message}")):
+            Remasking.remdm(*wrong)
+    eta = torch.tensor([0.1, 0.2, 1.0])
+    torch.testing.assert_close(Remasking.remdm(before, after, eta).sigma, torch.minimum(eta.double(), largest))
 
 
 def test_a_share_of_nan_masks_nothing() -> None:

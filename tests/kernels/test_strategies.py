@@ -212,10 +212,10 @@ def test_rows_of_mixed_rules_get_what_each_gets_alone() -> None:
 def test_a_head_with_bias_and_soft_cap_is_its_logits() -> None:
     kwargs = make(OPS["unmask"], dict(B=6, L=5, D=8, V=29, rules=1, ending=1), torch.float64)
     hidden, weight = kwargs.pop("hidden"), kwargs.pop("weight")
-    bias, cap = kwargs.pop("bias"), kwargs.pop("soft_cap")
+    bias, cap = kwargs.pop("bias"), kwargs.pop("softcap")
     logits = cap * torch.tanh((hidden @ weight.T + bias) / cap)
     logits[..., bias == -math.inf] = -math.inf
-    got = unmask(hidden, weight, **kwargs, bias=bias, soft_cap=cap)
+    got = unmask(hidden, weight, **kwargs, bias=bias, softcap=cap)
     want = unmask_logits(logits, **kwargs)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
@@ -232,14 +232,16 @@ def test_the_default_is_a_strategy_without_rules() -> None:
 def test_what_is_no_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="confidence is 'certain', expected one of probability"):
         Strategy.of(2, confidence="certain")
+    with pytest.raises(ValueError, match="confidence has 1 names, expected one for each of 2 rows"):
+        Strategy.of(2, confidence=["margin"])
     kwargs = make(OPS["unmask_logits"], dict(B=4, L=5, V=37, rules=2), torch.float32)
     with pytest.raises(ValueError, match="confidence is 7, expected 0 to 4"):
         unmask_logits(**kwargs | dict(strategy=Strategy(confidence=torch.full((4,), 7))))
     with pytest.raises(ValueError, match="strategy is 'factor', expected a Strategy"):
         unmask_logits(**kwargs | dict(strategy="factor"))
     kwargs = make(OPS["unmask"], dict(B=4, L=5, D=16, V=37), torch.float32)
-    with pytest.raises(ValueError, match="soft_cap is 0, expected a number above 0"):
-        unmask(**kwargs, soft_cap=0)
+    with pytest.raises(ValueError, match="softcap is 0, expected a finite number above 0"):
+        unmask(**kwargs, softcap=0)
     assert Strategy.of(3, confidence=CONFIDENCES[:3]).confidence.tolist() == [0, 1, 2]
     assert Strategy.of(2) == Strategy()
 

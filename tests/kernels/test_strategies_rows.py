@@ -36,13 +36,13 @@ def finished(logits: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("narrow", (0, 1))
-@pytest.mark.parametrize("given_", (("bias",), ("soft_cap",), ("bias", "soft_cap")), ids="-".join)
+@pytest.mark.parametrize("given_", (("bias",), ("softcap",), ("bias", "softcap")), ids="-".join)
 def test_logits_with_bias_and_soft_cap_are_what_the_formula_makes_of_them(given_: tuple[str, ...], narrow: int) -> None:
     kwargs = make(OPS["unmask_logits"], dict(B=6, L=5, V=29, rules=1, ending=1, narrow=narrow), torch.float64)
-    bias, cap, logits = kwargs.pop("bias"), kwargs.pop("soft_cap"), kwargs.pop("logits")
-    ending: dict[str, Any] = {name: dict(bias=bias, soft_cap=cap)[name] for name in given_}
+    bias, cap, logits = kwargs.pop("bias"), kwargs.pop("softcap"), kwargs.pop("logits")
+    ending: dict[str, Any] = {name: dict(bias=bias, softcap=cap)[name] for name in given_}
     got = unmask_logits(logits, **kwargs, **ending)
-    want = reference.unmask_logits(finished(logits, ending.get("bias"), ending.get("soft_cap")), **kwargs)
+    want = reference.unmask_logits(finished(logits, ending.get("bias"), ending.get("softcap")), **kwargs)
     plain = reference.unmask_logits(logits, **kwargs)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
@@ -71,6 +71,28 @@ def test_kernels_finish_logits_as_the_reference(L: int, V: int, narrow: int) -> 
 
 
 @pytest.mark.kernels
+@runs_kernels
+@pytest.mark.parametrize(
+    "dtype,rtol", ((torch.float32, 3e-6), (torch.float64, 1e-14))
+)  # exp of logits up to 16: 20 eps
+@pytest.mark.parametrize("cap", (1e-30, 0.3, 30.1, 1e4, 1e9, 1e30))
+@pytest.mark.parametrize("name", ("unmask", "unmask_logits"))
+def test_caps_of_any_size(name: str, cap: float, dtype: torch.dtype, rtol: float) -> None:
+    """A large cap leaves logits as they are, however small they are beside it."""
+    dims = dict(B=2, L=5, V=29) | (dict(D=8) if name == "unmask" else {})
+    kwargs, op = make(OPS[name], dims, dtype), getattr(tt_kernels, name)
+    if name == "unmask":  # sixteenths: products are exact in any order
+        kwargs |= {n: (kwargs[n] * 16).round() / 16 for n in ("hidden", "weight")}
+    got = op(**kwargs, softcap=cap)
+    with tt_kernels.use("reference"):
+        want, uncapped = op(**kwargs, softcap=cap), op(**kwargs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=0)
+    if cap > 1e8:
+        torch.testing.assert_close(got.confidence, uncapped.confidence, rtol=rtol, atol=0)
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", ("unmask", "unmask_logits"))
 def test_blocks_of_one_position_have_no_place_before(name: str) -> None:
     dims = dict(B=3, L=1, V=29, rules=1, narrow=1) | (dict(D=8) if name == "unmask" else {})
@@ -89,7 +111,7 @@ def test_blocks_of_one_position_have_no_place_before(name: str) -> None:
 @pytest.mark.parametrize("ending", (0, 1))
 @pytest.mark.parametrize("narrow", (0, 1))
 @pytest.mark.parametrize("name", ("unmask", "unmask_logits"))
-def test_kernels_give_rows_of_mixed_rules_what_each_gets_alone(name: str, narrow: int, ending: int) -> None:
+def test_kernels_give_rows_of_mixed_given_ruleswhat_each_gets_alone(name: str, narrow: int, ending: int) -> None:
     """Bit for bit, also where the head writes its logits in memory for all rows together and not for one of them."""
     dims = dict(B=6, L=5 if narrow or name == "unmask_logits" else 11, V=300, rules=1, narrow=narrow, ending=ending) | (
         dict(D=8) if name == "unmask" else {}
@@ -105,6 +127,28 @@ def test_kernels_give_rows_of_mixed_rules_what_each_gets_alone(name: str, narrow
         mine |= dict(sampling=kwargs["sampling"].select(some), strategy=kwargs["strategy"].select(some))
         for got, want in zip(op(**mine), whole, strict=True):
             assert torch.equal(got[0], want[b]), b
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ("unmask", "unmask_logits"))
+def test_rows_without_a_rule_that_others_have(name: str) -> None:
+    """As docs/decoding.md and the docstrings have it: what leaves a rule out in one row of a batch."""
+    kwargs = make(OPS[name], dict(B=5, L=9, V=29) | (dict(D=8) if name == "unmask" else {}), torch.float32)
+    op = partial(getattr(tt_kernels, name), **kwargs | dict(block=torch.full_like(kwargs["block"], 28)))
+    none = dict(threshold=[math.inf] * 5, steps_left=[9] * 5, alg_temp=[0.0] * 5)
+    none |= {rule: [-1.0] * 5 for rule in ("factor", "entropy_bound")} | dict(number=[-1] * 5)
+    own = dict(threshold=0.2, steps_left=3, factor=3.0, entropy_bound=6.0, number=4)
+    given_rules = {rule: torch.tensor(values, device=DEVICE) for rule, values in none.items()}
+    for row, (rule, value) in enumerate(own.items()):
+        given_rules[rule][row] = value
+    mixed = {rule: given_rules.pop(rule) for rule in ("threshold", "steps_left")}
+    whole = op(**mixed, strategy=Strategy(**given_rules))
+    for row, (rule, value) in enumerate(own.items()):
+        given: dict[str, Any] = dict(threshold=None, steps_left=None)
+        tensor = torch.tensor([value] * 5, device=DEVICE)
+        given |= {rule: tensor} if rule in given else dict(strategy=Strategy(**{rule: tensor}))
+        alone = op(**given)
+        assert torch.equal(whole.block[row], alone.block[row]) and whole.committed[row].sum() > 1, rule
 
 
 # ---- what is no number ----

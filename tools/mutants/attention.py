@@ -80,10 +80,12 @@ MUTANTS = {
             "inner = tl.minimum(latest",
         ),
     ],
-    ("causal_attention", "attention/lang.py", "test_attention_windows.py"): [
+    ("causal_attention", "runtime/lang.py", "test_attention_windows.py"): [
         ("tanh of small scores cancels", "small = size * size, size < 0.125", "small = size * size, size < 0.0"),
-        ("masked scores are at the cap, as if it came after masks", '(seen, s, -float("inf"))', "(seen, s, -1.0)"),
         ("the sign of capped scores is lost", "tl.where(z < 0, -t, t)", "t"),
+    ],
+    ("causal_attention", "attention/lang.py", "test_attention_windows.py"): [
+        ("masked scores are at the cap, as if it came after masks", '(seen, s, -float("inf"))', "(seen, s, -1.0)"),
         ("the cap comes twice", "softcap * log2e", "softcap * softcap * log2e"),
     ],
     (

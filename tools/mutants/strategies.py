@@ -5,6 +5,7 @@ HEADS = "test_strategies.py::test_heads_places_and_limits_of_mixed_rows"
 FINISHED = "test_strategies_rows.py::test_kernels_finish_logits_as_the_reference"
 ONE_PLACE = "test_strategies_rows.py::test_blocks_of_one_position_have_no_place_before"
 DRAWN = "test_strategies_drawn.py::test_the_kernels_draw_as_the_reference"
+CAPPED = "test_strategies_rows.py::test_caps_of_any_size"
 BOUNDS = "test_strategies.py::test_the_kernel_decides_as_the_reference"
 DECIDED = "test_strategies.py::test_the_kernel_decides_by_the_formulas"
 REMASKED = "test_remask.py::test_every_rule_is_its_formula"
@@ -37,7 +38,7 @@ MUTANTS = {
         ),
         ("the first state's logits one too early", "row -= (place > 0)", "row -= (place >= 0)"),
         ("the bias forgotten", "x += bias", "x += 0 * bias"),
-        ("the soft cap forgotten", "x = tl.where(x < 0, -capped, capped)", "x = x"),
+        ("the soft cap forgotten", "x = softcap * tanh(x / softcap)", "x = x"),
     ],
     ("unmask_logits", "sampling/sample.py", HEADS): [
         ("another row's logits", "source_of(row, settings, SHIFT) if BY_ROW else offs_t", "offs_t"),
@@ -45,9 +46,12 @@ MUTANTS = {
     ("unmask_logits", "sampling/sample.py", FINISHED): [
         (
             "logits that nothing comes after",
-            "finish(x.to(acc_dtype), ids, V, bias_ptr, soft_cap)",
+            "finish(x.to(acc_dtype), ids, V, bias_ptr, softcap)",
             "finish(x.to(acc_dtype), ids, V, bias_ptr, None)",
         ),
+    ],
+    ("unmask_logits", "runtime/lang.py", CAPPED): [
+        ("a large cap takes logits' digits", "small = size * size, size < 0.125", "small = size * size, size < 0.0"),
     ],
     ("unmask_logits", "sampling/finished.py", FINISHED): [
         ("finished logits of the place itself", "settings, SHIFT)", "settings, False)"),

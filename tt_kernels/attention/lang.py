@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..runtime.lang import tanh
 from ..runtime.launch import by_tma
 
 
@@ -66,18 +67,6 @@ def in_tiles(
             return None, None
         found.append(TensorDescriptor.from_tensor(rows, [block_n, P]))
     return found[0], found[1]
-
-
-@triton.jit
-def tanh(z):
-    """By one exp2 and one division, to 4 eps of itself: below 1/8, where 1 - exp2 would cancel, it is the continued
-    fraction z / (1 + z^2 / (3 + z^2 / (5 + ...))) up to 9, whose error is 1e-16 there."""
-    size = tl.abs(z)
-    e = tl.exp2(size * -2.8853900817779268)  # tanh z = (1 - e^-2z) / (1 + e^-2z), which cannot overflow
-    square, small = size * size, size < 0.125
-    above = tl.where(small, size * ((square + 105.0) * square + 945.0), 1.0 - e)
-    t = above / tl.where(small, (15.0 * square + 420.0) * square + 945.0, 1.0 + e)
-    return tl.where(z < 0, -t, t)
 
 
 @triton.jit

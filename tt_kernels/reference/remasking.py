@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import can_look, full_precision
+from .common import can_look, full_precision, of_rows
 from .sampling import Sampling
 from .unmasking import REMASK, uniform
 
@@ -19,7 +19,7 @@ class Remasking(NamedTuple):
     edit: Tensor | None = None
     # [B] float: a position whose own token is less probable than this is masked again; 0 and below: none.
     verify: Tensor | None = None
-    # [B] int: so many at most, the least probable first, of equals the lower; below 0, or None: no limit.
+    # [B] int: so many at most by `verify`, the least probable first, of equals the lower; below 0, or None: no limit.
     most: Tensor | None = None
     # [B] float: every position is masked again with this probability.
     sigma: Tensor | None = None
@@ -29,12 +29,18 @@ class Remasking(NamedTuple):
     @classmethod
     def remdm(cls, alpha_t: Tensor, alpha_s: Tensor, eta: Tensor | float = 1.0, *, kind: str = "cap") -> "Remasking":
         """ReMDM's, of the share alpha of tokens that are not masked before a step (t) and after it (s), both [B]:
-        kind "cap", "rescale" or "conf", which eta bounds, scales and scales. ValueError for another kind, and for what
-        is not from 0 to 1."""
+        kind "cap", "rescale" or "conf", which eta, a number or [B], bounds, scales and scales. ValueError for another
+        kind, for other sizes, and for what is not from 0 to 1."""
         if kind not in ("cap", "rescale", "conf"):
             raise ValueError(f"Remasking: kind is {kind!r}, expected cap, rescale or conf")
-        eta = torch.as_tensor(eta, dtype=torch.float64, device=alpha_t.device)
+        if not isinstance(alpha_t, Tensor) or alpha_t.dim() != 1:
+            shown = list(alpha_t.shape) if isinstance(alpha_t, Tensor) else repr(alpha_t)
+            raise ValueError(f"Remasking: alpha_t is {shown}, expected a tensor [B]")
+        eta = of_rows("Remasking: eta", eta, len(alpha_t), torch.float64, alpha_t.device)
         for name, t in (("alpha_t", alpha_t), ("alpha_s", alpha_s), ("eta", eta)):
+            if not isinstance(t, Tensor) or t.shape != alpha_t.shape:
+                shown = list(t.shape) if isinstance(t, Tensor) else repr(t)
+                raise ValueError(f"Remasking: {name} is {shown}, expected a tensor of alpha_t's [B={len(alpha_t)}]")
             if can_look(t) and not bool(((t >= 0) & (t <= 1)).all()):
                 raise ValueError(f"Remasking: {name} is {t.tolist()}, expected numbers from 0 to 1")
         largest = torch.where(alpha_t > 0, (1 - alpha_s) / alpha_t, math.inf).clamp(max=1)

@@ -52,13 +52,16 @@ class Strategy(NamedTuple):
         alg_temp: float | Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> "Strategy":
-        """Rules of so many rows: a value holds for all of them, a tensor is taken as it is."""
+        """Rules of so many rows: a value holds for all of them, a tensor is taken as it is, and confidence may be a
+        list with a name for each row. ValueError for others."""
 
         def each(name: str, value: float | Tensor | None, dtype: torch.dtype) -> Tensor | None:
             return None if value is None else of_rows(f"Strategy: {name}", value, rows, dtype, device)
 
         if not isinstance(confidence, Tensor):
             names = list(confidence) if isinstance(confidence, (list, tuple)) else [confidence] * rows
+            if len(names) != rows:
+                raise ValueError(f"Strategy: confidence has {len(names)} names, expected one for each of {rows} rows")
             for name in names:
                 if name not in CONFIDENCES:
                     raise ValueError(f"Strategy: confidence is {name!r}, expected one of {', '.join(CONFIDENCES)}")
@@ -177,12 +180,12 @@ def entropy_units(entropy: Tensor) -> Tensor:
     return (entropy.double().nan_to_num(LARGEST_ENTROPY).clamp(0, LARGEST_ENTROPY) * ENTROPY_UNIT).long()
 
 
-def finish(logits: Tensor, bias: Tensor | None, soft_cap: float | None) -> Tensor:
+def finish(logits: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     """What a head does after its product: cap tanh((x + bias) / cap), -inf where the bias is."""
     if bias is not None:
         logits = logits + bias.to(logits)
-    if soft_cap is not None:
-        logits = soft_cap * torch.tanh(logits / soft_cap)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
         if bias is not None:
             logits = logits.masked_fill(bias == -math.inf, -math.inf)
     return logits
@@ -305,11 +308,11 @@ def unmask(
     steps_left: Tensor | None = None,
     strategy: Strategy | None = None,
     bias: Tensor | None = None,
-    soft_cap: float | None = None,
+    softcap: float | None = None,
     shift: bool = False,
 ) -> Unmasked:
     def read(rows: Tensor | slice, cols: Tensor | slice) -> Tensor:
-        return finish(head_logits(hidden[rows, cols].detach(), weight.detach()), bias, soft_cap)
+        return finish(head_logits(hidden[rows, cols].detach(), weight.detach()), bias, softcap)
 
     dtype = compute_dtype(hidden.dtype, weight.dtype)
     return _step(read, block, dtype, sampling, mask_token_id, threshold, steps_left, strategy, shift)
@@ -326,11 +329,11 @@ def unmask_logits(
     steps_left: Tensor | None = None,
     strategy: Strategy | None = None,
     bias: Tensor | None = None,
-    soft_cap: float | None = None,
+    softcap: float | None = None,
     shift: bool = False,
 ) -> Unmasked:
     def read(rows: Tensor | slice, cols: Tensor | slice) -> Tensor:
-        return finish(logits[rows, cols].detach().to(dtype), bias, soft_cap)
+        return finish(logits[rows, cols].detach().to(dtype), bias, softcap)
 
     dtype = compute_dtype(logits.dtype)
     return _step(read, block, dtype, sampling, mask_token_id, threshold, steps_left, strategy, shift)

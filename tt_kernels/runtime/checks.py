@@ -33,8 +33,14 @@ def is_real(value: Any) -> bool:
     """Whether an option is a finite number that PyTorch can compute with: whole ones have 64 bits."""
     if isinstance(value, (int, torch.SymInt, Integral)):
         return is_whole(value)
-    number = isinstance(value, (float, torch.SymFloat, Real))
-    return number and -sys.float_info.max <= value <= sys.float_info.max
+    if not isinstance(value, (float, torch.SymFloat, Real)):
+        return False
+    if not isinstance(value, (float, torch.SymFloat)):  # as numpy's, which would take the bounds for their own type
+        try:
+            value = float(value)
+        except OverflowError:
+            return False
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def as_float(value: Any) -> float:

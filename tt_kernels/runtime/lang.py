@@ -128,3 +128,15 @@ def softplus(x):
 def decay(log):
     """exp, and 0 at e^-64 and below; also at -inf. NaN stays NaN."""
     return tl.where(log <= -64, 0.0, tl.exp2(1.4426950408889634 * log))
+
+
+@triton.jit
+def tanh(z):
+    """By one exp2 and one division, to 4 eps of itself: below 1/8, where 1 - exp2 would cancel, it is the continued
+    fraction z / (1 + z^2 / (3 + z^2 / (5 + ...))) up to 9, whose error is 1e-16 there."""
+    size = tl.abs(z)
+    e = tl.exp2(size * -2.8853900817779268)  # tanh z = (1 - e^-2z) / (1 + e^-2z), which cannot overflow
+    square, small = size * size, size < 0.125
+    above = tl.where(small, size * ((square + 105.0) * square + 945.0), 1.0 - e)
+    t = above / tl.where(small, (15.0 * square + 420.0) * square + 945.0, 1.0 + e)
+    return tl.where(z < 0, -t, t)

@@ -26,7 +26,7 @@ def _finished_kernel(
     first,
     V,
     bias_ptr,  # [V], or None
-    soft_cap,  # or None
+    softcap: tl.constexpr,  # or None
     SHIFT: tl.constexpr,  # each row's are those of the row before
     BLOCK_V: tl.constexpr,
 ):
@@ -36,7 +36,7 @@ def _finished_kernel(
         source = source_of(tl.load(listed.index + first + record), settings, SHIFT)
         ids = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
         x = tl.load(logits_ptr + source.to(tl.int64) * stride_logits + ids, mask=ids < V, other=0.0)
-        x = finish(x.to(out_ptr.dtype.element_ty)[:, None], ids, V, bias_ptr, soft_cap)
+        x = finish(x.to(out_ptr.dtype.element_ty)[:, None], ids, V, bias_ptr, softcap)
         tl.store(out_ptr + record.to(tl.int64) * V + ids[:, None], x, mask=ids[:, None] < V)
 
 
@@ -46,12 +46,12 @@ def finished_launch(V: int) -> Launch:
 
 
 def finished_records(
-    logits: Tensor, rows: Rows, records: Store, suppress: int, bias: Tensor | None, soft_cap: float | None
+    logits: Tensor, rows: Rows, records: Store, suppress: int, bias: Tensor | None, softcap: float | None
 ) -> None:
     """Write the records of all listed rows from logits [rows, V]. Where rows are narrowed, which takes finished logits
     several times, these lie in memory, of WRITTEN records at a time, as a head's do."""
-    if (bias is None and soft_cap is None) or not narrows(rows.sampling):
-        record_logits(logits, rows, records, suppress, bias=bias, soft_cap=soft_cap)
+    if (bias is None and softcap is None) or not narrows(rows.sampling):
+        record_logits(logits, rows, records, suppress, bias=bias, softcap=softcap)
         return
     V = logits.shape[1]
     finished = logits.new_empty(min(WRITTEN, rows.N), V, dtype=records.stats.dtype)
@@ -61,7 +61,7 @@ def finished_records(
         run(
             _finished_kernel,
             (triton.cdiv(V, launch.BLOCK_V), len(some)),
-            *(logits, logits.stride(0), rows.settings, rows.listed, some, len(some), first, V, bias, soft_cap),
+            *(logits, logits.stride(0), rows.settings, rows.listed, some, len(some), first, V, bias, softcap),
             SHIFT=rows.shift,
             launch=launch,
         )

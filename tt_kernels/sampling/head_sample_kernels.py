@@ -26,7 +26,7 @@ def _head_kernel(
     suppress,
     look,  # Look, or None
     bias_ptr,  # [V], or None
-    soft_cap,  # or None
+    softcap: tl.constexpr,  # or None
     SHIFT: tl.constexpr,  # each row's logits are those of the hidden state before
     TMA: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -72,7 +72,7 @@ def _head_kernel(
                     w, h = w.to(acc_dtype), h.to(acc_dtype)
                 # The head as the larger operand fills the tensor cores.
                 x = tl.dot(w, h.T, x, input_precision="ieee", out_dtype=x.dtype)
-            x = finish(x, offs_v, V, bias_ptr, soft_cap)
+            x = finish(x, offs_v, V, bias_ptr, softcap)
             if store is None:
                 at = logits_ptr + offs_t.to(tl.int64)[None, :] * V + offs_v[:, None]
                 tl.store(at, x, mask=mask_t[None, :] & (offs_v < V)[:, None])

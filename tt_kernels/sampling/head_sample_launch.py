@@ -101,7 +101,7 @@ def _run_head(
     launch: HeadLaunch,
     suppress: int | None,
     bias: Tensor | None,
-    soft_cap: float | None,
+    softcap: float | None,
     *,
     records: Store | None = None,
     logits: Tensor | None = None,
@@ -120,7 +120,7 @@ def _run_head(
         TensorDescriptor.from_tensor(weight, [launch.BLOCK_V, launch.BLOCK_K]) if tma else weight,
         *(hidden.stride(0), weight.stride(0), rows.settings, rows.listed, records, logits),
         *(R, first, V, D, pieces.tiles, pieces.number, -1 if suppress is None else suppress),
-        *(rows.look, bias, soft_cap),
+        *(rows.look, bias, softcap),
         SHIFT=rows.shift,
         TMA=tma,
         SUB=SUB if rows.look is None else LOOKED,
@@ -137,7 +137,7 @@ def head_records(
     rows: Rows,
     suppress: int | None,
     bias: Tensor | None = None,
-    soft_cap: float | None = None,
+    softcap: float | None = None,
 ) -> Store:
     """Records of all rows of hidden [N, D], or of those listed.
 
@@ -152,7 +152,7 @@ def head_records(
     pieces = head_pieces(launch, V, multiprocessors(hidden), rows.look is not None)
     if not narrowed and (rows.N <= MERGED or launch.BLOCK_T == SUB):
         records = new_records(rows, pieces.number, hidden, dtype, pieces.depth)
-        _run_head(hidden, weight, rows, launch, suppress, bias, soft_cap, records=records)
+        _run_head(hidden, weight, rows, launch, suppress, bias, softcap, records=records)
         return records
     logits = hidden.new_empty(min(WRITTEN, rows.N), V, dtype=dtype)
     few = 4 if architecture(weight) < 100 else 8  # rows that win together are left out; Triton 3.6 spills 4 on sm_100
@@ -162,7 +162,7 @@ def head_records(
     records = new_records(rows, parts, hidden, dtype)
     for first in range(0, rows.N, WRITTEN):
         some = logits[: rows.N - first]
-        _run_head(hidden, weight, rows, launch, suppress, bias, soft_cap, logits=some, first=first)
+        _run_head(hidden, weight, rows, launch, suppress, bias, softcap, logits=some, first=first)
         record_logits(some, rows, records, suppress, first, None if narrowed else sampler)
     return records
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..runtime.lang import gumbel_tile
+from ..runtime.lang import gumbel_tile, tanh
 
 
 class Settings(NamedTuple):
@@ -165,15 +165,15 @@ def sum_of_exp(x, m, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def finish(x, ids, V, bias_ptr, soft_cap):
+def finish(x, ids, V, bias_ptr, softcap: tl.constexpr):
     """Logits [BLOCK_V, rows] of tokens ids [BLOCK_V] from a head's products: the reference's `finish`."""
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + ids, mask=ids < V, other=0.0).to(x.dtype)[:, None]
         x += bias
-    if soft_cap is not None:
-        e = tl.exp2(tl.abs(x) * (-2.8853900817779268 / soft_cap))  # tanh z = (1 - e^-2z) / (1 + e^-2z)
-        capped = soft_cap * ((1 - e) / (1 + e))
-        x = tl.where(x < 0, -capped, capped)
+    if softcap is not None:
+        # A constant, which fp64 takes as it is; as an argument it would be of fp32. And a large cap leaves logits as
+        # they are: this tanh does not cancel where they are small beside it.
+        x = softcap * tanh(x / softcap)
         if bias_ptr is not None:
             x = tl.where(bias == float("-inf"), float("-inf"), x)
     return x

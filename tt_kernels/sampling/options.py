@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..reference import Remasking, Sampling, Strategy
 from ..reference.unmasking import CONFIDENCES
-from ..runtime.checks import is_real, looks_at, refuse
+from ..runtime.checks import as_float, is_real, looks_at, refuse
 
 KINDS = dict(temperature=float, seed=int, position=int, step=int, top_k=int, top_p=float)  # of `Sampling`'s fields
 
@@ -53,9 +53,13 @@ def check_flag(op: str, name: str, value: object) -> None:
         refuse(op, name, value, "True or False")
 
 
-def check_cap(op: str, soft_cap: float | None) -> None:
-    if soft_cap is not None and not (is_real(soft_cap) and soft_cap > 0):
-        refuse(op, "soft_cap", soft_cap, "a number above 0, or None")
+def cap_of(op: str, softcap: float | None) -> float | None:
+    """The cap, as launchers take it. Beyond, fp32 would hold neither it nor what is divided by it."""
+    if softcap is None:
+        return None
+    if not (is_real(softcap) and 1e-30 <= softcap <= 1e30):
+        refuse(op, "softcap", softcap, "a finite number above 0, of 1e-30 to 1e30, or None")
+    return as_float(softcap)
 
 
 def check_token(op: str, name: str, token: int | None, vocab_size: int) -> None:

@@ -39,7 +39,7 @@ def _sample_kernel(
     suppress,
     look,  # Look, or None
     bias_ptr,  # [V], or None
-    soft_cap,  # or None
+    softcap: tl.constexpr,  # or None
     BY_ROW: tl.constexpr,  # logits are found by row, not by record
     SHIFT: tl.constexpr,  # each row's are those of the row before
     BLOCK_V: tl.constexpr,
@@ -74,7 +74,7 @@ def _sample_kernel(
         ids = tile + tl.arange(0, BLOCK_V)
         at = source.to(tl.int64)[None, :] * stride_logits + ids[:, None]
         x = tl.load(logits_ptr + at, mask=mask_t[None, :] & (ids[:, None] < V), other=0.0)  # [BLOCK_V, BLOCK_T]
-        x = finish(x.to(acc_dtype), ids, V, bias_ptr, soft_cap)
+        x = finish(x.to(acc_dtype), ids, V, bias_ptr, softcap)
         mine = tile_record(
             *(x, tile, any_hot, row, mask_t, settings, limits, offs_t, V, suppress, known, look),
             PAIRS=PAIRS,
@@ -132,7 +132,7 @@ def record_logits(
     first: int = 0,
     launch: SampleLaunch | None = None,
     bias: Tensor | None = None,
-    soft_cap: float | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Write records first to first + R from their logits [R, V]; where rows.by_row, of all listed rows from [rows, V].
     A bias and a soft cap, which limits know nothing of, are for rows that nothing narrows: `finished_records` has them
@@ -150,7 +150,7 @@ def record_logits(
             _sample_kernel,
             (records.parts, triton.cdiv(count, launch.BLOCK_T)),
             *(some, logits.stride(0), rows.settings, rows.listed, limits, records, known),
-            *(count, start, V, -1 if suppress is None else suppress, rows.look, bias, soft_cap),
+            *(count, start, V, -1 if suppress is None else suppress, rows.look, bias, softcap),
             BY_ROW=rows.by_row,
             SHIFT=rows.shift,
             launch=launch,

@@ -17,7 +17,7 @@ from ..runtime.registry import define, takes_kernel
 from .commit import Rule, _commit, before, new_committed, settle
 from .head_sample_launch import head_records
 from .lang import Listed, combine
-from .options import check_cap, check_flag, check_range, check_token, flat, specs, strategy_specs
+from .options import cap_of, check_flag, check_range, check_token, flat, specs, strategy_specs
 from .records import Rows, combine_records
 from .strategies import look_of, unmasked
 
@@ -151,7 +151,7 @@ def _unmask_by(
     steps_left: Tensor | None,
     mask_token_id: int,
     bias: Tensor | None,
-    soft_cap: float | None,
+    softcap: float | None,
     shift: bool,
     confidence: Tensor | None,
     factor: Tensor | None,
@@ -172,7 +172,7 @@ def _unmask_by(
         settings, block.shape[1], masked_rows(block, mask_token_id)[0], look_of(strategy, block), shift=shift
     )
     bias = None if bias is None else bias.contiguous()
-    records = head_records(by_row(hidden), weight, rows, mask_token_id, bias, soft_cap)
+    records = head_records(by_row(hidden), weight, rows, mask_token_id, bias, softcap)
     return unmasked(records, rows, block, threshold, steps_left, strategy, mask_token_id, out)
 
 
@@ -194,7 +194,7 @@ def unmask(
     steps_left: Tensor | None = None,
     strategy: Strategy | None = None,
     bias: Tensor | None = None,
-    soft_cap: float | None = None,
+    softcap: float | None = None,
     shift: bool = False,
 ) -> Unmasked:
     """One unmasking step: `head_sample` of the masked positions with the mask token suppressed, then the commit rule.
@@ -211,21 +211,24 @@ def unmask(
         sampling:      `Sampling` of tensors [B], as in `sample`; position is that of the block's first token in its
                        sequence.
         mask_token_id: the mask, which is never predicted.
-        threshold:     [B] float: while confidence is above, positions commit. None: no such rule.
-        steps_left:    [B] int: steps that remain, this one included: ceil(masked / steps left) commit. None: no such
-                       rule.
+        threshold:     [B] float: while confidence is above, positions commit. inf: no such rule in that row; None:
+                       in none.
+        steps_left:    [B] int: steps that remain, this one included: ceil(masked / steps left) commit. L and above:
+                       one, as without the rule; None: no such rule in any row.
         strategy:      `Strategy` of tensors [B]. None: the confidence is the prediction's probability at temperature 1,
                        and there are no other rules.
         bias:          [V] float that is added to the logits; -inf: such a token is never predicted, as the mask, while
                        another may be.
-        soft_cap:      logits are cap tanh(logits / cap), above 0; the bias comes before.
+        softcap:       logits are cap tanh(logits / cap), from 1e-30 to 1e30; the bias comes before.
         shift:         whether hidden state i predicts token i + 1, and the first one token 0 too: right of a whole
                        sequence. Of a block alone, pass the states from the token before it on, and no shift.
     Returns:
         block:      [B, L] dtype of block, in new memory.
         committed:  [B, L] bool: what changed now.
-        confidence: [B, L] fp32 (fp64 where hidden or weight is): probability of the prediction, whose logarithm is its
-                    log-probability, in the distribution that the strategy is of; 0 where nothing was masked.
+        confidence: [B, L] fp32 (fp64 where hidden or weight is): probability of the prediction, whichever confidence
+                    orders: at temperature 1, or where `tempered` in the distribution that it was drawn from; 0 where
+                    nothing was masked. `confidence.log()` is its log-probability: -inf where the probability is too
+                    small for the dtype, below 1e-37 in fp32.
         masked:     [B] int64: how many are masked still.
 
     Numerics: as `head_sample`. Entropies are added as whole numbers of 2^-32. With a strategy that looks at more than
@@ -258,17 +261,17 @@ def unmask(
     )
     check_range("unmask", sampling)
     check_token("unmask", "mask_token_id", mask_token_id, weight.shape[0])
-    check_cap("unmask", soft_cap)
+    softcap = cap_of("unmask", softcap)
     check_flag("unmask", "shift", shift)
     if not takes_kernel("unmask", hidden, weight, bias):
         rule: dict[str, Any] = dict(mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
-        more: dict[str, Any] = dict(strategy=strategy, bias=bias, soft_cap=soft_cap, shift=shift)
+        more: dict[str, Any] = dict(strategy=strategy, bias=bias, softcap=softcap, shift=shift)
         return reference.unmask(hidden, weight, block, sampling, **rule, **more)
     hidden, weight = hidden.detach(), weight.detach()
-    plain = strategy is None and bias is None and soft_cap is None and not shift
+    plain = strategy is None and bias is None and softcap is None and not shift
     if plain and threshold is not None and steps_left is not None:
         return Unmasked(*_op(hidden, weight, block, threshold.detach(), steps_left, mask_token_id, *flat(sampling)))
-    head = (None if bias is None else bias.detach(), soft_cap, shift)
+    head = (None if bias is None else bias.detach(), softcap, shift)
     rules = flat(strategy or Strategy())
     return Unmasked(
         *_op_by(hidden, weight, block, threshold, steps_left, mask_token_id, *head, *rules, *flat(sampling))

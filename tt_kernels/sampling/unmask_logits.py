@@ -11,7 +11,7 @@ from ..runtime.checks import check
 from ..runtime.launch import by_row
 from ..runtime.registry import define, takes_kernel
 from .finished import finished_records
-from .options import check_cap, check_flag, check_range, check_token, flat, specs, strategy_specs
+from .options import cap_of, check_flag, check_range, check_token, flat, specs, strategy_specs
 from .records import Rows, new_records
 from .sample import sample_parts
 from .strategies import look_of, unmasked
@@ -25,7 +25,7 @@ def _unmask_logits(
     steps_left: Tensor | None,
     mask_token_id: int,
     bias: Tensor | None,
-    soft_cap: float | None,
+    softcap: float | None,
     shift: bool,
     confidence: Tensor | None,
     factor: Tensor | None,
@@ -45,7 +45,7 @@ def _unmask_logits(
     rows = Rows.of(settings, block.shape[1], listed, look, by_row=True, shift=shift)
     bias = None if bias is None else bias.contiguous()
     records = new_records(rows, sample_parts(logits), logits, out.confidence.dtype)
-    finished_records(logits, rows, records, mask_token_id, bias, soft_cap)
+    finished_records(logits, rows, records, mask_token_id, bias, softcap)
     return unmasked(records, rows, block, threshold, steps_left, strategy, mask_token_id, out)
 
 
@@ -66,7 +66,7 @@ def unmask_logits(
     steps_left: Tensor | None = None,
     strategy: Strategy | None = None,
     bias: Tensor | None = None,
-    soft_cap: float | None = None,
+    softcap: float | None = None,
     shift: bool = False,
 ) -> Unmasked:
     """One unmasking step as `unmask` makes it, of logits in memory.
@@ -82,14 +82,15 @@ def unmask_logits(
         steps_left:    [B] int, or None.
         strategy:      `Strategy` of tensors [B], or None.
         bias:          [V] float that is added to the logits; -inf: such a token is never predicted, as the mask.
-        soft_cap:      logits are cap tanh(logits / cap), above 0; the bias comes before. A logit of -inf is then -cap,
-                       unless the bias is -inf.
+        softcap:       logits are cap tanh(logits / cap), from 1e-30 to 1e30; the bias comes before. A logit of -inf is
+                       then -cap, unless the bias is -inf.
         shift:         whether logits i are of token i + 1, and the first ones of token 0 too, as Dream's are: they are
                        read from there, not moved.
     Returns:
         block:      [B, L] dtype of block, in new memory.
         committed:  [B, L] bool: what changed now.
-        confidence: [B, L] fp32 (fp64 for fp64 logits): probability of the prediction; 0 where nothing was masked.
+        confidence: [B, L] fp32 (fp64 for fp64 logits): probability of the prediction, as `unmask`'s; 0 where nothing
+                    was masked. `confidence.log()` is its log-probability.
         masked:     [B] int64: how many are masked still.
 
     Numerics: as `sample`. Entropies are added as whole numbers of 2^-32. Deterministic.
@@ -97,6 +98,7 @@ def unmask_logits(
     Raises: ValueError as `unmask` does.
     Cost: as `sample` of the M masked rows: M V itemsize bytes; a bias or a soft cap takes no pass of its own. Beside
     top_k or top_p, which read a row several times, they do: those rows are written first, 512 at a time, 4 M V bytes.
+    A block cut out of longer sequences' logits is copied first where B is above 1: 2 B L V itemsize bytes more.
     Source: as `unmask`.
 
     Example:
@@ -117,13 +119,13 @@ def unmask_logits(
     )
     check_range("unmask_logits", sampling)
     check_token("unmask_logits", "mask_token_id", mask_token_id, logits.shape[-1])
-    check_cap("unmask_logits", soft_cap)
+    softcap = cap_of("unmask_logits", softcap)
     check_flag("unmask_logits", "shift", shift)
     if not takes_kernel("unmask_logits", logits, bias):
         rule: dict[str, Any] = dict(mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
-        more: dict[str, Any] = dict(strategy=strategy, bias=bias, soft_cap=soft_cap, shift=shift)
+        more: dict[str, Any] = dict(strategy=strategy, bias=bias, softcap=softcap, shift=shift)
         return reference.unmask_logits(logits, block, sampling, **rule, **more)
-    ending = (None if bias is None else bias.detach(), soft_cap, shift)
+    ending = (None if bias is None else bias.detach(), softcap, shift)
     rules = flat(strategy or Strategy())
     return Unmasked(
         *_op(logits.detach(), block, threshold, steps_left, mask_token_id, *ending, *rules, *flat(sampling))

@@ -186,7 +186,7 @@ class Generation:
     # "eos": an end-of-sequence token; "stop": a stop string; "length": max_new_tokens.
     finish_reason: list[str] = field(default_factory=list, compare=False)
     # Where asked for: of each token, as the model predicted it when it was committed, at temperature 1; with `tempered`
-    # in the distribution that it was drawn from.
+    # in "mask_diffusion", in the distribution that it was drawn from. -inf where fp32 has no such small probability.
     logprobs: list[list[float]] = field(default_factory=list, compare=False)
     # Passes of either tower, the reading of the prompt as one.
     forwards: list[int] = field(default_factory=list, compare=False)
