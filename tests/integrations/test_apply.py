@@ -67,9 +67,10 @@ def test_windows_and_soft_caps(name: str) -> None:
 
 
 @pytest.mark.kernels
-def test_two_tokens() -> None:
-    """Of a model with every kind of layer: a padded prompt, and a token on its cache."""
-    model = tiny("nemotron_h")
+@pytest.mark.parametrize("model_type", ["nemotron_h", "qwen2_moe"])
+def test_two_tokens(model_type: str) -> None:
+    """Of models with every kind of layer: a padded prompt, and a token on its cache."""
+    model = tiny(model_type)
     sequences, expected = greedy(model, 2)
     changes = tt.apply(model)
     found, got = greedy(model, 2)
