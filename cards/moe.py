@@ -204,11 +204,11 @@ OPS = (
             dict(T=21, D=29, E=12, K=3, groups=4, kept=2),
             dict(T=1, D=8, E=4, K=4),
             dict(T=0, D=8, E=4, K=2),
-            dict(T=37, D=300, E=13, K=3),  # three tiles, the last one ragged, and two parts of D
+            dict(T=37, D=520, E=13, K=3),  # three tiles, the last one ragged, and two parts of D
             dict(T=19, D=31, E=30, K=14, groups=5, kept=2),  # two choices among zeros
             dict(T=530, D=8, E=6, K=2),  # many
             dict(T=21, D=29, E=12, K=3, softmax=1),
-            dict(T=37, D=300, E=13, K=3, softmax=1, norm=0),  # three tiles, two parts of D
+            dict(T=37, D=520, E=13, K=3, softmax=1, norm=0),  # three tiles, two parts of D
             dict(T=530, D=8, E=6, K=2, softmax=1, norm=0),
         ),
         shapes=(

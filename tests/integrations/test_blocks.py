@@ -100,6 +100,21 @@ def test_who_listens_to_a_router_hears_theirs(calls: list) -> None:
     changes.undo()
 
 
+@pytest.mark.parametrize("part", ["gate", "experts"])
+def test_gradients_are_heard_too(part: str, calls: list) -> None:
+    model = tiny("qwen3_moe")
+    tt.apply(model)
+    heard = []
+    module = getattr(model.model.layers[0].mlp, part)
+    handle = module.register_full_backward_hook(lambda module, of_inputs, of_outputs: heard.append(of_outputs))
+    gradients(model)
+    assert len(heard) == 1 and len(calls) == 1  # of two layers
+    handle.remove()
+    gradients(model)
+    assert len(heard) == 1 and len(calls) == 3
+    tt.revert(model)
+
+
 def test_what_a_block_does_besides_stays_theirs(calls: list) -> None:
     """Noise on the router's input in training; experts of another implementation, chosen later; a router of another
     class."""
@@ -151,6 +166,10 @@ def _hooked(shared: Any) -> None:
     shared.down_proj.register_forward_hook(lambda module, args, output: 2 * output)
 
 
+def _listened_to(shared: Any) -> None:
+    shared.register_full_backward_hook(lambda module, of_inputs, of_outputs: None)
+
+
 def _biased(shared: Any) -> None:
     shared.up_proj = torch.nn.Linear(32, 20, dtype=torch.float64)
     torch.nn.init.ones_(shared.up_proj.weight)
@@ -169,6 +188,7 @@ def _narrow(shared: Any) -> None:
     ("change", "reason"),
     [
         (_hooked, "the forward of shared_expert is another's already, or listened to"),
+        (_listened_to, "the forward of shared_expert is another's already, or listened to"),
         (_biased, "shared_expert.up_proj is Linear(in_features=32, out_features=20, bias=True), served is a Linear"),
         (_gelu, "shared_expert.act_fn is GELU(approximate='none'), served is the experts'"),
         (_narrow, "shared_expert.down_proj is torch.float32, served is torch.float64, as the experts"),

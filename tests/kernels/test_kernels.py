@@ -97,7 +97,7 @@ def test_experts_are_summed_in_the_dtype_of_weights() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="fp64 kernels exist only in the interpreter")
-def test_the_shared_expert_is_added_in_the_dtype_of_its_weight() -> None:
+def test_experts_add_the_shared_one_in_the_dtype_of_its_weight() -> None:
     x, one = torch.ones(2, 4), tt_kernels.ExpertWeights(torch.ones(3, 4), torch.ones(4, 3))
     routing = tt_kernels.Routing(torch.zeros(2, 1, dtype=torch.long), -torch.ones(2, 1))
     every = tt_kernels.ExpertWeights(one.up[None], one.down[None])

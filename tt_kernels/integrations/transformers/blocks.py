@@ -25,6 +25,12 @@ SHARED = {"Qwen2MoeSparseMoeBlock": ("shared_expert", "Qwen2MoeMLP", "shared_exp
 _CAPTURING = "transformers.utils.output_capturing"
 
 
+def _is_another(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class's forward; hooks behind it are asked for apart."""
+    hooks = module._forward_pre_hooks or module._backward_pre_hooks or module._backward_hooks
+    return "forward" in vars(module) or bool(hooks)
+
+
 def unserved(block: Any) -> str | None:
     """Why a block of BLOCKS is not served now, or None."""
     name, cls = BLOCKS[type(block).__name__]
@@ -32,7 +38,7 @@ def unserved(block: Any) -> str | None:
     if type(router).__name__ != cls:
         return f"{name} is a {type(router).__name__}, served is {cls}"
     for module in (router, experts):
-        if "forward" in vars(module) or module._forward_pre_hooks:
+        if _is_another(module):
             return f"the forward of its {type(module).__name__} is another's already (a hook, or other kernels)"
         if any(type(p) is not nn.Parameter for p in module.parameters(recurse=False)):
             return f"the weights of its {type(module).__name__} are spread over devices"
@@ -53,7 +59,7 @@ def _unserved_shared(block: Any) -> str | None:
     if type(shared).__name__ != cls:
         return f"{name} is a {type(shared).__name__}, served is {cls}"
     for module in shared.modules():
-        if "forward" in vars(module) or module._forward_pre_hooks or module._forward_hooks:
+        if _is_another(module) or module._forward_hooks:
             return f"the forward of {name} is another's already, or listened to (a hook, or other kernels)"
     for part in ("gate_proj", "up_proj", "down_proj"):
         linear = getattr(shared, part)
