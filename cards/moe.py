@@ -13,7 +13,7 @@ from .norm import modulated_inputs
 from .op import Op
 
 
-def _experts_inputs(dtype, T, D, N, E, K, gated=0, M=0, act=None):
+def _experts_inputs(dtype, T, D, N, E, K, gated=0, M=0, act=None, weighted=0):
     """act: index of the activation in ACTIVATIONS; None: silu with a gate, relu2 without."""
     up, gate = torch.randn(2, E, N, D, dtype=dtype) * D**-0.5
     down = torch.randn(E, D, N, dtype=dtype) * N**-0.5
@@ -23,11 +23,13 @@ def _experts_inputs(dtype, T, D, N, E, K, gated=0, M=0, act=None):
         shared = ExpertWeights(up_gate[0], shared_down, up_gate[1] if gated else None)
     x = torch.randn(T, D, dtype=dtype)
     ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)]) if T else torch.empty(0, K, dtype=torch.long)
+    wide = torch.promote_types(dtype, torch.float32)
     return dict(
         x=x,
-        routing=Routing(ids, torch.rand(T, K, dtype=torch.promote_types(dtype, torch.float32))),
+        routing=Routing(ids, torch.rand(T, K, dtype=wide)),
         weights=ExpertWeights(up, down, gate if gated else None),
         shared=shared,
+        shared_weight=torch.rand(T, dtype=dtype) if weighted else None,
         activation=list(ACTIVATIONS)[gated if act is None else act],
     )
 
@@ -38,8 +40,9 @@ def _experts_cost(itemsize, T, D, N, E, K, gated=0, M=0, **_):
     return 2 * matrices * T * D * (K * N + M), (matrices * D * (hit * N + M) + 2 * T * D) * itemsize
 
 
-def _norm_inputs(dtype, B, L, D, N, E, K, gated=0, M=0, plain=0, norm_first=0):
-    moe, dims = _experts_inputs(dtype, B * L, D, N, E, K, gated, M), dict(B=B, L=L, D=D)
+def _norm_inputs(dtype, B, L, D, N, E, K, gated=0, M=0, plain=0, norm_first=0, weighted=0):
+    moe = _experts_inputs(dtype, B * L, D, N, E, K, gated, M, weighted=weighted)
+    dims = dict(B=B, L=L, D=D)
     norm = modulated_inputs(dtype, **dims, plain=plain, norm_first=norm_first)
     norm |= dict(residual=norm.pop("x"), norm_weight=norm.pop("weight"))
     return moe | {name: value for name, value in norm.items() if name != "branch"}
@@ -124,7 +127,7 @@ OPS = (
         when="Any mixture of experts, from one token to a prefill, with a choice of experts from anywhere.",
         inputs=_experts_inputs,
         cases=(
-            dict(T=5, D=6, N=11, E=4, K=2, M=9),
+            dict(T=5, D=6, N=11, E=4, K=2, M=9, weighted=1),
             dict(T=9, D=16, N=24, E=6, K=3, gated=1, M=16),
             dict(T=9, D=29, N=23, E=6, K=3),
             dict(T=1, D=8, N=64, E=4, K=3),
@@ -135,6 +138,7 @@ OPS = (
             dict(T=0, D=8, N=16, E=4, K=2),
             *(dict(T=7, D=16, N=24, E=3, K=2, act=act) for act in range(2, len(ACTIVATIONS))),
             *(dict(T=7, D=16, N=24, E=3, K=2, gated=1, act=act) for act in (2, 3)),
+            dict(T=7, D=16, N=24, E=3, K=2, gated=1, M=140, weighted=1),  # two tiles of the shared expert's width
         ),
         shapes=(
             *(dict(T=T, D=2688, N=1856, E=128, K=6, M=3712) for T in (1, 16, 64, 128, 512, 1024, 4096)),
@@ -142,12 +146,14 @@ OPS = (
             *(dict(T=T, D=2048, N=1408, E=64, K=6, gated=1, M=2816) for T in (16, 4096)),
             # The same with gated GELU, whose erf and exponentials are the most that an activation takes.
             *(dict(T=T, D=2048, N=1408, E=64, K=6, gated=1, act=act) for T in (16, 4096) for act in (2, 3)),
+            # A shared expert with a weight for each token: Qwen1.5-MoE-A2.7B's.
+            *(dict(T=T, D=2048, N=1408, E=60, K=4, gated=1, M=5632, weighted=1) for T in (16, 4096)),
         ),
         grows=dict(T=16384),
         outputs=("y",),
         grads=(
             *("x", "routing.topk_weights", "weights.up", "weights.down", "weights.gate"),
-            *("shared.up", "shared.down", "shared.gate"),
+            *("shared.up", "shared.down", "shared.gate", "shared_weight"),
         ),
         kernels=(
             *("_experts_schedule_kernel", "_experts_up_kernel", "_experts_down_kernel", "_experts_combine_kernel"),
@@ -167,7 +173,7 @@ OPS = (
         when="Where a norm follows the experts, as in every pre-norm tower: a launch and a pass less.",
         inputs=_norm_inputs,
         cases=(
-            dict(B=2, L=3, D=29, N=11, E=4, K=2, M=9),
+            dict(B=2, L=3, D=29, N=11, E=4, K=2, M=9, weighted=1),
             dict(B=2, L=3, D=29, N=11, E=4, K=2, M=9, norm_first=1),
             dict(B=3, L=1, D=64, N=24, E=6, K=3, gated=1, plain=1),
             dict(B=1, L=245, D=16, N=16, E=2, K=1, M=32),  # enough rows for the form for many tokens
@@ -176,6 +182,7 @@ OPS = (
         shapes=(
             *(dict(B=B, L=16, D=2688, N=1856, E=128, K=6, M=3712) for B in (1, 32)),
             dict(B=1, L=1, D=2688, N=1856, E=128, K=6, M=3712, plain=1),
+            dict(B=1, L=16, D=2048, N=1408, E=60, K=4, gated=1, M=5632, plain=1, weighted=1),  # Qwen1.5-MoE-A2.7B's
             dict(B=1, L=4096, D=2688, N=1856, E=128, K=6, M=3712, plain=1),
         ),
         outputs=("y", "residual"),
@@ -197,11 +204,11 @@ OPS = (
             dict(T=21, D=29, E=12, K=3, groups=4, kept=2),
             dict(T=1, D=8, E=4, K=4),
             dict(T=0, D=8, E=4, K=2),
-            dict(T=37, D=300, E=13, K=3),  # three tiles, the last one ragged, and two parts of D
+            dict(T=37, D=520, E=13, K=3),  # three tiles, the last one ragged, and two parts of D
             dict(T=19, D=31, E=30, K=14, groups=5, kept=2),  # two choices among zeros
             dict(T=530, D=8, E=6, K=2),  # many
             dict(T=21, D=29, E=12, K=3, softmax=1),
-            dict(T=37, D=300, E=13, K=3, softmax=1, norm=0),  # three tiles, two parts of D
+            dict(T=37, D=520, E=13, K=3, softmax=1, norm=0),  # three tiles, two parts of D
             dict(T=530, D=8, E=6, K=2, softmax=1, norm=0),
         ),
         shapes=(

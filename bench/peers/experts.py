@@ -27,7 +27,8 @@ def _with_shared(a: Arguments, routed: Callable[[], Tensor]) -> Call:
 
     def call() -> Tensor:
         gate = None if shared.gate is None else F.linear(a.x, shared.gate)
-        return routed() + F.linear(_activate(F.linear(a.x, shared.up), gate, a.activation), shared.down)
+        alone = F.linear(_activate(F.linear(a.x, shared.up), gate, a.activation), shared.down)
+        return routed() + (alone if a.shared_weight is None else a.shared_weight[:, None] * alone)
 
     return call
 
@@ -94,7 +95,8 @@ def apart(a: Arguments) -> Call:
     """Our own two ops, a launch more."""
 
     def both() -> Any:
-        branch = experts(a.x, a.routing, a.weights, shared=a.shared, activation=a.activation).view(a.residual.shape)
+        moe = dict(shared=a.shared, shared_weight=a.shared_weight, activation=a.activation)
+        branch = experts(a.x, a.routing, a.weights, **moe).view(a.residual.shape)
         more = dict(branch=branch, gate=a.gate, order=a.order, eps=a.eps)
         return modulated_rms_norm(a.residual, a.norm_weight, a.shift, a.scale, **more)
 

@@ -16,6 +16,7 @@ pytest.importorskip("transformers", minversion="5.20")
 
 from tt_kernels.integrations import transformers as tt
 from tt_kernels.integrations.transformers import mamba
+from tt_kernels.runtime.launch import INTERPRET
 
 # fp64 on both sides (tiny.Wide), whose roundings are 1e-16: a few layers of sums, exponentials and norms make 1e-13 of
 # them. One part in fp32 would show as 1e-7.
@@ -67,14 +68,19 @@ def test_windows_and_soft_caps(name: str) -> None:
 
 
 @pytest.mark.kernels
-def test_two_tokens() -> None:
-    """Of a model with every kind of layer: a padded prompt, and a token on its cache."""
-    model = tiny("nemotron_h")
-    sequences, expected = greedy(model, 2)
+@pytest.mark.skipif(not INTERPRET, reason="test_it_is_the_same_model does more by references")
+@pytest.mark.parametrize("model_type", TINY)
+def test_by_kernels(model_type: str) -> None:
+    """A padded prompt, a token on its cache, and gradients."""
+    model = tiny(model_type)
+    (sequences, expected), slopes = greedy(model, 2), gradients(model)
     changes = tt.apply(model)
-    found, got = greedy(model, 2)
+    (found, got), own = greedy(model, 2), gradients(model)
     changes.undo()
     assert torch.equal(found, sequences) and error(got, expected) < BOUND
+    assert own.keys() == slopes.keys()
+    for parameter, slope in slopes.items():
+        assert error(own[parameter], slope) < BOUND, parameter
 
 
 def replaced(changes: tt.Changes) -> dict[str, list[str]]:

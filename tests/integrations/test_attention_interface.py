@@ -166,6 +166,11 @@ def masked(rows: list[str] | None = None, **options: Any) -> None:
         (lambda: attend(torch.zeros(3, 2, dtype=torch.int32), softcap=30.0), "softcap is 30.0 in full attention"),
         (lambda: attend(s_aux=torch.zeros(4)), "s_aux is given, and not served: attention sinks"),
         (lambda: attend(sinks=torch.zeros(4)), "sinks is given, and not served: attention sinks"),
+        (
+            lambda: attend(indices=torch.zeros(3, 7, 2)),
+            "indices is given, and not served: keys that an indexer chooses",
+        ),
+        (lambda: attend(block_indices=torch.zeros(3, 7)), "block_indices is given, and not served: keys"),
         (lambda: attend(output_attentions=True), "output_attentions is given"),
         (lambda: attend(torch.zeros(3, 1, 7, 7)), r"a mask \[3, 1, 7, 7\] of torch.float32"),
         (lambda: attend(torch.ones(3, 1, 7, 7, dtype=torch.bool)), r"of torch\.bool"),

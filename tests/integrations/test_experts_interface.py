@@ -13,7 +13,7 @@ from tt_kernels.integrations import transformers as tt
 from tt_kernels.integrations.transformers import experts as ours
 
 BOUND = 1e-12  # fp64, as in test_apply.py; one layer
-TYPES = ["nemotron_h", "mixtral", "qwen3_moe", "olmoe", "granitemoehybrid"]
+TYPES = ["nemotron_h", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoehybrid"]
 
 
 def layer(model_type: str, **options: Any) -> Any:

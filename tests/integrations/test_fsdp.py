@@ -17,9 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from tiny import error, gradients, tiny
 from tt_kernels.integrations import transformers as tt
 
-rank, store = sys.argv[1:]
+rank, store, model_type = sys.argv[1:]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
-model = tiny("nemotron_h")
+model = tiny(model_type)
 tt.apply(model)
 alone = gradients(model, wide=False)
 for layer in model.model.layers:
@@ -33,10 +33,11 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_gradients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["nemotron_h", "qwen2_moe"])
+def test_gradients(model_type: str, tmp_path: Path) -> None:
     path = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))
     start = lambda rank: subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store")],
+        [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store"), model_type],
         env=os.environ | {"PYTHONPATH": path},
         stdout=subprocess.PIPE,
         text=True,

@@ -54,6 +54,13 @@ TINY: dict[str, dict[str, Any]] = {
         **HEADS,
     ),
     "mixtral": dict(intermediate_size=24, num_local_experts=6, **EXPERTS),
+    "qwen2_moe": dict(
+        intermediate_size=40,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=20,
+        num_experts=6,
+        **EXPERTS,
+    ),
     "qwen3_moe": dict(moe_intermediate_size=24, num_experts=6, head_dim=8, norm_topk_prob=True, **EXPERTS),
     "olmoe": dict(intermediate_size=24, num_experts=6, **EXPERTS),
 }

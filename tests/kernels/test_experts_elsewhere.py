@@ -17,7 +17,7 @@ OP = OPS["experts"]
 # One token, few, many (rows are the products' M), and rows that fit grouped_mm.
 SIZES = [
     dict(T=1, D=8, N=16, E=4, K=3, M=8),
-    dict(T=9, D=8, N=16, E=6, K=3, M=8, gated=1),
+    dict(T=9, D=8, N=16, E=6, K=3, M=8, gated=1, weighted=1),
     dict(T=128, D=8, N=16, E=1, K=1, M=8),
     dict(T=12, D=16, N=24, E=4, K=2),
 ]
@@ -33,9 +33,10 @@ def literal(kwargs: dict[str, Any]) -> Tensor:
             return down @ (up @ row).relu().square()
         return down @ (torch.nn.functional.silu(gate @ row) * (up @ row))
 
+    weight = torch.ones_like(x[:, 0]) if kwargs["shared_weight"] is None else kwargs["shared_weight"]
     rows = []
     for t in range(len(x)):
-        y = torch.zeros_like(x[t]) if shared is None else expert(x[t], shared.up, shared.down, shared.gate)
+        y = torch.zeros_like(x[t]) if shared is None else weight[t] * expert(x[t], *shared)
         for k, e in enumerate(routing.topk_ids[t].tolist()):
             if 0 <= e < len(w.up):
                 y = y + routing.topk_weights[t, k] * expert(
@@ -110,9 +111,10 @@ def test_experts_spread_over_devices_add_up(dims: dict[str, int]) -> None:
         for first in (0, half):
             e = slice(first, first + half)
             local = ExpertWeights(w.up[e], w.down[e], None if w.gate is None else w.gate[e])
-            shared = None if first else kw["shared"]
+            names = () if first else ("shared", "shared_weight")
+            shared = {name: kw[name] for name in names}
             routing = kw["routing"]._replace(topk_ids=ids - first)
-            y = y + experts(kw["x"], routing, local, shared=shared, activation=kw["activation"])
+            y = y + experts(kw["x"], routing, local, **shared, activation=kw["activation"])
         return y
 
     assert_same(values_and_gradients(OP, parallel, kwargs), values_and_gradients(OP, OP.fn, kwargs))
@@ -122,7 +124,7 @@ def test_experts_spread_over_devices_add_up(dims: dict[str, int]) -> None:
 @pytest.mark.parametrize("dims", SIZES, ids=str)
 def test_what_is_no_number_elsewhere_is_not_seen(dims: dict[str, int], fn: Any) -> None:
     """Neither the weight of such a pair nor the x of a token without an expert here spoils what is here."""
-    kwargs = spread(dims) | dict(shared=None)
+    kwargs = spread(dims) | dict(shared=None, shared_weight=None)
     want = values_and_gradients(OP, fn, kwargs)
     ids, weights, *_ = kwargs["routing"]
     outside = (ids < 0) | (ids >= dims["E"])

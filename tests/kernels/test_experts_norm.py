@@ -21,19 +21,22 @@ DIMS = dict(B=2, L=3, D=40, N=16, E=4, K=2)
 
 def two_ops(
     x: Tensor, routing: Any, weights: Any, residual: Tensor, norm_weight: Tensor, shift: Any = None, scale: Any = None,
-    *, shared: Any = None, activation: str = "relu2", **norm: Any,
+    *, shared: Any = None, shared_weight: Any = None, activation: str = "relu2", **norm: Any,
 ) -> Modulated:  # fmt: skip
-    branch = experts(x, routing, weights, shared=shared, activation=activation).view(residual.shape)
+    moe = dict(shared=shared, shared_weight=shared_weight, activation=activation)
+    branch = experts(x, routing, weights, **moe).view(residual.shape)
     return modulated_rms_norm(residual, norm_weight, shift, scale, branch=branch, **norm)
 
 
 @pytest.mark.kernels
 @pytest.mark.sanitize
-@pytest.mark.parametrize("more", [dict(M=24), dict(gated=1, plain=1), dict(M=16, norm_first=1, L=70)])
-@pytest.mark.parametrize("wide", [(), ("residual",), ("norm_weight", "shift", "scale"), ("routing.topk_weights",)])
+@pytest.mark.parametrize("more", [dict(M=24), dict(gated=1, plain=1), dict(M=16, norm_first=1, L=70, weighted=1)])
+@pytest.mark.parametrize(
+    "wide", [(), ("residual",), ("norm_weight", "shift", "scale"), ("routing.topk_weights",), ("shared_weight",)]
+)
 def test_the_same_bits_as_two_ops(more: dict[str, int], wide: tuple[str, ...]) -> None:
     """Whichever of its arguments is in a wider dtype; of rows that lie apart, too."""
-    summed_in_fp64 = "routing.topk_weights" in wide and not SANITIZE and DEVICE == "cpu"
+    summed_in_fp64 = {"routing.topk_weights", "shared_weight"} & {*wide} and not SANITIZE and DEVICE == "cpu"
     dtype, wider = (torch.float32, torch.float64) if summed_in_fp64 else (HALF, torch.float32)
     kwargs = make(OP, DIMS | more, dtype)
     kwargs = with_leaves(kwargs, {name: t.to(wider) for name, t in leaves(kwargs).items() if name in wide})
@@ -45,7 +48,7 @@ def test_the_same_bits_as_two_ops(more: dict[str, int], wide: tuple[str, ...]) -
 @pytest.mark.kernels
 @pytest.mark.skipif(DEVICE == "cuda", reason="no fp64 kernels on a GPU")
 def test_gradients_are_those_of_two_ops() -> None:
-    kwargs = make(OP, DIMS | dict(M=24), torch.float64)
+    kwargs = make(OP, DIMS | dict(M=24, weighted=1), torch.float64)
     found = []
     for fn in (experts_norm, two_ops):
         free = {k: t.clone().requires_grad_() for k, t in leaves(kwargs).items() if t.is_floating_point()}

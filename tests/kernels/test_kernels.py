@@ -12,6 +12,7 @@ from parity import (
     KERNELS,
     WITH_KERNELS,
     assert_op_as_good,
+    leaves,
     make,
     results,
     values_and_gradients,
@@ -59,6 +60,9 @@ MIXED = [
     ("experts", HALF, {"routing.topk_weights": HALF}),
     ("experts", FULL, {"routing.topk_weights": HALF}),
     ("experts", FULL, {"routing.topk_weights": WIDE}),
+    ("experts", HALF, {"shared_weight": FULL}),
+    ("experts", FULL, {"shared_weight": HALF}),
+    ("experts", FULL, {"shared_weight": WIDE}),
     ("route", HALF, dict(weight=HALF, bias=HALF)),
     ("route", FULL, dict(weight=WIDE)),
     ("route", FULL, dict(bias=WIDE)),
@@ -73,6 +77,7 @@ MIXED = [
         for name, dtype, own in MIXED
         if INTERPRET or WIDE not in (dtype, *own.values())
         for case in range(3)
+        if own.keys() <= leaves(make(OPS[name], OPS[name].cases[case], dtype)).keys()
     ],
 )
 def test_mixed_dtypes_match_reference(name: str, dtype: torch.dtype, own: dict[str, torch.dtype], case: int) -> None:
@@ -89,6 +94,16 @@ def test_experts_are_summed_in_the_dtype_of_weights() -> None:
         x, tt_kernels.Routing(torch.tensor([[0, 1]] * 2), weights), tt_kernels.ExpertWeights(up, down)
     )
     assert torch.equal(y, torch.full((2, 4), 48 * 2.0**-30))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="fp64 kernels exist only in the interpreter")
+def test_experts_add_the_shared_one_in_the_dtype_of_its_weight() -> None:
+    x, one = torch.ones(2, 4), tt_kernels.ExpertWeights(torch.ones(3, 4), torch.ones(4, 3))
+    routing = tt_kernels.Routing(torch.zeros(2, 1, dtype=torch.long), -torch.ones(2, 1))
+    every = tt_kernels.ExpertWeights(one.up[None], one.down[None])
+    weight = torch.tensor([1 + 2**-30, 2.0], dtype=torch.float64)
+    y = tt_kernels.experts(x, routing, every, shared=one, shared_weight=weight)
+    assert torch.equal(y, torch.tensor([[48 * 2.0**-30], [48.0]]).expand(2, 4))
 
 
 @pytest.mark.parametrize("name", ["conv_advance", "ssd_advance", "ssd_chunk", "mamba_advance", "mamba_extend"])
@@ -128,7 +143,11 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("op,dims", FIRST_WITH_KERNELS)
+# Its first case has all arguments.
+WITHOUT_OPTIONS = pytest.param(OPS["experts"], OPS["experts"].cases[1], id="experts, no shared_weight")
+
+
+@pytest.mark.parametrize("op,dims", [*FIRST_WITH_KERNELS, WITHOUT_OPTIONS])
 def test_registered_ops_pass_opcheck(op: Op, dims: dict[str, int]) -> None:
     calls = Calls()
     with calls:

@@ -9,6 +9,13 @@ MUTANTS = {
             "if weights_ptr.dtype.element_ty == tl.float64 else acc",
             "if False else acc",
         ),
+        ("the shared expert's weight forgotten", "shared *= tl.load(shared_weight_ptr + t).to(acc)", "shared *= 1"),
+        ("all tokens weigh the shared expert as the first", "shared_weight_ptr + t)", "shared_weight_ptr)"),
+        (
+            "the shared expert without its weight's dtype",
+            "if shared_weight_ptr.dtype.element_ty == tl.float64 else acc",
+            "if False else acc",
+        ),
         ("everybody takes the first expert", "first, expert * routed.step, n0", "first, 0 * routed.step, n0"),
         ("wrong token", "(pair.to(tl.int32) // sizes.top_k)", "(pair.to(tl.int32) // (sizes.top_k + 1))"),
         ("up forgotten beside the gate", "h *= a\n", "h = a\n"),
@@ -65,7 +72,8 @@ MUTANTS = {
         ("routing weights forgotten", "pair *= tl.load", "tl.load"),
     ],
     ("experts_norm", "norm/modulated_rms_norm_kernels.py"): [
-        ("the shared expert forgotten", "step += load_row(branch, row, cols, mask, total)", "step += 0"),
+        ("the shared expert forgotten", "step += more", "step += 0"),
+        ("its weight forgotten", "more *= tl.load(branch_weight_ptr + row).to(total)", "more *= 1"),
     ],
     (
         "experts_norm",
@@ -78,10 +86,15 @@ MUTANTS = {
             "tl.float64 if parts.weights.dtype.element_ty == tl.float64 else tl.float32",
             "tl.float32",
         ),
+        (
+            "the shared expert without its weight's dtype",
+            "tl.float64 if branch_weight_ptr.dtype.element_ty == tl.float64 else total",
+            "total",
+        ),
     ],
     ("experts_norm", "moe/experts_norm.py"): [
         ("orders swapped", 'order == "norm_modulate"', 'order != "norm_modulate"'),
-        ("the gate forgotten", "shift, scale, gate)\n    return", "shift, scale, None)\n    return"),
+        ("the gate forgotten", "shift, scale, gate\n    return", "shift, scale, None\n    return"),
     ],
     (
         "experts_norm",
@@ -90,12 +103,13 @@ MUTANTS = {
     ): [
         (
             "gradients of no one but x wanted",
-            "if wants_gradients(x, routing.topk_weights, *data, *of_norm)",
+            "if wants_gradients(x, routing.topk_weights, shared_weight, *data, *of_norm)",
             "if False",
         ),
     ],
     ("experts", "moe/experts_backward.py"): [
         ("hidden rows of the first expert", "first, expert * step, n0", "first, 0 * step, n0"),
+        ("gradients of the shared expert without its weight", "h * w\n        to = ", "h\n        to = "),
         ("routing weight forgotten in dh", "dh = d * w\n", "dh = d\n"),
         ("dweights of the first tile of N", "parts.sum(0)", "parts[0]"),
         ("the second expert takes the first's rows too", "expert - 1, expert > 0", "expert - 1, expert > 1"),

@@ -11,10 +11,16 @@ MUTANTS = {
         ("last expert of a group missed", "(p % BLOCK_N < E // GROUPS)", "(p % BLOCK_N < E // GROUPS - 1)"),
         ("a part of D not added", "range(1, SPLITS):\n        part", "range(2, SPLITS):\n        part"),
         ("a part of a weight's logit not added", "SPLITS):\n        log", "SPLITS - 1):\n        log"),
-        ("chosen once more than there are", "(number == NUMBER)", "(number >= NUMBER)"),
         ("a softmax over the chosen, not all", "            total += rest\n", ""),
         ("divided by the sum of all", "if not CHOICE.NORM:\n            every", "if CHOICE.TOP_K:\n            every"),
         ("who is not chosen counted with padding", "(taken < 0) & real[None, :, :]", "(taken < 0)"),
+    ],
+    (
+        "route",
+        "moe/route_choice.py",
+        "test_route_softmax.py::test_of_equal_logits_the_lower_expert_wins",
+    ): [
+        ("chosen once more than there are", "(number == NUMBER)", "(number >= NUMBER)"),
     ],
     ("route", "moe/route_choice.py", NEIGHBOURS): [
         ("never chosen again", "    if again:\n        operands", "    if again & (T < 0):\n        operands"),

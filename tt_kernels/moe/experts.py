@@ -15,11 +15,12 @@ from .experts_forward import _experts_fwd
 KERNEL_FORMATS = {None}  # of FORMATS, those that kernels read
 
 
-def _experts_bwd_fake(dy, x, topk_weights, topk_ids, sorted_pairs, offsets, matrices, activation, needed):
+def _experts_bwd_fake(dy, x, topk_weights, shared_weight, topk_ids, sorted_pairs, offsets, matrices, _, needed):
+    dshared_weight = x.new_empty(0) if shared_weight is None else shared_weight.new_empty(shared_weight.shape)
     grads = [
         x.new_empty(t.shape if t is not None and wanted else 0) for t, wanted in zip(matrices, needed, strict=True)
     ]
-    return x.new_empty(x.shape), topk_weights.new_empty(topk_weights.shape), grads
+    return x.new_empty(x.shape), topk_weights.new_empty(topk_weights.shape), dshared_weight, grads
 
 
 _fwd = define(_experts_fwd, lambda x, *_: x.new_empty(x.shape))
@@ -29,21 +30,25 @@ _bwd = define(_experts_bwd, _experts_bwd_fake)
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, activation, x, topk_weights, topk_ids, sorted_pairs, offsets, *matrices):
-        ctx.save_for_backward(x, topk_weights, topk_ids, sorted_pairs, offsets, *matrices)
+    def forward(ctx, activation, x, topk_weights, shared_weight, topk_ids, sorted_pairs, offsets, *matrices):
+        ctx.save_for_backward(x, topk_weights, shared_weight, topk_ids, sorted_pairs, offsets, *matrices)
         ctx.activation = activation
-        return _fwd(x, topk_weights, topk_ids, sorted_pairs, offsets, matrices, activation)
+        return _fwd(x, topk_weights, shared_weight, topk_ids, sorted_pairs, offsets, matrices, activation)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, topk_weights, topk_ids, sorted_pairs, offsets, *matrices = ctx.saved_tensors
-        _, for_x, for_weights, _, _, _, *needed = ctx.needs_input_grad
-        dx, dweights, grads = _bwd(
-            dy, x, topk_weights, topk_ids, sorted_pairs, offsets, matrices, ctx.activation, needed
+        x, topk_weights, shared_weight, topk_ids, sorted_pairs, offsets, *matrices = ctx.saved_tensors
+        _, *wanted, _, _, _ = ctx.needs_input_grad[: -len(matrices)]
+        needed = ctx.needs_input_grad[-len(matrices) :]
+        *first, grads = _bwd(
+            dy, x, topk_weights, shared_weight, topk_ids, sorted_pairs, offsets, matrices, ctx.activation, needed
         )
-        grads = (d if wanted else None for d, wanted in zip(grads, needed, strict=True))
-        return None, dx if for_x else None, dweights if for_weights else None, None, None, None, *grads
+        first, grads = (
+            [d if want else None for d, want in zip(found, wants, strict=True)]
+            for found, wants in ((first, wanted), (grads, needed))
+        )
+        return None, *first, None, None, None, *grads
 
 
 def _check_pairs(op: str, topk_ids: Tensor, sorted_pairs: Tensor, offsets: Tensor, E: int) -> None:
@@ -86,7 +91,13 @@ def _check_format(op: str, x: Tensor, name: str, matrix: Matrix) -> None:
 
 
 def checked(
-    op: str, x: Tensor, routing: Routing, weights: ExpertWeights, shared: ExpertWeights | None, activation: str
+    op: str,
+    x: Tensor,
+    routing: Routing,
+    weights: ExpertWeights,
+    shared: ExpertWeights | None,
+    shared_weight: Tensor | None,
+    activation: str,
 ) -> tuple[bool, Sequence[Tensor | None]]:
     """Whether `op` runs as kernels, and the tensors of all weights."""
     if not isinstance(routing, Routing):
@@ -116,6 +127,7 @@ def checked(
         shared_up=(shared_up, "M D", object),
         shared_down=(shared_down, "D M", object),
         shared_gate=(shared_gate, "M D", object),
+        shared_weight=(shared_weight, "T"),
     )
     assert up is not None
     if (sorted_pairs is None) != (offsets is None):
@@ -125,6 +137,8 @@ def checked(
         refuse(op, "activation", activation, " or ".join(map(repr, ACTIVATIONS)))
     if shared is not None and (shared_up is None or shared_down is None):
         refuse(op, "shared_up" if shared_up is None else "shared_down", None, "a tensor")
+    if shared is None and shared_weight is not None:
+        refuse(op, "shared_weight", shared_weight, "None, as shared is")
     if shared is not None and (gate is None) != (shared_gate is None):
         refuse(op, "shared_gate", shared_gate, "None, as gate is" if gate is None else "a gate, as experts have")
     for name, matrix in stored.items():
@@ -136,7 +150,7 @@ def checked(
         refuse(op, "topk_ids", list(topk_ids.shape), "fewer than 2^31 pairs")
     if sorted_pairs is not None and offsets is not None and looks_at(sorted_pairs):
         _check_pairs(op, topk_ids, sorted_pairs, offsets, len(up))
-    kernel = takes_kernel(op, x, topk_weights, *data)
+    kernel = takes_kernel(op, x, topk_weights, shared_weight, *data)
     unread = stored and [m.format for m in stored.values() if m.format not in KERNEL_FORMATS]
     if kernel and unread:
         what = f"no kernel reads weights in the format {unread[0]!r}"
@@ -160,13 +174,14 @@ def experts(
     weights: ExpertWeights,
     *,
     shared: ExpertWeights | None = None,
+    shared_weight: Tensor | None = None,
     activation: str = "relu2",
 ) -> Tensor:
     """Send each token through its K experts: y_t = sum_k topk_weights[t, k] down_e(act(up_e(x_t))), e = topk_ids[t, k].
 
     Takes what `route` returns, or a Routing of your own choice of experts. With gate weights an expert is
-    down(act(gate(x)) * up(x)). A shared expert sees every token, with weight 1; one with a weight for each token, as
-    Qwen2-MoE has, is yours to compute and add.
+    down(act(gate(x)) * up(x)). A shared expert sees every token, with weight 1 or with one of each token's own: the
+    gate of Qwen2-MoE's is shared_weight = sigmoid(x w).
 
     Pairs whose id is not 0 to E - 1 contribute nothing to y nor to any gradient, and the gradient of their weight is 0,
     whatever x and topk_weights hold. So experts can be spread over devices: each calls with its own E experts and with
@@ -181,15 +196,17 @@ def experts(
         weights:    up [E, N, D], down [E, D, N], gate [E, N, D] or None: each a tensor of the dtype of x, or a Matrix.
                     Halves of one [E, 2 N, D] are read in place; what has other strides is copied at each call.
         shared:     up [M, D], down [D, M], gate [M, D] or None, or None: the expert that every token goes through.
+        shared_weight: [T] float, or None for 1: what each token's result of the shared expert is multiplied by.
         activation: "relu2" (relu(h)^2), "silu", "gelu" (by erf) or "gelu_pytorch_tanh" (its approximation).
     Returns:
         y: [T, D] dtype of x.
 
     Numerics: products in the dtype of x with fp32 sums; the sum over experts in the dtype of topk_weights, in the order
-    of topk_ids. Deterministic.
-    Gradients: for x, topk_weights, up, down and gate.
-    Raises: ValueError for sizes or dtypes that disagree, an unknown activation or format, and on a CPU for sorted_pairs
-    and offsets that are not of these ids. NotImplementedError for a format without a kernel on a GPU.
+    of topk_ids, and the shared one in fp32, fp64 where shared_weight is. Deterministic.
+    Gradients: for x, topk_weights, shared_weight, up, down and gate.
+    Raises: ValueError for sizes or dtypes that disagree, shared_weight without shared, an unknown activation or format,
+    and on a CPU for sorted_pairs and offsets that are not of these ids. NotImplementedError for a format without a
+    kernel on a GPU.
     Cost: 4 T K D N flops (6 with a gate) and 2 D N itemsize bytes for each expert that is hit (3 with a gate): bound by
     reading weights until a few hundred tokens.
     Source: DeepSeek-V3 (2412.19437) routing as in Nemotron-3-Nano; sorted segments as in MegaBlocks (2211.15841).
@@ -199,7 +216,8 @@ def experts(
         >>> routing = route(x, torch.randn(8, 64), torch.zeros(8), top_k=2)
         >>> y = experts(x, routing, ExpertWeights(up, down))
     """
-    kernel, data = checked("experts", x, routing, weights, shared, activation)
+    kernel, data = checked("experts", x, routing, weights, shared, shared_weight, activation)
     if not kernel:
-        return reference.experts(x, routing, weights, shared=shared, activation=activation)
-    return _Experts.apply(activation, x, *sorted_by_expert(routing, weights), *data)
+        return reference.experts(x, routing, weights, shared=shared, shared_weight=shared_weight, activation=activation)
+    topk_weights, *listed = sorted_by_expert(routing, weights)
+    return _Experts.apply(activation, x, topk_weights, shared_weight, *listed, *data)

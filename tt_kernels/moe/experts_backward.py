@@ -33,7 +33,7 @@ def _experts_bwd_hidden_kernel(
     step,
     down,  # each expert's [D, N], `down_step` rows apart, pointer or descriptor
     down_step,
-    weights_ptr,  # [R] by pair
+    weights_ptr,  # [R] by pair; of the shared expert [T], or None: 1
     du_ptr,  # [R, N] in sorted order, as dg and wh; [T, N] of the shared expert
     dg_ptr,
     wh_ptr,
@@ -83,7 +83,7 @@ def _experts_bwd_hidden_kernel(
         h = a * u if GATED else a
         dh = d
         wh = h
-        if not DENSE:
+        if weights_ptr is not None:
             part = tl.sum(tl.where(mask, d * h, 0), axis=1)  # [BLOCK_T]
             tl.store(dweights_ptr + n.to(tl.int64) * R + pairs, part, mask=mask_t)
             w = tl.load(weights_ptr + pairs, mask=mask_t, other=0.0).to(acc)[:, None]
@@ -158,8 +158,8 @@ class Hidden(NamedTuple):
 
     du: Tensor  # [R, N]
     dg: Tensor | None  # [R, N], None without a gate
-    wh: Tensor  # [R, N]: h times the routing weight
-    dweights: Tensor | None  # [T, K]; None of the shared expert
+    wh: Tensor  # [R, N]: h times its weight
+    dweights: Tensor | None  # of the shape of weights; None without
     x: Tensor  # as given, or [R, D] in sorted order where it was to be gathered, as dy
     dy: Tensor
 
@@ -170,10 +170,11 @@ def hidden_bwd(
     matrices: PlainWeights,
     activation: str,
     pairs: Pairs | None = None,
-    topk_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Hidden:
     """h is computed again from x, which costs 2 R D N flops and spares the forward R N elements a layer (at 8192 tokens
-    182 MB in bf16); dweights = <dy down, h> needs no y. Without pairs: of the shared expert."""
+    182 MB in bf16); dweights = <dy down, h> needs no y. Without pairs: of the shared expert, and weights of its
+    rows, or 1."""
     (T, D), (N, _) = x.shape, matrices.up.shape[-2:]
     R, E = (T, 1) if pairs is None else (len(pairs.order), len(pairs.offsets))
     top_k = R // T
@@ -184,9 +185,10 @@ def hidden_bwd(
     n_tiles = triton.cdiv(N, launch.BLOCK_N)
     parts = listed = None
     most, arch = triton.cdiv(T, launch.BLOCK_T), sizes.architecture
-    if pairs is not None and topk_weights is not None:
+    if weights is not None:
         # 0 for pairs without an expert, which no tile writes.
-        parts = x.new_zeros(n_tiles, R, dtype=compute_dtype(x.dtype, topk_weights.dtype))
+        parts = x.new_zeros(n_tiles, R, dtype=compute_dtype(x.dtype, weights.dtype))
+    if pairs is not None:
         listed, most = pairs.tiles(launch.BLOCK_T)
         if launch.SORTED:
             x, dy = pairs.tokens(x), pairs.tokens(dy)
@@ -202,11 +204,12 @@ def hidden_bwd(
         step,
         *described((down,), (launch.BLOCK_K, launch.BLOCK_N) if whole else None, arch),
         down_step,
-        *(topk_weights, du, dg, wh, parts, None if pairs is None else pairs.order, listed, T, R, top_k, D, N),
+        *(weights, du, dg, wh, parts, None if pairs is None else pairs.order, listed, T, R, top_k, D, N),
         ACTIVATION=activation,
         launch=launch,
     )
-    return Hidden(du, dg, wh, None if parts is None else parts.sum(0).view(T, top_k), x, dy)
+    dweights = None if parts is None or weights is None else parts.sum(0).view(weights.shape).to(weights.dtype)
+    return Hidden(du, dg, wh, dweights, x, dy)
 
 
 def weights_bwd(a: Tensor, b: Tensor, like: Tensor, pairs: Pairs | None = None, by_token: str = "") -> Tensor:
@@ -234,17 +237,19 @@ def _experts_bwd(
     dy: Tensor,
     x: Tensor,
     topk_weights: Tensor,
+    shared_weight: Tensor | None,
     topk_ids: Tensor,
     sorted_pairs: Tensor,
     offsets: Tensor,
     matrices: Sequence[Tensor | None],
     activation: str,
     needed: Sequence[bool],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gradients of x, topk_weights and, where `needed`, of the matrices, in their order; empty where not."""
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of x, topk_weights, shared_weight and, where `needed`, of the matrices, in their order; else empty."""
     weights, shared = by_owner(matrices)
     dy, x, pairs = dy.contiguous(), x.contiguous(), Pairs(sorted_pairs.contiguous(), offsets.contiguous())
     hidden, alone = hidden_bwd(x, dy, weights, activation, pairs, topk_weights.contiguous()), None
+    dshared_weight = None
     # What each gradient is of, in the order of matrices.
     by_a, by_b = ("a", "b") if hidden.x is x else ("", "")
     products: list[tuple[Tensor | None, Tensor, Tensor | None, Pairs | None, str]] = [
@@ -253,7 +258,8 @@ def _experts_bwd(
         (hidden.dg, hidden.x, weights.gate, pairs, by_b),
     ]
     if shared is not None:
-        du, dg, wh, *_ = hidden_bwd(x, dy, shared, activation)
+        factor = None if shared_weight is None else shared_weight.contiguous()
+        du, dg, wh, dshared_weight, *_ = hidden_bwd(x, dy, shared, activation, weights=factor)
         products += [(du, x, shared.up, None, ""), (dy, wh, shared.down, None, ""), (dg, x, shared.gate, None, "")]
         alone = operands(du, shared.up, shared.gate, dg)
     grads = [x.new_empty(0) for _ in matrices]
@@ -264,4 +270,4 @@ def _experts_bwd(
     rows, shared_dx = rows_down(routed, alone, pairs, x.shape[1], transposed=True)
     dx = combine(rows, topk_ids.contiguous(), x.new_empty(x.shape), len(weights.up), shared=shared_dx)
     assert hidden.dweights is not None
-    return dx, hidden.dweights.to(topk_weights.dtype), grads
+    return dx, hidden.dweights, x.new_empty(0) if dshared_weight is None else dshared_weight, grads

@@ -33,7 +33,14 @@ def rows_of_pairs(
 
 
 def combine(
-    pairs: Tensor, topk_ids: Tensor, y: Tensor, E: int, *, topk_weights: Tensor | None = None, shared: Tensor | None
+    pairs: Tensor,
+    topk_ids: Tensor,
+    y: Tensor,
+    E: int,
+    *,
+    topk_weights: Tensor | None = None,
+    shared: Tensor | None,
+    shared_weight: Tensor | None = None,
 ) -> Tensor:
     """Writes the sum over a token's pairs to y: (K + 1) T D itemsize bytes read, T D written: at 16 tokens 0.7 MB."""
     T, D = y.shape
@@ -42,7 +49,7 @@ def combine(
     run(
         _experts_combine_kernel,
         (T, triton.cdiv(D, block)),
-        *(pairs, topk_ids, topk_weights, shared, y, E, D),
+        *(pairs, topk_ids, topk_weights, shared, shared_weight, y, E, D),
         K=topk_ids.shape[1],
         launch=Launch(BLOCK_D=block, num_warps=max(block // 256, 1)),
     )
@@ -52,6 +59,7 @@ def combine(
 def _experts_fwd(
     x: Tensor,
     topk_weights: Tensor,
+    shared_weight: Tensor | None,
     topk_ids: Tensor,
     sorted_pairs: Tensor,
     offsets: Tensor,
@@ -59,5 +67,6 @@ def _experts_fwd(
     activation: str,
 ) -> Tensor:
     rows, shared = rows_of_pairs(x, topk_ids, sorted_pairs, offsets, matrices, activation)
-    y, topk_weights = x.new_empty(x.shape), topk_weights.contiguous()
-    return combine(rows, topk_ids.contiguous(), y, len(offsets), topk_weights=topk_weights, shared=shared)
+    y, factor = x.new_empty(x.shape), None if shared_weight is None else shared_weight.contiguous()
+    weighted = dict(topk_weights=topk_weights.contiguous(), shared=shared, shared_weight=factor)
+    return combine(rows, topk_ids.contiguous(), y, len(offsets), **weighted)

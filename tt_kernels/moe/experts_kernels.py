@@ -314,14 +314,15 @@ def _experts_combine_kernel(
     ids_ptr,  # [T, K]
     weights_ptr,  # [T, K], or None: 1
     shared_ptr,  # [T, D] or None
+    shared_weight_ptr,  # [T], or None: 1
     y_ptr,  # [T, D]
     E,
     D,
     K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """y_t = sum_k weights[t, k] pairs[t, k] + shared_t, in the order of k. Pairs and shared_t have been rounded to the
-    dtype of x, as in the reference; their sum is once more."""
+    """y_t = sum_k weights[t, k] pairs[t, k] + shared_weight_t shared_t, in the order of k. Pairs and shared_t have been
+    rounded to the dtype of x, as in the reference; their sum is once more."""
     programmatic_launch()
     t = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -329,7 +330,12 @@ def _experts_combine_kernel(
     acc = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     if weights_ptr is not None:
         acc = tl.float64 if weights_ptr.dtype.element_ty == tl.float64 else acc
+    if shared_weight_ptr is not None:
+        acc = tl.float64 if shared_weight_ptr.dtype.element_ty == tl.float64 else acc
     y = sum_of_pairs(pairs_ptr, ids_ptr, weights_ptr, t, offs_d, E, D, K, acc)
     if shared_ptr is not None:
-        y += tl.load(shared_ptr + t * D + offs_d, mask=mask, other=0.0).to(acc)
+        shared = tl.load(shared_ptr + t * D + offs_d, mask=mask, other=0.0).to(acc)
+        if shared_weight_ptr is not None:
+            shared *= tl.load(shared_weight_ptr + t).to(acc)
+        y += shared
     tl.store(y_ptr + t * D + offs_d, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -22,6 +22,7 @@ from .experts_forward import rows_of_pairs
 def _experts_norm(
     x: Tensor,
     topk_weights: Tensor,
+    shared_weight: Tensor | None,
     topk_ids: Tensor,
     sorted_pairs: Tensor,
     offsets: Tensor,
@@ -39,12 +40,13 @@ def _experts_norm(
     parts = Parts(rows, topk_ids.contiguous(), topk_weights.contiguous(), len(offsets))
     y, summed = residual.new_empty(residual.shape, dtype=norm_weight.dtype), residual.new_empty(residual.shape)
     rstd = residual.new_empty(len(x), dtype=compute_dtype(residual.dtype, norm_weight.dtype))
-    launch_fwd(residual, norm_weight, eps, norm_first, shift, scale, shared, gate, (y, summed, rstd), parts)
+    factor = None if shared_weight is None else shared_weight.contiguous()
+    launch_fwd(residual, norm_weight, eps, norm_first, shift, scale, shared, gate, (y, summed, rstd), parts, factor)
     return y, summed
 
 
 def _experts_norm_fake(*args):
-    residual, norm_weight = args[7:9]
+    residual, norm_weight = args[8:10]
     return residual.new_empty(residual.shape, dtype=norm_weight.dtype), residual.new_empty(residual.shape)
 
 
@@ -62,6 +64,7 @@ def experts_norm(
     scale: Tensor | None = None,
     *,
     shared: ExpertWeights | None = None,
+    shared_weight: Tensor | None = None,
     activation: str = "relu2",
     gate: Tensor | None = None,
     order: str = "modulate_norm",
@@ -72,7 +75,7 @@ def experts_norm(
     The same numbers bit for bit in a launch less: the sum over a token's experts is made where the norm reads it.
 
     Args:
-        x, routing, weights, shared, activation: of `experts`, for T tokens of size D.
+        x, routing, weights, shared, shared_weight, activation: of `experts`, for T tokens of size D.
         residual:     [*, L, D] float, any strides: the residual stream of the same T tokens, in their order.
         norm_weight:  [D] float.
         shift, scale: [*, D] float, the same for L tokens; both or neither.
@@ -94,19 +97,20 @@ def experts_norm(
         >>> routing = route(x, torch.randn(8, 64), torch.zeros(8), top_k=2)
         >>> h, x = experts_norm(x, routing, ExpertWeights(up, down), x, torch.ones(64))
     """
-    kernel, data = checked("experts_norm", x, routing, weights, shared, activation)
+    kernel, data = checked("experts_norm", x, routing, weights, shared, shared_weight, activation)
     rows = dict(shift=(shift, "* D"), scale=(scale, "* D"), gate=(gate, "* D"))
     check("experts_norm", 2, residual=(residual, "* L D"), norm_weight=(norm_weight, "D"), **rows)
     if not torch.compiler.is_compiling() and (residual.numel() != x.numel() or residual.shape[-1] != x.shape[-1]):
         refuse("experts_norm", "residual", list(residual.shape), f"T={x.shape[0]} tokens of D={x.shape[1]}")
     eps = check_options("experts_norm", shift, scale, order, eps)
     of_norm = residual, norm_weight, shift, scale, gate
+    moe: dict[str, Any] = dict(shared=shared, shared_weight=shared_weight, activation=activation)
     if not takes_kernel("experts_norm", x, *of_norm) or not kernel:
-        moe: dict[str, Any] = dict(shared=shared, activation=activation)
         norm: dict[str, Any] = dict(gate=gate, order=order, eps=eps)
         return reference.experts_norm(x, routing, weights, residual, norm_weight, shift, scale, **moe, **norm)
-    if wants_gradients(x, routing.topk_weights, *data, *of_norm):
-        branch = experts(x, routing, weights, shared=shared, activation=activation).view(residual.shape)
+    if wants_gradients(x, routing.topk_weights, shared_weight, *data, *of_norm):
+        branch = experts(x, routing, weights, **moe).view(residual.shape)
         return modulated_rms_norm(residual, norm_weight, shift, scale, branch=branch, gate=gate, order=order, eps=eps)
-    listed, last = sorted_by_expert(routing, weights), (order == "norm_modulate", shift, scale, gate)
-    return Modulated(*_op(x, *listed, data, activation, residual, norm_weight, eps, *last))
+    topk_weights, *listed = sorted_by_expert(routing, weights)
+    last = order == "norm_modulate", shift, scale, gate
+    return Modulated(*_op(x, topk_weights, shared_weight, *listed, data, activation, residual, norm_weight, eps, *last))

@@ -15,6 +15,7 @@ def _modulated_rms_norm_fwd_kernel(
     branch,  # Rows [B * L, D] or None
     gate,
     parts,  # Parts of the branch, to whose sum what `branch` holds is added, or None
+    branch_weight_ptr,  # [B * L]: with parts, of what `branch` holds; None: 1
     y_ptr,  # [B * L, D], contiguous, as residual
     residual_ptr,
     rstd_ptr,  # [B * L], in the dtype of statistics and sums
@@ -42,10 +43,15 @@ def _modulated_rms_norm_fwd_kernel(
     if parts is not None:  # as `experts` sums and rounds them
         dtype: tl.constexpr = parts.pairs.dtype.element_ty
         wide: tl.constexpr = tl.float64 if parts.weights.dtype.element_ty == tl.float64 else tl.float32
-        total: tl.constexpr = tl.float64 if dtype == tl.float64 else wide
+        total = tl.float64 if dtype == tl.float64 else wide
+        if branch_weight_ptr is not None:
+            total = tl.float64 if branch_weight_ptr.dtype.element_ty == tl.float64 else total
         step = sum_of_pairs(parts.pairs, parts.ids, parts.weights, row, cols, parts.experts, D, K, total)
         if branch is not None:
-            step += load_row(branch, row, cols, mask, total)
+            more = load_row(branch, row, cols, mask, total)
+            if branch_weight_ptr is not None:
+                more *= tl.load(branch_weight_ptr + row).to(total)
+            step += more
         step = step.to(dtype).to(acc)
     elif branch is not None:
         step = load_row(branch, row, cols, mask, acc)

@@ -60,13 +60,15 @@ def launch_fwd(
     gate: Tensor | None,
     out: tuple[Tensor, Tensor, Tensor],
     parts: Parts | None = None,
+    branch_weight: Tensor | None = None,
 ) -> None:
-    """Writes y, residual and rstd: `out`."""
+    """Writes y, residual and rstd: `out`. branch_weight [B * L], contiguous: of what is added to `parts`."""
     rows, D, L = x.shape[:-1].numel(), x.shape[-1], x.shape[-2] if x.dim() > 1 else 1
     run(
         _modulated_rms_norm_fwd_kernel,
         (rows if D else 0,),
-        *(rows_of(x), weight.contiguous(), *map(rows_of, (shift, scale, branch, gate)), parts, *out, L, D),
+        *(rows_of(x), weight.contiguous(), *map(rows_of, (shift, scale, branch, gate))),
+        *(parts, branch_weight, *out, L, D),
         EPS=eps,
         NORM_FIRST=norm_first,
         K=0 if parts is None else parts.ids.shape[1],

@@ -203,10 +203,17 @@ def experts(
     weights: ExpertWeights,
     *,
     shared: ExpertWeights | None = None,
+    shared_weight: Tensor | None = None,
     activation: str = "relu2",
 ) -> Tensor:
     y = _routed(x, routing, plain(weights, x.dtype), activation)
-    return y if shared is None else y + _mlp(x, plain(shared, x.dtype), activation)
+    if shared is None:
+        return y
+    alone = _mlp(x, plain(shared, x.dtype), activation)
+    if shared_weight is None:
+        return y + alone
+    wide = compute_dtype(x.dtype, shared_weight.dtype)
+    return cast(cast(y, wide) + cast(shared_weight, wide).unsqueeze(1) * cast(alone, wide), x.dtype)
 
 
 def experts_norm(
@@ -219,12 +226,14 @@ def experts_norm(
     scale: Tensor | None = None,
     *,
     shared: ExpertWeights | None = None,
+    shared_weight: Tensor | None = None,
     activation: str = "relu2",
     gate: Tensor | None = None,
     order: str = "modulate_norm",
     eps: float = 1e-5,
 ) -> Modulated:
-    branch = experts(x, routing, weights, shared=shared, activation=activation).view(residual.shape)
+    moe: dict[str, Any] = dict(shared=shared, shared_weight=shared_weight, activation=activation)
+    branch = experts(x, routing, weights, **moe).view(residual.shape)
     return modulated_rms_norm(residual, norm_weight, shift, scale, branch=branch, gate=gate, order=order, eps=eps)
 
 

@@ -27,7 +27,7 @@ NAME = "tt_kernels"
 # The model types whose norms and mixers were held against ours. By name, experts and attention serve others too.
 TYPES = (
     *("nemotron_h", "bamba", "mamba2", "zamba2", "falcon_h1", "granitemoehybrid"),
-    *("mixtral", "qwen3_moe", "olmoe"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
 )
 _FOLDER = "transformers.models"
 _HEARD = "theirs where router logits are asked for, or a hook listens to a router"
@@ -64,8 +64,8 @@ def apply(
     Args:
         model:     any PreTrainedModel. Mixers and norms are replaced in models of TYPES and in the published TwoTower's
                    remote code.
-        experts:   the routed experts. Shared experts stay theirs.
-        router:    with the experts, routers that are a linear and a softmax (mixtral, qwen3_moe, olmoe,
+        experts:   the routed experts. Shared experts stay theirs, but for qwen2_moe's, which go with the router.
+        router:    with the experts, routers that are a linear and a softmax (mixtral, qwen2_moe, qwen3_moe, olmoe,
                    granitemoehybrid): they choose by exact logits, which theirs round to the model's dtype.
         attention: needs a mask of ours, and sets both.
         mamba:     convolution and scan of Mamba-2 mixers, in all models of the type: theirs are functions of a module.

@@ -16,9 +16,12 @@ from ...runtime.registry import wants_gradients
 
 # What a model may ask of an attention function beside the mask, and why it is not served. None and False ask nothing.
 _SINKS = "attention sinks enter the sum of exponents without a key, which no kernel of ours has"
+_CHOSEN = "keys that an indexer chooses for each query, served are all that the mask leaves"
 _UNSERVED = {
     "s_aux": _SINKS,
     "sinks": _SINKS,
+    "indices": _CHOSEN,
+    "block_indices": _CHOSEN,
     "position_bias": "scores are those of queries and keys alone",
     "cu_seq_lens_q": "packed sequences have a mask of their own",
     "cu_seq_lens_k": "packed sequences have a mask of their own",

@@ -35,14 +35,15 @@ def unserved(module: Any) -> str | None:
             return f"{name}.{flag} is {not value} ({what}), served is {value}"
     if module.down_proj.dtype not in _DTYPES:
         return f"{name}.down_proj is {module.down_proj.dtype}, served are {', '.join(map(str, _DTYPES))}"
-    if _activation(module) is None:
+    if activation_of(module) is None:
         return f"{name}.act_fn is {module.act_fn}, served are SiLU, relu2 and GELU"
     if module.has_gate and type(module)._apply_gate.__name__ != "_default_apply_gate":
         return f"{name}._apply_gate is its own, served is act(gate) * up"
     return None
 
 
-def _activation(module: Any) -> str | None:
+def activation_of(module: Any) -> str | None:
+    """Ours, of a module's act_fn; None: there is none."""
     act = module.act_fn
     if type(act) is nn.GELU:
         return _APPROXIMATE.get(act.approximate)
@@ -55,13 +56,13 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     return routed(self, hidden_states, Routing(top_k_index, top_k_weights, None, None))
 
 
-def routed(self: Any, hidden_states: Tensor, routing: Routing) -> Tensor:
-    """`experts_forward` with any Routing."""
+def routed(self: Any, hidden_states: Tensor, routing: Routing, **shared: Any) -> Tensor:
+    """`experts_forward` with any Routing; shared: of `experts`, a shared expert with its weight."""
     reason = unserved(self)
     if reason:
         raise NotImplementedError(f"tt_kernels: {reason}; choose another experts_implementation")
     gate, up = self.gate_up_proj.chunk(2, 1) if self.has_gate else (None, self.up_proj)
     weights = ExpertWeights(up, self.down_proj, gate)
-    activation = _activation(self)
+    activation = activation_of(self)
     assert activation is not None  # else unserved
-    return experts(hidden_states, routing, weights, activation=activation)
+    return experts(hidden_states, routing, weights, activation=activation, **shared)

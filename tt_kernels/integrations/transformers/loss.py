@@ -11,7 +11,7 @@ from ... import linear_cross_entropy
 from .changes import Changes
 
 # Types whose forward is: hidden states through lm_head, and loss_function of that. Others do more with the logits.
-SERVED = ("nemotron_h", "bamba", "mamba2", "zamba2", "mixtral", "qwen3_moe", "olmoe")
+SERVED = ("nemotron_h", "bamba", "mamba2", "zamba2", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 _IGNORED = -100
 
 

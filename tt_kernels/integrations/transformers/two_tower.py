@@ -17,7 +17,7 @@ from ... import ExpertWeights, MambaState, MambaWeights, Routing, context_attent
 from ...runtime.registry import wants_gradients
 from .attention import _as_pages
 from .changes import Changes
-from .experts import _DTYPES, _activation
+from .experts import _DTYPES, activation_of
 
 _PARTS = ("context_tower", "denoiser_tower", "_denoiser_block_attention", "_denoiser_block_mamba")
 _NO_BACKWARD = "no backward kernel: train on theirs, with {flag}=False, or run under torch.no_grad()"
@@ -103,7 +103,7 @@ def _unserved_experts(moe: Any) -> str | None:
             )
         if expert.up_proj.weight.shape != first.up_proj.weight.shape:
             return f"{name}.experts are of different sizes"
-    return None if _activation(first) else f"{name}.experts' act_fn is {first.act_fn}, served are SiLU and relu2"
+    return None if activation_of(first) else f"{name}.experts' act_fn is {first.act_fn}, served are SiLU and relu2"
 
 
 def _moe(joined: _Joined) -> Any:
@@ -111,7 +111,7 @@ def _moe(joined: _Joined) -> Any:
         """hidden_states [T, D], topk_indices and topk_weights [T, K] -> [T, D]."""
         modules = list(self.experts)
         weights = ExpertWeights(joined("up_proj", modules), joined("down_proj", modules))
-        activation = _activation(modules[0])
+        activation = activation_of(modules[0])
         assert activation is not None  # else unserved
         return experts(hidden_states, Routing(topk_indices, topk_weights), weights, activation=activation)
 
