@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import compute_dtype, full_precision, head_logits, of_rows
+from .common import can_look, compute_dtype, full_precision, head_logits, of_rows
 from .sampling import Sampling, _narrow, _philox, below_largest, sample
 
 CONFIDENCES = ("probability", "margin", "entropy", "random", "sequential")
@@ -145,6 +145,20 @@ def drawn(score: Tensor, sampling: Sampling, alg_temp: Tensor) -> Tensor:
     return score + t * gumbel(sampling.seed, sampling.position, sampling.step, DRAW).to(score)
 
 
+def _used(strategy: Strategy) -> Strategy:
+    """The rules that some row has, where one can look: those of none change nothing, and would take time."""
+    has: dict[str, Callable[[Tensor], Tensor]] = dict(
+        confidence=lambda t: t != 0,
+        factor=lambda t: t >= 0,
+        entropy_bound=lambda t: t >= 0,
+        number=lambda t: t >= 0,
+        tempered=lambda t: t,
+        alg_temp=lambda t: t > 0,
+    )
+    given = {name: t for name, t in strategy._asdict().items() if t is not None and can_look(t)}
+    return strategy._replace(**{name: None for name, t in given.items() if not bool(has[name](t).any())})
+
+
 def judge(logits: Tensor, token: Tensor, sampling: Sampling, strategy: Strategy) -> Judged:
     """What the rules need to know, of logits [R, V] and what was drawn from them; sampling and strategy of R rows."""
     y = logits
@@ -163,10 +177,14 @@ def judge(logits: Tensor, token: Tensor, sampling: Sampling, strategy: Strategy)
     score = confidence
     if strategy.confidence is not None:
         kind = strategy.confidence
-        margin = -torch.expm1(best[..., -1] - best[..., 0]) * below.amax(-1).exp() / total
-        chance = uniform(sampling.seed, sampling.position, sampling.step, RANDOM).to(confidence)
-        for place, other in ((1, margin), (2, -entropy), (3, chance)):
-            score = torch.where(kind == place, other, score)
+        asked = set(kind.tolist()) if can_look(kind) else {1, 2, 3}
+        others = {
+            1: lambda: -torch.expm1(best[..., -1] - best[..., 0]) * below.amax(-1).exp() / total,
+            2: lambda: -entropy,
+            3: lambda: uniform(sampling.seed, sampling.position, sampling.step, RANDOM).to(confidence),
+        }
+        for place in asked & set(others):
+            score = torch.where(kind == place, others[place](), score)
     key = None if strategy.alg_temp is None else drawn(score, sampling, strategy.alg_temp)
     return Judged(token, confidence, score, entropy, key)
 
@@ -288,7 +306,7 @@ def _step(
         rule = dict(mask_token_id=mask_token_id, threshold=threshold, steps_left=steps_left)
         done = commit(block, token, confidence, **rule)  # type: ignore[arg-type]
         return Unmasked(done.block, done.committed, confidence, done.masked)
-    strategy = strategy or Strategy()
+    strategy = _used(strategy or Strategy())
     logits = logits.to(dtype).index_fill(-1, torch.tensor([mask_token_id], device=logits.device), -math.inf)
     judged = judge(logits, found.token, mine, strategy.select(rows))
     judged = Judged(token, *(None if t is None else placed(t, zeros()) for t in judged[1:]))  # type: ignore[arg-type]
