@@ -101,6 +101,7 @@ def test_neighbours_are_told_apart(seed: int, sizes: tuple[int, ...], size: floa
 @given(seed=st.integers(0, 2**16), sizes=SIZES, size=st.sampled_from((0.25, 4.0, 16.0)))
 @settings(max_examples=12, deadline=None)
 @example(seed=1, sizes=(9, 130, 24, 6, 1), size=4.0)
+@example(seed=2, sizes=(9, 130, 12, 4, 4), size=4.0)
 def test_neighbours_are_told_apart_by_halves(seed: int, sizes: tuple[int, ...], size: float) -> None:
     T, D, E, K, groups = sizes
     with pytest.MonkeyPatch.context() as patch:
@@ -129,6 +130,16 @@ def test_neighbours_of_a_softmax(norm: bool, halves: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(route_launch, "takes_halves", lambda *_: halves)
         check(of_softmax(planted(3, 37, 130, 24, 6, dtype, 16.0, 1), norm), 1e-4 if halves else 2e-6)
+
+
+@RUNS
+@pytest.mark.parametrize("seed", range(4))
+def test_neighbours_in_two_groups(by_halves: None, seed: int) -> None:
+    """Of every two neighbours one in each group: the groups' sums of two are neighbours, too. Weights of who is no
+    neighbour come from logits by halves, as in `test_neighbours_of_a_softmax`."""
+    kwargs = planted(seed, 9, 130, 12, 4, HALVES, 16.0, 2)
+    order = torch.arange(12, device=DEVICE).view(6, 2).T.flatten()
+    check(kwargs | dict(weight=kwargs["weight"][order].contiguous(), bias=kwargs["bias"][order].contiguous()), 1e-4)
 
 
 def test_the_plants_are_beyond_fp32() -> None:

@@ -33,8 +33,10 @@ MUTANTS = {
         ("logits taken for exact", "2 * (off + (error + _LEAST))", "2 * _LEAST"),
     ],
     ("route", "moe/route_choice.py", "test_route_bounds.py::test_neighbours_are_told_apart_by_halves"): [
-        ("a group's neighbours not computed anew", "wanted = doubted_group[:, None, None] &", "wanted = (tile < 0) &"),
         ("a group's best score only, in fp64", " ordered(first + second)", " ordered(first)"),
+    ],
+    ("route", "moe/route_choice.py", "test_route_bounds.py::test_neighbours_in_two_groups"): [
+        ("a group's neighbours not computed anew", "wanted = doubted_group[:, None, None] &", "wanted = (tile < 0) &"),
     ],
     ("route", "moe/route_kernels.py", NEIGHBOURS): [
         ("the middle part forgotten", "        acc = tl.dot(halved(middle), halves, acc)\n", ""),

@@ -130,9 +130,12 @@ def _check(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, aske
         _refuse("no backward kernel; train with 'sdpa', or run under torch.no_grad()")
 
 
-def _window(key: Tensor, mask: Tensor | None, window: int | None) -> int | None:
-    """Of a layer and of the mask that it was given, which must agree; None where it holds all tokens."""
+def _window(module: Any, key: Tensor, mask: Tensor | None, window: int | None) -> int | None:
+    """Of a layer and of the mask that it was given, which must agree; None where it holds all tokens. Some layers
+    (Qwen2-MoE's) have a window and do not hand it on."""
     masked = mask is not None and mask.shape[1:] == (1,)
+    if masked and window is None:
+        window = getattr(module, "sliding_window", None)
     if window is not None and window >= key.shape[2]:
         window = None
     if masked and window is None:
@@ -140,6 +143,16 @@ def _window(key: Tensor, mask: Tensor | None, window: int | None) -> int | None:
     if not masked and window is not None:
         _refuse(f"sliding_window is {window}, and the mask is of attention to all {key.shape[2]} tokens")
     return window
+
+
+def _autocast(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In the dtype of autocast, as PyTorch's own attention takes them: a rotation by fp32 leaves keys wider than
+    values."""
+    device = tensors[0].device.type
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def attention_forward(
@@ -156,11 +169,11 @@ def attention_forward(
     **asked: Any,
 ) -> tuple[Tensor, None]:
     """query [B, Hq, q, D], key and value [B, Hkv, kv, D] -> [B, q, Hq, D]. Queries on a cache are the last of kv."""
-    window = _window(key, attention_mask, sliding_window)
+    window = _window(module, key, attention_mask, sliding_window)
     _check(query, key, attention_mask, dropout, asked)
     if key.shape[-1] != value.shape[-1]:
         _refuse(f"heads of {key.shape[-1]} in keys and {value.shape[-1]} in values, served is one size")
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in _autocast((query, key, value)))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     spans = attention_mask
     if spans is not None:
