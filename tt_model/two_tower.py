@@ -100,7 +100,8 @@ class TwoTower(TwoTowerModel):
             block_size: tokens denoised together; None: the size that the denoiser was trained with.
             steps_per_block: most denoiser passes for a block, of the strategies "schedule" and "static"; the others
                 take at most one a position.
-            draft_steps: in "speculative", most denoiser passes for a draft.
+            draft_steps: in "speculative", most denoiser passes for a draft, in place of steps_per_block: by a schedule
+                the last one takes all that is left.
             confidence_threshold: masked positions whose prediction is more probable than this are committed at once;
                 None: what config.json says, 0.8 where it says nothing.
             strategy: which positions of a block commit in a pass: "schedule" (all above the threshold, and as many as

@@ -66,6 +66,28 @@ def test_a_row_gets_what_it_gets_alone(model: TwoTower) -> None:
         )
 
 
+@pytest.mark.parametrize("draft_steps", [1, 2, 3])
+def test_drafts_are_whole(model: TwoTower, draft_steps: int) -> None:
+    """A draft's last pass takes whatever is left, however sure it is: no context pass reads a masked position."""
+    read: list[torch.Tensor] = []
+
+    def note(tower: torch.nn.Module, args: tuple) -> None:
+        if args[1].kind == "verify":
+            read.append(args[0].clone())
+
+    options = dict(mode="speculative", draft_steps=draft_steps, max_new_tokens=24, eos_token_id=None)
+    hook = model.context_tower.register_forward_pre_hook(note)
+    try:
+        sure = [model.generate(prompts_of([5, 9]), confidence_threshold=c, **options) for c in (0.0, 1.0)]
+    finally:
+        hook.remove()
+    masked = sum(int((block == MASK).sum()) for block in read)
+    written = sum(tokens.count(MASK) for out in sure for tokens in out.tokens)  # AR may write it
+    assert read and masked <= written
+    if draft_steps == 1:
+        assert sure[0].cycles == sure[1].cycles
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_bundled_model_on_fifty_prompts(temperature: float) -> None:
     """Equal to AR, in clearly fewer cycles than tokens: the denoiser was trained for this."""

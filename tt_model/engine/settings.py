@@ -86,7 +86,10 @@ class Settings:
 
     @property
     def scheduled_steps(self) -> int:
-        return min(self.steps_per_block, NO_SCHEDULE) if self.strategy in ("schedule", "static") else NO_SCHEDULE
+        """Passes that a strategy with a schedule spreads a block over. A draft's last one takes all that is left: a
+        wrong token costs no more than one that is missing."""
+        steps = self.draft_steps if self.mode == "speculative" else self.steps_per_block
+        return min(steps, NO_SCHEDULE) if self.strategy in ("schedule", "static") else NO_SCHEDULE
 
     @property
     def threshold(self) -> float:
@@ -96,6 +99,8 @@ class Settings:
     @property
     def has_rules(self) -> bool:
         """Whether unmasking needs to know more than a threshold and the steps that are left."""
+        if self.mode == "speculative" and self.scheduled_steps == 1:  # all at once, whatever is sure
+            return False
         is_tempered = self.tempered and self.temperature > 0  # else there is nothing to temper
         is_other = self.strategy in ("factor", "entropy_bound") or self.confidence != "probability"
         return is_other or is_tempered or self.alg_temp > 0
