@@ -124,15 +124,11 @@ def test_json_says_everything(twotower, folder: Path, tmp_path: Path) -> None:
     code, out, _ = twotower(*arguments)
     got = json.loads(out)
     assert code == 0 and out.count("\n") == 1
-    names = (
-        "prompt text prompt_tokens tokens finish_reason nfe timings tokens_per_second tokens_per_pass cycles settings"
-    )
-    assert list(got) == names.split()
+    names = "prompt text prompt_tokens tokens finish_reason nfe timings tokens_per_second tokens_per_pass cycles"
+    assert list(got) == [*names.split(), "settings"]
     chosen = dict(mode="mask_diffusion", max_new_tokens=12, block_size=5, steps_per_block=4, confidence_threshold=0.3)
-    chosen |= dict(draft_steps=1, temperature=0.9, top_k=50, top_p=0.9)
-    chosen |= dict(
-        strategy="schedule", confidence="probability", factor=1.0, entropy_bound=0.1, tempered=True, alg_temp=0.5
-    )
+    chosen |= dict(draft_steps=1, temperature=0.9, top_k=50, top_p=0.9, tempered=True, alg_temp=0.5)
+    chosen |= dict(strategy="schedule", confidence="probability", factor=1.0, entropy_bound=0.1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = dict(seed=7, model=str(folder), device=device, dtype="float64")
     assert got["settings"] == chosen | dict(eos_token_ids=[], stop=[], logprobs=False) | where
