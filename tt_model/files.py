@@ -27,7 +27,7 @@ from typing import Any
 
 _POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 LOCK = ".lock"  # in a folder that is held: who holds it
-_TOKEN = re.compile(r"[0-9a-f]{16}\.partial")
+_TOKEN = re.compile(r"[0-9a-f]{16}\.partial(\.new)?")
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
 _held: dict[str, int] = {}  # folders that a thread of this process holds
 
@@ -196,6 +196,8 @@ def _sweep(target: Path, prefix: str) -> None:
         for entry in entries:
             if entry.name.startswith(prefix) and _TOKEN.fullmatch(entry.name, len(prefix)):
                 with suppress(OSError):
+                    if entry.name.endswith(".new") and time.time() - entry.stat().st_mtime < 60:
+                        continue  # somebody is about to lock it
                     handle = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
                     try:
                         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -57,7 +57,7 @@ def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
     """Both work on the same numbers: a mean of two equal gradients is that gradient, bit for bit."""
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
     start = lambda rank: subprocess.Popen(
-        [sys.executable, "-c", f"import test_fsdp; test_fsdp.work({rank}, {str(tmp_path / 'store')!r})"],
+        [sys.executable, "-c", f"import test_fsdp_ops; test_fsdp_ops.work({rank}, {str(tmp_path / 'store')!r})"],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -87,7 +87,6 @@ def test_dtypes(model: TwoTower, dtype: object, tmp_path) -> None:
         (dict(block_size=2**70), f"block_size is {2**70}, expected at most the model's context of 512"),
         (dict(steps_per_block=np.bool_(True)), "steps_per_block is np.True_, expected an integer of at least 1"),
         (dict(confidence_threshold=True), "confidence_threshold is True, expected a number"),
-        (dict(confidence_threshold=None), "confidence_threshold is None, expected a number"),
         (dict(temperature=True), "temperature is True, expected a number"),
         (dict(temperature="hot"), "temperature is 'hot', expected a number"),
         (dict(temperature=float("nan")), "temperature is nan, expected 0 .greedy., or 1e-30 and above, finite"),

@@ -58,8 +58,20 @@ def test_two_writers_and_a_reader(tmp_path: Path) -> None:
         for writer in writers:
             writer.kill()
             writer.communicate()
+    for path in tmp_path.glob("*.new"):  # killed before it was locked: swept up when it is old
+        os.utime(path, (0, 0))
     write_atomically(target, lambda path: path.write_text("c"))
     assert [p.name for p in tmp_path.iterdir()] == ["state"]  # with what the killed ones left
+
+
+def test_what_is_about_to_be_locked_stays_for_a_minute(tmp_path: Path) -> None:
+    target = tmp_path / "state"
+    fresh, old = (tmp_path / f".state.{letter * 16}.partial.new" for letter in "ab")
+    fresh.touch()
+    old.touch()
+    os.utime(old, (0, 0))
+    write_atomically(target, lambda path: path.write_text("c"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [fresh.name, "state"]
 
 
 FILLER = """

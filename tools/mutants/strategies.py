@@ -51,7 +51,7 @@ MUTANTS = {
         ),
     ],
     ("unmask_logits", "runtime/lang.py", CAPPED): [
-        ("a large cap takes logits' digits", "small = size * size, size < 0.125", "small = size * size, size < 0.0"),
+        ("a large cap changes logits", "945.0), 1.0 - e)", "940.0), 1.0 - e)"),
     ],
     ("unmask_logits", "sampling/finished.py", FINISHED): [
         ("finished logits of the place itself", "settings, SHIFT)", "settings, False)"),

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Options of `generate`, and keys of a line of --jsonl, that are settings of those names.
+_LOOP = ("mode", "max_new_tokens", "block_size", "steps_per_block", "draft_steps", "confidence_threshold")
+_RULES = ("strategy", "confidence", "factor", "entropy_bound", "tempered", "alg_temp")
+SETTINGS = (*_LOOP, *_RULES, "temperature", "top_k", "top_p", "stop")
 
 
 class Help(argparse.HelpFormatter):

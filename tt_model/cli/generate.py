@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Parser, add_command, add_machine, machine_of, number, option, output_to, put, tell
+from .common import SETTINGS, Parser, add_command, add_machine, machine_of, number, option, output_to, put, tell
 
 if TYPE_CHECKING:
     from ..config import TwoTowerConfig
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
 STRATEGIES = ("schedule", "threshold", "static", "factor", "entropy_bound")
 CONFIDENCES = ("probability", "margin", "entropy", "random", "sequential")
-# Options that are settings of those names.
-_LOOP = ("mode", "max_new_tokens", "block_size", "steps_per_block", "draft_steps", "confidence_threshold")
-_RULES = ("strategy", "confidence", "factor", "entropy_bound", "tempered", "alg_temp")
-SETTINGS = (*_LOOP, *_RULES, "temperature", "top_k", "top_p", "stop")
 
 _DESCRIPTION = """\
 Continue a prompt: block by block with the denoiser, or token by token. The text goes to standard output as it is

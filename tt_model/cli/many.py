@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..files import read_text
-from .common import describe, machine_of, output_to
-from .generate import SETTINGS
+from .common import SETTINGS, describe, machine_of, output_to
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
