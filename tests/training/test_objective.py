@@ -20,6 +20,7 @@ from tt_model.training.objective import (
     distil_loss,
     encode_and_learn,
     mask_blocks,
+    near_masks,
     own_predictions,
 )
 from tt_model.training.schedule import TrainSettings
@@ -71,6 +72,26 @@ def test_tail_blocks_are_masked_to_their_end() -> None:
         assert tail.all() if noisy is all_of_them else 0.5 < tail.float().mean() < 0.9
     counts = all_of_them.masked.view(-1, S).sum(-1).bincount(minlength=S + 1)
     assert counts[0] == 0 and counts[1:].min() > 0, "the last token is masked always, the first sometimes"
+
+
+def test_near_masks_are_learned_more_often_than_those_behind() -> None:
+    masked = mask_blocks(torch.full((8, 1600), 9), S, MASK, noise(), tail=0.5).masked
+    near = near_masks(masked, S, 2.0, noise())
+    assert not (near & ~masked).any()
+    before = (masked.view(-1, S).cumsum(-1) - 1).view_as(masked)
+    for n in range(4):
+        assert near[masked & (before == n)].float().mean().item() == pytest.approx(2 ** (-n / 2), abs=0.08)
+    counted = torch.arange(1600) % 3 > 0
+    assert torch.equal(near_masks(masked, S, 2.0, noise(), counted.expand(8, -1)), near & counted)
+
+
+def test_only_near_masks_reach_the_loss(model: TwoTower) -> None:
+    batch = text().batch(0, 2, seed=0)
+    got = _loss(model, batch, dataclasses.replace(PUBLISHED, near=1e-3), step=2)  # the first mask of each block alone
+    noisy = mask_blocks(batch.ids, S, MASK, torch.Generator().manual_seed(2))
+    first = noisy.masked & (noisy.masked.view(-1, S).cumsum(-1) == 1).view_as(noisy.masked)
+    want = denoiser_loss(model, batch.ids, noisy._replace(masked=first), batch.cu_seqlens)
+    torch.testing.assert_close(got, want)
 
 
 def test_draws_are_averaged_over_one_reading(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +247,7 @@ def test_without_time_nothing_depends_on_it(tmp_path: Path) -> None:
     "more",
     [
         dict(average=0.9, skip_first_lines=True),
-        dict(average=0.9, draws=2, full_blocks=0.2, tail_blocks=0.3, own_blocks=0.5, distil=0.2),
+        dict(average=0.9, draws=2, full_blocks=0.2, tail_blocks=0.3, own_blocks=0.5, near=2.0, distil=0.2),
         dict(average=0.9, context_tower="tied", no_time=True),
         dict(context_tower="trained", distil=0.2, skip_first_lines=True),
     ],
@@ -264,7 +285,7 @@ def test_a_run_from_before_a_setting_was_there_goes_on(tmp_path: Path) -> None:
     s = TrainSettings("ar", steps=4, batch_size=2)
     train(fresh("ar"), text(), s, tmp_path, stop_after=2, progress=False)
     state = torch.load(tmp_path / "training.pt", weights_only=True)
-    for name in ("draws", "average", "distil", "tail_blocks"):
+    for name in ("draws", "average", "distil", "tail_blocks", "near"):
         del state["settings"][name]
     del state["averages"]
     torch.save(state, tmp_path / "training.pt")
@@ -280,6 +301,7 @@ def test_a_run_from_before_a_setting_was_there_goes_on(tmp_path: Path) -> None:
             dict(full_blocks=1.1),
             dict(tail_blocks=2),
             dict(own_blocks=-0.1),
+            dict(near=-1),
             dict(distil=True),
         ),
         *(dict(average=1.0), dict(average="0.9"), dict(skip_first_lines=1)),

@@ -42,6 +42,7 @@ SETTINGS = {
 DENOISER_SETTINGS = {
     "draws": (int, "N", 1, "draws of noise over one pass of the context tower"),
     "full_blocks": (float, "SHARE", 0.0, "of blocks, masked as a whole, as generation begins"),
+    "near": (float, "TOKENS", 0.0, "masked ones of a block by which the share of those that count halves"),
     "tail_blocks": (float, "SHARE", 0.0, "of blocks, masked from one of their tokens on"),
     "own_blocks": (float, "SHARE", 0.0, "of blocks, partly filled with the denoiser's own predictions"),
     "distil": (float, "WEIGHT", 0.0, "of the context tower's distributions beside the tokens"),

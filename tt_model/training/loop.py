@@ -25,7 +25,15 @@ from ..modeling.moe import MoE
 from ..modeling.two_tower import TwoTowerModel
 from ..stops import Later, Stopped, handling
 from .data import Batch, Rows
-from .objective import ar_loss, denoiser_loss, encode_and_learn, mask_blocks, next_token_loss, own_predictions
+from .objective import (
+    ar_loss,
+    denoiser_loss,
+    encode_and_learn,
+    mask_blocks,
+    near_masks,
+    next_token_loss,
+    own_predictions,
+)
 from .schedule import TrainSettings, learning_rate
 from .state import STATE, Masters, load_state, save_state, stage_parameters, tie
 
@@ -81,7 +89,8 @@ def _loss(model: TwoTowerModel, batch: Batch, s: TrainSettings, step: int) -> Te
         noisy = mask_blocks(ids, c.block_size, c.mask_token_id, noise, full=s.full_blocks, tail=s.tail_blocks)
         if s.own_blocks:
             noisy = own_predictions(model, context, noisy, s.own_blocks, noise)
-        losses.append(denoiser_loss(model, ids, noisy, cu_seqlens, counted, context=context, distil=s.distil))
+        learned = near_masks(noisy.masked, c.block_size, s.near, noise, counted) if s.near else counted
+        losses.append(denoiser_loss(model, ids, noisy, cu_seqlens, learned, context=context, distil=s.distil))
     loss = torch.stack(losses).mean()
     if frozen:
         return loss
@@ -92,7 +101,7 @@ def _loss(model: TwoTowerModel, batch: Batch, s: TrainSettings, step: int) -> Te
 @torch.no_grad()
 def held_out_loss(model: TwoTowerModel, rows: Rows, s: TrainSettings, batches: int = 8) -> float:
     """Mean loss over fixed batches with fixed noise, in nats per token: the published one, whatever is trained."""
-    published: dict[str, Any] = dict(full_blocks=0.0, tail_blocks=0.0, own_blocks=0.0, distil=0.0)
+    published: dict[str, Any] = dict(full_blocks=0.0, tail_blocks=0.0, own_blocks=0.0, near=0.0, distil=0.0)
     s = dataclasses.replace(s, draws=1, context_tower="frozen", **published)
     count = min(batches, -(-len(rows) // s.batch_size))
     losses = [_loss(model, rows.batch(i, s.batch_size, seed=0), s, step=-1 - i).item() for i in range(count)]

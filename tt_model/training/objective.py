@@ -1,7 +1,7 @@
 """The two training losses: next token for a context tower, masked tokens for a denoiser.
 
 B rows, N tokens of a row, S block size. Formulas: TwoTowerModel (arXiv 2606.26493), the paper's recipe; what goes
-beyond it, `full`, `tail`, `own_predictions`, `distil_loss` and `encode_and_learn`, is off unless it is asked for.
+beyond it, `full`, `tail`, `near_masks`, `own_predictions`, `distil_loss` and `encode_and_learn`, is off unless asked for.
 """
 
 from typing import NamedTuple
@@ -87,6 +87,24 @@ def mask_blocks(
         masked = torch.where(chosen.repeat_interleave(S, dim=1), tails, masked)
     masked = masked.to(clean.device)
     return Noisy(clean.masked_fill(masked, mask_token_id), masked, t.to(clean.device))
+
+
+def near_masks(
+    masked: Tensor, block_size: int, half: float, generator: torch.Generator, counted: Tensor | None = None
+) -> Tensor:
+    """Draw which masked positions' losses count: one with n masked before it in its block with probability
+    2^(-n / half). Generation goes on from a block's first masks; those behind have most of the loss.
+
+    Args:
+        masked:  [B, N] bool; counted: [B, N] bool, positions that may count; None: all.
+        half:    above 0, in tokens.
+        generator: a CPU generator.
+    Returns bool [B, N].
+    """
+    before = masked.view(-1, block_size).cumsum(-1) - 1
+    share = torch.exp2(before.clamp(min=0) / -half).view_as(masked)
+    near = masked & (torch.rand(masked.shape, generator=generator).to(masked.device) < share)
+    return near if counted is None else near & counted
 
 
 def encode_and_learn(model: TwoTowerModel, clean: Tensor, block_size: int, cu_seqlens: Tensor | None) -> CleanStates:

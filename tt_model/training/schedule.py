@@ -38,6 +38,7 @@ class TrainSettings:
     full_blocks: float = 0.0  # share of blocks that are masked as a whole, as generation begins
     tail_blocks: float = 0.0  # share of blocks that are masked from one of their tokens on
     own_blocks: float = 0.0  # share of blocks that hold the denoiser's own predictions, as generation goes on
+    near: float = 0.0  # masked tokens of a block by which the share of those whose loss counts halves; 0: all count
     distil: float = 0.0  # weight of the context tower's distributions beside the tokens themselves
     context_tower: str = "frozen"  # "trained": learns too, of both losses; "tied": it and the denoiser are one
     no_time: bool = False  # the time modules stay as they begin, where what they say does not depend on t
@@ -59,7 +60,7 @@ class TrainSettings:
         for name in ("learning_rate", "clip"):
             if not 0 < _number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and finite")
-        for name in ("final_learning_rate", "weight_decay"):
+        for name in ("final_learning_rate", "weight_decay", "near"):
             if not 0 <= _number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0 and finite")
         if self.final_learning_rate > self.learning_rate:
