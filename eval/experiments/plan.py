@@ -62,6 +62,8 @@ class Pilot:
             Run("tied", "towers tied", towers, {"context-tower": "tied"}),
             Run("draws", "2 draws of noise a step", options, {"draws": 2}),
             Run("full-blocks", "a quarter of the blocks masked as a whole", options, {"full-blocks": 0.25}),
+            Run("tail-blocks", "half of the blocks masked from a token on", options, {"tail-blocks": 0.5}),
+            Run("near", "near masks learned more often", options, {"near": 3.0}),
             Run("own-blocks", "half of the blocks with own predictions", options, {"own-blocks": 0.5}),
             Run("distil", "half of the loss from the context tower", options, {"distil": 0.5}),
             Run("average", "average of the weights", options, {"average": 0.99}),

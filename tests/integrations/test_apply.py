@@ -213,7 +213,7 @@ def scan(**options: Any) -> Any:
 
 def update(*, grad: bool = False, **options: Any) -> Any:
     x, dt, A, B, C = (torch.randn(s) for s in ((2, 4, 8), (2, 4), (4,), (2, 2, 5), (2, 2, 5)))
-    given = dict(dt=dt[..., None].expand(-1, -1, 8), A=-A.exp()[:, None, None].expand(-1, 8, 5), B=B, C=C)
+    given = dict(dt=dt[..., None].expand(-1, -1, 8), A=(-A.exp())[:, None, None].expand(-1, 8, 5), B=B, C=C)
     given |= dict(dt_softplus=True) | options
     return mamba.mamba2_selective_state_update(torch.zeros(2, 4, 8, 5), x.requires_grad_(grad), **given)
 
@@ -223,7 +223,6 @@ def update(*, grad: bool = False, **options: Any) -> Any:
     [
         (lambda: scan(seq_idx=torch.zeros(1, 6)), "seq_idx is given"),
         (lambda: scan(dt_softplus=False), "dt_softplus is False"),
-        (lambda: scan(z=torch.zeros(1, 6, 4, 8)), "z is given"),
         (
             lambda: scan(initial_states=torch.zeros(1, 4, 8, 5, requires_grad=True), return_final_states=True),
             r"under torch\.no_grad",
@@ -245,6 +244,19 @@ def update(*, grad: bool = False, **options: Any) -> Any:
 def test_mamba_refuses(call: Any, reason: str) -> None:
     with pytest.raises(NotImplementedError, match=reason):
         call()
+
+
+@pytest.mark.parametrize("call", [scan, update])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_inside(call: Any, dtype: torch.dtype) -> None:
+    """As mamba_ssm's scan and step have it: y times z sigmoid(z), computed in fp32, in the dtype of y."""
+    torch.manual_seed(0)
+    y = call()
+    z = torch.randn(y.shape).mul(4).to(dtype)
+    torch.manual_seed(0)
+    gated = call(z=z)
+    torch.testing.assert_close(gated, y * (z.float() * z.float().sigmoid()))
+    assert gated.dtype == y.dtype and not torch.equal(gated, y)
 
 
 def test_initial_states_stay_as_they_were() -> None:

@@ -1,7 +1,7 @@
 """The two training losses: next token for a context tower, masked tokens for a denoiser.
 
 B rows, N tokens of a row, S block size. Formulas: TwoTowerModel (arXiv 2606.26493), the paper's recipe; what goes
-beyond it, `full`, `tail`, `near_masks`, `own_predictions`, `distil_loss` and `encode_and_learn`, is off unless asked for.
+beyond it (`full`, `tail`, `near_masks`, `own_predictions`, `distil_loss`, `encode_and_learn`) is off unless asked for.
 """
 
 from typing import NamedTuple

@@ -39,6 +39,11 @@ def _of_heads(name: str, what: str, t: Tensor, dims: int) -> Tensor:
     return t
 
 
+def _gated(y: Tensor, z: Tensor | None) -> Tensor:
+    """y times silu(z), which theirs have in the scan: y is rounded once more here."""
+    return y if z is None else (y.float() * F.silu(z.float())).to(y.dtype)
+
+
 def causal_conv1d_fn(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **given: Any
 ) -> Tensor:
@@ -80,13 +85,11 @@ def mamba2_chunk_scan(
     z: Tensor | None = None,
     **given: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """hidden_states [B, L, H, P] -> [B, L, H, P], with return_final_states also [B, H, P, N]."""
+    """hidden_states, z [B, L, H, P] -> [B, L, H, P], with return_final_states also [B, H, P, N]."""
     name = "mamba2_chunk_scan"
     _unpacked(name, given)
     if not dt_softplus:
         _refuse(name, "dt_softplus is False, served is True")
-    if z is not None:
-        _refuse(name, "z is given, served is a gate outside of the scan")
     state = None
     if initial_states is not None:
         if return_final_states and wants_gradients(hidden_states, dt, A, B, C, initial_states):
@@ -99,7 +102,7 @@ def mamba2_chunk_scan(
     out = ssd_chunk(hidden_states, dt, A, B, C, D, dt_bias, state, chunk_size=None, dt_limit=(low, high))
     final = out.final_state if state is None else state
     assert final is not None
-    y = out.y.contiguous()  # as a kernel's is; Falcon-H1 takes views of it
+    y = _gated(out.y.contiguous(), z)  # as a kernel's is; Falcon-H1 takes views of it
     return (y, final) if return_final_states else y
 
 
@@ -116,7 +119,7 @@ def mamba2_selective_state_update(
     z: Tensor | None = None,
     **given: Any,
 ) -> Tensor:
-    """hidden_states, dt [B, H, P], A [H, P, N], D, dt_bias [H, P] -> [B, H, P]; state [B, H, P, N] moves on here."""
+    """hidden_states, z, dt [B, H, P], A [H, P, N], D, dt_bias [H, P] -> [B, H, P]; state [B, H, P, N] moves on here."""
     name = "mamba2_selective_state_update"
     if not dt_softplus:
         _refuse(name, "dt_softplus is False, served is True")
@@ -126,7 +129,7 @@ def mamba2_selective_state_update(
     D = A.new_zeros(A.shape) if D is None else _of_heads(name, "D", D, 1)
     dt_bias = A.new_zeros(A.shape) if dt_bias is None else _of_heads(name, "dt_bias", dt_bias, 1)
     y = ssd_step(hidden_states, dt, A, B, C, D, dt_bias, state)
-    return y if z is None else y * F.silu(z)
+    return _gated(y, z)
 
 
 def mamba2_split_conv1d_scan_combined(*_: Any, **__: Any) -> None:
