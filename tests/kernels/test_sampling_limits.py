@@ -28,6 +28,7 @@ def test_weights_are_powers_of_two_and_fall() -> None:
     assert ((weights(below) - exact).abs() <= 1.4e-7 * exact).all()
     steps = torch.cat([below, below + 1, below + 20])
     assert (weights(steps).diff() <= 0).all()
+    assert (weights(0.5 + torch.arange(4096, dtype=torch.float64) * 2.0**-24).diff() < 0).all(), "no step is lost"
     whole = torch.arange(41.0)
     assert torch.equal(weights(whole), 2 ** (40 - whole.long()))
     assert weights(torch.tensor([41.0, 1e30, INF, NAN])).tolist() == [0, 0, 0, 0]
