@@ -49,12 +49,13 @@ class Later:
 
 
 @contextmanager
-def whole() -> Iterator[None]:
-    """What is inside happens as a whole: Ctrl-C that comes meanwhile is handled after it."""
+def whole() -> Iterator[Later]:
+    """What is inside happens as a whole: Ctrl-C that comes meanwhile is handled after it. What goes on for long looks
+    at `number`, and ends early."""
     later = Later()
     try:
         with handling(later, (signal.SIGINT,)):
-            yield
+            yield later
     finally:
         if later.number is not None:
             signal.raise_signal(later.number)

@@ -140,25 +140,25 @@ class Board:
             conv, ssm = cache.states(layer)
             self.pool.conv[layer][2 * slot], self.pool.ssm[layer][slot] = conv[0], ssm[0]
 
-    # ---- a pass ----
+    # ---- a pass: `index_select` and `index_copy_` take half the time of `t[rows]` on a CPU ----
 
     def view(self, rows: Tensor, pages: int) -> View:
         """Some rows [B], the first pages of each, for one pass."""
-        conv = self.conv[rows]
-        table = self.page_table[rows, :pages]
-        slot = self.slot[rows]
-        return View(self.buffers, self.lengths[rows], table, slot, slot, conv, conv ^ 1)
+        lengths, slot, conv = (t.index_select(0, rows) for t in (self.lengths, self.slot, self.conv))
+        table = self.page_table[:, :pages].index_select(0, rows)
+        return View(self.buffers, lengths, table, slot, slot, conv, conv ^ 1)
 
     def count(self, rows: Tensor, view: View, entered: Tensor | int) -> None:
         """What a pass has written: `entered` [B] tokens of each row."""
-        self.lengths[rows], self.conv[rows] = view.lengths + entered, view.conv_out
+        self.lengths.index_copy_(0, rows, view.lengths + entered)
+        self.conv.index_copy_(0, rows, view.conv_out)
         self.idle_lengths.zero_()
 
     def sampling(self, rows: Tensor, position: Tensor, step: Tensor, *, narrow: bool) -> Sampling:
         """How tokens at `position` [B] or [B, n] are drawn. narrow: whether a row among them has top_k or top_p."""
 
         def of(t: Tensor) -> Tensor:
-            own = t[rows]
+            own = t.index_select(0, rows)
             return own if position.dim() == 1 else own.unsqueeze(1).expand_as(position)
 
         limits = (of(self.top_k), of(self.top_p)) if narrow else (None, None)
@@ -169,5 +169,6 @@ class Board:
         schedule."""
         if not rules:
             return None
-        first = (self.kind[rows], self.factor[rows], self.bound[rows])
-        return Strategy(*first, tempered=self.tempered[rows], alg_temp=self.alg_temp[rows])
+        fields = (self.kind, self.factor, self.bound, self.tempered, self.alg_temp)
+        kind, factor, bound, tempered, alg_temp = (t.index_select(0, rows) for t in fields)
+        return Strategy(kind, factor, bound, tempered=tempered, alg_temp=alg_temp)

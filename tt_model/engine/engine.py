@@ -145,9 +145,8 @@ class Engine(Iterator[Event]):
 
     def __next__(self) -> Event:
         """The next event, running passes until there is one; StopIteration when nothing is left to do."""
-        while not self._events:
-            if not self.step():
-                raise StopIteration
+        if not self.run(lambda: bool(self._events)):
+            raise StopIteration
         with whole():
             kind, request = self._events.popleft()
             if kind in ("started", "failed"):
@@ -158,20 +157,23 @@ class Engine(Iterator[Event]):
 
     def step(self) -> bool:
         """Make one pass, over the rows that share it; False when there is nothing to do."""
-        if self._is_busy:
-            raise RuntimeError("engine: it is in the middle of a pass, which this was called from")
         with whole():
-            try:
-                self._is_busy = True
-                return self._step()
-            finally:
-                self._is_busy = False
+            return self._step()
+
+    def run(self, until: Callable[[], bool]) -> bool:
+        """Make passes until something holds; False when nothing is left to do before. Ctrl-C comes between two passes,
+        as in `step`, which prepares for it each time."""
+        while not until():
+            with whole() as stop:
+                while stop.number is None and not until():
+                    if not self._step():
+                        return False
+        return True
 
     def finish(self, request: Request) -> None:
         """Run until a request has ended. Its events are not told any more."""
-        while request.is_open:
-            if not self.step():
-                raise RuntimeError(f"engine: request {request.number} is {request.state}, and nothing is left to do")
+        if not self.run(lambda: not request.is_open):
+            raise RuntimeError(f"engine: request {request.number} is {request.state}, and nothing is left to do")
         self._events = deque(event for event in self._events if event[1] is not request)
 
     def cancel(self, request: Request) -> None:
@@ -197,6 +199,15 @@ class Engine(Iterator[Event]):
     # ---- between passes ----
 
     def _step(self) -> bool:
+        if self._is_busy:
+            raise RuntimeError("engine: it is in the middle of a pass, which this was called from")
+        self._is_busy = True
+        try:
+            return self._pass()
+        finally:
+            self._is_busy = False
+
+    def _pass(self) -> bool:
         self._sweep()
         self._admit()
         chosen = self._scheduler.choose()

@@ -81,11 +81,9 @@ def generate(
     try:
         for b, (ids, own) in enumerate(zip(rows, seeds, strict=True)):
             requests.append(engine.enqueue(ids, settings, own, number=b, on_step=on_step, vocabulary=reader))
-        for request in requests:
-            while request.is_open:
-                engine.step()
-                if failed := next((r.error for r in requests if r.error is not None), None):
-                    raise failed
+        engine.run(lambda: any(r.error is not None for r in requests) or not any(r.is_open for r in requests))
+        if failed := next((r.error for r in requests if r.error is not None), None):
+            raise failed
         found = [request.result() for request in requests]
     finally:
         for request in requests:

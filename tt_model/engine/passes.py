@@ -77,12 +77,13 @@ class Passes:
     def _next(self, rows: Tensor, hidden: Tensor, what: Pass) -> Outcome:
         """The context tower's token after the last one of each row, from its hidden state [B, D]."""
         board = self.board
-        position = board.lengths[rows].long()
+        position = board.lengths.index_select(0, rows).long()
         sampling = board.sampling(rows, position, torch.zeros_like(position), narrow=what.narrow)
         return self._chosen(rows, *head_sample(hidden, self.model.context_lm_head.matrix, sampling))
 
     def _chosen(self, rows: Tensor, token: Tensor, confidence: Tensor) -> Outcome:
-        self.board.token[rows], self.board.certain[rows] = token, confidence
+        self.board.token.index_copy_(0, rows, token)
+        self.board.certain.index_copy_(0, rows, confidence)
         column = token.unsqueeze(1)
         return Outcome(column, column, confidence.unsqueeze(1))
 
@@ -90,11 +91,11 @@ class Passes:
         """A block of mask tokens, or of one that is certain and mask tokens, for each row that is not idle."""
         board, lane = self.far, self.far.lane(L)
         live = rows < board.rows
-        block = torch.where(live.unsqueeze(1), board.mask, lane.block[rows])
+        block = torch.where(live.unsqueeze(1), board.mask, lane.block.index_select(0, rows))
         if token is not None:
             block[:, 0] = torch.where(live, token, block[:, 0])
-        lane.block[rows] = block
-        lane.masked[rows] = (L - (token is not None)) * live
+        lane.block.index_copy_(0, rows, block)
+        lane.masked.index_copy_(0, rows, (L - (token is not None)) * live)
         board.step.index_fill_(0, rows, 0)  # not `[rows] = 0`, which copies a number from the host
 
     @torch.inference_mode()
@@ -124,27 +125,32 @@ class Passes:
     def _denoise(self, rows: Tensor, what: Pass) -> Outcome:
         """A denoiser pass over the rows' blocks, its predictions and the commit rule."""
         board, lane, L = self.far, self.far.lane(what.length), what.length
-        view, block, step = board.view(rows, what.pages), lane.block[rows], board.step[rows]
-        hidden = self.model._denoise(block, lane.masked[rows] / L, view)
+        view = board.view(rows, what.pages)
+        block, masked, step, steps, draft, threshold = (
+            t.index_select(0, rows)
+            for t in (lane.block, lane.masked, board.step, board.steps, board.draft, board.threshold)
+        )
+        hidden = self.model._denoise(block, masked / L, view)
         # A draft has the noise that the autoregressive mode draws at each position: alike logits give alike tokens.
-        noise = step.masked_fill(board.draft[rows], 0)
+        noise = step.masked_fill(draft, 0)
         out = unmask(
             hidden,
             self.model.lm_head.matrix,
             block,
             board.sampling(rows, view.lengths.long(), noise, narrow=what.narrow),
             mask_token_id=board.mask,
-            threshold=board.threshold[rows],
-            steps_left=(board.steps[rows] - step).clamp(max=L),  # more means no more
+            threshold=threshold,
+            steps_left=(steps - step).clamp(max=L),  # more means no more
             strategy=board.strategy(rows, rules=what.rules),
         )
-        lane.block[rows], lane.masked[rows], board.step[rows] = out.block, out.masked, step + 1
+        for t, new in ((lane.block, out.block), (lane.masked, out.masked), (board.step, step + 1)):
+            t.index_copy_(0, rows, new)
         listed = torch.cat([out.block, out.masked.unsqueeze(1)], 1)
         return Outcome(listed, out.block, out.confidence, out.committed)
 
     def _commit(self, rows: Tensor, what: Pass) -> Outcome:
         """The context tower reads the rows' finished blocks, and the next ones begin."""
-        block = self.board.lane(what.length).block[rows]
+        block = self.board.lane(what.length).block.index_select(0, rows)
         self._extend(rows, block, self.board.view(rows, what.pages))
         if not self.is_apart:  # else `start` does, when the denoiser's device has caught up
             self._renew(rows, what.length)
@@ -154,7 +160,8 @@ class Passes:
         """The context tower reads each row's last token and chooses the next one."""
         steps = []
         for _ in range(what.repeat):
-            hidden = self._extend(rows, self.board.token[rows].unsqueeze(1), self.board.view(rows, what.pages))
+            token = self.board.token.index_select(0, rows).unsqueeze(1)
+            hidden = self._extend(rows, token, self.board.view(rows, what.pages))
             steps.append(self._next(rows, hidden[:, -1], what))
         if len(steps) == 1:
             return steps[0]
@@ -163,7 +170,7 @@ class Passes:
 
     def _mock_ar(self, rows: Tensor, what: Pass) -> Outcome:
         """The denoiser chooses what follows each row's last token; then the context tower reads that token."""
-        board, far, token = self.board, self.far, self.board.token[rows].unsqueeze(1)
+        board, far, token = self.board, self.far, self.board.token.index_select(0, rows).unsqueeze(1)
         there, view = across(rows, far.device), board.view(rows, what.pages)
         read = far.view(there, what.pages) if self.is_apart else view
         hidden = self.model._denoise(across(token, far.device), None, read)[:, -1]
@@ -176,8 +183,9 @@ class Passes:
     def _verify(self, rows: Tensor, what: Pass) -> Outcome:
         """The context tower reads the rows' drafts; as much enters as it would have written itself."""
         board, lane, L = self.board, self.board.lane(what.length), what.length
-        view, block, certain = board.view(rows, what.pages), lane.block[rows], board.certain[rows].unsqueeze(1)
-        block[:, 0] = board.token[rows]  # which may be the mask token, as AR writes any, and was filled in then
+        view = board.view(rows, what.pages)
+        block, certain, token = (t.index_select(0, rows) for t in (lane.block, board.certain, board.token))
+        block[:, 0] = token  # which may be the mask token, as AR writes any, and was filled in then
         pending = Pending()
         pending.hidden = self.model.context_tower(block, ForwardContext("verify", view, pending=pending))
         places = torch.arange(L, device=board.device)
@@ -191,8 +199,8 @@ class Passes:
         last = agreed.unsqueeze(1)
         self._chosen(rows, *(t.gather(1, last).squeeze(1) for t in (follows, confidence)))
         if not self.is_apart:
-            self._renew(rows, L, board.token[rows])
+            self._renew(rows, L, board.token.index_select(0, rows))
         entered = places <= last
         shown = block.masked_fill(~entered, board.mask)
-        probable = torch.cat([certain, confidence[:, :-1]], -1).masked_fill(~entered, 0)
+        probable = torch.cat([certain.unsqueeze(1), confidence[:, :-1]], -1).masked_fill(~entered, 0)
         return Outcome(torch.cat([block, count.unsqueeze(1)], 1), shown, probable, entered)
