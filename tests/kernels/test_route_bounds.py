@@ -121,6 +121,15 @@ def test_neighbours_of_a_batch(by_halves: None, K: int, groups: int, size: float
 
 @RUNS
 @pytest.mark.sanitize
+@pytest.mark.parametrize("E", [13, 16])
+def test_lists_by_launches_of_their_own(by_halves: None, monkeypatch: pytest.MonkeyPatch, E: int) -> None:
+    """As of more than 512 tokens, and of experts that are no power of two."""
+    monkeypatch.setattr(route_launch, "is_few", lambda *_: False)
+    check(planted(3, 37, 70, E, 3, torch.bfloat16 if SANITIZE else HALVES, 16.0, 1))
+
+
+@RUNS
+@pytest.mark.sanitize
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 def test_neighbours_of_a_softmax(norm: bool, halves: bool) -> None:

@@ -17,6 +17,13 @@ MUTANTS = {
         ),
         ("a ticket that orders nothing (race)", "(tickets_ptr + tile, 1)", '(tickets_ptr + tile, 1, sem="relaxed")'),
         (
+            "ends of experts that there are not, in the last program's sorting (write outside)",
+            "ends, mask=e < E)\n    first = ",
+            "ends)\n    first = ",
+        ),
+    ],
+    ("route", "moe/route_kernels.py", "test_route_bounds.py::test_lists_by_launches_of_their_own[13]"): [
+        (
             "ends of experts that there are not (write outside)",
             "    if tl.program_id(0) == 0:\n        tl.store(out.offsets + e, ends, mask=e < E)",
             "    if tl.program_id(0) == 0:\n        tl.store(out.offsets + e, ends)",
