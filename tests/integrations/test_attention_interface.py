@@ -33,6 +33,12 @@ CASES = {
     "a row that begins now": (3, 7, CAUSAL, ["0000111", "1111111", "0111111"]),
     "full": (7, 7, FULL, NONE),
     "full, padding before and behind": (7, 7, FULL, ["0001111", "1111100", "0111110"]),
+    "full, a row of little": (7, 7, FULL, ["0001000", "1111111", "0111110"]),
+    "other tokens' keys": (4, 7, FULL, NONE),
+    "fewer keys": (7, 4, FULL, NONE),
+    "one token to others, padding on both sides": (1, 7, FULL, ["0001111", "1111100", "0111110"]),
+    "other tokens' keys, padding on both sides": (5, 7, FULL, ["0001111", "1111100", "0111110"]),
+    "more tokens than keys, padding behind": (9, 7, FULL, ["1111111", "1111100", "1100000"]),
     "a single token": (1, 1, CAUSAL, NONE),
 }
 # Rows of queries, keys, window, the mask of all tokens by row, and the first tokens that the cache has dropped.
@@ -64,14 +70,15 @@ def tensors(q: int, kv: int, layout: str) -> list[torch.Tensor]:
 def both(name: str, layout: str, grad: bool) -> None:
     q, kv, function, rows = CASES[name]
     padding = None if rows is None else torch.tensor([[c == "1" for c in row] for row in rows])
+    offset = kv - q if function is CAUSAL else 0
     given: dict[str, Any] = dict(
-        batch_size=3, q_length=q, kv_length=kv, q_offset=kv - q, mask_function=function, attention_mask=padding
+        batch_size=3, q_length=q, kv_length=kv, q_offset=offset, mask_function=function, attention_mask=padding
     )
     module = SimpleNamespace(is_causal=function is CAUSAL, num_key_value_groups=2, training=False)
     theirs = masking_utils.sdpa_mask(**given, allow_is_causal_skip=False)
     found = [t.requires_grad_(grad) for t in tensors(q, kv, layout)]
     expected = [t.detach().clone().requires_grad_(grad) for t in found]
-    seen = slice(None) if padding is None else padding[:, kv - q :]
+    seen = slice(None) if padding is None or function is FULL else padding[:, kv - q :]  # full: padding sees, too
     y = attention_forward(module, *found, mask(**given), scaling=0.3)[0][seen]
     right = sdpa_attention_forward(module, *expected, theirs, scaling=0.3)[0][seen]
     assert error(y, right) < BOUND
@@ -150,10 +157,10 @@ def attend(attention_mask: torch.Tensor | None = None, **options: Any) -> None:
     attention_forward(module, *tensors(q, kv, "cache"), attention_mask, **options)
 
 
-def masked(rows: list[str] | None = None, **options: Any) -> None:
+def masked(rows: list[str] | None = None, **options: Any) -> Any:
     padding = None if rows is None else torch.tensor([[c == "1" for c in row] for row in rows])
     given = dict(batch_size=3, q_length=7, kv_length=7, mask_function=CAUSAL, attention_mask=padding)
-    mask(**(given | options))
+    return mask(**(given | options))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +170,6 @@ def masked(rows: list[str] | None = None, **options: Any) -> None:
         (lambda: attend(sliding_window=4), "sliding_window is 4, and the mask is of attention to all 7 tokens"),
         (lambda: attend(torch.zeros(3, 1, dtype=torch.int32)), "the layer names no sliding_window"),
         (lambda: attend(torch.zeros(3, 1, dtype=torch.int32), sliding_window=7), "no sliding_window or another"),
-        (lambda: attend(torch.zeros(3, 2, dtype=torch.int32), softcap=30.0), "softcap is 30.0 in full attention"),
         (lambda: attend(s_aux=torch.zeros(4)), "s_aux is given, and not served: attention sinks"),
         (lambda: attend(sinks=torch.zeros(4)), "sinks is given, and not served: attention sinks"),
         (
@@ -175,7 +181,7 @@ def masked(rows: list[str] | None = None, **options: Any) -> None:
         (lambda: attend(torch.zeros(3, 1, 7, 7)), r"a mask \[3, 1, 7, 7\] of torch.float32"),
         (lambda: attend(torch.ones(3, 1, 7, 7, dtype=torch.bool)), r"of torch\.bool"),
         (lambda: attend(torch.ones(3, 7, dtype=torch.int32)), r"a mask \[3, 7\] of torch\.int32"),
-        (lambda: attend(causal=False, lengths=(3, 7)), "full attention of 3 queries to 7 keys"),
+        (lambda: attend(lengths=(7, 3)), "causal attention of 7 queries to 3 keys"),
         (lambda: masked(local_size=3), "neither causal, in a sliding window or not, nor full"),
         (lambda: masked(mask_function=SLIDING, local_size=4), "neither causal"),
         (lambda: masked(mask_function=masking_utils.or_masks(SLIDING, FULL), local_size=3), "neither causal"),
@@ -190,8 +196,11 @@ def masked(rows: list[str] | None = None, **options: Any) -> None:
             ),
             "chunks",
         ),
-        (lambda: masked(kv_offset=2, q_offset=2), "dropped its first 2 tokens"),
-        (lambda: masked(mask_function=SLIDING, kv_offset=2, q_offset=2, local_size=3), "dropped its first 2 tokens"),
+        (lambda: attend(masked(kv_offset=2, q_offset=2)), "dropped its first tokens"),
+        (
+            lambda: attend(masked(mask_function=SLIDING, kv_offset=2, q_offset=2, local_size=3)),
+            "dropped its first tokens",
+        ),
         (lambda: masked(mask_function=SLIDING, kv_length=9, local_size=3), "a static one"),
         (lambda: masked(kv_length=9), "a static one"),
         (lambda: masked(q_offset=torch.tensor(0)), "a static one"),
@@ -199,7 +208,6 @@ def masked(rows: list[str] | None = None, **options: Any) -> None:
         (lambda: masked(["0000011"] * 3, q_length=3, q_offset=4), "padding behind cached tokens"),
         (lambda: masked(["1111110"] * 3, q_length=1, q_offset=6), "padding behind cached tokens"),
         (lambda: masked(mask_function=FULL, q_length=3, q_offset=4), "full attention on a cache"),
-        (lambda: masked(["1110000"] * 3, mask_function=FULL, q_length=3), "padding in full attention of 3 queries"),
     ],
 )
 def test_refusals(call: Any, reason: str) -> None:
@@ -227,3 +235,24 @@ def test_packed_rows_and_static_caches_are_refused_by_a_model() -> None:
     model.set_attn_implementation(tt.NAME)
     with pytest.raises(NotImplementedError, match="packed sequences"), Wide():
         model(IDS[:, :6], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(7, 7), (7, 4), (4, 7)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_encoder_and_a_decoder(side: str, lengths: tuple[int, int]) -> None:
+    """The decoder's tokens see the encoder's but for its padding, also where there are as many of them."""
+    from transformers import BartConfig, BartModel
+
+    sizes = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    config = BartConfig(vocab_size=61, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **sizes)
+    torch.manual_seed(0)
+    model = BartModel(config).double().eval()
+    ids = torch.randint(4, 61, (2, lengths[0]), generator=torch.Generator().manual_seed(1))
+    padding = torch.ones_like(ids)
+    padding[0, slice(0, 2) if side == "left" else slice(-2, None)] = 0
+    given = dict(input_ids=ids, attention_mask=padding, decoder_input_ids=ids.flip(1)[:, :1].expand(2, lengths[1]))
+    plain = model(**given).last_hidden_state
+    tt.register()
+    model.set_attn_implementation(tt.NAME)
+    assert error(model(**given).last_hidden_state, plain) < 1e-11

@@ -32,7 +32,6 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["nemotron_h", "qwen2_moe"])
 def test_gradients(model_type: str, tmp_path: Path) -> None:
     path = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))

@@ -1,5 +1,6 @@
 """Head and loss in one: theirs in value and gradient, and logits wherever somebody wants them."""
 
+import copy
 import inspect
 from typing import Any
 
@@ -28,7 +29,7 @@ def test_gradients_are_theirs(model_type: str) -> None:
     before = gradients(model)
     changes = tt.apply(model, **ALONE)
     if model_type not in SERVED:
-        assert "scale their logits" in changes.left["loss"] and not changes.replaced
+        assert "plain logits" in changes.left["loss"] and not changes.replaced
         return
     assert changes.replaced == [f"loss: {type(model).__name__}.lm_head, with labels in training"]
     found = gradients(model)
@@ -106,6 +107,10 @@ def spoil_forward(model: Any) -> None:
     model.forward = lambda *args, **given: None
 
 
+def spoil_hook(model: Any) -> None:
+    model.lm_head.register_forward_hook(lambda module, args, out: out * 0.5)
+
+
 def spoil_z(model: Any) -> None:
     model.z_loss_coefficient = 0.1
 
@@ -116,6 +121,7 @@ def spoil_z(model: Any) -> None:
         (spoil_head, "Linear with a bias"),
         (spoil_loss, "loss_function is another's"),
         (spoil_forward, "forward is another's"),
+        (spoil_hook, "a hook listens to its lm_head"),
         (spoil_z, "z_loss_coefficient is 0.1"),
     ],
 )
@@ -124,6 +130,73 @@ def test_what_is_not_served_is_left(spoil: Any, reason: str) -> None:
     spoil(model)
     changes = tt.apply(model, **ALONE)
     assert reason in changes.left["loss"] and not changes.replaced
+
+
+def other_head(model: Any) -> None:
+    model.lm_head = nn.Linear(32, 61, bias=False).double()
+
+
+def larger_vocabulary(model: Any) -> None:
+    model.resize_token_embeddings(70)
+
+
+class Wrapped(nn.Module):
+    """As an adapter's, which adds to what the head gives."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) * 2
+
+
+def wrapped_head(model: Any) -> None:
+    model.lm_head = Wrapped(model.lm_head)
+
+
+@pytest.mark.parametrize("spoil", [spoil_loss, spoil_hook, other_head, larger_vocabulary, wrapped_head])
+def test_what_becomes_another_after_it_is_theirs_again(spoil: Any) -> None:
+    model, ours = tiny("mixtral").train(), tiny("mixtral").train()
+    tt.apply(ours, **ALONE)
+    for each in (model, ours):
+        torch.manual_seed(0)
+        spoil(each)
+    plain, out = called(model), called(ours)
+    assert error(out.loss, plain.loss) < BOUND and out.loss.dim() == plain.loss.dim() == 0
+    assert error(called(ours, skip_logits=False).logits, plain.logits) < BOUND
+
+
+@pytest.mark.parametrize("model_type", SERVED)
+def test_a_copy_is_served_by_itself(model_type: str) -> None:
+    """As an average of the weights, or a model to refer to: its own weights, its own gradients, its own undo."""
+    model = tiny(model_type).train()
+    tt.apply(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.1)
+    plain = tiny(model_type).train()
+    plain.load_state_dict(other.state_dict())
+    want, found = gradients(plain), gradients(other)
+    assert all(p.grad is None for p in model.parameters())
+    for name, slope in want.items():
+        assert error(found[name], slope) < BOUND, name
+    tt.revert(model)
+    found = gradients(other)
+    tt.revert(other)
+    for last in (found, gradients(other)):
+        assert all(error(last[name], slope) < BOUND for name, slope in want.items())
+    assert all("forward" not in vars(m) for each in (model, other) for m in each.modules())
+    assert not hasattr(other, "_loss_function")
+
+
+def test_a_copy_of_the_head_gives_logits_of_its_own() -> None:
+    model = tiny("mixtral").train()
+    tt.apply(model, **ALONE)
+    head = copy.deepcopy(model.lm_head)
+    nn.init.zeros_(head.weight)
+    assert not head(torch.randn(2, 32).double()).any()
 
 
 def test_a_failing_pass_leaves_nothing_behind() -> None:

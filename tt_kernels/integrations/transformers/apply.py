@@ -130,14 +130,14 @@ def apply_to(model_type: str) -> Callable[..., Changes]:
         classes = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
         for cls in classes:
             if experts and hasattr(cls, "_apply_gate"):
-                changes.share(cls, "forward", lambda theirs: experts_forward)
+                changes.share(cls, "forward", partial(_where_served, experts_forward, unserved_experts))
                 changes.replaced.append(f"experts: {cls.__name__}")
             if experts and router and _has_router(cls):
                 changes.share(cls, "forward", block_forward)
                 changes.replaced.append(f"router: {cls.__name__}")
                 changes.left["routers"] = _HEARD
             if norm and (ours := _norm_forward(cls)):
-                changes.share(cls, "forward", partial(_where_served, ours))
+                changes.share(cls, "forward", partial(_where_served, ours, unserved_norm))
                 changes.replaced.append(f"norm: {cls.__name__}")
         if attention:
             changes.left["attention"] = f'a config chooses it: load with attn_implementation="{NAME}"'
@@ -161,7 +161,7 @@ def _experts(changes: Changes, model: Any, router: bool) -> None:
         return
     before = model.config._experts_implementation
     model.set_experts_implementation(NAME)
-    changes.call_back(lambda: model.set_experts_implementation(before))
+    changes.call_back(model.set_experts_implementation, before)
     changes.replaced.append(f"experts: {len(found)} {type(found[0]).__name__}")
     if not (router and _routers(changes, model)):
         changes.left["routers, shared experts"] = "they lie outside of what an experts implementation is given"
@@ -191,22 +191,34 @@ def _routers(changes: Changes, model: Any) -> bool:
 
 
 def _attention(changes: Changes, model: Any) -> None:
-    found = [m for m in model.modules() if hasattr(m, "is_causal") and hasattr(m, "num_key_value_groups")]
+    every = [m for m in model.modules() if "Attention" in type(m).__name__ and hasattr(m, "is_causal")]
+    found = [m for m in every if hasattr(m, "num_key_value_groups")]
     if not found:
+        by_name = f'not a kind that was held against ours; by name it may run: attn_implementation="{NAME}"'
+        changes.left |= {f"attention: {type(m).__name__}": by_name for m in every}
         return
     reason = next(filter(None, map(_unserved_attention, found)), None)
     if reason is None and model.training and any(p.is_cuda for p in model.parameters()):
         reason = "no backward kernel, and the model is on a GPU in training mode"
     if reason is None:
-        before = model.config._attn_implementation
+        before = _attention_of(model.config)
         model.set_attn_implementation(NAME)
         if model.config._attn_implementation != NAME:
             reason = f"{type(model).__name__} lets nobody choose its attention"
     if reason:
         changes.left["attention"] = reason
         return
-    changes.call_back(lambda: model.set_attn_implementation(before))
-    changes.replaced.append(f"attention: {len(found)} {type(found[0]).__name__}, and its mask")
+    changes.call_back(model.set_attn_implementation, before)
+    chosen = [m for m in every if getattr(m, "config", model.config)._attn_implementation == NAME]
+    for name, count in Counter(type(m).__name__ for m in chosen).items():
+        changes.replaced.append(f"attention: {count} {name}, and its mask")
+
+
+def _attention_of(config: Any) -> str | dict[str, str]:
+    """What a config says of attention, of all its parts, as `set_attn_implementation` takes it."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    said = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    return {"": config._attn_implementation} | said if said else config._attn_implementation
 
 
 def _unserved_attention(module: Any) -> str | None:
@@ -218,6 +230,8 @@ def _unserved_attention(module: Any) -> str | None:
 
 def _mamba(changes: Changes, module: ModuleType) -> None:
     if not module.__name__.startswith(_FOLDER) or not hasattr(module, "mamba2_chunk_scan"):
+        if module.__name__.startswith(_FOLDER) and hasattr(module, "mamba_selective_scan"):
+            changes.left["mamba"] = "it is Mamba-1, served is Mamba-2"
         return
     short = module.__name__.rpartition(".")[2]
     for name, ours in FUNCTIONS.items():
@@ -258,8 +272,8 @@ def _norms(changes: Changes, model: Any, *, anywhere: bool) -> None:
     changes.replaced += [f"norm: {count} {name}" for name, count in replaced.items()]
 
 
-def _where_served(ours: Callable, theirs: Callable) -> Callable:
+def _where_served(ours: Callable, unserved: Callable, theirs: Callable) -> Callable:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (theirs if unserved_norm(self) else ours)(self, *args, **kwargs)
+        return (theirs if unserved(self) else ours)(self, *args, **kwargs)
 
     return forward

@@ -2,7 +2,8 @@
 
 A mask is made once for a pass and read by every layer: None, or where the tokens of each row lie between its padding,
 int32: [B], where they start, of causal attention; [B, 1], the same of causal attention in a sliding window, whose size
-the layer names; [B, 2], where they start and end, of full attention.
+the layer names; [B, 2], where they start and end, of full attention; [B, 3], of a mask that is not served, which some
+models make and no layer reads.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ... import block_diffusion_attention, causal_attention, context_attention
+from ... import causal_attention, context_attention
 from ...runtime.registry import wants_gradients
 
 # What a model may ask of an attention function beside the mask, and why it is not served. None and False ask nothing.
@@ -69,13 +70,15 @@ def mask(
     if local_size is not None or mask_function not in (None, causal_mask_function, bidirectional_mask_function):
         window = _window_of(mask_function, local_size)
         if window is None:
-            other = "chunks, a window to both sides, packed sequences, or a function of your own"
+            other = (
+                "chunks, a window to both sides, packed sequences, which torch.compile asks for as well, or your own"
+            )
             _refuse(f"a mask that is neither causal, in a sliding window or not, nor full ({other})")
     full = mask_function is bidirectional_mask_function
     if not isinstance(q_offset, int) or (not full and kv_offset + kv_length != q_offset + q_length):
         _refuse("a cache with room behind its tokens (a static one), served is one that grows")
     if kv_offset and (window is None or kv_offset > q_offset - window + 1):
-        _refuse(f"a cache that has dropped its first {kv_offset} tokens, which are seen, served is one that has these")
+        return torch.empty(batch_size, 3, dtype=torch.int32, device=device)
     if full and q_offset:
         _refuse("full attention on a cache, served is full attention of the tokens to each other")
     windowed = window is not None and window < kv_length
@@ -86,7 +89,7 @@ def mask(
             _refuse(f"attention_mask is {list(attention_mask.shape)}, served is [B, {end}]")
         here = attention_mask[:, kv_offset:end].bool()
         if not bool(here.all()):
-            starts = _full_spans(here, q_length) if full else _causal_starts(here, q_offset - kv_offset)
+            starts = torch.stack(_ends(here), 1) if full else _causal_starts(here, q_offset - kv_offset)
     if not windowed:
         return starts
     if starts is None:
@@ -112,18 +115,14 @@ def _causal_starts(here: Tensor, q_offset: int) -> Tensor:
     return starts  # padding behind is seen by itself alone
 
 
-def _full_spans(here: Tensor, q_length: int) -> Tensor:
-    if q_length != here.shape[1]:
-        _refuse(f"padding in full attention of {q_length} queries to {here.shape[1]} keys, served are as many")
-    return torch.stack(_ends(here), 1)
-
-
 def _check(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, asked: dict[str, Any]) -> None:
     if dropout:
         _refuse(f"dropout is {dropout}, served is 0 (config.attention_dropout)")
     for name, reason in _UNSERVED.items():
         if asked.get(name) is not None and asked[name] is not False:
             _refuse(f"{name} is given, and not served: {reason}")
+    if mask is not None and mask.dtype == torch.int32 and mask.shape[1:] == (3,):
+        _refuse("a cache that has dropped its first tokens, which are seen, served is one that has these")
     if mask is not None and (mask.dtype != torch.int32 or mask.shape[1:] not in ((), (1,), (2,))):
         _refuse(f"a mask {list(mask.shape)} of {mask.dtype} of your own, served is a 2-D attention_mask")
     if query.is_cuda and wants_gradients(query, key):
@@ -183,14 +182,11 @@ def attention_forward(
     if L == N and causal:
         packed = _packed(spans, B, N)
         return causal_attention(q, k, v, cu_seqlens=packed, scale=scaling, window=window, softcap=softcap), None
-    if L == N and spans is not None:  # one block, in which neither tokens see padding nor padding sees them
-        if softcap is not None:
-            _refuse(f"softcap is {softcap} in full attention with padding, served is one without padding, or causal")
-        return block_diffusion_attention(
-            q, k, v, k, v, block_size=N, cu_seqlens=_packed(spans, B, N), scale=scaling
-        ), None
-    if L > N or not (causal or L in (1, N)):
-        _refuse(f"full attention of {L} queries to {N} keys, served are as many")
+    if not causal and (spans is not None or L not in (1, N)):
+        every = torch.tensor([[0, N]], dtype=torch.int32, device=q.device).expand(B, 2)
+        return _between_padding(q, k, v, every if spans is None else spans, scaling, softcap), None
+    if L > N:
+        _refuse(f"causal attention of {L} queries to {N} keys, served are no more than keys")
     cached = N - L
     starts = q.new_zeros(B, dtype=torch.int32) if spans is None else spans
     pages, table = _as_pages(k[:, :cached], v[:, :cached], starts)
@@ -200,13 +196,39 @@ def attention_forward(
     ), None
 
 
-def _packed(spans: Tensor | None, B: int, N: int) -> Tensor | None:
-    """Rows between their padding, as the sequences of `causal_attention`."""
-    if spans is None:
+def _between_padding(
+    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float | None, softcap: float | None
+) -> Tensor:
+    """Every query [B, L, Hq, P] to the keys [B, N, Hkv, P] between the padding of its row, also those of other tokens
+    (cross-attention). It is `context_attention` of blocks of queries, as long as the shortest span: a block's own keys
+    are the last of the span, its context those before."""
+    L = q.shape[1]
+    starts, ends = spans.unbind(1)
+    counts = (ends - starts).tolist()
+    own = min([count for count in counts if count] or [1], default=1)  # what a row of nothing but padding gets is noise
+    own, places = min(own, L), torch.arange(min(own, L), device=k.device)
+    at = (ends.unsqueeze(1) - own + places).clamp(min=0)[..., None, None].long()
+    last_k, last_v = (t.gather(1, at.expand(-1, -1, *t.shape[2:])) for t in (k, v))
+    pages, table = _as_pages(k, v, starts)
+    lengths = (ends - own - starts).clamp(min=0)
+    found = []
+    for block in q.split(own, 1):
+        n = block.shape[1]
+        mine = (last_k[:, own - n :], last_v[:, own - n :])
+        found.append(
+            context_attention(
+                block, *mine, *pages, table, lengths + (own - n), causal=False, scale=scale, softcap=softcap
+            )
+        )
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+
+def _packed(starts: Tensor | None, B: int, N: int) -> Tensor | None:
+    """Rows after their padding, as the sequences of `causal_attention`."""
+    if starts is None:
         return None
-    rows = torch.arange(B, device=spans.device, dtype=spans.dtype) * N
-    inside = rows[:, None] + spans.view(B, -1)  # [B, 1 or 2]
-    return torch.cat([torch.cat([rows[:, None], inside], 1).flatten(), spans.new_full((1,), B * N)])
+    rows = torch.arange(B, device=starts.device, dtype=starts.dtype) * N
+    return torch.cat([torch.stack([rows, rows + starts], 1).flatten(), starts.new_full((1,), B * N)])
 
 
 def _as_pages(k: Tensor, v: Tensor, starts: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:

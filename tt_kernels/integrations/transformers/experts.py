@@ -36,7 +36,7 @@ def unserved(module: Any) -> str | None:
     if module.down_proj.dtype not in _DTYPES:
         return f"{name}.down_proj is {module.down_proj.dtype}, served are {', '.join(map(str, _DTYPES))}"
     if activation_of(module) is None:
-        return f"{name}.act_fn is {module.act_fn}, served are SiLU, relu2 and GELU"
+        return f"{name}.act_fn is {getattr(module, 'act_fn', 'not there')}, served are SiLU, relu2 and GELU"
     if module.has_gate and type(module)._apply_gate.__name__ != "_default_apply_gate":
         return f"{name}._apply_gate is its own, served is act(gate) * up"
     return None
@@ -44,7 +44,7 @@ def unserved(module: Any) -> str | None:
 
 def activation_of(module: Any) -> str | None:
     """Ours, of a module's act_fn; None: there is none."""
-    act = module.act_fn
+    act = getattr(module, "act_fn", None)
     if type(act) is nn.GELU:
         return _APPROXIMATE.get(act.approximate)
     return _ACTIVATIONS.get(type(act).__name__ if isinstance(act, nn.Module) else getattr(act, "__name__", ""))

@@ -5,6 +5,7 @@ and a `mixer`, and methods of the model that run a mixer over a block. Prefill a
 own forward, and stay theirs but for experts and norms.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from .changes import Changes
 from .experts import _DTYPES, activation_of
 
 _PARTS = ("context_tower", "denoiser_tower", "_denoiser_block_attention", "_denoiser_block_mamba")
+_JOINED = "_tt_kernels_joined"
 _NO_BACKWARD = "no backward kernel: train on theirs, with {flag}=False, or run under torch.no_grad()"
 
 
@@ -65,14 +67,17 @@ class _Joined:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.held = model, dict[str, Tensor]()
+        self.model, self.held = weakref.ref(model), dict[str, Tensor]()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Joined":
+        return _Joined(memo.get(id(model := self.model()), model))  # of a copy, whose parameters lie elsewhere
 
     def __call__(self, name: str, modules: Sequence[Any]) -> Tensor:
         """`name`, up_proj or down_proj, of all experts: [E, ...]."""
         rows = [getattr(module, name).weight for module in modules]
         held, first = self.held.get(name), rows[0]
         if held is None or held.dtype != first.dtype or held.device != first.device or not _lie_in(held, rows):
-            if _sharded(self.model):
+            if _sharded(self.model()):
                 _refuse("experts of a model that was sharded after apply(): undo it before fully_shard, and leave them")
             held = self.held[name] = torch.stack([row.detach() for row in rows])
             for row, data in zip(rows, held, strict=True):
@@ -106,16 +111,13 @@ def _unserved_experts(moe: Any) -> str | None:
     return None if activation_of(first) else f"{name}.experts' act_fn is {first.act_fn}, served are SiLU and relu2"
 
 
-def _moe(joined: _Joined) -> Any:
-    def moe(self: Any, hidden_states: Tensor, topk_indices: Tensor, topk_weights: Tensor) -> Tensor:
-        """hidden_states [T, D], topk_indices and topk_weights [T, K] -> [T, D]."""
-        modules = list(self.experts)
-        weights = ExpertWeights(joined("up_proj", modules), joined("down_proj", modules))
-        activation = activation_of(modules[0])
-        assert activation is not None  # else unserved
-        return experts(hidden_states, Routing(topk_indices, topk_weights), weights, activation=activation)
-
-    return moe
+def _moe(self: Any, hidden_states: Tensor, topk_indices: Tensor, topk_weights: Tensor) -> Tensor:
+    """hidden_states [T, D], topk_indices and topk_weights [T, K] -> [T, D]."""
+    joined, modules = vars(self)[_JOINED], list(self.experts)
+    weights = ExpertWeights(joined("up_proj", modules), joined("down_proj", modules))
+    activation = activation_of(modules[0])
+    assert activation is not None  # else unserved
+    return experts(hidden_states, Routing(topk_indices, topk_weights), weights, activation=activation)
 
 
 # ---- attention and Mamba-2 over a block ----
@@ -200,7 +202,8 @@ def apply_two_tower(changes: Changes, model: Any, *, experts: bool, attention: b
             continue
         if name == "experts":
             for module in modules:
-                changes.swap(module, "moe", MethodType(_moe(_Joined(model)), module))
+                changes.swap(module, _JOINED, _Joined(model))
+                changes.swap(module, "moe", MethodType(_moe, module))
         elif name == "attention":
             changes.swap(model, "_denoiser_block_attention", MethodType(_block_attention, model))
         else:
