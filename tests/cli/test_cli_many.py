@@ -95,7 +95,7 @@ def test_what_is_half_done_is_of_this_input(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", fail)
+        patch.setattr(Engine, "_step", fail)
         assert run(*files) == 1
     assert run(*files, "--seed", "1") == 1
     assert "out.jsonl.part: is of another input or other settings; remove it" in capsys.readouterr().err

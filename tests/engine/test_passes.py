@@ -134,8 +134,9 @@ def test_no_number_of_the_host_is_copied_to_the_device(passes: Passes, what: Pas
     memory = Memory(set())
     with recording(90), memory:
         passes(what, rows)
-    put = [arguments for name, arguments, *_ in memory.calls if "index_put" in name]
-    assert put and all(len(value[0]) > 0 for _, _, value, *_ in put)
+    put = [arguments[2] for name, arguments, *_ in memory.calls if "index_put" in name]
+    put += [arguments[3] for name, arguments, *_ in memory.calls if "index_copy" in name]
+    assert put and all(len(value[0]) > 0 for value in put)
 
 
 def test_what_is_written_lies_on_the_board(passes: Passes) -> None:
