@@ -23,9 +23,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Compiled:
 
 def on_meta(value: Any, grads: Sequence[str], name: str) -> Any:
     if isinstance(value, Tensor):
-        value = value.to("meta")
+        value = value.detach().to("meta")
         return value.requires_grad_() if name in grads else value
     if is_dataclass(value) or hasattr(value, "_fields"):
         names = getattr(value, "_fields", None) or [f.name for f in fields(value)]
@@ -112,12 +113,18 @@ def on_meta(value: Any, grads: Sequence[str], name: str) -> Any:
 Seen = tuple[Any, tuple[Any, ...], dict[str, Any], tuple[int, ...]]  # kernel, arguments, options, grid
 
 
+@lru_cache(maxsize=2048)
+def _inputs(make: Callable[..., dict], dtype: torch.dtype, dims: tuple[tuple[str, int], ...]) -> dict[str, Any]:
+    """An op's inputs at a shape, on meta, for one target after the other: PyTorch makes them in Python."""
+    with torch.device("meta"):
+        return make(dtype, **dict(dims))
+
+
 def launches(op: Op, dtype: torch.dtype, architecture: int, dims: Mapping[str, int]) -> list[Seen]:
     """Everything the op would launch at a shape, forward and backward."""
-    with torch.device("meta"):
-        inputs = op.inputs(dtype, **dims)
     grads = () if op.forward_only else op.grads
-    inputs = {name: on_meta(value, grads, name) for name, value in inputs.items()}
+    made = _inputs(op.inputs, dtype, tuple(dims.items()))
+    inputs = {name: on_meta(value, grads, name) for name, value in made.items()}
     with recording(architecture) as seen:
         result = op.fn(**inputs)
         results = [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None and t.requires_grad]
@@ -198,6 +205,16 @@ class _Known:
         return self.source in self.known
 
 
+@cache
+def _ask_for_keys() -> None:
+    """Of all functions that kernels call: under Triton 3.6 a kernel's key lacks the globals of those that nobody has
+    asked for theirs before, and would depend on which op comes first."""
+    for name in sorted(name for name in sys.modules if name.startswith("tt_kernels.")):
+        for _, function in sorted(vars(sys.modules[name]).items()):
+            if isinstance(function, triton.JITFunction) and not function.__name__.endswith("_kernel"):
+                _ = function.cache_key
+
+
 def _compile_op(name: str, architecture: int, locked: Mapping[str, Mapping[str, Any]]) -> tuple[list[Compiled], int]:
     """All kernels of an op for one target, and how many were compiled; runs in a process of its own.
 
@@ -205,6 +222,7 @@ def _compile_op(name: str, architecture: int, locked: Mapping[str, Mapping[str, 
     from profiling.predict.model import predict
 
     driver.set_active(Target(architecture))
+    _ask_for_keys()
     rows = {source: (key, row) for key, row in locked.items() for source in row.get("sources", "").split()}
     knobs.runtime.jit_cache_hook = hook = _Known(architecture, rows)
     found: dict[str, Compiled] = {}
