@@ -116,3 +116,12 @@ def test_a_copy_of_two_towers_has_its_own_experts(golden_dir: Path, monkeypatch:
     for p in other.parameters():
         p.mul_(1.5)
     assert error(run(model), before) < BOUND and error(run(other), before) > 1e-3
+
+
+@torch.no_grad()
+def test_a_model_that_works_on_its_mask_is_refused_by_name() -> None:
+    model = made(transformers.DogeConfig(vocab_size=61, num_key_value_heads=2, head_dim=8, **SMALL))
+    tt.register()
+    model.set_attn_implementation(tt.NAME)
+    with pytest.raises(NotImplementedError, match="type doge add to their mask"):
+        logits(model)

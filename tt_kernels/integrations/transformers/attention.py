@@ -28,6 +28,7 @@ _UNSERVED = {
     "cu_seq_lens_k": "packed sequences have a mask of their own",
     "output_attentions": "no weights are kept",
 }
+_OWN_MASKS = ("doge",)  # types whose layers read the mask before they hand it on
 
 
 def _refuse(reason: str) -> NoReturn:
@@ -60,6 +61,7 @@ def mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **_: Any,
 ) -> Tensor | None:
     """What the layers get for the padding of attention_mask [B, kv_offset + kv_length] bool, 1 where a token is. Reads
@@ -67,6 +69,8 @@ def mask(
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     window = None
+    if (kind := getattr(config, "model_type", None)) in _OWN_MASKS:
+        _refuse(f"models of type {kind} add to their mask of every query and key")
     if local_size is not None or mask_function not in (None, causal_mask_function, bidirectional_mask_function):
         window = _window_of(mask_function, local_size)
         if window is None:
