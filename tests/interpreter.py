@@ -1,4 +1,4 @@
-"""Triton's interpreter in a third of the time.
+"""Triton's interpreter with less of what it does again and again.
 
 - Its language is patched once a launch, not again for every call of a function of the kernel, which finds it as it is
   and takes longer than the call.
@@ -6,7 +6,6 @@
   not cast, and a sum is not computed again for a check of its size that only debugging does.
 """
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +29,8 @@ def patch_once() -> None:
         core.block_type.__init__ = _block_type
         core.tensor.__init__ = _tensor
         for name, short in SHORT.items():
-            setattr(TritonSemantic, name, short(getattr(TritonSemantic, name)))
+            if hasattr(TritonSemantic, name):
+                setattr(TritonSemantic, name, short(getattr(TritonSemantic, name)))
 
 
 def _once_a_launch(patch: Any) -> Any:
@@ -91,9 +91,8 @@ def _tensor(self: Any, handle: Any, type: Any) -> None:
     self.handle = handle
     self.type = type
     self.dtype = type.scalar
-    of_type = tuple(type.shape.values) if type.is_block() else ()
-    self.numel = core.constexpr(math.prod(of_type))
-    self.shape = _shared(of_type)[1]
+    _, self.shape, numel, _ = _shared(tuple(type.shape.values) if type.is_block() else ())
+    self.numel = core.constexpr(numel)
 
 
 def _broadcast(whole: Any) -> Any:

@@ -256,3 +256,14 @@ def test_an_encoder_and_a_decoder(side: str, lengths: tuple[int, int]) -> None:
     tt.register()
     model.set_attn_implementation(tt.NAME)
     assert error(model(**given).last_hidden_state, plain) < 1e-11
+
+
+def test_a_layer_between_padding_looks_at_no_value() -> None:
+    """On meta there is none: the mask, made once a pass, says by its shape what a layer needs to know."""
+    q, k, v = (t.to("meta") for t in tensors(5, 7, "cache"))
+    made = masked(["0001111", "1111100", "0111110"], mask_function=FULL, q_length=5)
+    assert made.shape == (3, 2, 4)
+    spans = torch.empty(3, 2, 1, dtype=torch.int32, device="meta").expand(made.shape)
+    module = SimpleNamespace(is_causal=False)
+    assert attention_forward(module, q, k, v, spans)[0].shape == (3, 5, 4, 8)
+    assert attention_forward(module, q, k, v, None)[0].shape == (3, 5, 4, 8)

@@ -2,8 +2,9 @@
 
 A mask is made once for a pass and read by every layer: None, or where the tokens of each row lie between its padding,
 int32: [B], where they start, of causal attention; [B, 1], the same of causal attention in a sliding window, whose size
-the layer names; [B, 2], where they start and end, of full attention; [B, 3], of a mask that is not served, which some
-models make and no layer reads.
+the layer names; [B, 2, n], where they start and end, of full attention, a view whose n says without a look at the
+device how many tokens the shortest row has; [B, 3], of a mask that is not served, which some models make and no layer
+reads.
 """
 
 from collections.abc import Callable
@@ -93,7 +94,7 @@ def mask(
             _refuse(f"attention_mask is {list(attention_mask.shape)}, served is [B, {end}]")
         here = attention_mask[:, kv_offset:end].bool()
         if not bool(here.all()):
-            starts = torch.stack(_ends(here), 1) if full else _causal_starts(here, q_offset - kv_offset)
+            starts = _spans(here) if full else _causal_starts(here, q_offset - kv_offset)
     if not windowed:
         return starts
     if starts is None:
@@ -119,6 +120,12 @@ def _causal_starts(here: Tensor, q_offset: int) -> Tensor:
     return starts  # padding behind is seen by itself alone
 
 
+def _spans(here: Tensor) -> Tensor:
+    starts, ends = _ends(here)
+    counts = [count for count in (ends - starts).tolist() if count]
+    return torch.stack((starts, ends), 1).unsqueeze(2).expand(-1, -1, min(counts, default=1))
+
+
 def _check(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, asked: dict[str, Any]) -> None:
     if dropout:
         _refuse(f"dropout is {dropout}, served is 0 (config.attention_dropout)")
@@ -127,10 +134,14 @@ def _check(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, aske
             _refuse(f"{name} is given, and not served: {reason}")
     if mask is not None and mask.dtype == torch.int32 and mask.shape[1:] == (3,):
         _refuse("a cache that has dropped its first tokens, which are seen, served is one that has these")
-    if mask is not None and (mask.dtype != torch.int32 or mask.shape[1:] not in ((), (1,), (2,))):
+    if mask is not None and (mask.dtype != torch.int32 or not (mask.shape[1:] in ((), (1,)) or _is_full(mask))):
         _refuse(f"a mask {list(mask.shape)} of {mask.dtype} of your own, served is a 2-D attention_mask")
     if query.is_cuda and wants_gradients(query, key):
         _refuse("no backward kernel; train with 'sdpa', or run under torch.no_grad()")
+
+
+def _is_full(mask: Tensor) -> bool:
+    return mask.dim() == 3 and mask.shape[1] == 2
 
 
 def _window(module: Any, key: Tensor, mask: Tensor | None, window: int | None) -> int | None:
@@ -180,15 +191,17 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     spans = attention_mask
     if spans is not None:
-        causal = spans.shape[1:] != (2,)
+        causal = not _is_full(spans)
         spans = spans if window is None else spans[:, 0]
     (B, L), N = q.shape[:2], k.shape[1]
     if L == N and causal:
         packed = _packed(spans, B, N)
         return causal_attention(q, k, v, cu_seqlens=packed, scale=scaling, window=window, softcap=softcap), None
     if not causal and (spans is not None or L not in (1, N)):
-        every = torch.tensor([[0, N]], dtype=torch.int32, device=q.device).expand(B, 2)
-        return _between_padding(q, k, v, every if spans is None else spans, scaling, softcap), None
+        if spans is None:
+            starts = torch.zeros(B, dtype=torch.int32, device=q.device)
+            spans = torch.stack((starts, starts + N), 1).unsqueeze(2).expand(-1, -1, N)
+        return _between_padding(q, k, v, spans, scaling, softcap), None
     if L > N:
         _refuse(f"causal attention of {L} queries to {N} keys, served are no more than keys")
     cached = N - L
@@ -206,11 +219,9 @@ def _between_padding(
     """Every query [B, L, Hq, P] to the keys [B, N, Hkv, P] between the padding of its row, also those of other tokens
     (cross-attention). It is `context_attention` of blocks of queries, as long as the shortest span: a block's own keys
     are the last of the span, its context those before."""
-    L = q.shape[1]
-    starts, ends = spans.unbind(1)
-    counts = (ends - starts).tolist()
-    own = min([count for count in counts if count] or [1], default=1)  # what a row of nothing but padding gets is noise
-    own, places = min(own, L), torch.arange(min(own, L), device=k.device)
+    own = min(spans.shape[2], q.shape[1])
+    starts, ends = spans[:, :, 0].unbind(1)  # what a row of nothing but padding gets is noise
+    places = torch.arange(own, device=k.device)
     at = (ends.unsqueeze(1) - own + places).clamp(min=0)[..., None, None].long()
     last_k, last_v = (t.gather(1, at.expand(-1, -1, *t.shape[2:])) for t in (k, v))
     pages, table = _as_pages(k, v, starts)
