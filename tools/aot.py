@@ -43,6 +43,7 @@ from cards import OPS, Op
 from tt_kernels.runtime.launch import INTERPRET, recording
 
 from . import hazards
+from .meta import without_python
 
 LOCK = Path(os.environ.get("TT_AOT_LOCK", Path(__file__).parent / "aot.lock.json"))
 TARGETS = (80, 90, 100)
@@ -222,6 +223,7 @@ def _compile_op(name: str, architecture: int, locked: Mapping[str, Mapping[str, 
     from profiling.predict.model import predict
 
     driver.set_active(Target(architecture))
+    without_python()
     _ask_for_keys()
     rows = {source: (key, row) for key, row in locked.items() for source in row.get("sources", "").split()}
     knobs.runtime.jit_cache_hook = hook = _Known(architecture, rows)

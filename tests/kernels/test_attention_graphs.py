@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx.experimental._config as symbols
 from parity import DEVICE, KERNELS
 from torch import Tensor, nn
 from torch.export import Dim, export
@@ -71,9 +72,11 @@ def forms(*quick: str, references: tuple[str, ...] = ()) -> pytest.MarkDecorator
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
+    """Sizes that happen to be equal (the tokens and the heads) are no reason for another graph."""
     torch.manual_seed(2)
     torch._dynamo.reset()
-    yield
+    with symbols.patch(use_duck_shape=False):
+        yield
     torch._dynamo.reset()
 
 
@@ -88,8 +91,12 @@ def agree(graph: Callable[..., Tensor], fn: Callable[..., Tensor], tensors: list
 def test_one_graph_for_many_sizes(form: str) -> None:
     fn, _, make, sizes = FORMS[form]
     graph = torch.compile(fn, fullgraph=True, dynamic=True, backend="aot_eager")
-    for size in sizes:
-        agree(graph, fn, make(*size))
+    agree(graph, fn, make(*sizes[0]))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in sizes[1:-1]:
+            agree(graph, fn, make(*size))
+    if KERNELS:  # a size of 1 is a constant in every graph: a second one, of a reference in ten seconds
+        agree(graph, fn, make(*sizes[-1]))
 
 
 @pytest.mark.parametrize("strict", [pytest.param(True, id="strict", marks=pytest.mark.slow), False])
