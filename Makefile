@@ -6,7 +6,8 @@ TORCH  ?= 2.13.0
 ARGS   ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# Python compiles what is imported, once; pip would compile all of torch, which takes half a minute.
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile
 TEST := $(BIN)/python -m pytest
 PARALLEL := -n auto --dist worksteal
 
@@ -82,22 +83,22 @@ $(VENV)/.dev: EXTRAS := [dev]
 $(VENV)/.test: INCLUDED := $(VENV)/.package
 $(VENV)/.dev: INCLUDED := $(VENV)/.package $(VENV)/.test
 $(VENV)/.package $(VENV)/.test $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install torch==$(TORCH)
-	$(PIP) install --editable ".$(EXTRAS)"
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP_INSTALL) torch==$(TORCH)
+	$(PIP_INSTALL) --editable ".$(EXTRAS)"
 	@touch $@ $(INCLUDED)
 
 # What the oldest supported torch brings: kernels are compiled by it and by the installed one.
 $(VENV)/triton-3.6.0: | $(BIN)/python
-	$(PIP) install --target $@ --no-deps triton==3.6.0
+	$(PIP_INSTALL) --target $@ --no-deps triton==3.6.0
 
 # Hugging Face's kernels, and of the releases of transformers that take it the last: later ones ask for another kernels.
 # It imports nothing else; what it depends on besides is for checking signatures.
 $(VENV)/hub-0.17.2: | $(BIN)/python
-	$(PIP) install --target $@ --no-deps kernels==0.17.2 tomlkit==0.15.2 transformers==5.20.2
+	$(PIP_INSTALL) --target $@ --no-deps kernels==0.17.2 tomlkit==0.15.2 transformers==5.20.2
 
 # Beside the environment, as it asks for Python 3.12 and works with 3.11.
 $(VENV)/ttsem-0.1.0: | $(BIN)/python
-	$(PIP) install --target $@ --no-deps --ignore-requires-python ttsem==0.1.0
+	$(PIP_INSTALL) --target $@ --no-deps --ignore-requires-python ttsem==0.1.0
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

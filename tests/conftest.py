@@ -9,7 +9,6 @@ import torch
 from hypothesis import settings
 from interpreter import patch_once
 
-from tools.meta import without_python
 from tools.sticky import pytest_runtest_makereport  # noqa: F401  a hook
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +20,6 @@ torch.set_float32_matmul_precision("highest")
 torch.backends.cudnn.allow_tf32 = False
 
 patch_once()
-without_python()
 
 # Under nohup or behind `&` they are ignored, in the processes that tests start as well; tests of signals want what a
 # shell gives.

@@ -223,7 +223,6 @@ def _compile_op(name: str, architecture: int, locked: Mapping[str, Mapping[str, 
     from profiling.predict.model import predict
 
     driver.set_active(Target(architecture))
-    without_python()
     _ask_for_keys()
     rows = {source: (key, row) for key, row in locked.items() for source in row.get("sources", "").split()}
     knobs.runtime.jit_cache_hook = hook = _Known(architecture, rows)
@@ -272,7 +271,7 @@ def compile_all(
     names: Sequence[str], targets: Sequence[int], jobs: int, locked: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[Compiled], int]:
     """Kernels of all these ops for all these targets, each once, and how many were compiled."""
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, initializer=without_python) as pool:
         work = [pool.submit(_compile_op, name, target, locked) for name in names for target in targets]
         done = track(work, "ops and targets", console=Console(stderr=True), disable=not sys.stderr.isatty())
         results = [future.result() for future in done]

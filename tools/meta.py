@@ -1,8 +1,8 @@
 """PyTorch's meta tensors without Python: an elementwise operation in 2 us, where the registered one takes 300.
 
 On import PyTorch lays shape functions in Python over those that its operators have in C++. This takes them off wherever
-C++ has one; results are the same. Only for tools and tests, which walk whole passes on meta tensors: it changes the
-process, and reads what PyTorch keeps to itself. Where a PyTorch keeps it elsewhere, nothing changes.
+C++ has one; shapes are the same, but sizes can be no symbols then. It changes the whole process, and reads what PyTorch
+keeps to itself: for the processes of tools/aot.py. Where a PyTorch keeps it elsewhere, nothing changes.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def test_500_requests_on_a_tiny_pool(model: TwoTower, replayed: bool) -> None:
     before = free(engine)
     shared = [r.randrange(4, CONFIG.vocab_size) for _ in range(130)]
     requests, cancelled = [], set[Request]()
-    count = 150 if replayed else 500
+    count = 100 if replayed else 500
     while len(requests) < count or any(request.is_open for request, *_ in requests):
         if len(requests) < count and r.random() < 0.4:
             prompt, options = drawn(r)

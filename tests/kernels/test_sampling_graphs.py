@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import DEVICE, leaves, make
+from parity import DEVICE, KERNELS, leaves, make
 from torch import Tensor
 from torch.export import Dim
 
@@ -49,7 +49,15 @@ GRAPHS = {
         dict(hidden="BN.", weight="V.", targets="BN", mask="BN"),
     ),
 }
+# References that the one of unmask calls: their graphs are parts of its graph.
+INSIDE = () if KERNELS else ("sample", "head_sample")
 DIMS = {"R": "rows", "V": "vocabulary", "B": "batch", "L": "length", "N": "length"}
+
+
+def graphs() -> pytest.MarkDecorator:
+    """All of them, those that are parts of others only in `make test-full`."""
+    slow = {name: pytest.mark.slow for name in INSIDE}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=slow.get(name, ())) for name in GRAPHS])
 
 
 class Module(torch.nn.Module):
@@ -80,7 +88,7 @@ def assert_same(got: Any, want: Any) -> None:
     torch.testing.assert_close(got, want)  # the same operations, possibly of more rows: the default for fp32
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@graphs()
 def test_one_graph_of_any_size(name: str) -> None:
     torch._dynamo.reset()
     module, *runs = traced(name)
@@ -107,7 +115,7 @@ def test_one_graph_of_any_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("strict", [pytest.param(True, id="strict", marks=pytest.mark.slow), False])
-@pytest.mark.parametrize("name", GRAPHS)
+@graphs()
 def test_exports_with_dynamic_sizes(name: str, strict: bool) -> None:
     torch._dynamo.reset()
     module, *runs = traced(name)
