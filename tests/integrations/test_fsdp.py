@@ -18,27 +18,30 @@ from torch.distributed.fsdp import fully_shard
 from tiny import error, gradients, tiny
 from tt_kernels.integrations import transformers as tt
 
-rank, store, model_type = sys.argv[1:]
+rank, store, *types = sys.argv[1:]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
-model = tiny(model_type)
-tt.apply(model)
-alone = gradients(model, wide=False)
-for layer in model.model.layers:
-    fully_shard(layer)
-fully_shard(model)
-shared = gradients(model, wide=False)
-assert all(p.to_local().numel() < p.numel() for p in model.parameters() if p.dim() > 1 < len(p))
-print(max(error(shared[name].full_tensor(), grad) for name, grad in alone.items()), flush=True)
+for model_type in types:
+    model = tiny(model_type)
+    tt.apply(model)
+    alone = gradients(model, wide=False)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    shared = gradients(model, wide=False)
+    assert all(p.to_local().numel() < p.numel() for p in model.parameters() if p.dim() > 1 < len(p))
+    print(max(error(shared[name].full_tensor(), grad) for name, grad in alone.items()), flush=True)
 dist.destroy_process_group()
 os._exit(0)  # gloo's threads may outlive the group, and then end the interpreter with an abort
 """
 
 
-@pytest.mark.parametrize("model_type", ["nemotron_h", "qwen2_moe"])
-def test_gradients(model_type: str, tmp_path: Path) -> None:
+TYPES = ("nemotron_h", "qwen2_moe")
+
+
+def test_gradients(tmp_path: Path) -> None:
     path = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))
     start = lambda rank: subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store"), model_type],
+        [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store"), *TYPES],
         env=os.environ | {"PYTHONPATH": path},
         stdout=subprocess.PIPE,
         text=True,
@@ -46,4 +49,5 @@ def test_gradients(model_type: str, tmp_path: Path) -> None:
     for process in [start(0), start(1)]:
         out, _ = process.communicate(timeout=200)
         # Both read the same batch: what is averaged is equal, and only the order of sums can differ.
-        assert process.returncode == 0 and float(out.splitlines()[-1]) < 1e-11
+        errors = [float(line) for line in out.splitlines()[-len(TYPES) :]]
+        assert process.returncode == 0 and len(errors) == len(TYPES) and max(errors) < 1e-11

@@ -56,7 +56,7 @@ DIMS = {"R": "rows", "V": "vocabulary", "B": "batch", "L": "length", "N": "lengt
 
 def graphs() -> pytest.MarkDecorator:
     """All of them, those that are parts of others only in `make test-full`."""
-    slow = {name: pytest.mark.slow for name in INSIDE}
+    slow = dict.fromkeys(INSIDE, pytest.mark.slow)
     return pytest.mark.parametrize("name", [pytest.param(name, marks=slow.get(name, ())) for name in GRAPHS])
 
 
