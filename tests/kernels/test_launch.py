@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tt_kernels.runtime import launch
 from tt_kernels.runtime.launch import Launch, overriding, recording, tuned
 
 
@@ -18,8 +20,6 @@ def test_launch_is_a_value() -> None:
 
 
 def test_tuned_rows_win_over_heuristics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tt_kernels.runtime import launch
-
     row = dict(BLOCK_T=32, num_warps=4, num_stages=2)
     (tmp_path / "sm_90.json").write_text(json.dumps({"launches": {"_x_kernel": {"T=16 N=64": row}}}))
     monkeypatch.setattr(launch, "TUNED", tmp_path)
@@ -45,3 +45,24 @@ def test_recording_ends() -> None:
     from tt_kernels.runtime.launch import is_recording
 
     assert not is_recording()
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "does"),
+    [
+        ((8, 0), "NVIDIA A100-SXM4-80GB", True),
+        ((9, 0), "NVIDIA H200", True),
+        ((9, 0), "NVIDIA H20", False),
+        ((9, 0), "NVIDIA H20-3e", False),
+        ((8, 9), "NVIDIA L40S", False),
+        ((10, 0), "NVIDIA B200", False),
+        ((10, 3), "NVIDIA B300", False),
+    ],
+)
+def test_who_multiplies_fp64(
+    capability: tuple[int, int], name: str, does: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    major, minor = capability
+    monkeypatch.setattr(launch, "_properties", lambda _: SimpleNamespace(major=major, minor=minor, name=name))
+    x = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=0))
+    assert launch.multiplies_fp64(x) == does  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from ..reference.common import compute_dtype
-from ..runtime.launch import Launch, architecture, run, tuned
+from ..runtime.launch import Launch, architecture, multiplies_fp64, run, tuned
 from .route_kernels import (
     _route_choose_kernel,
     _route_few_kernel,
@@ -103,7 +103,7 @@ def _route_fwd(
     choice = Choice(K, groups, kept, scores == "softmax", norm, scale, block_n, block_p, triton.next_power_of_2(K))
     x, weight = (t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in (x, weight))
     few = is_few(T, K, block_p)
-    by_halves = takes_halves(x.dtype, weight.dtype, few, architecture(x))
+    by_halves = takes_halves(x.dtype, weight.dtype, few, multiplies_fp64(x))
     launcher = route_few if few and not by_halves else route_many
     launcher(x, weight, weight if bias is None else bias.contiguous(), choice, out, by_halves)
     return out
@@ -128,10 +128,11 @@ def _given(x: Tensor, weight: Tensor, bias: Tensor, splits: int, by_halves: bool
     return Given(x, weight, bias, exact, rounded, squares, x.stride(0), weight.stride(0), D)
 
 
-def takes_halves(x: torch.dtype, weight: torch.dtype, few: bool, architecture: int) -> bool:
+def takes_halves(x: torch.dtype, weight: torch.dtype, few: bool, fp64: bool) -> bool:
     """Whether products go by three of bf16: exact only for x of as many bits. Few tokens have their choice in the
-    launch of the products, which takes as long with fp64 where tensor cores have that: no error, and no doubt."""
-    return x == torch.bfloat16 and weight != torch.float64 and (not few or architecture >= 100)
+    launch of the products, which takes as long with fp64 where tensor cores take it: no error, and no doubt. Tokens of
+    other dtypes take fp64 everywhere, at the rate that there is."""
+    return x == torch.bfloat16 and weight != torch.float64 and not (few and fp64)
 
 
 def tile_rows(T: int, columns: int) -> int:

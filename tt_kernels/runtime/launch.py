@@ -131,6 +131,14 @@ def architecture(x: Tensor) -> int:
     return 10 * properties.major + properties.minor
 
 
+def multiplies_fp64(x: Tensor) -> bool:
+    """Whether tensor cores of its device take fp64: those of A100 and of Hopper do, but for H20, which has 1 TFLOP/s;
+    other Ampere, Ada and Blackwell have none or next to none."""
+    if architecture(x) not in (80, 90):
+        return False
+    return is_recording() or not x.is_cuda or "H20" not in _properties(x.device.index).name.replace("-", " ").split()
+
+
 def by_tma(t: Tensor, architecture: int) -> bool:
     """Whether TMA can load tiles of this matrix: it needs 16-byte multiples, and Hopper."""
     aligned = t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 and t.data_ptr() % 16 == 0

@@ -29,14 +29,14 @@ class ChunkScanLaunch(TileLaunch):
 def ssd_chunk_launch(chunk_size: int, P: int, N: int, itemsize: int, architecture: int) -> ChunkScanLaunch:
     """64 tokens a tile, what wgmma takes, and a head whole, so that products of B and C are made once. Tokens are seen
     32 at a time: registers hold no more; on sm_100 results lie elsewhere and eight warps take all. Chunks below 32
-    tokens are bound by writing the states before them: 16 tokens a tile and half a head, so that three programs of a
-    multiprocessor hide each other's waits. sm_80 and fp32 have room for half of that, and with whole heads they spill.
+    tokens are bound by writing the states before them: 16 tokens a tile. sm_80 and fp32 take half a head: with a whole
+    one they spill, as kernels do that read a state and write the last one.
 
     Two stages fetch a tile while the one before it is worked on, three of the small tiles two."""
     wide = itemsize > 2
     short = wide or chunk_size < 32
     block_t = 16 if short else 64 if architecture >= 90 else 32
-    block_p = min(max(16, triton.next_power_of_2(P)), 32 if short or architecture < 90 else 64)
+    block_p = min(max(16, triton.next_power_of_2(P)), 32 if wide or architecture < 90 else 64)
     large = block_t == 64 and architecture >= 100
     return ChunkScanLaunch(
         BLOCK_T=block_t,
@@ -107,6 +107,9 @@ def chunked(
     spans = triton.cdiv(tiles, span)
     if spans == 1:  # a program that writes the last state too has no registers for a second stage
         launch = replace(launch, STAGES=1)
+    if launch.BLOCK_T == 16 and (spans == 1 or initial.ptr is not None):
+        launch = replace(launch, BLOCK_P=min(launch.BLOCK_P, 32))
+        slices = triton.cdiv(P, launch.BLOCK_P)
     starts = resets(cu_seqlens, b, L)
     shape = (L, H, H // G, chunk_size, chunk_tiles, tiles)
     constants = dict(P=P, N=N, **arithmetic(x, A, B, C, dt_limit=dt_limit))
