@@ -10,6 +10,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import triton
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -25,7 +26,10 @@ NUMBERS: dict[tuple[Any, ...], Any] = {}  # tensors that numbers became
 
 
 def patch_once() -> None:
-    """Without these names, as another Triton may be, nothing changes."""
+    """Where kernels are interpreted: a compiler's values are of one kernel, and must not be kept. Without these names,
+    as another Triton may be, nothing changes."""
+    if not triton.knobs.runtime.interpret:
+        return
     if hasattr(interpreter, "_patch_lang"):
         interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
     if hasattr(interpreter, "_get_np_dtype"):
