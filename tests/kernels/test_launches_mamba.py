@@ -281,3 +281,22 @@ def test_a_row_of_any_length_keeps_few_states_on_the_way() -> None:
         held = {id(a): a for _, _, args, _ in launches for a in args if isinstance(a, Tensor) and a.dim() == 5}
         assert before.numel() == 0
         assert max(t.shape[1] for t in held.values() if t.shape[2:] == (64, 64, 128)) <= 15
+
+
+@pytest.mark.kernels
+@pytest.mark.sanitize
+@kernels
+@pytest.mark.parametrize("L,seeded", [(100, 0), (100, 1), (20, 0)])
+def test_short_chunks_of_wide_heads(L: int, seeded: int) -> None:
+    """A whole head a program, or half of one where a state is read or one span holds the row."""
+    assert_op_as_good(OPS["ssd_chunk"], dict(b=1, L=L, H=1, P=40, G=1, N=8, Q=8, seeded=seeded), HALF)
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter refuses bf16")
+@pytest.mark.parametrize("L,seeded,most", [(8192, 0, 64), (8192, 1, 32), (64, 0, 32)])
+def test_heads_of_short_chunks_fit_registers(L: int, seeded: int, most: int) -> None:
+    """The compiler lock has them; with a whole head a program that reads a state and writes the last one spills."""
+    with recording(90) as launches:
+        OPS["ssd_chunk"].fn(**on_meta(L=L, Q=16, seeded=seeded))
+    (grid, options), *_ = [(g, o) for kernel, g, _, o in launches if kernel.__name__ == "_chunk_scan_kernel"]
+    assert options["BLOCK_P"] <= most and grid[1] * options["BLOCK_P"] == 64
