@@ -30,7 +30,7 @@ def fits_registers(launch: TileLaunch, itemsize: int) -> bool:
     """Of the 255 that a thread has: its part of a state, operands of 32 bits beside it, and of the pairs of tokens."""
     threads = 32 * launch.num_warps
     state = launch.BLOCK_P * launch.BLOCK_N * max(itemsize, 2) // 2 // threads
-    return state <= 64 and launch.BLOCK_T**2 // threads <= 16
+    return state <= 64 and launch.BLOCK_T**2 // threads <= 32
 
 
 @pytest.mark.parametrize("L", [1, 5, 16, 17, 32, 64])

@@ -20,15 +20,17 @@ def ssd_block_launch(rows: int, L: int, P: int, N: int, itemsize: int, architect
     """`rows`: rows times heads. Reading the state bounds it, so at few rows its P dimension is cut in slices, until
     some 256 programs share an H200's 132 multiprocessors; above 16 tokens the products of B and C, which every slice
     repeats, take longer than the state. 64 tokens fill the registers with pairs, fp32 operands twice, and sm_80 needs
-    some for pointers."""
+    some for pointers. They are the rows of four warps: eight would compute every product twice, and fp32 alone needs
+    their registers."""
     block_t = max(16, triton.next_power_of_2(L))
     block_p = max(16, triton.next_power_of_2(P))
     while block_p > 16 and rows * triton.cdiv(P, block_p) < 256 and block_t <= 16:
         block_p //= 2
-    full = itemsize > 2 or block_t >= 64 or (architecture < 90 and block_t == 16)
+    wide, long = itemsize > 2, block_t >= 64
+    full = wide or long or (architecture < 90 and block_t == 16)
     block_p = min(block_p, 32 if full else 64)
     block_n = max(16, triton.next_power_of_2(N))
-    return TileLaunch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8 if block_t >= 64 else 4)
+    return TileLaunch(BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8 if wide and long else 4)
 
 
 def ssd_advance_launch(rows: int, L: int, P: int, N: int, itemsize: int) -> TileLaunch:
