@@ -116,7 +116,7 @@ Seen = tuple[Any, tuple[Any, ...], dict[str, Any], tuple[int, ...]]  # kernel, a
 
 @lru_cache(maxsize=2048)
 def _inputs(make: Callable[..., dict], dtype: torch.dtype, dims: tuple[tuple[str, int], ...]) -> dict[str, Any]:
-    """An op's inputs at a shape, on meta, for one target after the other: PyTorch makes them in Python."""
+    """An op's inputs at a shape, on meta, made once for all targets."""
     with torch.device("meta"):
         return make(dtype, **dict(dims))
 

@@ -293,10 +293,10 @@ def test_short_chunks_of_wide_heads(L: int, seeded: int) -> None:
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter refuses bf16")
-@pytest.mark.parametrize("L,seeded,most", [(8192, 0, 64), (8192, 1, 32), (64, 0, 32)])
-def test_heads_of_short_chunks_fit_registers(L: int, seeded: int, most: int) -> None:
-    """The compiler lock has them; with a whole head a program that reads a state and writes the last one spills."""
+@pytest.mark.parametrize("L,seeded,wanted", [(8192, 0, 64), (8192, 1, 32), (64, 0, 32)])
+def test_heads_of_short_chunks_fit_registers(L: int, seeded: int, wanted: int) -> None:
+    """A whole head where it fits: a program that reads a state and writes the last one spills with it."""
     with recording(90) as launches:
         OPS["ssd_chunk"].fn(**on_meta(L=L, Q=16, seeded=seeded))
     (grid, options), *_ = [(g, o) for kernel, g, _, o in launches if kernel.__name__ == "_chunk_scan_kernel"]
-    assert options["BLOCK_P"] <= most and grid[1] * options["BLOCK_P"] == 64
+    assert options["BLOCK_P"] == wanted and grid[1] * options["BLOCK_P"] == 64
