@@ -16,6 +16,7 @@ from typing import Any
 
 from cards import OPS
 from eval import quality
+from eval.cpu import COMPILED
 
 from . import measure, ops, whole
 from .figures import Figure, draw, of_rows, part_of
@@ -230,6 +231,8 @@ def cpu_section(machine: Machine) -> Iterator[str]:
         "threads": lambda x: x["machine"]["threads"],
         "AR tokens/s": lambda x: f"{next(iter(x['tokens_per_s'].values())):.1f}",
         "times the fastest transformers": lambda x: f"{x['speedup']:.2f}",
+        "AR tokens/s, compiled": lambda x: f"{found:.1f}" if (found := x["tokens_per_s"].get(COMPILED)) else "",
+        "times the fastest, compiled": lambda x: f"{found:.2f}" if (found := x.get("compiled_speedup")) else "",
         "denoiser pass over its products": lambda x: ", ".join(f"{p['ratio']:.2f}" for p in x["denoiser"]),
         "run": machine.run,
     }

@@ -16,6 +16,7 @@ from .config import TwoTowerConfig
 from .engine.generate import KEPT, Stream, generate
 from .engine.prompts import prompt_ids
 from .engine.settings import Generation, Settings, Step
+from .modeling import compiled
 from .modeling.two_tower import TwoTowerModel
 from .vocabulary import Vocabulary
 
@@ -190,6 +191,27 @@ class TwoTower(TwoTowerModel):
         ids = prompt_ids(self, prompt, messages)
         s = Settings.of(self.config, **settings)
         return Stream(self, ids, s, self.tokenizer, seed=seed, on_step=on_step)
+
+    def compile(self) -> None:
+        """Compile what generation makes again and again for a single row on a CPU: passes over a token or a block.
+
+        By torch.compile, with a C++ compiler, when a pass of its length and kind is first made: once in a process, and
+        faster where PyTorch's cache on disk has it. Results are those of other operations in another order: equal up to
+        rounding. Passes of several rows, of other block sizes than the trained one and of prompts stay as they are.
+
+        Raises:
+            ValueError: the model is not on a CPU: a GPU replays graphs; torch.compile fails, as without a compiler.
+        Cost: half a minute for each of the one ("ar"), two or three kinds of passes of a mode. docs/generation.md has
+            what it gives.
+
+        Example:
+            >>> model = TwoTower.from_pretrained(device="cpu")
+            >>> model.compile()
+            >>> model.generate("# enum Color: red, green\n", mode="ar").text
+        """
+        if self.device.type != "cpu":
+            raise ValueError(f"compile: the model is on {self.device}, where passes are CUDA graphs; expected a CPU")
+        compiled.start(self.context_tower, self.denoiser_tower)
 
     def release(self) -> None:
         """Let go of the engine that `generate` and `stream` keep on a GPU, its graphs and its memory."""

@@ -172,3 +172,5 @@ def test_options_that_do_not_go_together(files: tuple[Path, Path], capsys: pytes
     for more, words in ((["--json"], "--json"), (["--watch"], "--watch"), (["x"], "a prompt")):
         assert run(*files, *more) == 1
         assert f"does not go with {words}" in capsys.readouterr().err
+    assert run(*files, "--compile") == 1
+    assert "--compile: passes of one row are compiled, and --rows is 16" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import torch
 from checkpoints import plain
 
 from tt_model.cli import main, waiting
+from tt_model.modeling import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -99,6 +100,20 @@ def test_threads_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert main(["generate", "--threads", "3", "--max-new-tokens", "1", "x"]) == 0
     assert main(["generate", "--max-new-tokens", "1", "x"]) == 0
     assert asked == [3]
+
+
+def test_passes_are_compiled_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+    monkeypatch.setattr(compiled, "_check_compiler", lambda: None)
+    monkeypatch.setattr(compiled, "run", lambda tower, ids, *more: calls.append(ids) or tower.layered(ids, *more))
+    short = ["generate", "--mode", "ar", "--max-new-tokens", "3", "--device", "cpu", "x"]
+    assert main(short) == 0 and not calls
+    text = capsys.readouterr().out
+    assert main([*short, "--compile"]) == 0 and {ids.numel() for ids in calls} == {1}
+    out, err = capsys.readouterr()
+    assert out == text and "twotower: each kind of pass is compiled" in err
 
 
 # ---- signals ----

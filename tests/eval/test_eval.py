@@ -13,6 +13,7 @@ from eval import cpu, golden, held_out, syntax
 from eval.models import random_model
 from tt_kernels.runtime.launch import ON_CPU
 from tt_model import TwoTower, TwoTowerConfig, checkpoint
+from tt_model.modeling import compiled
 from tt_model.training.data import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,11 +70,18 @@ def test_recorded_products_are_those_of_the_pass() -> None:
     assert len({function.overloadpacket for function, *_ in recorder.calls} & set(cpu.PRODUCTS)) >= 2
 
 
-def test_cpu_comparison_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("more", [[], ["--compile"]], ids=str)
+def test_cpu_comparison_runs(
+    more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr(cpu, "MIDDLE", CONFIG)
-    assert cpu.main(["--rounds", "1", "--threads", "1", "--prompt", "5", "--new", "3", "--context", "4"]) == 0
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # which would take minutes
+    monkeypatch.setattr(compiled, "_compiled", lambda: compiled._layered)
+    assert cpu.main(["--rounds", "1", "--threads", "1", "--prompt", "5", "--new", "3", "--context", "4", *more]) == 0
     out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("| ") and cpu.BY_COMPILER in line]
+    assert [cpu.OURS in row for row in rows] == ([True, False, False, False] if more else [])
     assert "1 threads" in out and "| transformers, eager " in out and "(goal: 2)" in out
     with pytest.raises(SystemExit):
         cpu.main(["--rounds", "0"])

@@ -59,12 +59,17 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 _LARGE = 2**17
 
 
+@torch.compiler.assume_constant_result  # a graph keeps the number that it was made with
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear. Of a single row in fp32 on a CPU, where PyTorch has one thread read the weight, in a part a thread."""
     N, K = weight.shape
-    if x.numel() != K or N * K < _LARGE or weight.dtype != torch.float32 or not can_look(x):
+    if x.numel() != K or N * K < _LARGE or weight.dtype != torch.float32 or not x.is_cpu:
         return F.linear(x, weight)
-    parts = math.gcd(N, torch.get_num_threads())
+    parts = math.gcd(N, _threads())
     if parts == 1 or weight.stride(1 if weight.stride(0) >= K else 0) != 1:
         return F.linear(x, weight)
     y = torch.bmm(x.reshape(1, 1, K).expand(parts, 1, K), weight.unflatten(0, (parts, N // parts)).mT)

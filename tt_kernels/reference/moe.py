@@ -243,17 +243,25 @@ def _mlp(x: Tensor, weights: PlainWeights, activation: str) -> Tensor:
     return product(h, weights.down)
 
 
-def _of_expert(weights: PlainWeights, e: int) -> PlainWeights:
+def _of_expert(weights: PlainWeights, e: int | Tensor) -> PlainWeights:
     return PlainWeights(weights.up[e], weights.down[e], None if weights.gate is None else weights.gate[e])
 
 
 def _routed(x: Tensor, routing: Routing, weights: PlainWeights, activation: str) -> Tensor:
     ids, topk_weights, sorted_pairs, offsets = routing
     (T, D), K, E = x.shape, ids.shape[1], len(weights.up)
-    if not (torch.compiler.is_compiling() or x.is_cuda) and T == 1:  # a decoding step: nothing to sort
-        chosen = ids[0].tolist()
-        if all(0 <= e < E for e in chosen):
-            each = torch.cat([_mlp(x, _of_expert(weights, e), activation) for e in chosen])
+    if T == 1 and x.is_cpu and torch.compiler.is_compiling():  # the compiler reads a chosen expert's weights in place
+        own, act = _of_expert(weights, ids[0].clamp(0, E - 1)), ACTIVATIONS[activation]
+        rows = x.expand(K, 1, D)
+        h = torch.bmm(rows, own.up.mT)
+        h = act(h) if own.gate is None else act(torch.bmm(rows, own.gate.mT)) * h
+        each = torch.bmm(h, own.down.mT).squeeze(1)
+        topk_weights = torch.where((ids >= 0) & (ids < E), topk_weights, 0)
+        return cast(topk_weights @ cast(each, topk_weights.dtype), x.dtype)
+    if T == 1 and not (torch.compiler.is_compiling() or x.is_cuda):  # a decoding step: nothing to sort
+        listed = ids[0].tolist()
+        if all(0 <= e < E for e in listed):
+            each = torch.cat([_mlp(x, _of_expert(weights, e), activation) for e in listed])
             return cast(topk_weights @ cast(each, topk_weights.dtype), x.dtype)
     if sorted_pairs is None or offsets is None:
         sorted_pairs, offsets = sort_pairs(ids, E)

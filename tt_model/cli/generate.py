@@ -69,6 +69,8 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     option(source, "--model", str, "DIR", "folder of a model (default: the small one that comes along)")
     option(source, "--tokenizer", str, "DIR", "folder of tokenizer.json (default: the model's)")
     add_machine(source, "what to compute in (default: what config.json says)", more="; cuda:0,cuda:1: a tower on each")
+    compiled = "on a CPU: compile passes first, half a minute each, for a prompt at a time (needs a C++ compiler)"
+    source.add_argument("--compile", action="store_true", help=compiled)
 
     s = p.add_argument_group("settings")
     option(s, "--mode", str, "MODE", f"{', '.join(MODES[:-1])} or {MODES[-1]}", choices=MODES, default=MODES[0])
@@ -110,6 +112,7 @@ def run(o: argparse.Namespace) -> None:
     """Check everything that can be checked, load, generate, write."""
     if not o.quiet and not o.watch:
         tell("tt_model.engine")  # graphs of a GPU take seconds to capture
+        tell("tt_model.modeling.compiled")
     if o.jsonl is not None:
         from .many import run as run_many
 
@@ -156,6 +159,8 @@ def run(o: argparse.Namespace) -> None:
 
         began = time.perf_counter()
         model = TwoTower.from_pretrained(folder, device=devices, dtype=dtype, towers=towers, progress=not o.quiet)
+        if o.compile:
+            model.compile()
         load = time.perf_counter() - began
         view = _watch(prompt, len(ids), vocabulary) if o.watch else None
         trace = Trace(model if o.trace_experts else None) if o.trace is not None else None

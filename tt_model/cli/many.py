@@ -38,6 +38,8 @@ def run(o: argparse.Namespace) -> None:
     given = [f"--{name.replace('_', '-')}" for name in ("prompt_file", "tokens", "watch", "json") if getattr(o, name)]
     if given := given + ["a prompt"] * (o.prompt is not None):
         raise ValueError(f"--jsonl: takes its prompts from the file, and does not go with {' and '.join(given)}")
+    if o.compile and o.rows > 1:
+        raise ValueError(f"--compile: passes of one row are compiled, and --rows is {o.rows}: expected --rows 1")
     part = Path(f"{o.output}.part")
     if os.path.realpath(o.jsonl) in (os.path.realpath(o.output), os.path.realpath(part)):
         raise ValueError(f"--output {o.output}: would overwrite the prompts")
@@ -154,6 +156,8 @@ def _work(
     towers = "context" if all(lines[i].get("mode", defaults["mode"]) == "ar" for i in missing) else "both"
     devices, dtype = machine_of(o, alone="the context tower alone" * (towers == "context"))
     model = TwoTower.from_pretrained(o.model, device=devices, dtype=dtype, towers=towers, progress=not o.quiet)
+    if o.compile:
+        model.compile()
     if o.tokenizer is not None:
         model.tokenizer = Vocabulary(o.tokenizer, model.config)
 

@@ -17,18 +17,17 @@ def turned(weight: Tensor) -> Tensor:
     return weight.T.contiguous().T
 
 
+@torch.compiler.assume_constant_result  # a graph keeps the number that it was made with
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear. Of a single row in fp32 on a CPU, where PyTorch has one thread read the weight, in a part a thread."""
     N, K = weight.shape
-    if (
-        x.numel() != K
-        or N * K < LARGE
-        or weight.dtype != torch.float32
-        or not x.is_cpu
-        or torch.compiler.is_compiling()
-    ):
+    if x.numel() != K or N * K < LARGE or weight.dtype != torch.float32 or not x.is_cpu:
         return F.linear(x, weight, bias)
-    parts = math.gcd(N, torch.get_num_threads())
+    parts = math.gcd(N, _threads())
     if parts == 1 or x.dtype != torch.float32 or torch._C._is_any_autocast_enabled():
         return F.linear(x, weight, bias)
     y = torch.bmm(x.reshape(1, 1, K).expand(parts, 1, K), weight.view(parts, N // parts, K).mT)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tt_kernels import modulated_rms_norm, skip_checks
 
 from ..config import TwoTowerConfig
+from . import compiled
 from .attention import Attention
 from .mamba2 import Mamba2
 from .moe import MLP, MoE
@@ -42,9 +43,16 @@ class Tower(nn.Module):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(len(config.pattern)))
         self.norm_f = Norm(config.hidden_size)
+        self.compiled = False  # whether passes that are made again and again are
 
     def forward(self, ids_BL: Tensor, ctx: ForwardContext, modulation: Tensor | None = None) -> Tensor:
         """Hidden states [B, L, D] after the final norm. modulation: [layers, 3, B, D] (shift, scale, gate) or None."""
+        if self.compiled and compiled.is_repeated(ids_BL, ctx, self.config.block_size):
+            return compiled.run(self, ids_BL, ctx, modulation)
+        return self.layered(ids_BL, ctx, modulation)
+
+    def layered(self, ids_BL: Tensor, ctx: ForwardContext, modulation: Tensor | None) -> Tensor:
+        """`forward`, not compiled."""
         with skip_checks():
             x = self.embeddings(ids_BL)
             if self.config.residual_in_fp32:
