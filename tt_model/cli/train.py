@@ -41,6 +41,7 @@ SETTINGS = {
 }
 DENOISER_SETTINGS = {
     "draws": (int, "N", 1, "draws of noise over one pass of the context tower"),
+    "split_blocks": (int, "N", 1, "steps in turn learn blocks split into 1, 2, 4 ... N: more of them are near"),
     "full_blocks": (float, "SHARE", 0.0, "of blocks, masked as a whole, as generation begins"),
     "near": (float, "TOKENS", 0.0, "masked ones of a block by which the share of those that count halves"),
     "tail_blocks": (float, "SHARE", 0.0, "of blocks, masked from one of their tokens on"),

@@ -83,13 +83,14 @@ def _loss(model: TwoTowerModel, batch: Batch, s: TrainSettings, step: int) -> Te
     c = model.config
     noise = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
     frozen = s.context_tower == "frozen"
-    context = (model.encode_clean if frozen else partial(encode_and_learn, model))(ids, c.block_size, cu_seqlens)
+    S = s.block_size(step, c.block_size)
+    context = (model.encode_clean if frozen else partial(encode_and_learn, model))(ids, S, cu_seqlens)
     losses = []
     for _ in range(s.draws):
-        noisy = mask_blocks(ids, c.block_size, c.mask_token_id, noise, full=s.full_blocks, tail=s.tail_blocks)
+        noisy = mask_blocks(ids, S, c.mask_token_id, noise, full=s.full_blocks, tail=s.tail_blocks)
         if s.own_blocks:
             noisy = own_predictions(model, context, noisy, s.own_blocks, noise)
-        learned = near_masks(noisy.masked, c.block_size, s.near, noise, counted) if s.near else counted
+        learned = near_masks(noisy.masked, S, s.near, noise, counted) if s.near else counted
         losses.append(denoiser_loss(model, ids, noisy, cu_seqlens, learned, context=context, distil=s.distil))
     loss = torch.stack(losses).mean()
     if frozen:
@@ -102,7 +103,7 @@ def _loss(model: TwoTowerModel, batch: Batch, s: TrainSettings, step: int) -> Te
 def held_out_loss(model: TwoTowerModel, rows: Rows, s: TrainSettings, batches: int = 8) -> float:
     """Mean loss over fixed batches with fixed noise, in nats per token: the published one, whatever is trained."""
     published: dict[str, Any] = dict(full_blocks=0.0, tail_blocks=0.0, own_blocks=0.0, near=0.0, distil=0.0)
-    s = dataclasses.replace(s, draws=1, context_tower="frozen", **published)
+    s = dataclasses.replace(s, draws=1, split_blocks=1, context_tower="frozen", **published)
     count = min(batches, -(-len(rows) // s.batch_size))
     losses = [_loss(model, rows.batch(i, s.batch_size, seed=0), s, step=-1 - i).item() for i in range(count)]
     return sum(losses) / len(losses)

@@ -35,6 +35,7 @@ class TrainSettings:
     skip_first_lines: bool = False  # a document's first line is a prompt: read, not learned to be written
     # Of the denoiser.
     draws: int = 1  # of noise, over one pass of the context tower
+    split_blocks: int = 1  # steps in turn learn blocks that are split into 1, 2, 4 ... so many
     full_blocks: float = 0.0  # share of blocks that are masked as a whole, as generation begins
     tail_blocks: float = 0.0  # share of blocks that are masked from one of their tokens on
     own_blocks: float = 0.0  # share of blocks that hold the denoiser's own predictions, as generation goes on
@@ -51,12 +52,15 @@ class TrainSettings:
             ("batch_size", 1, math.inf),
             ("warmup", 0, math.inf),
             ("draws", 1, math.inf),
+            ("split_blocks", 1, math.inf),
             ("seed", 0, 2**40 - 1),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 what = f"at least {least}" if most == math.inf else f"{least} to {most}"
                 raise ValueError(f"{name} is {value!r}, expected an integer, {what}")
+        if self.split_blocks & (self.split_blocks - 1):
+            raise ValueError(f"split_blocks is {self.split_blocks}, expected a power of 2")
         for name in ("learning_rate", "clip"):
             if not 0 < _number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and finite")
@@ -80,6 +84,10 @@ class TrainSettings:
             raise ValueError(f"optimizer is {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
         if len(self.betas) != 2 or not all(0 <= _number("betas", b) < 1 for b in self.betas):
             raise ValueError(f"betas is {self.betas}, expected two numbers, each at least 0 and below 1")
+
+    def block_size(self, step: int, whole: int) -> int:
+        """Tokens of the blocks that a step learns from, of a model whose blocks have `whole`."""
+        return whole >> step % self.split_blocks.bit_length()
 
 
 def _number(name: str, value: object) -> float:
