@@ -61,6 +61,7 @@ class Pilot:
             Run("trained", "context tower trained, too", towers, {"context-tower": "trained"}),
             Run("tied", "towers tied", towers, {"context-tower": "tied"}),
             Run("draws", "2 draws of noise a step", options, {"draws": 2}),
+            Run("split-blocks", "blocks split into 1, 2, 4 and 8 in turn", options, {"split-blocks": 8}),
             Run("full-blocks", "a quarter of the blocks masked as a whole", options, {"full-blocks": 0.25}),
             Run("tail-blocks", "half of the blocks masked from a token on", options, {"tail-blocks": 0.5}),
             Run("near", "near masks learned more often", options, {"near": 3.0}),

@@ -3,6 +3,7 @@
 import dataclasses
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from models import CONFIG, prompts_of, random_model
 from test_train import fresh, text
 
 from tt_model import TwoTower
+from tt_model.training import loop
 from tt_model.training.data import Rows, load_rows, train_tokenizer
 from tt_model.training.loop import _loss, held_out_loss, train, trainable
 from tt_model.training.objective import (
@@ -83,6 +85,26 @@ def test_near_masks_are_learned_more_often_than_those_behind() -> None:
         assert near[masked & (before == n)].float().mean().item() == pytest.approx(2 ** (-n / 2), abs=0.08)
     counted = torch.arange(1600) % 3 > 0
     assert torch.equal(near_masks(masked, S, 2.0, noise(), counted.expand(8, -1)), near & counted)
+
+
+def test_blocks_are_split_in_turn(model: TwoTower) -> None:
+    batch, s = text().batch(0, 2, seed=0), dataclasses.replace(PUBLISHED, split_blocks=4)
+    for step, parts in enumerate((1, 2, 4, 1)):
+        with mock.patch.object(loop, "mask_blocks", wraps=mask_blocks) as masked:
+            assert _loss(model, batch, s, step).isfinite()
+        assert masked.call_args.args[1] == S // parts
+    noisy = mask_blocks(batch.ids, S // 2, MASK, torch.Generator().manual_seed(s.seed * 1_000_003 + 1))
+    context = model.encode_clean(batch.ids, S // 2, batch.cu_seqlens)
+    want = denoiser_loss(model, batch.ids, noisy, batch.cu_seqlens, context=context)
+    assert torch.equal(_loss(model, batch, s, 1), want)
+    assert held_out_loss(model, text(4), s) == held_out_loss(model, text(4), PUBLISHED)
+
+
+def test_blocks_that_cannot_be_split(tmp_path: Path) -> None:
+    s = TrainSettings("denoiser", steps=1, batch_size=2, split_blocks=2 * S)
+    with pytest.raises(ValueError, match=f"split_blocks is {2 * S}, expected a divisor of the block size, {S}"):
+        train(fresh("denoiser"), text(), s, tmp_path / "a", progress=False)
+    assert not (tmp_path / "a").exists()
 
 
 def test_only_near_masks_reach_the_loss(model: TwoTower) -> None:
@@ -247,7 +269,9 @@ def test_without_time_nothing_depends_on_it(tmp_path: Path) -> None:
     "more",
     [
         dict(average=0.9, skip_first_lines=True),
-        dict(average=0.9, draws=2, full_blocks=0.2, tail_blocks=0.3, own_blocks=0.5, near=2.0, distil=0.2),
+        dict(
+            average=0.9, draws=2, full_blocks=0.2, tail_blocks=0.3, own_blocks=0.5, near=2.0, distil=0.2, split_blocks=4
+        ),
         dict(average=0.9, context_tower="tied", no_time=True),
         dict(context_tower="trained", distil=0.2, skip_first_lines=True),
     ],
@@ -285,7 +309,7 @@ def test_a_run_from_before_a_setting_was_there_goes_on(tmp_path: Path) -> None:
     s = TrainSettings("ar", steps=4, batch_size=2)
     train(fresh("ar"), text(), s, tmp_path, stop_after=2, progress=False)
     state = torch.load(tmp_path / "training.pt", weights_only=True)
-    for name in ("draws", "average", "distil", "tail_blocks", "near"):
+    for name in ("draws", "average", "distil", "tail_blocks", "near", "split_blocks"):
         del state["settings"][name]
     del state["averages"]
     torch.save(state, tmp_path / "training.pt")
@@ -298,6 +322,8 @@ def test_a_run_from_before_a_setting_was_there_goes_on(tmp_path: Path) -> None:
         *(
             dict(draws=0),
             dict(draws=1.5),
+            dict(split_blocks=6),
+            dict(split_blocks=0),
             dict(full_blocks=1.1),
             dict(tail_blocks=2),
             dict(own_blocks=-0.1),

@@ -209,6 +209,9 @@ def train(
         raise ValueError('stage is "denoiser", but the model was loaded with towers="context": there is no denoiser')
     if s.stage == "denoiser" and s.no_time and bool(cast(nn.Linear, model.t_block[1]).weight.any()):
         raise ValueError("no_time: the model's time modules have learned already: begin with a context tower")
+    if model.config.block_size % s.split_blocks:
+        expected = f"a divisor of the block size, {model.config.block_size}"
+        raise ValueError(f"split_blocks is {s.split_blocks}, expected {expected}")
     what = s.stage, s.context_tower, s.no_time
     if any(p.dtype == torch.float16 for p in trainable(model, *what).values()):
         raise ValueError("dtype is float16, in which small gradients are 0: expected bfloat16 or float32 to train in")
