@@ -96,7 +96,7 @@ def decoding(
     runs: dict[str, Callable[[], Any]] = {OURS: lambda: ours(model)}
     if compiled:
         again = copy.deepcopy(model)
-        again.compile()
+        again.compile_passes()
         if ours(again) != expected:
             raise RuntimeError("compiled, this model writes other tokens: nothing to compare")
         runs[COMPILED] = lambda: ours(again)

@@ -192,7 +192,7 @@ class TwoTower(TwoTowerModel):
         s = Settings.of(self.config, **settings)
         return Stream(self, ids, s, self.tokenizer, seed=seed, on_step=on_step)
 
-    def compile(self) -> None:
+    def compile_passes(self) -> None:
         """Compile what generation makes again and again for a single row on a CPU: passes over a token or a block.
 
         By torch.compile, with a C++ compiler, when a pass of its length and kind is first made: once in a process, and
@@ -206,11 +206,13 @@ class TwoTower(TwoTowerModel):
 
         Example:
             >>> model = TwoTower.from_pretrained(device="cpu")
-            >>> model.compile()
+            >>> model.compile_passes()
             >>> model.generate("# enum Color: red, green\n", mode="ar").text
         """
         if self.device.type != "cpu":
-            raise ValueError(f"compile: the model is on {self.device}, where passes are CUDA graphs; expected a CPU")
+            raise ValueError(
+                f"compile_passes: the model is on {self.device}, where passes are CUDA graphs; expected a CPU"
+            )
         compiled.start(self.context_tower, self.denoiser_tower)
 
     def release(self) -> None:

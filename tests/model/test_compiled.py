@@ -30,7 +30,7 @@ def test_what_is_written_is_the_same() -> None:
     model = random_model(SMALL)
     wanted = model.generate(prompts_of([5]), mode="ar", **OPTIONS).tokens
     before = graphs()
-    model.compile()
+    model.compile_passes()
     assert model.generate(prompts_of([5]), mode="ar", **OPTIONS).tokens == wanted
     assert graphs() - before == 2  # what was tried, and the token
 
@@ -40,7 +40,7 @@ def test_a_graph_serves_every_size_of_a_cache() -> None:
     model, captured = random_model(SMALL), torch.compile(compiled._layered, backend="eager", fullgraph=True)
     cases = [(mode, prompts_of([P])) for mode in ("ar", "mask_diffusion", "speculative", "mock_ar") for P in (5, 70)]
     wanted = [model.generate(prompts, mode=mode, **OPTIONS).tokens for mode, prompts in cases]
-    model.compile()
+    model.compile_passes()
     before = graphs()
     with mock.patch.object(compiled, "_compiled", lambda: captured):
         for (mode, prompts), tokens in zip(cases, wanted, strict=True):
@@ -50,7 +50,7 @@ def test_a_graph_serves_every_size_of_a_cache() -> None:
 
 def test_which_passes_are_compiled() -> None:
     model, options = random_model(SMALL), OPTIONS
-    model.compile()
+    model.compile_passes()
     with mock.patch.object(compiled, "run", side_effect=AssertionError("compiled")):
         model.generate(prompts_of([5, 9]), mode="ar", **options)  # several rows
         model.generate(prompts_of([5]), mode="mask_diffusion", block_size=4, **options)  # another size
@@ -62,9 +62,9 @@ def test_which_passes_are_compiled() -> None:
 
 def test_without_a_compiler_it_says_so_and_generation_goes_on() -> None:
     model = random_model(SMALL)
-    said = pytest.raises(ValueError, match=r"compile: torch.compile fails here \(no g\+\+ found\).*C\+\+ compiler")
+    said = pytest.raises(ValueError, match=r"torch.compile fails here \(no g\+\+ found\).*C\+\+ compiler")
     with mock.patch.object(torch, "compile", side_effect=RuntimeError("no g++ found")), said:
-        model.compile()
+        model.compile_passes()
     assert not model.context_tower.compiled
     model.generate(prompts_of([5]), mode="ar", max_new_tokens=2)
 
@@ -72,8 +72,8 @@ def test_without_a_compiler_it_says_so_and_generation_goes_on() -> None:
 def test_only_a_cpu_has_passes_to_compile() -> None:
     with torch.device("meta"):
         model = TwoTower(SMALL)
-    with pytest.raises(ValueError, match=r"compile: the model is on meta.*expected a CPU"):
-        model.compile()
+    with pytest.raises(ValueError, match=r"compile_passes: the model is on meta.*expected a CPU"):
+        model.compile_passes()
 
 
 @pytest.mark.parametrize("product", [common.product, linear.product], ids=["kernels", "model"])

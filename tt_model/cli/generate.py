@@ -160,7 +160,7 @@ def run(o: argparse.Namespace) -> None:
         began = time.perf_counter()
         model = TwoTower.from_pretrained(folder, device=devices, dtype=dtype, towers=towers, progress=not o.quiet)
         if o.compile:
-            model.compile()
+            model.compile_passes()
         load = time.perf_counter() - began
         view = _watch(prompt, len(ids), vocabulary) if o.watch else None
         trace = Trace(model if o.trace_experts else None) if o.trace is not None else None

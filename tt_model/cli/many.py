@@ -157,7 +157,7 @@ def _work(
     devices, dtype = machine_of(o, alone="the context tower alone" * (towers == "context"))
     model = TwoTower.from_pretrained(o.model, device=devices, dtype=dtype, towers=towers, progress=not o.quiet)
     if o.compile:
-        model.compile()
+        model.compile_passes()
     if o.tokenizer is not None:
         model.tokenizer = Vocabulary(o.tokenizer, model.config)
 

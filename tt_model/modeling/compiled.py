@@ -35,7 +35,7 @@ def _check_compiler() -> None:
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
-            f"compile: torch.compile fails here ({reason}); it needs a C++ compiler, such as g++. Go without"
+            f"torch.compile fails here ({reason}); it needs a C++ compiler, such as g++. Go without"
         ) from error
 
 
