@@ -81,11 +81,11 @@ def needed_flops(model: TwoTower, tokens: int) -> int:
 
 
 def decoding(
-    model: TwoTower, prompt: Tensor, new_tokens: int, rounds: int, *, compiled: bool = False
+    model: TwoTower, prompt: Tensor, new_tokens: int, rounds: int, *, compiled: TwoTower | None = None
 ) -> dict[str, list[float]]:
     """Seconds to read a prompt [1, P] and write new tokens: this model, then transformers in all its forms.
 
-    With `compiled` each again by torch.compile, but for transformers' `generate`.
+    With `compiled`, the model with compiled passes, each again by torch.compile, but for transformers' `generate`.
     """
     ids = prompt.tolist()
 
@@ -94,12 +94,10 @@ def decoding(
 
     expected = ours(model)
     runs: dict[str, Callable[[], Any]] = {OURS: lambda: ours(model)}
-    if compiled:
-        again = copy.deepcopy(model)
-        again.compile_passes()
-        if ours(again) != expected:
+    if compiled is not None:
+        if ours(compiled) != expected:
             raise RuntimeError("compiled, this model writes other tokens: nothing to compare")
-        runs[COMPILED] = lambda: ours(again)
+        runs[COMPILED] = lambda: ours(compiled)
     for experts in experts_implementations():
         peer = as_nemotron_h(model, experts=experts)
         try:
@@ -113,7 +111,7 @@ def decoding(
         runs[f"transformers, {experts}, its generate()"] = lambda peer=peer: peer.generate(
             prompt, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-        if compiled:
+        if compiled is not None:
             other = as_nemotron_h(model, experts=experts)
             other.compile()
             for _ in range(2):  # once more for what is compiled anew for other sizes
@@ -127,9 +125,10 @@ def decoding(
 
 
 def denoiser(
-    model: TwoTower, context: int, rounds: int, block_size: int = 16
+    model: TwoTower, context: int, rounds: int, block_size: int = 16, compiled: TwoTower | None = None
 ) -> tuple[dict[str, list[float]], Recorder]:
-    """Seconds of a denoiser pass over a half-masked block after `context` tokens, and of its products alone."""
+    """Seconds of a denoiser pass over a half-masked block after `context` tokens, of its products alone, and of the
+    same pass of a model with compiled passes."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(4, model.config.vocab_size, (1, context + block_size), generator=g)
     cache, block = model.prefill(ids[:, :context]), ids[:, context:].clone()
@@ -138,9 +137,13 @@ def denoiser(
     with Recorder() as recorder:
         model.denoise(block, t, cache)
     with torch.inference_mode():  # as generate runs it
-        times = interleaved(
-            {"pass": lambda: model.denoise(block, t, cache), "products": recorder.replay}, rounds, repeats=5
-        )
+        runs: dict[str, Callable[[], Any]] = {
+            "pass": lambda: model.denoise(block, t, cache),
+            "products": recorder.replay,
+        }
+        if compiled is not None:
+            runs["compiled"] = lambda: compiled.denoise(block, t, cache)
+        times = interleaved(runs, rounds, repeats=5)
     return times, recorder
 
 
@@ -162,7 +165,10 @@ def report(config: TwoTowerConfig, options: argparse.Namespace) -> dict[str, Any
     prompt = torch.randint(4, config.vocab_size, (1, options.prompt), generator=torch.Generator().manual_seed(0))
 
     print(f"\nAR decoding, {options.prompt} tokens read, {options.new} written, median of {options.rounds}:\n")
-    times = decoding(model, prompt, options.new, options.rounds, compiled=options.compile)
+    compiled = copy.deepcopy(model) if options.compile else None
+    if compiled is not None:
+        compiled.compile_passes()
+    times = decoding(model, prompt, options.new, options.rounds, compiled=compiled)
     rows = [
         (
             name,
@@ -175,19 +181,23 @@ def report(config: TwoTowerConfig, options: argparse.Namespace) -> dict[str, Any
     print(table(("", "tokens/s", "ms a token", "times our time"), rows))
     print()
     speedups = {"speedup": fastest(times, OURS)}
-    if options.compile:
+    if compiled is not None:
         speedups["compiled_speedup"] = fastest(times, COMPILED)
 
     print(f"\nA denoiser pass over 16 tokens, median of {options.rounds}:\n")
     rows, passes = [], []
     for context in options.context:
-        taken, recorder = denoiser(model, context, options.rounds)
+        taken, recorder = denoiser(model, context, options.rounds, compiled=compiled)
         over = ratio(taken, "pass", "products")
         whole, bare = (1e3 * median(taken[name]) for name in ("pass", "products"))
         extra = recorder.flops / needed_flops(model, 16)
-        rows.append((context, f"{whole:.2f}", f"{bare:.2f}", f"{over:.2f}", len(recorder.calls), f"{extra:.3f}"))
+        found = (f"{1e3 * median(taken['compiled']):.2f}",) if compiled else ()
+        rows.append(
+            (context, f"{whole:.2f}", f"{bare:.2f}", f"{over:.2f}", len(recorder.calls), f"{extra:.3f}", *found)
+        )
         passes.append({"context": context, "pass_ms": whole, "products_ms": bare, "ratio": over})
     header = ("tokens before", "pass ms", "products ms", "ratio (goal: 1.5)", "products", "flops / needed")
+    header += ("compiled ms",) if compiled else ()
     print(table(header, rows))
     decode = {name: options.new / median(t) for name, t in times.items()}
     return {"kind": "cpu", "machine": ran_on, "tokens_per_s": decode, **speedups, "denoiser": passes}
