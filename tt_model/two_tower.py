@@ -201,8 +201,8 @@ class TwoTower(TwoTowerModel):
 
         Raises:
             ValueError: the model is not on a CPU: a GPU replays graphs; torch.compile fails, as without a compiler.
-        Cost: half a minute for each of the one ("ar"), two or three kinds of passes of a mode. docs/generation.md has
-            what it gives.
+        Cost: half a minute for each kind of pass: one in "ar", two in the other modes. docs/measurements.md has what it
+            gives.
 
         Example:
             >>> model = TwoTower.from_pretrained(device="cpu")

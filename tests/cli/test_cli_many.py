@@ -169,8 +169,15 @@ def test_a_slip_leaves_nothing_behind(files: tuple[Path, Path], tmp_path: Path) 
 def test_options_that_do_not_go_together(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--jsonl", str(files[0])]) == 1
     assert "--jsonl: needs --output" in capsys.readouterr().err
-    for more, words in ((["--json"], "--json"), (["--watch"], "--watch"), (["x"], "a prompt")):
+    for more, words in (
+        (["--json"], "--json"),
+        (["--watch"], "--watch"),
+        (["--trace", "t"], "--trace"),
+        (["x"], "a prompt"),
+    ):
         assert run(*files, *more) == 1
         assert f"does not go with {words}" in capsys.readouterr().err
     assert run(*files, "--compile") == 1
-    assert "--compile: passes of one row are compiled, and --rows is 16" in capsys.readouterr().err
+    assert "--compile: passes of one row are compiled, not of 16: expected --rows 1" in capsys.readouterr().err
+    assert main(["generate", "--rows", "3", "x"]) == 1
+    assert "--rows: is for the prompts of --jsonl FILE" in capsys.readouterr().err

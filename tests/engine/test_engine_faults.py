@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from engines import MODES, drawn, free
+from engines import MODES, as_on_a_gpu, drawn, free
 from models import random_model
 
 from tt_model import Engine, Step, TwoTower
+from tt_model.modeling.state import PAGE_SIZE, Pending, View
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,57 @@ def test_a_callback_that_raises_ends_its_request_alone(model: TwoTower) -> None:
     assert bad.state == "failed" and free(engine) == before
     with pytest.raises(OSError, match="the disk is full"):
         model.generate([[4, 5], [6]], on_step=fail, **options)
+
+
+def test_what_a_failed_request_had_is_told(model: TwoTower) -> None:
+    def fail(step: Step) -> None:
+        if len(request.tokens) > 3:
+            raise OSError("the disk is full")
+
+    engine = Engine(model, max_rows=1)
+    request = engine.submit([4, 5], mode="ar", max_new_tokens=8, eos_token_id=None, on_step=fail)
+    events = list(engine)
+    assert events[-1].kind == "failed" and [t for event in events for t in event.tokens] == request.tokens
+    assert len(request.tokens) == 4
+
+
+@pytest.mark.parametrize("replayed", [False, True], ids=["called", "replayed"])
+def test_pages_hold_whatever_a_pass_may_write(model: TwoTower, replayed: bool) -> None:
+    """Also behind what was asked for: a whole block, a few tokens. The page after a row's last is another row's."""
+    engine = Engine(model, max_rows=5)
+    if replayed:
+        as_on_a_gpu(engine)
+    prompt = [4] * (PAGE_SIZE - 7)  # what is asked for just fills a page
+    requests = {
+        mode: engine.submit(prompt, mode=mode, max_new_tokens=7, eos_token_id=None)
+        for mode in ("mask_diffusion", "speculative", "ar", "mock_ar")
+    }
+    engine.submit(
+        [4], mode="ar", max_new_tokens=40, eos_token_id=None
+    )  # several steps a pass for it, and for all beside
+    passes, far, beyond = engine._batches.runner.passes, dict[str, int](), list[tuple[str, int]]()
+
+    def reach(mode: str, last: int) -> None:
+        far[mode] = max(last, far.get(mode, 0))
+        if last > PAGE_SIZE * len(requests[mode].pages):  # what is raised here would end requests, no more
+            beyond.append((mode, last))
+
+    def extend(rows: torch.Tensor, ids: torch.Tensor, view: View, counts: torch.Tensor | None = None) -> torch.Tensor:
+        ends = (view.lengths + (ids.shape[1] if counts is None else counts)).tolist()
+        for mode, request in requests.items():
+            if request.row in rows.tolist() and request.state == "running":
+                reach(mode, ends[rows.tolist().index(request.row)])
+        return whole(rows, ids, view, counts)
+
+    def let_in(view: View, pending: Pending, entered: torch.Tensor) -> None:
+        assert pending.hidden is not None
+        reach("speculative", int(view.lengths[0]) + pending.hidden.shape[1])
+        entering(view, pending, entered)
+
+    whole, entering = passes._extend, View.let_in
+    with mock.patch.object(passes, "_extend", extend), mock.patch.object(View, "let_in", let_in):
+        assert "failed" not in {event.kind for event in engine}
+    assert beyond == [] and far["speculative"] > PAGE_SIZE and (far["ar"] > PAGE_SIZE) == replayed
 
 
 def test_a_pass_that_fails_ends_those_that_took_part(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +182,7 @@ def interrupted_at(line: int) -> Iterator[list[str]]:
 def test_ctrl_c_at_any_line(model: TwoTower) -> None:
     """Of the engine's own code, between passes as in them: every request is there still and gets its tokens."""
     prompts = [[4, 5], [6], [7, 8, 9]]
-    options = [dict(mode=mode, max_new_tokens=5, eos_token_id=None) for mode in ("mask_diffusion", "ar", "speculative")]
+    options = [dict(mode=mode, max_new_tokens=7, eos_token_id=None) for mode in ("mask_diffusion", "ar", "speculative")]
     want = [model.generate([p], **o).tokens[0] for p, o in zip(prompts, options, strict=True)]
     places, line = set[str](), 1
     while True:

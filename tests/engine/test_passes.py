@@ -22,10 +22,13 @@ ROWS, L = 5, CONFIG.block_size
 PASSES = [
     Pass("denoise", L, 2),
     Pass("denoise", L, 2, narrow=True),
+    Pass("denoise", L, 2, rules=True),
     Pass("commit", L, 2),
     Pass("ar", 1, 2),
+    Pass("ar", 1, 2, narrow=True),
     Pass("ar", 1, 2, repeat=4),
     Pass("mock_ar", 1, 2),
+    Pass("mock_ar", 1, 2, narrow=True),
     Pass("verify", L, 2),
     Pass("verify", L, 2, narrow=True),
 ]

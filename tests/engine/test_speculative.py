@@ -1,10 +1,13 @@
 """Speculative generation: AR's tokens, whatever the denoiser drafts."""
 
+from unittest import mock
+
 import pytest
 import torch
 from models import CONFIG, prompts_of, random_model
 
 from tt_model import Step, TwoTower
+from tt_model.engine.board import Board
 
 MASK = CONFIG.mask_token_id
 LENGTHS = [1, 2, 15, 16, 17, 40]
@@ -98,6 +101,31 @@ def test_the_bundled_model_on_fifty_prompts(temperature: float) -> None:
     ar, fast = pair(bundled, prompts, draft=dict(block_size=6), **options)
     assert fast.tokens == ar.tokens
     assert sum(map(len, fast.tokens)) > 1.3 * sum(fast.cycles)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(temperature=0.7), dict(block_size=9, draft_steps=3)], ids=str)
+def test_the_bundled_model_on_what_it_was_trained_for(options: dict) -> None:
+    bundled = TwoTower.from_pretrained()
+    lines = [f"# enum {name}: red, green, dark_blue\n" for name in ("Colour", "ParentVebhul")]
+    lines += ["# class Invoice: number int, customer str?\n", "# table orders: id int, total float\n"]
+    prompts = [bundled.tokenizer.encode(line) for line in lines]
+    ar, fast = pair(bundled, prompts, draft=options, max_new_tokens=60, seed=2)
+    assert fast.tokens == ar.tokens and sum(map(len, fast.tokens)) > 2 * sum(fast.cycles)
+
+
+@pytest.mark.parametrize("mode", ["speculative", "mask_diffusion"])
+def test_a_draft_is_drawn_with_the_noise_of_ar(model: TwoTower, mode: str) -> None:
+    """Which is that of step 0 at each position, whatever pass of the draft takes it: alike logits give alike tokens."""
+    seen = set[int]()
+    whole = Board.sampling
+
+    def note(board: Board, rows: torch.Tensor, position: torch.Tensor, step: torch.Tensor, **more: bool):
+        seen.update(step.flatten().tolist())
+        return whole(board, rows, position, step, **more)
+
+    with mock.patch.object(Board, "sampling", note):
+        model.generate([[4, 5]], mode=mode, draft_steps=3, max_new_tokens=16, temperature=0.8, eos_token_id=None)
+    assert (seen == {0}) == (mode == "speculative")
 
 
 def test_steps_tell_what_has_entered(model: TwoTower) -> None:

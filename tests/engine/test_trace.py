@@ -116,7 +116,7 @@ def test_a_box_is_seen_from_the_pass_before_its_first() -> None:
         step_of(5, 1, [9, 8], [0.0, 0.7], [1]),
         step_of(7, 0, [6, 5], [0.8, 0.8], [0, 1]),
     )
-    data = data_of(trace.page(Generation([[9, 8, 6, 5]], [3], [], ["length"]), [[1] * 5]))
+    data = data_of(trace.page(Generation([[9, 8, 6, 5]], [3], [], ["length"], forwards=[5]), [[1] * 5]))
     assert [cell[SEEN] for cell in data["rows"][0]["cells"]] == [0, 0, 2, 2]
     assert [cell[AT] for cell in data["rows"][0]["cells"]] == [1, 2, 3, 3]
 
@@ -130,7 +130,7 @@ def test_figures_of_blocks() -> None:
         step_of(5, 1, [9, 7, 8], [0.0, 0.7, 0.0], [1]),
         step_of(8, 0, [6, 2, MASK], [0.8, 0.8, 0.1], [0, 1]),
     )
-    row = data_of(trace.page(Generation([[9, 7, 8, 6, 2]], [3], [], ["eos"]), [[1] * 5]))["rows"][0]
+    row = data_of(trace.page(Generation([[9, 7, 8, 6, 2]], [3], [], ["eos"], forwards=[5]), [[1] * 5]))["rows"][0]
     assert row["figures"] == {
         "tokens": "5",
         "denoiser passes": "3",
@@ -160,7 +160,7 @@ def test_figures_of_cycles() -> None:
         step_of(5, 0, [9, 8, MASK, MASK], [0.9, 0.5, 0.0, 0.0], [0, 1]),
         step_of(7, 0, [7, 6, 5, MASK], [0.9, 0.5, 0.4, 0.0], [0, 1, 2]),
     )
-    out = Generation([[9, 8, 7, 6]], [4], [2], ["length"])
+    out = Generation([[9, 8, 7, 6]], [4], [2], ["length"], forwards=[7])
     data = data_of(trace.page(out, [[1] * 5], None, {"mode": "speculative", "draft_steps": 2, "steps_per_block": 16}))
     row = data["rows"][0]
     assert row["figures"] == {
@@ -199,13 +199,15 @@ def test_figures_of_cycles() -> None:
 )
 def test_a_page_names_the_rule_and_the_settings_that_it_follows(given: dict, said: list[str]) -> None:
     rules = {name: vars(Settings())[name] for name in RULES}
-    page = traced(step_of(5, 0, [9], [0.25], [0])).page(Generation([[9]], [1]), ["#"], None, rules | given)
+    page = traced(step_of(5, 0, [9], [0.25], [0])).page(
+        Generation([[9]], [1], forwards=[2]), ["#"], None, rules | given
+    )
     assert data_of(page)["settings"] == said
 
 
 def test_figures_of_tokens() -> None:
     trace = traced(*(step_of(5 + i, 0, [9], [0.25], [0]) for i in range(3)))
-    out = Generation([[9] * 3], [0], [], ["length"])
+    out = Generation([[9] * 3], [0], [], ["length"], forwards=[3])
     row = data_of(trace.page(out, [[1] * 5], None, {"mode": "ar"}))["rows"][0]
     assert row["figures"] == {
         "tokens": "3",
@@ -214,13 +216,13 @@ def test_figures_of_tokens() -> None:
         "ended by": "length",
     }
     assert row["lines"][3] == "probability 0.250; 3 of 3 tokens written"
-    mock = Generation([[9] * 3], [3], [], ["length"])
+    mock = Generation([[9] * 3], [3], [], ["length"], forwards=[7])
     figures = data_of(trace.page(mock, [[1] * 5], None, {"mode": "mock_ar"}))["rows"][0]["figures"]
-    assert (figures["tokens per denoiser pass"], figures["tokens per pass of both"]) == ("1.00", "0.50")
+    assert (figures["tokens per denoiser pass"], figures["tokens per pass of both"]) == ("1.00", "0.43")
 
 
 def test_nothing_generated() -> None:
-    (row,) = data_of(Trace().page(Generation([[]], [0], [], ["length"]), ["x"]))["rows"]
+    (row,) = data_of(Trace().page(Generation([[]], [0], [], ["length"], forwards=[0]), ["x"]))["rows"]
     assert (row["cells"], row["passes"], row["lines"]) == ([], [], ["before the first"])
     assert row["figures"]["tokens per denoiser pass"] == row["figures"]["tokens per pass of both"] == "–"
 
@@ -236,13 +238,13 @@ def test_a_character_of_several_tokens_is_one_box() -> None:
         step_of(4, 0, half, [0.9, 0.8, *[0.3] * (len(ids) - 2)], [0, 1]),
         step_of(4, 1, ids, [0.0, 0.0, *[0.6] * (len(ids) - 2)], list(range(2, len(ids)))),
     )
-    (row,) = data_of(trace.page(Generation([ids], [2]), ["abc"], VOCABULARY))["rows"]
+    (row,) = data_of(trace.page(Generation([ids], [2], forwards=[3]), ["abc"], VOCABULARY))["rows"]
     assert row["cells"] == [["a", 0, ids[:1], 1, 900, 0, ""], ["🙂", 1, ids[1:], 2, 600, 0, ""]]
 
 
 def test_special_tokens_bear_their_name() -> None:
     trace = traced(step_of(4, 0, [40, 2], [0.9, 0.8], [0, 1]))
-    (row,) = data_of(trace.page(Generation([[40, 2]], [1]), ["abc"], VOCABULARY))["rows"]
+    (row,) = data_of(trace.page(Generation([[40, 2]], [1], forwards=[2]), ["abc"], VOCABULARY))["rows"]
     assert row["cells"][1][TEXT] == "<eos>" and row["cells"][1][KIND] == "special"
 
 
@@ -251,7 +253,7 @@ NASTY = "</script><script>alert(1)</script><!--<script>&amp;\u2028\u2029 \0 {{da
 
 def test_texts_cannot_leave_their_place() -> None:
     """A prompt that would end the script, or fill another place of the template."""
-    page = Trace().page(Generation([[], []], [0, 0]), [NASTY, NASTY], None, {"model": NASTY})
+    page = Trace().page(Generation([[], []], [0, 0], forwards=[0, 0]), [NASTY, NASTY], None, {"model": NASTY})
     data = data_of(page)
     assert [row["prompt"] for row in data["rows"]] == [NASTY] * 2
     assert data["settings"] == [f"model {NASTY}"]
@@ -269,7 +271,7 @@ def test_the_template_is_small_and_alone() -> None:
 
 
 def test_a_page_is_written_whole(tmp_path: Path) -> None:
-    trace, out = Trace(), Generation([[]], [0])
+    trace, out = Trace(), Generation([[]], [0], forwards=[0])
     trace.write(tmp_path / "out.html", out, ["x"])
     assert (tmp_path / "out.html").read_text() == trace.page(out, ["x"])
     with pytest.raises(ValueError, match="prompts: 2, expected those of the 1 rows"):

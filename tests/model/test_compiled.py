@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import functools
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -13,6 +15,7 @@ from torch._dynamo.utils import counters
 from tt_kernels import ExpertWeights, Routing
 from tt_kernels.reference import common, moe
 from tt_model import TwoTower
+from tt_model.engine.trace import Trace
 from tt_model.modeling import compiled, linear
 
 SMALL = dataclasses.replace(CONFIG, pattern="M*E", n_group=1)
@@ -26,26 +29,38 @@ def graphs() -> int:
 OPTIONS = dict(max_new_tokens=24, eos_token_id=None, temperature=0.5, seed=3)
 
 
-def test_what_is_written_is_the_same() -> None:
+def test_what_is_written_is_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "tt_model.modeling.compiled")
     model = random_model(SMALL)
     wanted = model.generate(prompts_of([5]), mode="ar", **OPTIONS).tokens
     before = graphs()
     model.compile_passes()
     assert model.generate(prompts_of([5]), mode="ar", **OPTIONS).tokens == wanted
     assert graphs() - before == 2  # what was tried, and the token
+    assert "compiling a pass of kind extend over 1 tokens" in caplog.text
 
 
-def test_a_graph_serves_every_size_of_a_cache() -> None:
-    """Captured, and run as it was: making code for each would take minutes."""
-    model, captured = random_model(SMALL), torch.compile(compiled._layered, backend="eager", fullgraph=True)
+@pytest.fixture
+def captured() -> Iterator[None]:
+    """Graphs are captured, and run as they were: making code for each would take minutes."""
+    compile, before = torch.compile, compiled._compiled
+    with mock.patch.object(torch, "compile", lambda function, **more: compile(function, backend="eager", **more)):
+        compiled._compiled = functools.cache(before.__wrapped__)
+        yield
+        compiled._compiled = before
+
+
+def test_a_graph_serves_every_size_of_a_cache(captured: None) -> None:
+    """And two models of different configs, ten graphs together, have all of theirs: torch.compile stops at 8 of one."""
     cases = [(mode, prompts_of([P])) for mode in ("ar", "mask_diffusion", "speculative", "mock_ar") for P in (5, 70)]
-    wanted = [model.generate(prompts, mode=mode, **OPTIONS).tokens for mode, prompts in cases]
-    model.compile_passes()
-    before = graphs()
-    with mock.patch.object(compiled, "_compiled", lambda: captured):
+    for config in (SMALL, dataclasses.replace(SMALL, pattern="EM*")):
+        model = random_model(config)
+        wanted = [model.generate(prompts, mode=mode, **OPTIONS).tokens for mode, prompts in cases]
+        model.compile_passes()
+        before = graphs()
         for (mode, prompts), tokens in zip(cases, wanted, strict=True):
             assert model.generate(prompts, mode=mode, **OPTIONS).tokens == tokens, mode
-    assert graphs() - before == 5  # a token and a block that enter, both denoised, a block that is verified
+        assert graphs() - before == 5  # a token and a block that enter, both denoised, a block that is verified
 
 
 def test_which_passes_are_compiled() -> None:
@@ -58,6 +73,13 @@ def test_which_passes_are_compiled() -> None:
         twin = copy.deepcopy(model)
         with pytest.raises(AssertionError, match="compiled"):
             twin.generate(prompts_of([5]), mode="ar", **options)  # a copy is compiled, too
+    # What the denoiser's experts get is counted, which a graph would not know of.
+    with mock.patch.object(compiled, "run", lambda tower, *rest: towers.append(tower) or tower.layered(*rest)):
+        for trace in (Trace(), Trace(model)):
+            towers: list[object] = []
+            with trace:
+                model.generate(prompts_of([5]), mode="mask_diffusion", on_step=trace, **options)
+            assert (model.denoiser_tower in towers) == (not trace.layers) and model.context_tower in towers
 
 
 def test_without_a_compiler_it_says_so_and_generation_goes_on() -> None:

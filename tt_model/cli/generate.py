@@ -97,7 +97,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     s.add_argument("--no-eos", action="store_true", help="go on after an end-of-sequence token")
     option(s, "--stop", str, "TEXT", "end where this text is complete, before it; more than once", action="append")
 
-    option(s, "--rows", number(int, 1, 4096), "N", "with --jsonl: prompts at a time", default=16)
+    option(s, "--rows", number(int, 1, 4096), "N", "with --jsonl: prompts at a time (default: 16)")
 
     out = p.add_argument_group("output")
     out.add_argument("--watch", action="store_true", help="show blocks resolving, tokens coloured by confidence")
@@ -121,6 +121,10 @@ def run(o: argparse.Namespace) -> None:
     if len(given) > 1:
         names = " and ".join("--" + name.replace("_", "-") if name != "prompt" else "a prompt" for name in given)
         raise ValueError(f"{names}: expected one of them")
+    if o.rows is not None:
+        raise ValueError("--rows: is for the prompts of --jsonl FILE")
+    if o.tokens is not None and o.tokenizer is not None:
+        raise ValueError("--tokenizer: reads texts, and does not go with --tokens")
     if o.trace_experts and o.trace is None:
         raise ValueError("--trace-experts: needs --trace FILE")
     if o.trace is not None and o.output is not None and os.path.realpath(o.trace) == os.path.realpath(o.output):
@@ -129,7 +133,7 @@ def run(o: argparse.Namespace) -> None:
         prompt = _parse_ids(o.tokens) if o.tokens is not None else _read_prompt(o.prompt, o.prompt_file)
 
         from ..config import TwoTowerConfig
-        from ..engine.generate import Stream, generate
+        from ..engine.generate import Stream
         from ..engine.trace import Trace
         from ..two_tower import ASSETS, TwoTower
         from ..vocabulary import Vocabulary
@@ -137,6 +141,11 @@ def run(o: argparse.Namespace) -> None:
         folder = ASSETS if o.model is None else Path(o.model)
         config = TwoTowerConfig.from_file(folder)
         settings = _settings(o, config)
+        if o.compile and settings.mode not in ("ar", "mock_ar") and settings.block_size != config.block_size:
+            expected = f"expected --block-size {config.block_size}"
+            raise ValueError(
+                f"--compile: blocks of the trained size are compiled, not of {settings.block_size}: {expected}"
+            )
         if o.trace_experts and (o.mode == "ar" or "E" not in config.pattern):
             what = "--mode ar has no denoiser" if o.mode == "ar" else f"{folder}: the model has no experts"
             raise ValueError(f"--trace-experts: {what}")
@@ -169,17 +178,16 @@ def run(o: argparse.Namespace) -> None:
         before, stopped = "" if o.chat else prompt, None
         began = time.perf_counter()
         with view or nullcontext(), trace or nullcontext():
-            if vocabulary is None:
-                out = generate(model, [ids], settings, seed=o.seed, on_step=on_step)
-            else:
-                stream = Stream(model, ids, settings, vocabulary, seed=o.seed, on_step=on_step)
-                try:
-                    _read(stream, before, _say if aloud else None)
-                except KeyboardInterrupt as error:
-                    if view or not stream.result.tokens[0]:  # a view shows what there is
-                        raise
-                    stopped = error
-                out = stream.result
+            stream = Stream(model, ids, settings, vocabulary, seed=o.seed, on_step=on_step)
+            try:
+                _read(stream, before, _say if aloud else None)
+            except KeyboardInterrupt as error:
+                stream.close()
+                shown = view is not None and view.is_live and not (o.output or o.json or o.trace)
+                if shown or not stream.result.tokens[0]:
+                    raise
+                stopped = error
+            out = stream.result
         seconds = time.perf_counter() - began
 
         tokens, nfe, cycles = out.tokens[0], out.nfe[0], sum(out.cycles)

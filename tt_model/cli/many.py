@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..two_tower import TwoTower
 
 PROMPTS = {"prompt": str, "tokens": list, "messages": list}
+ROWS = 16  # prompts at a time
 EXPECTED = {"prompt": "a text", "tokens": "a list of token ids", "messages": "a list of objects with role and content"}
 KEYS = (*PROMPTS, "id", "seed", "eos_token_id", "logprobs", *SETTINGS)
 
@@ -35,11 +37,12 @@ def run(o: argparse.Namespace) -> None:
     """
     if o.output is None:
         raise ValueError("--jsonl: needs --output FILE, beside which it keeps what is done")
-    given = [f"--{name.replace('_', '-')}" for name in ("prompt_file", "tokens", "watch", "json") if getattr(o, name)]
+    alone = ("prompt_file", "tokens", "watch", "json", "trace", "trace_experts")
+    given = [f"--{name.replace('_', '-')}" for name in alone if getattr(o, name)]
     if given := given + ["a prompt"] * (o.prompt is not None):
         raise ValueError(f"--jsonl: takes its prompts from the file, and does not go with {' and '.join(given)}")
-    if o.compile and o.rows > 1:
-        raise ValueError(f"--compile: passes of one row are compiled, and --rows is {o.rows}: expected --rows 1")
+    if o.compile and o.rows != 1:
+        raise ValueError(f"--compile: passes of one row are compiled, not of {o.rows or ROWS}: expected --rows 1")
     part = Path(f"{o.output}.part")
     if os.path.realpath(o.jsonl) in (os.path.realpath(o.output), os.path.realpath(part)):
         raise ValueError(f"--output {o.output}: would overwrite the prompts")
@@ -179,7 +182,7 @@ def _work(
             prompts[i] = prompt_ids(model, None if messages else line.get("prompt", line.get("tokens")), messages)
         except (ValueError, TypeError) as error:
             keep(i, {"error": describe(error)})
-    engine = _engine(model, prompts, lines, defaults, o.rows)
+    engine = _engine(model, prompts, lines, defaults, o.rows or ROWS)
     for i, ids in prompts.items():
         own = {name: value for name, value in lines[i].items() if name not in ("prompt", "tokens", "messages", "id")}
         try:
@@ -230,5 +233,6 @@ def _record(request: Request) -> dict[str, Any]:
         return {"error": describe(request.error) if isinstance(request.error, Exception) else str(request.error)}
     result = request.so_far()
     record = {name: getattr(result, name) for name in ("text", "tokens", "finish_reason", "nfe", "forwards")}
-    more = {"cycles": result.cycles, "logprobs": result.logprobs, "cached_tokens": request.cached_tokens}
+    logprobs = [log if math.isfinite(log) else None for log in result.logprobs or ()]  # JSON has no -inf
+    more = {"cycles": result.cycles, "logprobs": logprobs, "cached_tokens": request.cached_tokens}
     return record | {name: value for name, value in more.items() if value}

@@ -53,6 +53,11 @@ class Watch:
         shown = console is not None and console.is_terminal and not console.is_dumb_terminal
         self._live = Live(self, console=console, refresh_per_second=15, transient=True) if shown else None
 
+    @property
+    def is_live(self) -> bool:
+        """Whether it shows anything, and leaves it there when it is interrupted."""
+        return self._live is not None
+
     def __enter__(self) -> Watch:
         if self._live:
             self._live.start()

@@ -149,7 +149,7 @@ class Engine(Iterator[Event]):
             raise StopIteration
         with whole():
             kind, request = self._events.popleft()
-            if kind in ("started", "failed"):
+            if kind == "started":
                 return Event(kind, request)
             if kind == "tokens":
                 request.is_told = False

@@ -112,7 +112,7 @@ class Stream(Iterator[str]):
         model: TwoTowerModel,
         prompt: Sequence[int],
         settings: Settings,
-        vocabulary: Vocabulary,
+        vocabulary: Vocabulary | None,  # None: of tokens alone, and no piece comes
         *,
         seed: int | None = None,
         on_step: Callable[[Step], None] | None = None,

@@ -188,7 +188,7 @@ class Generation:
     tokens: list[list[int]]  # new tokens, ending with the end-of-sequence token if there was one
     nfe: list[int]  # denoiser passes (number of function evaluations)
     cycles: list[int] = field(default_factory=list)  # in "speculative": drafts that were verified
-    # "eos": an end-of-sequence token; "stop": a stop string; "length": max_new_tokens.
+    # "eos": an end-of-sequence token; "stop": a stop string; "length": max_new_tokens; "cancelled": left before.
     finish_reason: list[str] = field(default_factory=list, compare=False)
     # Where asked for: of each token, as the model predicted it when it was committed, at temperature 1; with `tempered`
     # in "mask_diffusion", in the distribution that it was drawn from. -inf where fp32 has no such small probability.

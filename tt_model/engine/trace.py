@@ -48,7 +48,7 @@ RULES_OF = {
     "entropy_bound": ("entropy_bound",),
 }
 COMMON = {"strategy": "schedule", "confidence": "probability", "tempered": False, "alg_temp": 0.0}  # not worth a word
-REASONS = {"eos": "end token", "stop": "stop text", "length": "length"}
+REASONS = {"eos": "end token", "stop": "stop text", "length": "length", "cancelled": "interruption"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class _Row:
 
     def __init__(self, passes: list[_Pass], out: Generation, row: int, mode: str):
         self.passes, self.mode, self.kept = passes, mode, len(out.tokens[row])
-        self.nfe = out.nfe[row]
+        self.nfe, self.forwards = out.nfe[row], out.forwards[row]
         self.reason = out.finish_reason[row] if row < len(out.finish_reason) else ""
         # Where blocks begin; in the other modes every token is one, and every cycle.
         self.starts = list(dict.fromkeys(p.start for p in passes))
@@ -184,13 +184,11 @@ class _Row:
         """The figures of the generation, by their names."""
         found = {"tokens": f"{self.kept}"}
         ratio = lambda passes: f"{self.kept / passes:.2f}" if passes else "–"
-        # The prompt's pass, and one for every block but the last, or for every draft.
-        context = len(self.starts) + (self.mode == "speculative") if self.passes else 0
         if self.mode != "ar":
             found |= {"denoiser passes": f"{self.nfe}", "tokens per denoiser pass": ratio(self.nfe)}
         found |= {
-            "passes of both towers": f"{self.nfe + context}",
-            "tokens per pass of both": ratio(self.nfe + context),
+            "passes of both towers": f"{self.forwards}",
+            "tokens per pass of both": ratio(self.forwards),
         }
         if self.mode == "mask_diffusion":
             found["blocks"] = f"{len(self.starts)}"

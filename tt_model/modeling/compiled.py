@@ -6,7 +6,9 @@ most of the time.
 """
 
 import functools
+import itertools
 import logging
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import TwoTowerConfig
 from .state import ForwardContext, View
 
 _log = logging.getLogger(__name__)
@@ -24,6 +27,7 @@ class Layered(Protocol):
     """A tower, seen from here."""
 
     compiled: bool
+    config: TwoTowerConfig
 
     def layered(self, ids: Tensor, ctx: ForwardContext, modulation: Tensor | None, /) -> Tensor: ...
 
@@ -45,7 +49,6 @@ def start(*towers: Layered | None) -> None:
     for tower in towers:
         if tower is not None:
             tower.compiled = True
-    _log.info("each kind of pass is compiled when it is first made, in half a minute or so")
 
 
 def is_repeated(ids: Tensor, ctx: ForwardContext, block_size: int) -> bool:
@@ -65,7 +68,7 @@ def run(tower: Layered, ids: Tensor, ctx: ForwardContext, modulation: Tensor | N
     torch._dynamo.maybe_mark_dynamic(table, 1)
     for buffer in (*v.pool.keys.values(), *v.pool.values.values()):
         torch._dynamo.maybe_mark_dynamic(buffer, 0)
-    return _compiled()(tower, ids, ctx, modulation)
+    return _compiled(ctx.kind, ids.shape[1], tower.config)(tower, ids, ctx, modulation)
 
 
 def _layered(tower: Layered, ids: Tensor, ctx: ForwardContext, modulation: Tensor | None) -> Tensor:
@@ -73,5 +76,14 @@ def _layered(tower: Layered, ids: Tensor, ctx: ForwardContext, modulation: Tenso
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_layered)
+def _compiled(kind: str, length: int, config: TwoTowerConfig) -> Callable[..., Tensor]:
+    """`_layered` under a code of its own: torch.compile makes 8 graphs of one at most, and says little of it.
+
+    Models of one config share them: weights are inputs of a graph.
+    """
+    _log.info("compiling a pass of kind %s over %d tokens: half a minute or so", kind, length)
+    own = _layered.__code__.replace(co_name=f"{kind}_{length}_{next(_count)}")  # equal ones would be one
+    return torch.compile(types.FunctionType(own, globals()), fullgraph=True)
+
+
+_count = itertools.count()

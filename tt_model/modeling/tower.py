@@ -47,7 +47,7 @@ class Tower(nn.Module):
 
     def forward(self, ids_BL: Tensor, ctx: ForwardContext, modulation: Tensor | None = None) -> Tensor:
         """Hidden states [B, L, D] after the final norm. modulation: [layers, 3, B, D] (shift, scale, gate) or None."""
-        if self.compiled and compiled.is_repeated(ids_BL, ctx, self.config.block_size):
+        if self.compiled and compiled.is_repeated(ids_BL, ctx, self.config.block_size) and not self._counts():
             return compiled.run(self, ids_BL, ctx, modulation)
         return self.layered(ids_BL, ctx, modulation)
 
@@ -59,7 +59,7 @@ class Tower(nn.Module):
                 x = x.to(torch.promote_types(x.dtype, torch.float32))
             first, *openings = self._openings(modulation)
             h, x = modulated_rms_norm(x, **first)
-            for layer, following in zip(cast(Iterable[Layer], self.layers), openings, strict=True):
+            for layer, following in zip(self._layers(), openings, strict=True):
                 # A layer's branch is added to the stream x where the norm of the next one reads it.
                 if isinstance(layer.mixer, MoE):
                     h, x = layer.mixer(h, x, **following)
@@ -68,11 +68,18 @@ class Tower(nn.Module):
                     h, x = modulated_rms_norm(x, branch=branch, **following)
             return h
 
+    def _layers(self) -> Iterable[Layer]:
+        return cast(Iterable[Layer], self.layers)
+
+    def _counts(self) -> bool:
+        """Whether somebody counts what experts get, which a graph would know nothing of."""
+        return any(isinstance(layer.mixer, MoE) and layer.mixer.load is not None for layer in self._layers())
+
     def _openings(self, modulation: Tensor | None) -> list[dict[str, Any]]:
         """What each layer's norm takes beside stream and branch, then the final one. The gate is that of the branch."""
         found: list[dict[str, Any]] = []
         gate, eps = None, self.config.layer_norm_epsilon
-        for i, layer in enumerate(cast(Iterable[Layer], self.layers)):
+        for i, layer in enumerate(self._layers()):
             shift, scale, own = (None, None, None) if modulation is None else modulation[i].unbind(0)
             opening = dict(weight=layer.norm.weight, shift=shift, scale=scale, gate=gate, order=layer.order, eps=eps)
             found.append(opening)
