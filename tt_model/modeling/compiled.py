@@ -83,7 +83,7 @@ def _compiled(kind: str, length: int, config: TwoTowerConfig) -> Callable[..., T
     """
     _log.info("compiling a pass of kind %s over %d tokens: half a minute or so", kind, length)
     own = _layered.__code__.replace(co_name=f"{kind}_{length}_{next(_count)}")  # equal ones would be one
-    return torch.compile(types.FunctionType(own, globals()), fullgraph=True)
+    return torch.compile(types.FunctionType(own, globals()))
 
 
 _count = itertools.count()
