@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import DTYPES
+
+PACKAGE = str(Path(__file__).parent)
+
+
+def warn(message: str) -> None:
+    """A UserWarning where the package was called from, however deep in it this is."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def is_integer(value: object) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import CONFIG, prompts_of, random_model
 
-from tt_model import Step, TwoTower
+from tt_model import Engine, Step, TwoTower
 from tt_model.engine.board import Board
 
 MASK = CONFIG.mask_token_id
@@ -150,5 +150,7 @@ def test_bad_draft_steps_are_named(model: TwoTower) -> None:
     for bad in (0, -1, 1.5, True, "2"):
         with pytest.raises(ValueError, match="draft_steps"):
             model.generate([[4]], mode="speculative", draft_steps=bad)
-    with pytest.warns(UserWarning, match="block_size 9 is above"):
-        model.generate([[4]], mode="speculative", block_size=9, max_new_tokens=2)
+    for call in (lambda **o: model.generate([[4]], **o), lambda **o: Engine(model).submit([4], **o).result()):
+        with pytest.warns(UserWarning, match="block_size 9 is above") as found:
+            call(mode="speculative", block_size=9, max_new_tokens=2)
+        assert {warning.filename for warning in found} == {__file__}  # where the call is that can be mended

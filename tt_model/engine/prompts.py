@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..arguments import is_integer
+from ..arguments import is_integer, warn
 from ..modeling.state import Cache
 from ..modeling.two_tower import TwoTowerModel
 from ..vocabulary import Vocabulary
@@ -52,6 +51,6 @@ def check(
     mask = model.config.mask_token_id
     if masked := [b for b, row in enumerate(rows) if mask in row]:
         message = f"prompt {masked[0]} holds the mask token ({mask}), which is read like any other and not filled in"
-        warnings.warn(message, stacklevel=4)
+        warn(message)
     if on_step is not None and not callable(on_step):
         raise ValueError(f"on_step is {on_step!r}, expected a function of a Step, or None")

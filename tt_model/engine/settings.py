@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ..arguments import integer, is_integer
+from ..arguments import integer, is_integer, warn
 from ..config import CONFIDENCES, TwoTowerConfig
 
 MODES = ("mask_diffusion", "ar", "mock_ar", "speculative")
@@ -142,7 +141,7 @@ class Settings:
                 f"block_size {self.block_size} is above the {config.block_size} that the denoiser was trained with: "
                 "expect worse text"
             )
-            warnings.warn(message, stacklevel=5)
+            warn(message)
 
 
 @dataclass(frozen=True)
