@@ -40,7 +40,7 @@ WIDTH = 96  # of a picture, in characters
 SPLIT = {
     "train": "a line that may have been in training",
     "headers": "a line that training did not have",
-    "words": "a line that training did not have, nor one of its words",
+    "words": "a line that training did not have, with a word that it never had",
     "pairs": "a line that training did not have, nor a name of these two words",
     "orders": "a line that training did not have, nor its types in this order",
 }
@@ -64,6 +64,11 @@ class Side:
     def is_open(self) -> bool:
         return self._request.is_open
 
+    @property
+    def forwards(self) -> int:
+        """Passes of both towers so far."""
+        return self._request.forwards
+
     def step(self) -> None:
         """One pass."""
         began, self._drawing = time.perf_counter(), 0.0
@@ -84,7 +89,7 @@ class Side:
 
     def figures(self) -> str:
         found = self.result()
-        passes = f"{found.forwards} passes, {found.tokens_per_forward:.2f} tokens a forward"
+        passes = f"{found.forwards} passes, {len(found.tokens) / max(1, found.forwards):.2f} tokens a pass"
         return f"{len(found.tokens)} tokens in {self.seconds:.2f} s: {self.speed():.0f} tokens/s, {passes}"
 
 
@@ -124,7 +129,7 @@ def columns(sides: Sequence[Side], console: Console, *, whole: bool = False) -> 
         grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         lines = side.view.coloured().split("\n")[1:]  # the first is the prompt
         texts.append(Text("\n").join(lines if whole else lines[-max(1, console.height - 4) :]))
-    heads = [Text(f"{side.title}  {side.seconds:.2f} s, {side.view.passes} passes", style="bold") for side in sides]
+    heads = [Text(f"{side.title}  {side.seconds:.2f} s, {side.forwards} passes", style="bold") for side in sides]
     grid.add_row(*heads)
     grid.add_row(*texts)
     return grid
@@ -164,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     o = p.parse_args(arguments)
     if o.specification is not None and o.random is not None:
         p.error("--random: a specification is given, too")
+    if o.threshold is not None and o.mode != "mask_diffusion":
+        p.error(f"--threshold: is of --mode mask_diffusion, and the mode is {o.mode}")
     header = drawn(o.random) if o.random is not None else o.specification or SPECIFICATION
     try:
         parse(header)

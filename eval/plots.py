@@ -1,4 +1,4 @@
-"""Quality against speed: the exact ones of every way to generate, over tokens a forward and over AR's speed."""
+"""Quality against speed: the exact ones of every way to generate, over tokens a denoiser pass and over AR's speed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .intervals import Estimate
 
 COLOURS = ("tab:blue", "tab:orange", "tab:purple", "tab:red", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 ALONE = {"AR": "tab:gray", "speculative": "tab:green"}
-COLUMNS = {"tokens_per_forward": "tokens a forward", "times_ar": "tokens/s, times AR's"}
+COLUMNS = {"tokens_per_forward": "tokens a denoiser pass", "times_ar": "tokens/s, times AR's"}
 
 
 def series_of(name: str) -> str:

@@ -10,7 +10,8 @@ columns:
 - runs: the share that can be executed and do what the specification says (eval/exercise.py has a driver a template),
   each in a process with limits of time, memory and disk, in a temporary folder.
 - kept: exact over AR's exact. as AR: the share that is the same text as AR's.
-- tokens a forward: new tokens over denoiser passes, in AR over the context tower's. passes: of either tower, a program.
+- tokens a denoiser pass: in AR a pass of the context tower. passes: of either tower, a program: diffusion and
+  `speculative` have one of the context tower for each block or draft, too.
 - tokens/s: new tokens over seconds, prompts included; times AR: over AR's.
 
 Intervals are 95 %: Wilson's for shares, a bootstrap's for what else there is, over specifications or, for what has
@@ -89,7 +90,7 @@ class Written(NamedTuple):
 
     @property
     def per(self) -> int:
-        """The passes that tokens a forward counts."""
+        """The passes that tokens a denoiser pass counts."""
         return self.denoiser or self.forwards
 
 
@@ -237,7 +238,7 @@ def shares(
 
 def markdown(arms: dict[str, dict[str, Estimate]], *parts: dict[str, dict[str, tuple[int, int]]]) -> str:
     """The columns with their intervals; below it, the share of exact ones in every part."""
-    header = ("", "exact", "runs", "kept", "as AR", "tokens a forward", "passes", "tokens/s", "times AR")
+    header = ("", "exact", "runs", "kept", "as AR", "tokens a denoiser pass", "passes", "tokens/s", "times AR")
     cell = lambda arm, column: Estimate(*arm[column]).text(*SHOWN[column]) if column in arm else "-"
     rows = [(name, *(cell(arm, column) for column in SHOWN)) for name, arm in arms.items()]
     tables = [table(header, rows)]

@@ -25,7 +25,7 @@ SOURCES = """The paper is Nemotron-Labs-TwoTower, arXiv 2606.26493: 30 B paramet
 is a direction. The first two rows are from its abstract, the others as readings of the paper by others quote its
 tables. Of expert overlap and of the options of training no figures were found. "Open": the intervals do not decide."""
 TITLES = {
-    "threshold": "Quality and tokens a forward, over the threshold and over steps",
+    "threshold": "Quality and tokens a denoiser pass, over the threshold and over steps",
     "block": "Blocks trained, blocks written",
     "towers": "Time conditioning, tied towers, a context tower that learns",
     "experts": "Experts that a block uses",
@@ -112,7 +112,7 @@ class Page:
             yield f"{quality.about(line)}. `static 4`: 4 passes a block, whatever the confidence."
             yield quality.markdown(line["arms"])
             arms = {name: {c: arm[c] for c in ("exact", "tokens_per_forward")} for name, arm in line["arms"].items()}
-            title = f"{line['model']}: exactly right over tokens a forward"
+            title = f"{line['model']}: exactly right over tokens a denoiser pass"
             yield Figure("experiments_threshold.svg", title, title, [arms], over_tokens)
 
     def block(self) -> Iterator[str | Figure]:
@@ -127,7 +127,7 @@ class Page:
                     points.append((self.sizes[run.name], size, self.exact(run.name, size)))
         if rows:
             yield f"Threshold {self.threshold_of_runs}; the baseline's recipe and steps at each block size."
-            yield table(("trained", "written", "exact", "runs", "tokens a forward", "passes"), rows)
+            yield table(("trained", "written", "exact", "runs", "tokens a denoiser pass", "passes"), rows)
             title = "Exactly right, by the block that is written"
             yield Figure("experiments_block.svg", title, title, points, over_blocks)
 
@@ -151,7 +151,7 @@ class Page:
             speed = f"{training['tokens_per_s']:.0f}"
             loss = f"{training['held_out']:.3f}"
             rows.append((run.about, training["steps"], loss, difference, *cells, speed))
-        named = [w for arm in arms for w in (f"exact, {arm.split()[1]}", f"tokens a forward, {arm.split()[1]}")]
+        named = [w for arm in arms for w in (f"exact, {arm.split()[1]}", f"tokens a denoiser pass, {arm.split()[1]}")]
         yield table(("", "steps", "held out", "to the first", *named, "exact, AR", "trained tokens/s"), rows)
         about = {run.name: run.about for run in runs}
         if len(losses) > 2 and "base" in losses and "seed" in losses:
@@ -229,7 +229,7 @@ def over_tokens(lines: Sequence[Mapping[str, Any]], axes: Any) -> None:
             for name, (x, y) in zip(mine, points, strict=True):
                 said = name.partition(" ")[2]
                 axes.annotate(said, (x, 100 * y.value), xytext=(4, 5), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="tokens a forward", ylabel="exactly right, %")
+    axes.set(xlabel="tokens a denoiser pass", ylabel="exactly right, %")
 
 
 def over_blocks(points: Sequence[tuple[int, int, Any]], axes: Any) -> None:
