@@ -108,7 +108,7 @@ def test_what_is_drawn_was_not_in_training() -> None:
         (["class Invoice"], "docs/training.md"),
         ([HEADER, "--random", "1"], "--random"),
         (["--threads", "0"], "--threads"),
-        ([HEADER, "--threshold", "2"], "confidence_threshold is 2"),
+        ([HEADER, "--mode", "mask_diffusion", "--threshold", "2"], "confidence_threshold is 2"),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],
 )
