@@ -77,7 +77,7 @@ def test_cpu_comparison_runs(
     pytest.importorskip("transformers")
     monkeypatch.setattr(cpu, "MIDDLE", CONFIG)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # which would take minutes
-    monkeypatch.setattr(compiled, "_compiled", lambda: compiled._layered)
+    monkeypatch.setattr(compiled, "_compiled", lambda *key: compiled._layered)
     assert cpu.main(["--rounds", "1", "--threads", "1", "--prompt", "5", "--new", "3", "--context", "4", *more]) == 0
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line.startswith("| ") and cpu.BY_COMPILER in line]

@@ -59,9 +59,13 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 _LARGE = 2**17
 
 
-@torch.compiler.assume_constant_result  # a graph keeps the number that it was made with
 def _threads() -> int:
     return torch.get_num_threads()
+
+
+# What torch.compiler.assume_constant_result does, but that it imports the compiler: a graph keeps the number that it
+# was made with.
+_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -17,9 +17,13 @@ def turned(weight: Tensor) -> Tensor:
     return weight.T.contiguous().T
 
 
-@torch.compiler.assume_constant_result  # a graph keeps the number that it was made with
 def _threads() -> int:
     return torch.get_num_threads()
+
+
+# What torch.compiler.assume_constant_result does, but that it imports the compiler: a graph keeps the number that it
+# was made with.
+_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
