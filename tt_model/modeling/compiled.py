@@ -1,8 +1,8 @@
 """A tower's passes by torch.compile, for a CPU: what generation makes again and again for a single row.
 
 Between the products of a token or a block lie hundreds of small operations, each of which takes longer to call than to
-compute; compiled, they are a few loops. A GPU replays graphs instead. Longer batches gain little: their products are
-most of the time.
+compute; compiled, they are a few loops. A GPU replays graphs instead. Batches of several rows stay as they are: each
+size would take its own minute to compile.
 """
 
 import functools
